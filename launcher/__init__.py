@@ -1,0 +1,1 @@
+"""Compiled QLoRA fine-tuning: recipe in, verified compiled run, reloadable adapter out."""

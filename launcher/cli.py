@@ -1,0 +1,122 @@
+"""The command line: resolve the recipe, run the mode, print, end with the right exit code (README, "Exit codes").
+
+torch is imported only once the recipe is known to be good: a mistyped key answers at once.
+"""
+
+import errno
+import json
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from types import FrameType
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from rich.console import Console
+
+from launcher.errors import DiskError, LauncherError, MemoryExhausted
+from launcher.ranks import Place, end_with_parent, place
+from launcher.recipe.load import Resolved, resolve
+from launcher.recipe.schema import recipes_dir
+from launcher.recipe.show import print_request
+from launcher.records import RunRecord
+from launcher.report import Screen, make_console
+from launcher.report import error as print_error
+
+if TYPE_CHECKING:
+    from launcher.train.loop import Progress
+
+SHARED_CODES = (2, 3)  # every rank finds these alike, so one of them says it
+
+
+class Terminated(BaseException):
+    """SIGTERM arrived."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command line; returns the exit code. Every failure meant for the user is a message, not a traceback."""
+    here = place()
+    argv = list(sys.argv[1:] if argv is None else argv)
+    try:
+        with open(os.devnull, "w") as nowhere:
+            if print_request(argv, console=make_console(None if here.is_main else nowhere)):
+                return 0
+            return _train(resolve(argv), here, make_console(None if here.is_main else nowhere))
+    except LauncherError as error:
+        _print_error(error, here)
+        return error.code
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
+    except Terminated:
+        return 128 + signal.SIGTERM
+
+
+def _train(resolved: Resolved, here: Place, console: Console) -> int:
+    from launcher.train.environment import prepare_environment
+
+    signal.signal(signal.SIGTERM, _terminate)
+    end_with_parent()
+    notes = prepare_environment(here)
+    with Screen(console) as screen:
+        screen.show("importing torch")
+        from launcher.train.loop import Progress, run
+
+        progress = Progress()
+        try:
+            for event in run(resolved.recipe, progress, here, name=resolved.name, shipped=recipes_dir(), notes=notes):
+                screen.show(event)
+                if isinstance(event, RunRecord):
+                    _write_report(event.as_report(), resolved, here)
+        except BaseException as error:
+            _fail(error, progress, here)
+        _status(progress, here, code=0, reason="done")
+    return 0
+
+
+def _fail(error: BaseException, progress: "Progress", here: Place) -> NoReturn:
+    """Turn any end but success into its error, leave status.json, and raise."""
+    import torch
+
+    session = progress.session
+    if isinstance(error, torch.OutOfMemoryError):
+        ledger = session.ledger.as_text() if session else "nothing yet"
+        error = MemoryExhausted(
+            f"the device ran out of memory on rank {here.rank}; held by phase: {ledger}.\n"
+            "Lower data.max_length, train.micro_batch (raise train.accumulation), lora.r or memory.loss_chunk_mib."
+        )
+    elif isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        error = DiskError(f"the disk is full: {error.filename or 'a file of the run'} could not be written. Free space.")
+    code, reason = _code_and_reason(error)
+    _status(progress, here, code=code, reason=reason)
+    raise error
+
+
+def _code_and_reason(error: BaseException) -> tuple[int, str]:
+    if isinstance(error, LauncherError):
+        return error.code, str(error)
+    if isinstance(error, KeyboardInterrupt):
+        return 128 + signal.SIGINT, "interrupted"
+    if isinstance(error, Terminated):
+        return 128 + signal.SIGTERM, "terminated"
+    return 1, f"{type(error).__name__}: {error}"
+
+
+def _status(progress: "Progress", here: Place, *, code: int, reason: str) -> None:
+    """status.json: rank 0's word on success, and that of the rank that failed otherwise."""
+    if progress.session and (code or here.is_main):
+        progress.session.folder.status(code=code, reason=reason, rank=here.rank, step=progress.step)
+
+
+def _write_report(report: dict[str, Any], resolved: Resolved, here: Place) -> None:
+    if resolved.report and here.is_main:
+        resolved.report.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+
+
+def _terminate(signum: int, frame: FrameType | None) -> NoReturn:
+    raise Terminated
+
+
+def _print_error(error: LauncherError, here: Place) -> None:
+    if here.is_main or error.code not in SHARED_CODES:
+        prefix = f"rank {here.rank}: " if here.world_size > 1 and error.code not in SHARED_CODES else ""
+        print_error(make_console(sys.stderr), prefix + str(error), error.code)

@@ -1,0 +1,167 @@
+"""Applies a compile plan: in place, in one graph or not at all, warmed up, counted, then armed.
+
+`module.compile(fullgraph=True)` changes how a module is called and nothing else: a wrapper would leave `_orig_mod.` in
+state dicts, and an adapter saved under such names loads as zeros without an error.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch._dynamo
+from torch._dynamo.exc import BackendCompilerFailed, FailOnRecompileLimitHit, RecompileError
+
+from launcher.compile.observe import COMPILE_ERRORS, Observer
+from launcher.compile.regions import Region, select
+from launcher.errors import ContractError
+from launcher.recipe.schema import CompileSection
+
+REMEDIES = {
+    "recompile": "Every shape must be planned: keep batch and length fixed, or run with compile.mode=warn.",
+    "limit": "The same code was compiled too often. Look at the recompile reasons above it; compile.mode=warn goes on.",
+    "backend": "Try another compile.backend or compile.scope=regions; compile.mode=warn runs such a region uncompiled.",
+    "break": "Change the line, take the region out with compile.scope=regions, or run with compile.mode=warn.",
+}
+
+
+# torch 2.13 and later raise this as a plain RuntimeError; before, the graph count of the warm-up tells.
+NOTHING_COMPILED = "fullgraph=True found no compiled frames"
+
+
+class Plan:
+    """The compiled regions of one process. One plan at a time: it starts from a reset dynamo."""
+
+    def __init__(self, regions: Sequence[Region], *, compile: CompileSection, observer: Observer) -> None:
+        self.mode = compile.mode
+        self.observer = observer
+        self._chosen = [] if compile.mode == "off" else select(regions, compile)
+        self._inner = compile.backend
+        torch._dynamo.reset()
+        torch._dynamo.config.error_on_recompile = False
+        # DDP's optimizer would split a layer's graph between buckets, without counting a break.
+        torch._dynamo.config.optimize_ddp = False
+        observer.expected = sum(region.graphs for region in self._chosen)
+        for region in self._chosen:
+            self._apply(region)
+
+    @property
+    def expected(self) -> dict[str, int]:
+        """Graphs by region that warm-up must compile, no more and no fewer."""
+        counts: dict[str, int] = {}
+        for region in self._chosen:
+            counts[region.name] = counts.get(region.name, 0) + region.graphs
+        return counts
+
+    @contextmanager
+    def enforced(self) -> Iterator[None]:
+        """Around anything that runs compiled code: a compile error becomes a ContractError with its remedy."""
+        try:
+            yield
+        except COMPILE_ERRORS as error:
+            self.observer.saw(error)
+            raise ContractError(explain(error)) from error
+        except RuntimeError as error:
+            if NOTHING_COMPILED not in str(error):
+                raise
+            raise ContractError(f"{str(error).splitlines()[0]}\n{REMEDIES['break']}") from error
+
+    def warm_up(self, run: Callable[[], None]) -> None:
+        """Call `run`, which passes every planned shape through forward and backward, then check the graphs and arm.
+
+        strict: any compile error, and any difference from the expected graphs, is a ContractError.
+        warn: whatever cannot be compiled runs uncompiled, and the record says so.
+        """
+        try:
+            with self.enforced():
+                run()
+        except ContractError as error:
+            if self.mode == "strict":
+                raise
+            self.fall_back(str(error).splitlines()[0])
+            run()
+        found = self.observer.graphs_by_region()
+        if self.mode == "strict" and found != self.expected:
+            raise ContractError(_count_message(self.expected, found))
+        self.observer.arm()
+        torch._dynamo.config.error_on_recompile = self.mode == "strict"
+
+    def call(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        """A forward call after warm-up. In warn mode a compile error falls back to uncompiled code and calls again."""
+        try:
+            with self.enforced():
+                return function(*arguments)
+        except ContractError as error:
+            if self.mode == "strict":
+                raise
+            self.fall_back(str(error).splitlines()[0])
+            return function(*arguments)
+
+    def check(self) -> None:
+        """Raise ContractError in strict mode if anything was compiled since warm-up, new frames included."""
+        if self.mode == "strict" and self.observer.unplanned:
+            record = self.observer.record()
+            raise ContractError(
+                f"after warm-up nothing may be compiled; {self.observer.unplanned} compilation(s) happened:\n"
+                f"{'; '.join(record.recompile_reasons[:3])}\n{REMEDIES['recompile']}"
+            )
+
+    def fall_back(self, why: str) -> None:
+        """Run every region uncompiled from here on (compile.mode=warn), and say so in the record."""
+        for region in self._chosen:
+            for module in region.modules:
+                module._compiled_call_impl = None
+            if region.function is not None and region.install is not None:
+                region.install(region.function)
+        self.observer.fallbacks.append(f"all regions run uncompiled: {why}")
+
+    def release(self) -> None:
+        """Disarm, so that other code of this process may compile again."""
+        torch._dynamo.config.error_on_recompile = False
+
+    def _apply(self, region: Region) -> None:
+        inner = torch._dynamo.lookup_backend(self._inner)
+        options: dict[str, Any] = {
+            "fullgraph": True,
+            "dynamic": False,
+            "backend": self.observer.backend(region.name, inner),
+        }
+        for module in region.modules:
+            module.compile(**options)
+        if region.function is not None:
+            assert region.install is not None, "a function is compiled by putting its compiled form in its place"
+            region.install(torch.compile(region.function, **options))
+
+
+def explain(error: BaseException) -> str:
+    """Rule, what happened with its guard or line, remedy: at most five lines."""
+    kind, rule = _classify(error)
+    detail = [line.strip() for line in str(error).strip().splitlines() if line.strip()]
+    lines = detail[:3] if kind == "recompile" else [detail[0], *_user_line(error)]
+    return "\n".join([f"{rule}: {lines[0][:300]}", *(line[:300] for line in lines[1:]), REMEDIES[kind]])
+
+
+def _classify(error: BaseException) -> tuple[str, str]:
+    if isinstance(error, RecompileError):
+        return "recompile", "no recompile is allowed after warm-up"
+    if isinstance(error, FailOnRecompileLimitHit):
+        return "limit", "dynamo's recompile limit may not be reached"
+    if isinstance(error, BackendCompilerFailed):
+        return "backend", "the compile backend must accept the graph"
+    return "break", "no graph break is allowed"
+
+
+def _user_line(error: BaseException) -> list[str]:
+    stack = getattr(error, "real_stack", None)
+    return [f"at {stack[-1].filename}:{stack[-1].lineno} in {stack[-1].name}"] if stack else []
+
+
+def _count_message(expected: dict[str, int], found: dict[str, int]) -> str:
+    def show(counts: dict[str, int]) -> str:
+        return ", ".join(f"{name} {n}" for name, n in sorted(counts.items())) or "none"
+
+    return (
+        f"warm-up must compile exactly the planned graphs ({show(expected)}); it compiled {show(found)}.\n"
+        "More than planned: something differs between calls that should be alike (TORCH_LOGS=recompiles names the guard).\n"
+        "Fewer: part of the model was skipped by the compiler. compile.mode=warn goes on regardless."
+    )

@@ -1,0 +1,57 @@
+"""Every way a run may end, each with the exit code it carries (README, "Exit codes"). Stdlib only.
+
+A message says the rule, the value and the remedy, in that order; `cli` prints it without a traceback.
+"""
+
+
+class LauncherError(Exception):
+    """A failure with a message meant for the user. `code` becomes the exit code of the process."""
+
+    code = 1
+
+    def __init__(self, message: str, *, rank: int | None = None, step: int | None = None) -> None:
+        super().__init__(message)
+        self.rank = rank
+        self.step = step
+
+
+class RecipeError(LauncherError):
+    """The recipe or the command line is wrong, or names a model that cannot be had."""
+
+    code = 2
+
+
+class DataError(LauncherError):
+    """A source cannot be read, or leaves nothing to train on."""
+
+    code = 3
+
+
+class CheckpointError(LauncherError):
+    """The adapter on disk does not give back what was trained, or the run folder is in use."""
+
+    code = 4
+
+
+class NonFiniteError(LauncherError):
+    """A loss or gradient is NaN or infinite; the update it belongs to was not applied."""
+
+    code = 5
+
+
+class MemoryExhausted(LauncherError):
+    """The device ran out of memory."""
+
+    code = 6
+
+
+class DiskError(LauncherError):
+    """A file of the run could not be written."""
+
+    code = 7
+
+
+class ContractError(LauncherError):
+    """The compile contract broke: a graph break, a recompile, a limit hit, a backend error or a wrong graph count."""
+
+    code = 9

@@ -1,0 +1,105 @@
+"""Builds, in each process and on its own device, the model that a run trains: NF4 base, LoRA, packed forward."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+from launcher.errors import RecipeError
+from launcher.model.attention import choose_attention, register_attention
+from launcher.model.families import Family, family_of
+from launcher.model.lora import attach_lora, check_targets
+from launcher.model.nf4 import bnb_config, check_prequantized, count_parameters, load_base, random_base
+from launcher.model.packed import PackedCausalLM
+from launcher.recipe.schema import Recipe
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True)
+class BuiltModel:
+    """One process's model. `packed` trains; `peft` saves, and shares every module with it."""
+
+    peft: PeftModel
+    packed: PackedCausalLM
+    family: Family
+    dtype: torch.dtype
+    attention: str  # the path
+    attention_why: str
+    parameters: int
+    trainable: int
+    quantization: str
+
+
+def choose_dtype(wanted: str, device: torch.device) -> torch.dtype:
+    """`model.dtype` -> dtype. auto: bfloat16 where the device computes in it, float16 on older GPUs, float32 on CPU."""
+    if wanted != "auto":
+        dtype = DTYPES[wanted]
+        if dtype == torch.bfloat16 and device.type == "cuda" and not _computes_bf16(device):
+            raise RecipeError("model.dtype=bfloat16 needs compute capability 8.0. Use model.dtype=auto or float16.")
+        return dtype
+    if device.type == "cuda":
+        return torch.bfloat16 if _computes_bf16(device) else torch.float16
+    return torch.float32
+
+
+def preflight(recipe: Recipe, config: Any, device: torch.device) -> None:
+    """Check, before any weight is read, that this model and device can do what the recipe asks. Raises RecipeError."""
+    family_of(config, max_length=recipe.data.max_length)
+    choose_attention(recipe.model.attention, device, choose_dtype(recipe.model.dtype, device))
+    if recipe.model.init == "pretrained":
+        check_prequantized(config, recipe.quant)
+    with torch.device("meta"):
+        skeleton = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    check_targets(skeleton, recipe.lora.targets)
+
+
+def build_model(
+    recipe: Recipe, source: str, config: Any, *, device: torch.device, phase: Callable[[str], object]
+) -> BuiltModel:
+    """Build from a located `source` and its config, both past `preflight`.
+
+    `phase(name)` is called after each phase that takes memory.
+    """
+    family = family_of(config, max_length=recipe.data.max_length)
+    dtype = choose_dtype(recipe.model.dtype, device)
+    path, why = choose_attention(recipe.model.attention, device, dtype)
+    seed = recipe.train.seed
+    if recipe.model.init == "random":
+        base = random_base(config, quant=recipe.quant, dtype=dtype, device=device, seed=seed)
+    else:
+        base = load_base(
+            source, config, quant=recipe.quant, dtype=dtype, device=device, revision=recipe.model.revision
+        )
+    base.config.use_cache = False
+    base.set_attn_implementation(register_attention(path))
+    phase("after load")
+    peft = attach_lora(base, recipe.lora, seed=seed)
+    # What another process must load to use the adapter: a hub id, or a path that does not depend on where it starts.
+    peft.peft_config["default"].base_model_name_or_path = source
+    peft.peft_config["default"].revision = recipe.model.revision
+    packed = PackedCausalLM(
+        base, attention=path, max_length=recipe.data.max_length, loss_chunk_mib=recipe.memory.loss_chunk_mib
+    )
+    phase("after adapters")
+    parameters, trainable = count_parameters(peft)
+    return BuiltModel(
+        peft, packed.train(), family, dtype, path, why, parameters, trainable, _describe(config, recipe, dtype)
+    )
+
+
+def _describe(config: Any, recipe: Recipe, dtype: torch.dtype) -> str:
+    wanted = bnb_config(recipe.quant, dtype)
+    if wanted is None:
+        return "none"
+    found = getattr(config, "quantization_config", None)
+    settings = found if isinstance(found, dict) else (found or wanted).to_dict()
+    double = ", double quantised" if settings.get("bnb_4bit_use_double_quant") else ""
+    return f"{settings['bnb_4bit_quant_type']}{double}{', as the checkpoint came' if found else ''}"
+
+
+def _computes_bf16(device: torch.device) -> bool:
+    return torch.cuda.get_device_capability(device) >= (8, 0)

@@ -1,0 +1,88 @@
+"""One row per architecture: what the compiled path must know of it. Adding a family is adding a row, a recipe and a
+line in the families test (`pytest -k families`); CONTRIBUTING.md walks through it.
+
+Every family here shares the shape `CausalLM.model.{embed_tokens, layers, norm, rotary_emb}` + `CausalLM.lm_head`, and
+decoder layers that are called with (hidden, attention_mask=, position_embeddings=, **kwargs).
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from launcher.errors import RecipeError
+
+# Rotary tables of these kinds do not depend on the length that happens to be seen, so one table serves the run.
+STATIC_ROPE = ("default", "linear", "llama3", "yarn")
+
+
+@dataclass(frozen=True)
+class Family:
+    """One architecture, by its `config.model_type`; names are attributes of a decoder layer."""
+
+    model_type: str
+    norms: tuple[str, ...] = ("input_layernorm", "post_attention_layernorm")
+    mlp: str = "mlp"
+    windowed: bool = False  # `config.sliding_window` limits attention unless the config switches it off
+
+
+FAMILIES = {
+    row.model_type: row
+    for row in (
+        Family("llama"),
+        Family("mistral", windowed=True),
+        Family("qwen3", windowed=True),
+    )
+}
+
+
+def family_of(config: Any, *, max_length: int) -> Family:
+    """The row for a transformers config, after checking that the compiled forward computes what this config means.
+
+    Raises RecipeError for an unknown family, attention dropout, a length-dependent rotary table, a length beyond the
+    model's positions, or a sliding window shorter than `max_length` tokens.
+    """
+    family = FAMILIES.get(config.model_type)
+    if family is None:
+        known = ", ".join(sorted(FAMILIES))
+        raise RecipeError(f"model architectures supported are {known}; this model is {config.model_type!r}")
+    if getattr(config, "attention_dropout", 0.0):
+        raise RecipeError(
+            f"packed attention has no dropout; the model's config sets attention_dropout={config.attention_dropout}.\n"
+            "Set it to 0 in the model's config.json (LoRA dropout, lora.dropout, is independent of it)."
+        )
+    rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
+    if rope not in STATIC_ROPE:
+        raise RecipeError(f"rotary embeddings must be of a kind in {', '.join(STATIC_ROPE)}; this model uses {rope!r}")
+    if max_length > config.max_position_embeddings:
+        raise RecipeError(
+            f"data.max_length may be at most the model's {config.max_position_embeddings} positions; "
+            f"it is {max_length}. Lower data.max_length."
+        )
+    window = _window(config) if family.windowed else None
+    if window is not None and window < max_length:
+        raise RecipeError(
+            f"data.max_length may be at most the model's sliding attention window of {window} tokens; "
+            f"it is {max_length}. Set data.max_length={window} or lower."
+        )
+    return family
+
+
+def _window(config: Any) -> int | None:
+    """Tokens of the sliding window, None when no layer uses one."""
+    kinds = getattr(config, "layer_types", None)
+    if kinds is not None and "sliding_attention" not in kinds:
+        return None
+    window: int | None = getattr(config, "sliding_window", None)
+    return window
+
+
+def layer_norms(family: Family, decoder: nn.Module) -> tuple[nn.Module, ...]:
+    """Every width-D norm of the body, the final one included: they share one compiled graph."""
+    layers = decoder.layers
+    return tuple(getattr(layer, name) for layer in layers for name in family.norms) + (decoder.norm,)  # type: ignore[union-attr]
+
+
+def layer_mlps(family: Family, decoder: nn.Module) -> tuple[nn.Module, ...]:
+    """The feed-forward block of every layer."""
+    return tuple(getattr(layer, family.mlp) for layer in decoder.layers)  # type: ignore[union-attr]

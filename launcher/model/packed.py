@@ -1,0 +1,86 @@
+"""The model as the training step calls it: packed rows in, summed loss out, nothing in between that waits for the host.
+
+Letters: B rows, S positions of a row, D model width, E head width.
+
+transformers' own model forward builds masks and positions with host synchronisations and data-dependent branches. This
+one builds the rotary table once, the document mask once a batch, and calls the decoder layers directly. The layers,
+norms and projections are the stock modules.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from launcher.ops.attention import document_mask
+from launcher.ops.linear_ce import ChunkFunctions, chunk_rows, linear_cross_entropy
+
+
+class Body(nn.Module):
+    """Decoder layers and final norm. Holds the stock modules themselves, not copies."""
+
+    def __init__(self, layers: nn.ModuleList, norm: nn.Module) -> None:
+        super().__init__()
+        self.layers = layers
+        self.norm = norm
+
+    def forward(self, hidden: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, cu_seqlens: Tensor) -> Tensor:
+        """hidden [B, S, D], cos and sin [B, S, E], mask [B, 1, S, S] or None, cu_seqlens -> [B, S, D]."""
+        for layer in self.layers:
+            hidden = layer(hidden, attention_mask=mask, position_embeddings=(cos, sin), cu_seqlens=cu_seqlens)
+        return self.norm(hidden)
+
+
+class PackedCausalLM(nn.Module):
+    """Summed next-token loss of packed rows, for a causal LM whose attention is one of model/attention.py."""
+
+    cos: Tensor
+    sin: Tensor
+
+    def __init__(self, causal_lm: Any, *, attention: str, max_length: int, loss_chunk_mib: int) -> None:
+        super().__init__()
+        decoder = causal_lm.model
+        self.body = Body(decoder.layers, decoder.norm)
+        self.embed = decoder.embed_tokens
+        self.head = causal_lm.lm_head
+        self.attention = attention
+        self.loss_chunk_mib = loss_chunk_mib
+        self.loss_functions = ChunkFunctions()
+        weight = self.embed.weight
+        positions = torch.arange(max_length, device=weight.device)[None]
+        with torch.no_grad():  # [S, E] each; the model's own rotary module makes them, scaling included
+            cos, sin = decoder.rotary_emb(weight[:1, None], positions)
+        self.register_buffer("cos", cos[0].contiguous(), persistent=False)
+        self.register_buffer("sin", sin[0].contiguous(), persistent=False)
+
+    def hidden_states(
+        self, input_ids: Tensor, position_ids: Tensor, document_ids: Tensor, cu_seqlens: Tensor
+    ) -> Tensor:
+        """input_ids, position_ids, document_ids [B, S], cu_seqlens [documents + 1] -> [B, S, D]."""
+        hidden = self.embed(input_ids)
+        if torch.is_grad_enabled():
+            # Nothing below the first layer is trained. Without this, layer 0 would see an input without gradient,
+            # the others one with, and the layers would need two graphs instead of one.
+            hidden.requires_grad_()
+        mask = document_mask(document_ids) if self.attention == "sdpa" else None
+        return self.body(hidden, self.cos[position_ids], self.sin[position_ids], mask, cu_seqlens)
+
+    def forward(
+        self, input_ids: Tensor, labels: Tensor, position_ids: Tensor, document_ids: Tensor, cu_seqlens: Tensor
+    ) -> Tensor:
+        """All [B, S] but cu_seqlens; labels are shifted already -> loss summed over supervised tokens, fp32 scalar."""
+        hidden = self.hidden_states(input_ids, position_ids, document_ids, cu_seqlens)
+        weight = self.head.weight
+        chunk = chunk_rows(labels.numel(), weight.shape[0], self.loss_chunk_mib)
+        return linear_cross_entropy(
+            hidden.flatten(0, 1), weight, labels.flatten(), chunk=chunk, functions=self.loss_functions
+        )
+
+    @torch.no_grad()
+    def next_logits(self, input_ids: Tensor) -> Tensor:
+        """Logits [V] that follow one document of T <= S tokens, input_ids [1, T]; for the sample after training."""
+        length = input_ids.shape[1]
+        positions = torch.arange(length, device=input_ids.device)[None]
+        cu_seqlens = torch.tensor([0, length], dtype=torch.int32, device=input_ids.device)
+        hidden = self.hidden_states(input_ids, positions, torch.zeros_like(positions, dtype=torch.int32), cu_seqlens)
+        return hidden[0, -1] @ self.head.weight.T

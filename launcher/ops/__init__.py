@@ -1,0 +1,1 @@
+"""Operations of the training step, each beside its plain reference. Imports torch and triton only."""

@@ -1,0 +1,82 @@
+"""Causal attention over packed rows: a token sees the earlier tokens of its own document and nothing else.
+
+Letters: B rows, H query heads, K key-value heads (H is a multiple of K), S positions of a row, E head width.
+
+Two forms of the same function. `masked_attention` takes an explicit [B, 1, S, S] mask: any device, any dtype, S * S
+bytes a row. `varlen_attention` takes the cumulative document lengths over the flattened B * S positions: no mask, no
+work across documents, but FlashAttention only (CUDA, compute capability 8.0 or more, half precision).
+"""
+
+import inspect
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+try:  # absent from builds of torch without the module, such as some CPU-only ones
+    from torch.nn.attention.varlen import varlen_attn
+except ImportError:  # pragma: no cover - depends on the build
+    varlen_attn = None  # type: ignore[assignment]
+
+_VARLEN_PARAMETERS = inspect.signature(varlen_attn).parameters if varlen_attn is not None else {}
+# torch 2.11 names causality in one way, later releases in another; both are public.
+_CAUSAL = {"is_causal": True} if "is_causal" in _VARLEN_PARAMETERS else {"window_size": (-1, 0)}
+_GROUPED = "enable_gqa" in _VARLEN_PARAMETERS
+
+
+def document_mask(document_ids: Tensor) -> Tensor:
+    """document_ids [B, S] -> bool [B, 1, S, S], True where the query (dim 2) may see the key (dim 3)."""
+    length = document_ids.shape[1]
+    same = document_ids[:, :, None] == document_ids[:, None, :]
+    causal = torch.ones(length, length, dtype=torch.bool, device=document_ids.device).tril()
+    return (same & causal)[:, None]
+
+
+def varlen_missing(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why `varlen_attention` cannot run on this device in this dtype; None when it can."""
+    if device.type != "cuda":
+        return f"variable-length attention needs CUDA, the device is {device.type}"
+    if torch.cuda.get_device_capability(device) < (8, 0):
+        return "variable-length attention needs compute capability 8.0"
+    if dtype not in (torch.float16, torch.bfloat16):
+        return f"variable-length attention needs float16 or bfloat16, not {dtype}"
+    return None if varlen_attn is not None else "this build of torch lacks torch.nn.attention.varlen"
+
+
+def masked_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float) -> Tensor:
+    """query [B, H, S, E], key and value [B, K, S, E], mask bool [B, 1, S, S] -> [B, S, H, E]."""
+    # Expanded heads rather than enable_gqa: with a mask that flag leaves CUDA only the O(S * S) math kernel.
+    groups = query.shape[1] // key.shape[1]
+    key, value = _repeat_heads(key, groups, dim=1), _repeat_heads(value, groups, dim=1)
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale).transpose(1, 2)
+
+
+def varlen_attention(query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, scale: float) -> Tensor:
+    """query [B, H, S, E], key and value [B, K, S, E], cu_seqlens int32 [documents + 1] -> [B, S, H, E].
+
+    Trailing repeats of B * S in `cu_seqlens` are documents of no tokens: the tensor's size is static.
+    """
+    rows, heads, length, width = query.shape
+    groups = heads // key.shape[1]
+    options = dict(_CAUSAL)
+    if groups > 1 and _GROUPED:
+        options["enable_gqa"] = True
+    elif groups > 1:
+        key, value = _repeat_heads(key, groups, dim=1), _repeat_heads(value, groups, dim=1)
+    # [B, H, S, E] -> [B * S, H, E]
+    q, k, v = (t.transpose(1, 2).reshape(rows * length, -1, width) for t in (query, key, value))
+    out = varlen_attn(q, k, v, cu_seqlens, cu_seqlens, length, length, scale=scale, **options)
+    return out.view(rows, length, heads, width)
+
+
+def packed_attention_reference(query: Tensor, key: Tensor, value: Tensor, document_ids: Tensor, scale: float) -> Tensor:
+    """The plain form: explicit scores, fp32 softmax. document_ids [B, S]; the rest as `masked_attention`."""
+    groups = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
+    scores = (query @ key.transpose(2, 3)).float() * scale
+    scores = scores.masked_fill(~document_mask(document_ids), float("-inf"))
+    return (scores.softmax(dim=-1).to(query.dtype) @ value).transpose(1, 2)
+
+
+def _repeat_heads(states: Tensor, groups: int, *, dim: int) -> Tensor:
+    return states if groups == 1 else states.repeat_interleave(groups, dim=dim)

@@ -1,0 +1,114 @@
+"""Linear head and cross-entropy as one chunked operation: the [N, V] logits never exist as a whole.
+
+Letters: N tokens (B * S), D model width, V vocabulary, R rows of one chunk.
+
+The head is frozen, so the only gradient wanted is that of the hidden states, and a chunk that has just made its
+logits has everything that gradient needs. It is therefore made in the forward pass, chunk by chunk, and the backward
+pass is one multiplication: the logits are computed once, and one [R, V] chunk is all that ever lives.
+
+For one row with logits z, target t and p = softmax(z):   loss = logsumexp(z) - z[t],   dloss/dh = (p - onehot(t)) W.
+
+The loss is the *sum* over supervised rows. Its gradient is stored unscaled, and the caller's factor (one over the
+global token count, times the fp16 loss scale) arrives as the incoming gradient: nothing underflows in half precision.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+IGNORE = -100  # a label that is not supervised; the value that torch's own cross-entropy uses
+
+
+def chunk_loss(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    """Summed loss of one chunk. hidden [R, D], weight [V, D], labels [R] -> scalar, fp32."""
+    logits = (hidden @ weight.T).float()
+    supervised = labels != IGNORE
+    target_logit = logits.gather(1, labels.clamp_min(0)[:, None]).squeeze(1)
+    return ((torch.logsumexp(logits, dim=1) - target_logit) * supervised).sum()
+
+
+def chunk_loss_and_grad(hidden: Tensor, weight: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """`chunk_loss` and its gradient with respect to hidden ([R, D], hidden's dtype)."""
+    logits = (hidden @ weight.T).float()
+    supervised = labels != IGNORE
+    targets = labels.clamp_min(0)[:, None]
+    target_logit = logits.gather(1, targets).squeeze(1)
+    log_sum = torch.logsumexp(logits, dim=1)
+    loss = ((log_sum - target_logit) * supervised).sum()
+    is_target = torch.arange(weight.shape[0], device=labels.device)[None, :] == targets
+    grad_logits = (torch.exp(logits - log_sum[:, None]) - is_target.float()) * supervised[:, None]
+    return loss, grad_logits.to(hidden.dtype) @ weight
+
+
+@dataclass
+class ChunkFunctions:
+    """The two chunk bodies as the loss calls them; the compile plan replaces each by its compiled form."""
+
+    loss: Callable[[Tensor, Tensor, Tensor], Tensor] = chunk_loss
+    loss_and_grad: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]] = chunk_loss_and_grad
+
+
+def chunk_rows(rows: int, vocabulary: int, budget_mib: int) -> int:
+    """Rows per chunk: the fewest equal chunks whose fp32 logits stay within `budget_mib` (2**20 bytes each)."""
+    most = max(1, budget_mib * 2**20 // (4 * vocabulary))
+    chunks = -(-rows // most)
+    return -(-rows // chunks)
+
+
+def linear_cross_entropy(
+    hidden: Tensor, weight: Tensor, labels: Tensor, *, chunk: int, functions: ChunkFunctions
+) -> Tensor:
+    """Summed cross-entropy of `hidden @ weight.T` against `labels`, over the labels that are not IGNORE.
+
+    hidden [N, D], weight [V, D] (frozen: it gets no gradient), labels [N] already shifted -> scalar, fp32.
+    """
+    assert not weight.requires_grad, "the head is frozen in QLoRA; this loss gives it no gradient"
+    if torch.is_grad_enabled() and hidden.requires_grad:
+        return _LinearCrossEntropy.apply(hidden, weight, labels, chunk, functions)
+    total = torch.zeros((), dtype=torch.float32, device=hidden.device)
+    for h, y, _ in _chunks(hidden, labels, chunk):
+        total = total + functions.loss(h, weight, y)
+    return total
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, chunk: int, fns: ChunkFunctions) -> Tensor:
+        total = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        grad = torch.empty_like(hidden)
+        for h, y, rows in _chunks(hidden.detach(), labels, chunk):
+            loss, grad_h = fns.loss_and_grad(h, weight, y)
+            total += loss
+            grad[rows] = grad_h[: rows.stop - rows.start]
+        ctx.save_for_backward(grad)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None, None, None, None]:  # type: ignore[override]
+        (grad,) = ctx.saved_tensors
+        # The factor is fp32 and may be large (fp16 loss scale over token count): multiply wide, round once.
+        return (grad.float() * grad_output).to(grad.dtype), None, None, None, None
+
+
+def _chunks(hidden: Tensor, labels: Tensor, chunk: int) -> list[tuple[Tensor, Tensor, slice]]:
+    """Equal chunks; the last is padded with unsupervised rows, so that the compiled body sees one shape."""
+    rows = hidden.shape[0]
+    pieces = []
+    for start in range(0, rows, chunk):
+        stop = min(start + chunk, rows)
+        h, y = hidden[start:stop], labels[start:stop]
+        if stop - start < chunk:
+            h = F.pad(h, (0, 0, 0, chunk - (stop - start)))
+            y = F.pad(y, (0, chunk - (stop - start)), value=IGNORE)
+        pieces.append((h, y, slice(start, stop)))
+    return pieces
+
+
+def linear_cross_entropy_reference(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    """The plain form: all logits at once, torch's own cross-entropy. Same arguments and result."""
+    logits = (hidden @ weight.T).float()
+    return F.cross_entropy(logits, labels, ignore_index=IGNORE, reduction="sum")

@@ -1,0 +1,61 @@
+"""Who am I, how many are we, and one record from each. torch is imported only where the group is spoken to."""
+
+import ctypes
+import os
+import signal
+import sys
+from dataclasses import dataclass
+from typing import Any
+
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
+
+
+@dataclass(frozen=True)
+class Place:
+    """This process among the run's processes, as the launcher's environment tells it."""
+
+    rank: int
+    local_rank: int
+    world_size: int
+    local_world_size: int
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    @property
+    def cores(self) -> int:
+        """This rank's share of the cores that the process may run on, at least 1."""
+        usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        return max(1, usable // self.local_world_size)
+
+
+def place() -> Place:
+    """Read from the variables that torchrun and `accelerate launch` set; alone without them."""
+
+    def number(name: str, default: int) -> int:
+        return int(os.environ.get(name, default))
+
+    world = number("WORLD_SIZE", 1)
+    return Place(number("RANK", 0), number("LOCAL_RANK", 0), world, number("LOCAL_WORLD_SIZE", world))
+
+
+def end_with_parent() -> None:
+    """Ask the kernel to send SIGTERM here when the launcher dies (Linux): `accelerate launch` with one process
+    would otherwise leave its trainer running."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+def gather(record: Any) -> list[Any]:
+    """One object from every rank, in rank order, on every rank."""
+    from accelerate.utils import gather_object
+
+    return list(gather_object([record]))
+
+
+def broadcast(value: Any) -> Any:
+    """Rank 0's value, on every rank."""
+    from accelerate.utils import broadcast_object_list
+
+    return broadcast_object_list([value])[0]

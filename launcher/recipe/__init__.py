@@ -1,0 +1,1 @@
+"""Recipes: typed sections (schema), layering and validation (load), and how they are shown (show). Never torch."""

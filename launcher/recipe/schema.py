@@ -1,0 +1,229 @@
+"""The recipe: one frozen model per section, each field with its meaning, unit, range and default.
+
+The single source of truth: errors, `mode=show`, `--help` and the JSON schema read it from here. A subsystem is handed
+its section (`recipe.compile`), never the recipe. Imports pydantic alone.
+"""
+
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator
+from pydantic_core import PydanticCustomError
+
+LORA_TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+Region = Literal["mlp", "rmsnorm", "attention", "loss"]
+REGIONS: list[Region] = ["mlp", "rmsnorm", "attention", "loss"]
+
+
+def recipes_dir() -> Path:
+    """The folder of the shipped recipes: inside an installed package, or beside it in a checkout.
+
+    Raises:
+        FileNotFoundError: neither is there; the installation is broken.
+    """
+    package = Path(__file__).resolve().parents[1]
+    # Inside first: beside an installed package lies site-packages, where another project may have a `recipes`.
+    for folder in (package / "recipes", package.parent / "recipes"):
+        if (folder / "tiny.yaml").is_file():
+            return folder
+    raise FileNotFoundError(f"the shipped recipes are neither in {package} nor beside it: install the package again")
+
+
+def _switch(value: Any) -> Any:
+    """YAML reads bare on/off/yes/no as booleans: give back the word, for choices and for fields that can be off."""
+    word = str(value).lower() if isinstance(value, bool | str) else ""
+    return "off" if word in ("off", "no", "false") else "on" if word in ("on", "yes", "true") else value
+
+
+def _off_is(replacement: Any) -> BeforeValidator:
+    return BeforeValidator(lambda value: replacement if _switch(value) == "off" else value)
+
+
+def _number_before_path(value: Any) -> Any:
+    """Text that reads as a number is one: '1.5' is a fraction out of range, not the path of a file."""
+    text = re.sub(r"\.(?=(inf|nan)$)", "", value.strip().lower()) if isinstance(value, str) else value
+    try:
+        return float(text)
+    except (TypeError, ValueError):
+        return value
+
+
+def _distinct(values: list[str]) -> list[str]:
+    if len(set(values)) < len(values):
+        raise ValueError("an entry is given twice")
+    return values
+
+
+Choice = BeforeValidator(_switch)
+Distinct = AfterValidator(_distinct)
+Text = Annotated[str, Field(min_length=1)]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class ModelSection(Section):
+    """Which base model, and in which precision it computes."""
+
+    name: Text = Field("unsloth/Llama-3.2-1B-Instruct", description="Hub id or local folder of the base model.")
+    revision: Text | None = Field(
+        None, description="Branch, tag or commit on the hub; null: the newest.", examples=["main"]
+    )
+    init: Annotated[Literal["pretrained", "random"], Choice] = Field(
+        "pretrained", description="random: the architecture alone, seeded weights and the tiny tokenizer, offline."
+    )
+    dtype: Annotated[Literal["auto", "float32", "bfloat16", "float16"], Choice] = Field(
+        "auto", description="Compute precision; auto: the best that the device has."
+    )
+    attention: Annotated[Literal["auto", "sdpa", "varlen"], Choice] = Field(
+        "auto", description="Attention core: masked SDPA, or variable-length kernels (CUDA only)."
+    )
+
+
+class QuantSection(Section):
+    """How the frozen base weights are stored."""
+
+    type: Annotated[Literal["nf4", "none"], Choice] = Field("nf4", description="4-bit NormalFloat, or not quantised.")
+    double: bool = Field(True, description="Quantise the NF4 scales once more (saves about 0.4 bit per weight).")
+
+
+class LoraSection(Section):
+    """The low-rank adapters, the only weights that are trained."""
+
+    r: int = Field(16, ge=1, le=1024, description="Rank of the adapters.")
+    alpha: float = Field(32.0, gt=0, description="Scale of the update; it is multiplied by alpha / r.")
+    dropout: float = Field(0.0, ge=0, lt=1, description="Probability of dropping an adapter's input.")
+    targets: Annotated[list[Text], Distinct] = Field(
+        default_factory=LORA_TARGETS.copy,
+        min_length=1,
+        description="Names of the linear modules that get an adapter; each must match.",
+        json_schema_extra={"default": list(LORA_TARGETS), "uniqueItems": True},
+    )
+
+
+class Source(Section):
+    """One file of training rows."""
+
+    path: Text = Field(description="Path of the file.", examples=["./my.jsonl"])
+    format: Annotated[Literal["auto", "messages", "text"], Choice] = Field(
+        "auto", description="Columns of the rows; auto: told by the first row."
+    )
+
+
+def _shipped_sources() -> list[Source]:
+    return [Source(path=str(recipes_dir() / "tiny" / "train.jsonl"))]
+
+
+class DataSection(Section):
+    """What is trained on, and how rows become packed blocks of tokens."""
+
+    sources: list[Source] = Field(
+        default_factory=_shipped_sources,
+        min_length=1,
+        description="Training files; giving them replaces the list below. Default: the shipped instruction set.",
+        examples=[[{"path": "./my.jsonl"}]],
+    )
+    max_length: int = Field(2048, ge=16, le=131072, description="Tokens per packed row.")
+    loss_on: Annotated[Literal["auto", "assistant", "all"], Choice] = Field(
+        "auto", description="Tokens that are supervised; auto: assistant for chats, all for plain text."
+    )
+    bad_rows: Annotated[Literal["raise", "skip"], Choice] = Field(
+        "raise", description="A row that cannot be read stops the run, or is skipped and counted."
+    )
+    too_long: Annotated[Literal["truncate", "drop", "raise"], Choice] = Field(
+        "truncate", description="What happens to a document longer than max_length; counted."
+    )
+    validation: Annotated[
+        Annotated[float, Field(ge=0, lt=1)] | Text, BeforeValidator(_number_before_path), _off_is(0.0)
+    ] = Field(0.05, description="Fraction of the rows held out (0: none), or the path of a validation file.")
+
+
+class CompileSection(Section):
+    """What torch.compile compiles, and what happens when its contract breaks."""
+
+    mode: Annotated[Literal["strict", "warn", "off"], Choice] = Field(
+        "strict", description="A graph break or recompile stops the run, is reported, or nothing is compiled."
+    )
+    scope: Annotated[Literal["layer", "regions", "model"], Choice] = Field(
+        "layer", description="Unit of compilation: a decoder layer, single regions of it, or the whole body."
+    )
+    regions: Annotated[list[Region], Distinct] = Field(
+        default_factory=REGIONS.copy,
+        description="What scope=regions compiles; the loss is compiled in every scope if listed.",
+        json_schema_extra={"default": list(REGIONS), "uniqueItems": True},
+    )
+    backend: Annotated[Literal["inductor", "aot_eager"], Choice] = Field(
+        "inductor", description="inductor generates kernels; aot_eager only traces (quick, for tests)."
+    )
+
+
+class MemorySection(Section):
+    """Budgets of memory."""
+
+    loss_chunk_mib: int = Field(256, ge=1, le=65536, description="Size of one fp32 logits chunk, in MiB.")
+
+
+class TrainSection(Section):
+    """The loop: how long, how large a batch, and the optimizer."""
+
+    steps: int | None = Field(None, ge=1, description="Optimizer steps; wins over epochs.", examples=[200])
+    epochs: float | None = Field(
+        None, gt=0, description="Passes over the packed data, if steps is null.", examples=[1.0], validate_default=True
+    )
+    micro_batch: int = Field(1, ge=1, description="Packed rows per forward pass and process.")
+    accumulation: int = Field(1, ge=1, description="Forward passes per optimizer step.")
+    lr: float = Field(2e-4, gt=0, le=1, description="Learning rate at its highest.")
+    schedule: Annotated[Literal["cosine", "linear", "constant"], Choice] = Field(
+        "cosine", description="How the learning rate falls after the warm-up."
+    )
+    warmup: float = Field(0.05, ge=0, description="Warm-up: steps when >= 1, else a fraction of the run.")
+    optimizer: Annotated[Literal["adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit"], Choice] = Field(
+        "adamw", description="adamw is fused PyTorch; the others are bitsandbytes'."
+    )
+    weight_decay: float = Field(0.0, ge=0, description="Decoupled weight decay.")
+    clip: Annotated[Annotated[float, Field(gt=0)] | None, _off_is(None)] = Field(
+        1.0, description="Largest norm of the whole gradient; null or off: no clipping."
+    )
+    seed: int = Field(0, ge=0, lt=2**32, description="Seed of weights, dropout and data order.")
+    eval_every: int = Field(0, ge=0, description="Steps between evaluations; 0: before the first and after the last.")
+    log_every: int = Field(1, ge=1, description="Steps between two host syncs, when metrics are read.")
+
+    @field_validator("epochs")
+    @classmethod
+    def _has_an_end(cls, epochs: float | None, info: ValidationInfo) -> float | None:
+        # A field's validator and not the model's: it reports beside the section's other errors, not after them.
+        if epochs is None and info.data.get("steps", 0) is None:
+            raise PydanticCustomError(
+                "no_end", "train.steps or train.epochs must be set; got neither; try train.steps=200"
+            )
+        return epochs
+
+
+class RunSection(Section):
+    """What a run leaves behind."""
+
+    output_dir: Text | None = Field(
+        None, description="Folder of the run; null: runs/<recipe>-<time>.", examples=["./runs/mine"]
+    )
+    trackers: Annotated[list[Literal["tensorboard"]], Distinct] = Field(
+        default_factory=list,
+        description="Trackers that receive the metrics.",
+        examples=[["tensorboard"]],
+        json_schema_extra={"default": [], "uniqueItems": True},
+    )
+    sample_tokens: int = Field(48, ge=0, le=1024, description="Tokens of the sample printed at the end; 0: none.")
+
+
+class Recipe(Section):
+    """A fine-tune: everything that decides its result, and what it leaves behind."""
+
+    model: ModelSection = Field(default_factory=ModelSection, description="Which base model, in which precision.")
+    quant: QuantSection = Field(default_factory=QuantSection, description="How the frozen weights are stored.")
+    lora: LoraSection = Field(default_factory=LoraSection, description="The adapters that are trained.")
+    data: DataSection = Field(default_factory=DataSection, description="What is trained on, and how it is packed.")
+    compile: CompileSection = Field(default_factory=CompileSection, description="What torch.compile compiles.")
+    memory: MemorySection = Field(default_factory=MemorySection, description="Budgets of memory.")
+    train: TrainSection = Field(default_factory=TrainSection, description="Length, batch and optimizer.")
+    run: RunSection = Field(default_factory=RunSection, description="What the run leaves behind.")

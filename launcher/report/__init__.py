@@ -1,0 +1,13 @@
+"""The console: records in, text out. Imports launcher.records and rich, never torch; nothing here decides anything.
+
+Every text that is not ours (paths, model output, reasons, error messages) goes through `figures.literal`, so that neither
+rich's markup nor a terminal's control codes are obeyed.
+"""
+
+from launcher.report.console import error, make_console
+from launcher.report.progress import Progress
+from launcher.report.run_summary import summary
+from launcher.report.screen import Screen
+from launcher.report.start import start_panel
+
+__all__ = ["Progress", "Screen", "error", "make_console", "start_panel", "summary"]

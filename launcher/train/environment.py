@@ -1,0 +1,20 @@
+"""What must be settled in the environment before torch is imported. Imports no torch."""
+
+import logging
+import os
+import warnings
+
+from launcher.compile.cache import prepare_cache
+from launcher.ranks import Place
+
+
+def prepare_environment(place: Place) -> tuple[str, ...]:
+    """Private compile cache, capped compile workers, quiet libraries. Returns notes for the report."""
+    note = prepare_cache(workers=place.cores)
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # set, it does not warn about forks
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    logging.getLogger("torch.distributed").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    return (note,) if note else ()

@@ -1,0 +1,270 @@
+"""The run: a generator of records on every rank. It never prints; the console and the exit code are the caller's.
+
+Yields, in order: phase names (str), one StartRecord, StepRecords and EvalRecords as they come, one RunRecord.
+"""
+
+import math
+import statistics
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from launcher.data.loader import MicroBatch, StepBatch
+from launcher.errors import ContractError, NonFiniteError
+from launcher.ranks import Place, gather
+from launcher.records import EvalRecord, RankRecord, RunRecord, StartRecord, StepRecord, Verdict
+from launcher.recipe.schema import Recipe
+from launcher.train.adapter import prove_adapter, save_adapter
+from launcher.train.sample import generate
+from launcher.train.setup import Clock, Session, prepare
+from launcher.train.step import StepResult, arguments
+from launcher.train.verdicts import adapter_verdict, compile_verdicts, loss_verdict
+
+Event = str | StartRecord | StepRecord | EvalRecord | RunRecord
+SKIPS_IN_A_ROW = 20  # fp16: a scale that halves this often without one good step will not recover
+
+
+@dataclass
+class Progress:
+    """What the run has so far; also what a failure can still tell."""
+
+    steps: list[StepRecord] = field(default_factory=list)
+    evals: list[EvalRecord] = field(default_factory=list)
+    own_tokens: list[tuple[int, int]] = field(default_factory=list)  # this rank's (all, supervised) by step
+    session: Session | None = None
+    skipped_in_a_row: int = 0
+
+    @property
+    def step(self) -> int:
+        return self.steps[-1].step if self.steps else 0
+
+
+def run(
+    recipe: Recipe, progress: Progress, place: Place, *, name: str, shipped: Path, notes: tuple[str, ...] = ()
+) -> Iterator[Event]:
+    """Train as `recipe` says. `progress` is filled as the run goes, for whoever has to report a failure.
+
+    Raises the errors of launcher/errors.py; the folder, once there, then holds everything up to the last good step.
+    """
+    clock = Clock()
+    yield "reading data"
+    with clock.phase("data"):
+        prepared = prepare(recipe, place, shipped=shipped)
+    yield "starting processes"
+    with clock.phase("start"):
+        session = progress.session = Session(recipe, prepared, place, name=name, clock=clock)
+        session.open_folder()
+    yield "loading model"
+    with clock.phase("load"):
+        session.build()
+    yield "compiling"
+    with clock.phase("compile"):
+        session.compile()
+    yield start_record(session, notes)
+    yield from _train(session, progress)
+    yield "saving adapter"
+    with clock.phase("save"):
+        proof = _save(session)
+    with clock.phase("sample"):
+        sample = _sample(session)
+    ranks = tuple(gather(rank_record(session, progress)))
+    record = RunRecord(
+        recipe=recipe.model_dump(mode="json"),
+        start=start_record(session, notes),
+        steps=tuple(progress.steps),
+        evals=tuple(progress.evals),
+        elapsed_s=clock.elapsed_s,
+        ranks=ranks,
+        verdicts=tuple(_verdicts(session, progress, ranks, proof)),
+        data=dict(prepared.data.counts),
+        sample=sample,
+    )
+    if place.is_main:
+        session.folder.report(record)
+    session.accelerator.end_training()
+    yield record
+    broken = [v for v in record.verdicts if not v.holds]
+    if broken and recipe.compile.mode == "strict":
+        raise ContractError("; ".join(f"{v.claim}: {v.evidence}" for v in broken), step=progress.step)
+
+
+def _train(session: Session, progress: Progress) -> Iterator[StepRecord | EvalRecord]:
+    recipe, clock = session.recipe.train, session.clock
+    yield from _evaluate(session, progress, step=0)
+    pending: list[tuple[StepResult, StepBatch]] = []
+    window = time.perf_counter()
+    for number in range(1, session.steps + 1):
+        with clock.phase("train"):
+            batch = next(session.batches)
+            pending.append((session.step(batch), batch))
+            if number % recipe.log_every and number < session.steps:
+                continue
+            records = _read(session, progress, pending, window)
+            pending = []
+        yield from records
+        if number == session.steps or (recipe.eval_every and number % recipe.eval_every == 0):
+            yield from _evaluate(session, progress, step=number)
+        window = time.perf_counter()
+    session.ledger.mark("after training")
+
+
+def _read(
+    session: Session, progress: Progress, pending: list[tuple[StepResult, StepBatch]], window: float
+) -> list[StepRecord]:
+    """Turn results on the device into records; here the host waits for it, once every `train.log_every` steps.
+
+    Raises NonFiniteError naming the first step whose loss or gradient is not finite, ContractError for a compilation.
+    """
+    sums = torch.stack([result.loss_sum for result, _ in pending])
+    losses = session.accelerator.reduce(sums, reduction="sum").tolist()
+    norms = torch.stack([result.grad_norm for result, _ in pending]).tolist()
+    step_s = (time.perf_counter() - window) / len(pending)
+    records = []
+    for (result, batch), loss, norm in zip(pending, losses, norms, strict=True):
+        record = StepRecord(
+            step=progress.step + 1,
+            loss=loss / max(1, batch.supervised_tokens),
+            lr=result.lr,
+            grad_norm=norm,
+            tokens=batch.tokens,
+            supervised_tokens=batch.supervised_tokens,
+            step_s=step_s,
+            vram_mib=session.ledger.used_mib(),
+            skipped=result.skipped,
+        )
+        progress.skipped_in_a_row = progress.skipped_in_a_row + 1 if result.skipped else 0
+        _check_finite(record, progress.skipped_in_a_row)
+        progress.steps.append(record)
+        own = [(m.tokens, m.supervised_tokens) for m in batch.micro_batches]
+        progress.own_tokens.append((sum(t for t, _ in own), sum(s for _, s in own)))
+        _log(session, record, {"loss": record.loss, "lr": record.lr, "grad_norm": record.grad_norm})
+        records.append(record)
+    session.plan.check()
+    return records
+
+
+def _check_finite(record: StepRecord, skipped_in_a_row: int) -> None:
+    if math.isfinite(record.loss) and (math.isfinite(record.grad_norm) or record.skipped):
+        if skipped_in_a_row < SKIPS_IN_A_ROW:
+            return
+        what = f"{skipped_in_a_row} fp16 steps in a row overflowed"
+    else:
+        what = f"loss {record.loss}, gradient norm {record.grad_norm}"
+    raise NonFiniteError(
+        f"loss and gradients must be finite; step {record.step} has {what}. Its update was not applied.\n"
+        "Lower train.lr, look at the data of that step, or use model.dtype=bfloat16 or float32.",
+        step=record.step,
+    )
+
+
+def _evaluate(session: Session, progress: Progress, *, step: int) -> Iterator[EvalRecord]:
+    if not session.eval_batches:
+        return
+    with session.clock.phase("evaluate"), torch.no_grad():
+        sums = torch.zeros(2, dtype=torch.float64, device=session.accelerator.device)
+        for batch in session.eval_batches:
+            sums[0] += session.plan.call(session.built.packed, *arguments(batch.to(sums.device)))
+            sums[1] += batch.supervised_tokens
+        total, supervised = session.accelerator.reduce(sums, reduction="sum").tolist()
+    record = EvalRecord(step, total / max(1.0, supervised))
+    progress.evals.append(record)
+    _log(session, record, {"eval_loss": record.eval_loss})
+    yield record
+
+
+def _log(session: Session, record: StepRecord | EvalRecord, values: dict[str, float]) -> None:
+    if session.place.is_main:
+        session.folder.metric(record)
+    if session.recipe.run.trackers:
+        session.accelerator.log(values, step=record.step)
+
+
+def _save(session: Session) -> tuple[float, float]:
+    """Save on rank 0 and prove the files there; the others wait."""
+    proof = (math.nan, math.nan)
+    if session.place.is_main:
+        built, probe = session.built, session.probe
+        save_adapter(built.peft, session.prepared.tokenizer, session.folder.adapter)
+        proof = prove_adapter(built.peft, session.folder.adapter, loss=lambda: _probe_loss(session, probe))
+    session.accelerator.wait_for_everyone()
+    return proof
+
+
+def _probe_loss(session: Session, probe: MicroBatch) -> float:
+    with torch.no_grad():
+        total = session.plan.call(session.built.packed, *arguments(probe))
+    return float(total) / max(1, probe.supervised_tokens)
+
+
+def _sample(session: Session) -> Any:
+    example, tokens = session.prepared.data.example, session.recipe.run.sample_tokens
+    if not (session.place.is_main and example and tokens):
+        return None
+    return generate(
+        session.built.packed,
+        session.prepared.tokenizer,
+        example,
+        tokens=tokens,
+        max_length=session.recipe.data.max_length,
+    )
+
+
+def _verdicts(session: Session, progress: Progress, ranks: Any, proof: tuple[float, float]) -> list[Verdict]:
+    compiled = [] if session.recipe.compile.mode == "off" else compile_verdicts(ranks)
+    return [*compiled, loss_verdict(progress.steps), adapter_verdict(*proof)]
+
+
+def start_record(session: Session, notes: tuple[str, ...]) -> StartRecord:
+    """What is about to run, for the start panel and the report."""
+    recipe, built, data = session.recipe, session.built, session.prepared.data
+    device = session.accelerator.device
+    c = recipe.compile
+    return StartRecord(
+        recipe=session.name,
+        model=session.prepared.source + (" (random weights)" if recipe.model.init == "random" else ""),
+        family=built.family.model_type,
+        parameters=built.parameters,
+        trainable=built.trainable,
+        device=torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
+        world_size=session.place.world_size,
+        dtype=str(built.dtype).removeprefix("torch."),
+        quantization=built.quantization,
+        attention=f"{built.attention} ({built.attention_why})",
+        micro_batch=recipe.train.micro_batch,
+        max_length=recipe.data.max_length,
+        accumulation=recipe.train.accumulation,
+        steps=session.steps,
+        optimizer=f"{recipe.train.optimizer}, lr {recipe.train.lr:g}, {recipe.train.schedule}",
+        compile="off" if c.mode == "off" else f"{c.mode}, scope {c.scope}, {c.backend}",
+        train_rows=data.train_rows,
+        train_blocks=data.train.rows,
+        validation_rows=data.validation_rows,
+        fill=data.train.fill,
+        run_dir=str(session.folder.path),
+        notes=notes,
+    )
+
+
+def rank_record(session: Session, progress: Progress) -> RankRecord:
+    """This process's account. The first step is left out of the timings where there are more: it warms allocators."""
+    skip = 1 if len(progress.steps) > 1 else 0
+    times = [s.step_s for s in progress.steps][skip:]
+    tokens = progress.own_tokens[skip:]
+    phases = {p.phase: p for p in session.ledger.phases}
+    return RankRecord(
+        rank=session.place.rank,
+        device=str(session.accelerator.device),
+        compile=session.observer.record(),
+        vram=tuple(session.ledger.phases),
+        vram_before_mib=phases["after compile"].allocated_mib,
+        vram_after_mib=phases["after training"].allocated_mib,
+        vram_peak_mib=session.ledger.peak_mib(),
+        tokens_per_s=sum(t for t, _ in tokens) / sum(times),
+        supervised_tokens_per_s=sum(s for _, s in tokens) / sum(times),
+        step_ms_median=statistics.median(times) * 1000,
+        step_ms_p90=sorted(times)[min(len(times) - 1, int(0.9 * len(times)))] * 1000,
+    )

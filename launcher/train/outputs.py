@@ -1,0 +1,73 @@
+"""The files of a run, all in its folder and written by rank 0: metrics.jsonl, report.json, status.json."""
+
+import json
+import math
+import os
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from launcher.errors import CheckpointError
+from launcher.records import EvalRecord, RunRecord, StepRecord
+
+
+class RunFolder:
+    """`run.output_dir`, or runs/<recipe>-<time>. Nothing of a run is written anywhere else."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    @property
+    def adapter(self) -> Path:
+        return self.path / "adapter"
+
+    def create(self) -> None:
+        """Make the folder. Raises CheckpointError if it holds a run already."""
+        if (self.path / "status.json").exists() or (self.path / "metrics.jsonl").exists():
+            raise CheckpointError(
+                f"run.output_dir must not hold another run; {self.path} does. Choose another folder or remove it."
+            )
+        self.path.mkdir(parents=True, exist_ok=True)
+
+    def metric(self, record: StepRecord | EvalRecord) -> None:
+        """Append one line to metrics.jsonl."""
+        with open(self.path / "metrics.jsonl", "a", encoding="utf-8") as file:
+            file.write(json.dumps(_finite(asdict(record))) + "\n")
+
+    def report(self, run: RunRecord) -> None:
+        """Write report.json."""
+        _replace(self.path / "report.json", _finite(run.as_report()))
+
+    def status(self, *, code: int, reason: str, rank: int, step: int) -> None:
+        """Write status.json; the launcher masks worker exit codes, so this is where they can be read."""
+        if self.path.is_dir():
+            found = {"code": code, "reason": reason, "rank": rank, "step": step, "resumable": False}
+            _replace(self.path / "status.json", found)
+
+
+def default_folder(recipe: str) -> str:
+    """runs/<recipe>-<time>, with a counter where two runs start within a second. Absolute."""
+    name = Path(recipe).stem
+    base = Path.cwd() / "runs" / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    candidate, n = base, 1
+    while candidate.exists():
+        n += 1
+        candidate = base.with_name(f"{base.name}-{n}")
+    return str(candidate)
+
+
+def _replace(path: Path, content: dict[str, Any]) -> None:
+    """Write whole or not at all: a reader never sees half a file."""
+    staging = path.with_name(path.name + ".part")
+    staging.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    os.replace(staging, path)
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no NaN or infinity: they become null."""
+    if isinstance(value, dict):
+        return {k: _finite(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

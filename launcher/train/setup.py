@@ -1,0 +1,187 @@
+"""Everything before the first step. Split in two by cost and by consequence:
+
+`prepare` reads the model's config and tokenizer and packs the data: it finds every fault of recipe and data before the
+process group, the run folder or the weights exist. `Session` then builds the model, compiles it and warms it up.
+"""
+
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs, ProjectConfiguration
+
+from launcher.compile.observe import Observer
+from launcher.compile.plan import Plan
+from launcher.compile.regions import Region
+from launcher.data.loader import MicroBatch, StepBatch, TrainLoader, eval_batches
+from launcher.data.prepare import PreparedData
+from launcher.data.prepare import prepare as prepare_data
+from launcher.memory.vram import Ledger
+from launcher.model.attention import register_attention
+from launcher.model.build import BuiltModel, build_model, preflight
+from launcher.model.families import layer_mlps, layer_norms
+from launcher.model.source import load_config, load_tokenizer, locate
+from launcher.ops.attention import masked_attention, varlen_attention
+from launcher.ops.linear_ce import chunk_loss, chunk_loss_and_grad
+from launcher.ranks import Place, broadcast
+from launcher.recipe.schema import Recipe
+from launcher.train.optim import make_optimizer, make_schedule
+from launcher.train.outputs import RunFolder, default_folder
+from launcher.train.step import TrainStep, arguments
+
+
+class Clock:
+    """Seconds by phase, in order; phases of the same name add up."""
+
+    def __init__(self) -> None:
+        self.elapsed_s: dict[str, float] = {"imports": time.time() - psutil.Process().create_time()}
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.elapsed_s[name] = self.elapsed_s.get(name, 0.0) + time.perf_counter() - start
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What a run knows before it touches weights."""
+
+    source: str  # absolute folder or hub id
+    config: Any
+    tokenizer: Any
+    data: PreparedData
+    device: torch.device
+
+
+def prepare(recipe: Recipe, place: Place, *, shipped: Path) -> Prepared:
+    """Locate the model, check what the recipe asks of it, read and pack the data. `shipped` is the recipes folder.
+
+    Raises RecipeError (2) and DataError (3); writes nothing.
+    """
+    use_cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
+    cuda = torch.cuda.is_available() and not use_cpu
+    device = torch.device("cuda", place.local_rank) if cuda else torch.device("cpu")
+    source = locate(recipe.model, shipped / "architectures")
+    config = load_config(source, recipe.model)
+    preflight(recipe, config, device)
+    tokenizer = load_tokenizer(source, recipe.model, stand_in=shipped / "tiny" / "base")
+    data = prepare_data(recipe.data, tokenizer, seed=recipe.train.seed)
+    return Prepared(source, config, tokenizer, data, device)
+
+
+class Session:
+    """One process's half-built run. The steps of building are methods, so that the loop can time and announce each."""
+
+    def __init__(self, recipe: Recipe, prepared: Prepared, place: Place, *, name: str, clock: Clock) -> None:
+        self.recipe, self.prepared, self.place, self.clock = recipe, prepared, place, clock
+        self.name = name
+        # Before the first compile: the thread count is guarded on, and launchers set it to 1 on CPUs.
+        torch.set_num_threads(place.cores)
+        self.accelerator = Accelerator(
+            cpu=prepared.device.type == "cpu",
+            mixed_precision="no",  # casts are explicit
+            dynamo_backend="no",  # compile/plan.py is the one owner
+            log_with=list(recipe.run.trackers) or None,
+            kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)],
+        )
+        self.folder = RunFolder(Path(broadcast(recipe.run.output_dir or default_folder(name))).absolute())
+        self.observer = Observer()
+        self.ledger = Ledger(self.accelerator.device)
+
+    def build(self) -> BuiltModel:
+        """Load, quantise, adapt; the ledger gets a record after each."""
+        self.ledger.mark("before load")
+        self.built = build_model(
+            self.recipe,
+            self.prepared.source,
+            self.prepared.config,
+            device=self.accelerator.device,
+            phase=self.ledger.mark,
+        )
+        return self.built
+
+    def compile(self) -> None:
+        """Apply the plan, wrap for DDP, compile every planned graph, check the count, wait for the others, arm."""
+        train, built = self.recipe.train, self.built
+        self.plan = Plan(regions_of(built), compile=self.recipe.compile, observer=self.observer)
+        loader = TrainLoader(
+            self.prepared.data.train,
+            micro_batch=train.micro_batch,
+            accumulation=train.accumulation,
+            rank=self.place.rank,
+            world_size=self.place.world_size,
+            seed=train.seed,
+        )
+        self.batches: Iterator[StepBatch] = iter(loader)
+        self.steps = train.steps or max(1, round((train.epochs or 0) * loader.steps_per_epoch))
+        self.eval_batches = self._eval_batches()
+        optimizer = make_optimizer((p for p in built.packed.parameters() if p.requires_grad), train)
+        self.step = TrainStep(
+            self.accelerator.prepare_model(built.packed),
+            optimizer=optimizer,
+            schedule=make_schedule(optimizer, train, steps=self.steps),
+            plan=self.plan,
+            accelerator=self.accelerator,
+            clip=train.clip,
+            fp16=built.dtype == torch.float16,
+        )
+        self.probe: MicroBatch = next(iter(loader)).micro_batches[0].to(self.accelerator.device)
+        self.plan.warm_up(self._every_planned_call)
+        self.accelerator.wait_for_everyone()
+        torch.manual_seed(train.seed + self.place.rank)  # LoRA dropout differs between ranks, and from the warm-up's
+        self.ledger.mark("after compile")
+
+    def open_folder(self) -> None:
+        """Create the run folder (rank 0) and start the trackers."""
+        if self.place.is_main:
+            self.folder.create()
+        if self.recipe.run.trackers:
+            config = ProjectConfiguration(project_dir=str(self.folder.path), logging_dir=str(self.folder.path))
+            self.accelerator.project_configuration = config
+            self.accelerator.init_trackers("trackers")
+
+    def _eval_batches(self) -> list[MicroBatch]:
+        validation = self.prepared.data.validation
+        if validation is None:
+            return []
+        return eval_batches(
+            validation,
+            micro_batch=self.recipe.train.micro_batch,
+            rank=self.place.rank,
+            world_size=self.place.world_size,
+        )
+
+    def _every_planned_call(self) -> None:
+        """Forward and backward, and forward alone, of the one shape there is; leaves no trace but compiled code."""
+        inputs = arguments(self.probe)
+        self.step.model(*inputs).backward()
+        for parameter in self.step.parameters:
+            parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad.zero_()
+        with torch.no_grad():
+            self.built.packed(*inputs)
+
+
+def regions_of(built: BuiltModel) -> list[Region]:
+    """The regions of a built model that a compile plan may choose from; each is called in training and evaluation."""
+    packed, losses = built.packed, built.packed.loss_functions
+    decoder = built.peft.get_base_model().model
+    core = {"sdpa": masked_attention, "varlen": varlen_attention}[built.attention]
+    return [
+        Region("layer", 2, modules=tuple(packed.body.layers)),
+        Region("body", 2, modules=(packed.body,)),
+        Region("mlp", 2, modules=layer_mlps(built.family, decoder)),
+        Region("rmsnorm", 2, modules=layer_norms(built.family, decoder)),
+        Region("attention", 2, function=core, install=lambda f: register_attention(built.attention, f) and None),
+        Region("loss", 1, function=chunk_loss_and_grad, install=lambda f: setattr(losses, "loss_and_grad", f)),
+        Region("loss", 1, function=chunk_loss, install=lambda f: setattr(losses, "loss", f)),
+    ]

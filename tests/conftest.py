@@ -1,0 +1,86 @@
+"""Shared small things: a two-layer model folder, a recipe on it, and one Inductor cache for the whole suite."""
+
+import os
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+TINY = ROOT / "recipes" / "tiny"
+
+os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(Path(tempfile.gettempdir()) / f"qlora-launcher-tests-{os.getuid()}"))
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+WIDTH = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "head_dim": 16, "vocab_size": 8192}
+HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 512}
+
+
+def small_config(model_type: str = "llama", **changes: Any) -> Any:
+    """A transformers config of a family at test size, with room for the tiny tokenizer's vocabulary."""
+    from transformers import AutoConfig
+
+    return AutoConfig.for_model(model_type, **{**WIDTH, **HEADS, **changes})
+
+
+@pytest.fixture(scope="session")
+def small_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a full fp32 checkpoint of a two-layer Llama and the tiny tokenizer."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder = tmp_path_factory.mktemp("small-model")
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(small_config())
+    with torch.no_grad():  # larger than the default initialisation: attention and MLP must matter to the loss
+        for parameter in model.parameters():
+            if parameter.ndim == 2:
+                parameter.mul_(4)
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(TINY / "base").save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def rows_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Sixty short chats of the shipped set."""
+    file = tmp_path_factory.mktemp("rows") / "rows.jsonl"
+    with open(TINY / "train.jsonl", encoding="utf-8") as shipped:
+        file.write_text("".join(next(shipped) for _ in range(60)), encoding="utf-8")
+    return file
+
+
+@pytest.fixture
+def make_recipe(small_model: Path, rows_file: Path, tmp_path: Path) -> Callable[..., Any]:
+    """Recipe factory: the small model, aot_eager, four steps; sections given are merged over that."""
+    from launcher.recipe.schema import Recipe
+
+    def make(**sections: dict[str, Any]) -> Recipe:
+        base: dict[str, dict[str, Any]] = {
+            "model": {"name": str(small_model)},
+            "lora": {"r": 4},
+            "data": {"sources": [{"path": str(rows_file)}], "max_length": 64, "validation": 0.1},
+            "compile": {"backend": "aot_eager"},
+            "train": {"steps": 4, "micro_batch": 2, "lr": 1e-3},
+            "run": {"output_dir": str(tmp_path / "run"), "sample_tokens": 4},
+        }
+        for name, values in sections.items():
+            base[name] = {**base.get(name, {}), **values}
+        return Recipe.model_validate(base)
+
+    return make
+
+
+@pytest.fixture
+def clean_dynamo() -> Iterator[None]:
+    """Leave dynamo as it was found: no cached frames, no armed guard."""
+    import torch
+    import torch._dynamo
+
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+    torch._dynamo.config.error_on_recompile = False

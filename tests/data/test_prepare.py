@@ -1,0 +1,174 @@
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+from transformers import PreTrainedTokenizerFast
+
+from launcher.data.formats import Text
+from launcher.data.packing import Document, Packed
+from launcher.data.prepare import Encoded, prepare, split
+from launcher.errors import DataError
+from launcher.recipe.schema import DataSection
+
+Write = Callable[..., str]
+
+
+def ask(question: str, answer: str) -> dict[str, Any]:
+    return {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
+
+
+CHATS = [ask(f"Define the word {n}", f"the number {n} " * (1 + n % 5)) for n in range(60)]
+
+
+def section(*paths: str, **options: Any) -> DataSection:
+    return DataSection.model_validate({"sources": [{"path": path} for path in paths], "max_length": 256, **options})
+
+
+def texts(packed: Packed | None, tokenizer: PreTrainedTokenizerFast) -> list[str]:
+    if packed is None:
+        return []
+    return [
+        str(tokenizer.decode(ids[:used][document_ids[:used] == index]))
+        for ids, document_ids, used in zip(packed.input_ids, packed.document_ids, packed.lengths, strict=True)
+        for index in range(document_ids[:used].max() + 1)
+    ]
+
+
+def test_rows_become_packed_blocks_with_counts_that_add_up(write: Write, tokenizer: PreTrainedTokenizerFast) -> None:
+    bad = [b"{", {"messages": []}, ask("Hi", " "), {"messages": [{"role": "robot", "content": "x"}]}]
+    prepared = prepare(section(write([*CHATS, *bad]), bad_rows="skip", validation=0.1), tokenizer, seed=0)
+    counts = prepared.counts
+    assert (counts["rows_read"], counts["documents"], counts["validation_documents"]) == (64, 54, 6)
+    assert (prepared.train_rows, prepared.validation_rows) == (54, 6)
+    dropped = {key: n for key, n in counts.items() if "dropped" in key}
+    assert dropped == {f"rows_dropped_{r}": 1 for r in ("broken_json", "empty", "zero_supervised", "unknown_role")}
+    assert counts["rows_read"] == counts["documents"] + counts["validation_documents"] + sum(dropped.values())
+    assert (counts["tokens"], counts["supervised_tokens"]) == (prepared.train.tokens, prepared.train.supervised_tokens)
+    assert (counts["truncated"], counts["empty_assistant_turns"]) == (0, 1)
+    assert prepared.train.input_ids.shape[1] == 256
+    assert prepared.train.pad_id == tokenizer.pad_token_id
+
+
+def test_a_fraction_shares_no_row_with_training(write: Write, tokenizer: PreTrainedTokenizerFast) -> None:
+    prepared = prepare(section(write(CHATS * 3), validation=0.2), tokenizer, seed=0)
+    train, validation = texts(prepared.train, tokenizer), texts(prepared.validation, tokenizer)
+    assert not set(train) & set(validation)
+    assert (len(train), len(validation)) == (144, 36)
+    assert len(set(train) | set(validation)) == 60
+
+
+def test_a_fraction_of_zero_and_a_single_row_give_no_validation(
+    write: Write, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    for rows, fraction in ((CHATS, 0.0), (CHATS[:1], 0.5), (CHATS[:1] * 5, 0.5)):
+        prepared = prepare(section(write(rows), validation=fraction), tokenizer, seed=0)
+        assert (prepared.validation, prepared.example, prepared.validation_rows) == (None, None, 0)
+        assert prepared.train_rows == len(rows)
+
+
+def encoded(*names: str) -> list[Encoded]:
+    return [(Text(name, where=f"f:{i}"), Document([1], [True])) for i, name in enumerate(names)]
+
+
+@pytest.mark.parametrize(("rows", "fraction", "expected"), [(2, 0.01, 1), (2, 0.99, 1), (10, 0.05, 1), (100, 0.25, 25)])
+def test_a_tiny_set_validates_on_at_least_one_row_and_trains_on_at_least_one(
+    rows: int, fraction: float, expected: int
+) -> None:
+    train, validation = split(encoded(*map(str, range(rows))), fraction=fraction, seed=0)
+    assert (len(train), len(validation)) == (rows - expected, expected)
+
+
+def test_many_equal_rows_are_not_all_held_out() -> None:
+    for seed in range(10):
+        train, validation = split(encoded(*["same"] * 90, *map(str, range(10))), fraction=0.05, seed=seed)
+        assert (len(train), len(validation)) == (95, 5)
+        assert "same" not in {row.text for row, _ in validation if isinstance(row, Text)}
+    train, validation = split(encoded(*["a"] * 50, *["b"] * 40), fraction=0.05, seed=0)
+    assert (len(train), len(validation)) == (50, 40)
+
+
+def test_a_rows_side_follows_from_the_seed_and_not_from_its_place() -> None:
+    rows = encoded(*map(str, range(200)))
+    sides = [
+        {row.text for row, _ in split(order, fraction=0.1, seed=seed)[1] if isinstance(row, Text)}
+        for order, seed in ((rows, 3), (rows[::-1], 3), (rows, 4))
+    ]
+    assert sides[0] == sides[1]
+    assert sides[0] != sides[2]
+
+
+def test_one_seed_prepares_the_same_and_another_another(write: Write, tokenizer: PreTrainedTokenizerFast) -> None:
+    data = section(write(CHATS), validation=0.2)
+    one, same, other = (prepare(data, tokenizer, seed=seed) for seed in (1, 1, 2))
+    assert np.array_equal(one.train.input_ids, same.train.input_ids)
+    assert one.example == same.example
+    assert not np.array_equal(one.train.input_ids, other.train.input_ids)
+
+
+def test_a_validation_file_is_counted_apart(write: Write, tokenizer: PreTrainedTokenizerFast) -> None:
+    path = write([*CHATS[:3], ask("Hi", "")], name="validation.jsonl")
+    prepared = prepare(section(write(CHATS[10:]), validation=path), tokenizer, seed=0)
+    counts = prepared.counts
+    assert (counts["rows_read"], counts["documents"], counts["validation_documents"]) == (50, 50, 3)
+    assert (counts["validation_rows_read"], counts["validation_rows_dropped_zero_supervised"]) == (4, 1)
+    assert "rows_dropped_zero_supervised" not in counts
+    assert len(texts(prepared.validation, tokenizer)) == prepared.validation_rows == 3
+
+
+def test_several_sources_of_both_formats_are_trained_on_together(
+    write: Write, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    paths = write(CHATS), write([{"text": "a river flows to the sea"}], name="texts.jsonl")
+    prepared = prepare(section(*paths, validation=0), tokenizer, seed=0)
+    assert prepared.counts["rows_read"] == prepared.train_rows == 61
+    assert "<|bos|>a river flows to the sea<|eot|>" in texts(prepared.train, tokenizer)
+
+
+def test_the_example_asks_a_validation_question_and_knows_its_answer(
+    write: Write, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    example = prepare(section(write(CHATS), validation=0.1), tokenizer, seed=0).example
+    assert example is not None
+    assert example.prompt.endswith("<|head|>assistant<|/head|>\n\n")
+    assert tokenizer.decode(example.prompt_ids) == example.prompt
+    asked = example.prompt.split("Define the word ")[1].split("<|eot|>")[0]
+    assert f"the number {asked}" in example.expected
+
+
+LONG = ask("Define the word sea", "water " * 400)
+LONG_QUESTION = ask("why " * 200, "because")
+
+
+def test_over_long_rows_are_cut_dropped_or_refused_and_counted(
+    write: Write, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    path = write([*CHATS[:4], LONG, LONG_QUESTION])
+    cut = prepare(section(path, validation=0), tokenizer, seed=0)
+    assert (cut.counts["truncated"], cut.counts["documents"]) == (2, 5)
+    assert cut.counts["rows_dropped_zero_supervised"] == 1  # the question alone fills the row
+    assert max(len(tokenizer(t).input_ids) for t in texts(cut.train, tokenizer)) == 256
+    dropped = prepare(section(path, validation=0, too_long="drop"), tokenizer, seed=0).counts
+    assert (dropped["rows_dropped_too_long"], dropped["documents"], dropped["truncated"]) == (2, 4, 0)
+    with pytest.raises(DataError, match=rf"{path}:5: .*data.max_length=256.*\nFound: \d+ tokens") as caught:
+        prepare(section(path, validation=0, too_long="raise", bad_rows="skip"), tokenizer, seed=0)
+    assert caught.value.code == 3
+
+
+@pytest.mark.parametrize("row", [ask("Hi", " "), LONG_QUESTION, {"messages": [{"role": "user", "content": "Hi"}]}])
+def test_nothing_left_to_learn_is_an_error_that_says_where_it_went(
+    write: Write, tokenizer: PreTrainedTokenizerFast, row: dict[str, Any]
+) -> None:
+    with pytest.raises(DataError, match="0 usable rows") as caught:
+        prepare(section(write([row, row])), tokenizer, seed=0)
+    assert "Found: 2 rows read; 2 rows_dropped_zero_supervised" in str(caught.value)
+    assert caught.value.code == 3 and len(str(caught.value).splitlines()) <= 5
+    assert prepare(section(write([row, row]), loss_on="all"), tokenizer, seed=0).train_rows == 2
+
+
+def test_a_tokenizer_without_padding_pads_with_what_it_has(write: Write, make_tokenizer: Any) -> None:
+    tokenizer = make_tokenizer("llama3")
+    tokenizer.pad_token = None
+    assert prepare(section(write(CHATS)), tokenizer, seed=0).train.pad_id == tokenizer.eos_token_id
+    tokenizer.eos_token = None
+    assert prepare(section(write(CHATS)), tokenizer, seed=0).train.pad_id == 0

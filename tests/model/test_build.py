@@ -1,0 +1,159 @@
+import json
+import shutil
+
+import pytest
+import torch
+from bitsandbytes.nn import Linear4bit
+from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
+
+from launcher.errors import RecipeError
+from launcher.model.build import build_model, choose_dtype, preflight
+from launcher.model.source import load_config, load_tokenizer, locate
+from tests.conftest import ROOT, TINY, small_config
+
+CPU = torch.device("cpu")
+ARCHITECTURES = ROOT / "recipes" / "architectures"
+
+
+def build(recipe, phases=None):
+    source = locate(recipe.model, ARCHITECTURES)
+    config = load_config(source, recipe.model)
+    preflight(recipe, config, CPU)
+    return build_model(recipe, source, config, device=CPU, phase=(phases if phases is not None else []).append)
+
+
+def test_a_full_checkpoint_becomes_nf4_with_fp32_adapters_on_seven_projections(make_recipe):
+    phases = []
+    built = build(make_recipe(), phases)
+    quantised = [m for m in built.peft.modules() if isinstance(m, Linear4bit)]
+    assert len(quantised) == 7 * 2
+    assert all(m.weight.quant_type == "nf4" and m.weight.quant_state.nested for m in quantised)
+    trainable = {n: p for n, p in built.peft.named_parameters() if p.requires_grad}
+    assert len(trainable) == 2 * 7 * 2
+    assert all(p.dtype == torch.float32 and "lora_" in n for n, p in trainable.items())
+    assert built.trainable == sum(p.numel() for p in trainable.values())
+    assert phases == ["after load", "after adapters"]
+    assert built.quantization == "nf4, double quantised"
+
+
+def test_parameters_are_counted_unpacked(make_recipe, small_model):
+    full = AutoModelForCausalLM.from_pretrained(small_model)
+    built = build(make_recipe())
+    assert built.parameters == sum(p.numel() for p in full.parameters()) + built.trainable
+
+
+def test_a_checkpoint_already_quantised_loads_to_the_same_weights(make_recipe, small_model, tmp_path):
+    settings = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
+    model = AutoModelForCausalLM.from_pretrained(small_model, quantization_config=settings, dtype=torch.float32)
+    model.save_pretrained(tmp_path / "quantised")
+    once = build(make_recipe())
+    again = build(make_recipe(model={"name": str(tmp_path / "quantised")}))
+    pairs = zip(once.peft.modules(), again.peft.modules(), strict=True)
+    weights = [(a.weight, b.weight) for a, b in pairs if isinstance(a, Linear4bit)]
+    assert len(weights) == 14
+    assert all(torch.equal(a, b) for a, b in weights)
+    assert "as the checkpoint came" in again.quantization
+
+
+def test_a_checkpoint_quantised_in_another_way_is_refused(make_recipe, small_model, tmp_path):
+    folder = tmp_path / "fp4"
+    shutil.copytree(small_model, folder)
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "fp4"}
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(RecipeError, match="already quantised as 'fp4'"):
+        build(make_recipe(model={"name": str(folder)}))
+
+
+def test_quant_none_leaves_the_base_as_it_is(make_recipe):
+    built = build(make_recipe(quant={"type": "none"}))
+    assert not any(isinstance(m, Linear4bit) for m in built.peft.modules())
+    assert built.quantization == "none"
+
+
+def test_random_weights_need_only_a_config_and_are_the_seeds(make_recipe, tmp_path):
+    small_config().save_pretrained(tmp_path / "bare")
+    recipe = make_recipe(model={"name": str(tmp_path / "bare"), "init": "random"})
+    one, same = build(recipe), build(recipe)
+    other = build(make_recipe(model={"name": str(tmp_path / "bare"), "init": "random"}, train={"seed": 1}))
+    weights = [b.packed.body.layers[0].mlp.up_proj.base_layer.weight for b in (one, same, other)]
+    assert torch.equal(weights[0], weights[1])
+    assert not torch.equal(weights[0], weights[2])
+    assert not any(p.is_meta for p in one.peft.parameters())
+    assert not any(b.is_meta for b in one.peft.buffers())
+
+
+def test_random_and_loaded_models_are_alike_but_for_their_values(make_recipe, tmp_path):
+    small_config().save_pretrained(tmp_path / "bare")
+    random = build(make_recipe(model={"name": str(tmp_path / "bare"), "init": "random"}))
+    loaded = build(make_recipe())
+    names = [{n: (p.shape, p.dtype, p.requires_grad) for n, p in b.peft.named_parameters()} for b in (random, loaded)]
+    assert names[0] == names[1]
+    assert random.packed.head.weight is random.packed.embed.weight or not random.peft.config.tie_word_embeddings
+
+
+@pytest.mark.parametrize("name", ["unsloth/Llama-3.2-1B-Instruct", "unsloth/Llama-3.2-3B-Instruct", "unsloth/Meta-Llama-3.1-8B-Instruct"])
+def test_the_shipped_architectures_have_the_published_sizes(make_recipe, name):
+    source = locate(make_recipe(model={"name": name, "init": "random"}).model, ARCHITECTURES)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(source))
+    billions = {"3.2-1B": 1.2358, "3.2-3B": 3.2128, "3.1-8B": 8.0303}
+    expected = next(size for part, size in billions.items() if part in name)
+    assert sum(p.numel() for p in model.parameters()) / 1e9 == pytest.approx(expected, abs=1e-4)
+
+
+def test_a_lora_target_without_a_match_is_named_with_those_there_are(make_recipe):
+    with pytest.raises(RecipeError, match=r"(?s)query matched nothing.*q_proj") as caught:
+        build(make_recipe(lora={"targets": ["q_proj", "query"]}))
+    assert caught.value.code == 2
+
+
+def test_the_head_is_no_lora_target_because_the_loss_reads_it_directly(make_recipe):
+    with pytest.raises(RecipeError, match="lm_head matched nothing"):
+        build(make_recipe(lora={"targets": ["lm_head"]}))
+
+
+def test_a_missing_folder_and_a_folder_without_config_are_told_apart(make_recipe, tmp_path):
+    with pytest.raises(RecipeError, match="there is no folder"):
+        locate(make_recipe(model={"name": str(tmp_path / "nowhere")}).model, ARCHITECTURES)
+    with pytest.raises(RecipeError, match="must hold config.json"):
+        locate(make_recipe(model={"name": str(tmp_path)}).model, ARCHITECTURES)
+
+
+def test_an_architecture_that_is_not_shipped_lists_those_that_are(make_recipe):
+    with pytest.raises(RecipeError, match="Llama-3.2-1B-Instruct"):
+        locate(make_recipe(model={"name": "someone/else", "init": "random"}).model, ARCHITECTURES)
+
+
+def test_a_hub_id_that_cannot_be_had_names_the_offline_way(make_recipe):
+    with pytest.raises(RecipeError, match=r"(?s)someone/else.*model.name=/path/to/folder"):
+        locate(make_recipe(model={"name": "someone/else"}).model, ARCHITECTURES)
+
+
+def test_a_model_that_wants_its_own_code_is_refused_and_nothing_is_imported(make_recipe, tmp_path):
+    marker = tmp_path / "imported"
+    folder = tmp_path / "remote"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps({"model_type": "mine", "auto_map": {"AutoConfig": "mine.Mine"}}))
+    (folder / "mine.py").write_text(f"open({str(marker)!r}, 'w')\n")
+    recipe = make_recipe(model={"name": str(folder)})
+    with pytest.raises(RecipeError, match="without remote code"):
+        load_config(locate(recipe.model, ARCHITECTURES), recipe.model)
+    assert not marker.exists()
+
+
+def test_random_weights_take_the_tiny_tokenizer_where_none_is_beside_the_config(make_recipe, tmp_path):
+    small_config().save_pretrained(tmp_path / "bare")
+    recipe = make_recipe(model={"name": str(tmp_path / "bare"), "init": "random"})
+    tokenizer = load_tokenizer(str(tmp_path / "bare"), recipe.model, stand_in=TINY / "base")
+    assert tokenizer.chat_template
+
+
+def test_auto_dtype_is_float32_on_a_cpu():
+    assert choose_dtype("auto", CPU) == torch.float32
+    assert choose_dtype("bfloat16", CPU) == torch.bfloat16
+
+
+def test_variable_length_attention_on_a_cpu_is_refused(make_recipe):
+    with pytest.raises(RecipeError, match="model.attention=auto"):
+        build(make_recipe(model={"attention": "varlen"}))

@@ -1,0 +1,122 @@
+"""Each family computes what its stock model computes, packed, and needs one graph for all its layers."""
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from launcher.compile.observe import Observer
+from launcher.compile.plan import Plan
+from launcher.compile.regions import Region
+from launcher.errors import RecipeError
+from launcher.model.attention import register_attention
+from launcher.model.families import FAMILIES, family_of
+from launcher.model.packed import PackedCausalLM
+from launcher.recipe.schema import CompileSection
+from tests.conftest import small_config
+
+LENGTHS = (5, 1, 9)  # documents of row 0; the rest of its 20 positions is padding. Row 1 is one document
+
+
+def packed_batch(vocabulary, *, rows=2, length=20, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(vocabulary, (rows, length), generator=generator)
+    labels = torch.full((rows, length), -100)
+    positions, documents = torch.arange(length).repeat(rows, 1), torch.zeros(rows, length, dtype=torch.int32)
+    start = 0
+    for number, size in enumerate((*LENGTHS, length - sum(LENGTHS))):
+        positions[0, start : start + size] = torch.arange(size)
+        documents[0, start : start + size] = number
+        if number < len(LENGTHS):
+            labels[0, start : start + size - 1] = ids[0, start + 1 : start + size]
+        start += size
+    labels[1, :-1] = ids[1, 1:]
+    boundaries = torch.tensor([0, 5, 6, 15, 20, 40], dtype=torch.int32)
+    return ids, labels, positions, documents, boundaries
+
+
+def build(model_type, **changes):
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(small_config(model_type, **changes)).requires_grad_(False)
+    family = family_of(model.config, max_length=20)
+    return model, family
+
+
+def packed_form(model):
+    model.set_attn_implementation(register_attention("sdpa"))
+    return PackedCausalLM(model, attention="sdpa", max_length=20, loss_chunk_mib=1)
+
+
+def stock_loss_one_by_one(model, ids):
+    """Sum of token losses of each document alone, by transformers' own forward."""
+    total, start = 0.0, 0
+    for size in LENGTHS:
+        if size > 1:
+            piece = ids[:1, start : start + size]
+            total += float(model(input_ids=piece, labels=piece).loss) * (size - 1)
+        start += size
+    return total + float(model(input_ids=ids[1:], labels=ids[1:]).loss) * 19
+
+
+@pytest.mark.parametrize("model_type", sorted(FAMILIES))
+def test_packed_loss_of_each_family_equals_its_stock_model_document_by_document(model_type):
+    model, _ = build(model_type)
+    ids, *rest = packed_batch(model.config.vocab_size)
+    with torch.no_grad():
+        expected = stock_loss_one_by_one(model, ids)
+        loss = float(packed_form(model)(ids, *rest))
+    assert loss == pytest.approx(expected, rel=1e-5)
+    assert loss > 10
+
+
+@pytest.mark.parametrize("model_type", sorted(FAMILIES))
+@pytest.mark.usefixtures("clean_dynamo")
+def test_each_family_compiles_one_train_and_one_eval_graph_for_all_layers(model_type):
+    model, _ = build(model_type, num_hidden_layers=3)
+    packed, observer = packed_form(model), Observer()
+    compile = CompileSection(backend="aot_eager", regions=[])
+    plan = Plan([Region("layer", 2, modules=tuple(packed.body.layers))], compile=compile, observer=observer)
+    batch = packed_batch(model.config.vocab_size)
+
+    def every_call():
+        packed.hidden_states(batch[0], *batch[2:]).sum().backward()
+        with torch.no_grad():
+            packed.hidden_states(batch[0], *batch[2:])
+
+    plan.warm_up(every_call)
+    other = packed_batch(model.config.vocab_size, seed=1)
+    plan.call(packed.hidden_states, other[0], *other[2:])
+    assert observer.record().graphs_by_region == {"layer": 2}
+    assert observer.record().recompiles == 0
+
+
+def test_an_unknown_family_is_refused_with_the_known_ones():
+    with pytest.raises(RecipeError, match="llama.*mistral.*qwen3.*'gpt2'"):
+        family_of(small_config("gpt2"), max_length=8)
+
+
+def test_a_window_shorter_than_the_rows_is_refused():
+    config = small_config("mistral", sliding_window=16)
+    assert family_of(config, max_length=16).model_type == "mistral"
+    with pytest.raises(RecipeError, match="data.max_length=16"):
+        family_of(config, max_length=17)
+
+
+def test_a_window_that_no_layer_uses_does_not_limit_the_rows():
+    config = small_config("qwen3", sliding_window=16, use_sliding_window=False)
+    assert family_of(config, max_length=64).model_type == "qwen3"
+
+
+def test_rows_beyond_the_models_positions_are_refused():
+    with pytest.raises(RecipeError, match="at most the model's 512 positions"):
+        family_of(small_config(), max_length=513)
+
+
+def test_attention_dropout_is_refused_rather_than_ignored():
+    with pytest.raises(RecipeError, match="attention_dropout=0.1"):
+        family_of(small_config(attention_dropout=0.1), max_length=8)
+
+
+def test_a_length_dependent_rotary_table_is_refused():
+    rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
+    with pytest.raises(RecipeError, match="'dynamic'"):
+        family_of(small_config(rope_parameters=rope), max_length=8)

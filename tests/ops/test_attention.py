@@ -1,0 +1,38 @@
+import pytest
+import torch
+
+from launcher.ops.attention import document_mask, masked_attention, packed_attention_reference, varlen_missing
+
+
+def case(rows=2, heads=4, kv=2, length=13, width=8, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    q = torch.randn(rows, heads, length, width, generator=generator)
+    k, v = (torch.randn(rows, kv, length, width, generator=generator) for _ in range(2))
+    documents = torch.tensor([[0] * 5 + [1] * 1 + [2] * 7, [0] * 13])[:rows, :length]
+    return q, k, v, documents
+
+
+@pytest.mark.parametrize(("heads", "kv"), [(4, 4), (4, 2), (4, 1)])
+def test_masked_attention_equals_the_plain_form(heads, kv):
+    q, k, v, documents = case(heads=heads, kv=kv)
+    ours = masked_attention(q, k, v, document_mask(documents), 0.3)
+    plain = packed_attention_reference(q, k, v, documents, 0.3)
+    torch.testing.assert_close(ours, plain, rtol=1e-5, atol=1e-6)
+
+
+def test_a_poisoned_document_changes_no_other():
+    q, k, v, documents = case()
+    before = masked_attention(q, k, v, document_mask(documents), 0.3)
+    k[0, :, 5], v[0, :, 5] = 1e4, 1e4  # the one token of document 1 in row 0
+    after = masked_attention(q, k, v, document_mask(documents), 0.3)
+    changed = (before != after).any(dim=(2, 3))
+    assert changed[0].tolist() == [position == 5 for position in range(13)]
+    assert not changed[1].any()
+
+
+def test_the_mask_lets_a_token_see_its_own_document_up_to_itself():
+    assert document_mask(torch.tensor([[0, 0, 1]]))[0, 0].tolist() == [[True, False, False], [True, True, False], [False, False, True]]
+
+
+def test_variable_length_attention_says_why_it_cannot_run_here():
+    assert "needs CUDA" in varlen_missing(torch.device("cpu"), torch.bfloat16)

@@ -1,0 +1,31 @@
+"""A recipe file of the user's own, and what a refused command line is answered."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture
+def own(tmp_path: Path) -> Path:
+    path = tmp_path / "folder" / "own.yaml"
+    path.parent.mkdir()
+    path.write_text("# mine\ntrain:\n  steps: 7\n  lr: 1e-3\nlora:\n  targets: [q_proj]\n")
+    return path
+
+
+@pytest.fixture
+def refusal() -> Callable[..., str]:
+    """Resolve a command line that must be refused; its message, held to five lines and exit code 2."""
+    from launcher.errors import RecipeError
+    from launcher.recipe.load import resolve
+
+    def refused(*argv: str) -> str:
+        with pytest.raises(RecipeError) as caught:
+            resolve(argv)
+        message = str(caught.value)
+        assert 1 <= len(message.splitlines()) <= 5, message
+        assert caught.value.code == 2
+        return message
+
+    return refused

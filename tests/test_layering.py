@@ -1,0 +1,228 @@
+"""The house's rules, read from the syntax trees: imports run downward, files and functions are short."""
+
+import ast
+import configparser
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+MAX_FILE_LINES, MAX_FUNCTION_LINES = 300, 60
+
+RECIPE, FACTS = "recipe.schema", {"records", "errors"}
+BELOW_TRAIN = {"data", "model", "ops", "compile", "memory", "ranks", RECIPE, *FACTS}
+ALLOWED = {  # package or module: what of ours it may import, itself and all it contains included
+    "main": {"cli"},
+    "__main__": {"cli"},
+    "cli": {"train", "parity", "bench", "report", "recipe", "ranks", *FACTS},
+    "train": BELOW_TRAIN,
+    "parity": BELOW_TRAIN,
+    "bench": BELOW_TRAIN,
+    "model": {"ops", RECIPE, *FACTS},
+    "data": {RECIPE, *FACTS},
+    "compile": {RECIPE, *FACTS},
+    "memory": {RECIPE, *FACTS},
+    "ops": {"errors"},
+    "report": FACTS,
+    "ranks": FACTS,
+    "recipe": {"errors"},
+    "recipe.schema": set(),
+    "records": set(),
+    "errors": set(),
+}
+OUTSIDE = {  # of other people's packages; not listed: any
+    "ops": {"torch", "triton"},
+    "report": {"rich"},
+    "recipe": {"omegaconf", "pydantic", "pydantic_core", "rich", "yaml"},
+    "recipe.schema": {"pydantic", "pydantic_core"},
+    "main": set(),
+    "__main__": set(),
+    "records": set(),
+    "errors": set(),
+}
+IMPORT_NAMES = {"pyyaml": "yaml"}  # where it differs from the name in setup.cfg
+
+
+def modules(package: Path) -> dict[str, Path]:
+    """Dotted names within the package ("" is its __init__), and their files."""
+    found = {}
+    for path in sorted(package.rglob("*.py")):
+        parts = path.relative_to(package).with_suffix("").parts
+        found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return found
+
+
+def imports(name: str, path: Path, known: dict[str, Path]) -> Iterator[str]:
+    """Every module that a file imports, inside functions too: "launcher.x.y" for ours, a top-level name for others'."""
+    package = ["launcher", *filter(None, name.split("."))]
+    if path.stem != "__init__":
+        package.pop()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                yield alias.name if alias.name.split(".")[0] == "launcher" else alias.name.split(".")[0]
+        elif isinstance(node, ast.ImportFrom):
+            start = package[: len(package) - node.level + 1] if node.level else []
+            base = ".".join([*start, *filter(None, [node.module])])
+            if base.split(".")[0] != "launcher":
+                yield base.split(".")[0]
+                continue
+            for alias in node.names:
+                whole = f"{base}.{alias.name}"
+                yield whole if whole.removeprefix("launcher.") in known else base
+
+
+def rule_of(name: str, rules: dict[str, set[str]]) -> str | None:
+    """The most specific rule for a module: its own, else its package's."""
+    parts = name.split(".")
+    return next((rule for end in range(len(parts), 0, -1) if (rule := ".".join(parts[:end])) in rules), None)
+
+
+def within(name: str, packages: set[str]) -> bool:
+    return any(name == package or name.startswith(f"{package}.") for package in packages)
+
+
+def layering_faults(package: Path) -> list[str]:
+    """What breaks the import rules, "a imports b" each."""
+    known, faults = modules(package), []
+    for name, path in known.items():
+        if not name:
+            continue
+        rule, outside = rule_of(name, ALLOWED), rule_of(name, OUTSIDE)
+        if rule is None:
+            faults.append(f"{name} is in no layer: add it to ALLOWED")
+            continue
+        for imported in imports(name, path, known):
+            ours, _, target = imported.partition(".")
+            if ours != "launcher":
+                if outside and imported not in OUTSIDE[outside] and imported not in sys.stdlib_module_names:
+                    faults.append(f"{name} imports {imported}")
+            elif target and not within(target, ALLOWED[rule] | {rule}):
+                faults.append(f"{name} imports {target}")
+    return faults
+
+
+def cycles(package: Path) -> list[str]:
+    """Modules that reach themselves through imports, those inside functions included."""
+    known = modules(package)
+    edges = {
+        name: {i.removeprefix("launcher.") for i in imports(name, path, known) if i.startswith("launcher.")} - {name}
+        for name, path in known.items()
+    }
+
+    def reached(start: str) -> set[str]:
+        seen: set[str] = set()
+        todo = [start]
+        while todo:
+            fresh = edges.get(todo.pop(), set()) - seen
+            seen |= fresh
+            todo += fresh
+        return seen
+
+    return [name for name in edges if name in reached(name)]
+
+
+def size_faults(folder: Path) -> list[str]:
+    """Files over 300 lines and functions over 60."""
+    faults = []
+    for path in sorted(folder.rglob("*.py")):
+        text = path.read_text(encoding="utf-8")
+        if (lines := len(text.splitlines())) > MAX_FILE_LINES:
+            faults.append(f"{path.relative_to(folder)} has {lines} lines")
+        for node in ast.walk(ast.parse(text)):
+            if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                continue
+            if (lines := (node.end_lineno or 0) - node.lineno + 1) > MAX_FUNCTION_LINES:
+                faults.append(f"{path.relative_to(folder)}: {node.name} has {lines} lines")
+    return faults
+
+
+def dependencies() -> set[str]:
+    """The import names of what setup.cfg requires, extras included."""
+    config = configparser.ConfigParser()
+    config.read(ROOT / "setup.cfg")
+    required = [config["options"]["install_requires"], *config["options.extras_require"].values()]
+    names = {m[0].lower() for line in "\n".join(required).splitlines() if (m := re.match(r"[\w-]+", line.strip()))}
+    return {IMPORT_NAMES.get(name, name.replace("-", "_")) for name in names} | {"triton"}
+
+
+def name_faults(package: Path) -> list[str]:
+    """Files and folders named after a package we depend on, a standard module, or nothing in particular."""
+    taken = dependencies() | set(sys.stdlib_module_names) | {"utils", "helpers", "common"}
+    own = {path.stem if path.is_file() else path.name for path in package.rglob("*") if "__pycache__" not in path.parts}
+    return sorted(own & taken)
+
+
+def undeclared(package: Path) -> list[str]:
+    """Packages that are imported and not required in setup.cfg."""
+    known = modules(package)
+    imported = {i for name, path in known.items() for i in imports(name, path, known) if not i.startswith("launcher")}
+    return sorted(imported - dependencies() - set(sys.stdlib_module_names) - {"pydantic_core"})
+
+
+def test_imports_run_downward_only() -> None:
+    assert layering_faults(ROOT / "launcher") == []
+
+
+def test_no_module_imports_itself_by_a_detour() -> None:
+    assert cycles(ROOT / "launcher") == []
+
+
+@pytest.mark.parametrize("folder", ["launcher", "recipes", "tests"])
+def test_files_and_functions_stay_short(folder: str) -> None:
+    assert size_faults(ROOT / folder) == []
+
+
+def test_no_file_is_named_after_a_dependency_or_a_standard_module() -> None:
+    assert name_faults(ROOT / "launcher") == []
+
+
+def test_every_package_that_is_imported_is_required() -> None:
+    assert undeclared(ROOT / "launcher") == []
+
+
+@pytest.mark.parametrize(
+    ("file", "line", "fault"),
+    [
+        ("compile/plan.py", "from launcher.model import build", "compile.plan imports model.build"),
+        ("compile/plan.py", "from launcher.model.build import build_model", "compile.plan imports model.build"),
+        ("compile/plan.py", "from ..model.build import build_model", "compile.plan imports model.build"),
+        ("compile/plan.py", "def f():\n    import launcher.model.build", "compile.plan imports model.build"),
+        ("compile/plan.py", "from launcher.recipe.load import resolve", "compile.plan imports recipe.load"),
+        ("compile/__init__.py", "from ..train import loop", "compile imports train.loop"),
+        ("data/packing.py", "from launcher.train.loop import run", "data.packing imports train.loop"),
+        ("train/loop.py", "from launcher.report import summary", "train.loop imports report"),
+        ("train/loop.py", "from launcher import cli", "train.loop imports cli"),
+        ("ops/linear_ce.py", "import transformers.models", "ops.linear_ce imports transformers"),
+        ("report/start.py", "import torch", "report.start imports torch"),
+        ("recipe/load.py", "def f():\n    import torch", "recipe.load imports torch"),
+        ("recipe/schema.py", "from launcher.errors import RecipeError", "recipe.schema imports errors"),
+        ("records.py", "import numpy", "records imports numpy"),
+        ("errors.py", "from . import records", "errors imports records"),
+        ("newroom/x.py", "", "newroom.x is in no layer: add it to ALLOWED"),
+    ],
+)
+def test_a_planted_import_is_found(tmp_path: Path, file: str, line: str, fault: str) -> None:
+    for name in ("cli.py", "records.py", "model/build.py", "train/loop.py", file):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    assert [fault_ for fault_ in layering_faults(tmp_path) if not file.startswith("newroom")] == []
+    (tmp_path / file).write_text(line)
+    assert fault in layering_faults(tmp_path)
+
+
+def test_planted_cycles_sizes_names_and_packages_are_found(tmp_path: Path) -> None:
+    (tmp_path / "a.py").write_text("def f():\n    from launcher import b\n")
+    (tmp_path / "b.py").write_text("from launcher.a import f\n")
+    assert cycles(tmp_path) == ["a", "b"]
+    (tmp_path / "long.py").write_text("x = 1\n" * 240 + "def g():\n" + "    x = 1\n" * 60)
+    assert size_faults(tmp_path) == ["long.py has 301 lines", "long.py: g has 61 lines"]
+    (tmp_path / "datasets").mkdir()
+    for name in ("json.py", "rich.py", "utils.py"):
+        (tmp_path / name).touch()
+    assert name_faults(tmp_path) == ["datasets", "json", "rich", "utils"]
+    (tmp_path / "c.py").write_text("import requests.sessions, torch\n")
+    assert undeclared(tmp_path) == ["requests"]

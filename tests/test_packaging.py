@@ -1,0 +1,125 @@
+"""What `pip install .` and `pip install -e .` put on a machine: the package, the recipes, the command."""
+
+import configparser
+import os
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+from importlib.metadata import distribution
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+BUILD = "import sys; from setuptools import build_meta; print(getattr(build_meta, sys.argv[1])(sys.argv[2]))"
+FIND = "import site, sys; site.addsitedir(sys.argv[1]); from launcher.recipe import load; print(load.recipes_dir())"
+SHIPPED = [
+    path.relative_to(ROOT / "recipes").as_posix()
+    for path in (ROOT / "recipes").rglob("*")
+    if path.is_file() and not {"__pycache__", "build"} & set(path.parts)  # neither is in the repository
+]
+
+
+def setup_cfg() -> configparser.ConfigParser:
+    config = configparser.ConfigParser()
+    config.read(ROOT / "setup.cfg")
+    return config
+
+
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy to build in, so that no build folder is left in the repository."""
+    folder = tmp_path_factory.mktemp("packaging") / "checkout"
+    for name in ("launcher", "recipes"):
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("setup.cfg", "pyproject.toml"):
+        shutil.copy(ROOT / name, folder)
+    return folder
+
+
+def install(checkout: Path, hook: str) -> Path:
+    """Build a wheel as pip would (`hook` is one of PEP 517's) and unpack it where a site-packages would be."""
+    target = checkout.parent / hook
+    built = run("-c", BUILD, hook, str(checkout.parent), cwd=checkout).splitlines()[-1]
+    with zipfile.ZipFile(checkout.parent / built) as wheel:
+        wheel.extractall(target)
+    return target
+
+
+def run(*arguments: str, cwd: Path) -> str:
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    done = subprocess.run([sys.executable, *arguments], cwd=cwd, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def test_a_plain_install_carries_every_recipe_file_and_finds_them(checkout: Path, tmp_path: Path) -> None:
+    installed = install(checkout, "build_wheel")
+    packed = [path.relative_to(installed).as_posix() for path in installed.rglob("*") if path.is_file()]
+    assert len(SHIPPED) > 10
+    assert sorted(f"launcher/recipes/{name}" for name in SHIPPED) == sorted(
+        name for name in packed if name.startswith("launcher/recipes/")
+    )
+    assert not [name for name in packed if name.startswith(("recipes/", "tests/"))]
+    # Run elsewhere, with a stranger's `recipes` beside the package, as site-packages may have one.
+    (installed / "recipes").mkdir()
+    (installed / "recipes" / "tiny.yaml").touch()
+    assert run("-c", FIND, str(installed), cwd=tmp_path) == str(installed / "launcher" / "recipes")
+    entry_points = next(installed.glob("*.dist-info/entry_points.txt")).read_text()
+    assert "qlora-launcher = launcher.cli:main" in entry_points
+
+
+def test_an_editable_install_finds_the_recipes_of_the_checkout(checkout: Path, tmp_path: Path) -> None:
+    installed = install(checkout, "build_editable")
+    assert not (installed / "launcher").exists()
+    assert run("-c", FIND, str(installed), cwd=tmp_path) == str(checkout / "recipes")
+
+
+def test_every_package_of_the_tree_is_listed() -> None:
+    listed = setup_cfg()["options"]["packages"].split()
+    found = {".".join(path.parent.relative_to(ROOT).parts) for path in (ROOT / "launcher").rglob("__init__.py")}
+    assert set(listed) == found | {"launcher.recipes"}
+
+
+def test_the_constraints_pin_everything_that_is_needed_and_nothing_of_a_machine() -> None:
+    lines = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if not line.startswith("#")]
+    assert all(re.fullmatch(r"[A-Za-z0-9_.-]+==[0-9][0-9a-z.]*", line) for line in lines), lines
+    pinned = {normal(line.split("==")[0]) for line in lines}
+    config = setup_cfg()
+    required = [config["options"]["install_requires"], *config["options.extras_require"].values()]
+    todo = [line for line in "\n".join(required).splitlines() if line.strip() and not line.strip().startswith("#")]
+    seen: set[str] = set()
+    while todo:
+        requirement = todo.pop()
+        name = normal(re.match(r"\s*([\w.-]+)", requirement)[1])  # type: ignore[index]
+        if name in seen or not applies(requirement):
+            continue
+        seen.add(name)
+        todo += distribution(name).requires or []
+    assert len(seen) > 40
+    assert seen <= pinned, sorted(seen - pinned)
+
+
+def normal(name: str) -> str:
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def applies(requirement: str) -> bool:
+    """Whether a requirement holds here and without extras. What torch needs for CUDA differs by index: not pinned."""
+    from packaging.requirements import Requirement
+
+    parsed = Requirement(requirement)
+    ours = not normal(parsed.name).startswith(("nvidia-", "cuda-", "triton"))
+    return ours and (parsed.marker is None or parsed.marker.evaluate({"extra": ""}))
+
+
+def test_both_entry_scripts_work_from_any_folder_and_hide_no_package(tmp_path: Path) -> None:
+    main = str(ROOT / "launcher" / "main.py")
+    assert run(main, "recipe=list", cwd=tmp_path) == run("-m", "launcher", "recipe=list", cwd=ROOT)
+    code = f"import runpy, sys; sys.argv = [{main!r}, 'recipe=list']\n"
+    code += f"sys.path.insert(0, {str(ROOT / 'launcher')!r})\n"  # as Python itself does for a script
+    code += f"try: runpy.run_path({main!r}, run_name='__main__')\nexcept SystemExit as end: assert not end.code\n"
+    code += f"assert sys.path[0] == {str(ROOT)!r} and {str(ROOT / 'launcher')!r} not in sys.path\n"
+    run("-c", code, cwd=tmp_path)
