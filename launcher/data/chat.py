@@ -72,12 +72,12 @@ class Encoder:
             )
         self._tokenizer = tokenizer
         self._data = data
-        # Called directly: the tokenizer around it halves the speed, and sets padding and truncation anew when called.
+        # Called directly: the tokenizer around it halves the speed, and sets all that is set here anew when called.
         self._backend = tokenizer.backend_tokenizer
         self._backend.no_truncation()
         self._backend.no_padding()
-        control = sorted((str(t) for t in tokenizer.added_tokens_decoder.values() if t.special), key=len, reverse=True)
-        self._control = re.compile("|".join([*map(re.escape, control), _STAND_INS]))
+        control = [re.escape(str(token)) for token in tokenizer.added_tokens_decoder.values() if token.special]
+        self._control = re.compile("|".join([*control, _STAND_INS]))
 
     def encode(self, rows: Sequence[Row], *, counts: Counter[str]) -> list[tuple[Row, Document]]:
         """The rows that can be rendered, each with its whole document; refused ones count as `rows_dropped_template`.
@@ -179,7 +179,6 @@ class Encoder:
         """Ids, and the characters that each covers. `literal`: control-token strings are plain characters."""
         self._backend.encode_special_tokens = literal
         encodings = self._backend.encode_batch(texts, add_special_tokens=False)
-        self._backend.encode_special_tokens = False
         return [(encoding.ids, encoding.offsets) for encoding in encodings]
 
     def _encode_veiled(self, item: _Rendered) -> tuple[list[int], list[Span]]:

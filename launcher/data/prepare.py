@@ -4,7 +4,7 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from transformers import PreTrainedTokenizerBase
 
@@ -60,6 +60,10 @@ def prepare(data: DataSection, tokenizer: PreTrainedTokenizerBase, *, seed: int)
         train, validation = split(rows, fraction=data.validation, seed=seed)
     packed, packed_validation = (_packed(part, tokenizer, data=data, seed=seed) for part in (train, validation))
     assert packed is not None  # _encoded leaves a row, and split leaves one for training
+    if packed_validation is not None:
+        # One shape of cu_seqlens for training and evaluation: a second one would be a second graph.
+        most = max(packed.max_documents, packed_validation.max_documents)
+        packed, packed_validation = (replace(p, max_documents=most) for p in (packed, packed_validation))
     counts.update(documents=len(train), tokens=packed.tokens, supervised_tokens=packed.supervised_tokens)
     counts.update(validation_documents=len(validation))
     example = _example(validation, encoder, max_length=data.max_length)
@@ -77,7 +81,7 @@ def split(rows: Sequence[Encoded], *, fraction: float, seed: int) -> tuple[list[
         groups.setdefault(_digest(row, seed), []).append(index)
     if fraction == 0 or len(groups) < 2:
         return list(rows), []
-    wanted = min(max(1, round(fraction * len(rows))), len(rows) - 1)
+    wanted = min(round(fraction * len(rows)), len(rows) - 1)
     chosen: set[int] = set()
     for digest in sorted(groups):
         if len(chosen) + len(groups[digest]) <= wanted:

@@ -117,12 +117,11 @@ def _read(path: Path) -> Layer:
 def _merge(layers: Sequence[Layer]) -> Any:
     """The defaults with each layer over them, as plain data; lists are replaced."""
     defaults = {name: fields.section_of(name).model_construct().model_dump() for name in fields.SECTIONS}
-    configs = [OmegaConf.create(defaults)]
+    merged = OmegaConf.create(defaults)
     for layer in layers:
-        configs.append(OmegaConf.create())
         for key, value in layer.values.items():
-            OmegaConf.update(configs[-1], key, value, merge=False)
-    return OmegaConf.to_container(OmegaConf.merge(*configs), resolve=False)
+            OmegaConf.update(merged, key, value, merge=False)
+    return OmegaConf.to_container(merged, resolve=False)
 
 
 def _validate(layers: Sequence[Layer]) -> tuple[Recipe | None, list[Problem]]:

@@ -122,7 +122,7 @@ class DataSection(Section):
     sources: list[Source] = Field(
         default_factory=_shipped_sources,
         min_length=1,
-        description="Training files; giving them replaces the list below. Default: the shipped instruction set.",
+        description="Training files; giving them replaces the recipe's. Default: the shipped instruction set.",
         examples=[[{"path": "./my.jsonl"}]],
     )
     max_length: int = Field(2048, ge=16, le=131072, description="Tokens per packed row.")

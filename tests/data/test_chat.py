@@ -32,11 +32,15 @@ MANY_TURNS = chat(
 )
 
 
+def section(**options: Any) -> DataSection:
+    return DataSection.model_validate({"sources": [{"path": "unread.jsonl"}], **options})
+
+
 def encode(
     tokenizer: PreTrainedTokenizerFast, *rows: Row, loss_on: str = "auto", bad_rows: str = "raise"
 ) -> tuple[list[Document], Counter[str]]:
     counts: Counter[str] = Counter()
-    encoder = Encoder(tokenizer, data=DataSection.model_validate({"loss_on": loss_on, "bad_rows": bad_rows}))
+    encoder = Encoder(tokenizer, data=section(loss_on=loss_on, bad_rows=bad_rows))
     return [document for _, document in encoder.encode(rows, counts=counts)], counts
 
 
@@ -132,13 +136,23 @@ def test_a_spelled_out_control_token_does_not_move_the_mask(tokenizer: PreTraine
     assert [a and not b for a, b in pairwise(document.supervised)].count(True) == 1
 
 
+def test_a_token_that_begins_before_the_answer_and_reaches_into_it_is_supervised(make_tokenizer: Make) -> None:
+    tokenizer = make_tokenizer(
+        "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
+    )
+    [document], _ = encode(tokenizer, chat("user: what", "assistant: river 漢"))
+    assert supervised_text(tokenizer, document) == " river 漢\n"
+    assert sum(document.supervised) == len(tokenizer(" river 漢\n").input_ids)
+
+
 def test_the_tokenizer_is_left_as_it_was(tokenizer: PreTrainedTokenizerFast) -> None:
     encode(tokenizer, chat("user: <|eot|>", "assistant: <|eot|>"))
     assert tokenizer("<|eot|>", add_special_tokens=False).input_ids == [tokenizer.eos_token_id]
 
 
 def test_a_prompt_ends_where_the_answer_begins(tokenizer: PreTrainedTokenizerFast) -> None:
-    encoder = Encoder(tokenizer, data=DataSection.model_validate({}))
+    encoder = Encoder(tokenizer, data=section())
     text, ids = encoder.prompt(MANY_TURNS.messages[:-1])
     [document], _ = encode(tokenizer, MANY_TURNS)
     assert text == tokenizer.decode(ids)
@@ -148,7 +162,7 @@ def test_a_prompt_ends_where_the_answer_begins(tokenizer: PreTrainedTokenizerFas
 
 
 def test_a_prompt_shows_spelled_out_control_tokens_as_they_were_written(tokenizer: PreTrainedTokenizerFast) -> None:
-    text, ids = Encoder(tokenizer, data=DataSection.model_validate({})).prompt([Message("user", "x <|eot|> y")])
+    text, ids = Encoder(tokenizer, data=section()).prompt([Message("user", "x <|eot|> y")])
     assert "x <|eot|> y<|eot|>" in text
     assert ids.count(tokenizer.eos_token_id or 0) == 1
 
@@ -202,4 +216,4 @@ def test_loss_on_assistant_is_refused_for_plain_text(tokenizer: PreTrainedTokeni
 
 def test_a_slow_tokenizer_is_refused() -> None:
     with pytest.raises(DataError, match=r"fast tokenizer.*\nFound: PythonBackend.*\n.*tokenizer.json"):
-        Encoder(PreTrainedTokenizer.__new__(PreTrainedTokenizer), data=DataSection.model_validate({}))
+        Encoder(PreTrainedTokenizer.__new__(PreTrainedTokenizer), data=section())

@@ -125,7 +125,8 @@ def test_escaped_pairs_and_escaped_backslashes_are_no_lone_surrogates(write: Wri
 def test_a_file_in_another_encoding_is_refused_with_a_byte_offset(tmp_path: Path, encoding: str) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_bytes('{"text": "café"}\n{"text": "thé"}\n'.encode(encoding))
-    assert "byte offset" in refusal(str(path))
+    message = refusal(str(path))
+    assert "UTF-8" in message and "byte offset" in message
     assert "0 usable rows" in refusal(str(path), bad_rows="skip")
 
 

@@ -166,9 +166,27 @@ def test_nothing_left_to_learn_is_an_error_that_says_where_it_went(
     assert prepare(section(write([row, row]), loss_on="all"), tokenizer, seed=0).train_rows == 2
 
 
+def test_a_text_of_one_token_teaches_nothing_and_is_dropped(write: Write, make_tokenizer: Any) -> None:
+    tokenizer = make_tokenizer("llama3")
+    tokenizer.bos_token = tokenizer.eos_token = None
+    prepared = prepare(section(write([{"text": "a"}, {"text": "a river"}]), validation=0), tokenizer, seed=0)
+    assert (prepared.counts["rows_dropped_zero_supervised"], prepared.counts["documents"]) == (1, 1)
+    assert prepared.train.supervised_tokens > 0
+
+
 def test_a_tokenizer_without_padding_pads_with_what_it_has(write: Write, make_tokenizer: Any) -> None:
     tokenizer = make_tokenizer("llama3")
     tokenizer.pad_token = None
     assert prepare(section(write(CHATS)), tokenizer, seed=0).train.pad_id == tokenizer.eos_token_id
     tokenizer.eos_token = None
     assert prepare(section(write(CHATS)), tokenizer, seed=0).train.pad_id == 0
+
+
+def test_training_and_validation_batches_have_one_shape(write: Write, tokenizer: PreTrainedTokenizerFast) -> None:
+    short = write("train.jsonl", *[ask("what?", "that") for _ in range(40)])
+    long = write("validation.jsonl", ask("what?", "a very long answer of many many words " * 3))
+    prepared = prepare(section(short, validation=long, max_length=256), tokenizer, seed=0)
+    assert prepared.validation is not None
+    alone = prepare(section(long, validation=0, max_length=256), tokenizer, seed=0)
+    assert alone.train.max_documents < prepared.train.max_documents  # left alone they would differ
+    assert prepared.validation.max_documents == prepared.train.max_documents

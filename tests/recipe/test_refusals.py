@@ -1,11 +1,15 @@
 """Every wrong command line and recipe is refused with rule, value and remedy, all at once, and nothing in it runs."""
 
+import resource
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from launcher.recipe.load import resolve
+from launcher.recipe.schema import recipes_dir
 
 Refusal = Callable[..., str]  # the fixture: arguments in, message out
 
@@ -114,6 +118,8 @@ def test_unknown_keys_of_a_file_are_named_with_their_line(refusal: Refusal, own:
         ("compile.regions=[mlp,mpl]", "one of mlp, rmsnorm, attention, loss"),
         ("data.sources=a.jsonl", "a list of {path, format}"),
         ("data.sources=[]", "at least 1"),
+        ("lora.targets={a: b}", "a list of text"),
+        ("train.lr={a: b}", "a number > 0 and <= 1"),
         ("data.validation=1.5", "a number >= 0 and < 1, or text"),
         ("train.clip=-1", "a number > 0, or null"),
         ("train=5", "train is a section"),
@@ -123,7 +129,7 @@ def test_a_wrong_value_is_answered_with_rule_value_and_remedy(refusal: Refusal, 
     message = refusal("recipe=tiny", argument)
     key, _, value = argument.partition("=")
     assert rule in message and key in message and "try " in message
-    assert (value.strip("[]").split(",")[-1] or "null") in message or value == "[]"
+    assert (value.strip("[]{}").split(",")[-1][-1:] or "null") in message or value == "[]"
 
 
 def test_the_value_that_a_remedy_proposes_is_itself_accepted(refusal: Refusal) -> None:
@@ -193,3 +199,21 @@ def test_a_terminal_never_receives_control_codes_from_a_value(refusal: Refusal, 
     own.write_text('train: {steps: 1}\nmodel: {dtype: "\\e[31mred\\nsecond"}\n')
     assert "\x1b" not in refusal(f"recipe={own}")
     assert "\x1b" not in refusal("recipe=tiny", "\x1b[31m=1", "mode=\x1b[31m")
+
+
+# --- as a process
+
+
+def test_a_bad_key_ends_the_program_within_a_second_with_code_2_and_leaves_nothing(tmp_path: Path) -> None:
+    main = recipes_dir().parent / "launcher" / "main.py"
+    before_s = sum(resource.getrusage(resource.RUSAGE_CHILDREN)[:2])
+    done = subprocess.run(
+        [sys.executable, main, "recipe=tiny", "lerning_rate=1"], cwd=tmp_path, capture_output=True, text=True
+    )
+    # Of the processor, since the clock of a busy machine measures its neighbours.
+    elapsed_s = sum(resource.getrusage(resource.RUSAGE_CHILDREN)[:2]) - before_s
+    assert done.returncode == 2
+    assert "did you mean train.lr" in done.stderr and "Traceback" not in done.stderr
+    assert len(done.stderr.splitlines()) <= 5 and done.stdout == ""
+    assert list(tmp_path.iterdir()) == []
+    assert 0 < elapsed_s < 1.0

@@ -1,0 +1,100 @@
+"""On a CUDA device, with generated kernels: `pytest -m gpu`."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from launcher.ops.attention import document_mask, masked_attention, packed_attention_reference, varlen_attention
+from launcher.ranks import Place
+from launcher.records import RunRecord, StepRecord
+from launcher.train.loop import Progress, run
+from launcher.train.setup import Clock, Session, prepare
+from tests.conftest import ROOT
+
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("clean_dynamo")]
+SHIPPED = ROOT / "recipes"
+ALONE = Place(0, 0, 1, 1)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("heads", "kv"), [(4, 4), (4, 2), (8, 1)])
+def test_variable_length_attention_equals_the_plain_form_with_gradients(heads, kv, dtype):
+    generator = torch.Generator("cuda").manual_seed(0)
+    documents = torch.zeros(2, 96, dtype=torch.int32, device="cuda")
+    documents[0, 40:41], documents[0, 41:] = 1, 2
+    boundaries = torch.tensor([0, 40, 41, 96, 192, 192, 192], dtype=torch.int32, device="cuda")
+    shapes = [(2, heads, 96, 64), (2, kv, 96, 64), (2, kv, 96, 64)]
+    inputs = [torch.randn(shape, generator=generator, device="cuda", dtype=dtype).requires_grad_() for shape in shapes]
+    results = []
+    for form, where in (
+        (varlen_attention, boundaries),
+        (masked_attention, document_mask(documents)),
+        (packed_attention_reference, documents),
+    ):
+        for tensor in inputs:
+            tensor.grad = None
+        out = form(*inputs, where, 0.1)
+        out.float().square().sum().backward()
+        results.append([out, *(tensor.grad.clone() for tensor in inputs)])
+    for ours in results[:2]:
+        for mine, plain in zip(ours, results[2], strict=True):
+            error = (mine.float() - plain.float()).norm() / plain.float().norm()
+            assert error < 1e-2
+            assert plain.float().norm() > 0.1
+
+
+def train(recipe):
+    events = list(run(recipe, Progress(), ALONE, name="test", shipped=SHIPPED))
+    return [e for e in events if isinstance(e, StepRecord)], next(e for e in events if isinstance(e, RunRecord))
+
+
+@pytest.mark.parametrize("scope", ["layer", "regions", "model"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_compiled_kernels_give_the_uncompiled_losses(make_recipe, tmp_path, dtype, scope):
+    runs = []
+    for mode in ("strict", "off"):
+        recipe = make_recipe(
+            model={"dtype": dtype},
+            compile={"backend": "inductor", "mode": mode, "scope": scope},
+            train={"steps": 6},
+            run={"output_dir": str(tmp_path / mode)},
+        )
+        steps, record = train(recipe)
+        assert all(v.holds for v in record.verdicts)
+        runs.append([s.loss for s in steps])
+    assert runs[0] == pytest.approx(runs[1], rel=2e-3)
+    assert runs[0][0] != runs[0][-1]
+
+
+@pytest.mark.parametrize("attention", ["varlen", "sdpa"])
+def test_forward_and_backward_never_wait_for_the_device(make_recipe, attention):
+    recipe = make_recipe(model={"dtype": "bfloat16", "attention": attention}, compile={"backend": "inductor"})
+    session = Session(recipe, prepare(recipe, ALONE, shipped=SHIPPED), ALONE, name="test", clock=Clock())
+    session.build()
+    session.compile()
+    batch = next(session.batches)
+    session.step(batch)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        session.step(batch)
+        with pytest.raises(RuntimeError):  # the guard itself can fail
+            session.step(batch).loss_sum.item()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit"])
+def test_every_optimizer_trains(make_recipe, optimizer):
+    steps, record = train(make_recipe(train={"optimizer": optimizer, "steps": 8, "lr": 5e-3}))
+    assert steps[-1].loss < steps[0].loss
+    assert all(v.holds for v in record.verdicts)
+
+
+def test_the_ledger_counts_what_the_card_holds(make_recipe, tmp_path: Path):
+    _, record = train(make_recipe())
+    phases = {v.phase: v for v in record.ranks[0].vram}
+    assert 0 < phases["after load"].allocated_mib <= phases["after adapters"].allocated_mib
+    assert record.ranks[0].vram_peak_mib >= phases["after training"].allocated_mib
+    assert phases["after load"].total_mib > 1000
