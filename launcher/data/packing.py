@@ -43,7 +43,7 @@ class Packed:
     document_ids: Ints
     lengths: Ints
     pad_id: int
-    max_documents: int  # largest number of documents in one row, the padding tail counted as one
+    max_documents: int  # no row has more; the padding tail counts as one
 
     @property
     def rows(self) -> int:

@@ -14,8 +14,8 @@ from typing import Any
 
 import psutil
 import torch
-from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, ProjectConfiguration
+from accelerate import Accelerator, PartialState
+from accelerate.utils import DistributedDataParallelKwargs
 
 from launcher.compile.observe import Observer
 from launcher.compile.plan import Plan
@@ -87,14 +87,17 @@ class Session:
         self.name = name
         # Before the first compile: the thread count is guarded on, and launchers set it to 1 on CPUs.
         torch.set_num_threads(place.cores)
+        cpu = prepared.device.type == "cpu"
+        PartialState(cpu=cpu)  # the process group first: trackers want a folder, and its name is rank 0's
+        self.folder = RunFolder(Path(broadcast(recipe.run.output_dir or default_folder(name))).absolute())
         self.accelerator = Accelerator(
-            cpu=prepared.device.type == "cpu",
+            cpu=cpu,
             mixed_precision="no",  # casts are explicit
             dynamo_backend="no",  # compile/plan.py is the one owner
             log_with=list(recipe.run.trackers) or None,
+            project_dir=str(self.folder.path),
             kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)],
         )
-        self.folder = RunFolder(Path(broadcast(recipe.run.output_dir or default_folder(name))).absolute())
         self.observer = Observer()
         self.ledger = Ledger(self.accelerator.device)
 
@@ -146,8 +149,6 @@ class Session:
         if self.place.is_main:
             self.folder.create()
         if self.recipe.run.trackers:
-            config = ProjectConfiguration(project_dir=str(self.folder.path), logging_dir=str(self.folder.path))
-            self.accelerator.project_configuration = config
             self.accelerator.init_trackers("trackers")
 
     def _eval_batches(self) -> list[MicroBatch]:

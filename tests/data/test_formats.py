@@ -107,13 +107,15 @@ def test_a_faulty_row_stops_with_its_place_or_is_skipped_and_counted(
         (b'{"text": "a\\ud83d"}', 11),
         (b'{"text": "\\ud83d\\ude00 \\\\ud83d \\ude00"}', 31),
         (b'{"other": "\\udc00", "text": "a"}', 11),
+        (b'{"text": "a\x00"}', 11),
     ],
 )
 def test_what_is_not_unicode_is_named_by_its_byte_in_the_file(write: Write, raw: bytes, at: int) -> None:
     before = {"text": "漢字"}
     path = write([before, raw])
     first_line = len(json.dumps(before, ensure_ascii=False).encode()) + 1
-    assert f"byte offset {first_line + at} " in refusal(path)
+    message = refusal(path)
+    assert "UTF-8" in message and f"byte offset {first_line + at} " in message
 
 
 def test_escaped_pairs_and_escaped_backslashes_are_no_lone_surrogates(write: Write) -> None:

@@ -155,6 +155,13 @@ def test_over_long_rows_are_cut_dropped_or_refused_and_counted(
     assert caught.value.code == 3
 
 
+def test_an_example_leaves_room_for_an_answer(write: Write, tokenizer: PreTrainedTokenizerFast) -> None:
+    validation = write([LONG_QUESTION, ask("Hi", " "), ask("short", "yes")], name="validation.jsonl")
+    prepared = prepare(section(write(CHATS), validation=validation, loss_on="all"), tokenizer, seed=0)
+    assert prepared.validation_rows == 3
+    assert prepared.example is not None and prepared.example.expected == "yes"
+
+
 @pytest.mark.parametrize("row", [ask("Hi", " "), LONG_QUESTION, {"messages": [{"role": "user", "content": "Hi"}]}])
 def test_nothing_left_to_learn_is_an_error_that_says_where_it_went(
     write: Write, tokenizer: PreTrainedTokenizerFast, row: dict[str, Any]
@@ -183,8 +190,8 @@ def test_a_tokenizer_without_padding_pads_with_what_it_has(write: Write, make_to
 
 
 def test_training_and_validation_batches_have_one_shape(write: Write, tokenizer: PreTrainedTokenizerFast) -> None:
-    short = write("train.jsonl", *[ask("what?", "that") for _ in range(40)])
-    long = write("validation.jsonl", ask("what?", "a very long answer of many many words " * 3))
+    short = write([ask("what?", f"that {n}") for n in range(40)])
+    long = write([ask("what?", "a very long answer of many many words " * 3)], name="validation.jsonl")
     prepared = prepare(section(short, validation=long, max_length=256), tokenizer, seed=0)
     assert prepared.validation is not None
     alone = prepare(section(long, validation=0, max_length=256), tokenizer, seed=0)

@@ -1,0 +1,244 @@
+"""Whole runs at test size: the files they leave, the claims they make, and the ends they can come to."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from launcher.errors import CheckpointError, ContractError, NonFiniteError
+from launcher.model import build as model_build
+from launcher.ranks import Place
+from launcher.records import EvalRecord, RunRecord, StartRecord, StepRecord
+from launcher.train.loop import Progress, run
+from tests.conftest import ROOT
+
+pytestmark = pytest.mark.usefixtures("clean_dynamo")
+ALONE = Place(0, 0, 1, 1)
+
+
+def events_of(recipe, progress=None):
+    return list(run(recipe, progress or Progress(), ALONE, name="test", shipped=ROOT / "recipes"))
+
+
+def record_of(recipe):
+    return next(e for e in events_of(recipe) if isinstance(e, RunRecord))
+
+
+def losses(recipe):
+    return [s.loss for s in record_of(recipe).steps]
+
+
+@pytest.fixture
+def finished(make_recipe, tmp_path):
+    return events_of(make_recipe(train={"steps": 6, "eval_every": 3})), tmp_path / "run"
+
+
+def test_a_run_yields_its_start_steps_evals_and_summary_in_order(finished):
+    events, _ = finished
+    kinds = [type(e) for e in events if not isinstance(e, str)]
+    steps = [StepRecord] * 3
+    assert kinds == [StartRecord, EvalRecord, *steps, EvalRecord, *steps, EvalRecord, RunRecord]
+    assert [e.step for e in events if isinstance(e, EvalRecord)] == [0, 3, 6]
+
+
+def test_a_run_learns_and_every_claim_holds(finished):
+    events, _ = finished
+    record = events[-1]
+    assert record.evals[-1].eval_loss < record.evals[0].eval_loss
+    assert [v.claim for v in record.verdicts if v.holds] == [
+        "zero graph breaks", "zero recompiles", "exactly the planned graphs", "loss finite", "saved adapter reloads",
+    ]  # fmt: skip
+    compiled = record.ranks[0].compile
+    assert compiled.compilations < 10
+    assert compiled.graphs_by_region == {"layer": 2, "loss": 2}
+
+
+def test_the_files_of_a_run_hold_the_public_keys(finished):
+    _, folder = finished
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    steps = [line for line in lines if "loss" in line]
+    assert [line["step"] for line in steps] == [1, 2, 3, 4, 5, 6]
+    assert {"step", "loss", "lr", "grad_norm", "tokens", "supervised_tokens", "step_s", "vram_mib"} <= set(steps[0])
+    assert [line["step"] for line in lines if "eval_loss" in line] == [0, 3, 6]
+    report = json.loads((folder / "report.json").read_text())
+    assert {"schema", "recipe", "loss", "elapsed_s", "verdicts", "ranks"} <= set(report)
+    assert set(report["loss"]) == {"first", "last", "eval_first", "eval_last"}
+    rank = report["ranks"][0]
+    assert {"rank", "device", "compile", "vram", "tokens_per_s", "supervised_tokens_per_s", "step_ms"} <= set(rank)
+    assert {
+        "planned_graphs", "graph_breaks", "recompiles", "limit_hits", "forward_s", "backward_s", "cache_hits", "graph_hash",
+        "graph_break_reasons", "recompile_reasons",
+    } <= set(rank["compile"])  # fmt: skip
+    assert {"before_mib", "after_mib", "peak_mib", "phases"} <= set(rank["vram"])
+    assert {"median", "p90"} == set(rank["step_ms"])
+    assert report["recipe"]["train"]["steps"] == 6
+
+
+@pytest.mark.parametrize("scope", ["layer", "regions", "model"])
+def test_compiled_losses_equal_the_uncompiled_ones_in_every_scope(make_recipe, tmp_path, scope):
+    compiled = losses(make_recipe(compile={"scope": scope}, run={"output_dir": str(tmp_path / "a")}))
+    plain = losses(make_recipe(compile={"mode": "off"}, run={"output_dir": str(tmp_path / "b")}))
+    assert compiled == pytest.approx(plain, rel=1e-5)
+    assert plain[0] != plain[1]
+
+
+@pytest.mark.parametrize("region", ["mlp", "rmsnorm", "attention", "loss"])
+def test_each_region_compiles_on_its_own(make_recipe, region):
+    record = record_of(make_recipe(compile={"scope": "regions", "regions": [region]}, train={"steps": 1}))
+    assert record.ranks[0].compile.graphs_by_region == {region: 2}
+    assert all(v.holds for v in record.verdicts)
+
+
+def test_generated_code_gives_the_uncompiled_losses(make_recipe, tmp_path):
+    compiled = losses(make_recipe(compile={"backend": "inductor"}, run={"output_dir": str(tmp_path / "a")}))
+    plain = losses(make_recipe(compile={"mode": "off"}, run={"output_dir": str(tmp_path / "b")}))
+    assert compiled == pytest.approx(plain, rel=1e-4)
+
+
+def test_accumulation_sees_the_same_global_batch_as_one_large_micro_batch(make_recipe, tmp_path):
+    whole = losses(make_recipe(train={"micro_batch": 4}, run={"output_dir": str(tmp_path / "a")}))
+    parts = losses(make_recipe(train={"micro_batch": 1, "accumulation": 4}, run={"output_dir": str(tmp_path / "b")}))
+    assert parts == pytest.approx(whole, rel=1e-5)
+
+
+def test_the_seed_decides_the_run(make_recipe, tmp_path):
+    def with_seed(seed, name):
+        return losses(make_recipe(lora={"dropout": 0.2}, train={"seed": seed}, run={"output_dir": str(tmp_path / name)}))
+
+    first = with_seed(0, "a")
+    assert with_seed(0, "b") == first
+    assert with_seed(1, "c") != first
+
+
+@pytest.mark.parametrize("train", [{"steps": 2, "warmup": 10, "eval_every": 100, "log_every": 50}, {"steps": None, "epochs": 0.1}])
+def test_a_short_run_is_never_refused(make_recipe, train):
+    record = record_of(make_recipe(train=train))
+    assert len(record.steps) >= 1
+    assert all(v.holds for v in record.verdicts)
+
+
+def test_a_run_without_validation_has_no_eval_loss_and_the_same_graphs(make_recipe):
+    record = record_of(make_recipe(data={"validation": 0}))
+    assert record.evals == ()
+    assert record.as_report()["loss"]["eval_first"] is None
+    assert record.ranks[0].compile.planned_graphs == 4
+
+
+def test_reading_the_device_seldom_loses_no_step(make_recipe):
+    record = record_of(make_recipe(train={"steps": 5, "log_every": 2}))
+    assert [s.step for s in record.steps] == [1, 2, 3, 4, 5]
+
+
+def test_tensorboard_receives_the_metrics(make_recipe, tmp_path):
+    pytest.importorskip("tensorboard")
+    record_of(make_recipe(run={"trackers": ["tensorboard"]}))
+    assert list((tmp_path / "run").rglob("events.out.tfevents*"))
+
+
+def test_a_folder_that_holds_a_run_is_not_overwritten(finished, make_recipe):
+    _, folder = finished
+    before = (folder / "report.json").read_text()
+    with pytest.raises(CheckpointError, match="must not hold another run"):
+        events_of(make_recipe())
+    assert (folder / "report.json").read_text() == before
+
+
+def poison(monkeypatch, *, call):
+    """Make the packed model's `call`-th training forward NaN, as an overflow in the loss would."""
+    original, calls = model_build.PackedCausalLM.forward, []
+
+    def forward(self, *inputs):
+        loss = original(self, *inputs)
+        if torch.is_grad_enabled():
+            calls.append(1)
+            return loss * float("nan") if len(calls) == call else loss
+        return loss
+
+    monkeypatch.setattr(model_build.PackedCausalLM, "forward", forward)
+
+
+@pytest.mark.parametrize("log_every", [1, 4])
+def test_a_nan_loss_ends_the_run_with_code_5_and_the_weights_of_the_step_before(make_recipe, monkeypatch, tmp_path, log_every):
+    poison(monkeypatch, call=4)  # the first is the warm-up's: step 3
+    progress = Progress()
+    with pytest.raises(NonFiniteError, match="step 3 has loss nan") as caught:
+        events_of(make_recipe(train={"steps": 6, "log_every": log_every}), progress)
+    assert (caught.value.code, caught.value.step) == (5, 3)
+    assert [s.step for s in progress.steps] == [1, 2]
+    poisoned = adapter_of(progress)
+    monkeypatch.undo()
+    healthy = Progress()
+    recipe = make_recipe(train={"steps": 6, "log_every": log_every}, run={"output_dir": str(tmp_path / "healthy")})
+    for event in run(recipe, healthy, ALONE, name="test", shipped=ROOT / "recipes"):
+        if isinstance(event, StepRecord) and event.step == 2 and log_every == 1:
+            expected = adapter_of(healthy)
+            assert all(torch.equal(poisoned[n], expected[n]) for n in expected)
+    final = adapter_of(healthy)
+    assert all(torch.isfinite(t).all() for t in poisoned.values())
+    assert any(not torch.equal(poisoned[n], final[n]) for n in final)
+
+
+def adapter_of(progress):
+    return {n: p.detach().clone() for n, p in progress.session.built.peft.named_parameters() if p.requires_grad}
+
+
+def test_a_shape_that_was_not_planned_stops_a_strict_run(make_recipe, monkeypatch):
+    from launcher.train import loop
+
+    original = loop.arguments
+    seen = []
+
+    def cut(micro):
+        seen.append(1)
+        ids, labels, positions, documents, boundaries = original(micro)
+        short = slice(None, 32 if len(seen) > 1 else None)
+        return ids[:, short], labels[:, short], positions[:, short], documents[:, short], boundaries
+
+    monkeypatch.setattr(loop, "arguments", cut)  # evaluation only: the second batch is shorter
+    with pytest.raises(ContractError, match="no recompile is allowed after warm-up") as caught:
+        events_of(make_recipe(data={"validation": 0.5}))
+    assert caught.value.code == 9
+
+
+STOCK = """
+import json, sys, torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+folder, probe = sys.argv[1:]
+named = json.load(open(folder + "/adapter_config.json"))["base_model_name_or_path"]
+settings = BitsAndBytesConfig(
+    load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=torch.float32)
+base = AutoModelForCausalLM.from_pretrained(named, quantization_config=settings, dtype=torch.float32)
+model = PeftModel.from_pretrained(base, folder).train()
+AutoTokenizer.from_pretrained(folder)
+total = tokens = 0.0
+for ids, labels in json.load(open(probe)):
+    with torch.no_grad():
+        logits = model(input_ids=torch.tensor([ids])).logits[0].float()
+    total += torch.nn.functional.cross_entropy(logits, torch.tensor(labels), ignore_index=-100, reduction="sum").item()
+    tokens += sum(label != -100 for label in labels)
+assert "launcher" not in sys.modules
+print(total / tokens)
+"""
+
+
+def test_stock_peft_in_another_process_and_folder_gives_the_trained_loss(make_recipe, tmp_path):
+    progress = Progress()
+    events_of(make_recipe(), progress)
+    validation = progress.session.prepared.data.validation
+    documents = []
+    for ids, labels, numbers in zip(validation.input_ids, validation.labels, validation.document_ids, strict=True):
+        for number in set(numbers.tolist()):
+            where = numbers == number
+            if (labels[where] != -100).any():
+                documents.append([ids[where].tolist(), labels[where].tolist()])
+    (tmp_path / "probe.json").write_text(json.dumps(documents))
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    command = [sys.executable, "-c", STOCK, str(tmp_path / "run" / "adapter"), str(tmp_path / "probe.json")]
+    done = subprocess.run(command, cwd=elsewhere, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert float(done.stdout) == pytest.approx(progress.evals[-1].eval_loss, rel=1e-3)
+    assert progress.evals[-1].eval_loss != pytest.approx(progress.evals[0].eval_loss, rel=1e-3)
