@@ -85,7 +85,9 @@ def _fail(error: BaseException, progress: "Progress", here: Place) -> NoReturn:
             "Lower data.max_length, train.micro_batch (raise train.accumulation), lora.r or memory.loss_chunk_mib."
         )
     elif isinstance(error, OSError) and error.errno == errno.ENOSPC:
-        error = DiskError(f"the disk is full: {error.filename or 'a file of the run'} could not be written. Free space.")
+        error = DiskError(
+            f"the disk is full: {error.filename or 'a file of the run'} could not be written. Free space."
+        )
     code, reason = _code_and_reason(error)
     _status(progress, here, code=code, reason=reason)
     raise error

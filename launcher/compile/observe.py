@@ -53,7 +53,7 @@ class Observer:
         self._graphs_armed = len(self._graphs)
 
     def saw(self, error: BaseException) -> None:
-        """Take note of a compile error the caller caught. Only a refused recompile is news: the rest is in the metrics."""
+        """Note a compile error the caller caught. Only a refused recompile is news: the metrics have the rest."""
         if isinstance(error, RecompileError):
             self._refused.append(str(error).strip())
 
@@ -127,9 +127,11 @@ def _flat_counters() -> Counter[str]:
 
 
 def _digest(graph: torch.fx.GraphModule, example_inputs: list[Any]) -> str:
-    """Equal for equal programs on equal shapes, whichever process or rank: code and inputs, no addresses, no indices."""
+    """Equal for equal programs on equal shapes, in any process or rank: code and inputs, no addresses or indices."""
     inputs = [
-        f"{tuple(t.shape)}{t.stride()}{t.dtype}{t.device.type}{t.requires_grad}" if isinstance(t, torch.Tensor) else str(t)
+        f"{tuple(t.shape)}{t.stride()}{t.dtype}{t.device.type}{t.requires_grad}"
+        if isinstance(t, torch.Tensor)
+        else str(t)
         for t in example_inputs
     ]
     return hashlib.sha256("\n".join([graph.code, *inputs]).encode()).hexdigest()

@@ -162,6 +162,6 @@ def _count_message(expected: dict[str, int], found: dict[str, int]) -> str:
 
     return (
         f"warm-up must compile exactly the planned graphs ({show(expected)}); it compiled {show(found)}.\n"
-        "More than planned: something differs between calls that should be alike (TORCH_LOGS=recompiles names the guard).\n"
+        "More than planned: calls that should be alike differ (TORCH_LOGS=recompiles names the guard).\n"
         "Fewer: part of the model was skipped by the compiler. compile.mode=warn goes on regardless."
     )

@@ -27,11 +27,9 @@ def select(regions: Sequence[Region], compile: CompileSection) -> list[Region]:
     Scope layer compiles the decoder layer, model the whole body, regions the named pieces inside them; the loss stands
     outside the body and is compiled in every scope when `compile.regions` lists it.
     """
-    wanted = {
-        "layer": {"layer"} | ({"loss"} & set(compile.regions)),
-        "model": {"body"} | ({"loss"} & set(compile.regions)),
-        "regions": set(compile.regions),
-    }[compile.scope]
+    pieces: set[str] = set(compile.regions)
+    whole = {"layer": "layer", "model": "body"}
+    wanted = pieces if compile.scope == "regions" else {whole[compile.scope]} | ({"loss"} & pieces)
     chosen = [region for region in regions if region.name in wanted]
     missing = wanted - {region.name for region in chosen}
     assert not missing, f"no region is named {missing}"

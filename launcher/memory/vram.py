@@ -1,6 +1,6 @@
 """The memory ledger: what this process holds at the end of each phase. MiB is 2**20 bytes.
 
-On a GPU: PyTorch's allocated and reserved bytes and the card's total. On a CPU: resident memory and the machine's total.
+On a GPU: PyTorch's allocated and reserved bytes, the card's total. On a CPU: resident memory, the machine's total.
 """
 
 import resource

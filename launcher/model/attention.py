@@ -24,16 +24,20 @@ def choose_attention(wanted: str, device: torch.device, dtype: torch.dtype) -> t
     return wanted, "as asked"
 
 
-def register_attention(path: str, core: Core | None = None) -> str:
-    """Register the path's core (or `core`, its compiled form) with transformers; returns the name to set on a model."""
+def attention_name(path: str) -> str:
+    """The name under which transformers knows the path; a model is set to it once."""
+    return f"packed_{path}"
+
+
+def register_attention(path: str, core: Core | None = None) -> None:
+    """Register the path's core, or `core`, its compiled form, with transformers in place of what was there."""
     attend_packed = core or CORES[path]
 
     def attend(
         module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
     ) -> tuple[Tensor, None]:
         boundaries = kwargs["cu_seqlens"] if path == "varlen" else attention_mask
+        assert boundaries is not None, "PackedCausalLM passes the boundaries that its attention path reads"
         return attend_packed(query, key, value, boundaries, kwargs["scaling"]), None
 
-    name = f"packed_{path}"
-    AttentionInterface.register(name, attend)
-    return name
+    AttentionInterface.register(attention_name(path), attend)

@@ -9,7 +9,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from launcher.errors import RecipeError
-from launcher.model.attention import choose_attention, register_attention
+from launcher.model.attention import attention_name, choose_attention, register_attention
 from launcher.model.families import Family, family_of
 from launcher.model.lora import attach_lora, check_targets
 from launcher.model.nf4 import bnb_config, check_prequantized, count_parameters, load_base, random_base
@@ -71,11 +71,10 @@ def build_model(
     if recipe.model.init == "random":
         base = random_base(config, quant=recipe.quant, dtype=dtype, device=device, seed=seed)
     else:
-        base = load_base(
-            source, config, quant=recipe.quant, dtype=dtype, device=device, revision=recipe.model.revision
-        )
+        base = load_base(source, config, quant=recipe.quant, dtype=dtype, device=device, revision=recipe.model.revision)
     base.config.use_cache = False
-    base.set_attn_implementation(register_attention(path))
+    register_attention(path)
+    base.set_attn_implementation(attention_name(path))
     phase("after load")
     peft = attach_lora(base, recipe.lora, seed=seed)
     # What another process must load to use the adapter: a hub id, or a path that does not depend on where it starts.

@@ -11,6 +11,7 @@ from typing import Any
 from torch import nn
 
 from launcher.errors import RecipeError
+from launcher.model.packed import Body
 
 # Rotary tables of these kinds do not depend on the length that happens to be seen, so one table serves the run.
 STATIC_ROPE = ("default", "linear", "llama3", "yarn")
@@ -77,12 +78,11 @@ def _window(config: Any) -> int | None:
     return window
 
 
-def layer_norms(family: Family, decoder: nn.Module) -> tuple[nn.Module, ...]:
+def layer_norms(family: Family, body: Body) -> tuple[nn.Module, ...]:
     """Every width-D norm of the body, the final one included: they share one compiled graph."""
-    layers = decoder.layers
-    return tuple(getattr(layer, name) for layer in layers for name in family.norms) + (decoder.norm,)  # type: ignore[union-attr]
+    return tuple(getattr(layer, name) for layer in body.layers for name in family.norms) + (body.norm,)
 
 
-def layer_mlps(family: Family, decoder: nn.Module) -> tuple[nn.Module, ...]:
+def layer_mlps(family: Family, body: Body) -> tuple[nn.Module, ...]:
     """The feed-forward block of every layer."""
-    return tuple(getattr(layer, family.mlp) for layer in decoder.layers)  # type: ignore[union-attr]
+    return tuple(getattr(layer, family.mlp) for layer in body.layers)

@@ -43,7 +43,7 @@ class QLoraLinear4bit(_ExplicitCast, PeftLinear4bit):
     """LoRA on a 4-bit linear."""
 
 
-EXPLICIT_CAST = {PeftLinear: QLoraLinear, PeftLinear4bit: QLoraLinear4bit}
+EXPLICIT_CAST: dict[type, type] = {PeftLinear: QLoraLinear, PeftLinear4bit: QLoraLinear4bit}
 
 
 def attach_lora(model: PreTrainedModel, lora: LoraSection, *, seed: int) -> PeftModel:
@@ -53,7 +53,7 @@ def attach_lora(model: PreTrainedModel, lora: LoraSection, *, seed: int) -> Peft
         model,
         LoraConfig(
             r=lora.r,
-            lora_alpha=lora.alpha,
+            lora_alpha=lora.alpha,  # type: ignore[arg-type]  # annotated int, any number scales
             lora_dropout=lora.dropout,
             target_modules=list(lora.targets),
             task_type="CAUSAL_LM",

@@ -109,7 +109,8 @@ def count_parameters(model: nn.Module) -> tuple[int, int]:
 
 
 def _quantized(weight: torch.Tensor, module: Linear4bit, quant: QuantSection, device: torch.device) -> Params4bit:
-    made = Params4bit(
+    made: Any = Params4bit(
         weight, requires_grad=False, compress_statistics=quant.double, quant_type=quant.type, module=module
     )
-    return made.to(device)  # quantises
+    quantised: Params4bit = made.to(device)  # moving a full-precision Params4bit quantises it
+    return quantised

@@ -8,20 +8,15 @@ work across documents, but FlashAttention only (CUDA, compute capability 8.0 or 
 """
 
 import inspect
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention.varlen import varlen_attn
 
-try:  # absent from builds of torch without the module, such as some CPU-only ones
-    from torch.nn.attention.varlen import varlen_attn
-except ImportError:  # pragma: no cover - depends on the build
-    varlen_attn = None  # type: ignore[assignment]
-
-_VARLEN_PARAMETERS = inspect.signature(varlen_attn).parameters if varlen_attn is not None else {}
-# torch 2.11 names causality in one way, later releases in another; both are public.
-_CAUSAL = {"is_causal": True} if "is_causal" in _VARLEN_PARAMETERS else {"window_size": (-1, 0)}
-_GROUPED = "enable_gqa" in _VARLEN_PARAMETERS
+# Later than torch 2.11, whose kernel wants the key-value heads repeated.
+_TAKES_GROUPED_HEADS = "enable_gqa" in inspect.signature(varlen_attn).parameters
 
 
 def document_mask(document_ids: Tensor) -> Tensor:
@@ -39,15 +34,15 @@ def varlen_missing(device: torch.device, dtype: torch.dtype) -> str | None:
     if torch.cuda.get_device_capability(device) < (8, 0):
         return "variable-length attention needs compute capability 8.0"
     if dtype not in (torch.float16, torch.bfloat16):
-        return f"variable-length attention needs float16 or bfloat16, not {dtype}"
-    return None if varlen_attn is not None else "this build of torch lacks torch.nn.attention.varlen"
+        return f"variable-length attention needs float16 or bfloat16, not {str(dtype).removeprefix('torch.')}"
+    return None
 
 
 def masked_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float) -> Tensor:
     """query [B, H, S, E], key and value [B, K, S, E], mask bool [B, 1, S, S] -> [B, S, H, E]."""
     # Expanded heads rather than enable_gqa: with a mask that flag leaves CUDA only the O(S * S) math kernel.
     groups = query.shape[1] // key.shape[1]
-    key, value = _repeat_heads(key, groups, dim=1), _repeat_heads(value, groups, dim=1)
+    key, value = _repeat_heads(key, groups), _repeat_heads(value, groups)
     return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale).transpose(1, 2)
 
 
@@ -58,14 +53,15 @@ def varlen_attention(query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tens
     """
     rows, heads, length, width = query.shape
     groups = heads // key.shape[1]
-    options = dict(_CAUSAL)
-    if groups > 1 and _GROUPED:
+    options: dict[str, Any] = {"window_size": (-1, 0), "scale": scale}  # unlimited to the left, nothing to the right
+    if groups > 1 and _TAKES_GROUPED_HEADS:
         options["enable_gqa"] = True
     elif groups > 1:
-        key, value = _repeat_heads(key, groups, dim=1), _repeat_heads(value, groups, dim=1)
+        key, value = _repeat_heads(key, groups), _repeat_heads(value, groups)
     # [B, H, S, E] -> [B * S, H, E]
     q, k, v = (t.transpose(1, 2).reshape(rows * length, -1, width) for t in (query, key, value))
-    out = varlen_attn(q, k, v, cu_seqlens, cu_seqlens, length, length, scale=scale, **options)
+    out = varlen_attn(q, k, v, cu_seqlens, cu_seqlens, length, length, **options)
+    assert isinstance(out, Tensor)  # a pair only where auxiliary outputs are asked for
     return out.view(rows, length, heads, width)
 
 
@@ -78,5 +74,5 @@ def packed_attention_reference(query: Tensor, key: Tensor, value: Tensor, docume
     return (scores.softmax(dim=-1).to(query.dtype) @ value).transpose(1, 2)
 
 
-def _repeat_heads(states: Tensor, groups: int, *, dim: int) -> Tensor:
-    return states if groups == 1 else states.repeat_interleave(groups, dim=dim)
+def _repeat_heads(states: Tensor, groups: int) -> Tensor:
+    return states if groups == 1 else states.repeat_interleave(groups, dim=1)

@@ -88,7 +88,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return total
 
     @staticmethod
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None, None, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None, None, None, None]:
         (grad,) = ctx.saved_tensors
         # The factor is fp32 and may be large (fp16 loss scale over token count): multiply wide, round once.
         return (grad.float() * grad_output).to(grad.dtype), None, None, None, None

@@ -1,7 +1,7 @@
 """The console: records in, text out. Imports launcher.records and rich, never torch; nothing here decides anything.
 
-Every text that is not ours (paths, model output, reasons, error messages) goes through `figures.literal`, so that neither
-rich's markup nor a terminal's control codes are obeyed.
+Every text that is not ours (paths, model output, reasons, error messages) goes through `figures.literal`, so that
+neither rich's markup nor a terminal's control codes are obeyed.
 """
 
 from launcher.report.console import error, make_console

@@ -38,7 +38,7 @@ def prove_adapter(model: PeftModel, folder: Path, *, loss: Callable[[], float]) 
     if not abs(after - before) <= TOLERANCE * max(1.0, abs(before)):
         _restore(model, trained)
         raise CheckpointError(
-            f"the saved adapter must give back the trained loss {before:.6f}; reloaded from {folder} it gives {after:.6f}.\n"
+            f"the saved adapter must give back the trained loss {before:.6f}; reloaded it gives {after:.6f} ({folder}).\n"
             "The files are incomplete or wrong: do not use them. The run's figures are in report.json."
         )
     return before, after
@@ -53,10 +53,12 @@ def _load(model: PeftModel, folder: Path) -> None:
                 f"adapter_config.json must say what was trained: {key} is {getattr(saved, key)!r}, "
                 f"trained was {getattr(live, key)!r}."
             )
-    result = set_peft_model_state_dict(model, load_file(str(folder / "adapter_model.safetensors")), ADAPTER)
+    result: Any = set_peft_model_state_dict(model, load_file(str(folder / "adapter_model.safetensors")), ADAPTER)
     unexpected = list(result.unexpected_keys)
     if unexpected:
-        raise CheckpointError(f"{folder} holds {len(unexpected)} tensors that no adapter of this model has: {unexpected[0]}")
+        raise CheckpointError(
+            f"{folder} holds {len(unexpected)} tensors that no adapter of this model has: {unexpected[0]}"
+        )
 
 
 @torch.no_grad()

@@ -16,8 +16,8 @@ import torch
 from launcher.data.loader import MicroBatch, StepBatch
 from launcher.errors import ContractError, NonFiniteError
 from launcher.ranks import Place, gather
-from launcher.records import EvalRecord, RankRecord, RunRecord, StartRecord, StepRecord, Verdict
 from launcher.recipe.schema import Recipe
+from launcher.records import EvalRecord, RankRecord, RunRecord, StartRecord, StepRecord, Verdict
 from launcher.train.adapter import prove_adapter, save_adapter
 from launcher.train.sample import generate
 from launcher.train.setup import Clock, Session, prepare

@@ -34,6 +34,4 @@ def warmup_steps(warmup: float, steps: int) -> int:
 def make_schedule(optimizer: Optimizer, train: TrainSection, *, steps: int) -> LRScheduler:
     """Cosine, linear or constant, each with a linear warm-up."""
     name = "constant_with_warmup" if train.schedule == "constant" else train.schedule
-    return get_scheduler(
-        name, optimizer, num_warmup_steps=warmup_steps(train.warmup, steps), num_training_steps=steps
-    )
+    return get_scheduler(name, optimizer, num_warmup_steps=warmup_steps(train.warmup, steps), num_training_steps=steps)

@@ -24,11 +24,10 @@ from launcher.data.loader import MicroBatch, StepBatch, TrainLoader, eval_batche
 from launcher.data.prepare import PreparedData
 from launcher.data.prepare import prepare as prepare_data
 from launcher.memory.vram import Ledger
-from launcher.model.attention import register_attention
+from launcher.model.attention import CORES, register_attention
 from launcher.model.build import BuiltModel, build_model, preflight
 from launcher.model.families import layer_mlps, layer_norms
 from launcher.model.source import load_config, load_tokenizer, locate
-from launcher.ops.attention import masked_attention, varlen_attention
 from launcher.ops.linear_ce import chunk_loss, chunk_loss_and_grad
 from launcher.ranks import Place, broadcast
 from launcher.recipe.schema import Recipe
@@ -175,14 +174,13 @@ class Session:
 def regions_of(built: BuiltModel) -> list[Region]:
     """The regions of a built model that a compile plan may choose from; each is called in training and evaluation."""
     packed, losses = built.packed, built.packed.loss_functions
-    decoder = built.peft.get_base_model().model
-    core = {"sdpa": masked_attention, "varlen": varlen_attention}[built.attention]
+    path = built.attention
     return [
         Region("layer", 2, modules=tuple(packed.body.layers)),
         Region("body", 2, modules=(packed.body,)),
-        Region("mlp", 2, modules=layer_mlps(built.family, decoder)),
-        Region("rmsnorm", 2, modules=layer_norms(built.family, decoder)),
-        Region("attention", 2, function=core, install=lambda f: register_attention(built.attention, f) and None),
+        Region("mlp", 2, modules=layer_mlps(built.family, packed.body)),
+        Region("rmsnorm", 2, modules=layer_norms(built.family, packed.body)),
+        Region("attention", 2, function=CORES[path], install=lambda f: register_attention(path, f)),
         Region("loss", 1, function=chunk_loss_and_grad, install=lambda f: setattr(losses, "loss_and_grad", f)),
         Region("loss", 1, function=chunk_loss, install=lambda f: setattr(losses, "loss", f)),
     ]

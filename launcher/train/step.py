@@ -5,7 +5,7 @@ tokens. DDP averages over W ranks, so each micro batch contributes loss_sum * W 
 step, since the packing is the same on every rank: no collective, no wait.
 
 A non-finite step must not reach the weights, and the host must not have to ask. So:
-- the update is gated on the device by `found_inf`, set from the gradient norm (after the all-reduce: alike on all ranks);
+- the update is gated on the device by `found_inf`, set from the gradient norm (reduced already: alike on all ranks);
 - the first non-finite loss or gradient raises a flag that turns every later loss into NaN, which closes the gate on all
   ranks until the host reads the figures and stops: the weights are those of the last good step.
 fp16 differs: overflow is ordinary there, the scaler skips the step and halves its scale, and the host waits for the
@@ -70,7 +70,7 @@ class TrainStep:
         loss_sum = self.accumulate(batch)
         self.scaler.unscale_(self.optimizer)  # without fp16 these scaler calls do nothing
         norm = nn.utils.clip_grad_norm_(self.parameters, self.clip)
-        lr = self.schedule.get_last_lr()[0]
+        lr = float(self.schedule.get_last_lr()[0])
         skipped = self._update(loss_sum, norm)
         self.optimizer.zero_grad(set_to_none=False)
         if not skipped:

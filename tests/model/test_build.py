@@ -92,7 +92,9 @@ def test_random_and_loaded_models_are_alike_but_for_their_values(make_recipe, tm
     assert random.packed.head.weight is random.packed.embed.weight or not random.peft.config.tie_word_embeddings
 
 
-@pytest.mark.parametrize("name", ["unsloth/Llama-3.2-1B-Instruct", "unsloth/Llama-3.2-3B-Instruct", "unsloth/Meta-Llama-3.1-8B-Instruct"])
+@pytest.mark.parametrize(
+    "name", ["unsloth/Llama-3.2-1B-Instruct", "unsloth/Llama-3.2-3B-Instruct", "unsloth/Meta-Llama-3.1-8B-Instruct"]
+)
 def test_the_shipped_architectures_have_the_published_sizes(make_recipe, name):
     source = locate(make_recipe(model={"name": name, "init": "random"}).model, ARCHITECTURES)
     with torch.device("meta"):

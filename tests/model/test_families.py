@@ -8,7 +8,7 @@ from launcher.compile.observe import Observer
 from launcher.compile.plan import Plan
 from launcher.compile.regions import Region
 from launcher.errors import RecipeError
-from launcher.model.attention import register_attention
+from launcher.model.attention import attention_name, register_attention
 from launcher.model.families import FAMILIES, family_of
 from launcher.model.packed import PackedCausalLM
 from launcher.recipe.schema import CompileSection
@@ -42,7 +42,8 @@ def build(model_type, **changes):
 
 
 def packed_form(model):
-    model.set_attn_implementation(register_attention("sdpa"))
+    register_attention("sdpa")
+    model.set_attn_implementation(attention_name("sdpa"))
     return PackedCausalLM(model, attention="sdpa", max_length=20, loss_chunk_mib=1)
 
 

@@ -31,7 +31,11 @@ def test_a_poisoned_document_changes_no_other():
 
 
 def test_the_mask_lets_a_token_see_its_own_document_up_to_itself():
-    assert document_mask(torch.tensor([[0, 0, 1]]))[0, 0].tolist() == [[True, False, False], [True, True, False], [False, False, True]]
+    assert document_mask(torch.tensor([[0, 0, 1]]))[0, 0].tolist() == [
+        [True, False, False],
+        [True, True, False],
+        [False, False, True],
+    ]
 
 
 def test_variable_length_attention_says_why_it_cannot_run_here():

@@ -2,7 +2,13 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from launcher.ops.linear_ce import IGNORE, ChunkFunctions, chunk_rows, linear_cross_entropy, linear_cross_entropy_reference
+from launcher.ops.linear_ce import (
+    IGNORE,
+    ChunkFunctions,
+    chunk_rows,
+    linear_cross_entropy,
+    linear_cross_entropy_reference,
+)
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 5e-3}
 
@@ -17,7 +23,9 @@ def case(rows, width, vocabulary, dtype=torch.float32, seed=0):
 
 
 @pytest.mark.parametrize("dtype", list(TOLERANCE))
-@pytest.mark.parametrize(("rows", "width", "vocabulary", "chunk"), [(1, 8, 5, 1), (7, 16, 33, 3), (64, 24, 130, 64), (50, 8, 11, 16)])
+@pytest.mark.parametrize(
+    ("rows", "width", "vocabulary", "chunk"), [(1, 8, 5, 1), (7, 16, 33, 3), (64, 24, 130, 64), (50, 8, 11, 16)]
+)
 def test_loss_and_gradient_equal_the_plain_form(rows, width, vocabulary, chunk, dtype):
     hidden, weight, labels = case(rows, width, vocabulary, dtype)
     ours, plain = hidden.clone().requires_grad_(), hidden.clone().requires_grad_()
@@ -78,7 +86,9 @@ def test_the_logits_never_exist_as_a_whole():
     assert whole.numel >= 128 * 500
 
 
-@pytest.mark.parametrize(("rows", "vocabulary", "budget"), [(4096, 128256, 256), (1000, 7, 1), (3, 128256, 1), (8192, 32000, 64)])
+@pytest.mark.parametrize(
+    ("rows", "vocabulary", "budget"), [(4096, 128256, 256), (1000, 7, 1), (3, 128256, 1), (8192, 32000, 64)]
+)
 def test_a_chunk_stays_within_its_budget_unless_one_row_exceeds_it(rows, vocabulary, budget):
     chunk = chunk_rows(rows, vocabulary, budget)
     assert 1 <= chunk <= rows

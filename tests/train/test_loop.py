@@ -68,8 +68,8 @@ def test_the_files_of_a_run_hold_the_public_keys(finished):
     rank = report["ranks"][0]
     assert {"rank", "device", "compile", "vram", "tokens_per_s", "supervised_tokens_per_s", "step_ms"} <= set(rank)
     assert {
-        "planned_graphs", "graph_breaks", "recompiles", "limit_hits", "forward_s", "backward_s", "cache_hits", "graph_hash",
-        "graph_break_reasons", "recompile_reasons",
+        "planned_graphs", "graph_breaks", "recompiles", "limit_hits", "forward_s", "backward_s", "cache_hits",
+        "graph_hash", "graph_break_reasons", "recompile_reasons",
     } <= set(rank["compile"])  # fmt: skip
     assert {"before_mib", "after_mib", "peak_mib", "phases"} <= set(rank["vram"])
     assert {"median", "p90"} == set(rank["step_ms"])
@@ -105,14 +105,18 @@ def test_accumulation_sees_the_same_global_batch_as_one_large_micro_batch(make_r
 
 def test_the_seed_decides_the_run(make_recipe, tmp_path):
     def with_seed(seed, name):
-        return losses(make_recipe(lora={"dropout": 0.2}, train={"seed": seed}, run={"output_dir": str(tmp_path / name)}))
+        return losses(
+            make_recipe(lora={"dropout": 0.2}, train={"seed": seed}, run={"output_dir": str(tmp_path / name)})
+        )
 
     first = with_seed(0, "a")
     assert with_seed(0, "b") == first
     assert with_seed(1, "c") != first
 
 
-@pytest.mark.parametrize("train", [{"steps": 2, "warmup": 10, "eval_every": 100, "log_every": 50}, {"steps": None, "epochs": 0.1}])
+@pytest.mark.parametrize(
+    "train", [{"steps": 2, "warmup": 10, "eval_every": 100, "log_every": 50}, {"steps": None, "epochs": 0.1}]
+)
 def test_a_short_run_is_never_refused(make_recipe, train):
     record = record_of(make_recipe(train=train))
     assert len(record.steps) >= 1
@@ -160,7 +164,9 @@ def poison(monkeypatch, *, call):
 
 
 @pytest.mark.parametrize("log_every", [1, 4])
-def test_a_nan_loss_ends_the_run_with_code_5_and_the_weights_of_the_step_before(make_recipe, monkeypatch, tmp_path, log_every):
+def test_a_nan_loss_ends_the_run_with_code_5_and_the_weights_of_the_step_before(
+    make_recipe, monkeypatch, tmp_path, log_every
+):
     poison(monkeypatch, call=4)  # the first is the warm-up's: step 3
     progress = Progress()
     with pytest.raises(NonFiniteError, match="step 3 has loss nan") as caught:

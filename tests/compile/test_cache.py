@@ -1,0 +1,17 @@
+import os
+
+from launcher.compile.cache import prepare_cache
+
+
+def test_the_cache_is_a_private_folder_and_one_that_cannot_be_had_is_replaced_with_a_note(monkeypatch, tmp_path):
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert prepare_cache(workers=1) is None
+    folder = tmp_path / "qlora-launcher" / "inductor"
+    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(folder)
+    assert folder.stat().st_mode & 0o777 == 0o700
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")
+    monkeypatch.setenv("XDG_CACHE_HOME", "/proc/nowhere")
+    note = prepare_cache(workers=1)
+    assert "a temporary one is used" in note
+    assert os.stat(os.environ["TORCHINDUCTOR_CACHE_DIR"]).st_mode & 0o777 == 0o700

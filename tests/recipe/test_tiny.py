@@ -1,0 +1,138 @@
+"""What recipes/tiny ships: a base really pretrained, a tokenizer with honest masks, splits that do not mix."""
+
+import hashlib
+import json
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.nn import functional as F
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
+
+TINY = Path(__file__).parents[2] / "recipes" / "tiny"
+Messages = list[dict[str, str]]
+CONVERSATION: Messages = [
+    {"role": "system", "content": "Answer as a dictionary does."},
+    {"role": "user", "content": 'Define the noun "beagle", a kind of hound.'},
+    {"role": "assistant", "content": "beagle (noun, animal): a small hound"},
+    {"role": "user", "content": "\n And “naïve” 犬?"},
+    {"role": "assistant", "content": ""},
+]
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> PreTrainedTokenizerBase:
+    return AutoTokenizer.from_pretrained(TINY / "base")
+
+
+def read_rows(name: str) -> list[Messages]:
+    lines = (TINY / name).read_text("utf-8").splitlines()
+    return [json.loads(line)["messages"] for line in lines]
+
+
+def shipped_files() -> list[Path]:
+    """All but what the scripts leave in build/ and what Python caches."""
+    files = (p for p in TINY.rglob("*") if p.is_file())
+    return [p for p in files if not {"build", "__pycache__"} & set(p.relative_to(TINY).parts)]
+
+
+def entries(rows: list[Messages]) -> tuple[set[str], set[str]]:
+    """Headwords and glosses of rows whose answer reads "headword (part, field): gloss"."""
+    found = [re.fullmatch(r"(.+) \((?:noun|verb), [a-z]+\): (.+)", row[1]["content"]) for row in rows]
+    assert all(found)
+    return {m[1].lower() for m in found if m}, {m[2].lower() for m in found if m}
+
+
+def mean_loss(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> float:
+    """Nats per token over the texts, each closed by the end token."""
+    batch = tokenizer([t + tokenizer.eos_token for t in texts], padding=True, padding_side="right", return_tensors="pt")
+    labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
+    with torch.no_grad():
+        logits = model(**batch).logits[:, :-1]
+    return F.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten()).item()
+
+
+def test_every_shipped_file_but_the_scripts_has_its_hash_in_the_readme() -> None:
+    recorded = dict(re.findall(r"^([0-9a-f]{64})  (\S+)$", (TINY / "README.md").read_text("utf-8"), re.MULTILINE))
+    by_name = {name: digest for digest, name in recorded.items()}
+    data = [p for p in shipped_files() if p.suffix not in {".py", ".md"}]
+    assert {str(p.relative_to(TINY)): hashlib.sha256(p.read_bytes()).hexdigest() for p in data} == by_name
+
+
+def test_all_of_tiny_fits_in_30_mb() -> None:
+    total = sum(p.stat().st_size for p in shipped_files())
+    assert 10_000_000 < total <= 30_000_000  # the lower bound shows that the weights were counted
+
+
+@pytest.mark.parametrize("text", ["a small hound", "  two  spaces\n\n\ttab ", "naïve “犬” 🙂 \x00", "0123.45e-6"])
+def test_any_text_round_trips_through_the_tokenizer(tokenizer: PreTrainedTokenizerBase, text: str) -> None:
+    ids = tokenizer(text)["input_ids"]
+    assert ids[0] == tokenizer.bos_token_id
+    assert tokenizer.decode(ids, skip_special_tokens=True) == text
+
+
+def test_end_and_pad_are_different_tokens(tokenizer: PreTrainedTokenizerBase) -> None:
+    assert len({tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id}) == 3
+    config = LlamaConfig.from_pretrained(TINY / "base")
+    assert (config.eos_token_id, config.pad_token_id) == (tokenizer.eos_token_id, tokenizer.pad_token_id)
+    assert config.vocab_size == len(tokenizer)
+
+
+def test_the_mask_covers_each_answer_and_its_end_and_nothing_else(tokenizer: PreTrainedTokenizerBase) -> None:
+    rendered: dict[str, Any] = tokenizer.apply_chat_template(
+        CONVERSATION, return_dict=True, return_assistant_tokens_mask=True
+    )
+    ids, mask = rendered["input_ids"], rendered["assistant_masks"]
+    supervised = [i for i, m in zip(ids, mask, strict=True) if m]
+    answers = [tokenizer(CONVERSATION[i]["content"], add_special_tokens=False)["input_ids"] for i in (2, 4)]
+    assert supervised == [*answers[0], tokenizer.eos_token_id, *answers[1], tokenizer.eos_token_id]
+    assert ids.count(tokenizer.eos_token_id) == 5  # the other three turns end unsupervised
+
+
+@pytest.mark.parametrize("turns", [2, 4])
+def test_a_prompt_is_token_by_token_the_start_of_the_longer_chat(
+    tokenizer: PreTrainedTokenizerBase, turns: int
+) -> None:
+    prompt = tokenizer.apply_chat_template(CONVERSATION[:turns], add_generation_prompt=True)["input_ids"]
+    whole = tokenizer.apply_chat_template(CONVERSATION[: turns + 1])["input_ids"]
+    assert whole[: len(prompt)] == prompt and len(whole) > len(prompt)
+
+
+def test_an_unknown_role_is_refused_by_the_template(tokenizer: PreTrainedTokenizerBase) -> None:
+    with pytest.raises(Exception, match="unknown role: judge"):
+        tokenizer.apply_chat_template([{"role": "judge", "content": "x"}])
+
+
+def test_train_and_validation_share_no_headword_and_no_gloss() -> None:
+    train, validation = read_rows("train.jsonl"), read_rows("validation.jsonl")
+    assert len(train) == 4000 and len(validation) == 256
+    for ours, theirs in zip(entries(train), entries(validation), strict=True):
+        assert len(theirs) == 256 and not ours & theirs
+
+
+def test_the_shipped_base_is_a_language_model_of_glosses_it_never_saw(tokenizer: PreTrainedTokenizerBase) -> None:
+    texts = []
+    for question, answer in read_rows("validation.jsonl")[:48]:
+        kind = re.search(r", a kind of (.+)\.", question["content"])
+        headword, gloss = answer["content"].split(" (")[0], answer["content"].split("): ")[1]
+        texts += [f"{headword[0].upper()}{headword[1:]} is a kind of {kind[1]}: {gloss}."] if kind else []
+    assert len(texts) > 30
+    model = LlamaForCausalLM.from_pretrained(TINY / "base", dtype=torch.float32).eval()
+    untrained = LlamaForCausalLM(model.config).eval()
+    assert mean_loss(model, tokenizer, texts) < 3.6
+    assert mean_loss(untrained, tokenizer, texts) > 0.9 * math.log(model.config.vocab_size)
+
+
+def test_a_held_out_gloss_is_found_whatever_its_case_and_punctuation(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(TINY))
+    extract, wordnet = pytest.importorskip("extract"), pytest.importorskip("wordnet")
+    line = '02088364 05 n 01 beagle 0 001 @ 02087551 n 0000 | a small short-legged hound; "the beagle ran"  '
+    beagle = wordnet.parse_line(line)
+    assert (beagle.words, beagle.field, beagle.relations) == (("beagle",), "animal", {"@": [("n", "02087551")]})
+    assert (beagle.gloss, beagle.examples) == ("a small short-legged hound", ("the beagle ran",))
+    glosses = extract.by_opening([beagle])
+    assert extract.echoes("It was: A small, short-legged hound!", glosses)
+    assert not extract.echoes("It was a small short-legged horse", glosses)

@@ -1,0 +1,95 @@
+"""The command as a user types it: exit codes, messages of at most five lines, nothing left behind."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from launcher import cli
+from launcher.errors import ContractError
+from tests.conftest import ROOT
+
+MAIN = [sys.executable, str(ROOT / "launcher" / "main.py")]
+
+
+def launch(*arguments, cwd):
+    return subprocess.run([*MAIN, *arguments], capture_output=True, text=True, timeout=300, cwd=cwd)
+
+
+@pytest.fixture
+def small(small_model, rows_file, tmp_path):
+    """Arguments of a run that would succeed."""
+    return [
+        "recipe=tiny", f"model.name={small_model}", f"data.sources=[{{path: {rows_file}}}]", "data.validation=0.1",
+        "data.max_length=64", "compile.backend=aot_eager", "train.steps=2", "run.sample_tokens=4", "run.output_dir=out",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("wrong", "code", "says"),
+    [
+        ("recipe=nope", 2, "tiny"),
+        ("lerning_rate=1", 2, "train.lr"),
+        ("train.lr=abc", 2, "train.lr"),
+        ("model.name=./nowhere", 2, "model.name"),
+        ("lora.targets=[nothing]", 2, "q_proj"),
+        ("data.sources=[{path: empty.jsonl}]", 3, "0 usable rows"),
+        ("data.sources=[{path: broken.jsonl}]", 3, "broken.jsonl:2"),
+    ],
+)
+def test_bad_input_is_a_short_message_with_its_code_and_leaves_nothing(small, tmp_path, wrong, code, says):
+    (tmp_path / "empty.jsonl").write_text("")
+    (tmp_path / "broken.jsonl").write_text('{"text": "fine"}\n{"text": \n')
+    before = sorted(tmp_path.rglob("*"))
+    key = wrong.split("=")[0]
+    done = launch(*(a for a in small if a.split("=")[0] != key), wrong, cwd=tmp_path)
+    assert done.returncode == code, done.stderr
+    assert "Traceback" not in done.stderr
+    assert says in done.stderr
+    assert 1 <= len(done.stderr.strip().splitlines()) <= 5
+    assert f"(exit code {code})" in done.stderr
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_run_ends_with_0_prints_plain_text_and_leaves_its_files(small, tmp_path):
+    done = launch(*small, "report=copy.json", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "\x1b" not in done.stdout
+    assert "PASS" in done.stdout
+    assert "FAIL" not in done.stdout
+    assert {p.name for p in (tmp_path / "out").iterdir()} == {"adapter", "metrics.jsonl", "report.json", "status.json"}
+    assert json.loads((tmp_path / "out" / "status.json").read_text())["code"] == 0
+    assert json.loads((tmp_path / "copy.json").read_text()) == json.loads(
+        (tmp_path / "out" / "report.json").read_text()
+    )
+    again = launch(*small, cwd=tmp_path)
+    assert again.returncode == 4
+    assert "must not hold another run" in again.stderr
+
+
+@pytest.mark.parametrize(("signum", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_ends_the_run_with_its_code_and_says_so(small, tmp_path, signum, code):
+    arguments = [a for a in small if not a.startswith("train.steps")]
+    process = subprocess.Popen(
+        [*MAIN, *arguments, "train.steps=100000"], cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+    )
+    try:
+        deadline = time.monotonic() + 120
+        while not (tmp_path / "out" / "metrics.jsonl").exists() and time.monotonic() < deadline:
+            time.sleep(0.2)
+        process.send_signal(signum)
+        assert process.wait(timeout=25) == code
+    finally:
+        process.kill()
+    assert json.loads((tmp_path / "out" / "status.json").read_text())["code"] == code
+    assert b"Traceback" not in process.stderr.read()
+
+
+def test_a_rank_names_itself_in_an_error_that_is_its_own(monkeypatch, capsys):
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    cli._print_error(ContractError("broken"), cli.place())
+    assert capsys.readouterr().err.startswith("error: rank 1: broken (exit code 9)")

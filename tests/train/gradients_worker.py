@@ -1,0 +1,36 @@
+"""Run by test_ranks.py, alone and under a two-process launch: one step's gradients and loss, written by rank 0."""
+
+import sys
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[0] = str(ROOT)
+
+from launcher.ranks import place  # noqa: E402
+from launcher.recipe.load import resolve  # noqa: E402
+from launcher.train.environment import prepare_environment  # noqa: E402
+
+
+def main() -> None:
+    target, *argv = sys.argv[1:]
+    here = place()
+    prepare_environment(here)
+    from launcher.train.setup import Clock, Session, prepare
+
+    recipe = resolve(argv).recipe
+    session = Session(recipe, prepare(recipe, here, shipped=ROOT / "recipes"), here, name="test", clock=Clock())
+    session.build()
+    session.compile()
+    torch.manual_seed(1)  # B starts at zero, and then no gradient of A has a direction
+    with torch.no_grad():
+        for parameter in session.step.parameters:
+            parameter.add_(torch.randn(parameter.shape) * 0.05)
+    loss = session.accelerator.reduce(session.step.accumulate(next(session.batches)))
+    if here.is_main:
+        torch.save({"loss": loss, "gradients": [p.grad for p in session.step.parameters]}, target)
+    session.accelerator.end_training()
+
+
+main()
