@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch._dynamo
 from torch._dynamo.exc import BackendCompilerFailed, FailOnRecompileLimitHit, RecompileError
+from torch._inductor.exc import InductorError
 
 from launcher.compile.observe import COMPILE_ERRORS, Observer
 from launcher.compile.regions import Region, select
@@ -137,7 +138,8 @@ def explain(error: BaseException) -> str:
     """Rule, what happened with its guard or line, remedy: at most five lines."""
     kind, rule = _classify(error)
     detail = [line.strip() for line in str(error).strip().splitlines() if line.strip()]
-    lines = detail[:3] if kind == "recompile" else [detail[0], *_user_line(error)]
+    shown = {"recompile": 3, "backend": 2}.get(kind, 1)  # dynamo's own wording: what matters is in these lines
+    lines = [*detail[:shown], *(_user_line(error) if kind == "break" else [])]
     return "\n".join([f"{rule}: {lines[0][:300]}", *(line[:300] for line in lines[1:]), REMEDIES[kind]])
 
 
@@ -146,7 +148,7 @@ def _classify(error: BaseException) -> tuple[str, str]:
         return "recompile", "no recompile is allowed after warm-up"
     if isinstance(error, FailOnRecompileLimitHit):
         return "limit", "dynamo's recompile limit may not be reached"
-    if isinstance(error, BackendCompilerFailed):
+    if isinstance(error, BackendCompilerFailed | InductorError):
         return "backend", "the compile backend must accept the graph"
     return "break", "no graph break is allowed"
 

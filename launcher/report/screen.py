@@ -14,7 +14,7 @@ Event = str | StartRecord | StepRecord | EvalRecord | RunRecord
 
 
 class Screen:
-    """Context manager. Phases are announced at once; the step line begins with the StartRecord, which has its length."""
+    """Context manager. Phases are announced at once; the step line begins with the StartRecord."""
 
     def __init__(self, console: Console) -> None:
         self._console = console

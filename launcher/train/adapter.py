@@ -38,7 +38,8 @@ def prove_adapter(model: PeftModel, folder: Path, *, loss: Callable[[], float]) 
     if not abs(after - before) <= TOLERANCE * max(1.0, abs(before)):
         _restore(model, trained)
         raise CheckpointError(
-            f"the saved adapter must give back the trained loss {before:.6f}; reloaded it gives {after:.6f} ({folder}).\n"
+            f"the saved adapter must give back the trained loss {before:.6f}; reloaded it gives {after:.6f}:\n"
+            f"{folder}\n"
             "The files are incomplete or wrong: do not use them. The run's figures are in report.json."
         )
     return before, after

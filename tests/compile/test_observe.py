@@ -165,7 +165,7 @@ def test_a_backend_error_stops_a_strict_run_and_falls_back_in_warn(monkeypatch):
     monkeypatch.setattr(torch._dynamo, "lookup_backend", lambda name: refuse)
     block = Block()
     plan, _ = plan_for(block)
-    with pytest.raises(ContractError, match="backend must accept the graph"):
+    with pytest.raises(ContractError, match=r"(?s)backend must accept the graph.*planted"):
         plan.warm_up(lambda: block(torch.randn(2, 8)))
     plan, observer = plan_for(block, mode="warn")
     plan.warm_up(lambda: block(torch.randn(2, 8)))
@@ -186,6 +186,20 @@ def test_backward_seconds_and_cache_hits_are_seen_with_inductor(tmp_path, monkey
     assert cold.cache_hits == 0
     assert warm.cache_hits > 0
     assert warm.graph_hash == cold.graph_hash
+
+
+def test_a_missing_cpp_compiler_is_a_backend_error_that_names_it(tmp_path, monkeypatch):
+    from torch._inductor import config, cpp_builder
+
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    cpp_builder.get_cpp_compiler.cache_clear() if hasattr(cpp_builder.get_cpp_compiler, "cache_clear") else None
+    block = Block()
+    plan, _ = plan_for(block, backend="inductor")
+    with config.patch({"cpp.cxx": (None, "no-such-compiler")}), pytest.raises(ContractError) as caught:
+        plan.warm_up(lambda: block(torch.randn(2, 8)))
+    assert "backend must accept the graph" in str(caught.value)
+    assert "compiler" in str(caught.value).lower()
+    assert len(str(caught.value).splitlines()) <= 5
 
 
 def test_equal_programs_have_equal_hashes_and_others_do_not():

@@ -46,6 +46,11 @@ def entries(rows: list[Messages]) -> tuple[set[str], set[str]]:
     return {m[1].lower() for m in found if m}, {m[2].lower() for m in found if m}
 
 
+def ids_of(tokenizer: PreTrainedTokenizerBase, chat: Messages, *, prompt: bool) -> list[int]:
+    rendered: Any = tokenizer.apply_chat_template(chat, add_generation_prompt=prompt)
+    return rendered["input_ids"]
+
+
 def mean_loss(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> float:
     """Nats per token over the texts, each closed by the end token."""
     batch = tokenizer([t + tokenizer.eos_token for t in texts], padding=True, padding_side="right", return_tensors="pt")
@@ -82,9 +87,7 @@ def test_end_and_pad_are_different_tokens(tokenizer: PreTrainedTokenizerBase) ->
 
 
 def test_the_mask_covers_each_answer_and_its_end_and_nothing_else(tokenizer: PreTrainedTokenizerBase) -> None:
-    rendered: dict[str, Any] = tokenizer.apply_chat_template(
-        CONVERSATION, return_dict=True, return_assistant_tokens_mask=True
-    )
+    rendered: Any = tokenizer.apply_chat_template(CONVERSATION, return_dict=True, return_assistant_tokens_mask=True)
     ids, mask = rendered["input_ids"], rendered["assistant_masks"]
     supervised = [i for i, m in zip(ids, mask, strict=True) if m]
     answers = [tokenizer(CONVERSATION[i]["content"], add_special_tokens=False)["input_ids"] for i in (2, 4)]
@@ -96,8 +99,8 @@ def test_the_mask_covers_each_answer_and_its_end_and_nothing_else(tokenizer: Pre
 def test_a_prompt_is_token_by_token_the_start_of_the_longer_chat(
     tokenizer: PreTrainedTokenizerBase, turns: int
 ) -> None:
-    prompt = tokenizer.apply_chat_template(CONVERSATION[:turns], add_generation_prompt=True)["input_ids"]
-    whole = tokenizer.apply_chat_template(CONVERSATION[: turns + 1])["input_ids"]
+    prompt = ids_of(tokenizer, CONVERSATION[:turns], prompt=True)
+    whole = ids_of(tokenizer, CONVERSATION[: turns + 1], prompt=False)
     assert whole[: len(prompt)] == prompt and len(whole) > len(prompt)
 
 
@@ -122,7 +125,7 @@ def test_the_shipped_base_is_a_language_model_of_glosses_it_never_saw(tokenizer:
     assert len(texts) > 30
     model = LlamaForCausalLM.from_pretrained(TINY / "base", dtype=torch.float32).eval()
     untrained = LlamaForCausalLM(model.config).eval()
-    assert mean_loss(model, tokenizer, texts) < 3.6
+    assert mean_loss(model, tokenizer, texts) < 3.0
     assert mean_loss(untrained, tokenizer, texts) > 0.9 * math.log(model.config.vocab_size)
 
 
