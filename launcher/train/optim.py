@@ -7,7 +7,18 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from transformers import get_scheduler
 
+from launcher.errors import RecipeError
 from launcher.recipe.schema import TrainSection
+
+
+def check_optimizer(train: TrainSection, device: torch.device) -> None:
+    """Raise RecipeError for an optimizer that would silently be another one on `device`."""
+    if train.optimizer.startswith("paged") and device.type != "cuda":
+        plain = train.optimizer.removeprefix("paged_")
+        raise RecipeError(
+            f"train.optimizer={train.optimizer} pages its state between GPU and host, the device is {device.type}. "
+            f"Use train.optimizer={plain}."
+        )
 
 
 def make_optimizer(parameters: Iterable[torch.nn.Parameter], train: TrainSection) -> Optimizer:

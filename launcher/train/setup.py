@@ -31,7 +31,7 @@ from launcher.model.source import load_config, load_tokenizer, locate
 from launcher.ops.linear_ce import chunk_loss, chunk_loss_and_grad
 from launcher.ranks import Place, broadcast
 from launcher.recipe.schema import Recipe
-from launcher.train.optim import make_optimizer, make_schedule
+from launcher.train.optim import check_optimizer, make_optimizer, make_schedule
 from launcher.train.outputs import RunFolder, default_folder
 from launcher.train.step import TrainStep, arguments
 
@@ -73,6 +73,7 @@ def prepare(recipe: Recipe, place: Place, *, shipped: Path) -> Prepared:
     source = locate(recipe.model, shipped / "architectures")
     config = load_config(source, recipe.model)
     preflight(recipe, config, device)
+    check_optimizer(recipe.train, device)
     tokenizer = load_tokenizer(source, recipe.model, stand_in=shipped / "tiny" / "base")
     data = prepare_data(recipe.data, tokenizer, seed=recipe.train.seed)
     return Prepared(source, config, tokenizer, data, device)

@@ -10,8 +10,9 @@ from torch import nn
 from launcher.compile.observe import Observer
 from launcher.compile.plan import Plan
 from launcher.data.loader import MicroBatch, StepBatch
+from launcher.errors import RecipeError
 from launcher.recipe.schema import CompileSection, TrainSection
-from launcher.train.optim import make_optimizer, make_schedule, warmup_steps
+from launcher.train.optim import check_optimizer, make_optimizer, make_schedule, warmup_steps
 from launcher.train.step import TrainStep
 
 pytestmark = pytest.mark.usefixtures("clean_dynamo")
@@ -122,11 +123,16 @@ def test_warmup_is_steps_or_a_fraction_and_never_longer_than_the_run(warmup, ste
     assert warmup_steps(warmup, steps) == expected
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit"])
+def test_a_paged_optimizer_without_a_gpu_is_refused_rather_than_replaced():
+    section = TrainSection(steps=1, optimizer="paged_adamw_8bit")
+    with pytest.raises(RecipeError, match="train.optimizer=adamw_8bit"):
+        check_optimizer(section, torch.device("cpu"))
+    check_optimizer(section, torch.device("cuda"))
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "adamw_8bit"])
 @pytest.mark.parametrize("schedule", ["cosine", "linear", "constant"])
 def test_every_optimizer_and_schedule_lowers_a_loss(optimizer, schedule):
-    if optimizer.startswith("paged") and not torch.cuda.is_available():
-        pytest.skip("paged optimizers need CUDA's managed memory")
     model = Linear()
     step = make_step(model, optimizer=optimizer, schedule=schedule, warmup=1)
     losses = [float(step(step_batch(micro(1, 4))).loss_sum) for _ in range(5)]
