@@ -17,6 +17,7 @@ from rich.console import Console
 from launcher.errors import DiskError, LauncherError, MemoryExhausted
 from launcher.ranks import Place, end_with_parent, place
 from launcher.recipe.load import Resolved, resolve
+from launcher.recipe.locate import locate
 from launcher.recipe.schema import recipes_dir
 from launcher.recipe.show import print_request
 from launcher.records import RunRecord
@@ -57,13 +58,15 @@ def _train(resolved: Resolved, here: Place, console: Console) -> int:
     signal.signal(signal.SIGTERM, _terminate)
     end_with_parent()
     notes = prepare_environment(here)
+    shipped = recipes_dir()
+    source = locate(resolved.recipe.model, shipped / "architectures")
     with Screen(console) as screen:
         screen.show("importing torch")
-        from launcher.train.loop import Progress, run
+        from launcher.train.loop import Progress, Request, run
 
-        progress = Progress()
+        request, progress = Request(resolved.recipe, resolved.name, source, shipped, here, notes), Progress()
         try:
-            for event in run(resolved.recipe, progress, here, name=resolved.name, shipped=recipes_dir(), notes=notes):
+            for event in run(request, progress):
                 screen.show(event)
                 if isinstance(event, RunRecord):
                     _write_report(event.as_report(), resolved, here)

@@ -77,6 +77,16 @@ def make_recipe(small_model: Path, rows_file: Path, tmp_path: Path) -> Callable[
     return make
 
 
+def request_for(recipe: Any) -> Any:
+    """The request of a single process to run `recipe`."""
+    from launcher.ranks import Place
+    from launcher.recipe.locate import locate
+    from launcher.train.setup import Request
+
+    shipped = ROOT / "recipes"
+    return Request(recipe, "test", locate(recipe.model, shipped / "architectures"), shipped, Place(0, 0, 1, 1))
+
+
 @pytest.fixture
 def clean_dynamo() -> Iterator[None]:
     """Leave dynamo as it was found: no cached frames, no armed guard."""

@@ -7,7 +7,6 @@ import warnings
 from launcher.compile.cache import prepare_cache
 from launcher.ranks import Place
 
-
 # Turns that an idle OpenMP thread (GNU's) spins before it sleeps. The default spins for so long that one busy neighbour
 # on a two-core machine made a step of recipe=tiny 2.9 times slower (1,441 against 490 ms); with this it is 1.5 times
 # (745 ms), and the undisturbed step costs the same 488 ms.

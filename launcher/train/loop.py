@@ -8,19 +8,17 @@ import statistics
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from launcher.data.loader import MicroBatch, StepBatch
 from launcher.errors import ContractError, NonFiniteError
-from launcher.ranks import Place, gather
-from launcher.recipe.schema import Recipe
+from launcher.ranks import gather
 from launcher.records import EvalRecord, RankRecord, RunRecord, StartRecord, StepRecord, Verdict
 from launcher.train.adapter import prove_adapter, save_adapter
 from launcher.train.sample import generate
-from launcher.train.setup import Clock, Session, prepare
+from launcher.train.setup import Clock, Request, Session, prepare
 from launcher.train.step import StepResult, arguments
 from launcher.train.verdicts import adapter_verdict, compile_verdicts, loss_verdict
 
@@ -43,20 +41,18 @@ class Progress:
         return self.steps[-1].step if self.steps else 0
 
 
-def run(
-    recipe: Recipe, progress: Progress, place: Place, *, name: str, shipped: Path, notes: tuple[str, ...] = ()
-) -> Iterator[Event]:
-    """Train as `recipe` says. `progress` is filled as the run goes, for whoever has to report a failure.
+def run(request: Request, progress: Progress) -> Iterator[Event]:
+    """Train as the request says. `progress` is filled as the run goes, for whoever has to report a failure.
 
     Raises the errors of launcher/errors.py; the folder, once there, then holds everything up to the last good step.
     """
-    clock = Clock()
+    clock, recipe = Clock(), request.recipe
     yield "reading data"
     with clock.phase("data"):
-        prepared = prepare(recipe, place, shipped=shipped)
+        prepared = prepare(request)
     yield "starting processes"
     with clock.phase("start"):
-        session = progress.session = Session(recipe, prepared, place, name=name, clock=clock)
+        session = progress.session = Session(request, prepared, clock=clock)
         session.open_folder()
     yield "loading model"
     with clock.phase("load"):
@@ -64,7 +60,7 @@ def run(
     yield "compiling"
     with clock.phase("compile"):
         session.compile()
-    yield start_record(session, notes)
+    yield start_record(session)
     yield from _train(session, progress)
     yield "saving adapter"
     with clock.phase("save"):
@@ -74,7 +70,7 @@ def run(
     ranks = tuple(gather(rank_record(session, progress)))
     record = RunRecord(
         recipe=recipe.model_dump(mode="json"),
-        start=start_record(session, notes),
+        start=start_record(session),
         steps=tuple(progress.steps),
         evals=tuple(progress.evals),
         elapsed_s=clock.elapsed_s,
@@ -83,7 +79,7 @@ def run(
         data=dict(prepared.data.counts),
         sample=sample,
     )
-    if place.is_main:
+    if session.place.is_main:
         session.folder.report(record)
     session.accelerator.end_training()
     yield record
@@ -218,14 +214,14 @@ def _verdicts(session: Session, progress: Progress, ranks: Any, proof: tuple[flo
     return [*compiled, loss_verdict(progress.steps), adapter_verdict(*proof)]
 
 
-def start_record(session: Session, notes: tuple[str, ...]) -> StartRecord:
+def start_record(session: Session) -> StartRecord:
     """What is about to run, for the start panel and the report."""
     recipe, built, data = session.recipe, session.built, session.prepared.data
     device = session.accelerator.device
     c = recipe.compile
     return StartRecord(
-        recipe=session.name,
-        model=session.prepared.source + (" (random weights)" if recipe.model.init == "random" else ""),
+        recipe=session.request.name,
+        model=session.request.source + (" (random weights)" if recipe.model.init == "random" else ""),
         family=built.family.model_type,
         parameters=built.parameters,
         trainable=built.trainable,
@@ -245,7 +241,7 @@ def start_record(session: Session, notes: tuple[str, ...]) -> StartRecord:
         validation_rows=data.validation_rows,
         fill=data.train.fill,
         run_dir=str(session.folder.path),
-        notes=notes,
+        notes=session.request.notes,
     )
 
 

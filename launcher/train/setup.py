@@ -27,7 +27,7 @@ from launcher.memory.vram import Ledger
 from launcher.model.attention import CORES, register_attention
 from launcher.model.build import BuiltModel, build_model, preflight
 from launcher.model.families import layer_mlps, layer_norms
-from launcher.model.source import load_config, load_tokenizer, locate
+from launcher.model.source import load_config, load_tokenizer
 from launcher.ops.linear_ce import chunk_loss, chunk_loss_and_grad
 from launcher.ranks import Place, broadcast
 from launcher.recipe.schema import Recipe
@@ -52,44 +52,55 @@ class Clock:
 
 
 @dataclass(frozen=True)
+class Request:
+    """What is asked for: a recipe whose model has been located, in one process among the run's."""
+
+    recipe: Recipe
+    name: str  # the recipe's
+    source: str  # the model: absolute folder or hub id
+    shipped: Path  # the folder of the recipes
+    place: Place
+    notes: tuple[str, ...] = ()  # what the user should know, for the report
+
+
+@dataclass(frozen=True)
 class Prepared:
     """What a run knows before it touches weights."""
 
-    source: str  # absolute folder or hub id
     config: Any
     tokenizer: Any
     data: PreparedData
     device: torch.device
 
 
-def prepare(recipe: Recipe, place: Place, *, shipped: Path) -> Prepared:
-    """Locate the model, check what the recipe asks of it, read and pack the data. `shipped` is the recipes folder.
+def prepare(request: Request) -> Prepared:
+    """Check what the recipe asks of the model, read and pack the data.
 
     Raises RecipeError (2) and DataError (3); writes nothing.
     """
     use_cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
     cuda = torch.cuda.is_available() and not use_cpu
-    device = torch.device("cuda", place.local_rank) if cuda else torch.device("cpu")
-    source = locate(recipe.model, shipped / "architectures")
+    device = torch.device("cuda", request.place.local_rank) if cuda else torch.device("cpu")
+    recipe, source = request.recipe, request.source
     config = load_config(source, recipe.model)
     preflight(recipe, config, device)
     check_optimizer(recipe.train, device)
-    tokenizer = load_tokenizer(source, recipe.model, stand_in=shipped / "tiny" / "base")
+    tokenizer = load_tokenizer(source, recipe.model, stand_in=request.shipped / "tiny" / "base")
     data = prepare_data(recipe.data, tokenizer, seed=recipe.train.seed)
-    return Prepared(source, config, tokenizer, data, device)
+    return Prepared(config, tokenizer, data, device)
 
 
 class Session:
     """One process's half-built run. The steps of building are methods, so that the loop can time and announce each."""
 
-    def __init__(self, recipe: Recipe, prepared: Prepared, place: Place, *, name: str, clock: Clock) -> None:
-        self.recipe, self.prepared, self.place, self.clock = recipe, prepared, place, clock
-        self.name = name
+    def __init__(self, request: Request, prepared: Prepared, *, clock: Clock) -> None:
+        self.request, self.prepared, self.clock = request, prepared, clock
+        self.recipe, self.place = recipe, place = request.recipe, request.place
         # Before the first compile: the thread count is guarded on, and launchers set it to 1 on CPUs.
         torch.set_num_threads(place.cores)
         cpu = prepared.device.type == "cpu"
         PartialState(cpu=cpu)  # the process group first: trackers want a folder, and its name is rank 0's
-        self.folder = RunFolder(Path(broadcast(recipe.run.output_dir or default_folder(name))).absolute())
+        self.folder = RunFolder(Path(broadcast(recipe.run.output_dir or default_folder(request.name))).absolute())
         self.accelerator = Accelerator(
             cpu=cpu,
             mixed_precision="no",  # casts are explicit
@@ -106,7 +117,7 @@ class Session:
         self.ledger.mark("before load")
         self.built = build_model(
             self.recipe,
-            self.prepared.source,
+            self.request.source,
             self.prepared.config,
             device=self.accelerator.device,
             phase=self.ledger.mark,

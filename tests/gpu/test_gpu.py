@@ -6,15 +6,12 @@ import pytest
 import torch
 
 from launcher.ops.attention import document_mask, masked_attention, packed_attention_reference, varlen_attention
-from launcher.ranks import Place
 from launcher.records import RunRecord, StepRecord
 from launcher.train.loop import Progress, run
 from launcher.train.setup import Clock, Session, prepare
-from tests.conftest import ROOT
+from tests.conftest import request_for
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("clean_dynamo")]
-SHIPPED = ROOT / "recipes"
-ALONE = Place(0, 0, 1, 1)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -45,7 +42,7 @@ def test_variable_length_attention_equals_the_plain_form_with_gradients(heads, k
 
 
 def train(recipe):
-    events = list(run(recipe, Progress(), ALONE, name="test", shipped=SHIPPED))
+    events = list(run(request_for(recipe), Progress()))
     return [e for e in events if isinstance(e, StepRecord)], next(e for e in events if isinstance(e, RunRecord))
 
 
@@ -70,7 +67,8 @@ def test_compiled_kernels_give_the_uncompiled_losses(make_recipe, tmp_path, dtyp
 @pytest.mark.parametrize("attention", ["varlen", "sdpa"])
 def test_forward_and_backward_never_wait_for_the_device(make_recipe, attention):
     recipe = make_recipe(model={"dtype": "bfloat16", "attention": attention}, compile={"backend": "inductor"})
-    session = Session(recipe, prepare(recipe, ALONE, shipped=SHIPPED), ALONE, name="test", clock=Clock())
+    request = request_for(recipe)
+    session = Session(request, prepare(request), clock=Clock())
     session.build()
     session.compile()
     batch = next(session.batches)

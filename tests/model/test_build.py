@@ -8,7 +8,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 
 from launcher.errors import RecipeError
 from launcher.model.build import build_model, choose_dtype, preflight
-from launcher.model.source import load_config, load_tokenizer, locate
+from launcher.model.source import load_config, load_tokenizer
+from launcher.recipe.locate import locate
 from tests.conftest import ROOT, TINY, small_config
 
 CPU = torch.device("cpu")
@@ -113,23 +114,6 @@ def test_a_lora_target_without_a_match_is_named_with_those_there_are(make_recipe
 def test_the_head_is_no_lora_target_because_the_loss_reads_it_directly(make_recipe):
     with pytest.raises(RecipeError, match="lm_head matched nothing"):
         build(make_recipe(lora={"targets": ["lm_head"]}))
-
-
-def test_a_missing_folder_and_a_folder_without_config_are_told_apart(make_recipe, tmp_path):
-    with pytest.raises(RecipeError, match="there is no folder"):
-        locate(make_recipe(model={"name": str(tmp_path / "nowhere")}).model, ARCHITECTURES)
-    with pytest.raises(RecipeError, match="must hold config.json"):
-        locate(make_recipe(model={"name": str(tmp_path)}).model, ARCHITECTURES)
-
-
-def test_an_architecture_that_is_not_shipped_lists_those_that_are(make_recipe):
-    with pytest.raises(RecipeError, match="Llama-3.2-1B-Instruct"):
-        locate(make_recipe(model={"name": "someone/else", "init": "random"}).model, ARCHITECTURES)
-
-
-def test_a_hub_id_that_cannot_be_had_names_the_offline_way(make_recipe):
-    with pytest.raises(RecipeError, match=r"(?s)someone/else.*model.name=/path/to/folder"):
-        locate(make_recipe(model={"name": "someone/else"}).model, ARCHITECTURES)
 
 
 def test_a_model_that_wants_its_own_code_is_refused_and_nothing_is_imported(make_recipe, tmp_path):

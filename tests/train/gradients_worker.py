@@ -17,10 +17,11 @@ def main() -> None:
     target, *argv = sys.argv[1:]
     here = place()
     prepare_environment(here)
-    from launcher.train.setup import Clock, Session, prepare
+    from launcher.train.setup import Clock, Request, Session, prepare
 
     recipe = resolve(argv).recipe
-    session = Session(recipe, prepare(recipe, here, shipped=ROOT / "recipes"), here, name="test", clock=Clock())
+    request = Request(recipe, "test", recipe.model.name, ROOT / "recipes", here)
+    session = Session(request, prepare(request), clock=Clock())
     session.build()
     session.compile()
     torch.manual_seed(1)  # B starts at zero, and then no gradient of A has a direction

@@ -9,17 +9,15 @@ import torch
 
 from launcher.errors import CheckpointError, ContractError, NonFiniteError
 from launcher.model import build as model_build
-from launcher.ranks import Place
 from launcher.records import EvalRecord, RunRecord, StartRecord, StepRecord
 from launcher.train.loop import Progress, run
-from tests.conftest import ROOT
+from tests.conftest import request_for
 
 pytestmark = pytest.mark.usefixtures("clean_dynamo")
-ALONE = Place(0, 0, 1, 1)
 
 
 def events_of(recipe, progress=None):
-    return list(run(recipe, progress or Progress(), ALONE, name="test", shipped=ROOT / "recipes"))
+    return list(run(request_for(recipe), progress or Progress()))
 
 
 def record_of(recipe):
@@ -177,7 +175,7 @@ def test_a_nan_loss_ends_the_run_with_code_5_and_the_weights_of_the_step_before(
     monkeypatch.undo()
     healthy = Progress()
     recipe = make_recipe(train={"steps": 6, "log_every": log_every}, run={"output_dir": str(tmp_path / "healthy")})
-    for event in run(recipe, healthy, ALONE, name="test", shipped=ROOT / "recipes"):
+    for event in run(request_for(recipe), healthy):
         if isinstance(event, StepRecord) and event.step == 2 and log_every == 1:
             expected = adapter_of(healthy)
             assert all(torch.equal(poisoned[n], expected[n]) for n in expected)

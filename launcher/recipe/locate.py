@@ -1,0 +1,66 @@
+"""Where `model.name` is: a local folder, a hub id, or an architecture that ships with the recipes.
+
+Settled before torch is imported and before weights are read, so that a wrong name ends the run within seconds and
+leaves nothing behind. huggingface_hub itself is imported only for a name that is no folder.
+"""
+
+import re
+from pathlib import Path
+
+from launcher.errors import RecipeError
+from launcher.recipe.schema import ModelSection
+
+HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+HUB_TIMEOUT_S = 5.0  # for the one small request that tells whether the hub can be reached
+
+
+def locate(model: ModelSection, architectures: Path) -> str:
+    """`model.name` -> an absolute folder, or a hub id that is cached or reachable.
+
+    With `model.init=random` only a config is wanted: a folder's, or one shipped under `architectures` whose name is
+    the last part of the hub id. Raises RecipeError with the way out.
+    """
+    name = model.name
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise RecipeError(f"a model folder must hold config.json; {folder} does not. Name the checkpoint's folder.")
+        return str(folder.resolve())
+    if name.startswith((".", "/", "~")) or not HUB_ID.fullmatch(name):
+        raise RecipeError(
+            f"model.name must be a hub id or an existing folder; there is no folder {str(folder)!r}.\n"
+            "Check the path, or name a hub id such as unsloth/Llama-3.2-1B-Instruct."
+        )
+    if model.init == "random":
+        return _shipped(name, architectures)
+    _require_hub(name, model.revision)
+    return name
+
+
+def _shipped(name: str, architectures: Path) -> str:
+    folder = architectures / name.rsplit("/", 1)[-1]
+    if (folder / "config.json").is_file():
+        return str(folder.resolve())
+    known = ", ".join(sorted(p.parent.name for p in architectures.glob("*/config.json")))
+    raise RecipeError(
+        f"model.init=random needs a folder with config.json or a shipped architecture; {name!r} is neither.\n"
+        f"Shipped: {known}."
+    )
+
+
+def _require_hub(name: str, revision: str | None) -> None:
+    """Raise RecipeError, within seconds, unless the hub id is in the local cache or the hub answers for it."""
+    from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
+
+    if isinstance(try_to_load_from_cache(name, "config.json", revision=revision), str):
+        return
+    try:  # one request, not the client's download, which tries six times for half a minute
+        get_hf_file_metadata(hf_hub_url(name, "config.json", revision=revision), timeout=HUB_TIMEOUT_S)
+    except Exception as error:  # the client has a dozen kinds, from DNS to licence gates; all mean "not to be had"
+        reason = next(iter(str(error).strip().splitlines()), "") or type(error).__name__
+        raise RecipeError(
+            f"model {name!r} is not in the local cache and could not be had from the hub: {reason[:160]}\n"
+            "Online: check the name, the revision and your login.\n"
+            "Offline: copy the checkpoint here and set model.name=/path/to/folder,\n"
+            "or try the architecture alone with model.init=random."
+        ) from None
