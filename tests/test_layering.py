@@ -36,7 +36,7 @@ ALLOWED = {  # package or module: what of ours it may import, itself and all it 
 OUTSIDE = {  # of other people's packages; not listed: any
     "ops": {"torch", "triton"},
     "report": {"rich"},
-    "recipe": {"omegaconf", "pydantic", "pydantic_core", "rich", "yaml"},
+    "recipe": {"huggingface_hub", "omegaconf", "pydantic", "pydantic_core", "rich", "yaml"},
     "recipe.schema": {"pydantic", "pydantic_core"},
     "main": set(),
     "__main__": set(),
