@@ -9,6 +9,7 @@ Everything is a difference against the state at `Observer()`: dynamo's own count
 """
 
 import hashlib
+import re
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
@@ -134,7 +135,12 @@ def _digest(graph: torch.fx.GraphModule, example_inputs: list[Any]) -> str:
         else str(t)
         for t in example_inputs
     ]
-    return hashlib.sha256("\n".join([graph.code, *inputs]).encode()).hexdigest()
+    return hashlib.sha256("\n".join([without_device_index(graph.code), *inputs]).encode()).hexdigest()
+
+
+def without_device_index(code: str) -> str:
+    """Graph code with every `cuda, index=1` and `cuda:1` made plain `cuda`: each rank names its own device."""
+    return re.sub(r"(?<=')(cuda)(?:', index=\d+|:\d+')", r"\1'", code)
 
 
 def _reason(metric: Any) -> str:

@@ -5,7 +5,7 @@ import torch
 import torch._dynamo
 from torch import nn
 
-from launcher.compile.observe import Observer
+from launcher.compile.observe import Observer, without_device_index
 from launcher.compile.plan import Plan
 from launcher.compile.regions import Region
 from launcher.errors import ContractError
@@ -212,6 +212,14 @@ def test_equal_programs_have_equal_hashes_and_others_do_not():
     assert hash_of(Block(), torch.randn(2, 8)) == same
     assert hash_of(Block(), torch.randn(3, 8)) != same
     assert hash_of(Other(), torch.randn(2, 8)) != same
+
+
+@pytest.mark.parametrize("form", ["torch.arange(8, device = device(type='cuda', index={}))", "x.to('cuda:{}')"])
+def test_ranks_on_other_devices_of_one_machine_hash_alike(form):
+    codes = [without_device_index(form.format(index)) for index in (0, 1)]
+    assert codes[0] == codes[1]
+    assert "cuda" in codes[0]
+    assert without_device_index("x.view(1, 2)") != without_device_index("x.view(1, 3)")
 
 
 def test_an_earlier_compilation_of_the_process_is_not_ours():
