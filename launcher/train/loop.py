@@ -217,7 +217,6 @@ def _verdicts(session: Session, progress: Progress, ranks: Any, proof: tuple[flo
 def start_record(session: Session) -> StartRecord:
     """What is about to run, for the start panel and the report."""
     recipe, built, data = session.recipe, session.built, session.prepared.data
-    device = session.accelerator.device
     c = recipe.compile
     return StartRecord(
         recipe=session.request.name,
@@ -225,7 +224,7 @@ def start_record(session: Session) -> StartRecord:
         family=built.family.model_type,
         parameters=built.parameters,
         trainable=built.trainable,
-        device=torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
+        device=_device_name(session.accelerator.device),
         world_size=session.place.world_size,
         dtype=str(built.dtype).removeprefix("torch."),
         quantization=built.quantization,
@@ -245,6 +244,12 @@ def start_record(session: Session) -> StartRecord:
     )
 
 
+def _device_name(device: torch.device, *, index: bool = False) -> str:
+    if device.type != "cuda":
+        return "CPU"
+    return (f"cuda:{device.index or 0} " if index else "") + torch.cuda.get_device_name(device)
+
+
 def rank_record(session: Session, progress: Progress) -> RankRecord:
     """This process's account. The first step is left out of the timings where there are more: it warms allocators."""
     skip = 1 if len(progress.steps) > 1 else 0
@@ -253,7 +258,7 @@ def rank_record(session: Session, progress: Progress) -> RankRecord:
     phases = {p.phase: p for p in session.ledger.phases}
     return RankRecord(
         rank=session.place.rank,
-        device=str(session.accelerator.device),
+        device=_device_name(session.accelerator.device, index=True),
         compile=session.observer.record(),
         vram=tuple(session.ledger.phases),
         vram_before_mib=phases["after compile"].allocated_mib,
