@@ -9,6 +9,7 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from types import FrameType
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -92,7 +93,8 @@ def _fail(error: BaseException, progress: "Progress", here: Place) -> NoReturn:
             f"the disk is full: {error.filename or 'a file of the run'} could not be written. Free space."
         )
     code, reason = _code_and_reason(error)
-    _status(progress, here, code=code, reason=reason)
+    with suppress(OSError):  # a full disk must not hide what ended the run
+        _status(progress, here, code=code, reason=reason)
     raise error
 
 

@@ -8,7 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from launcher.errors import CheckpointError
+from launcher.errors import CheckpointError, RecipeError
 from launcher.records import EvalRecord, RunRecord, StepRecord
 
 
@@ -23,12 +23,18 @@ class RunFolder:
         return self.path / "adapter"
 
     def create(self) -> None:
-        """Make the folder. Raises CheckpointError if it holds a run already."""
+        """Make the folder. Raises CheckpointError if it holds a run already, RecipeError if it cannot be made."""
         if (self.path / "status.json").exists() or (self.path / "metrics.jsonl").exists():
             raise CheckpointError(
                 f"run.output_dir must not hold another run; {self.path} does. Choose another folder or remove it."
             )
-        self.path.mkdir(parents=True, exist_ok=True)
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            (self.path / "metrics.jsonl").touch()
+        except OSError as error:
+            raise RecipeError(
+                f"run.output_dir must be a folder that can be written; {self.path}: {error.strerror}. Choose another."
+            ) from None
 
     def metric(self, record: StepRecord | EvalRecord) -> None:
         """Append one line to metrics.jsonl."""
@@ -59,7 +65,7 @@ def default_folder(recipe: str) -> str:
 
 def _replace(path: Path, content: dict[str, Any]) -> None:
     """Write whole or not at all: a reader never sees half a file."""
-    staging = path.with_name(path.name + ".part")
+    staging = path.with_name(f"{path.name}.{os.getpid()}.part")  # several ranks may report one failure
     staging.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     os.replace(staging, path)
 

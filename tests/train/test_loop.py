@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 
-from launcher.errors import CheckpointError, ContractError, NonFiniteError
+from launcher.errors import CheckpointError, ContractError, NonFiniteError, RecipeError
 from launcher.model import build as model_build
 from launcher.records import EvalRecord, RunRecord, StartRecord, StepRecord
 from launcher.train.loop import Progress, run
@@ -145,6 +145,12 @@ def test_a_folder_that_holds_a_run_is_not_overwritten(finished, make_recipe):
     with pytest.raises(CheckpointError, match="must not hold another run"):
         events_of(make_recipe())
     assert (folder / "report.json").read_text() == before
+
+
+def test_a_folder_that_cannot_be_made_is_the_recipes_fault(make_recipe, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(RecipeError, match="run.output_dir must be a folder that can be written"):
+        events_of(make_recipe(run={"output_dir": str(tmp_path / "file" / "run")}))
 
 
 def poison(monkeypatch, *, call):
