@@ -1,6 +1,9 @@
 """Shared small things: a two-layer model folder, a recipe on it, and one Inductor cache for the whole suite."""
 
+import json
 import os
+import subprocess
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -85,6 +88,24 @@ def request_for(recipe: Any) -> Any:
 
     shipped = ROOT / "recipes"
     return Request(recipe, "test", locate(recipe.model, shipped / "architectures"), shipped, Place(0, 0, 1, 1))
+
+
+def stock_loss(progress: Any, folder: Path, *, dtype: str, device: str) -> float:
+    """The validation loss that stock PEFT gives to a finished run's adapter, in another process and folder."""
+    validation = progress.session.prepared.data.validation
+    documents = []
+    for ids, labels, numbers in zip(validation.input_ids, validation.labels, validation.document_ids, strict=True):
+        for where in (numbers == number for number in set(numbers.tolist())):
+            if (labels[where] != -100).any():
+                documents.append([ids[where].tolist(), labels[where].tolist()])
+    probe, elsewhere = folder / "probe.json", folder / "elsewhere"
+    probe.write_text(json.dumps(documents), encoding="utf-8")
+    elsewhere.mkdir()
+    script = str(ROOT / "tests" / "train" / "stock_peft.py")
+    command = [sys.executable, script, str(progress.session.folder.adapter), str(probe), dtype, device]
+    done = subprocess.run(command, cwd=elsewhere, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return float(done.stdout)
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ from launcher.ops.attention import document_mask, masked_attention, packed_atten
 from launcher.records import RunRecord, StepRecord
 from launcher.train.loop import Progress, run
 from launcher.train.setup import Clock, Session, prepare
-from tests.conftest import request_for
+from tests.conftest import request_for, stock_loss
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("clean_dynamo")]
 
@@ -88,6 +88,14 @@ def test_every_optimizer_trains(make_recipe, optimizer):
     steps, record = train(make_recipe(train={"optimizer": optimizer, "steps": 8, "lr": 5e-3}))
     assert steps[-1].loss < steps[0].loss
     assert all(v.holds for v in record.verdicts)
+
+
+def test_stock_peft_gives_the_trained_loss_in_bfloat16(make_recipe, tmp_path):
+    progress = Progress()
+    list(run(request_for(make_recipe(model={"dtype": "bfloat16"}, train={"steps": 8, "lr": 5e-3})), progress))
+    stock = stock_loss(progress, tmp_path, dtype="bfloat16", device="cuda")
+    assert stock == pytest.approx(progress.evals[-1].eval_loss, rel=1e-3)
+    assert progress.evals[-1].eval_loss < 0.99 * progress.evals[0].eval_loss
 
 
 def test_the_ledger_counts_what_the_card_holds(make_recipe, tmp_path: Path):

@@ -1,8 +1,6 @@
 """Whole runs at test size: the files they leave, the claims they make, and the ends they can come to."""
 
 import json
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -11,7 +9,7 @@ from launcher.errors import CheckpointError, ContractError, NonFiniteError, Reci
 from launcher.model import build as model_build
 from launcher.records import EvalRecord, RunRecord, StartRecord, StepRecord
 from launcher.train.loop import Progress, run
-from tests.conftest import request_for
+from tests.conftest import request_for, stock_loss
 
 pytestmark = pytest.mark.usefixtures("clean_dynamo")
 
@@ -212,43 +210,9 @@ def test_a_shape_that_was_not_planned_stops_a_strict_run(make_recipe, monkeypatc
     assert caught.value.code == 9
 
 
-STOCK = """
-import json, sys, torch
-from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
-folder, probe = sys.argv[1:]
-named = json.load(open(folder + "/adapter_config.json"))["base_model_name_or_path"]
-settings = BitsAndBytesConfig(
-    load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=torch.float32)
-base = AutoModelForCausalLM.from_pretrained(named, quantization_config=settings, dtype=torch.float32)
-model = PeftModel.from_pretrained(base, folder).train()
-AutoTokenizer.from_pretrained(folder)
-total = tokens = 0.0
-for ids, labels in json.load(open(probe)):
-    with torch.no_grad():
-        logits = model(input_ids=torch.tensor([ids])).logits[0].float()
-    total += torch.nn.functional.cross_entropy(logits, torch.tensor(labels), ignore_index=-100, reduction="sum").item()
-    tokens += sum(label != -100 for label in labels)
-assert "launcher" not in sys.modules
-print(total / tokens)
-"""
-
-
 def test_stock_peft_in_another_process_and_folder_gives_the_trained_loss(make_recipe, tmp_path):
     progress = Progress()
     events_of(make_recipe(), progress)
-    validation = progress.session.prepared.data.validation
-    documents = []
-    for ids, labels, numbers in zip(validation.input_ids, validation.labels, validation.document_ids, strict=True):
-        for number in set(numbers.tolist()):
-            where = numbers == number
-            if (labels[where] != -100).any():
-                documents.append([ids[where].tolist(), labels[where].tolist()])
-    (tmp_path / "probe.json").write_text(json.dumps(documents))
-    elsewhere = tmp_path / "elsewhere"
-    elsewhere.mkdir()
-    command = [sys.executable, "-c", STOCK, str(tmp_path / "run" / "adapter"), str(tmp_path / "probe.json")]
-    done = subprocess.run(command, cwd=elsewhere, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert float(done.stdout) == pytest.approx(progress.evals[-1].eval_loss, rel=1e-3)
+    stock = stock_loss(progress, tmp_path, dtype="float32", device="cpu")
+    assert stock == pytest.approx(progress.evals[-1].eval_loss, rel=1e-3)
     assert progress.evals[-1].eval_loss != pytest.approx(progress.evals[0].eval_loss, rel=1e-3)
