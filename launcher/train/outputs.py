@@ -17,6 +17,7 @@ class RunFolder:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.is_ours = False  # until it has been created for this run: another run's folder is left alone
 
     @property
     def adapter(self) -> Path:
@@ -47,7 +48,7 @@ class RunFolder:
 
     def status(self, *, code: int, reason: str, rank: int, step: int) -> None:
         """Write status.json; the launcher masks worker exit codes, so this is where they can be read."""
-        if self.path.is_dir():
+        if self.is_ours:
             found = {"code": code, "reason": reason, "rank": rank, "step": step, "resumable": False}
             _replace(self.path / "status.json", found)
 

@@ -23,6 +23,7 @@ from launcher.compile.regions import Region
 from launcher.data.loader import MicroBatch, StepBatch, TrainLoader, eval_batches
 from launcher.data.prepare import PreparedData
 from launcher.data.prepare import prepare as prepare_data
+from launcher.errors import LauncherError
 from launcher.memory.vram import Ledger
 from launcher.model.attention import CORES, register_attention
 from launcher.model.build import BuiltModel, build_model, preflight
@@ -156,9 +157,17 @@ class Session:
         self.ledger.mark("after compile")
 
     def open_folder(self) -> None:
-        """Create the run folder (rank 0) and start the trackers."""
+        """Create the run folder (rank 0) and start the trackers. Every rank raises what rank 0 met."""
+        problem: LauncherError | None = None
         if self.place.is_main:
-            self.folder.create()
+            try:
+                self.folder.create()
+            except LauncherError as error:
+                problem = error
+        problem = broadcast(problem)
+        if problem is not None:
+            raise problem
+        self.folder.is_ours = True
         if self.recipe.run.trackers:
             self.accelerator.init_trackers("trackers")
 

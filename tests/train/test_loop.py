@@ -139,10 +139,12 @@ def test_tensorboard_receives_the_metrics(make_recipe, tmp_path):
 
 def test_a_folder_that_holds_a_run_is_not_overwritten(finished, make_recipe):
     _, folder = finished
-    before = (folder / "report.json").read_text()
+    before = {path: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+    progress = Progress()
     with pytest.raises(CheckpointError, match="must not hold another run"):
-        events_of(make_recipe())
-    assert (folder / "report.json").read_text() == before
+        events_of(make_recipe(), progress)
+    progress.session.folder.status(code=4, reason="another's", rank=0, step=0)
+    assert {path: path.read_bytes() for path in folder.iterdir() if path.is_file()} == before
 
 
 def test_a_folder_that_cannot_be_made_is_the_recipes_fault(make_recipe, tmp_path):
