@@ -4,18 +4,18 @@ torch is imported only once the recipe is known to be good: a mistyped key answe
 """
 
 import errno
-import json
 import os
+import shutil
 import signal
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
 from types import FrameType
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from rich.console import Console
 
-from launcher.errors import DiskError, LauncherError, MemoryExhausted
+from launcher.errors import DiskError, LauncherError, LostRank, MemoryExhausted, RecipeError
 from launcher.ranks import Place, end_with_parent, place
 from launcher.recipe.load import Resolved, resolve
 from launcher.recipe.locate import locate
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from launcher.train.loop import Progress
 
 SHARED_CODES = (2, 3)  # every rank finds these alike, so one of them says it
+CONNECTION = ("gloo/", "Connection closed by peer", "NCCL", "ProcessGroup")  # in what torch raises when a rank is gone
 
 
 class Terminated(BaseException):
@@ -39,6 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command line; returns the exit code. Every failure meant for the user is a message, not a traceback."""
     here = place()
     argv = list(sys.argv[1:] if argv is None else argv)
+    signal.signal(signal.SIGTERM, _terminate)
     try:
         with open(os.devnull, "w") as nowhere:
             if print_request(argv, console=make_console(None if here.is_main else nowhere)):
@@ -56,8 +58,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _train(resolved: Resolved, here: Place, console: Console) -> int:
     from launcher.train.environment import prepare_environment
 
-    signal.signal(signal.SIGTERM, _terminate)
     end_with_parent()
+    _check_report_path(resolved)
     notes = prepare_environment(here)
     shipped = recipes_dir()
     source = locate(resolved.recipe.model, shipped / "architectures")
@@ -69,8 +71,8 @@ def _train(resolved: Resolved, here: Place, console: Console) -> int:
         try:
             for event in run(request, progress):
                 screen.show(event)
-                if isinstance(event, RunRecord):
-                    _write_report(event.as_report(), resolved, here)
+                if isinstance(event, RunRecord) and resolved.report and here.is_main and progress.session:
+                    shutil.copyfile(progress.session.folder.path / "report.json", resolved.report)
         except BaseException as error:
             _fail(error, progress, here)
         _status(progress, here, code=0, reason="done")
@@ -92,9 +94,11 @@ def _fail(error: BaseException, progress: "Progress", here: Place) -> NoReturn:
         error = DiskError(
             f"the disk is full: {error.filename or 'a file of the run'} could not be written. Free space."
         )
+    elif here.world_size > 1 and isinstance(error, RuntimeError) and any(word in str(error) for word in CONNECTION):
+        error = LostRank("another rank ended first and closed the connection; its own error says why.")
     code, reason = _code_and_reason(error)
     with suppress(OSError):  # a full disk must not hide what ended the run
-        _status(progress, here, code=code, reason=reason)
+        _status(progress, here, code=code, reason=reason, step=getattr(error, "step", None))
     raise error
 
 
@@ -108,18 +112,21 @@ def _code_and_reason(error: BaseException) -> tuple[int, str]:
     return 1, f"{type(error).__name__}: {error}"
 
 
-def _status(progress: "Progress", here: Place, *, code: int, reason: str) -> None:
+def _status(progress: "Progress", here: Place, *, code: int, reason: str, step: int | None = None) -> None:
     """status.json: rank 0's word on success, and that of the rank that failed otherwise."""
     if progress.session and (code or here.is_main):
-        progress.session.folder.status(code=code, reason=reason, rank=here.rank, step=progress.step)
+        progress.session.folder.status(code=code, reason=reason, rank=here.rank, step=step or progress.step)
 
 
-def _write_report(report: dict[str, Any], resolved: Resolved, here: Place) -> None:
-    if resolved.report and here.is_main:
-        resolved.report.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+def _check_report_path(resolved: Resolved) -> None:
+    """A run must not find at its end that report=PATH cannot be written."""
+    target = resolved.report
+    if target and (target.is_dir() or not os.access(target.parent, os.W_OK)):
+        raise RecipeError(f"report=PATH must be a file in a folder that can be written; {target} is not.")
 
 
 def _terminate(signum: int, frame: FrameType | None) -> NoReturn:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a second one must not interrupt the ending
     raise Terminated
 
 

@@ -9,10 +9,9 @@ class LauncherError(Exception):
 
     code = 1
 
-    def __init__(self, message: str, *, rank: int | None = None, step: int | None = None) -> None:
+    def __init__(self, message: str, *, step: int | None = None) -> None:
         super().__init__(message)
-        self.rank = rank
-        self.step = step
+        self.step = step  # of the optimizer, where it is not the last one recorded
 
 
 class RecipeError(LauncherError):
@@ -49,6 +48,12 @@ class DiskError(LauncherError):
     """A file of the run could not be written."""
 
     code = 7
+
+
+class LostRank(LauncherError):
+    """Another rank ended first; what it met is its own error."""
+
+    code = 8
 
 
 class ContractError(LauncherError):

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
+LAUNCHER_VARIABLES = ("TORCHELASTIC_RUN_ID", "ACCELERATE_MIXED_PRECISION")  # torchrun's; accelerate's for one process
 
 
 @dataclass(frozen=True)
@@ -41,9 +42,9 @@ def place() -> Place:
 
 
 def end_with_parent() -> None:
-    """Ask the kernel to send SIGTERM here when the launcher dies (Linux): `accelerate launch` with one process
-    would otherwise leave its trainer running."""
-    if sys.platform == "linux":
+    """Under a launcher, ask the kernel to send SIGTERM here when it dies (Linux): `accelerate launch` with one process
+    would otherwise leave its trainer running. Without one the parent is a shell, which may end before its job."""
+    if sys.platform == "linux" and any(name in os.environ for name in LAUNCHER_VARIABLES):
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 

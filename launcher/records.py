@@ -70,12 +70,14 @@ class CompileRecord:
     graph_breaks: int
     recompiles: int
     limit_hits: int
+    backend_errors: int
     forward_s: float
     backward_s: float
     cache_hits: int
     graph_hash: str  # of all graphs; equal ranks have equal hashes; "-" when nothing was compiled
     graph_break_reasons: tuple[str, ...] = ()  # reason and user line, one each
     recompile_reasons: tuple[str, ...] = ()  # the guard that failed, one each
+    backend_error_reasons: tuple[str, ...] = ()
     fallbacks: tuple[str, ...] = ()  # compile.mode=warn only: what runs uncompiled, and why
     graphs_by_region: dict[str, int] = field(default_factory=dict)
 
@@ -158,7 +160,7 @@ class RunRecord:
     sample: Sample | None = None
 
     def as_report(self) -> dict[str, Any]:
-        """report.json (DESIGN: keys may be added, never renamed)."""
+        """report.json (its keys are public: add, never rename)."""
         losses = [s.loss for s in self.steps]
         evals = [e.eval_loss for e in self.evals]
         return {

@@ -2,8 +2,8 @@
 
 Three sources, each for what it alone can see:
 - the backend wrapper sees every graph that reaches the backend, hence their number by region and their hash;
-- dynamo's compilation metrics see every attempt, failed ones included, with seconds, reasons and user lines;
-- an exception seen by the caller tells of a recompile that the armed guard refused, which leaves no metric.
+- dynamo's compilation metrics see every attempt with seconds and reasons, failed and refused ones included;
+- dynamo's counters see breaks that raised nothing, and cache hits.
 
 Everything is a difference against the state at `Observer()`: dynamo's own counters live as long as the process.
 """
@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 import torch._dynamo
-from torch._dynamo.exc import FailOnRecompileLimitHit, RecompileError
+from torch._dynamo.exc import FailOnRecompileLimitHit
 from torch._dynamo.utils import counters, get_compilation_metrics, set_compilation_metrics_limit
 
 from launcher.records import CompileRecord
@@ -33,10 +33,9 @@ class Observer:
         self._first = len(get_compilation_metrics())
         self._armed_at: int | None = None
         self._graphs: list[tuple[str, str]] = []  # (region, digest) in order of compilation
-        self._graphs_armed = 0
+        self._graphs_armed: int | None = None  # how many there were when warm-up ended
         self._counters = _flat_counters()
-        self._refused: list[str] = []
-        self.expected = 0
+        self.expected: dict[str, int] = {}  # graphs by region that warm-up must compile
         self.fallbacks: list[str] = []
 
     def backend(self, region: str, inner: Callable[..., Any]) -> Callable[..., Any]:
@@ -53,11 +52,6 @@ class Observer:
         self._armed_at = len(get_compilation_metrics())
         self._graphs_armed = len(self._graphs)
 
-    def saw(self, error: BaseException) -> None:
-        """Note a compile error the caller caught. Only a refused recompile is news: the metrics have the rest."""
-        if isinstance(error, RecompileError):
-            self._refused.append(str(error).strip())
-
     def graphs_by_region(self) -> dict[str, int]:
         """Graphs so far, by region."""
         return dict(Counter(region for region, _ in self._graphs))
@@ -69,30 +63,32 @@ class Observer:
 
     def record(self) -> CompileRecord:
         """The account so far."""
-        attempts = self._forward_metrics()
-        now = _flat_counters()
-        refused = [m for m in attempts if m.fail_type is not None and "LimitHit" in m.fail_type]
-        broken = [m for m in attempts if m.fail_type is not None and m not in refused]
-        breaks = [_reason(m) for m in broken] + self._counted_breaks(now)
+        attempts, now = self._forward_metrics(), _flat_counters()
+        failed = {
+            kind: [m for m in attempts if _kind(m) == kind] for kind in ("break", "recompile", "limit", "backend")
+        }
+        done = [m for m in attempts if m.fail_type is None]
+        # In warm-up a second graph of one region is planned (train, eval); only a surplus is recompiles.
+        warm = Counter(region for region, _ in self._graphs[: self._graphs_armed])
+        surplus = sum((warm - Counter(self.expected)).values())
         late = self._late()
-        warm = [m for m in attempts if m.fail_type is None][: -len(late) or None]
-        # In warm-up a second graph of one frame is planned (train, eval); only the surplus is recompiles.
-        surplus = max(0, len(warm) - self.expected)
-        unplanned = ([m for m in warm if m.recompile_reason][-surplus:] if surplus else []) + late
-        reasons = self._refused + [f"{m.co_filename}:{m.co_firstlineno} {m.recompile_reason}" for m in unplanned]
+        unplanned = [m for m in done if m.recompile_reason and m not in late][-surplus:] if surplus else []
+        breaks = [_reason(m) for m in failed["break"]] + self._counted_breaks(now)
         return CompileRecord(
-            planned_graphs=min(self._graphs_armed or len(self._graphs), self.expected),
-            expected_graphs=self.expected,
-            compilations=len(attempts) - len(refused),
+            planned_graphs=sum((warm & Counter(self.expected)).values()),
+            expected_graphs=sum(self.expected.values()),
+            compilations=len(done) + len(failed["break"]) + len(failed["backend"]),
             graph_breaks=len(breaks),
-            recompiles=len(self._refused) + surplus + len(late),
-            limit_hits=len(refused),
+            recompiles=len(failed["recompile"]) + surplus + len(late),
+            limit_hits=len(failed["limit"]),
+            backend_errors=len(failed["backend"]),
             forward_s=sum(m.entire_frame_compile_time_s or 0.0 for m in attempts),
             backward_s=sum((m.duration_us or 0) / 1e6 for m in self._metrics() if m.is_forward is False),
             cache_hits=self._since(now, "inductor.fxgraph_cache_hit"),
             graph_hash=self._hash(),
             graph_break_reasons=tuple(breaks),
-            recompile_reasons=tuple(reasons),
+            recompile_reasons=tuple(_recompile(m) for m in failed["recompile"] + unplanned + late),
+            backend_error_reasons=tuple(_reason(m) for m in failed["backend"]),
             fallbacks=tuple(self.fallbacks),
             graphs_by_region=self.graphs_by_region(),
         )
@@ -143,7 +139,25 @@ def without_device_index(code: str) -> str:
     return re.sub(r"(?<=')(cuda)(?:', index=\d+|:\d+')", r"\1'", code)
 
 
+def _kind(metric: Any) -> str:
+    """What a failed attempt was; "" for one that succeeded."""
+    failure = metric.fail_type or ""
+    if "LimitHit" in failure:
+        return "limit"
+    kinds = {"": "", "RecompileError": "recompile", "BackendCompilerFailed": "backend", "InductorError": "backend"}
+    return kinds.get(failure, "break")
+
+
 def _reason(metric: Any) -> str:
-    """The first line of why, and where in the user's code."""
-    why = (metric.fail_reason or metric.fail_type).strip().splitlines()[0]
-    return f"{why} ({metric.fail_user_frame_filename}:{metric.fail_user_frame_lineno})"
+    """The line of the failure that says why, and where in the user's code."""
+    lines = (metric.fail_reason or metric.fail_type).strip().splitlines()
+    why = lines[1] if _kind(metric) == "backend" and len(lines) > 1 else lines[0]  # its first only names the backend
+    where = f" ({metric.fail_user_frame_filename}:{metric.fail_user_frame_lineno})"
+    return why + (where if metric.fail_user_frame_filename else "")
+
+
+def _recompile(metric: Any) -> str:
+    """Function and guard: of a refused recompile dynamo's message has both."""
+    if metric.fail_reason:
+        return " ".join(line.strip() for line in metric.fail_reason.strip().splitlines())
+    return f"{metric.co_filename}:{metric.co_firstlineno} {metric.recompile_reason}"

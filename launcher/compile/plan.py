@@ -4,6 +4,7 @@
 state dicts, and an adapter saved under such names loads as zeros without an error.
 """
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -42,17 +43,11 @@ class Plan:
         torch._dynamo.config.error_on_recompile = False
         # DDP's optimizer would split a layer's graph between buckets, without counting a break.
         torch._dynamo.config.optimize_ddp = False
-        observer.expected = sum(region.graphs for region in self._chosen)
+        expected: Counter[str] = Counter()
         for region in self._chosen:
+            expected[region.name] += region.graphs
             self._apply(region)
-
-    @property
-    def expected(self) -> dict[str, int]:
-        """Graphs by region that warm-up must compile, no more and no fewer."""
-        counts: dict[str, int] = {}
-        for region in self._chosen:
-            counts[region.name] = counts.get(region.name, 0) + region.graphs
-        return counts
+        observer.expected = dict(expected)
 
     @contextmanager
     def enforced(self) -> Iterator[None]:
@@ -60,7 +55,6 @@ class Plan:
         try:
             yield
         except COMPILE_ERRORS as error:
-            self.observer.saw(error)
             raise ContractError(explain(error)) from error
         except RuntimeError as error:
             if NOTHING_COMPILED not in str(error):
@@ -68,27 +62,24 @@ class Plan:
             raise ContractError(f"{str(error).splitlines()[0]}\n{REMEDIES['break']}") from error
 
     def warm_up(self, run: Callable[[], None]) -> None:
-        """Call `run`, which passes every planned shape through forward and backward, then check the graphs and arm.
+        """Call `run`, which passes every planned shape through forward and backward, then check the graphs.
 
         strict: any compile error, and any difference from the expected graphs, is a ContractError.
         warn: whatever cannot be compiled runs uncompiled, and the record says so.
         """
-        try:
-            with self.enforced():
-                run()
-        except ContractError as error:
-            if self.mode == "strict":
-                raise
-            self.fall_back(str(error).splitlines()[0])
-            run()
+        self.call(run)
         found = self.observer.graphs_by_region()
-        if self.mode == "strict" and found != self.expected:
-            raise ContractError(_count_message(self.expected, found))
+        if self.mode == "strict" and found != self.observer.expected:
+            raise ContractError(_count_message(self.observer.expected, found))
+
+    def arm(self) -> None:
+        """Warm-up is over, on every rank: from here a compilation is unplanned, and in strict mode an error."""
         self.observer.arm()
         torch._dynamo.config.error_on_recompile = self.mode == "strict"
 
     def call(self, function: Callable[..., Any], *arguments: Any) -> Any:
-        """A forward call after warm-up. In warn mode a compile error falls back to uncompiled code and calls again."""
+        """Call what runs compiled code. In warn mode a compile error falls back to uncompiled code and calls again,
+        so `function` must be one that can be repeated from its start."""
         try:
             with self.enforced():
                 return function(*arguments)

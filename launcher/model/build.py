@@ -14,6 +14,7 @@ from launcher.model.families import Family, family_of
 from launcher.model.lora import attach_lora, check_targets
 from launcher.model.nf4 import bnb_config, check_prequantized, count_parameters, load_base, random_base
 from launcher.model.packed import PackedCausalLM
+from launcher.model.source import check_weights
 from launcher.recipe.schema import Recipe
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -46,12 +47,13 @@ def choose_dtype(wanted: str, device: torch.device) -> torch.dtype:
     return torch.float32
 
 
-def preflight(recipe: Recipe, config: Any, device: torch.device) -> None:
+def preflight(recipe: Recipe, source: str, config: Any, device: torch.device) -> None:
     """Check, before any weight is read, that this model and device can do what the recipe asks. Raises RecipeError."""
     family_of(config, max_length=recipe.data.max_length)
     choose_attention(recipe.model.attention, device, choose_dtype(recipe.model.dtype, device))
     if recipe.model.init == "pretrained":
         check_prequantized(config, recipe.quant)
+        check_weights(source)
     with torch.device("meta"):
         skeleton = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     check_targets(skeleton, recipe.lora.targets)

@@ -39,6 +39,7 @@ def load_base(
         dtype=dtype,
         device_map={"": device},
         trust_remote_code=False,
+        use_safetensors=True,
         # An explicit None would switch off the quantisation that the checkpoint brings.
         **({"quantization_config": wanted} if wanted else {}),
     )
@@ -94,6 +95,12 @@ def check_prequantized(config: Any, quant: QuantSection) -> None:
         raise RecipeError(
             f"quant.type={quant.type} must be what the checkpoint holds; it is already quantised as {kind!r}.\n"
             "Name the unquantised checkpoint in model.name, or one quantised to 4-bit nf4 by bitsandbytes."
+        )
+    double = bool(settings.get("bnb_4bit_use_double_quant"))
+    if double != quant.double:
+        raise RecipeError(
+            f"quant.double={quant.double} must be what the checkpoint holds; it is quantised with {double}.\n"
+            f"Set quant.double={str(double).lower()}."
         )
 
 

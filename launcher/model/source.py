@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoTokenizer
 
 from launcher.errors import RecipeError
@@ -19,6 +20,24 @@ def load_config(source: str, model: ModelSection) -> Any:
             f"model {source!r} must load without remote code and with a config transformers knows:\n"
             f"{str(error).strip().splitlines()[0][:200]}"
         ) from None
+
+
+def check_weights(source: str) -> None:
+    """Raise RecipeError unless a local folder holds safetensors files that open; a hub id is left to the download."""
+    if not os.path.isdir(source):
+        return
+    files = sorted(Path(source).glob("*.safetensors"))
+    if not files:
+        raise RecipeError(
+            f"a model folder must hold its weights as safetensors; {source} has none.\n"
+            "Complete the checkpoint, or try the architecture alone with model.init=random."
+        )
+    for file in files:
+        try:
+            with safe_open(file, framework="pt"):
+                pass
+        except (SafetensorError, OSError) as error:
+            raise RecipeError(f"weights must be whole; {file} is not: {error}\nCopy or download it again.") from None
 
 
 def load_tokenizer(source: str, model: ModelSection, *, stand_in: Path) -> Any:

@@ -158,6 +158,13 @@ class CompileSection(Section):
         "inductor", description="inductor generates kernels; aot_eager only traces (quick, for tests)."
     )
 
+    @field_validator("regions")
+    @classmethod
+    def _compiles_something(cls, regions: list[str], info: ValidationInfo) -> list[str]:
+        if not regions and info.data.get("scope") == "regions":
+            raise PydanticCustomError("no_region", "scope=regions needs one or more; for none set compile.mode=off")
+        return regions
+
 
 class MemorySection(Section):
     """Budgets of memory."""

@@ -8,19 +8,19 @@ import statistics
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 
 from launcher.data.loader import MicroBatch, StepBatch
-from launcher.errors import ContractError, NonFiniteError
-from launcher.ranks import gather
+from launcher.errors import CheckpointError, ContractError, NonFiniteError
+from launcher.ranks import broadcast, gather
 from launcher.records import EvalRecord, RankRecord, RunRecord, StartRecord, StepRecord, Verdict
 from launcher.train.adapter import prove_adapter, save_adapter
 from launcher.train.sample import generate
 from launcher.train.setup import Clock, Request, Session, prepare
 from launcher.train.step import StepResult, arguments
-from launcher.train.verdicts import adapter_verdict, compile_verdicts, loss_verdict
+from launcher.train.verdicts import compile_verdicts, loss_verdict
 
 Event = str | StartRecord | StepRecord | EvalRecord | RunRecord
 SKIPS_IN_A_ROW = 20  # fp16: a scale that halves this often without one good step will not recover
@@ -35,6 +35,7 @@ class Progress:
     own_tokens: list[tuple[int, int]] = field(default_factory=list)  # this rank's (all, supervised) by step
     session: Session | None = None
     skipped_in_a_row: int = 0
+    first_read: int = 0  # steps that were read together with the first one
 
     @property
     def step(self) -> int:
@@ -64,7 +65,7 @@ def run(request: Request, progress: Progress) -> Iterator[Event]:
     yield from _train(session, progress)
     yield "saving adapter"
     with clock.phase("save"):
-        proof = _save(session)
+        saved = _save(session)
     with clock.phase("sample"):
         sample = _sample(session)
     ranks = tuple(gather(rank_record(session, progress)))
@@ -75,17 +76,20 @@ def run(request: Request, progress: Progress) -> Iterator[Event]:
         evals=tuple(progress.evals),
         elapsed_s=clock.elapsed_s,
         ranks=ranks,
-        verdicts=tuple(_verdicts(session, progress, ranks, proof)),
+        verdicts=tuple(_verdicts(session, progress, ranks, saved)),
         data=dict(prepared.data.counts),
         sample=sample,
     )
     if session.place.is_main:
         session.folder.report(record)
     session.accelerator.end_training()
+    session.plan.release()
     yield record
+    if not saved.holds:
+        raise CheckpointError(saved.evidence)
     broken = [v for v in record.verdicts if not v.holds]
     if broken and recipe.compile.mode == "strict":
-        raise ContractError("; ".join(f"{v.claim}: {v.evidence}" for v in broken), step=progress.step)
+        raise ContractError("; ".join(f"{v.claim}: {v.evidence}" for v in broken))
 
 
 def _train(session: Session, progress: Progress) -> Iterator[StepRecord | EvalRecord]:
@@ -94,17 +98,20 @@ def _train(session: Session, progress: Progress) -> Iterator[StepRecord | EvalRe
     pending: list[tuple[StepResult, StepBatch]] = []
     window = time.perf_counter()
     for number in range(1, session.steps + 1):
+        last = number == session.steps
+        evaluates = last or bool(recipe.eval_every and number % recipe.eval_every == 0)
         with clock.phase("train"):
             batch = next(session.batches)
             pending.append((session.step(batch), batch))
-            if number % recipe.log_every and number < session.steps:
+            if not evaluates and number % recipe.log_every:
                 continue
             records = _read(session, progress, pending, window)
-            pending = []
+            progress.first_read = progress.first_read or len(pending)
+            window, pending = time.perf_counter(), []
         yield from records
-        if number == session.steps or (recipe.eval_every and number % recipe.eval_every == 0):
+        if evaluates:
             yield from _evaluate(session, progress, step=number)
-        window = time.perf_counter()
+            window = time.perf_counter()
     session.ledger.mark("after training")
 
 
@@ -167,6 +174,10 @@ def _evaluate(session: Session, progress: Progress, *, step: int) -> Iterator[Ev
             sums[1] += batch.supervised_tokens
         total, supervised = session.accelerator.reduce(sums, reduction="sum").tolist()
     record = EvalRecord(step, total / max(1.0, supervised))
+    if not math.isfinite(record.eval_loss):
+        raise NonFiniteError(
+            f"the loss must be finite; evaluated after step {step} it is {record.eval_loss}.", step=step
+        )
     progress.evals.append(record)
     _log(session, record, {"eval_loss": record.eval_loss})
     yield record
@@ -179,15 +190,20 @@ def _log(session: Session, record: StepRecord | EvalRecord, values: dict[str, fl
         session.accelerator.log(values, step=record.step)
 
 
-def _save(session: Session) -> tuple[float, float]:
-    """Save on rank 0 and prove the files there; the others wait."""
-    proof = (math.nan, math.nan)
+def _save(session: Session) -> Verdict:
+    """Save on rank 0, prove the files, and only then give them their name; all ranks get the verdict."""
+    verdict = None
     if session.place.is_main:
-        built, probe = session.built, session.probe
-        save_adapter(built.peft, session.prepared.tokenizer, session.folder.adapter)
-        proof = prove_adapter(built.peft, session.folder.adapter, loss=lambda: _probe_loss(session, probe))
-    session.accelerator.wait_for_everyone()
-    return proof
+        folder, model, probe = session.folder, session.built.peft, session.probe
+        save_adapter(model, session.prepared.tokenizer, folder.adapter_staging)
+        try:
+            before, after = prove_adapter(model, folder.adapter_staging, loss=lambda: _probe_loss(session, probe))
+            said = f"loss {before:.6f} trained, {after:.6f} reloaded from disk"
+            verdict = Verdict("saved adapter reloads", True, said)
+            folder.adapter_staging.rename(folder.adapter)
+        except CheckpointError as error:
+            verdict = Verdict("saved adapter reloads", False, str(error))
+    return cast(Verdict, broadcast(verdict))
 
 
 def _probe_loss(session: Session, probe: MicroBatch) -> float:
@@ -209,9 +225,9 @@ def _sample(session: Session) -> Any:
     )
 
 
-def _verdicts(session: Session, progress: Progress, ranks: Any, proof: tuple[float, float]) -> list[Verdict]:
+def _verdicts(session: Session, progress: Progress, ranks: Any, saved: Verdict) -> list[Verdict]:
     compiled = [] if session.recipe.compile.mode == "off" else compile_verdicts(ranks)
-    return [*compiled, loss_verdict(progress.steps), adapter_verdict(*proof)]
+    return [*compiled, loss_verdict(progress.steps, progress.evals), saved]
 
 
 def start_record(session: Session) -> StartRecord:
@@ -251,8 +267,9 @@ def _device_name(device: torch.device, *, index: bool = False) -> str:
 
 
 def rank_record(session: Session, progress: Progress) -> RankRecord:
-    """This process's account. The first step is left out of the timings where there are more: it warms allocators."""
-    skip = 1 if len(progress.steps) > 1 else 0
+    """This process's account. Timings leave out the first step, which warms allocators and libraries, and with it those
+    that were read together with it (train.log_every), where there are others."""
+    skip = progress.first_read if len(progress.steps) > progress.first_read else 0
     times = [s.step_s for s in progress.steps][skip:]
     tokens = progress.own_tokens[skip:]
     phases = {p.phase: p for p in session.ledger.phases}
@@ -267,5 +284,5 @@ def rank_record(session: Session, progress: Progress) -> RankRecord:
         tokens_per_s=sum(t for t, _ in tokens) / sum(times),
         supervised_tokens_per_s=sum(s for _, s in tokens) / sum(times),
         step_ms_median=statistics.median(times) * 1000,
-        step_ms_p90=sorted(times)[min(len(times) - 1, int(0.9 * len(times)))] * 1000,
+        step_ms_p90=sorted(times)[math.ceil(0.9 * len(times)) - 1] * 1000,
     )

@@ -38,8 +38,9 @@ def gates_on_device(optimizer: Optimizer) -> bool:
 
 
 def warmup_steps(warmup: float, steps: int) -> int:
-    """`train.warmup`: steps when it is 1 or more, else a fraction of the run; never more than the run has."""
-    return min(steps, int(warmup) if warmup >= 1 else int(warmup * steps))
+    """`train.warmup`: steps when it is 1 or more, else a fraction of the run. Warm-up starts from a rate of zero, so it
+    is cut to leave the run at least one step at the full rate."""
+    return min(steps - 1, int(warmup) if warmup >= 1 else int(warmup * steps))
 
 
 def make_schedule(optimizer: Optimizer, train: TrainSection, *, steps: int) -> LRScheduler:

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -10,6 +11,8 @@ from typing import Any
 
 from launcher.errors import CheckpointError, RecipeError
 from launcher.records import EvalRecord, RunRecord, StepRecord
+
+ECHOES = (1, 8, 130, 143)  # ends that another rank's failure may bring about
 
 
 class RunFolder:
@@ -23,15 +26,22 @@ class RunFolder:
     def adapter(self) -> Path:
         return self.path / "adapter"
 
+    @property
+    def adapter_staging(self) -> Path:
+        """Where the adapter is until it is proved."""
+        return self.path / "adapter.part"
+
     def create(self) -> None:
         """Make the folder. Raises CheckpointError if it holds a run already, RecipeError if it cannot be made."""
-        if (self.path / "status.json").exists() or (self.path / "metrics.jsonl").exists():
-            raise CheckpointError(
-                f"run.output_dir must not hold another run; {self.path} does. Choose another folder or remove it."
-            )
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            (self.path / "metrics.jsonl").touch()
+            if any((self.path / name).exists() for name in ("status.json", "report.json", "adapter")):
+                raise FileExistsError
+            open(self.path / "metrics.jsonl", "x").close()  # of two runs that start together one gets it
+        except FileExistsError:
+            raise CheckpointError(
+                f"run.output_dir must not hold another run; {self.path} does. Choose another folder or remove it."
+            ) from None
         except OSError as error:
             raise RecipeError(
                 f"run.output_dir must be a folder that can be written; {self.path}: {error.strerror}. Choose another."
@@ -47,10 +57,28 @@ class RunFolder:
         _replace(self.path / "report.json", _finite(run.as_report()))
 
     def status(self, *, code: int, reason: str, rank: int, step: int) -> None:
-        """Write status.json; the launcher masks worker exit codes, so this is where they can be read."""
-        if self.is_ours:
-            found = {"code": code, "reason": reason, "rank": rank, "step": step, "resumable": False}
-            _replace(self.path / "status.json", found)
+        """Write status.json; the launcher masks worker exit codes, so this is where they can be read.
+
+        When one rank fails the others fail after it, of a closed connection or a signal: what they say never replaces
+        the cause. A run that never got to its first line (codes 2 and 3) leaves no folder.
+        """
+        if not self.is_ours or (code in ECHOES and self._cause() not in (None, *ECHOES)):
+            return
+        shutil.rmtree(self.adapter_staging, ignore_errors=True)
+        if code in (2, 3) and not (self.path / "metrics.jsonl").stat().st_size:
+            (self.path / "metrics.jsonl").unlink()
+            if not any(self.path.iterdir()):  # the user may keep other things there
+                self.path.rmdir()
+            return
+        found = {"code": code, "reason": reason, "rank": rank, "step": step, "resumable": False}
+        _replace(self.path / "status.json", found)
+
+    def _cause(self) -> int | None:
+        """The code that status.json has, None without one."""
+        try:
+            return int(json.loads((self.path / "status.json").read_text(encoding="utf-8"))["code"])
+        except FileNotFoundError:
+            return None
 
 
 def default_folder(recipe: str) -> str:

@@ -4,6 +4,8 @@
 process group, the run folder or the weights exist. `Session` then builds the model, compiles it and warms it up.
 """
 
+import hashlib
+import importlib.util
 import os
 import time
 from collections.abc import Iterator
@@ -23,15 +25,15 @@ from launcher.compile.regions import Region
 from launcher.data.loader import MicroBatch, StepBatch, TrainLoader, eval_batches
 from launcher.data.prepare import PreparedData
 from launcher.data.prepare import prepare as prepare_data
-from launcher.errors import LauncherError
+from launcher.errors import DataError, LauncherError, RecipeError
 from launcher.memory.vram import Ledger
 from launcher.model.attention import CORES, register_attention
 from launcher.model.build import BuiltModel, build_model, preflight
 from launcher.model.families import layer_mlps, layer_norms
 from launcher.model.source import load_config, load_tokenizer
 from launcher.ops.linear_ce import chunk_loss, chunk_loss_and_grad
-from launcher.ranks import Place, broadcast
-from launcher.recipe.schema import Recipe
+from launcher.ranks import Place, broadcast, gather
+from launcher.recipe.schema import Recipe, RunSection
 from launcher.train.optim import check_optimizer, make_optimizer, make_schedule
 from launcher.train.outputs import RunFolder, default_folder
 from launcher.train.step import TrainStep, arguments
@@ -81,14 +83,28 @@ def prepare(request: Request) -> Prepared:
     """
     use_cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
     cuda = torch.cuda.is_available() and not use_cpu
+    if cuda and request.place.local_world_size > torch.cuda.device_count():
+        gpus = torch.cuda.device_count()
+        raise RecipeError(
+            f"every process needs a GPU of its own; {request.place.local_world_size} were started on {gpus} GPU(s). "
+            f"Launch with --num_processes {gpus}."
+        )
     device = torch.device("cuda", request.place.local_rank) if cuda else torch.device("cpu")
     recipe, source = request.recipe, request.source
     config = load_config(source, recipe.model)
-    preflight(recipe, config, device)
+    preflight(recipe, source, config, device)
     check_optimizer(recipe.train, device)
+    check_trackers(recipe.run)
     tokenizer = load_tokenizer(source, recipe.model, stand_in=request.shipped / "tiny" / "base")
     data = prepare_data(recipe.data, tokenizer, seed=recipe.train.seed)
     return Prepared(config, tokenizer, data, device)
+
+
+def check_trackers(run: RunSection) -> None:
+    """Raise RecipeError for a tracker that is not installed: Accelerate would leave it out without a word."""
+    missing = [name for name in run.trackers if importlib.util.find_spec(name) is None]
+    if missing:
+        raise RecipeError(f"run.trackers must be installed; {', '.join(missing)} is not. pip install '.[trackers]'")
 
 
 class Session:
@@ -110,8 +126,20 @@ class Session:
             project_dir=str(self.folder.path),
             kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)],
         )
+        self._check_alike()
         self.observer = Observer()
         self.ledger = Ledger(self.accelerator.device)
+
+    def _check_alike(self) -> None:
+        """Token counts and steps are not exchanged but known, as every rank packs the same data: make sure of it."""
+        data, digest = self.prepared.data, hashlib.sha256(self.recipe.train.model_dump_json().encode())
+        for packed in (data.train, data.validation):
+            if packed is not None:
+                digest.update(packed.input_ids.tobytes() + packed.labels.tobytes())
+        digests = gather(digest.hexdigest()[:16])
+        if len(set(digests)) > 1:
+            rows = "\n".join(f"rank {rank}: {found}" for rank, found in enumerate(digests))
+            raise DataError(f"every rank must read the same data and recipe; they differ:\n{rows}")
 
     def build(self) -> BuiltModel:
         """Load, quantise, adapt; the ledger gets a record after each."""
@@ -153,6 +181,7 @@ class Session:
         self.probe: MicroBatch = next(iter(loader)).micro_batches[0].to(self.accelerator.device)
         self.plan.warm_up(self._every_planned_call)
         self.accelerator.wait_for_everyone()
+        self.plan.arm()
         torch.manual_seed(train.seed + self.place.rank)  # LoRA dropout differs between ranks, and from the warm-up's
         self.ledger.mark("after compile")
 

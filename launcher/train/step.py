@@ -67,29 +67,28 @@ class TrainStep:
 
     def __call__(self, batch: StepBatch) -> StepResult:
         """Run the step. Raises ContractError (strict) from a compile error; never waits for the device but in fp16."""
-        loss_sum = self.accumulate(batch)
+        loss_sum = self.plan.call(self.accumulate, batch)
         self.scaler.unscale_(self.optimizer)  # without fp16 these scaler calls do nothing
         norm = nn.utils.clip_grad_norm_(self.parameters, self.clip)
         lr = float(self.schedule.get_last_lr()[0])
         skipped = self._update(loss_sum, norm)
-        self.optimizer.zero_grad(set_to_none=False)
         if not skipped:
             self.schedule.step()
         return StepResult(loss_sum, norm, lr, skipped)
 
     def accumulate(self, batch: StepBatch) -> Tensor:
         """Gradients of the whole step batch into `.grad`; returns this rank's summed loss."""
+        self.optimizer.zero_grad(set_to_none=False)
         device = self.accelerator.device
         factor = torch.full((), self.accelerator.num_processes / max(1, batch.supervised_tokens), device=device)
         total = torch.zeros((), device=device)
         last = len(batch.micro_batches) - 1
         for index, micro in enumerate(batch.micro_batches):
             with self._synchronised(index == last):
-                loss = self.plan.call(self.model, *arguments(micro.to(device)))
+                loss = self.model(*arguments(micro.to(device)))
                 total += loss.detach()
                 wanted = loss * torch.where(self._bad | ~torch.isfinite(loss.detach()), self._nan, factor)
-                with self.plan.enforced():
-                    self.scaler.scale(wanted).backward()
+                self.scaler.scale(wanted).backward()
         return total
 
     def _synchronised(self, last: bool) -> AbstractContextManager[None]:

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Sequence
 
-from launcher.records import CompileRecord, RankRecord, StepRecord, Verdict
+from launcher.records import CompileRecord, EvalRecord, RankRecord, StepRecord, Verdict
 
 
 def compile_verdicts(ranks: Sequence[RankRecord]) -> list[Verdict]:
@@ -27,17 +27,14 @@ def compile_verdicts(ranks: Sequence[RankRecord]) -> list[Verdict]:
     return verdicts
 
 
-def loss_verdict(steps: Sequence[StepRecord]) -> Verdict:
-    """Whether every step's loss was a number."""
-    finite = sum(math.isfinite(s.loss) for s in steps)
+def loss_verdict(steps: Sequence[StepRecord], evals: Sequence[EvalRecord]) -> Verdict:
+    """Whether every loss, of steps and of evaluations, was a number."""
+    losses = [s.loss for s in steps] + [e.eval_loss for e in evals]
+    finite = sum(map(math.isfinite, losses))
     skipped = sum(s.skipped for s in steps)
-    extra = f", {skipped} skipped for fp16 overflow" if skipped else ""
-    return Verdict("loss finite", finite == len(steps), f"{finite} of {len(steps)} steps{extra}")
-
-
-def adapter_verdict(before: float, after: float) -> Verdict:
-    """Whether the files give back what was trained (train/adapter.py raises where they do not)."""
-    return Verdict("saved adapter reloads", True, f"loss {before:.6f} trained, {after:.6f} reloaded from disk")
+    extra = f", {skipped} steps skipped for fp16 overflow" if skipped else ""
+    said = f"{finite} of {len(losses)}: {len(steps)} steps, {len(evals)} evaluations{extra}"
+    return Verdict("loss finite", finite == len(losses), said)
 
 
 def _each(records: Sequence[CompileRecord], name: str) -> list[int]:

@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch._dynamo
 from torch import nn
+from torch._dynamo.backends.common import aot_autograd
 
 from launcher.compile.observe import Observer, without_device_index
 from launcher.compile.plan import Plan
@@ -84,11 +85,12 @@ def test_a_recompile_after_warm_up_stops_a_strict_run_and_names_the_guard():
     block = Block()
     plan, observer = plan_for(block)
     plan.warm_up(lambda: block(torch.randn(2, 8)))
+    plan.arm()
     with pytest.raises(ContractError, match="no recompile is allowed") as caught:
         plan.call(block, torch.randn(3, 8))
     assert "size mismatch" in str(caught.value)
     record = observer.record()
-    assert record.recompiles == 1
+    assert (record.recompiles, record.graph_breaks, record.compilations, record.planned_graphs) == (1, 0, 1, 1)
     assert "size mismatch" in record.recompile_reasons[0]
 
 
@@ -96,6 +98,7 @@ def test_a_recompile_in_warn_mode_is_counted_and_the_run_goes_on():
     block = Block()
     plan, observer = plan_for(block, mode="warn")
     plan.warm_up(lambda: block(torch.randn(2, 8)))
+    plan.arm()
     assert plan.call(block, torch.randn(3, 8)).shape == (3, 8)
     record = observer.record()
     assert record.recompiles == 1
@@ -130,10 +133,45 @@ def test_a_new_frame_compiled_after_warm_up_is_caught_though_no_guard_failed():
     block = Block()
     plan, observer = plan_for(block)
     plan.warm_up(lambda: block(torch.randn(2, 8)))
+    plan.arm()
     torch.compile(lambda x: x.sin(), backend="aot_eager")(torch.randn(3))
     with pytest.raises(ContractError, match="nothing may be compiled"):
         plan.check()
     assert observer.record().recompiles == 1
+
+
+def test_a_region_too_many_does_not_make_up_for_one_too_few():
+    blocks, observer = [Block(), Other()], Observer()
+    regions = [Region(name, 1, modules=(block,)) for name, block in zip(("mlp", "rmsnorm"), blocks, strict=True)]
+    compile = CompileSection(mode="warn", scope="regions", regions=["mlp", "rmsnorm"], backend="aot_eager")
+    plan = Plan(regions, compile=compile, observer=observer)
+    plan.warm_up(lambda: [blocks[0](torch.randn(n, 8)) for n in (2, 3)])
+    plan.arm()
+    record = observer.record()
+    assert (record.planned_graphs, record.expected_graphs, record.compilations, record.recompiles) == (1, 2, 2, 1)
+
+
+@pytest.mark.parametrize("mode", ["strict", "warn"])
+def test_a_backward_that_does_not_compile_stops_strict_and_falls_back_in_warn(monkeypatch, mode):
+    def refuse(graph, inputs):
+        raise torch._inductor.exc.InductorError(RuntimeError("no backward"), None)
+
+    backend = aot_autograd(fw_compiler=lambda graph, inputs: graph.forward, bw_compiler=refuse)
+    monkeypatch.setattr(torch._dynamo, "lookup_backend", lambda name: backend)
+    block = Block()
+    plan, observer = plan_for(block, mode=mode)
+
+    def whole():
+        block.zero_grad()
+        block(torch.ones(2, 8)).sum().backward()
+
+    if mode == "strict":
+        with pytest.raises(ContractError):
+            plan.warm_up(whole)
+    else:
+        plan.warm_up(whole)
+        assert block.linear.weight.grad.abs().sum() > 0
+        assert observer.record().fallbacks
 
 
 @torch._dynamo.config.patch(recompile_limit=1)
@@ -169,7 +207,10 @@ def test_a_backend_error_stops_a_strict_run_and_falls_back_in_warn(monkeypatch):
         plan.warm_up(lambda: block(torch.randn(2, 8)))
     plan, observer = plan_for(block, mode="warn")
     plan.warm_up(lambda: block(torch.randn(2, 8)))
-    assert observer.record().fallbacks
+    record = observer.record()
+    assert record.fallbacks
+    assert (record.backend_errors, record.graph_breaks) == (1, 0)
+    assert "planted" in record.backend_error_reasons[0]
 
 
 def test_backward_seconds_and_cache_hits_are_seen_with_inductor(tmp_path, monkeypatch):

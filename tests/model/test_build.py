@@ -19,7 +19,7 @@ ARCHITECTURES = ROOT / "recipes" / "architectures"
 def build(recipe, phases=None):
     source = locate(recipe.model, ARCHITECTURES)
     config = load_config(source, recipe.model)
-    preflight(recipe, config, CPU)
+    preflight(recipe, source, config, CPU)
     return build_model(recipe, source, config, device=CPU, phase=(phases if phases is not None else []).append)
 
 

@@ -1,13 +1,17 @@
 """Whole runs at test size: the files they leave, the claims they make, and the ends they can come to."""
 
 import json
+import shutil
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from launcher.errors import CheckpointError, ContractError, NonFiniteError, RecipeError
 from launcher.model import build as model_build
+from launcher.recipe.load import resolve
 from launcher.records import EvalRecord, RunRecord, StartRecord, StepRecord
+from launcher.train import loop, setup
 from launcher.train.loop import Progress, run
 from tests.conftest import request_for, stock_loss
 
@@ -131,6 +135,40 @@ def test_reading_the_device_seldom_loses_no_step(make_recipe):
     assert [s.step for s in record.steps] == [1, 2, 3, 4, 5]
 
 
+def test_evaluations_happen_when_due_however_seldom_the_device_is_read(make_recipe):
+    record = record_of(make_recipe(train={"steps": 6, "log_every": 3, "eval_every": 2}))
+    assert [e.step for e in record.evals] == [0, 2, 4, 6]
+    assert [s.step for s in record.steps] == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_tracker_that_is_not_installed_is_refused(make_recipe, monkeypatch):
+    monkeypatch.setattr(setup.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(RecipeError, match="tensorboard is not"):
+        events_of(make_recipe(run={"trackers": ["tensorboard"]}))
+
+
+@pytest.mark.parametrize("damage", ["missing", "cut"])
+def test_a_model_folder_without_whole_weights_is_refused_before_anything_is_made(
+    make_recipe, small_model, tmp_path, damage
+):
+    folder = tmp_path / "model"
+    shutil.copytree(small_model, folder)
+    weights = folder / "model.safetensors"
+    weights.unlink() if damage == "missing" else weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(RecipeError, match="safetensors"):
+        events_of(make_recipe(model={"name": str(folder)}))
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_shipped_recipe_learns_its_task(tmp_path):
+    argv = ["recipe=tiny", "compile.backend=aot_eager", "train.steps=25", f"run.output_dir={tmp_path / 'run'}"]
+    record = record_of(resolve(argv).recipe)
+    assert record.evals[-1].eval_loss < 0.8 * record.evals[0].eval_loss
+    assert all(v.holds for v in record.verdicts)
+    assert record.ranks[0].compile.compilations < 10
+    assert "(noun" in record.sample.generated
+
+
 def test_tensorboard_receives_the_metrics(make_recipe, tmp_path):
     pytest.importorskip("tensorboard")
     record_of(make_recipe(run={"trackers": ["tensorboard"]}))
@@ -171,23 +209,54 @@ def poison(monkeypatch, *, call):
 def test_a_nan_loss_ends_the_run_with_code_5_and_the_weights_of_the_step_before(
     make_recipe, monkeypatch, tmp_path, log_every
 ):
+    train = {"steps": 6, "log_every": log_every, "schedule": "constant", "warmup": 0}
     poison(monkeypatch, call=4)  # the first is the warm-up's: step 3
     progress = Progress()
     with pytest.raises(NonFiniteError, match="step 3 has loss nan") as caught:
-        events_of(make_recipe(train={"steps": 6, "log_every": log_every}), progress)
+        events_of(make_recipe(train=train), progress)
     assert (caught.value.code, caught.value.step) == (5, 3)
     assert [s.step for s in progress.steps] == [1, 2]
-    poisoned = adapter_of(progress)
     monkeypatch.undo()
-    healthy = Progress()
-    recipe = make_recipe(train={"steps": 6, "log_every": log_every}, run={"output_dir": str(tmp_path / "healthy")})
-    for event in run(request_for(recipe), healthy):
-        if isinstance(event, StepRecord) and event.step == 2 and log_every == 1:
-            expected = adapter_of(healthy)
-            assert all(torch.equal(poisoned[n], expected[n]) for n in expected)
-    final = adapter_of(healthy)
-    assert all(torch.isfinite(t).all() for t in poisoned.values())
-    assert any(not torch.equal(poisoned[n], final[n]) for n in final)
+    weights = {}
+    for steps in (1, 2):
+        healthy = Progress()
+        folder = str(tmp_path / f"healthy-{steps}")
+        events_of(make_recipe(train={**train, "steps": steps}, run={"output_dir": folder}), healthy)
+        weights[steps] = adapter_of(healthy)
+    poisoned = adapter_of(progress)
+    assert all(torch.equal(poisoned[n], weights[2][n]) for n in poisoned)
+    assert any(not torch.equal(poisoned[n], weights[1][n]) for n in poisoned)
+
+
+def test_an_eval_loss_that_is_not_finite_ends_the_run(make_recipe, monkeypatch):
+    original = model_build.PackedCausalLM.forward
+
+    def forward(self, *inputs):
+        loss = original(self, *inputs)
+        return loss if torch.is_grad_enabled() else loss * float("nan")
+
+    monkeypatch.setattr(model_build.PackedCausalLM, "forward", forward)
+    with pytest.raises(NonFiniteError, match="eval loss must be finite"):
+        events_of(make_recipe())
+
+
+def test_an_adapter_that_is_wrong_on_disk_fails_the_run_and_is_removed(make_recipe, monkeypatch, tmp_path):
+    original = loop.save_adapter
+
+    def save(model, tokenizer, folder):
+        original(model, tokenizer, folder)
+        file = folder / "adapter_model.safetensors"
+        save_file({name: tensor * 1.001 for name, tensor in load_file(file).items()}, file)
+
+    monkeypatch.setattr(loop, "save_adapter", save)
+    progress = Progress()
+    with pytest.raises(CheckpointError, match="must give back what was trained"):
+        events_of(make_recipe(), progress)
+    folder = tmp_path / "run"
+    verdicts = json.loads((folder / "report.json").read_text())["verdicts"]
+    assert [v["claim"] for v in verdicts if not v["holds"]] == ["saved adapter reloads"]
+    progress.session.folder.status(code=4, reason="", rank=0, step=4)
+    assert {path.name for path in folder.iterdir()} == {"metrics.jsonl", "report.json", "status.json"}
 
 
 def adapter_of(progress):
@@ -195,8 +264,6 @@ def adapter_of(progress):
 
 
 def test_a_shape_that_was_not_planned_stops_a_strict_run(make_recipe, monkeypatch):
-    from launcher.train import loop
-
     original = loop.arguments
     seen = []
 

@@ -19,10 +19,15 @@ LAUNCH = [
 ]
 
 
-def launched(command, tmp_path):
-    """Run to its end; its stdout. A free port, so that two suites on one machine do not meet."""
+def finished(command, tmp_path):
+    """Run to its end. `--main_process_port 0` takes a free port, so that two suites on one machine do not meet."""
     environment = {**os.environ, "ACCELERATE_DISABLE_RICH": "1", "HF_HOME": str(tmp_path / "hf")}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=400, env=environment, cwd=tmp_path)
+    return subprocess.run(command, capture_output=True, text=True, timeout=400, env=environment, cwd=tmp_path)
+
+
+def launched(command, tmp_path):
+    """Run to its good end; its stdout."""
+    done = finished(command, tmp_path)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return done.stdout
 
@@ -67,3 +72,18 @@ def test_a_run_on_two_ranks_reports_both_with_equal_graph_hashes(arguments, tmp_
     assert "every rank compiled the same graphs" in out
     assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 4  # two steps, two evaluations, once
     assert json.loads((tmp_path / "run" / "status.json").read_text())["code"] == 0
+
+
+@pytest.mark.parametrize(("fault", "code", "says"), [("nan", 5, "step 2 has loss nan"), ("shape", 9, "no recompile")])
+def test_a_fault_on_one_rank_ends_both_and_status_json_names_the_cause(arguments, tmp_path, fault, code, says):
+    worker = str(ROOT / "tests" / "train" / "failing_worker.py")
+    shape = ["train.steps=6", "train.micro_batch=1", "train.accumulation=2", f"run.output_dir={tmp_path / 'run'}"]
+    done = finished([*LAUNCH, "--main_process_port", "0", worker, fault, *arguments, *shape], tmp_path)
+    assert done.returncode != 0
+    status = json.loads((tmp_path / "run" / "status.json").read_text())
+    assert (status["code"], says in status["reason"]) == (code, True), status
+    assert status["step"] == (2 if fault == "nan" else 1)
+    assert says in done.stderr
+    steps = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in steps if "loss" in line] == [1]
+    assert not (tmp_path / "run" / "adapter").exists()

@@ -117,9 +117,10 @@ def test_fp16_overflow_skips_the_update_halves_the_scale_and_holds_the_schedule(
 
 
 @pytest.mark.parametrize(
-    ("warmup", "steps", "expected"), [(0.05, 2, 0), (0.5, 10, 5), (10, 2, 2), (3, 100, 3), (1, 10, 1), (0, 5, 0)]
+    ("warmup", "steps", "expected"),
+    [(0.05, 2, 0), (0.5, 10, 5), (10, 2, 1), (3, 100, 3), (0, 5, 0), (1, 1, 0)],
 )
-def test_warmup_is_steps_or_a_fraction_and_never_longer_than_the_run(warmup, steps, expected):
+def test_warmup_is_steps_or_a_fraction_and_always_leaves_a_step_at_the_full_rate(warmup, steps, expected):
     assert warmup_steps(warmup, steps) == expected
 
 

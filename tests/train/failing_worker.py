@@ -1,0 +1,33 @@
+"""Run by test_ranks.py under a two-process launch: the command line, with a fault planted on rank 1.
+
+First argument: nan (the loss of step 2 is NaN there) or shape (it is given a batch that was not planned).
+"""
+
+import os
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[0] = str(ROOT)
+
+import torch  # noqa: E402
+
+from launcher.cli import main  # noqa: E402
+from launcher.model.packed import PackedCausalLM  # noqa: E402
+
+fault, *argv = sys.argv[1:]
+original, calls = PackedCausalLM.forward, []
+
+
+def forward(self: PackedCausalLM, *inputs: torch.Tensor) -> torch.Tensor:
+    """Calls with gradients: the warm-up's, then two micro batches a step; the fourth is in step 2."""
+    calls.extend([1] if torch.is_grad_enabled() else [])
+    planted = torch.is_grad_enabled() and len(calls) == 4 and os.environ["RANK"] == "1"
+    if planted and fault == "shape":
+        return original(self, *(t[:, :32] if t.ndim == 2 else t for t in inputs))
+    loss = original(self, *inputs)
+    return loss * float("nan") if planted and fault == "nan" else loss
+
+
+PackedCausalLM.forward = forward  # type: ignore[method-assign]
+sys.exit(main(argv))
