@@ -49,10 +49,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except LauncherError as error:
         _print_error(error, here)
         return error.code
-    except KeyboardInterrupt:
-        return 128 + signal.SIGINT
-    except Terminated:
-        return 128 + signal.SIGTERM
+    except (KeyboardInterrupt, Terminated) as stop:
+        code, reason = _code_and_reason(stop)
+        print_error(make_console(sys.stderr), f"rank {here.rank}: {reason}; nothing was saved", code)
+        return code
 
 
 def _train(resolved: Resolved, here: Place, console: Console) -> int:

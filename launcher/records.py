@@ -70,13 +70,13 @@ class CompileRecord:
     graph_breaks: int
     recompiles: int
     limit_hits: int
-    backend_errors: int
     forward_s: float
     backward_s: float
     cache_hits: int
     graph_hash: str  # of all graphs; equal ranks have equal hashes; "-" when nothing was compiled
     graph_break_reasons: tuple[str, ...] = ()  # reason and user line, one each
     recompile_reasons: tuple[str, ...] = ()  # the guard that failed, one each
+    backend_errors: int = 0
     backend_error_reasons: tuple[str, ...] = ()
     fallbacks: tuple[str, ...] = ()  # compile.mode=warn only: what runs uncompiled, and why
     graphs_by_region: dict[str, int] = field(default_factory=dict)

@@ -74,18 +74,25 @@ def test_a_run_ends_with_0_prints_plain_text_and_leaves_its_files(small, tmp_pat
 def test_a_signal_ends_the_run_with_its_code_and_says_so(small, tmp_path, signum, code):
     arguments = [a for a in small if not a.startswith("train.steps")]
     process = subprocess.Popen(
-        [*MAIN, *arguments, "train.steps=100000"], cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+        [*MAIN, *arguments, "train.steps=100000"],
+        cwd=tmp_path,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a background job inherits it ignored
     )
     try:
         deadline = time.monotonic() + 120
-        while not (tmp_path / "out" / "metrics.jsonl").exists() and time.monotonic() < deadline:
+        metrics = tmp_path / "out" / "metrics.jsonl"
+        while not (metrics.exists() and metrics.stat().st_size) and time.monotonic() < deadline:
             time.sleep(0.2)
         process.send_signal(signum)
         assert process.wait(timeout=25) == code
     finally:
         process.kill()
     assert json.loads((tmp_path / "out" / "status.json").read_text())["code"] == code
-    assert b"Traceback" not in process.stderr.read()
+    said = process.stderr.read().decode()
+    assert "nothing was saved" in said
+    assert "Traceback" not in said
 
 
 def test_a_rank_names_itself_in_an_error_that_is_its_own(monkeypatch, capsys):

@@ -14,7 +14,13 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 BUILD = "import sys; from setuptools import build_meta; print(getattr(build_meta, sys.argv[1])(sys.argv[2]))"
-FIND = "import site, sys; site.addsitedir(sys.argv[1]); from launcher.recipe import load; print(load.recipes_dir())"
+# With -S, so that an editable install of the environment that runs the tests does not answer in place of the one
+# tested; what that environment holds is appended as plain folders, whose .pth files are not read.
+FIND = (
+    "import site, sys; site.addsitedir(sys.argv[1]); sys.path += sys.argv[2:]; "
+    "from launcher.recipe import load; print(load.recipes_dir())"
+)
+PACKAGES = [entry for entry in sys.path if entry.endswith("site-packages")]
 SHIPPED = [
     path.relative_to(ROOT / "recipes").as_posix()
     for path in (ROOT / "recipes").rglob("*")
@@ -66,7 +72,7 @@ def test_a_plain_install_carries_every_recipe_file_and_finds_them(checkout: Path
     # Run elsewhere, with a stranger's `recipes` beside the package, as site-packages may have one.
     (installed / "recipes").mkdir()
     (installed / "recipes" / "tiny.yaml").touch()
-    assert run("-c", FIND, str(installed), cwd=tmp_path) == str(installed / "launcher" / "recipes")
+    assert run("-S", "-c", FIND, str(installed), *PACKAGES, cwd=tmp_path) == str(installed / "launcher" / "recipes")
     entry_points = next(installed.glob("*.dist-info/entry_points.txt")).read_text()
     assert "qlora-launcher = launcher.cli:main" in entry_points
 
@@ -74,7 +80,7 @@ def test_a_plain_install_carries_every_recipe_file_and_finds_them(checkout: Path
 def test_an_editable_install_finds_the_recipes_of_the_checkout(checkout: Path, tmp_path: Path) -> None:
     installed = install(checkout, "build_editable")
     assert not (installed / "launcher").exists()
-    assert run("-c", FIND, str(installed), cwd=tmp_path) == str(checkout / "recipes")
+    assert run("-S", "-c", FIND, str(installed), *PACKAGES, cwd=tmp_path) == str(checkout / "recipes")
 
 
 def test_every_package_of_the_tree_is_listed() -> None:

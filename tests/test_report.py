@@ -233,7 +233,8 @@ def test_memory_on_a_cpu_is_called_resident_memory() -> None:
 
 
 def test_the_total_line_has_compilations_speed_of_all_ranks_and_peak() -> None:
-    last = shown(run_record(rank_record(0), rank_record(1, compilations=9))).rstrip().splitlines()[-1]
+    *_, last, folder = shown(run_record(rank_record(0), rank_record(1, compilations=9))).rstrip().splitlines()
+    assert folder.strip() == f"run folder {start_record().run_dir}"
     assert re.search(r"6 to 9 compilations", last) and "150,625 tokens/s" in last and "peak 7,491 MiB" in last
     assert "6 compilations in this process" in shown(run_record())
 

@@ -28,6 +28,7 @@ def summary(console: Console, run: RunRecord) -> None:
     print_verdicts(console, run.verdicts)
     console.print()
     print_total(console, run.ranks)
+    indented(console, Text.assemble(("run folder ", "dim"), literal(run.start.run_dir)))
 
 
 def print_sample(console: Console, sample: Sample) -> None:
@@ -53,7 +54,7 @@ def print_verdicts(console: Console, verdicts: Sequence[Verdict]) -> None:
 
 
 def print_total(console: Console, ranks: Sequence[RankRecord]) -> None:
-    """Compilations, tokens per second of all ranks together, and the highest peak: one line, the last."""
+    """Compilations, tokens per second of all ranks together, and the highest peak: one line."""
     process = "in this process" if len(ranks) == 1 else "per process"
     memory = "resident" if on_cpu(ranks[0].device) else "VRAM"
     total = Text.assemble(

@@ -175,9 +175,7 @@ def _evaluate(session: Session, progress: Progress, *, step: int) -> Iterator[Ev
         total, supervised = session.accelerator.reduce(sums, reduction="sum").tolist()
     record = EvalRecord(step, total / max(1.0, supervised))
     if not math.isfinite(record.eval_loss):
-        raise NonFiniteError(
-            f"the loss must be finite; evaluated after step {step} it is {record.eval_loss}.", step=step
-        )
+        raise NonFiniteError(f"eval loss must be finite; after step {step} it is {record.eval_loss}.", step=step)
     progress.evals.append(record)
     _log(session, record, {"eval_loss": record.eval_loss})
     yield record
@@ -256,8 +254,14 @@ def start_record(session: Session) -> StartRecord:
         validation_rows=data.validation_rows,
         fill=data.train.fill,
         run_dir=str(session.folder.path),
-        notes=session.request.notes,
+        notes=session.request.notes + _left_out(data.counts),
     )
+
+
+def _left_out(counts: dict[str, int]) -> tuple[str, ...]:
+    """A note when rows did not reach training whole: by reason, as the data counted them."""
+    kinds = {key: n for key, n in counts.items() if n and ("dropped" in key or "truncated" in key)}
+    return (f"data: {', '.join(f'{n:,} {key}' for key, n in kinds.items())}",) if kinds else ()
 
 
 def _device_name(device: torch.device, *, index: bool = False) -> str:

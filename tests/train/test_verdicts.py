@@ -6,14 +6,8 @@ from launcher.train.verdicts import compile_verdicts, loss_verdict
 
 def compiled(**changes):
     values = {"planned_graphs": 4, "expected_graphs": 4, "compilations": 4, "graph_breaks": 0, "recompiles": 0}
-    rest = {
-        "limit_hits": 0,
-        "backend_errors": 0,
-        "forward_s": 1.0,
-        "backward_s": 1.0,
-        "cache_hits": 0,
-        "graph_hash": "abc",
-    }
+    rest = {"limit_hits": 0, "backend_errors": 0, "forward_s": 1.0, "backward_s": 1.0, "cache_hits": 0}
+    values = {**values, **rest, "graph_hash": "abc"}
     return RankRecord(0, "cpu", CompileRecord(**{**values, **changes}), (), 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0)
 
 
