@@ -71,8 +71,8 @@ def _train(resolved: Resolved, here: Place, console: Console) -> int:
         try:
             for event in run(request, progress):
                 screen.show(event)
-                if isinstance(event, RunRecord) and resolved.report and here.is_main and progress.session:
-                    shutil.copyfile(progress.session.folder.path / "report.json", resolved.report)
+                if isinstance(event, RunRecord) and resolved.report and here.is_main and progress.worker:
+                    shutil.copyfile(progress.worker.folder.path / "report.json", resolved.report)
         except BaseException as error:
             _fail(error, progress, here)
         _status(progress, here, code=0, reason="done")
@@ -83,9 +83,9 @@ def _fail(error: BaseException, progress: "Progress", here: Place) -> NoReturn:
     """Turn any end but success into its error, leave status.json, and raise."""
     import torch
 
-    session = progress.session
+    worker = progress.worker
     if isinstance(error, torch.OutOfMemoryError):
-        ledger = session.ledger.as_text() if session else "nothing yet"
+        ledger = worker.ledger.as_text() if worker else "nothing yet"
         error = MemoryExhausted(
             f"the device ran out of memory on rank {here.rank}; held by phase: {ledger}.\n"
             "Lower data.max_length, train.micro_batch (raise train.accumulation), lora.r or memory.loss_chunk_mib."
@@ -114,8 +114,8 @@ def _code_and_reason(error: BaseException) -> tuple[int, str]:
 
 def _status(progress: "Progress", here: Place, *, code: int, reason: str, step: int | None = None) -> None:
     """status.json: rank 0's word on success, and that of the rank that failed otherwise."""
-    if progress.session and (code or here.is_main):
-        progress.session.folder.status(code=code, reason=reason, rank=here.rank, step=step or progress.step)
+    if progress.worker and (code or here.is_main):
+        progress.worker.folder.status(code=code, reason=reason, rank=here.rank, step=step or progress.step)
 
 
 def _check_report_path(resolved: Resolved) -> None:

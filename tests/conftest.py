@@ -92,7 +92,7 @@ def request_for(recipe: Any) -> Any:
 
 def stock_loss(progress: Any, folder: Path, *, dtype: str, device: str) -> float:
     """The validation loss that stock PEFT gives to a finished run's adapter, in another process and folder."""
-    validation = progress.session.prepared.data.validation
+    validation = progress.worker.prepared.data.validation
     documents = []
     for ids, labels, numbers in zip(validation.input_ids, validation.labels, validation.document_ids, strict=True):
         for where in (numbers == number for number in set(numbers.tolist())):
@@ -102,7 +102,7 @@ def stock_loss(progress: Any, folder: Path, *, dtype: str, device: str) -> float
     probe.write_text(json.dumps(documents), encoding="utf-8")
     elsewhere.mkdir()
     script = str(ROOT / "tests" / "train" / "stock_peft.py")
-    command = [sys.executable, script, str(progress.session.folder.adapter), str(probe), dtype, device]
+    command = [sys.executable, script, str(progress.worker.folder.adapter), str(probe), dtype, device]
     done = subprocess.run(command, cwd=elsewhere, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
     return float(done.stdout)

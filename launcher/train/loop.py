@@ -18,7 +18,7 @@ from launcher.ranks import broadcast, gather
 from launcher.records import EvalRecord, RankRecord, RunRecord, StartRecord, StepRecord, Verdict
 from launcher.train.adapter import prove_adapter, save_adapter
 from launcher.train.sample import generate
-from launcher.train.setup import Clock, Request, Session, prepare
+from launcher.train.setup import Clock, Request, Worker, prepare
 from launcher.train.step import StepResult, arguments
 from launcher.train.verdicts import compile_verdicts, loss_verdict
 
@@ -33,7 +33,7 @@ class Progress:
     steps: list[StepRecord] = field(default_factory=list)
     evals: list[EvalRecord] = field(default_factory=list)
     own_tokens: list[tuple[int, int]] = field(default_factory=list)  # this rank's (all, supervised) by step
-    session: Session | None = None
+    worker: Worker | None = None
     skipped_in_a_row: int = 0
     first_read: int = 0  # steps that were read together with the first one
 
@@ -53,37 +53,37 @@ def run(request: Request, progress: Progress) -> Iterator[Event]:
         prepared = prepare(request)
     yield "starting processes"
     with clock.phase("start"):
-        session = progress.session = Session(request, prepared, clock=clock)
-        session.open_folder()
+        worker = progress.worker = Worker(request, prepared, clock=clock)
+        worker.open_folder()
     yield "loading model"
     with clock.phase("load"):
-        session.build()
+        worker.build()
     yield "compiling"
     with clock.phase("compile"):
-        session.compile()
-    yield start_record(session)
-    yield from _train(session, progress)
+        worker.compile()
+    yield start_record(worker)
+    yield from _train(worker, progress)
     yield "saving adapter"
     with clock.phase("save"):
-        saved = _save(session)
+        saved = _save(worker)
     with clock.phase("sample"):
-        sample = _sample(session)
-    ranks = tuple(gather(rank_record(session, progress)))
+        sample = _sample(worker)
+    ranks = tuple(gather(rank_record(worker, progress)))
     record = RunRecord(
         recipe=recipe.model_dump(mode="json"),
-        start=start_record(session),
+        start=start_record(worker),
         steps=tuple(progress.steps),
         evals=tuple(progress.evals),
         elapsed_s=clock.elapsed_s,
         ranks=ranks,
-        verdicts=tuple(_verdicts(session, progress, ranks, saved)),
+        verdicts=tuple(_verdicts(worker, progress, ranks, saved)),
         data=dict(prepared.data.counts),
         sample=sample,
     )
-    if session.place.is_main:
-        session.folder.report(record)
-    session.accelerator.end_training()
-    session.plan.release()
+    if worker.place.is_main:
+        worker.folder.report(record)
+    worker.accelerator.end_training()
+    worker.plan.release()
     yield record
     if not saved.holds:
         raise CheckpointError(saved.evidence)
@@ -92,38 +92,38 @@ def run(request: Request, progress: Progress) -> Iterator[Event]:
         raise ContractError("; ".join(f"{v.claim}: {v.evidence}" for v in broken))
 
 
-def _train(session: Session, progress: Progress) -> Iterator[StepRecord | EvalRecord]:
-    recipe, clock = session.recipe.train, session.clock
-    yield from _evaluate(session, progress, step=0)
+def _train(worker: Worker, progress: Progress) -> Iterator[StepRecord | EvalRecord]:
+    recipe, clock = worker.recipe.train, worker.clock
+    yield from _evaluate(worker, progress, step=0)
     pending: list[tuple[StepResult, StepBatch]] = []
     window = time.perf_counter()
-    for number in range(1, session.steps + 1):
-        last = number == session.steps
+    for number in range(1, worker.steps + 1):
+        last = number == worker.steps
         evaluates = last or bool(recipe.eval_every and number % recipe.eval_every == 0)
         with clock.phase("train"):
-            batch = next(session.batches)
-            pending.append((session.step(batch), batch))
+            batch = next(worker.batches)
+            pending.append((worker.step(batch), batch))
             if not evaluates and number % recipe.log_every:
                 continue
-            records = _read(session, progress, pending, window)
+            records = _read(worker, progress, pending, window)
             progress.first_read = progress.first_read or len(pending)
             window, pending = time.perf_counter(), []
         yield from records
         if evaluates:
-            yield from _evaluate(session, progress, step=number)
+            yield from _evaluate(worker, progress, step=number)
             window = time.perf_counter()
-    session.ledger.mark("after training")
+    worker.ledger.mark("after training")
 
 
 def _read(
-    session: Session, progress: Progress, pending: list[tuple[StepResult, StepBatch]], window: float
+    worker: Worker, progress: Progress, pending: list[tuple[StepResult, StepBatch]], window: float
 ) -> list[StepRecord]:
     """Turn results on the device into records; here the host waits for it, once every `train.log_every` steps.
 
     Raises NonFiniteError naming the first step whose loss or gradient is not finite, ContractError for a compilation.
     """
     sums = torch.stack([result.loss_sum for result, _ in pending])
-    losses = session.accelerator.reduce(sums, reduction="sum").tolist()
+    losses = worker.accelerator.reduce(sums, reduction="sum").tolist()
     norms = torch.stack([result.grad_norm for result, _ in pending]).tolist()
     step_s = (time.perf_counter() - window) / len(pending)
     records = []
@@ -136,7 +136,7 @@ def _read(
             tokens=batch.tokens,
             supervised_tokens=batch.supervised_tokens,
             step_s=step_s,
-            vram_mib=session.ledger.used_mib(),
+            vram_mib=worker.ledger.used_mib(),
             skipped=result.skipped,
         )
         progress.skipped_in_a_row = progress.skipped_in_a_row + 1 if result.skipped else 0
@@ -144,9 +144,9 @@ def _read(
         progress.steps.append(record)
         own = [(m.tokens, m.supervised_tokens) for m in batch.micro_batches]
         progress.own_tokens.append((sum(t for t, _ in own), sum(s for _, s in own)))
-        _log(session, record, {"loss": record.loss, "lr": record.lr, "grad_norm": record.grad_norm})
+        _log(worker, record, {"loss": record.loss, "lr": record.lr, "grad_norm": record.grad_norm})
         records.append(record)
-    session.plan.check()
+    worker.plan.check()
     return records
 
 
@@ -164,38 +164,38 @@ def _check_finite(record: StepRecord, skipped_in_a_row: int) -> None:
     )
 
 
-def _evaluate(session: Session, progress: Progress, *, step: int) -> Iterator[EvalRecord]:
-    if not session.eval_batches:
+def _evaluate(worker: Worker, progress: Progress, *, step: int) -> Iterator[EvalRecord]:
+    if not worker.eval_batches:
         return
-    with session.clock.phase("evaluate"), torch.no_grad():
-        sums = torch.zeros(2, dtype=torch.float64, device=session.accelerator.device)
-        for batch in session.eval_batches:
-            sums[0] += session.plan.call(session.built.packed, *arguments(batch.to(sums.device)))
+    with worker.clock.phase("evaluate"), torch.no_grad():
+        sums = torch.zeros(2, dtype=torch.float64, device=worker.accelerator.device)
+        for batch in worker.eval_batches:
+            sums[0] += worker.plan.call(worker.built.packed, *arguments(batch.to(sums.device)))
             sums[1] += batch.supervised_tokens
-        total, supervised = session.accelerator.reduce(sums, reduction="sum").tolist()
+        total, supervised = worker.accelerator.reduce(sums, reduction="sum").tolist()
     record = EvalRecord(step, total / max(1.0, supervised))
     if not math.isfinite(record.eval_loss):
         raise NonFiniteError(f"eval loss must be finite; after step {step} it is {record.eval_loss}.", step=step)
     progress.evals.append(record)
-    _log(session, record, {"eval_loss": record.eval_loss})
+    _log(worker, record, {"eval_loss": record.eval_loss})
     yield record
 
 
-def _log(session: Session, record: StepRecord | EvalRecord, values: dict[str, float]) -> None:
-    if session.place.is_main:
-        session.folder.metric(record)
-    if session.recipe.run.trackers:
-        session.accelerator.log(values, step=record.step)
+def _log(worker: Worker, record: StepRecord | EvalRecord, values: dict[str, float]) -> None:
+    if worker.place.is_main:
+        worker.folder.metric(record)
+    if worker.recipe.run.trackers:
+        worker.accelerator.log(values, step=record.step)
 
 
-def _save(session: Session) -> Verdict:
+def _save(worker: Worker) -> Verdict:
     """Save on rank 0, prove the files, and only then give them their name; all ranks get the verdict."""
     verdict = None
-    if session.place.is_main:
-        folder, model, probe = session.folder, session.built.peft, session.probe
-        save_adapter(model, session.prepared.tokenizer, folder.adapter_staging)
+    if worker.place.is_main:
+        folder, model, probe = worker.folder, worker.built.peft, worker.probe
+        save_adapter(model, worker.prepared.tokenizer, folder.adapter_staging)
         try:
-            before, after = prove_adapter(model, folder.adapter_staging, loss=lambda: _probe_loss(session, probe))
+            before, after = prove_adapter(model, folder.adapter_staging, loss=lambda: _probe_loss(worker, probe))
             said = f"loss {before:.6f} trained, {after:.6f} reloaded from disk"
             verdict = Verdict("saved adapter reloads", True, said)
             folder.adapter_staging.rename(folder.adapter)
@@ -204,57 +204,57 @@ def _save(session: Session) -> Verdict:
     return cast(Verdict, broadcast(verdict))
 
 
-def _probe_loss(session: Session, probe: MicroBatch) -> float:
+def _probe_loss(worker: Worker, probe: MicroBatch) -> float:
     with torch.no_grad():
-        total = session.plan.call(session.built.packed, *arguments(probe))
+        total = worker.plan.call(worker.built.packed, *arguments(probe))
     return float(total) / max(1, probe.supervised_tokens)
 
 
-def _sample(session: Session) -> Any:
-    example, tokens = session.prepared.data.example, session.recipe.run.sample_tokens
-    if not (session.place.is_main and example and tokens):
+def _sample(worker: Worker) -> Any:
+    example, tokens = worker.prepared.data.example, worker.recipe.run.sample_tokens
+    if not (worker.place.is_main and example and tokens):
         return None
     return generate(
-        session.built.packed,
-        session.prepared.tokenizer,
+        worker.built.packed,
+        worker.prepared.tokenizer,
         example,
         tokens=tokens,
-        max_length=session.recipe.data.max_length,
+        max_length=worker.recipe.data.max_length,
     )
 
 
-def _verdicts(session: Session, progress: Progress, ranks: Any, saved: Verdict) -> list[Verdict]:
-    compiled = [] if session.recipe.compile.mode == "off" else compile_verdicts(ranks)
+def _verdicts(worker: Worker, progress: Progress, ranks: Any, saved: Verdict) -> list[Verdict]:
+    compiled = [] if worker.recipe.compile.mode == "off" else compile_verdicts(ranks)
     return [*compiled, loss_verdict(progress.steps, progress.evals), saved]
 
 
-def start_record(session: Session) -> StartRecord:
+def start_record(worker: Worker) -> StartRecord:
     """What is about to run, for the start panel and the report."""
-    recipe, built, data = session.recipe, session.built, session.prepared.data
+    recipe, built, data = worker.recipe, worker.built, worker.prepared.data
     c = recipe.compile
     return StartRecord(
-        recipe=session.request.name,
-        model=session.request.source + (" (random weights)" if recipe.model.init == "random" else ""),
+        recipe=worker.request.name,
+        model=worker.request.source + (" (random weights)" if recipe.model.init == "random" else ""),
         family=built.family.model_type,
         parameters=built.parameters,
         trainable=built.trainable,
-        device=_device_name(session.accelerator.device),
-        world_size=session.place.world_size,
+        device=_device_name(worker.accelerator.device),
+        world_size=worker.place.world_size,
         dtype=str(built.dtype).removeprefix("torch."),
         quantization=built.quantization,
         attention=f"{built.attention} ({built.attention_why})",
         micro_batch=recipe.train.micro_batch,
         max_length=recipe.data.max_length,
         accumulation=recipe.train.accumulation,
-        steps=session.steps,
+        steps=worker.steps,
         optimizer=f"{recipe.train.optimizer}, lr {recipe.train.lr:g}, {recipe.train.schedule}",
         compile="off" if c.mode == "off" else f"{c.mode}, scope {c.scope}, {c.backend}",
         train_rows=data.train_rows,
         train_blocks=data.train.rows,
         validation_rows=data.validation_rows,
         fill=data.train.fill,
-        run_dir=str(session.folder.path),
-        notes=session.request.notes + _left_out(data.counts),
+        run_dir=str(worker.folder.path),
+        notes=worker.request.notes + _left_out(data.counts),
     )
 
 
@@ -270,21 +270,21 @@ def _device_name(device: torch.device, *, index: bool = False) -> str:
     return (f"cuda:{device.index or 0} " if index else "") + torch.cuda.get_device_name(device)
 
 
-def rank_record(session: Session, progress: Progress) -> RankRecord:
+def rank_record(worker: Worker, progress: Progress) -> RankRecord:
     """This process's account. Timings leave out the first step, which warms allocators and libraries, and with it those
     that were read together with it (train.log_every), where there are others."""
     skip = progress.first_read if len(progress.steps) > progress.first_read else 0
     times = [s.step_s for s in progress.steps][skip:]
     tokens = progress.own_tokens[skip:]
-    phases = {p.phase: p for p in session.ledger.phases}
+    phases = {p.phase: p for p in worker.ledger.phases}
     return RankRecord(
-        rank=session.place.rank,
-        device=_device_name(session.accelerator.device, index=True),
-        compile=session.observer.record(),
-        vram=tuple(session.ledger.phases),
+        rank=worker.place.rank,
+        device=_device_name(worker.accelerator.device, index=True),
+        compile=worker.observer.record(),
+        vram=tuple(worker.ledger.phases),
         vram_before_mib=phases["after compile"].allocated_mib,
         vram_after_mib=phases["after training"].allocated_mib,
-        vram_peak_mib=session.ledger.peak_mib(),
+        vram_peak_mib=worker.ledger.peak_mib(),
         tokens_per_s=sum(t for t, _ in tokens) / sum(times),
         supervised_tokens_per_s=sum(s for _, s in tokens) / sum(times),
         step_ms_median=statistics.median(times) * 1000,

@@ -1,7 +1,7 @@
 """Everything before the first step. Split in two by cost and by consequence:
 
 `prepare` reads the model's config and tokenizer and packs the data: it finds every fault of recipe and data before the
-process group, the run folder or the weights exist. `Session` then builds the model, compiles it and warms it up.
+process group, the run folder or the weights exist. `Worker` then builds the model, compiles it and warms it up.
 """
 
 import hashlib
@@ -34,7 +34,7 @@ from launcher.model.source import load_config, load_tokenizer
 from launcher.ops.linear_ce import chunk_loss, chunk_loss_and_grad
 from launcher.ranks import Place, broadcast, gather
 from launcher.recipe.schema import Recipe, RunSection
-from launcher.train.optim import check_optimizer, make_optimizer, make_schedule
+from launcher.train.optim import check_optimizer
 from launcher.train.outputs import RunFolder, default_folder
 from launcher.train.step import TrainStep, arguments
 
@@ -107,8 +107,8 @@ def check_trackers(run: RunSection) -> None:
         raise RecipeError(f"run.trackers must be installed; {', '.join(missing)} is not. pip install '.[trackers]'")
 
 
-class Session:
-    """One process's half-built run. The steps of building are methods, so that the loop can time and announce each."""
+class Worker:
+    """One process's share of a run, built in steps, each a method so that the loop can time and announce it."""
 
     def __init__(self, request: Request, prepared: Prepared, *, clock: Clock) -> None:
         self.request, self.prepared, self.clock = request, prepared, clock
@@ -168,14 +168,12 @@ class Session:
         self.batches: Iterator[StepBatch] = iter(loader)
         self.steps = train.steps or max(1, round((train.epochs or 0) * loader.steps_per_epoch))
         self.eval_batches = self._eval_batches()
-        optimizer = make_optimizer((p for p in built.packed.parameters() if p.requires_grad), train)
         self.step = TrainStep(
             self.accelerator.prepare_model(built.packed),
-            optimizer=optimizer,
-            schedule=make_schedule(optimizer, train, steps=self.steps),
+            train,
+            steps=self.steps,
             plan=self.plan,
             accelerator=self.accelerator,
-            clip=train.clip,
             fp16=built.dtype == torch.float16,
         )
         self.probe: MicroBatch = next(iter(loader)).micro_batches[0].to(self.accelerator.device)

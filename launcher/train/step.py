@@ -18,12 +18,11 @@ from dataclasses import dataclass
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
-from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
 
 from launcher.compile.plan import Plan
 from launcher.data.loader import MicroBatch, StepBatch
-from launcher.train.optim import gates_on_device
+from launcher.recipe.schema import TrainSection
+from launcher.train.optim import gates_on_device, make_optimizer, make_schedule
 
 NO_CLIP = float("inf")
 
@@ -39,26 +38,25 @@ class StepResult:
 
 
 class TrainStep:
-    """Owns the optimizer, its schedule and the fp16 scaler; `model` is the packed model or its DDP wrapper."""
+    """Owns optimizer, schedule over `steps` and fp16 scaler; `model` is the packed one or its DDP wrapper."""
 
     def __init__(
         self,
         model: nn.Module,
+        train: TrainSection,
         *,
-        optimizer: Optimizer,
-        schedule: LRScheduler,
+        steps: int,
         plan: Plan,
         accelerator: Accelerator,
-        clip: float | None,
         fp16: bool,
     ) -> None:
         self.model = model
-        self.optimizer = optimizer
-        self.schedule = schedule
+        self.parameters = [p for p in model.parameters() if p.requires_grad]
+        self.optimizer = make_optimizer(self.parameters, train)
+        self.schedule = make_schedule(self.optimizer, train, steps=steps)
         self.plan = plan
         self.accelerator = accelerator
-        self.clip = NO_CLIP if clip is None else clip
-        self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        self.clip = NO_CLIP if train.clip is None else train.clip
         device = accelerator.device
         self.scaler = torch.amp.GradScaler(device.type, enabled=fp16)
         self._fp16 = fp16

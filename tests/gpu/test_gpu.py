@@ -8,7 +8,7 @@ import torch
 from launcher.ops.attention import document_mask, masked_attention, packed_attention_reference, varlen_attention
 from launcher.records import RunRecord, StepRecord
 from launcher.train.loop import Progress, run
-from launcher.train.setup import Clock, Session, prepare
+from launcher.train.setup import Clock, Worker, prepare
 from tests.conftest import request_for, stock_loss
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("clean_dynamo")]
@@ -68,17 +68,17 @@ def test_compiled_kernels_give_the_uncompiled_losses(make_recipe, tmp_path, dtyp
 def test_forward_and_backward_never_wait_for_the_device(make_recipe, attention):
     recipe = make_recipe(model={"dtype": "bfloat16", "attention": attention}, compile={"backend": "inductor"})
     request = request_for(recipe)
-    session = Session(request, prepare(request), clock=Clock())
-    session.build()
-    session.compile()
-    batch = next(session.batches)
-    session.step(batch)
+    worker = Worker(request, prepare(request), clock=Clock())
+    worker.build()
+    worker.compile()
+    batch = next(worker.batches)
+    worker.step(batch)
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        session.step(batch)
+        worker.step(batch)
         with pytest.raises(RuntimeError):  # the guard itself can fail
-            session.step(batch).loss_sum.item()
+            worker.step(batch).loss_sum.item()
     finally:
         torch.cuda.set_sync_debug_mode("default")
 

@@ -1,6 +1,7 @@
 """What recipes/tiny ships: a base really pretrained, a tokenizer with honest masks, splits that do not mix."""
 
 import hashlib
+import importlib
 import json
 import math
 import re
@@ -131,7 +132,7 @@ def test_the_shipped_base_is_a_language_model_of_glosses_it_never_saw(tokenizer:
 
 def test_a_held_out_gloss_is_found_whatever_its_case_and_punctuation(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(TINY))
-    extract, wordnet = pytest.importorskip("extract"), pytest.importorskip("wordnet")
+    extract, wordnet = importlib.import_module("extract"), importlib.import_module("wordnet")
     line = '02088364 05 n 01 beagle 0 001 @ 02087551 n 0000 | a small short-legged hound; "the beagle ran"  '
     beagle = wordnet.parse_line(line)
     assert (beagle.words, beagle.field, beagle.relations) == (("beagle",), "animal", {"@": [("n", "02087551")]})

@@ -17,21 +17,21 @@ def main() -> None:
     target, *argv = sys.argv[1:]
     here = place()
     prepare_environment(here)
-    from launcher.train.setup import Clock, Request, Session, prepare
+    from launcher.train.setup import Clock, Request, Worker, prepare
 
     recipe = resolve(argv).recipe
     request = Request(recipe, "test", recipe.model.name, ROOT / "recipes", here)
-    session = Session(request, prepare(request), clock=Clock())
-    session.build()
-    session.compile()
+    worker = Worker(request, prepare(request), clock=Clock())
+    worker.build()
+    worker.compile()
     torch.manual_seed(1)  # B starts at zero, and then no gradient of A has a direction
     with torch.no_grad():
-        for parameter in session.step.parameters:
+        for parameter in worker.step.parameters:
             parameter.add_(torch.randn(parameter.shape) * 0.05)
-    loss = session.accelerator.reduce(session.step.accumulate(next(session.batches)))
+    loss = worker.accelerator.reduce(worker.step.accumulate(next(worker.batches)))
     if here.is_main:
-        torch.save({"loss": loss, "gradients": [p.grad for p in session.step.parameters]}, target)
-    session.accelerator.end_training()
+        torch.save({"loss": loss, "gradients": [p.grad for p in worker.step.parameters]}, target)
+    worker.accelerator.end_training()
 
 
 main()

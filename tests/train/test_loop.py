@@ -170,7 +170,6 @@ def test_the_shipped_recipe_learns_its_task(tmp_path):
 
 
 def test_tensorboard_receives_the_metrics(make_recipe, tmp_path):
-    pytest.importorskip("tensorboard")
     record_of(make_recipe(run={"trackers": ["tensorboard"]}))
     assert list((tmp_path / "run").rglob("events.out.tfevents*"))
 
@@ -181,7 +180,7 @@ def test_a_folder_that_holds_a_run_is_not_overwritten(finished, make_recipe):
     progress = Progress()
     with pytest.raises(CheckpointError, match="must not hold another run"):
         events_of(make_recipe(), progress)
-    progress.session.folder.status(code=4, reason="another's", rank=0, step=0)
+    progress.worker.folder.status(code=4, reason="another's", rank=0, step=0)
     assert {path: path.read_bytes() for path in folder.iterdir() if path.is_file()} == before
 
 
@@ -255,12 +254,12 @@ def test_an_adapter_that_is_wrong_on_disk_fails_the_run_and_is_removed(make_reci
     folder = tmp_path / "run"
     verdicts = json.loads((folder / "report.json").read_text())["verdicts"]
     assert [v["claim"] for v in verdicts if not v["holds"]] == ["saved adapter reloads"]
-    progress.session.folder.status(code=4, reason="", rank=0, step=4)
+    progress.worker.folder.status(code=4, reason="", rank=0, step=4)
     assert {path.name for path in folder.iterdir()} == {"metrics.jsonl", "report.json", "status.json"}
 
 
 def adapter_of(progress):
-    return {n: p.detach().clone() for n, p in progress.session.built.peft.named_parameters() if p.requires_grad}
+    return {n: p.detach().clone() for n, p in progress.worker.built.peft.named_parameters() if p.requires_grad}
 
 
 def test_a_shape_that_was_not_planned_stops_a_strict_run(make_recipe, monkeypatch):

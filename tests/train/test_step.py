@@ -12,7 +12,7 @@ from launcher.compile.plan import Plan
 from launcher.data.loader import MicroBatch, StepBatch
 from launcher.errors import RecipeError
 from launcher.recipe.schema import CompileSection, TrainSection
-from launcher.train.optim import check_optimizer, make_optimizer, make_schedule, warmup_steps
+from launcher.train.optim import check_optimizer, warmup_steps
 from launcher.train.step import TrainStep
 
 pytestmark = pytest.mark.usefixtures("clean_dynamo")
@@ -42,15 +42,12 @@ def step_batch(*micros):
 
 
 def make_step(model, *, fp16=False, clip=None, optimizer="adamw", steps=10, schedule="constant", warmup=0.0):
-    section = TrainSection(steps=steps, lr=0.1, schedule=schedule, warmup=warmup, optimizer=optimizer)
-    made = make_optimizer(model.parameters(), section)
     return TrainStep(
         model,
-        optimizer=made,
-        schedule=make_schedule(made, section, steps=steps),
+        TrainSection(steps=steps, lr=0.1, schedule=schedule, warmup=warmup, optimizer=optimizer, clip=clip),
+        steps=steps,
         plan=Plan([], compile=CompileSection(mode="off"), observer=Observer()),
         accelerator=Accelerator(cpu=True),
-        clip=clip,
         fp16=fp16,
     )
 
