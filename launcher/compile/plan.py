@@ -22,7 +22,7 @@ from launcher.recipe.schema import CompileSection
 REMEDIES = {
     "recompile": "Every shape must be planned: keep batch and length fixed, or run with compile.mode=warn.",
     "limit": "The same code was compiled too often. Look at the recompile reasons above it; compile.mode=warn goes on.",
-    "backend": "Try another compile.backend or compile.scope=regions; compile.mode=warn runs such a region uncompiled.",
+    "backend": "Try another compile.backend or compile.scope=regions; compile.mode=warn goes on uncompiled.",
     "break": "Change the line, take the region out with compile.scope=regions, or run with compile.mode=warn.",
 }
 
@@ -65,7 +65,7 @@ class Plan:
         """Call `run`, which passes every planned shape through forward and backward, then check the graphs.
 
         strict: any compile error, and any difference from the expected graphs, is a ContractError.
-        warn: whatever cannot be compiled runs uncompiled, and the record says so.
+        warn: if anything cannot be compiled everything runs uncompiled, and the record says so.
         """
         self.call(run)
         found = self.observer.graphs_by_region()

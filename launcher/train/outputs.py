@@ -1,4 +1,4 @@
-"""The files of a run, all in its folder and written by rank 0: metrics.jsonl, report.json, status.json."""
+"""The files of a run, all in its folder: metrics.jsonl and report.json by rank 0, status.json by whoever failed."""
 
 import json
 import math
