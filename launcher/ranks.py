@@ -1,6 +1,8 @@
 """Who am I, how many are we, and one record from each. torch is imported only where the group is spoken to."""
 
+import atexit
 import ctypes
+import gc
 import os
 import signal
 import sys
@@ -46,6 +48,30 @@ def end_with_parent() -> None:
     would otherwise leave its trainer running. Without one the parent is a shell, which may end before its job."""
     if sys.platform == "linux" and any(name in os.environ for name in LAUNCHER_VARIABLES):
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+_held: list[Any] = []  # the process group, until the interpreter ends
+
+
+def hold_process_group() -> None:
+    """Keep the process group, where there is one, until the interpreter ends; then let it go, last of all.
+
+    DDP's reducer shares gloo's group. Were its reference the last, the group's destructor would join gloo's threads
+    with the GIL held while one of them waits for the GIL, to free the tensors of its last collective: the process
+    never ends (torch 2.13; seen twice in ten launches). Python's own reference is dropped with the GIL released.
+    """
+    from torch import distributed
+
+    if distributed.is_available() and distributed.is_initialized():
+        if not _held:
+            atexit.register(let_go)
+        _held.append(distributed.group.WORLD)
+
+
+def let_go() -> None:
+    """Free what may still share the process group, then the group."""
+    gc.collect()
+    _held.clear()
 
 
 def gather(record: Any) -> list[Any]:

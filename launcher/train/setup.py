@@ -32,7 +32,7 @@ from launcher.model.build import BuiltModel, build_model, preflight
 from launcher.model.families import layer_mlps, layer_norms
 from launcher.model.source import load_config, load_tokenizer
 from launcher.ops.linear_ce import chunk_loss, chunk_loss_and_grad
-from launcher.ranks import Place, broadcast, gather
+from launcher.ranks import Place, broadcast, gather, hold_process_group
 from launcher.recipe.schema import Recipe, RunSection
 from launcher.train.optim import check_optimizer
 from launcher.train.outputs import RunFolder, default_folder
@@ -117,6 +117,7 @@ class Worker:
         torch.set_num_threads(place.cores)
         cpu = prepared.device.type == "cpu"
         PartialState(cpu=cpu)  # the process group first: trackers want a folder, and its name is rank 0's
+        hold_process_group()
         self.folder = RunFolder(Path(broadcast(recipe.run.output_dir or default_folder(request.name))).absolute())
         self.accelerator = Accelerator(
             cpu=cpu,

@@ -2,9 +2,11 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 
+import psutil
 import pytest
 import torch
 
@@ -19,10 +21,33 @@ LAUNCH = [
 ]
 
 
-def finished(command, tmp_path):
-    """Run to its end. `--main_process_port 0` takes a free port, so that two suites on one machine do not meet."""
-    environment = {**os.environ, "ACCELERATE_DISABLE_RICH": "1", "HF_HOME": str(tmp_path / "hf")}
-    return subprocess.run(command, capture_output=True, text=True, timeout=400, env=environment, cwd=tmp_path)
+def finished(command, tmp_path, *, timeout_s=180):
+    """Run to its end. `--main_process_port 0` takes a free port, so that two suites on one machine do not meet.
+    What hangs is ended with all its processes, and the assertion shows where each of them stood."""
+    environment = {
+        **os.environ,
+        "ACCELERATE_DISABLE_RICH": "1",
+        "HF_HOME": str(tmp_path / "hf"),
+        "PYTHONFAULTHANDLER": "1",
+    }
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, cwd=tmp_path,
+        start_new_session=True,
+    )  # fmt: skip
+    try:
+        out, err = process.communicate(timeout=timeout_s)
+    except subprocess.TimeoutExpired:
+        for pid in sorted(children(process.pid), reverse=True):
+            os.kill(pid, signal.SIGABRT)
+        out, err = process.communicate()
+        raise AssertionError(f"not done after {timeout_s} s\n{out[-2000:]}{err[-8000:]}") from None
+    return subprocess.CompletedProcess(command, process.returncode, out, err)
+
+
+def children(pid):
+    """A process and all that descend from it; torch's launcher puts each worker in a session of its own."""
+    process = psutil.Process(pid)
+    return [pid, *(child.pid for child in process.children(recursive=True))]
 
 
 def launched(command, tmp_path):
@@ -87,3 +112,10 @@ def test_a_fault_on_one_rank_ends_both_and_status_json_names_the_cause(arguments
     steps = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in steps if "loss" in line] == [1]
     assert not (tmp_path / "run" / "adapter").exists()
+
+
+def test_a_process_ends_though_its_last_collective_is_still_being_put_away(tmp_path):
+    """Without ranks.hold_process_group this hangs within a few dozen of these lives."""
+    worker = str(ROOT / "tests" / "train" / "group_worker.py")
+    done = finished([sys.executable, worker, "300"], tmp_path, timeout_s=90)
+    assert done.returncode == 0, done.stderr[-3000:]

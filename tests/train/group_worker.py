@@ -1,0 +1,32 @@
+"""Run by test_ranks.py: many short lives of a gloo group that DDP shares; each ends right after a collective."""
+
+import sys
+from pathlib import Path
+
+import torch
+from torch import distributed
+from torch.nn.parallel import DistributedDataParallel
+
+sys.path[0] = str(Path(__file__).resolve().parents[2])
+
+from launcher.ranks import hold_process_group, let_go  # noqa: E402
+
+
+def main(lives: int) -> None:
+    torch.set_num_threads(1)
+    for _ in range(lives):
+        distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+        hold_process_group()
+        wrapped = DistributedDataParallel(torch.nn.Linear(4, 4))
+        wrapped(torch.ones(2, 4)).sum().backward()
+        tensors = [torch.ones(4) for _ in range(8)]
+        works = [distributed.all_reduce(tensor, async_op=True) for tensor in tensors]
+        while works:
+            works.pop().wait()
+        del tensors
+        distributed.destroy_process_group()
+        del wrapped
+        let_go()
+
+
+main(int(sys.argv[1]))
