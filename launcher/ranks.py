@@ -1,4 +1,5 @@
-"""Who am I, how many are we, and one record from each. torch is imported only where the group is spoken to."""
+"""Who am I, how many are we, who goes first, and one record from each. torch is imported only where the group is
+spoken to."""
 
 import atexit
 import ctypes
@@ -6,8 +7,13 @@ import gc
 import os
 import signal
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
+
+from launcher.rendezvous import Rendezvous
+
+T = TypeVar("T")
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 LAUNCHER_VARIABLES = ("TORCHELASTIC_RUN_ID", "ACCELERATE_MIXED_PRECISION")  # torchrun's; accelerate's for one process
@@ -86,3 +92,32 @@ def broadcast(value: Any) -> Any:
     from accelerate.utils import broadcast_object_list
 
     return broadcast_object_list([value])[0]
+
+
+def local_rank_0_first(here: Place, work: Callable[[], T], *, wait_s: float) -> T:
+    """`work` in local rank 0 of each machine; when it is done there, in the machine's other ranks.
+
+    For work that leaves in a cache what the second to do it finds there. Needs no process group: what became of the
+    first is a file in a private temporary folder. Every local rank must come here, equally often.
+
+    Raises what `work` raises. The other ranks raise local rank 0's error (the nearest class of launcher/errors.py, the
+    same message), LostRank when it has ended without a word or `wait_s` seconds are over, and DiskError when the
+    folder is not this user's own.
+    """
+    if here.local_world_size == 1:
+        return work()
+    rendezvous = Rendezvous(here.local_rank, of=here.local_world_size)
+    if here.local_rank:
+        try:
+            rendezvous.await_first(wait_s)
+        finally:
+            rendezvous.leave()
+        return work()
+    rendezvous.open()
+    try:
+        value = work()
+    except BaseException as error:
+        rendezvous.tell_failed(error)
+        raise
+    rendezvous.tell_done()
+    return value

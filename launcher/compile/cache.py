@@ -3,9 +3,9 @@ private to its owner (0700). Stdlib only: the environment must be set before tor
 """
 
 import os
-import stat
 import tempfile
-from pathlib import Path
+
+from launcher.private_folder import private_cache
 
 VARIABLE = "TORCHINDUCTOR_CACHE_DIR"
 
@@ -19,26 +19,9 @@ def prepare_cache(*, workers: int) -> str | None:
     os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", str(workers))
     if os.environ.get(VARIABLE):
         return None
-    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    folder = base / "qlora-launcher" / "inductor"
-    reason = _make_private(folder)
+    folder, reason = private_cache("inductor")
     if reason is None:
         os.environ[VARIABLE] = str(folder)
         return None
     os.environ[VARIABLE] = tempfile.mkdtemp(prefix="qlora-launcher-inductor-")  # mkdtemp makes it 0700
     return f"compile cache {folder} {reason}: a temporary one is used, so the next run compiles again"
-
-
-def _make_private(folder: Path) -> str | None:
-    """Why `folder` cannot be this user's private, writable cache; None when it is."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        found = folder.stat()
-        if found.st_uid != os.getuid():
-            return "belongs to another user"
-        if stat.S_IMODE(found.st_mode) != 0o700:
-            folder.chmod(0o700)
-        with tempfile.NamedTemporaryFile(dir=folder):
-            return None
-    except OSError as error:
-        return f"cannot be written ({error.strerror})"

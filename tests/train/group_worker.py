@@ -1,5 +1,6 @@
 """Run by test_ranks.py: many short lives of a gloo group that DDP shares; each ends right after a collective."""
 
+import gc
 import sys
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from launcher.ranks import hold_process_group, let_go  # noqa: E402
 
 def main(lives: int) -> None:
     torch.set_num_threads(1)
-    for _ in range(lives):
+    for life in range(lives):
         distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
         hold_process_group()
         wrapped = DistributedDataParallel(torch.nn.Linear(4, 4))
@@ -27,6 +28,8 @@ def main(lives: int) -> None:
         distributed.destroy_process_group()
         del wrapped
         let_go()
+        if life == 0:
+            gc.freeze()  # let_go collects garbage: what torch's modules hold need not be looked through each time
 
 
 main(int(sys.argv[1]))
