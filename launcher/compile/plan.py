@@ -48,6 +48,9 @@ class Plan:
             expected[region.name] += region.graphs
             self._apply(region)
         observer.expected = dict(expected)
+        # A planned graph is an entry of the code it was compiled from; dynamo's own limit may be lower than the plan.
+        most = max((region.graphs for region in self._chosen), default=0)
+        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, most)
 
     @contextmanager
     def enforced(self) -> Iterator[None]:

@@ -12,7 +12,8 @@ from launcher.recipe.schema import CompileSection
 @dataclass(frozen=True)
 class Region:
     """Modules of one kind, compiled in place and sharing their graphs, or one function that is replaced by its
-    compiled form. `graphs` is how many a healthy run compiles: one for each way the region is called (train, eval)."""
+    compiled form. `graphs` is how many a healthy run compiles: one for each way the region is called (train or eval,
+    and each planned shape)."""
 
     name: str
     graphs: int

@@ -1,25 +1,32 @@
-"""Packed rows become the micro batches of one rank, in an order that does not depend on how many ranks there are.
+"""Rows become the micro batches of one rank, in an order that does not depend on how many ranks there are.
 
-With G = B * accumulation * world rows a step, optimizer step s of an epoch takes order[s*G : (s+1)*G], laid out as
-[accumulation, world, B]: 1 rank x 8 micro steps, 8 ranks x 1 and 2 ranks x 4 see the same rows in the same step.
-The last step of an epoch is filled up with blank rows (padding without labels): every row is seen once, in one shape.
+A plan is an array of row numbers [steps, accumulation, world, B]: in optimizer step s and micro step a, rank r takes
+the rows plan[s, a, r], all of one width. -1 stands for a blank row (padding without labels).
 
-    B micro batch    S positions    D max_documents    -1 in a plan stands for a blank row
+One width (packed, padded):    the shuffled rows, cut into steps of accumulation * world * B. So 1 rank x 8 micro steps,
+                               8 x 1 and 2 x 4 see the same rows in the same step.
+Several widths (bucketed):     the shuffled rows of each width, cut into micro batches of B; then these, shuffled, cut
+                               into steps, and ordered by width in a step: ranks that work at once have equal work.
+Blank rows fill the last micro batch of each width and the last step: every row is seen once an epoch, in few shapes.
+
+    B micro batch    S positions    D max_documents
 """
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import TypedDict
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
-from launcher.data.packing import IGNORE, Packed
+from launcher.data.blocks import IGNORE, Blocks
+from launcher.data.documents import Ints, Longs
+from launcher.errors import CheckpointError
 
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """B rows of S positions for one forward pass. Shapes are the same for every batch of a run."""
+    """B rows of S positions for one forward pass. S is one of the run's planned widths, all else is alike in a run."""
 
     input_ids: torch.Tensor  # int64 [B, S]
     labels: torch.Tensor  # int64 [B, S], already shifted, IGNORE where there is no loss
@@ -50,7 +57,7 @@ class MicroBatch:
 class StepBatch:
     """One optimizer step: this rank's micro batches, and the counts of all ranks and micro batches together.
 
-    The packing is the same on every rank, so the global counts need no collective.
+    The rows are the same on every rank, so the global counts need no collective.
     """
 
     micro_batches: tuple[MicroBatch, ...]
@@ -59,67 +66,119 @@ class StepBatch:
     epoch: int  # 0-based
 
 
-class TrainLoader:
-    """Endless optimizer steps over the packed rows, reshuffled every epoch by (seed, epoch)."""
+class LoaderState(TypedDict):
+    """Where a loader is: the next step is the `offset`-th (0-based) of this epoch (0-based)."""
+
+    epoch: int
+    offset: int
+
+
+class TrainLoader(Iterator[StepBatch]):
+    """Endless optimizer steps over the rows, reshuffled every epoch by (seed, epoch)."""
 
     def __init__(
-        self, packed: Packed, *, micro_batch: int, accumulation: int, rank: int, world_size: int, seed: int
+        self, blocks: Blocks, *, micro_batch: int, accumulation: int, rank: int, world_size: int, seed: int
     ) -> None:
-        self._packed = packed
+        self._blocks = blocks
         self._step_shape = (accumulation, world_size, micro_batch)
         self._rank = rank
         self._seed = seed
-        self._supervised = np.count_nonzero(packed.labels != IGNORE, axis=1)
-        self.steps_per_epoch = -(-packed.rows // (accumulation * world_size * micro_batch))
+        self._lengths, self._targets = blocks.lengths, blocks.targets
+        self._state = LoaderState(epoch=0, offset=0)
+        self._plan = self._planned(0)
+        self.steps_per_epoch = len(self._plan)  # whatever the order, each width has so many micro batches
 
-    def __iter__(self) -> Iterator[StepBatch]:
-        epoch = 0
-        while True:
-            order = np.random.default_rng((self._seed, epoch)).permutation(self._packed.rows)
-            for step in _plan(order, self._step_shape):
-                yield self._step(step, epoch)
-            epoch += 1
-
-    def _step(self, plan: NDArray[np.int64], epoch: int) -> StepBatch:
+    def __next__(self) -> StepBatch:
+        epoch, offset = self._state["epoch"], self._state["offset"]
+        plan = self._plan[offset]
+        if offset + 1 < self.steps_per_epoch:
+            self._state = LoaderState(epoch=epoch, offset=offset + 1)
+        else:
+            self._enter(LoaderState(epoch=epoch + 1, offset=0))
         real = plan[plan >= 0]
         return StepBatch(
-            micro_batches=tuple(_micro_batch(self._packed, rows) for rows in plan[:, self._rank]),
-            tokens=int(self._packed.lengths[real].sum()),
-            supervised_tokens=int(self._supervised[real].sum()),
+            micro_batches=tuple(micro_batch_of(self._blocks, rows) for rows in plan[:, self._rank]),
+            tokens=int(self._lengths[real].sum()),
+            supervised_tokens=int(self._targets[real].sum()),
             epoch=epoch,
         )
 
+    def state(self) -> LoaderState:
+        """For `restore`, in a loader of the same rows, seed and step size; plain JSON."""
+        return self._state.copy()
 
-def eval_batches(packed: Packed, *, micro_batch: int, rank: int, world_size: int) -> list[MicroBatch]:
+    def restore(self, state: LoaderState) -> None:
+        """Go on as the loader would have that gave this state; none of the rows before are touched.
+
+        Raises CheckpointError for a state that no loader of these rows can give.
+        """
+        numbers = [state.get(key) for key in ("epoch", "offset")]
+        if not all(type(n) is int and n >= 0 for n in numbers) or state["offset"] >= self.steps_per_epoch:
+            raise CheckpointError(
+                "a loader state must name an epoch from 0 and a step of it; "
+                f"with these rows and this step size an epoch has the steps 0 to {self.steps_per_epoch - 1}.\n"
+                f"Found: {state}.\n"
+                "Resume with the data, data.batching, train.micro_batch and accumulation of the checkpoint."
+            )
+        self._enter(LoaderState(epoch=state["epoch"], offset=state["offset"]))
+
+    def _enter(self, state: LoaderState) -> None:
+        self._state, self._plan = state, self._planned(state["epoch"])
+
+    def _planned(self, epoch: int) -> Longs:
+        """The epoch's plan, [steps, accumulation, world, B]."""
+        rng = np.random.default_rng((self._seed, epoch))
+        accumulation, world_size, micro_batch = self._step_shape
+        micro_batches = _cut(rng.permutation(self._blocks.rows), self._blocks.widths, micro_batch)
+        if len(self._blocks.shapes) > 1:
+            rng.shuffle(micro_batches)  # rows of one width are in a random order already
+        filled = _filled(micro_batches, accumulation * world_size)
+        widths = np.where(filled[:, 0] < 0, 0, self._blocks.widths[filled[:, 0]]).reshape(-1, accumulation * world_size)
+        widest_first = np.argsort(-widths, axis=1, kind="stable")[:, :, None]
+        steps = np.take_along_axis(filled.reshape(*widths.shape, micro_batch), widest_first, axis=1)
+        return steps.reshape(-1, *self._step_shape)
+
+
+def eval_batches(blocks: Blocks, *, micro_batch: int, rank: int, world_size: int) -> list[MicroBatch]:
     """This rank's share of all rows: disjoint, exhaustive over the ranks, and equally many batches on each of them."""
-    plan = _plan(np.arange(packed.rows), (world_size, micro_batch))
-    return [_micro_batch(packed, rows) for rows in plan[:, rank]]
+    plan = _filled(_cut(np.arange(blocks.rows), blocks.widths, micro_batch), world_size)
+    return [micro_batch_of(blocks, rows) for rows in plan[rank::world_size]]
 
 
-def _plan(order: NDArray[np.int64], shape: tuple[int, ...]) -> NDArray[np.int64]:
-    """`order` cut into as many blocks of `shape` as it takes, [blocks, *shape], with -1 behind the last row."""
-    filler = -len(order) % int(np.prod(shape))
-    return np.concatenate([order, np.full(filler, -1)]).reshape(-1, *shape)
+def sample_batch(blocks: Blocks, width: int, *, micro_batch: int) -> MicroBatch:
+    """A micro batch of the first rows of this width, of which there is at least one; for warm-up."""
+    rows = np.flatnonzero(blocks.widths == width)[:micro_batch]
+    return micro_batch_of(blocks, _filled(rows, micro_batch))
 
 
-def _micro_batch(packed: Packed, rows: NDArray[np.int64]) -> MicroBatch:
-    blank = rows < 0  # row -1 is gathered as the last one, then blanked out
-    arrays = {n: getattr(packed, n)[rows] for n in ("input_ids", "labels", "position_ids", "document_ids")}
-    arrays["input_ids"][blank] = packed.pad_id
-    arrays["labels"][blank] = IGNORE
-    arrays["position_ids"][blank] = np.arange(packed.input_ids.shape[1])
-    arrays["document_ids"][blank] = 0
-    document_ids = arrays.pop("document_ids")
+def micro_batch_of(blocks: Blocks, rows: Longs) -> MicroBatch:
+    """Rows of one width, -1 for a blank one."""
+    arrays = blocks.arrays(rows)
     return MicroBatch(
-        **{name: torch.from_numpy(array.astype(np.int64)) for name, array in arrays.items()},
-        document_ids=torch.from_numpy(document_ids),
-        cu_seqlens=torch.from_numpy(_cu_seqlens(document_ids, len(rows) * packed.max_documents + 1)),
-        tokens=int(packed.lengths[rows[~blank]].sum()),
-        supervised_tokens=int(np.count_nonzero(arrays["labels"] != IGNORE)),
+        input_ids=torch.from_numpy(arrays.input_ids.astype(np.int64)),
+        labels=torch.from_numpy(arrays.labels.astype(np.int64)),
+        position_ids=torch.from_numpy(arrays.position_ids.astype(np.int64)),
+        document_ids=torch.from_numpy(arrays.document_ids),
+        cu_seqlens=torch.from_numpy(_cu_seqlens(arrays.document_ids, len(rows) * blocks.max_documents + 1)),
+        tokens=int(arrays.lengths.sum()),
+        supervised_tokens=int(np.count_nonzero(arrays.labels != IGNORE)),
     )
 
 
-def _cu_seqlens(document_ids: NDArray[np.int32], size: int) -> NDArray[np.int32]:
+def _cut(order: Longs, widths: Ints, micro_batch: int) -> Longs:
+    """The rows `order` as micro batches of one width each, [micro batches, B], those of the least width first."""
+    found = widths[order]
+    return np.concatenate(
+        [_filled(order[found == width], micro_batch).reshape(-1, micro_batch) for width in np.unique(found)]
+    )
+
+
+def _filled(rows: Longs, multiple: int) -> Longs:
+    """`rows` ([n] or [n, B]) with as many blank ones behind as make n a multiple."""
+    return np.concatenate([rows, np.full((-len(rows) % multiple, *rows.shape[1:]), -1)])
+
+
+def _cu_seqlens(document_ids: Ints, size: int) -> Ints:
     starts = np.ones_like(document_ids, dtype=bool)  # a row's first position always starts a document
     starts[:, 1:] = document_ids[:, 1:] != document_ids[:, :-1]
     cu_seqlens = np.full(size, document_ids.size, np.int32)

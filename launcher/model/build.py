@@ -1,6 +1,6 @@
 """Builds, in each process and on its own device, the model that a run trains: NF4 base, LoRA, packed forward."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +15,7 @@ from launcher.model.lora import attach_lora, check_targets
 from launcher.model.nf4 import bnb_config, check_prequantized, count_parameters, load_base, random_base
 from launcher.model.packed import PackedCausalLM
 from launcher.model.source import check_weights
+from launcher.ops.linear_ce import chunk_rows
 from launcher.recipe.schema import Recipe
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -60,11 +61,18 @@ def preflight(recipe: Recipe, source: str, config: Any, device: torch.device) ->
 
 
 def build_model(
-    recipe: Recipe, source: str, config: Any, *, device: torch.device, phase: Callable[[str], object]
+    recipe: Recipe,
+    source: str,
+    config: Any,
+    *,
+    device: torch.device,
+    widths: Collection[int],
+    phase: Callable[[str], object],
 ) -> BuiltModel:
     """Build from a located `source` and its config, both past `preflight`.
 
-    `phase(name)` is called after each phase that takes memory.
+    `widths` are the planned row lengths: the loss works in chunks of one size that suits them all. `phase(name)` is
+    called after each phase that takes memory.
     """
     family = family_of(config, max_length=recipe.data.max_length)
     dtype = choose_dtype(recipe.model.dtype, device)
@@ -82,9 +90,9 @@ def build_model(
     # What another process must load to use the adapter: a hub id, or a path that does not depend on where it starts.
     peft.peft_config["default"].base_model_name_or_path = source
     peft.peft_config["default"].revision = recipe.model.revision
-    packed = PackedCausalLM(
-        base, attention=path, max_length=recipe.data.max_length, loss_chunk_mib=recipe.memory.loss_chunk_mib
-    )
+    tokens = [recipe.train.micro_batch * width for width in widths]
+    chunk = chunk_rows(tokens, base.lm_head.weight.shape[0], recipe.memory.loss_chunk_mib)
+    packed = PackedCausalLM(base, attention=path, max_length=recipe.data.max_length, loss_chunk=chunk)
     phase("after adapters")
     parameters, trainable = count_parameters(peft)
     return BuiltModel(

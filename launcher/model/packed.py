@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from launcher.ops.attention import document_mask
-from launcher.ops.linear_ce import ChunkFunctions, chunk_rows, linear_cross_entropy
+from launcher.ops.linear_ce import ChunkFunctions, linear_cross_entropy
 
 
 class Body(nn.Module):
@@ -32,19 +32,22 @@ class Body(nn.Module):
 
 
 class PackedCausalLM(nn.Module):
-    """Summed next-token loss of packed rows, for a causal LM whose attention is one of model/attention.py."""
+    """Summed next-token loss of packed rows, for a causal LM whose attention is one of model/attention.py.
+
+    `max_length` is the longest row there may be; `loss_chunk` the tokens whose logits live at once (ops/linear_ce.py).
+    """
 
     cos: Tensor
     sin: Tensor
 
-    def __init__(self, causal_lm: Any, *, attention: str, max_length: int, loss_chunk_mib: int) -> None:
+    def __init__(self, causal_lm: Any, *, attention: str, max_length: int, loss_chunk: int) -> None:
         super().__init__()
         decoder = causal_lm.model
         self.body = Body(decoder.layers, decoder.norm)
         self.embed = decoder.embed_tokens
         self.head = causal_lm.lm_head
         self.attention = attention
-        self.loss_chunk_mib = loss_chunk_mib
+        self.loss_chunk = loss_chunk
         self.loss_functions = ChunkFunctions()
         weight = self.embed.weight
         positions = torch.arange(max_length, device=weight.device)[None]
@@ -70,10 +73,12 @@ class PackedCausalLM(nn.Module):
     ) -> Tensor:
         """All [B, S] but cu_seqlens; labels are shifted already -> loss summed over supervised tokens, fp32 scalar."""
         hidden = self.hidden_states(input_ids, position_ids, document_ids, cu_seqlens)
-        weight = self.head.weight
-        chunk = chunk_rows(labels.numel(), weight.shape[0], self.loss_chunk_mib)
         return linear_cross_entropy(
-            hidden.flatten(0, 1), weight, labels.flatten(), chunk=chunk, functions=self.loss_functions
+            hidden.flatten(0, 1),
+            self.head.weight,
+            labels.flatten(),
+            chunk=self.loss_chunk,
+            functions=self.loss_functions,
         )
 
     @torch.no_grad()

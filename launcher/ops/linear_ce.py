@@ -12,7 +12,7 @@ The loss is the *sum* over supervised rows. Its gradient is stored unscaled, and
 global token count, times the fp16 loss scale) arrives as the incoming gradient: nothing underflows in half precision.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 IGNORE = -100  # a label that is not supervised; the value that torch's own cross-entropy uses
+CHUNK_COST = 128  # rows whose time a chunk costs on top: it reads the whole head, and launches its kernels
 
 
 def chunk_loss(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
@@ -52,11 +53,16 @@ class ChunkFunctions:
     loss_and_grad: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]] = chunk_loss_and_grad
 
 
-def chunk_rows(rows: int, vocabulary: int, budget_mib: int) -> int:
-    """Rows per chunk: the fewest equal chunks whose fp32 logits stay within `budget_mib` (2**20 bytes each)."""
+def chunk_rows(rows: Collection[int], vocabulary: int, budget_mib: int) -> int:
+    """The one chunk size R for batches of `rows` tokens (N of each planned shape): fp32 logits within `budget_mib` MiB.
+
+    One size, because each would be a graph of its own. Of the sizes that divide a shape into equal chunks, the one with
+    the least work over all shapes: the rows computed, padding included, and CHUNK_COST for each chunk. For a single
+    shape these are the fewest equal chunks. MiB is 2**20 bytes.
+    """
     most = max(1, budget_mib * 2**20 // (4 * vocabulary))
-    chunks = -(-rows // most)
-    return -(-rows // chunks)
+    sizes = {-(-n // chunks) for n in rows for chunks in range(-(-n // most), 2 * -(-n // most) + 1)}
+    return min(sorted(sizes, reverse=True), key=lambda size: sum(-(-n // size) * (size + CHUNK_COST) for n in rows))
 
 
 def linear_cross_entropy(

@@ -20,7 +20,9 @@ def build(recipe, phases=None):
     source = locate(recipe.model, ARCHITECTURES)
     config = load_config(source, recipe.model)
     preflight(recipe, source, config, CPU)
-    return build_model(recipe, source, config, device=CPU, phase=(phases if phases is not None else []).append)
+    return build_model(
+        recipe, source, config, device=CPU, widths=[64], phase=(phases if phases is not None else []).append
+    )
 
 
 def test_a_full_checkpoint_becomes_nf4_with_fp32_adapters_on_seven_projections(make_recipe):

@@ -44,7 +44,7 @@ def build(model_type, **changes):
 def packed_form(model):
     register_attention("sdpa")
     model.set_attn_implementation(attention_name("sdpa"))
-    return PackedCausalLM(model, attention="sdpa", max_length=20, loss_chunk_mib=1)
+    return PackedCausalLM(model, attention="sdpa", max_length=20, loss_chunk=20)
 
 
 def stock_loss_one_by_one(model, ids):

@@ -90,6 +90,20 @@ def test_the_logits_never_exist_as_a_whole():
     ("rows", "vocabulary", "budget"), [(4096, 128256, 256), (1000, 7, 1), (3, 128256, 1), (8192, 32000, 64)]
 )
 def test_a_chunk_stays_within_its_budget_unless_one_row_exceeds_it(rows, vocabulary, budget):
-    chunk = chunk_rows(rows, vocabulary, budget)
+    chunk = chunk_rows([rows], vocabulary, budget)
     assert 1 <= chunk <= rows
     assert chunk == 1 or chunk * vocabulary * 4 <= budget * 2**20
+
+
+def test_one_chunk_size_serves_shapes_of_many_lengths_with_less_padding_than_the_longest_ones_would():
+    shapes = [192, 352, 576, 912, 1664, 4096]
+    chunk, of_longest = chunk_rows(shapes, 128256, 256), chunk_rows([4096], 128256, 256)
+    assert chunk * 128256 * 4 <= 256 * 2**20
+    computed = [sum(-(-rows // size) * size for rows in shapes) for size in (chunk, of_longest)]
+    assert sum(shapes) <= computed[0] < computed[1]
+
+
+def test_a_single_shape_is_cut_into_the_fewest_equal_chunks():
+    for rows in (1, 100, 523, 524, 4096, 16384):
+        fewest = -(-rows // 523)
+        assert chunk_rows([rows], 128256, 256) == -(-rows // fewest)

@@ -1,0 +1,78 @@
+"""Tokenised rows, one after another in flat arrays: small, and readable from disk without loading.
+
+document          0           1       2
+input_ids    a0 a1 a2 a3 | b0 b1 | c0 c1 c2      int32 [T]
+supervised    .  .  x  x |  .  x |  x  x  x      bool [T]: the loss sees this token as a target
+offsets       0             4       6        9   int64 [D + 1]
+
+T tokens    D documents
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+Ints = NDArray[np.int32]
+Longs = NDArray[np.int64]
+Bools = NDArray[np.bool_]
+
+
+@dataclass(frozen=True)
+class Document:
+    """One conversation or text. `supervised[t]`: token t is a target. Equally long."""
+
+    input_ids: Ints
+    supervised: Bools
+
+    def __len__(self) -> int:
+        return len(self.input_ids)
+
+
+@dataclass(frozen=True)
+class Documents:
+    """D documents in flat arrays, as the module draws them; the arrays may be memory-mapped and read-only."""
+
+    input_ids: Ints
+    supervised: Bools
+    offsets: Longs
+
+    @classmethod
+    def of(cls, documents: Iterable[Document]) -> "Documents":
+        listed = list(documents)
+        return cls(
+            np.concatenate([np.zeros(0, np.int32), *(d.input_ids for d in listed)], dtype=np.int32),
+            np.concatenate([np.zeros(0, np.bool_), *(d.supervised for d in listed)], dtype=np.bool_),
+            np.cumsum([0, *(len(d) for d in listed)], dtype=np.int64),
+        )
+
+    @classmethod
+    def joined(cls, parts: Sequence["Documents"]) -> "Documents":
+        """The documents of all parts, in order."""
+        lengths = np.concatenate([np.zeros(1, np.int64), *(part.lengths for part in parts)])
+        return cls(
+            np.concatenate([np.zeros(0, np.int32), *(part.input_ids for part in parts)]),
+            np.concatenate([np.zeros(0, np.bool_), *(part.supervised for part in parts)]),
+            np.cumsum(lengths),
+        )
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    def __getitem__(self, index: int) -> Document:
+        start, end = self.offsets[index], self.offsets[index + 1]
+        return Document(self.input_ids[start:end], self.supervised[start:end])
+
+    @property
+    def lengths(self) -> Longs:
+        """Tokens of each document, int64 [D]."""
+        return np.diff(self.offsets)
+
+    @property
+    def targets(self) -> Longs:
+        """Supervised tokens of each document, int64 [D]; its first token is never one: nothing predicts it."""
+        sums = np.concatenate([[0], np.cumsum(self.supervised, dtype=np.int64)])
+        starts = self.offsets[:-1]
+        first = self.supervised[starts] if len(self) else np.zeros(0, np.bool_)
+        return sums[self.offsets[1:]] - sums[starts] - first

@@ -1,0 +1,53 @@
+"""What a row of data is, whatever format it came in: a conversation or a text. Nothing downstream knows a format.
+
+`answer` is where the completion begins, in rows that say so (prompt-completion, alpaca): an index into the messages, or
+a character of the text. None in rows that do not: plain chats and plain text.
+"""
+
+import json
+from dataclasses import dataclass
+from typing import Any
+
+from launcher.errors import DataError
+
+ROLES = ("system", "user", "assistant")
+
+
+@dataclass(frozen=True)
+class Message:
+    role: str  # one of ROLES
+    content: str
+
+
+@dataclass(frozen=True)
+class Conversation:
+    messages: tuple[Message, ...]
+    where: str  # as errors name it: "file:line", or "file row 7"
+    answer: int | None = None
+
+
+@dataclass(frozen=True)
+class Text:
+    text: str
+    where: str
+    answer: int | None = None
+
+
+Row = Conversation | Text
+
+
+class RowFault(DataError):
+    """One row that cannot be used. `reason` names the count `rows_dropped_<reason>` when data.bad_rows=skip."""
+
+    def __init__(self, reason: str, *, where: str, rule: str, found: str) -> None:
+        remedy = "Fix the row, or set data.bad_rows=skip to drop such rows and count them."
+        super().__init__(f"{where}: {rule}\nFound: {found}\n{remedy}")
+        self.reason = reason
+
+
+def shown(value: Any) -> str:
+    """A value of the data as JSON for a message: short, on one line, in ASCII (a terminal must not obey it)."""
+    if isinstance(value, list | dict):
+        return "a list" if isinstance(value, list) else "an object"
+    text = json.dumps(value)
+    return text if len(text) <= 80 else text[:77] + "..."
