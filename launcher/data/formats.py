@@ -1,217 +1,183 @@
-"""Sources become rows: a .jsonl file gives conversations or texts, by line; what cannot be used is named or counted.
+"""Records become rows: every format there is gives conversations or texts, and nothing behind this module knows one.
 
-Lines are read as bytes, so that a fault names file:line and, where bytes are the matter, the byte offset in the file.
-A blank line is no row. Faults of a row follow data.bad_rows; empty rows are dropped and counted in either case.
+format              columns                     row
+messages            messages                    [{"role", "content"}, …] -> Conversation
+sharegpt            conversations               [{"from", "value"}, …] -> Conversation; items with "role" are messages
+alpaca              instruction, input, output  -> Conversation of two messages; answer: the second
+prompt_completion   prompt, completion          strings -> Text; message lists -> Conversation; answer: the completion
+text                text                        -> Text
+
+Faults of a row follow data.bad_rows; empty rows are dropped and counted in either case.
 """
 
-import json
-import re
-from codecs import BOM_UTF8
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
+from launcher.data.rows import ROLES, Conversation, Message, Row, RowFault, Text, shown
+from launcher.data.sources import Feed
 from launcher.errors import DataError
-from launcher.recipe.schema import Source
 
-ROLES = ("system", "user", "assistant")
-
-
-@dataclass(frozen=True)
-class Message:
-    role: str  # one of ROLES
-    content: str
+Fields = dict[str, Any]
+Reader = Callable[[Fields, str], Row | None]  # columns and place of a record -> its row; None: it is empty
 
 
-@dataclass(frozen=True)
-class Conversation:
-    messages: tuple[Message, ...]
-    where: str  # "file:line"
+def read_rows(feed: Feed, *, bad_rows: str, counts: Counter[str]) -> Iterator[Row]:
+    """The usable rows of a feed, one at a time. While it goes on, adds to `counts`: rows_read, rows_dropped_<reason>.
 
+    rows_read = rows yielded + all dropped. That none is left, the caller must judge.
 
-@dataclass(frozen=True)
-class Text:
-    text: str
-    where: str  # "file:line"
-
-
-Row = Conversation | Text
-
-
-class RowFault(DataError):
-    """One row that cannot be used. `reason` names the count `rows_dropped_<reason>` when data.bad_rows=skip."""
-
-    def __init__(self, reason: str, *, where: str, rule: str, found: str) -> None:
-        remedy = "Fix the row, or set data.bad_rows=skip to drop such rows and count them."
-        super().__init__(f"{where}: {rule}\nFound: {found}\n{remedy}")
-        self.reason = reason
-
-
-def read_source(source: Source, *, bad_rows: str, counts: Counter[str]) -> list[Row]:
-    """The usable rows of one source, in file order. Adds `rows_read` and `rows_dropped_<reason>` to `counts`.
-
-    Raises DataError: the path is not a readable .jsonl file, a row is faulty with bad_rows "raise", or no row is left.
+    Raises DataError: a row is faulty and `bad_rows` is "raise" (a RowFault), the columns fit several formats, or the
+    source cannot be read any further.
     """
-    rows: list[Row] = []
-    dropped: Counter[str] = Counter()
-    layout: str = source.format
-    for line in _lines(_checked(source.path)):
+    reader = None if feed.format == "auto" else _READERS[feed.format]
+    for record in feed.records():
         counts["rows_read"] += 1
+        fields, where = record.fields, record.where
         try:
-            record = _parse(line)
-            if layout == "auto":
-                layout = _detect(record, line.where)
-            row = _READERS[layout](record, line.where)
+            if isinstance(fields, RowFault):
+                raise fields
+            if reader is None:
+                reader = _detected(fields, where)
+            row = reader(fields, where)
         except RowFault as fault:
             if bad_rows == "raise":
                 raise
-            dropped[f"rows_dropped_{fault.reason}"] += 1
+            counts[f"rows_dropped_{fault.reason}"] += 1
             continue
-        if row:
-            rows.append(row)
+        if row is None:
+            counts["rows_dropped_empty"] += 1
         else:
-            dropped["rows_dropped_empty"] += 1
-    counts.update(dropped)
-    if not rows:
-        why = ", ".join(f"{n} {reason}" for reason, n in dropped.items()) or "the file holds no rows"
+            yield row
+
+
+def _detected(fields: Fields, where: str) -> Reader:
+    """The reader for the columns of a source's first row."""
+    formats = [name for name, columns in _COLUMNS.items() if fields.keys() >= columns.keys()]
+    if len(formats) == 1:
+        return _READERS[formats[0]]
+    found = shown(f"the columns {', '.join(sorted(fields)) or '(none)'}")
+    if formats:
         raise DataError(
-            f"{source.path}: 0 usable rows; a source needs at least one.\nFound: {why}.\n"
-            'Give rows like {"messages": [{"role": "user", "content": "…"}, …]} or {"text": "…"}, one to a line.'
+            f"{where}: a source has one format.\nFound: {found}.\n"
+            f"Say which of them holds the data with format: {' or format: '.join(formats)} beside the source's path."
         )
-    return rows
+    known = "; ".join(" and ".join(f'"{column}"' for column in columns) for columns in _COLUMNS.values())
+    raise RowFault("wrong_type", where=where, rule=f"a row has the columns of a format: {known}.", found=found)
 
 
-@dataclass(frozen=True)
-class _Line:
-    raw: bytes
-    where: str  # "file:line"
-    offset: int  # of its first byte in the file
+def _read_messages(fields: Fields, where: str) -> Conversation | None:
+    messages = _messages(fields.get("messages"), "messages", where)
+    return Conversation(messages, where) if messages else None
 
 
-def _checked(path: str) -> Path:
-    file = Path(path)
-    if file.is_dir():
-        found = "a folder"
-    elif not file.exists():
-        found = f"no such file; looked for {file.absolute()}"
-    elif file.suffix.lower() != ".jsonl":
-        found = f"a {file.suffix or 'nameless'} file"
+def _read_sharegpt(fields: Fields, where: str) -> Conversation | None:
+    turns = fields.get("conversations")
+    if not isinstance(turns, list):
+        raise _wrong_type(where, '"conversations" is a list of {"from", "value"} objects.', turns)
+    if turns and isinstance(turns[0], dict) and turns[0].get("from") is None and turns[0].get("role") is not None:
+        messages = _messages(turns, "conversations", where)
     else:
-        return file
-    raise DataError(
-        f"{path}: a source is an existing .jsonl file, one JSON object to a line.\nFound: {found}.\n"
-        "Correct the path in data.sources or data.validation, or convert the data to .jsonl."
-    )
+        messages = tuple([_turn(turn, where) for turn in turns])
+    return Conversation(messages, where) if messages else None
 
 
-def _lines(file: Path) -> Iterator[_Line]:
-    offset = 0
-    try:
-        with file.open("rb") as stream:
-            for number, raw in enumerate(stream, start=1):
-                # A UTF-8 byte-order mark is harmless.
-                mark = len(BOM_UTF8) if number == 1 and raw.startswith(BOM_UTF8) else 0
-                if raw[mark:].strip():
-                    yield _Line(raw[mark:], f"{file}:{number}", offset + mark)
-                offset += len(raw)
-    except OSError as error:
-        raise DataError(
-            f"{file}: a source must be readable.\nFound: {error.strerror}.\nCorrect its permissions, or name another."
-        ) from error
+def _read_alpaca(fields: Fields, where: str) -> Conversation | None:
+    instruction, output = _string(fields, "instruction", where), _string(fields, "output", where)
+    context = _string(fields, "input", where) if fields.get("input") is not None else ""
+    if not output.strip():
+        return None
+    prompt = "\n\n".join(part for part in (instruction, context) if part.strip())
+    return Conversation((Message("user", prompt), Message("assistant", output)), where, 1)
 
 
-def _parse(line: _Line) -> dict[str, Any]:
-    text = _decode(line)
-    rule = "every line is one JSON object."
-    try:
-        record = json.loads(text)
-    except json.JSONDecodeError as error:
-        at = line.offset + len(text[: error.pos].encode())
-        found = f"{error.msg} at byte offset {at} of the file: {_shown(text[error.pos : error.pos + 40])}"
-        raise RowFault("broken_json", where=line.where, rule=rule, found=found) from None
-    except (ValueError, RecursionError) as error:  # a number of thousands of digits; thousands of nested brackets
-        raise RowFault("broken_json", where=line.where, rule=rule, found=f"{error}") from None
-    if not isinstance(record, dict):
-        raise RowFault("wrong_type", where=line.where, rule=rule, found=_shown(record))
-    return record
+def _read_prompt_completion(fields: Fields, where: str) -> Row | None:
+    prompt, completion = fields.get("prompt"), fields.get("completion")
+    if isinstance(prompt, str) and isinstance(completion, str):
+        return Text(prompt + completion, where, len(prompt)) if completion.strip() else None
+    if isinstance(prompt, list) and isinstance(completion, list):
+        before, after = _messages(prompt, "prompt", where), _messages(completion, "completion", where)
+        answers = any(message.content.strip() for message in after)
+        return Conversation(before + after, where, len(before)) if answers else None
+    column = "completion" if isinstance(prompt, str | list) else "prompt"
+    rule = f'"prompt" and "completion" are two strings or two lists of messages (here "{column}").'
+    raise _wrong_type(where, rule, fields.get(column))
 
 
-def _decode(line: _Line) -> str:
-    rule = "a source is UTF-8 text."
-    try:
-        text = line.raw.decode()
-        at, what = line.raw.find(b"\0"), "a zero byte (UTF-16 or UTF-32?)"
-    except UnicodeDecodeError as error:
-        at, what = error.start, f"byte 0x{line.raw[error.start]:02x} (Latin-1 or UTF-16?)"
-    if at < 0:
-        at, what = _lone_surrogate(line.raw), "the escape of a lone surrogate, which no text can hold,"
-    if at >= 0:
-        found = f"{what} at byte offset {line.offset + at} of the file"
-        raise RowFault("encoding", where=line.where, rule=rule, found=found)
-    return text
-
-
-_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
-_ESCAPE = re.compile(rb"\\(?:u[dD][89abAB]..\\u[dD][c-fC-F]..|(u[dD][89a-fA-F]..)|.)", re.DOTALL)
-
-
-def _lone_surrogate(raw: bytes) -> int:
-    """Where half of a surrogate pair is escaped without its other half; -1 where none is."""
-    if not _SURROGATE.search(raw):
-        return -1
-    return next((escape.start() for escape in _ESCAPE.finditer(raw) if escape[1]), -1)
-
-
-def _detect(record: dict[str, Any], where: str) -> str:
-    """The layout of a source by the columns of its first row."""
-    layouts = [name for name in _READERS if name in record]
-    if len(layouts) == 1:
-        return layouts[0]
-    columns = f"the columns {', '.join(sorted(record)) or '(none)'}"
-    if layouts:
-        raise DataError(
-            f"{where}: a source has one format.\nFound: {_shown(columns)}.\n"
-            f"Say which of them holds the data with format: {' or format: '.join(layouts)} beside the source's path."
-        )
-    raise RowFault("wrong_type", where=where, rule='a row has a column "messages" or "text".', found=_shown(columns))
-
-
-def _read_messages(record: dict[str, Any], where: str) -> Conversation | None:
-    messages = record.get("messages")
-    if not isinstance(messages, list):
-        rule = '"messages" is a list of {"role", "content"} objects.'
-        raise RowFault("wrong_type", where=where, rule=rule, found=_shown(messages))
-    return Conversation(tuple(_read_message(m, where) for m in messages), where) if messages else None
-
-
-def _read_message(message: Any, where: str) -> Message:
-    if not isinstance(message, dict):
-        rule = 'a message is a {"role", "content"} object.'
-        raise RowFault("wrong_type", where=where, rule=rule, found=_shown(message))
-    role, content = message.get("role"), message.get("content")
-    if role not in ROLES:
-        raise RowFault("unknown_role", where=where, rule=f"a role is one of {', '.join(ROLES)}.", found=_shown(role))
-    if not isinstance(content, str):
-        rule = f'the "content" of a message is a string (here of role {role}).'
-        raise RowFault("wrong_type", where=where, rule=rule, found=_shown(content))
-    return Message(role, content)
-
-
-def _read_text(record: dict[str, Any], where: str) -> Text | None:
-    text = record.get("text")
-    if not isinstance(text, str):
-        raise RowFault("wrong_type", where=where, rule='"text" is a string.', found=_shown(text))
+def _read_text(fields: Fields, where: str) -> Text | None:
+    text = _string(fields, "text", where)
     return Text(text, where) if text.strip() else None
 
 
-_READERS: dict[str, Callable[[dict[str, Any], str], Row | None]] = {"messages": _read_messages, "text": _read_text}
+_READERS: dict[str, Reader] = {
+    "messages": _read_messages,
+    "sharegpt": _read_sharegpt,
+    "alpaca": _read_alpaca,
+    "prompt_completion": _read_prompt_completion,
+    "text": _read_text,
+}
+_COLUMNS = {  # by which a format is told; dicts, for sets that keep their order
+    "messages": dict.fromkeys(["messages"]),
+    "sharegpt": dict.fromkeys(["conversations"]),
+    "alpaca": dict.fromkeys(["instruction", "output"]),
+    "prompt_completion": dict.fromkeys(["prompt", "completion"]),
+    "text": dict.fromkeys(["text"]),
+}
+_SPEAKERS = {"human": "user", "gpt": "assistant", "system": "system", "user": "user", "assistant": "assistant"}
 
 
-def _shown(value: Any) -> str:
-    """A value of the file as JSON for a message: short, on one line, in ASCII (a terminal must not obey it)."""
-    if isinstance(value, list | dict):
-        return "a list" if isinstance(value, list) else "an object"
-    shown = json.dumps(value)
-    return shown if len(shown) <= 80 else shown[:77] + "..."
+def _messages(messages: Any, column: str, where: str) -> tuple[Message, ...]:
+    if not isinstance(messages, list):
+        raise _wrong_type(where, f'"{column}" is a list of {{"role", "content"}} objects.', messages)
+    return tuple([_message(message, where) for message in messages])
+
+
+def _message(message: Any, where: str) -> Message:
+    if not isinstance(message, dict):
+        raise _wrong_type(where, 'a message is a {"role", "content"} object.', message)
+    role, content = message.get("role"), message.get("content")
+    if role not in ROLES:
+        raise _unknown_role(where, ROLES, role)
+    if message.get("tool_calls") or message.get("function_call"):
+        rule = "a message is text; calls of tools are not supported."
+        raise RowFault("tools", where=where, rule=rule, found=f"tool calls in a message of role {role}")
+    if not isinstance(content, str):
+        content = _joined(content, role, where)
+    return Message(role, content)
+
+
+def _joined(content: Any, role: str, where: str) -> str:
+    rule = f'the "content" of a message is a string or a list of {{"type": "text", "text"}} parts (here of {role}).'
+    if not isinstance(content, list):
+        raise _wrong_type(where, rule, content)
+    for part in content:
+        if not isinstance(part, dict) or part.get("type") != "text" or not isinstance(part.get("text"), str):
+            found = f"a part of type {shown(part.get('type'))}" if isinstance(part, dict) else shown(part)
+            raise RowFault("wrong_type", where=where, rule=rule, found=f"a list with {found}")
+    return "".join(part["text"] for part in content)
+
+
+def _turn(turn: Any, where: str) -> Message:
+    if not isinstance(turn, dict):
+        raise _wrong_type(where, 'a turn is a {"from", "value"} object.', turn)
+    speaker, value = turn.get("from"), turn.get("value")
+    if not isinstance(speaker, str) or speaker not in _SPEAKERS:
+        raise _unknown_role(where, tuple(_SPEAKERS), speaker)
+    if not isinstance(value, str):
+        raise _wrong_type(where, f'the "value" of a turn is a string (here from {speaker}).', value)
+    return Message(_SPEAKERS[speaker], value)
+
+
+def _string(fields: Fields, column: str, where: str) -> str:
+    value = fields.get(column)
+    if not isinstance(value, str):
+        raise _wrong_type(where, f'"{column}" is a string.', value)
+    return value
+
+
+def _wrong_type(where: str, rule: str, value: Any) -> RowFault:
+    return RowFault("wrong_type", where=where, rule=rule, found=shown(value))
+
+
+def _unknown_role(where: str, allowed: tuple[str, ...], role: Any) -> RowFault:
+    return RowFault("unknown_role", where=where, rule=f"a role is one of {', '.join(allowed)}.", found=shown(role))

@@ -1,5 +1,4 @@
 import json
-import random
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -7,7 +6,9 @@ from typing import Any
 
 import pytest
 
-from launcher.data.formats import Conversation, Message, Row, RowFault, Text, read_source
+from launcher.data.formats import read_rows
+from launcher.data.rows import Conversation, Message, Row, RowFault, Text
+from launcher.data.sources import open_source
 from launcher.errors import DataError
 from launcher.recipe.schema import Source
 
@@ -17,9 +18,8 @@ CHAT = {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "c
 
 def read(path: str, *, layout: str = "auto", bad_rows: str = "raise") -> tuple[list[Row], Counter[str]]:
     counts: Counter[str] = Counter()
-    return read_source(
-        Source.model_validate({"path": path, "format": layout}), bad_rows=bad_rows, counts=counts
-    ), counts
+    [feed] = open_source(Source.model_validate({"path": path, "format": layout}), streaming=False)
+    return list(read_rows(feed, bad_rows=bad_rows, counts=counts)), counts
 
 
 def refusal(path: str, *, layout: str = "auto", bad_rows: str = "raise") -> str:
@@ -78,7 +78,11 @@ def test_broken_json_is_named_by_file_line_and_byte_offset(write: Write) -> None
         ({"messages": ["Hi"]}, "wrong_type", '"Hi"'),
         ({"messages": [{"role": "user"}]}, "wrong_type", "null"),
         ({"messages": [{"role": "user", "content": 7}]}, "wrong_type", "7"),
-        ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "wrong_type", "a list"),
+        ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "wrong_type", 'a part of type "text"'),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "wrong_type", "image_url"),
+        ({"messages": [{"role": "user", "content": ["Hi"]}]}, "wrong_type", 'a list with "Hi"'),
+        ({"messages": [{"role": "tool", "content": "7"}]}, "unknown_role", "system, user, assistant"),
+        ({"messages": [{"role": "assistant", "content": None, "tool_calls": [{}]}]}, "tools", "tool calls"),
         ({"text": "no messages here"}, "wrong_type", "null"),
         ({"messages": [{"role": "robot", "content": "Hi"}]}, "unknown_role", "system, user, assistant"),
         ({"messages": [{"content": "Hi"}]}, "unknown_role", "null"),
@@ -129,7 +133,8 @@ def test_a_file_in_another_encoding_is_refused_with_a_byte_offset(tmp_path: Path
     path.write_bytes('{"text": "café"}\n{"text": "thé"}\n'.encode(encoding))
     message = refusal(str(path))
     assert "UTF-8" in message and "byte offset" in message
-    assert "0 usable rows" in refusal(str(path), bad_rows="skip")
+    rows, counts = read(str(path), bad_rows="skip")
+    assert rows == [] and counts["rows_dropped_encoding"] == counts["rows_read"] > 0
 
 
 def test_empty_rows_are_dropped_and_counted_under_either_policy(write: Write) -> None:
@@ -139,22 +144,10 @@ def test_empty_rows_are_dropped_and_counted_under_either_policy(write: Write) ->
     assert counts["rows_dropped_empty"] == 1
 
 
-def test_a_file_without_a_usable_row_says_so(write: Write) -> None:
-    assert "0 usable rows" in refusal(write([]))
-    assert "0 usable rows" in refusal(write([b"", b" "]))
-    message = refusal(write([b"{", b"{", {"text": ""}]), bad_rows="skip")
-    assert "0 usable rows" in message and "2 rows_dropped_broken_json, 1 rows_dropped_empty" in message
-
-
-def test_a_path_that_is_no_jsonl_file_is_refused_with_what_is_supported(tmp_path: Path) -> None:
-    (tmp_path / "rows.parquet").write_bytes(b"PAR1")
-    for name, found in (("none.jsonl", "no such file"), ("rows.parquet", ".parquet"), (".", "a folder")):
-        message = refusal(str(tmp_path / name))
-        assert found in message and ".jsonl" in message and "data.sources" in message
-
-
 def test_columns_that_say_nothing_or_too_much_are_refused(write: Write) -> None:
-    assert "the columns prompt" in refusal(write([{"prompt": "a"}]))
+    message = refusal(write([{"prompt": "a"}]))
+    assert "the columns prompt" in message and '"prompt" and "completion"' in message
+    assert "(none)" in refusal(write([{}]))
     both = write([{"text": "a", **CHAT}])
     assert "format: messages" in refusal(both) and "format: messages" in refusal(both, bad_rows="skip")
     [row], _ = read(both, layout="text")
@@ -172,19 +165,108 @@ def test_an_error_shows_a_value_short_and_as_ascii(write: Write) -> None:
     assert "\\u001b" in message
 
 
-def test_no_mutation_of_a_row_brings_a_traceback_and_every_row_is_counted(write: Write) -> None:
-    rng = random.Random(0)
-    good = json.dumps(CHAT).encode()
-    rows: list[Any] = [CHAT]
-    for _ in range(3000):
-        raw = bytearray(good)
-        for _ in range(rng.randint(1, 4)):
-            raw[rng.randrange(len(raw))] = rng.randrange(256)
-        rows.append(bytes(raw).replace(b"\n", b" "))
-    kept, counts = read(write(rows), bad_rows="skip", layout="messages")
-    assert counts["rows_read"] == 3001
-    assert len(kept) + sum(n for key, n in counts.items() if "dropped" in key) == 3001
-    assert len(kept) > 1 and len(counts) > 3
+HUMAN = {"from": "human", "value": "Hi"}
+GPT = {"from": "gpt", "value": "Hello."}
+ALPACA = {"instruction": "Add.", "input": "1 + 1", "output": "2"}
+TURNS = CHAT["messages"]
+
+
+@pytest.mark.parametrize(
+    ("row", "expected", "answer"),
+    [
+        ({"conversations": [HUMAN, GPT]}, [("user", "Hi"), ("assistant", "Hello.")], None),
+        ({"conversations": [{"from": "system", "value": "s"}, HUMAN]}, [("system", "s"), ("user", "Hi")], None),
+        ({"conversations": [{"from": "user", "value": "a"}, {"from": "assistant", "value": "b"}]}, None, None),
+        ({"conversations": TURNS}, [("user", "Hi"), ("assistant", "Hello.")], None),
+        ({"conversations": [{**HUMAN, "role": None}]}, [("user", "Hi")], None),
+        ({"conversations": [{"from": None, "value": None, **TURNS[0]}]}, [("user", "Hi")], None),
+        (ALPACA, [("user", "Add.\n\n1 + 1"), ("assistant", "2")], 1),
+        ({**ALPACA, "input": " "}, [("user", "Add."), ("assistant", "2")], 1),
+        ({**ALPACA, "input": None}, [("user", "Add."), ("assistant", "2")], 1),
+        ({"instruction": "Add.", "output": "2"}, [("user", "Add."), ("assistant", "2")], 1),
+        ({**ALPACA, "instruction": ""}, [("user", "1 + 1"), ("assistant", "2")], 1),
+        ({"prompt": TURNS[:1], "completion": TURNS[1:]}, [("user", "Hi"), ("assistant", "Hello.")], 1),
+        ({"messages": [{**TURNS[0], "name": None, "tool_calls": []}]}, [("user", "Hi")], None),
+        ({"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}] * 2}]}, [("user", "aa")], None),
+        ({"messages": TURNS, "prompt": "Hi", "id": 7}, [("user", "Hi"), ("assistant", "Hello.")], None),
+    ],
+)
+def test_every_format_of_chats_becomes_messages(
+    write: Write, row: dict[str, Any], expected: list[tuple[str, str]] | None, answer: int | None
+) -> None:
+    [got], _ = read(write([row]))
+    assert isinstance(got, Conversation) and got.answer == answer
+    pairs = [(message.role, message.content) for message in got.messages]
+    assert pairs == (expected or [("user", "a"), ("assistant", "b")])
+
+
+def test_a_prompt_and_its_completion_become_one_text_that_knows_where_the_answer_begins(write: Write) -> None:
+    [row], _ = read(write([{"prompt": "é: ", "completion": "e acute"}]))
+    assert isinstance(row, Text) and row.text[row.answer :] == "e acute" and row.text[: row.answer] == "é: "
+
+
+@pytest.mark.parametrize(
+    ("good", "bad", "expected"),
+    [
+        ({"conversations": [HUMAN]}, {"conversations": "Hi"}, '"conversations" is a list'),
+        ({"conversations": [HUMAN]}, {"conversations": ["Hi"]}, 'a turn is a {"from", "value"} object'),
+        ({"conversations": [HUMAN]}, {"conversations": [{"from": "human", "value": 7}]}, '"value" of a turn'),
+        ({"conversations": [HUMAN]}, {"conversations": [{"from": "bing", "value": ""}]}, "human, gpt, system, user"),
+        ({"conversations": [HUMAN]}, {"conversations": [{"from": ["gpt"], "value": ""}]}, "human, gpt, system, user"),
+        (ALPACA, {"instruction": "Add.", "output": None}, '"output" is a string'),
+        (ALPACA, {**ALPACA, "input": 7}, '"input" is a string'),
+        (ALPACA, {**ALPACA, "instruction": []}, '"instruction" is a string'),
+        ({"prompt": "a", "completion": "b"}, {"prompt": "a", "completion": 7}, '(here "completion")'),
+        ({"prompt": "a", "completion": "b"}, {"prompt": None, "completion": "b"}, '(here "prompt")'),
+        ({"prompt": "a", "completion": "b"}, {"prompt": "a", "completion": TURNS}, '(here "completion")'),
+        ({"prompt": "a", "completion": "b"}, {"prompt": TURNS, "completion": [7]}, "a message is"),
+    ],
+)
+def test_a_wrong_type_names_the_row_and_the_column(
+    write: Write, good: dict[str, Any], bad: dict[str, Any], expected: str
+) -> None:
+    path = write([good, bad, good])
+    message = refusal(path)
+    assert message.startswith(f"{path}:2: ") and expected in message
+    rows, counts = read(path, bad_rows="skip")
+    assert len(rows) == 2 and counts["rows_read"] == 3
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"messages": []},
+        {"conversations": []},
+        {**ALPACA, "output": " "},
+        {"prompt": "a", "completion": ""},
+        {"prompt": TURNS, "completion": []},
+        {"prompt": TURNS, "completion": [{"role": "assistant", "content": "\n"}]},
+        {"text": " "},
+    ],
+)
+def test_a_row_without_anything_to_learn_is_dropped_and_counted_in_every_format(
+    write: Write, row: dict[str, Any]
+) -> None:
+    rows, counts = read(write([row, row]))
+    assert rows == [] and counts == {"rows_read": 2, "rows_dropped_empty": 2}
+
+
+def test_the_recipe_decides_between_the_columns_of_several_formats(write: Write) -> None:
+    path = write([{**ALPACA, "text": "Add. 1 + 1 = 2"}])
+    assert "format: alpaca or format: text" in refusal(path)
+    [as_text], _ = read(path, layout="text")
+    [as_alpaca], _ = read(path, layout="alpaca")
+    assert isinstance(as_text, Text) and isinstance(as_alpaca, Conversation)
+
+
+def test_rows_are_given_while_the_source_is_read(write: Write) -> None:
+    path = write([{"text": "one"}, {"text": "two"}, b"{"])
+    [feed] = open_source(Source.model_validate({"path": path}), streaming=False)
+    counts: Counter[str] = Counter()
+    rows = read_rows(feed, bad_rows="raise", counts=counts)
+    assert next(rows) == Text("one", f"{path}:1") and counts == {"rows_read": 1}
+    with pytest.raises(RowFault):
+        list(rows)
 
 
 def test_a_fault_is_a_data_error_that_carries_its_reason() -> None:

@@ -1,0 +1,111 @@
+"""Datasets of the hub: the commit is asked for in one short request, the rows come through the cache of `datasets`."""
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from queue import Empty, SimpleQueue
+from threading import Thread
+from types import ModuleType
+from typing import Any
+
+from launcher.data.lines import Record
+from launcher.data.tables import built_records, quiet_datasets
+from launcher.errors import DataError
+from launcher.recipe.schema import Source
+
+HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
+HUB_TIMEOUT_S = 5.0  # for the one small request that resolves the commit
+REFUSED = (401, 403, 404)  # statuses by which the hub says that this dataset is not to be had; others may pass
+
+
+@dataclass(frozen=True)
+class HubDataset:
+    """A dataset of the hub at one commit."""
+
+    source: Source
+    commit: str
+    cached: bool  # the hub cannot be reached, and an earlier run has left the rows in the cache
+
+    @property
+    def name(self) -> str:
+        note = ", from the cache: the hub cannot be reached" if self.cached else ""
+        return f"{self.source.path} (commit {self.commit[:12]}{note})"
+
+    @property
+    def split(self) -> str:
+        return self.source.split or "train"
+
+    @property
+    def identity(self) -> str:
+        return f"hub:{self.source.path}:{self.source.config or ''}:{self.split}:{self.commit}"
+
+    def records(self, *, streaming: bool) -> Iterator[Record]:
+        return built_records(self._build, self.source.path, split=self.split, streaming=streaming)
+
+    def _build(self, datasets: ModuleType) -> Any:
+        if self.cached:
+            return _cached_builder(datasets, self.source)
+        builder = datasets.load_dataset_builder(self.source.path, self.source.config, revision=self.commit)
+        if builder.hash != self.commit:  # the connection was lost, and it took what it had
+            raise ConnectionError(f"the hub cannot be reached any more, and the cache holds commit {builder.hash}")
+        return builder
+
+
+def find(source: Source) -> HubDataset:
+    """The dataset at its commit of now: the hub's, or the cache's when the hub does not answer.
+
+    Raises DataError within seconds when neither has it.
+    """
+    answer = _commit(source)
+    if isinstance(answer, str):
+        return HubDataset(source, answer, cached=False)
+    if getattr(getattr(answer, "response", None), "status_code", 0) in REFUSED:
+        raise _not_found(source, answer)
+    try:
+        commit = _cached_builder(quiet_datasets(), source).hash
+    except Exception as error:  # its kinds differ between causes and versions; all mean "not there"
+        raise _not_found(source, answer) from error
+    if source.revision and not commit.startswith(source.revision):
+        raise _not_found(source, ConnectionError(f"it does not answer, and the cache holds commit {commit}"))
+    return HubDataset(source, commit, cached=True)
+
+
+def _commit(source: Source) -> str | Exception:
+    """The hub's answer, or why there is none."""
+    from huggingface_hub import HfApi
+
+    answers: SimpleQueue[str | Exception] = SimpleQueue()
+
+    def ask() -> None:
+        try:
+            info = HfApi().dataset_info(source.path, revision=source.revision, timeout=HUB_TIMEOUT_S)
+            answers.put(str(info.sha))
+        except Exception as error:  # the client has a dozen kinds, from DNS to licence gates
+            answers.put(error)
+
+    # In a thread, because the client's timeout counts anew for each address of the hub, and not at all for its name.
+    Thread(target=ask, daemon=True).start()
+    try:
+        return answers.get(timeout=HUB_TIMEOUT_S)
+    except Empty:
+        return TimeoutError(f"no answer within {HUB_TIMEOUT_S:.0f} s")
+
+
+def _cached_builder(datasets: ModuleType, source: Source) -> Any:
+    """The builder of what the cache of `datasets` holds, whatever its commit: it does not look at the revision."""
+    online = datasets.config.HF_HUB_OFFLINE
+    datasets.config.HF_HUB_OFFLINE = True
+    try:
+        return datasets.load_dataset_builder(source.path, source.config)
+    finally:
+        datasets.config.HF_HUB_OFFLINE = online
+
+
+def _not_found(source: Source, error: Exception) -> DataError:
+    reason = next(iter(str(error).strip().splitlines()), "") or type(error).__name__
+    return DataError(
+        f"dataset {source.path!r} is no file or folder here, not in the local cache, and not to be had from the hub.\n"
+        f"Found: {reason[:160]}\n"
+        "Online: check the name, the revision and your login.\n"
+        "Offline: copy its files here and set data.sources=[{path: ./folder}]."
+    )
