@@ -1,0 +1,48 @@
+"""The chat templates that ship here, for tokenizers without one: data.template names one of templates/*.jinja.
+
+Each writes what its family's own template writes for system, user and assistant messages, and marks the assistant's
+part with `generation` blocks, so that transformers' assistant mask and ours agree.
+
+To add one: a file in templates/, its tokens here, its name in DataSection.template, and `pytest -k templates`.
+"""
+
+from pathlib import Path
+
+from transformers import PreTrainedTokenizerBase
+
+from launcher.errors import DataError
+
+_FOLDER = Path(__file__).parent / "templates"
+
+CONTROL = {  # what a template writes that must be one special token each: special tokens end a turn, text cannot
+    "llama3": ("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
+    "chatml": ("<|im_start|>", "<|im_end|>"),
+    "mistral": ("<s>", "[INST]", "[/INST]", "</s>"),
+    "gemma": ("<bos>", "<start_of_turn>", "<end_of_turn>"),
+    "qwen3": ("<|im_start|>", "<|im_end|>"),
+}
+PLAIN = {"qwen3": ("<think>", "</think>")}  # one added token each, which a message may spell out
+
+
+def missing_tokens(tokenizer: PreTrainedTokenizerBase, name: str) -> list[str]:
+    """The tokens that the template needs and the tokenizer lacks."""
+    added = {str(token): token.special for token in tokenizer.added_tokens_decoder.values()}
+    control = [token for token in CONTROL[name] if not added.get(token)]
+    return control + [token for token in PLAIN.get(name, ()) if token not in added]
+
+
+def fitting_templates(tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """Names of the templates that this tokenizer can use."""
+    return [name for name in CONTROL if not missing_tokens(tokenizer, name)]
+
+
+def put_template(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
+    """Sets the tokenizer's chat template, which is saved with it. Raises DataError if tokens of it are missing."""
+    if missing := missing_tokens(tokenizer, name):
+        fitting = fitting_templates(tokenizer)
+        instead = f"data.template={' or '.join(fitting)}" if fitting else "data.template=auto; no other fits either"
+        raise DataError(
+            f"data.template={name} needs a tokenizer with its control tokens.\n"
+            f"Found: {tokenizer.name_or_path or 'this tokenizer'} lacks {', '.join(missing)}.\nSet {instead}."
+        )
+    tokenizer.chat_template = (_FOLDER / f"{name}.jinja").read_text(encoding="utf-8")
