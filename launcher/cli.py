@@ -22,13 +22,13 @@ from launcher.recipe.locate import locate
 from launcher.recipe.schema import recipes_dir
 from launcher.recipe.show import print_request
 from launcher.records import RunRecord
-from launcher.report import Screen, make_console
+from launcher.report import Screen, make_console, preview_page
 from launcher.report import error as print_error
 
 if TYPE_CHECKING:
     from launcher.train.loop import Progress
 
-SHARED_CODES = (2, 3)  # every rank finds these alike, so one of them says it
+SHARED_CODES = (2, 3)  # every rank of a machine finds these alike, so one of them says it
 CONNECTION = ("gloo/", "Connection closed by peer", "NCCL", "ProcessGroup")  # in what torch raises when a rank is gone
 
 
@@ -45,7 +45,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         with open(os.devnull, "w") as nowhere:
             if print_request(argv, console=make_console(None if here.is_main else nowhere)):
                 return 0
-            return _train(resolve(argv), here, make_console(None if here.is_main else nowhere))
+            resolved, console = resolve(argv), make_console(None if here.is_main else nowhere)
+            return (_preview if resolved.mode == "preview" else _train)(resolved, here, console)
     except LauncherError as error:
         _print_error(error, here)
         return error.code
@@ -76,6 +77,24 @@ def _train(resolved: Resolved, here: Place, console: Console) -> int:
         except BaseException as error:
             _fail(error, progress, here)
         _status(progress, here, code=0, reason="done")
+    return 0
+
+
+def _preview(resolved: Resolved, here: Place, console: Console) -> int:
+    from launcher.train.environment import prepare_environment
+
+    if not here.is_main:  # one process sees all there is to see
+        return 0
+    end_with_parent()
+    prepare_environment(here)  # its notes are about the compile cache, which serves no preview
+    shipped = recipes_dir()
+    source = locate(resolved.recipe.model, shipped / "architectures")
+    with Screen(console) as screen:
+        screen.show("preparing the data")
+        from launcher.preview import preview
+
+        record = preview(resolved.recipe, name=resolved.name, source=source, shipped=shipped, blocks=resolved.blocks)
+    preview_page(console, record)
     return 0
 
 
@@ -131,6 +150,6 @@ def _terminate(signum: int, frame: FrameType | None) -> NoReturn:
 
 
 def _print_error(error: LauncherError, here: Place) -> None:
-    if here.is_main or error.code not in SHARED_CODES:
+    if here.local_rank == 0 or error.code not in SHARED_CODES:
         prefix = f"rank {here.rank}: " if here.world_size > 1 and error.code not in SHARED_CODES else ""
         print_error(make_console(sys.stderr), prefix + str(error), error.code)

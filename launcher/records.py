@@ -24,15 +24,19 @@ class StartRecord:
     quantization: str  # e.g. "nf4, double quantised"
     attention: str  # the attention path chosen, and why
     micro_batch: int
-    max_length: int
+    widths: tuple[int, ...]  # positions of a row: one length, or the few of data.batching=bucketed
     accumulation: int
     steps: int
     optimizer: str
     compile: str  # e.g. "strict, scope layer, inductor"
+    batching: str
+    streamed: bool  # train_blocks and fill are then of the first window, and train_rows is not known
+    template: str  # whose chat template
+    loss_on: dict[str, int]  # training rows by what the loss sees of them
     train_rows: int
-    train_blocks: int  # packed rows of max_length tokens
+    train_blocks: int  # rows of those widths
     validation_rows: int
-    fill: float  # 0-1: share of packed positions that hold a token
+    fill: float  # 0-1: share of positions that hold a token
     run_dir: str
     notes: tuple[str, ...] = ()  # anything chosen automatically that the user should know
 
@@ -179,3 +183,68 @@ class RunRecord:
             "ranks": [r.as_report() for r in self.ranks],
             "sample": asdict(self.sample) if self.sample else None,
         }
+
+
+@dataclass(frozen=True)
+class TextPart:
+    """Consecutive tokens alike, as text; or one special token, by its name."""
+
+    text: str  # of the data: unescaped
+    supervised: bool  # the loss sees these tokens as targets
+    special: bool = False
+
+
+@dataclass(frozen=True)
+class DocumentPreview:
+    """One document as it lies in a block."""
+
+    number: int  # 1-based, in the order of the sources; a repeated document keeps its number
+    tokens: int
+    targets: int  # tokens that the loss sees
+    parts: tuple[TextPart, ...]
+
+
+@dataclass(frozen=True)
+class BlockPreview:
+    """One packed row: its documents in their order, then `padding` positions without any."""
+
+    width: int
+    documents: tuple[DocumentPreview, ...]
+    padding: int
+
+
+@dataclass(frozen=True)
+class LengthBin:
+    """How many documents have `shortest` to `longest` tokens, both included."""
+
+    shortest: int
+    longest: int
+    documents: int
+
+
+@dataclass(frozen=True)
+class PreviewRecord:
+    """What would be trained on, without a model: the record of mode=preview."""
+
+    recipe: str  # its name or path
+    model: str  # hub id or folder
+    tokenizer: str
+    template: str  # the chat template in use
+    loss_on: str  # as the recipe asks for it
+    loss_on_found: dict[str, int]  # what that came to: rows by the kind of their targets
+    batching: str
+    max_length: int
+    widths: tuple[tuple[int, int], ...]  # (positions, blocks of this width), ascending
+    blocks: tuple[BlockPreview, ...]  # the first of them
+    total_blocks: int
+    part: str  # what these and the following figures are of: "an epoch", "the first window of the stream"
+    train_rows: int  # of the sources; 0: not known, they are streamed
+    documents: int  # one that a weight repeats counts each time
+    tokens: int  # padding not counted
+    supervised_tokens: int
+    fill: float  # 0-1: share of positions that hold a token
+    lengths: tuple[LengthBin, ...]  # of these documents, ascending
+    validation_rows: int
+    validation_blocks: int
+    counts: dict[str, int]  # rows read, dropped by reason, cut
+    notes: tuple[str, ...] = ()

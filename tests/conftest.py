@@ -1,7 +1,9 @@
 """Shared small things: a two-layer model folder, a recipe on it, and one Inductor cache for the whole suite."""
 
+import atexit
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -17,6 +19,8 @@ TINY = ROOT / "recipes" / "tiny"
 os.environ.setdefault(
     "TORCHINDUCTOR_CACHE_DIR", str(Path(tempfile.gettempdir()) / f"qlora-launcher-tests-{os.getuid()}")
 )
+os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="qlora-launcher-tests-")  # no test reads an earlier run's data
+atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("GOMP_SPINCOUNT", "2000")  # as launcher/train/environment.py sets it, which says why
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -94,7 +98,8 @@ def stock_loss(progress: Any, folder: Path, *, dtype: str, device: str) -> float
     """The validation loss that stock PEFT gives to a finished run's adapter, in another process and folder."""
     validation = progress.worker.prepared.data.validation
     documents = []
-    for ids, labels, numbers in zip(validation.input_ids, validation.labels, validation.document_ids, strict=True):
+    arrays = validation.arrays(range(validation.rows))
+    for ids, labels, numbers in zip(arrays.input_ids, arrays.labels, arrays.document_ids, strict=True):
         for where in (numbers == number for number in set(numbers.tolist())):
             if (labels[where] != -100).any():
                 documents.append([ids[where].tolist(), labels[where].tolist()])

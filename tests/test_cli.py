@@ -1,6 +1,9 @@
 """The command as a user types it: exit codes, messages of at most five lines, nothing left behind."""
 
 import json
+import re
+import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -93,6 +96,60 @@ def test_a_signal_ends_the_run_with_its_code_and_says_so(small, tmp_path, signum
     said = process.stderr.read().decode()
     assert "nothing was saved" in said
     assert "Traceback" not in said
+
+
+@pytest.fixture
+def previewed(small, small_model, tmp_path):
+    """Arguments of a preview; the model's folder holds no weights."""
+    ignored = shutil.ignore_patterns("*.safetensors")
+    shutil.copytree(small_model, tmp_path / "bare", ignore=ignored)
+    return ["mode=preview", "model.name=./bare", *(a for a in small if not a.startswith("model.name"))]
+
+
+def test_a_preview_shows_the_blocks_without_weights_and_leaves_nothing(previewed, tmp_path):
+    before = sorted(tmp_path.rglob("*"))
+    done = launch(*previewed, "blocks=3", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "\x1b" not in done.stdout
+    assert [line.split("  ")[0] for line in done.stdout.splitlines() if line.startswith("─ Block")] == [
+        "─ Block 1", "─ Block 2", "─ Block 3"
+    ]  # fmt: skip
+    assert "⟦<|assistant|>⟧«" in done.stdout
+    read = re.search(r"rows read +(\d+)", done.stdout)
+    assert read and read[1] == "60"
+    assert "auto → assistant in 60 rows" in done.stdout
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_preview_that_nobody_reads_to_its_end_has_no_traceback(previewed, tmp_path):
+    command = shlex.join([*MAIN, *previewed])
+    done = subprocess.run(f"{command} | head -n 1", shell=True, capture_output=True, text=True, cwd=tmp_path)
+    assert len(done.stdout.splitlines()) == 1, done.stderr
+    assert done.stderr == ""
+
+
+@pytest.mark.parametrize(
+    ("wrong", "code", "says"),
+    [
+        ("data.max_length=4096", 2, "data.max_length"),
+        ("data.sources=[{path: broken.jsonl}]", 3, "broken.jsonl:2"),
+        ("blocks=none", 2, "a whole number >= 0"),
+    ],
+)
+def test_a_preview_refuses_what_training_refuses(previewed, tmp_path, wrong, code, says):
+    (tmp_path / "broken.jsonl").write_text('{"text": "fine"}\n{"text": \n')
+    key = wrong.split("=")[0]
+    done = launch(*(a for a in previewed if a.split("=")[0] != key), wrong, cwd=tmp_path)
+    assert done.returncode == code, done.stderr
+    assert says in done.stderr and "Traceback" not in done.stderr
+    assert 1 <= len(done.stderr.strip().splitlines()) <= 5
+
+
+def test_of_several_processes_one_previews(previewed, tmp_path, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    done = launch(*previewed, cwd=tmp_path)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
 def test_a_rank_names_itself_in_an_error_that_is_its_own(monkeypatch, capsys):

@@ -1,20 +1,27 @@
-"""One data section becomes packed training and validation rows, with a count for everything that was left out."""
+"""One data section becomes training and validation blocks, with a count for everything that was left out.
 
-import hashlib
-import json
+read -> one kind of row -> render and mask -> fit -> split -> weigh -> lay out      (and into the cache)
+"""
+
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from itertools import chain, islice
 
+import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from launcher.data import cache
+from launcher.data.blocks import Blocks
+from launcher.data.buckets import lay_out
 from launcher.data.chat import Encoder
-from launcher.data.formats import Conversation, Row, read_source
-from launcher.data.packing import Document, Packed, pack
-from launcher.errors import DataError
+from launcher.data.documents import Documents, Longs
+from launcher.data.encoded import Encoded, encode_sources
+from launcher.data.formats import read_rows
+from launcher.data.rows import Conversation
+from launcher.data.sources import Feed, open_source
+from launcher.data.splits import held_out, weighted
+from launcher.data.stream import Stream
 from launcher.recipe.schema import DataSection, Source
-
-Encoded = tuple[Row, Document]
 
 
 @dataclass(frozen=True)
@@ -28,138 +35,187 @@ class Example:
 
 @dataclass(frozen=True)
 class PreparedData:
-    """`train_rows` and `validation_rows` count the rows of the sources that are in the packed ones."""
+    """`train_rows` and `validation_rows` count the rows of the sources that are in the blocks."""
 
-    train: Packed
-    validation: Packed | None
+    train: Blocks | Stream
+    validation: Blocks | None
     counts: dict[str, int]
     example: Example | None
     train_rows: int
     validation_rows: int
+    loss_on: dict[str, int]  # training rows by what the loss sees of them
+    template: str  # the chat template's name
+    identity: str  # equal where the blocks are
+    notes: tuple[str, ...] = ()  # for the report
+
+    @property
+    def first_blocks(self) -> Blocks:
+        """What training begins with: all its rows, or the first window of a stream."""
+        return self.train.first if isinstance(self.train, Stream) else self.train
+
+
+@dataclass(frozen=True)
+class _Job:
+    """A data section with its sources opened."""
+
+    data: DataSection
+    encoder: Encoder
+    train: list[list[Feed]]
+    validation: list[Feed] | None  # of its own source
+    pad_id: int
+    seed: int
 
 
 def prepare(data: DataSection, tokenizer: PreTrainedTokenizerBase, *, seed: int) -> PreparedData:
-    """Reads, renders, masks, splits and packs. The same on every rank; the seed decides the split and the packing.
+    """Reads, renders, masks, splits, lays out; or loads what an earlier run made of the same. Alike on every rank.
 
-    Counts: rows_read, rows_dropped_<reason>, truncated (rows that were cut), empty_assistant_turns (where masked),
-    documents, tokens and supervised_tokens (the targets) for training, validation_documents. A validation file's other
-    counts have the prefix validation_; with a fraction, rows_read = documents + validation_documents + all dropped.
+    Counts: rows_read, rows_dropped_<reason>, pieces_dropped_zero_supervised, truncated and split (rows that were too
+    long), empty_assistant_turns (where masked), rows_repeated and rows_left_out (by weights), documents, tokens and
+    supervised_tokens (the targets) for training, validation_documents. Validation data's own other counts have the
+    prefix validation_; with a fraction, rows_read = train_rows + validation_rows + all dropped rows.
     One row, or many equal ones, cannot be split and is all training.
 
-    Raises DataError as formats and chat say, and when nothing is left to train on or to validate on.
+    Raises DataError as sources, formats and chat say, and when nothing is left to train on or to validate on.
     """
     encoder = Encoder(tokenizer, data=data)
-    counts: Counter[str] = Counter(truncated=0)
-    rows = _encoded(data.sources, encoder, data=data, counts=counts)
-    if isinstance(data.validation, str):
-        train = rows
-        of_validation: Counter[str] = Counter()
-        validation = _encoded([Source(path=data.validation, format="auto")], encoder, data=data, counts=of_validation)
-        counts.update({f"validation_{reason}": n for reason, n in of_validation.items()})
-    else:
-        train, validation = split(rows, fraction=data.validation, seed=seed)
-    packed, packed_validation = (_packed(part, tokenizer, data=data, seed=seed) for part in (train, validation))
-    assert packed is not None  # _encoded leaves a row, and split leaves one for training
-    if packed_validation is not None:
-        # One shape of cu_seqlens for training and evaluation: a second one would be a second graph.
-        most = max(packed.max_documents, packed_validation.max_documents)
-        packed, packed_validation = (replace(p, max_documents=most) for p in (packed, packed_validation))
-    counts.update(documents=len(train), tokens=packed.tokens, supervised_tokens=packed.supervised_tokens)
-    counts.update(validation_documents=len(validation))
-    example = _example(validation, encoder, max_length=data.max_length)
-    return PreparedData(packed, packed_validation, dict(counts), example, len(train), len(validation))
+    # Any id will do: padding is a document of its own, without loss.
+    pad_id = next(i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if i is not None)
+    own = Source(path=data.validation, format="auto") if isinstance(data.validation, str) else None
+    job = _Job(
+        data,
+        encoder,
+        [open_source(source, streaming=data.streaming) for source in data.sources],
+        open_source(own, streaming=False) if own else None,
+        pad_id,
+        seed,
+    )
+    opened = [*job.train, *([job.validation] if job.validation is not None else [])]
+    identity = cache.fingerprint(
+        data,
+        identities=[[feed.identity for feed in feeds] for feeds in opened],
+        tokenizer=tokenizer,
+        template=tokenizer.chat_template or "",
+        seed=seed,
+    )
+    if data.streaming:
+        return _streamed(job, identity)
+    found = cache.load(identity)
+    if found is not None:
+        return _restored(found, identity)
+    made = _make(job, identity)
+    note = cache.save(_entry(made), identity)
+    return replace(made, notes=(note,)) if note else made
 
 
-def split(rows: Sequence[Encoded], *, fraction: float, seed: int) -> tuple[list[Encoded], list[Encoded]]:
-    """Training and validation rows. Equal rows go to the same side; a row's side does not depend on the file's order.
-
-    At least one row validates if two differ and fraction > 0; validation grows to round(fraction * rows), rarely beyond
-    (when every group of equal rows is larger than that).
-    """
-    groups: dict[str, list[int]] = {}
-    for index, (row, _) in enumerate(rows):
-        groups.setdefault(_digest(row, seed), []).append(index)
-    if fraction == 0 or len(groups) < 2:
-        return list(rows), []
-    wanted = min(round(fraction * len(rows)), len(rows) - 1)
-    chosen: set[int] = set()
-    for digest in sorted(groups):
-        if len(chosen) + len(groups[digest]) <= wanted:
-            chosen.update(groups[digest])
-    if not chosen:
-        chosen.update(groups[min(sorted(groups), key=lambda digest: len(groups[digest]))])
-    return (
-        [row for index, row in enumerate(rows) if index not in chosen],
-        [row for index, row in enumerate(rows) if index in chosen],
+def _entry(made: PreparedData) -> cache.Entry:
+    meta = {name: getattr(made, name) for name in ("counts", "train_rows", "validation_rows", "loss_on", "template")}
+    return cache.Entry(
+        made.first_blocks, made.validation, {**meta, "example": asdict(made.example) if made.example else None}
     )
 
 
-def _digest(row: Row, seed: int) -> str:
-    content = [[m.role, m.content] for m in row.messages] if isinstance(row, Conversation) else row.text
-    return hashlib.sha256(json.dumps([seed, content]).encode()).hexdigest()
+def _restored(found: cache.Entry, identity: str) -> PreparedData:
+    meta = dict(found.meta)
+    example = meta.pop("example")
+    return PreparedData(
+        found.train,
+        found.validation,
+        example=Example(**example) if example else None,
+        identity=identity,
+        notes=("data: read from the cache of an earlier run",),
+        **meta,
+    )
 
 
-def _encoded(sources: Sequence[Source], encoder: Encoder, *, data: DataSection, counts: Counter[str]) -> list[Encoded]:
-    """The usable rows of the sources, each with its document of at most max_length tokens. Never empty."""
-    rows = [row for source in sources for row in read_source(source, bad_rows=data.bad_rows, counts=counts)]
-    if data.loss_on != "all":
-        counts["empty_assistant_turns"] += sum(_empty_turns(row) for row in rows)
-    kept = []
-    for row, document in encoder.encode(rows, counts=counts):
-        fitted = _fitted(row, document, data=data, counts=counts)
-        if fitted and not any(fitted.supervised[1:]):  # nothing predicts a document's first token
-            counts["rows_dropped_zero_supervised"] += 1
-        elif fitted:
-            kept.append((row, fitted))
-    if not kept:
-        dropped = ", ".join(f"{n} {reason}" for reason, n in counts.items() if "dropped" in reason)
-        raise DataError(
-            f"{', '.join(s.path for s in sources)}: 0 usable rows; at least one must hold a token to learn.\n"
-            f"Found: {counts['rows_read']} rows read; {dropped}.\n"
-            "Give rows with an answer, raise data.max_length, or set data.loss_on=all."
+def _make(job: _Job, identity: str) -> PreparedData:
+    counts: Counter[str] = Counter(truncated=0)
+    encoded = encode_sources(job.train, job.encoder, data=job.data, seed=job.seed, counts=counts)
+    documents = encoded.flat()
+    if job.validation is None:
+        held = held_out(encoded.digests, fraction=float(job.data.validation))
+        train_rows, validation_rows = np.flatnonzero(~held), np.flatnonzero(held)
+        validating, validation_documents = encoded, encoded.documents_of(validation_rows)
+    else:
+        validating = _validating(job.validation, job, counts)
+        train_rows, validation_rows = np.arange(len(encoded.digests)), np.arange(len(validating.digests))
+        first = len(documents)
+        documents = Documents.joined([documents, validating.flat()])
+        validation_documents = np.arange(first, len(documents))
+    placed = encoded.documents_of(_epoch(train_rows, encoded, job, counts))
+    train, validation = lay_out(
+        documents, placed, validation_documents, data=job.data, pad_id=job.pad_id, seed=job.seed
+    )
+    counts.update(documents=len(placed), tokens=train.tokens, supervised_tokens=train.supervised_tokens)
+    counts.update(validation_documents=len(validation_documents))
+    return PreparedData(
+        train,
+        validation,
+        dict(counts),
+        _example(validating, validation_rows, job),
+        len(train_rows),
+        len(validation_rows),
+        dict(encoded.loss_on),
+        job.encoder.template,
+        identity,
+    )
+
+
+def _streamed(job: _Job, identity: str) -> PreparedData:
+    """The first window of the stream, and all of the validation data."""
+    counts: Counter[str] = Counter(truncated=0)
+    weights = [source.weight for source in job.data.sources if source.weight is not None]
+    stream = Stream(job.train, weights or None, job.encoder, job.data, job.pad_id, job.seed, counts)
+    validation, rows, example = None, np.zeros(0, np.int64), None
+    if job.validation is not None:
+        validating = _validating(job.validation, job, counts)
+        documents, rows = validating.flat(), np.arange(len(validating.digests))
+        validation, _ = lay_out(
+            documents, np.arange(len(documents)), rows[:0], data=job.data, pad_id=job.pad_id, seed=job.seed
         )
-    return kept
+        stream.max_documents = max(stream.max_documents, validation.max_documents)
+        stream.first = replace(stream.first, max_documents=stream.max_documents)
+        validation = replace(validation, max_documents=stream.max_documents)
+        example = _example(validating, rows, job)
+    loss_on = dict(stream.loss_on)
+    return PreparedData(
+        stream, validation, counts, example, 0, len(rows), loss_on, job.encoder.template, identity,
+        notes=("data: streamed; the number of its rows is not known",),
+    )  # fmt: skip
 
 
-def _empty_turns(row: Row) -> int:
-    messages = row.messages if isinstance(row, Conversation) else ()
-    return sum(m.role == "assistant" and not m.content.strip() for m in messages)
+def _validating(feeds: list[Feed], job: _Job, counts: Counter[str]) -> Encoded:
+    own: Counter[str] = Counter()
+    encoded = encode_sources([feeds], job.encoder, data=job.data, seed=job.seed, counts=own)
+    counts.update({f"validation_{reason}": n for reason, n in own.items()})
+    return encoded
 
 
-def _fitted(row: Row, document: Document, *, data: DataSection, counts: Counter[str]) -> Document | None:
-    length = len(document.input_ids)
-    if length <= data.max_length:
-        return document
-    if data.too_long == "raise":
-        raise DataError(
-            f"{row.where}: with data.too_long=raise a row holds at most data.max_length={data.max_length} tokens.\n"
-            f"Found: {length} tokens.\nRaise data.max_length, or set data.too_long=truncate or data.too_long=drop."
-        )
-    if data.too_long == "drop":
-        counts["rows_dropped_too_long"] += 1
-        return None
-    counts["truncated"] += 1
-    return Document(document.input_ids[: data.max_length], document.supervised[: data.max_length])
+def _epoch(rows: Longs, encoded: Encoded, job: _Job, counts: Counter[str]) -> Longs:
+    """The rows of one epoch: all of them once, or as the sources' weights say."""
+    weights = [source.weight for source in job.data.sources]
+    if weights[0] is None:
+        return rows
+    sources = np.array(encoded.sources)[rows]
+    by_source = [rows[sources == index] for index in range(len(weights))]
+    chosen, repeated, left_out = weighted(by_source, [weight or 0.0 for weight in weights], seed=job.seed)
+    counts.update(rows_repeated=repeated, rows_left_out=left_out)
+    return chosen
 
 
-def _packed(
-    rows: Sequence[Encoded], tokenizer: PreTrainedTokenizerBase, *, data: DataSection, seed: int
-) -> Packed | None:
-    if not rows:
-        return None
-    # Any id will do: padding is a document of its own, without loss.
-    pad_id = next(i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if i is not None)
-    return pack([document for _, document in rows], max_length=data.max_length, pad_id=pad_id, seed=seed)
-
-
-def _example(rows: Sequence[Encoded], encoder: Encoder, *, max_length: int) -> Example | None:
-    """The first conversation, in the order of the sources, with an answer and a prompt shorter than max_length."""
-    for row, _ in rows:
-        if not isinstance(row, Conversation):
-            continue
-        last = max((i for i, m in enumerate(row.messages) if m.role == "assistant"), default=0)
-        if last and row.messages[last].content.strip():
-            prompt, prompt_ids = encoder.prompt(row.messages[:last])
-            if len(prompt_ids) < max_length:
-                return Example(prompt_ids, prompt, row.messages[last].content)
+def _example(encoded: Encoded, rows: Longs, job: _Job) -> Example | None:
+    """The first of these rows that is a conversation with an answer and a prompt shorter than max_length. Read once
+    more: keeping every row for the sake of one would cost memory."""
+    sources = [job.validation] if job.validation is not None else job.train
+    wanted = {(encoded.sources[row], encoded.ordinals[row]) for row in rows.tolist()}
+    for index, feeds in enumerate(sources):
+        again = chain.from_iterable(read_rows(feed, bad_rows="skip", counts=Counter()) for feed in feeds)
+        last = max((ordinal for source, ordinal in wanted if source == index), default=-1)
+        for ordinal, row in enumerate(islice(again, last + 1)):
+            if (index, ordinal) not in wanted or not isinstance(row, Conversation):
+                continue
+            turn = max((i for i, m in enumerate(row.messages) if m.role == "assistant"), default=0)
+            if turn and row.messages[turn].content.strip():
+                prompt, prompt_ids = job.encoder.prompt(row.messages[:turn])
+                if len(prompt_ids) < job.data.max_length:
+                    return Example(prompt_ids, prompt, row.messages[turn].content)
     return None

@@ -1,6 +1,7 @@
 """The command line: `recipe=NAME key=value ...`, split and checked for form. What the keys mean is load.py's matter."""
 
 import difflib
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -9,10 +10,12 @@ from launcher.recipe.yaml_text import YamlError, read_value
 
 MODES = {
     "train": "fine-tune (the default)",
+    "preview": "print what would be trained on, token by token; needs no GPU, writes no run folder",
     "show": "print the resolved recipe and where each value comes from",
     "schema": "print the JSON schema of a recipe",
 }
-BESIDE = ("recipe", "mode", "report")  # the keys that stand beside the sections
+BESIDE = ("recipe", "mode", "report", "blocks")  # the keys that stand beside the sections
+PREVIEW_BLOCKS = 2  # printed by mode=preview
 
 
 class Problem(NamedTuple):
@@ -29,6 +32,7 @@ class Arguments:
     recipe: str = ""
     mode: str = "train"
     report: str = ""
+    blocks: int = PREVIEW_BLOCKS
     overrides: list[tuple[str, Any]] = field(default_factory=list)  # key as written, value as plain data
     problems: list[Problem] = field(default_factory=list)
 
@@ -72,7 +76,7 @@ def parse(argv: Sequence[str], *, recipes: Sequence[str]) -> Arguments:
             _override(found, key, text)
         given.setdefault(key, text)
     found.recipe = given.get("recipe", "")
-    _beside(found, mode=given.get("mode", "train"), report=given.get("report"))
+    _beside(found, mode=given.get("mode", "train"), report=given.get("report"), blocks=given.get("blocks"))
     return found
 
 
@@ -83,7 +87,7 @@ def _override(found: Arguments, key: str, text: str) -> None:
         found.refuse(bare(key), f"{bare(key)}: {error}; got {shown(text)}; write plain text, [a, b] or {{key: value}}")
 
 
-def _beside(found: Arguments, *, mode: str, report: str | None) -> None:
+def _beside(found: Arguments, *, mode: str, report: str | None, blocks: str | None) -> None:
     if mode in MODES:
         found.mode = mode
     else:
@@ -91,7 +95,18 @@ def _beside(found: Arguments, *, mode: str, report: str | None) -> None:
         found.refuse("mode", f"mode must be one of {', '.join(MODES)}; got {shown(mode)}; try mode={meant}")
     if report == "":
         found.refuse("report", "report must be a path; got nothing; try report=./report.json")
+    elif report and mode == "preview":
+        found.refuse("report", f"report is written by mode=train; got {shown(report)} with mode=preview; remove one")
     found.report = report or ""
+    if blocks is None:
+        return
+    if mode != "preview":
+        found.refuse("blocks", f"blocks belongs to mode=preview; got {shown(blocks)} with mode={bare(mode)}; remove it")
+    elif not re.fullmatch("[0-9]{1,9}", blocks):
+        rule = "blocks must be a whole number >= 0"
+        found.refuse("blocks", f"{rule}; got {shown(blocks)}; try blocks={PREVIEW_BLOCKS}")
+    else:
+        found.blocks = int(blocks)
 
 
 def _meant(argument: str, recipes: Sequence[str]) -> str:

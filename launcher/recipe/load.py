@@ -16,7 +16,7 @@ from launcher.errors import RecipeError
 from launcher.recipe import fields
 from launcher.recipe.arguments import Problem, closest, parse, shown
 from launcher.recipe.layers import Layer, Origin, assignment, flat, unknown
-from launcher.recipe.schema import Recipe, recipes_dir
+from launcher.recipe.schema import RULE, Recipe, recipes_dir
 from launcher.recipe.yaml_text import YamlError, read_file
 
 MAX_LINES = 5  # of a message
@@ -29,9 +29,10 @@ class Resolved:
     recipe: Recipe
     name: str  # the recipe's name; of the user's own file, the file's name without .yaml
     path: Path  # the recipe's file
-    mode: str  # "train" or "show"
+    mode: str  # "train", "preview" or "show"
     origins: dict[str, Origin]  # by dotted key, every key of the recipe
     report: Path | None  # where else the report is to be written (report=PATH)
+    blocks: int  # how many mode=preview prints (blocks=N)
 
 
 def recipe_names() -> list[str]:
@@ -78,6 +79,7 @@ def resolve(argv: Sequence[str]) -> Resolved:
         mode=arguments.mode,
         origins={key: _origin(key, (line, file)) for key in fields.LEAVES},
         report=Path(arguments.report).absolute() if arguments.report else None,
+        blocks=arguments.blocks,
     )
 
 
@@ -150,7 +152,7 @@ def _key(location: tuple[int | str, ...]) -> str:
 
 
 def _complaint(key: str, leaf: str, detail: dict[str, Any], *, at: str) -> str:
-    if detail["type"] == "no_end":
+    if detail["type"] == RULE:
         return str(detail["msg"])
     got = "got nothing" if detail["type"] == "missing" else f"got {shown(detail['input'])}"
     got = f"{got} ({at})"

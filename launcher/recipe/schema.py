@@ -13,6 +13,7 @@ from pydantic_core import PydanticCustomError
 
 LORA_TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 Region = Literal["mlp", "rmsnorm", "attention", "loss"]
+RULE = "rule"  # the type of an error between keys: its message is all there is to say
 REGIONS: list[Region] = ["mlp", "rmsnorm", "attention", "loss"]
 
 
@@ -104,12 +105,21 @@ class LoraSection(Section):
 
 
 class Source(Section):
-    """One file of training rows."""
+    """Where rows come from: a file, a folder of files or a dataset of the hub."""
 
-    path: Text = Field(description="Path of the file.", examples=["./my.jsonl"])
-    format: Annotated[Literal["auto", "messages", "text"], Choice] = Field(
+    path: Text = Field(
+        description="File (.jsonl, .json, .csv, .parquet, .txt), folder of such files, or dataset id on the hub.",
+        examples=["./my.jsonl"],
+    )
+    format: Annotated[Literal["auto", "messages", "sharegpt", "alpaca", "prompt_completion", "text"], Choice] = Field(
         "auto", description="Columns of the rows; auto: told by the first row."
     )
+    weight: float | None = Field(
+        None, gt=0, description="Share of an epoch's rows, relative to the other weights; all sources have one or none."
+    )
+    config: Text | None = Field(None, description="Configuration of a hub dataset.", examples=["default"])
+    split: Text | None = Field(None, description="Split of a hub dataset; null: train.", examples=["train"])
+    revision: Text | None = Field(None, description="Branch, tag or commit of a hub dataset.", examples=["main"])
 
 
 def _shipped_sources() -> list[Source]:
@@ -117,27 +127,70 @@ def _shipped_sources() -> list[Source]:
 
 
 class DataSection(Section):
-    """What is trained on, and how rows become packed blocks of tokens."""
+    """What is trained on, and how rows become blocks of tokens."""
 
     sources: list[Source] = Field(
         default_factory=_shipped_sources,
         min_length=1,
-        description="Training files; giving them replaces the recipe's. Default: the shipped instruction set.",
+        description="Training data; giving it replaces the recipe's. Default: the shipped instruction set.",
         examples=[[{"path": "./my.jsonl"}]],
     )
+    streaming: bool = Field(
+        False, description="Read while training, for data larger than the disk; needs train.steps and own validation."
+    )
+    template: Annotated[Literal["auto", "llama3", "chatml", "mistral", "gemma", "qwen3"], Choice] = Field(
+        "auto", description="Chat template; auto: the tokenizer's own, others ship here for tokenizers without one."
+    )
+    batching: Annotated[Literal["packed", "bucketed", "padded"], Choice] = Field(
+        "packed", description="Documents share rows; or a row each, of one of up to 6 lengths, or of max_length."
+    )
     max_length: int = Field(2048, ge=16, le=131072, description="Tokens per packed row.")
-    loss_on: Annotated[Literal["auto", "assistant", "all"], Choice] = Field(
-        "auto", description="Tokens that are supervised; auto: assistant for chats, all for plain text."
+    loss_on: Annotated[Literal["auto", "assistant", "completion", "all"], Choice] = Field(
+        "auto",
+        description="Supervised tokens; auto: assistant of chats, completion of prompt-completion and alpaca; or all",
     )
     bad_rows: Annotated[Literal["raise", "skip"], Choice] = Field(
         "raise", description="A row that cannot be read stops the run, or is skipped and counted."
     )
-    too_long: Annotated[Literal["truncate", "drop", "raise"], Choice] = Field(
+    too_long: Annotated[Literal["truncate", "split", "drop", "raise"], Choice] = Field(
         "truncate", description="What happens to a document longer than max_length; counted."
     )
     validation: Annotated[
         Annotated[float, Field(ge=0, lt=1)] | Text, BeforeValidator(_number_before_path), _off_is(0.0)
-    ] = Field(0.05, description="Fraction of the rows held out (0: none), or the path of a validation file.")
+    ] = Field(
+        0.05,
+        description="Fraction of the rows held out (0: none), or the path of validation data.",
+        validate_default=True,
+    )
+    wait_s: int = Field(
+        3600, ge=1, description="Seconds that the other ranks wait for the first of their machine to prepare the data."
+    )
+
+    @field_validator("sources")
+    @classmethod
+    def _all_weights_or_none(cls, sources: list[Source]) -> list[Source]:
+        if len({source.weight is None for source in sources}) > 1:
+            raise PydanticCustomError(RULE, "data.sources: either all have a weight or none; give the others one too")
+        return sources
+
+    @field_validator("batching")
+    @classmethod
+    def _lengths_are_known(cls, batching: str, info: ValidationInfo) -> str:
+        if batching == "bucketed" and info.data.get("streaming"):
+            raise PydanticCustomError(
+                RULE,
+                "data.batching=bucketed must know all lengths, which data.streaming cannot; try data.batching=packed",
+            )
+        return batching
+
+    @field_validator("validation")
+    @classmethod
+    def _rows_are_known(cls, validation: float | str, info: ValidationInfo) -> float | str:
+        if info.data.get("streaming") and isinstance(validation, float) and validation:
+            raise PydanticCustomError(
+                RULE, "data.validation must be data of its own, or 0, with data.streaming; try data.validation=0"
+            )
+        return validation
 
 
 class CompileSection(Section):
@@ -162,7 +215,9 @@ class CompileSection(Section):
     @classmethod
     def _compiles_something(cls, regions: list[str], info: ValidationInfo) -> list[str]:
         if not regions and info.data.get("scope") == "regions":
-            raise PydanticCustomError("no_region", "scope=regions needs one or more; for none set compile.mode=off")
+            raise PydanticCustomError(
+                RULE, "compile.scope=regions needs one or more of compile.regions; for none set compile.mode=off"
+            )
         return regions
 
 
@@ -202,9 +257,7 @@ class TrainSection(Section):
     def _has_an_end(cls, epochs: float | None, info: ValidationInfo) -> float | None:
         # A field's validator and not the model's: it reports beside the section's other errors, not after them.
         if epochs is None and info.data.get("steps", 0) is None:
-            raise PydanticCustomError(
-                "no_end", "train.steps or train.epochs must be set; got neither; try train.steps=200"
-            )
+            raise PydanticCustomError(RULE, "train.steps or train.epochs must be set; got neither; try train.steps=200")
         return epochs
 
 
@@ -234,3 +287,11 @@ class Recipe(Section):
     memory: MemorySection = Field(default_factory=MemorySection, description="Budgets of memory.")
     train: TrainSection = Field(default_factory=TrainSection, description="Length, batch and optimizer.")
     run: RunSection = Field(default_factory=RunSection, description="What the run leaves behind.")
+
+    @field_validator("train")
+    @classmethod
+    def _a_stream_has_no_epochs(cls, train: TrainSection, info: ValidationInfo) -> TrainSection:
+        data = info.data.get("data")
+        if data and data.streaming and train.steps is None:
+            raise PydanticCustomError(RULE, "train.steps must be set with data.streaming, whose length is not known")
+        return train

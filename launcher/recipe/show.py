@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from launcher.recipe import fields
-from launcher.recipe.arguments import MODES, parse
+from launcher.recipe.arguments import MODES, PREVIEW_BLOCKS, parse
 from launcher.recipe.load import Resolved, recipe_names, resolve
 from launcher.recipe.schema import recipes_dir
 from launcher.recipe.yaml_text import inline
@@ -75,9 +75,12 @@ def print_help(console: Console) -> None:
         ("recipe=NAME", "a shipped recipe; recipe=list describes them; recipe=path/to/own.yaml is your own"),
         *((f"mode={mode}", meaning) for mode, meaning in MODES.items()),
         ("report=PATH", "write the report there too"),
+        ("blocks=N", f"how many blocks mode=preview prints; {PREVIEW_BLOCKS} if not given"),
         ("key=value", "overrides the recipe, as in train.steps=100 'lora.targets=[q_proj, v_proj]'"),
     ]
-    console.out("usage: launcher/main.py recipe=NAME [key=value ...] [mode=MODE] [report=PATH]\n", highlight=False)
+    console.out(
+        "usage: launcher/main.py recipe=NAME [key=value ...] [mode=MODE] [report=PATH] [blocks=N]\n", highlight=False
+    )
     _print_plain(lines, console)
     console.out()
     rows = [(key, fields.accepts(key), fields.field(key)["description"]) for key in fields.LEAVES]

@@ -32,24 +32,34 @@ def _facts(start: StartRecord) -> list[tuple[str, str]]:
         ("shapes", _shapes(start)),
         ("step", _step(start)),
         ("data", _data(start)),
+        ("loss on", _loss(start)),
         ("validation", counted(start.validation_rows, "row")),
         ("run folder", start.run_dir),
     ]
 
 
 def _shapes(start: StartRecord) -> str:
-    shape = f"B × S = {whole(start.micro_batch)} × {whole(start.max_length)}"
+    widths = ", ".join(whole(width) for width in start.widths)
+    shape = f"B × S = {whole(start.micro_batch)} × {widths if len(start.widths) == 1 else f'({widths})'}"
     return f"{shape} · accumulation {start.accumulation} · {counted(start.world_size, 'rank')}"
 
 
 def _step(start: StartRecord) -> str:
     """Positions of one optimizer step over accumulation and ranks, and the number of steps."""
-    positions = start.micro_batch * start.max_length * start.accumulation * start.world_size
-    return f"{whole(positions)} tokens, all ranks · {counted(start.steps, 'step')}"
+    rows = start.micro_batch * start.accumulation * start.world_size
+    most = "" if len(start.widths) == 1 else "at most "
+    return f"{most}{whole(rows * start.widths[-1])} tokens, all ranks · {counted(start.steps, 'step')}"
 
 
 def _data(start: StartRecord) -> str:
-    blocks = f"{counted(start.train_rows, 'row')} in {counted(start.train_blocks, 'block')}"
+    blocks = f"{counted(start.train_blocks, 'block')}, {start.fill * 100:.1f} % filled"
+    if start.streamed:
+        return f"streamed, {start.batching}: {blocks}, in the first window"
     seen = start.steps * start.micro_batch * start.accumulation * start.world_size
     epochs = f" · {seen / start.train_blocks:.2f} epochs" if start.train_blocks else ""
-    return f"{blocks}, {start.fill * 100:.1f} % filled{epochs}"
+    return f"{counted(start.train_rows, 'row')}, {start.batching}: {blocks}{epochs}"
+
+
+def _loss(start: StartRecord) -> str:
+    chosen = ", ".join(f"{name} in {counted(rows, 'row')}" for name, rows in start.loss_on.items())
+    return f"{chosen} · template: {start.template}"

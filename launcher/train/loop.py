@@ -4,7 +4,6 @@ Yields, in order: phase names (str), one StartRecord, StepRecords and EvalRecord
 """
 
 import math
-import statistics
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -15,7 +14,8 @@ import torch
 from launcher.data.loader import MicroBatch, StepBatch
 from launcher.errors import CheckpointError, ContractError, NonFiniteError
 from launcher.ranks import broadcast, gather
-from launcher.records import EvalRecord, RankRecord, RunRecord, StartRecord, StepRecord, Verdict
+from launcher.records import EvalRecord, RunRecord, StartRecord, StepRecord, Verdict
+from launcher.train.account import rank_record, start_record
 from launcher.train.adapter import prove_adapter, save_adapter
 from launcher.train.sample import generate
 from launcher.train.setup import Clock, Request, Worker, prepare
@@ -40,6 +40,12 @@ class Progress:
     @property
     def step(self) -> int:
         return self.steps[-1].step if self.steps else 0
+
+    @property
+    def steady(self) -> slice:
+        """All steps but the first, which warms allocators and libraries, and those that were read together with it
+        (train.log_every); all where there are no others."""
+        return slice(self.first_read if len(self.steps) > self.first_read else 0, None)
 
 
 def run(request: Request, progress: Progress) -> Iterator[Event]:
@@ -68,7 +74,9 @@ def run(request: Request, progress: Progress) -> Iterator[Event]:
         saved = _save(worker)
     with clock.phase("sample"):
         sample = _sample(worker)
-    ranks = tuple(gather(rank_record(worker, progress)))
+    step_s = [step.step_s for step in progress.steps]
+    steady = progress.steady
+    ranks = tuple(gather(rank_record(worker, step_s=step_s[steady], tokens=progress.own_tokens[steady])))
     record = RunRecord(
         recipe=recipe.model_dump(mode="json"),
         start=start_record(worker),
@@ -226,67 +234,3 @@ def _sample(worker: Worker) -> Any:
 def _verdicts(worker: Worker, progress: Progress, ranks: Any, saved: Verdict) -> list[Verdict]:
     compiled = [] if worker.recipe.compile.mode == "off" else compile_verdicts(ranks)
     return [*compiled, loss_verdict(progress.steps, progress.evals), saved]
-
-
-def start_record(worker: Worker) -> StartRecord:
-    """What is about to run, for the start panel and the report."""
-    recipe, built, data = worker.recipe, worker.built, worker.prepared.data
-    c = recipe.compile
-    return StartRecord(
-        recipe=worker.request.name,
-        model=worker.request.source + (" (random weights)" if recipe.model.init == "random" else ""),
-        family=built.family.model_type,
-        parameters=built.parameters,
-        trainable=built.trainable,
-        device=_device_name(worker.accelerator.device),
-        world_size=worker.place.world_size,
-        dtype=str(built.dtype).removeprefix("torch."),
-        quantization=built.quantization,
-        attention=f"{built.attention} ({built.attention_why})",
-        micro_batch=recipe.train.micro_batch,
-        max_length=recipe.data.max_length,
-        accumulation=recipe.train.accumulation,
-        steps=worker.steps,
-        optimizer=f"{recipe.train.optimizer}, lr {recipe.train.lr:g}, {recipe.train.schedule}",
-        compile="off" if c.mode == "off" else f"{c.mode}, scope {c.scope}, {c.backend}",
-        train_rows=data.train_rows,
-        train_blocks=data.train.rows,
-        validation_rows=data.validation_rows,
-        fill=data.train.fill,
-        run_dir=str(worker.folder.path),
-        notes=worker.request.notes + _left_out(data.counts),
-    )
-
-
-def _left_out(counts: dict[str, int]) -> tuple[str, ...]:
-    """A note when rows did not reach training whole: by reason, as the data counted them."""
-    kinds = {key: n for key, n in counts.items() if n and ("dropped" in key or "truncated" in key)}
-    return (f"data: {', '.join(f'{n:,} {key}' for key, n in kinds.items())}",) if kinds else ()
-
-
-def _device_name(device: torch.device, *, index: bool = False) -> str:
-    if device.type != "cuda":
-        return "CPU"
-    return (f"cuda:{device.index or 0} " if index else "") + torch.cuda.get_device_name(device)
-
-
-def rank_record(worker: Worker, progress: Progress) -> RankRecord:
-    """This process's account. Timings leave out the first step, which warms allocators and libraries, and with it those
-    that were read together with it (train.log_every), where there are others."""
-    skip = progress.first_read if len(progress.steps) > progress.first_read else 0
-    times = [s.step_s for s in progress.steps][skip:]
-    tokens = progress.own_tokens[skip:]
-    phases = {p.phase: p for p in worker.ledger.phases}
-    return RankRecord(
-        rank=worker.place.rank,
-        device=_device_name(worker.accelerator.device, index=True),
-        compile=worker.observer.record(),
-        vram=tuple(worker.ledger.phases),
-        vram_before_mib=phases["after compile"].allocated_mib,
-        vram_after_mib=phases["after training"].allocated_mib,
-        vram_peak_mib=worker.ledger.peak_mib(),
-        tokens_per_s=sum(t for t, _ in tokens) / sum(times),
-        supervised_tokens_per_s=sum(s for _, s in tokens) / sum(times),
-        step_ms_median=statistics.median(times) * 1000,
-        step_ms_p90=sorted(times)[math.ceil(0.9 * len(times)) - 1] * 1000,
-    )

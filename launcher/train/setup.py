@@ -22,9 +22,10 @@ from accelerate.utils import DistributedDataParallelKwargs
 from launcher.compile.observe import Observer
 from launcher.compile.plan import Plan
 from launcher.compile.regions import Region
-from launcher.data.loader import MicroBatch, StepBatch, TrainLoader, eval_batches
+from launcher.data.loader import MicroBatch, TrainLoader, eval_batches, sample_batch
 from launcher.data.prepare import PreparedData
 from launcher.data.prepare import prepare as prepare_data
+from launcher.data.stream import StreamLoader, train_loader
 from launcher.errors import DataError, LauncherError, RecipeError
 from launcher.memory.vram import Ledger
 from launcher.model.attention import CORES, register_attention
@@ -32,8 +33,8 @@ from launcher.model.build import BuiltModel, build_model, preflight
 from launcher.model.families import layer_mlps, layer_norms
 from launcher.model.source import load_config, load_tokenizer
 from launcher.ops.linear_ce import chunk_loss, chunk_loss_and_grad
-from launcher.ranks import Place, broadcast, gather, hold_process_group
-from launcher.recipe.schema import Recipe, RunSection
+from launcher.ranks import Place, broadcast, gather, hold_process_group, local_rank_0_first
+from launcher.recipe.schema import Recipe, RunSection, TrainSection
 from launcher.train.optim import check_optimizer
 from launcher.train.outputs import RunFolder, default_folder
 from launcher.train.step import TrainStep, arguments
@@ -77,7 +78,7 @@ class Prepared:
 
 
 def prepare(request: Request) -> Prepared:
-    """Check what the recipe asks of the model, read and pack the data.
+    """Check what the recipe asks of the model; prepare the data, local rank 0 first, the others from its cache.
 
     Raises RecipeError (2) and DataError (3); writes nothing.
     """
@@ -96,7 +97,11 @@ def prepare(request: Request) -> Prepared:
     check_optimizer(recipe.train, device)
     check_trackers(recipe.run)
     tokenizer = load_tokenizer(source, recipe.model, stand_in=request.shipped / "tiny" / "base")
-    data = prepare_data(recipe.data, tokenizer, seed=recipe.train.seed)
+    data = local_rank_0_first(
+        request.place,
+        lambda: prepare_data(recipe.data, tokenizer, seed=recipe.train.seed),
+        wait_s=recipe.data.wait_s,
+    )
     return Prepared(config, tokenizer, data, device)
 
 
@@ -133,10 +138,8 @@ class Worker:
 
     def _check_alike(self) -> None:
         """Token counts and steps are not exchanged but known, as every rank packs the same data: make sure of it."""
-        data, digest = self.prepared.data, hashlib.sha256(self.recipe.train.model_dump_json().encode())
-        for packed in (data.train, data.validation):
-            if packed is not None:
-                digest.update(packed.input_ids.tobytes() + packed.labels.tobytes())
+        digest = hashlib.sha256(self.recipe.train.model_dump_json().encode())
+        digest.update(self.prepared.data.identity.encode())
         digests = gather(digest.hexdigest()[:16])
         if len(set(digests)) > 1:
             rows = "\n".join(f"rank {rank}: {found}" for rank, found in enumerate(digests))
@@ -150,24 +153,26 @@ class Worker:
             self.request.source,
             self.prepared.config,
             device=self.accelerator.device,
+            widths=planned_widths(self.prepared.data),
             phase=self.ledger.mark,
         )
         return self.built
 
     def compile(self) -> None:
         """Apply the plan, wrap for DDP, compile every planned graph, check the count, wait for the others, arm."""
-        train, built = self.recipe.train, self.built
-        self.plan = Plan(regions_of(built), compile=self.recipe.compile, observer=self.observer)
-        loader = TrainLoader(
-            self.prepared.data.train,
+        train, built, data = self.recipe.train, self.built, self.prepared.data
+        widths = planned_widths(data)
+        regions = regions_of(built, shapes=len(widths))
+        self.plan = Plan(regions, compile=self.recipe.compile, observer=self.observer)
+        self.batches = train_loader(
+            data.train,
             micro_batch=train.micro_batch,
             accumulation=train.accumulation,
             rank=self.place.rank,
             world_size=self.place.world_size,
             seed=train.seed,
         )
-        self.batches: Iterator[StepBatch] = iter(loader)
-        self.steps = train.steps or max(1, round((train.epochs or 0) * loader.steps_per_epoch))
+        self.steps = total_steps(train, self.batches)
         self.eval_batches = self._eval_batches()
         self.step = TrainStep(
             self.accelerator.prepare_model(built.packed),
@@ -177,7 +182,8 @@ class Worker:
             accelerator=self.accelerator,
             fp16=built.dtype == torch.float16,
         )
-        self.probe: MicroBatch = next(iter(loader)).micro_batches[0].to(self.accelerator.device)
+        self._samples = [self._sample(width) for width in widths]
+        self.probe = max(self._samples, key=lambda batch: batch.supervised_tokens)
         self.plan.warm_up(self._every_planned_call)
         self.accelerator.wait_for_everyone()
         self.plan.arm()
@@ -210,26 +216,48 @@ class Worker:
             world_size=self.place.world_size,
         )
 
+    def _sample(self, width: int) -> MicroBatch:
+        train, validation = self.prepared.data.first_blocks, self.prepared.data.validation
+        blocks = train if validation is None or width in train.shapes else validation
+        return sample_batch(blocks, width, micro_batch=self.recipe.train.micro_batch).to(self.accelerator.device)
+
     def _every_planned_call(self) -> None:
-        """Forward and backward, and forward alone, of the one shape there is; leaves no trace but compiled code."""
-        inputs = arguments(self.probe)
-        self.step.model(*inputs).backward()
-        for parameter in self.step.parameters:
-            parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad.zero_()
-        with torch.no_grad():
-            self.built.packed(*inputs)
+        """Forward and backward, and forward alone, of each planned shape; leaves no trace but compiled code."""
+        for sample in self._samples:
+            inputs = arguments(sample)
+            self.step.model(*inputs).backward()
+            for parameter in self.step.parameters:
+                parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad.zero_()
+            with torch.no_grad():
+                self.built.packed(*inputs)
 
 
-def regions_of(built: BuiltModel) -> list[Region]:
-    """The regions of a built model that a compile plan may choose from; each is called in training and evaluation."""
+def total_steps(train: TrainSection, loader: TrainLoader | StreamLoader) -> int:
+    """Optimizer steps of the run."""
+    if train.steps is not None:
+        return train.steps
+    assert isinstance(loader, TrainLoader), "a recipe that streams has train.steps"
+    return max(1, round((train.epochs or 0) * loader.steps_per_epoch))
+
+
+def planned_widths(data: PreparedData) -> list[int]:
+    """The row widths of training and validation: each is a planned shape. Longest first: warm-up then begins with the
+    call that needs the most memory."""
+    both = {*data.first_blocks.shapes, *(data.validation.shapes if data.validation else ())}
+    return sorted(both, reverse=True)
+
+
+def regions_of(built: BuiltModel, *, shapes: int) -> list[Region]:
+    """The regions of a built model that a compile plan may choose from: each is called in training and evaluation with
+    every one of the planned `shapes`, but the loss, whose chunks have one size."""
     packed, losses = built.packed, built.packed.loss_functions
     path = built.attention
     return [
-        Region("layer", 2, modules=tuple(packed.body.layers)),
-        Region("body", 2, modules=(packed.body,)),
-        Region("mlp", 2, modules=layer_mlps(built.family, packed.body)),
-        Region("rmsnorm", 2, modules=layer_norms(built.family, packed.body)),
-        Region("attention", 2, function=CORES[path], install=lambda f: register_attention(path, f)),
+        Region("layer", 2 * shapes, modules=tuple(packed.body.layers)),
+        Region("body", 2 * shapes, modules=(packed.body,)),
+        Region("mlp", 2 * shapes, modules=layer_mlps(built.family, packed.body)),
+        Region("rmsnorm", 2 * shapes, modules=layer_norms(built.family, packed.body)),
+        Region("attention", 2 * shapes, function=CORES[path], install=lambda f: register_attention(path, f)),
         Region("loss", 1, function=chunk_loss_and_grad, install=lambda f: setattr(losses, "loss_and_grad", f)),
         Region("loss", 1, function=chunk_loss, install=lambda f: setattr(losses, "loss", f)),
     ]

@@ -5,9 +5,9 @@ import numpy as np
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from launcher.data.formats import Text
-from launcher.data.packing import Document, Packed
-from launcher.data.prepare import Encoded, prepare, split
+from launcher.data import prepare as prepare_module
+from launcher.data.blocks import Blocks
+from launcher.data.prepare import PreparedData, prepare
 from launcher.errors import DataError
 from launcher.recipe.schema import DataSection
 
@@ -25,14 +25,14 @@ def section(*paths: str, **options: Any) -> DataSection:
     return DataSection.model_validate({"sources": [{"path": path} for path in paths], "max_length": 256, **options})
 
 
-def texts(packed: Packed | None, tokenizer: PreTrainedTokenizerFast) -> list[str]:
-    if packed is None:
+def texts(blocks: Blocks | None, tokenizer: PreTrainedTokenizerFast) -> list[str]:
+    if blocks is None:
         return []
-    return [
-        str(tokenizer.decode(ids[:used][document_ids[:used] == index]))
-        for ids, document_ids, used in zip(packed.input_ids, packed.document_ids, packed.lengths, strict=True)
-        for index in range(document_ids[:used].max() + 1)
-    ]
+    return [str(tokenizer.decode(blocks.documents[index].input_ids)) for index in blocks.row_documents]
+
+
+def ids(prepared: PreparedData) -> np.ndarray[Any, Any]:
+    return prepared.train.arrays(range(prepared.train.rows)).input_ids
 
 
 def test_rows_become_packed_blocks_with_counts_that_add_up(write: Write, tokenizer: PreTrainedTokenizerFast) -> None:
@@ -46,7 +46,7 @@ def test_rows_become_packed_blocks_with_counts_that_add_up(write: Write, tokeniz
     assert counts["rows_read"] == counts["documents"] + counts["validation_documents"] + sum(dropped.values())
     assert (counts["tokens"], counts["supervised_tokens"]) == (prepared.train.tokens, prepared.train.supervised_tokens)
     assert (counts["truncated"], counts["empty_assistant_turns"]) == (0, 1)
-    assert prepared.train.input_ids.shape[1] == 256
+    assert prepared.train.shapes == (256,)
     assert prepared.train.pad_id == tokenizer.pad_token_id
 
 
@@ -67,43 +67,15 @@ def test_a_fraction_of_zero_and_a_single_row_give_no_validation(
         assert prepared.train_rows == len(rows)
 
 
-def encoded(*names: str) -> list[Encoded]:
-    return [(Text(name, where=f"f:{i}"), Document([1], [True])) for i, name in enumerate(names)]
-
-
-@pytest.mark.parametrize(("rows", "fraction", "expected"), [(2, 0.01, 1), (2, 0.99, 1), (10, 0.05, 1), (100, 0.25, 25)])
-def test_a_tiny_set_validates_on_at_least_one_row_and_trains_on_at_least_one(
-    rows: int, fraction: float, expected: int
+def test_one_seed_prepares_the_same_and_another_another(
+    write: Write, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    train, validation = split(encoded(*map(str, range(rows))), fraction=fraction, seed=0)
-    assert (len(train), len(validation)) == (rows - expected, expected)
-
-
-def test_many_equal_rows_are_not_all_held_out() -> None:
-    for seed in range(10):
-        train, validation = split(encoded(*["same"] * 90, *map(str, range(10))), fraction=0.05, seed=seed)
-        assert (len(train), len(validation)) == (95, 5)
-        assert "same" not in {row.text for row, _ in validation if isinstance(row, Text)}
-    train, validation = split(encoded(*["a"] * 50, *["b"] * 40), fraction=0.05, seed=0)
-    assert (len(train), len(validation)) == (50, 40)
-
-
-def test_a_rows_side_follows_from_the_seed_and_not_from_its_place() -> None:
-    rows = encoded(*map(str, range(200)))
-    sides = [
-        {row.text for row, _ in split(order, fraction=0.1, seed=seed)[1] if isinstance(row, Text)}
-        for order, seed in ((rows, 3), (rows[::-1], 3), (rows, 4))
-    ]
-    assert sides[0] == sides[1]
-    assert sides[0] != sides[2]
-
-
-def test_one_seed_prepares_the_same_and_another_another(write: Write, tokenizer: PreTrainedTokenizerFast) -> None:
     data = section(write(CHATS), validation=0.2)
+    monkeypatch.setattr(prepare_module.cache, "load", lambda identity: None)
     one, same, other = (prepare(data, tokenizer, seed=seed) for seed in (1, 1, 2))
-    assert np.array_equal(one.train.input_ids, same.train.input_ids)
+    assert np.array_equal(ids(one), ids(same))
     assert one.example == same.example
-    assert not np.array_equal(one.train.input_ids, other.train.input_ids)
+    assert not np.array_equal(ids(one), ids(other))
 
 
 def test_a_validation_file_is_counted_apart(write: Write, tokenizer: PreTrainedTokenizerFast) -> None:
@@ -197,3 +169,65 @@ def test_training_and_validation_batches_have_one_shape(write: Write, tokenizer:
     alone = prepare(section(long, validation=0, max_length=256), tokenizer, seed=0)
     assert alone.train.max_documents < prepared.train.max_documents  # left alone they would differ
     assert prepared.validation.max_documents == prepared.train.max_documents
+
+
+def test_a_second_start_reads_the_same_blocks_from_the_cache(
+    write: Write, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write([*CHATS, b"{"])
+    first = prepare(section(path, bad_rows="skip"), tokenizer, seed=0)
+    monkeypatch.setattr(prepare_module, "_make", lambda *_: pytest.fail("it was prepared again"))
+    second = prepare(section(path, bad_rows="skip", wait_s=5), tokenizer, seed=0)
+    assert np.array_equal(ids(first), ids(second))
+    assert first.validation is not None and second.validation is not None
+    assert first.validation.max_documents == second.validation.max_documents
+    for name in ("counts", "example", "train_rows", "validation_rows", "loss_on", "template", "identity"):
+        assert getattr(first, name) == getattr(second, name), name
+    assert first.notes == () and "cache" in second.notes[0]
+
+
+@pytest.mark.parametrize("change", ["row", "seed", "option", "template"])
+def test_whatever_decides_the_blocks_makes_them_anew(write: Write, make_tokenizer: Any, change: str) -> None:
+    prepare(section(write(CHATS)), make_tokenizer("llama3"), seed=0)
+    rows = [*CHATS[:-1], ask("Define the word", "another")] if change == "row" else CHATS
+    again = prepare(
+        section(write(rows), too_long="drop" if change == "option" else "truncate"),
+        make_tokenizer("chatml" if change == "template" else "llama3"),
+        seed=int(change == "seed"),
+    )
+    assert again.notes == ()
+
+
+def test_a_row_that_is_split_trains_on_all_of_it_and_validates_whole(
+    write: Write, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    path = write([*CHATS[:4], LONG, LONG_QUESTION])
+    prepared = prepare(section(path, validation=0, too_long="split"), tokenizer, seed=0)
+    whole = prepare(section(path, validation=0, max_length=4096), tokenizer, seed=0)
+    counts = prepared.counts
+    assert (counts["split"], counts["truncated"], prepared.train_rows) == (2, 0, 6)
+    assert counts["pieces_dropped_zero_supervised"] > 0  # the long question, before its answer
+    targets = whole.train.supervised_tokens
+    assert targets - counts["documents"] <= prepared.train.supervised_tokens < targets  # a piece's first is no target
+    fraction = prepare(section(path, validation=0.5, too_long="split"), tokenizer, seed=0)
+    train, validation = texts(fraction.train, tokenizer), texts(fraction.validation, tokenizer)
+    assert ("water" in "".join(train)) != ("water" in "".join(validation))
+
+
+def test_sources_are_mixed_by_weight(write: Write, tokenizer: PreTrainedTokenizerFast) -> None:
+    many, few = write(CHATS[:50]), write([{"text": f"a river {n}"} for n in range(10)], name="few.jsonl")
+    data = section(many, validation=0, sources=[{"path": many, "weight": 1}, {"path": few, "weight": 1}])
+    prepared = prepare(data, tokenizer, seed=0)
+    trained = texts(prepared.train, tokenizer)
+    rivers = [text for text in trained if "a river" in text]
+    assert (len(trained), len(rivers), len(set(rivers))) == (60, 30, 10)
+    assert {rivers.count(text) for text in rivers} == {3}
+    assert (prepared.counts["rows_repeated"], prepared.counts["rows_left_out"]) == (20, 20)
+    assert len(set(trained) - set(rivers)) == 30
+
+
+def test_what_the_loss_sees_is_told_by_rows(write: Write, tokenizer: PreTrainedTokenizerFast) -> None:
+    rows = [CHATS, [{"text": "a river"}], [{"prompt": "a", "completion": " river flows"}] * 2]
+    paths = [write(part, name=f"{index}.jsonl") for index, part in enumerate(rows)]
+    prepared = prepare(section(*paths, validation=0), tokenizer, seed=0)
+    assert prepared.loss_on == {"assistant": 60, "all": 1, "completion": 2}

@@ -1,15 +1,24 @@
 """On a CUDA device, with generated kernels: `pytest -m gpu`."""
 
+import statistics
+import time
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
+from launcher.data.buckets import bucket
+from launcher.data.documents import Documents
+from launcher.data.loader import TrainLoader
 from launcher.ops.attention import document_mask, masked_attention, packed_attention_reference, varlen_attention
 from launcher.records import RunRecord, StepRecord
 from launcher.train.loop import Progress, run
 from launcher.train.setup import Clock, Worker, prepare
-from tests.conftest import request_for, stock_loss
+from tests.conftest import TINY, request_for, stock_loss
+from tests.data.test_packed_equals_unpacked import bench_on, both_gradients, losses
+from tests.train.test_shapes import ANY, THREE, compiled
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("clean_dynamo")]
 
@@ -104,3 +113,65 @@ def test_the_ledger_counts_what_the_card_holds(make_recipe, tmp_path: Path):
     assert 0 < phases["after load"].allocated_mib <= phases["after adapters"].allocated_mib
     assert record.ranks[0].vram_peak_mib >= phases["after training"].allocated_mib
     assert phases["after load"].total_mib > 1000
+
+
+def test_packed_documents_have_in_bfloat16_the_losses_and_gradients_they_have_alone(small_model):
+    with bench_on("cuda:0", model=small_model, dtype="bfloat16", backend="inductor") as bench:
+        assert bench.packed.attention == "varlen"
+        packed, alone = losses(bench)
+        assert packed == pytest.approx(alone, rel=2e-3)
+        for ours, theirs in zip(*both_gradients(bench), strict=True):
+            assert torch.cosine_similarity(ours.flatten(), theirs.flatten(), dim=0) > 0.995
+        bench.plan.check()
+
+
+@pytest.mark.parametrize(("batching", "lengths", "widths"), [("packed", ANY, 1), ("bucketed", THREE, 3)])
+def test_a_hundred_batches_of_varied_boundaries_compile_no_kernel(make_recipe, batching, lengths, widths):
+    recipe = make_recipe(
+        model={"dtype": "bfloat16"}, data={"batching": batching}, compile={"backend": "inductor"}, train={"steps": 100}
+    )
+    worker = compiled(recipe, lengths, device="cuda:0")
+    boundaries = set()
+    for _ in range(100):
+        batch = next(worker.batches)
+        worker.step(batch)
+        boundaries.update(tuple(micro.cu_seqlens.tolist()) for micro in batch.micro_batches)
+    worker.plan.check()
+    record = worker.observer.record()
+    worker.plan.release()
+    assert (record.recompiles, record.compilations) == (0, 2 * widths + 2)
+    assert len(boundaries) > (90 if batching == "packed" else 5)
+
+
+def test_packed_text_trains_at_nine_tenths_of_the_rate_of_full_random_rows(make_recipe):
+    recipe = make_recipe(
+        model={"name": "unsloth/Llama-3.2-1B-Instruct", "init": "random", "dtype": "bfloat16"},
+        lora={"r": 16},
+        data={"sources": [{"path": str(TINY / "train.jsonl")}], "max_length": 2048, "validation": 0},
+        compile={"backend": "inductor"},
+        train={"steps": 50, "micro_batch": 2},
+    )
+    request = request_for(recipe)
+    worker = Worker(request, prepare(request), clock=Clock())
+    worker.build()
+    worker.compile()
+    train, rng = worker.prepared.data.train, np.random.default_rng(0)
+    ids = rng.integers(0, 8192, 64 * 2048).astype(np.int32)
+    documents = Documents(ids, np.ones(len(ids), np.bool_), np.arange(65) * 2048)
+    full = replace(bucket(documents, np.arange(64), widths=(2048,), pad_id=0), max_documents=train.max_documents)
+    loaders = [worker.batches, TrainLoader(full, micro_batch=2, accumulation=1, rank=0, world_size=1, seed=0)]
+    rates = [[], []]
+    for _ in range(23):
+        for loader, found in zip(loaders, rates, strict=True):
+            torch.cuda.synchronize()
+            start = time.perf_counter()
+            batch = next(loader)
+            worker.step(batch)
+            torch.cuda.synchronize()
+            found.append(batch.tokens / (time.perf_counter() - start))
+    worker.plan.check()
+    worker.plan.release()
+    packed, random = (statistics.median(found[3:]) for found in rates)
+    print(f"packed text {packed:,.0f} tok/s, full random rows {random:,.0f} tok/s, fill {train.fill:.4f}")
+    assert packed >= 0.9 * random
+    assert train.max_documents > 20

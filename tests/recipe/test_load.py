@@ -33,7 +33,8 @@ def test_every_key_of_the_recipe_has_an_origin(own: Path) -> None:
 
 def test_a_list_is_replaced_and_never_merged(own: Path) -> None:
     found = resolve([f"recipe={own}", "data.sources=[{path: a.jsonl, format: text}]", "lora.targets=[v_proj,o_proj]"])
-    assert [source.model_dump() for source in found.recipe.data.sources] == [{"path": "a.jsonl", "format": "text"}]
+    sources = [source.model_dump(exclude_none=True) for source in found.recipe.data.sources]
+    assert sources == [{"path": "a.jsonl", "format": "text"}]
     assert found.recipe.lora.targets == ["v_proj", "o_proj"]
 
 
@@ -79,6 +80,13 @@ def test_mode_and_report_stand_beside_the_sections(own: Path, monkeypatch: pytes
     found = resolve([f"recipe={own}", "mode=show", "report=out/report.json"])
     assert (found.mode, found.report) == ("show", own.parent / "out" / "report.json")
     assert resolve([f"recipe={own}"]).report is None
+
+
+def test_the_number_of_blocks_stands_beside_the_sections_of_a_preview(own: Path) -> None:
+    assert resolve([f"recipe={own}", "mode=preview", "blocks=7"]).blocks == 7
+    assert resolve([f"recipe={own}", "mode=preview", "blocks=0"]).blocks == 0
+    found = resolve([f"recipe={own}", "mode=preview"])
+    assert (found.mode, found.blocks) == ("preview", 2)
 
 
 # --- which recipe

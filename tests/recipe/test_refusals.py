@@ -22,16 +22,28 @@ Refusal = Callable[..., str]  # the fixture: arguments in, message out
         ("tiny", "did you mean recipe=tiny"),
         ("--verbose", "key=value"),
         ("=3", "key=value"),
-        ("mode=paint", "train, show"),
-        ("mode=", "train, show"),
+        ("mode=paint", "train, preview, show"),
+        ("mode=", "train, preview, show"),
         ("train.lr=[1", "train.lr"),
         ("train.lr=!!python/name:os.system", "tag"),
         ("report=", "report"),
+        ("blocks=3", "mode=train; remove"),
     ],
 )
 def test_a_malformed_argument_is_refused(refusal: Refusal, argument: str, says: str) -> None:
     message = refusal("recipe=tiny", argument)
     assert says in message and argument.split("=")[0] in message
+
+
+@pytest.mark.parametrize("blocks", ["", "-1", "two", "1.5", "²", "9" * 5000])
+def test_a_number_of_blocks_that_is_none_is_refused(refusal: Refusal, blocks: str) -> None:
+    message = refusal("recipe=tiny", "mode=preview", f"blocks={blocks}")
+    assert "a whole number >= 0" in message and "try blocks=2" in message and len(message) < 200
+
+
+def test_what_another_mode_reads_is_refused(refusal: Refusal) -> None:
+    assert "mode=show; remove" in refusal("recipe=tiny", "mode=show", "blocks=1")
+    assert "'r.json'" in refusal("recipe=tiny", "mode=preview", "report=r.json")
 
 
 @pytest.mark.parametrize(
@@ -40,6 +52,7 @@ def test_a_malformed_argument_is_refused(refusal: Refusal, argument: str, says: 
         ("train.lr=1e-3", "train.lr=1e-4"),
         ("train={lr: 1e-3}", "train.lr=1e-4"),
         ("mode=show", "mode=train"),
+        ("mode=preview", "blocks=1", "blocks=1"),
         ("recipe=tiny",),
     ],
 )
@@ -116,7 +129,7 @@ def test_unknown_keys_of_a_file_are_named_with_their_line(refusal: Refusal, own:
         ("quant.double=perhaps", "true or false"),
         ("lora.targets=q_proj", "a list of text"),
         ("compile.regions=[mlp,mpl]", "one of mlp, rmsnorm, attention, loss"),
-        ("data.sources=a.jsonl", "a list of {path, format}"),
+        ("data.sources=a.jsonl", "a list of {path, format, weight, config, split, revision}"),
         ("data.sources=[]", "at least 1"),
         ("lora.targets={a: b}", "a list of text"),
         ("train.lr={a: b}", "a number > 0 and <= 1"),
@@ -217,3 +230,21 @@ def test_a_bad_key_ends_the_program_within_a_second_with_code_2_and_leaves_nothi
     assert len(done.stderr.splitlines()) <= 5 and done.stdout == ""
     assert list(tmp_path.iterdir()) == []
     assert 0 < elapsed_s < 1.0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "key", "says"),
+    [
+        (["data.streaming=true"], "data.validation", "data of its own, or 0"),
+        (["data.streaming=true", "data.validation=0", "train.steps=null", "train.epochs=1"], "train", "train.steps"),
+        (["data.streaming=true", "data.validation=0", "data.batching=bucketed"], "data.batching", "know all lengths"),
+        (["data.sources=[{path: a.jsonl, weight: 1}, {path: b.jsonl}]"], "data.sources", "all have a weight or none"),
+    ],
+)
+def test_keys_of_the_data_that_exclude_each_other_are_refused(
+    refusal: Callable[..., str], arguments: list[str], key: str, says: str
+) -> None:
+    message = refusal("recipe=llama1b", *arguments)
+    assert message.startswith(key)
+    assert says in message
+    assert len(message.splitlines()) == 1

@@ -27,7 +27,11 @@ def test_the_defaults_are_the_documented_ones() -> None:
     assert found["quant"] == {"type": "nf4", "double": True}
     assert found["lora"]["targets"] == ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
     assert (found["lora"]["r"], found["lora"]["alpha"], found["lora"]["dropout"]) == (16, 32.0, 0.0)
-    assert found["data"]["sources"] == [{"path": str(recipes_dir() / "tiny" / "train.jsonl"), "format": "auto"}]
+    [source] = found["data"]["sources"]
+    assert {key: value for key, value in source.items() if value is not None} == {
+        "path": str(recipes_dir() / "tiny" / "train.jsonl"),
+        "format": "auto",
+    }
     assert found["data"]["validation"] == 0.05
     assert found["compile"]["regions"] == ["mlp", "rmsnorm", "attention", "loss"]
     assert (found["train"]["lr"], found["train"]["clip"], found["train"]["warmup"]) == (2e-4, 1.0, 0.05)
@@ -60,11 +64,14 @@ def test_two_recipes_never_share_a_list() -> None:
         ("data", "max_length", 131072, 131073),
         ("data", "loss_on", "assistant", "user"),
         ("data", "bad_rows", "skip", "keep"),
-        ("data", "too_long", "drop", "split"),
+        ("data", "too_long", "split", "cut"),
         ("data", "sources", [{"path": "a.jsonl", "format": "text"}], []),
         ("data", "sources", [{"path": "a.jsonl"}], [{"path": "a.jsonl", "format": "csv"}]),
         ("data", "sources", [{"path": "a.jsonl"}], [{"format": "text"}]),
-        ("data", "sources", [{"path": "a.jsonl"}], [{"path": "a.jsonl", "weight": 1}]),
+        ("data", "sources", [{"path": "a.jsonl"}], [{"path": "a.jsonl", "weight": 0}]),
+        ("data", "template", "chatml", "vicuna"),
+        ("data", "batching", "bucketed", "sorted"),
+        ("data", "wait_s", 1, 0),
         ("compile", "mode", "warn", "loose"),
         ("compile", "scope", "regions", "graph"),
         ("compile", "regions", ["mlp"], ["mpl"]),
@@ -115,7 +122,7 @@ def test_no_number_may_be_nan_or_infinite(section: str, key: str, number: float 
 
 
 def test_the_nan_test_covers_every_number_of_the_schema() -> None:
-    assert len(NUMBERS) == 18, NUMBERS
+    assert len(NUMBERS) == 19, NUMBERS
 
 
 @pytest.mark.parametrize("word", [False, "off", "OFF", "no", "false"])

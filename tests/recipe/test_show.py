@@ -21,7 +21,13 @@ def printed(*argv: str, terminal: bool = False) -> str:
 
 def test_a_command_line_that_asks_for_a_run_prints_nothing() -> None:
     stream = io.StringIO()
-    for argv in (["recipe=tiny"], ["recipe=tiny", "mode=train"], ["lerning_rate=1"], []):
+    for argv in (
+        ["recipe=tiny"],
+        ["recipe=tiny", "mode=train"],
+        ["recipe=tiny", "mode=preview"],
+        ["lerning_rate=1"],
+        [],
+    ):
         assert not print_request(argv, console=Console(file=stream))
     assert stream.getvalue() == ""
 
@@ -78,6 +84,7 @@ def test_help_names_every_key_and_its_meaning() -> None:
     for word in ("--help", "-h", "help"):
         text = printed(word)
         assert "train.lr" in text and "a number > 0 and <= 1" in text and "recipe=list" in text
+        assert "mode=preview" in text and "blocks=N" in text
 
 
 def test_showing_imports_no_torch() -> None:

@@ -114,6 +114,20 @@ def test_a_fault_on_one_rank_ends_both_and_status_json_names_the_cause(arguments
     assert not (tmp_path / "run" / "adapter").exists()
 
 
+def test_a_fault_in_the_data_is_met_by_both_ranks_and_said_once(arguments, tmp_path):
+    broken = tmp_path / "broken.jsonl"
+    broken.write_text('{"text": "a river"}\n{"text": \n')
+    main = str(ROOT / "launcher" / "main.py")
+    others = [argument for argument in arguments if not argument.startswith("data.sources")]
+    more = [f"data.sources=[{{path: {broken}}}]", f"run.output_dir={tmp_path / 'run'}"]
+    done = finished([*LAUNCH, "--main_process_port", "0", main, *others, *more], tmp_path)
+    assert done.returncode != 0
+    assert done.stderr.count(f"{broken}:2: every line is one JSON object.") == 1
+    assert "exit code 3" in done.stderr
+    assert not (tmp_path / "run").exists()
+    assert "LostRank" not in done.stderr and "another rank" not in done.stderr
+
+
 def test_a_process_ends_though_its_last_collective_is_still_being_put_away(tmp_path):
     """Without ranks.hold_process_group this hangs within a few dozen of these lives."""
     worker = str(ROOT / "tests" / "train" / "group_worker.py")

@@ -1,0 +1,57 @@
+import numpy as np
+import pytest
+
+from launcher.data.rows import Conversation, Message, Text
+from launcher.data.splits import digest, held_out, weighted
+
+
+def digests(*names: str, seed: int = 0) -> list[bytes]:
+    return [digest(Text(name, where=f"f:{i}"), seed=seed) for i, name in enumerate(names)]
+
+
+@pytest.mark.parametrize(("rows", "fraction", "expected"), [(2, 0.01, 1), (2, 0.99, 1), (10, 0.05, 1), (100, 0.25, 25)])
+def test_a_tiny_set_validates_on_at_least_one_row_and_trains_on_at_least_one(
+    rows: int, fraction: float, expected: int
+) -> None:
+    assert held_out(digests(*map(str, range(rows))), fraction=fraction).sum() == expected
+
+
+def test_many_equal_rows_are_not_all_held_out() -> None:
+    for seed in range(10):
+        held = held_out(digests(*["same"] * 90, *map(str, range(10)), seed=seed), fraction=0.05)
+        assert (held.sum(), held[:90].any()) == (5, False)
+    assert held_out(digests(*["a"] * 50, *["b"] * 40), fraction=0.05).sum() == 40
+
+
+def test_a_rows_side_follows_from_the_seed_and_not_from_its_place() -> None:
+    names = [str(n) for n in range(200)]
+    sides = []
+    for order, seed in ((names, 3), (names[::-1], 3), (names, 4)):
+        held = held_out(digests(*order, seed=seed), fraction=0.1)
+        sides.append({name for name, chosen in zip(order, held, strict=True) if chosen})
+    assert sides[0] == sides[1]
+    assert sides[0] != sides[2]
+
+
+def test_rows_are_equal_by_what_is_said_and_by_whom() -> None:
+    said = [(("user", "a"), ("assistant", "b")), (("user", "a"), ("user", "b")), (("user", "ab"), ("assistant", ""))]
+    rows = [Conversation(tuple(Message(*m) for m in messages), where="x") for messages in said]
+    assert len({digest(row, seed=0) for row in [*rows, *rows]}) == 3
+    assert digest(rows[0], seed=0) != digest(rows[0], seed=1)
+
+
+def test_an_epoch_gives_each_source_its_share_and_keeps_its_length() -> None:
+    sources = [np.arange(0, 90), np.arange(90, 100)]
+    rows, repeated, left_out = weighted(sources, [3.0, 1.0], seed=0)
+    assert len(rows) == 100
+    assert (np.count_nonzero(rows < 90), np.count_nonzero(rows >= 90)) == (75, 25)
+    assert (repeated, left_out) == (15, 15)
+    assert set(np.bincount(rows)[90:]) == {2, 3}  # whole passes first, then a choice
+    assert np.bincount(rows)[:90].max() == 1
+    assert np.array_equal(rows, weighted(sources, [30.0, 10.0], seed=0)[0])
+    assert not np.array_equal(rows, weighted(sources, [3.0, 1.0], seed=1)[0])
+
+
+def test_equal_shares_of_equal_sources_are_all_rows_once() -> None:
+    rows, repeated, left_out = weighted([np.arange(5), np.arange(5, 10)], [0.5, 0.5], seed=0)
+    assert (sorted(rows), repeated, left_out) == (list(range(10)), 0, 0)
