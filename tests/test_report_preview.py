@@ -2,6 +2,7 @@
 
 import io
 import re
+import unicodedata
 from dataclasses import replace
 from typing import Any
 
@@ -106,6 +107,16 @@ def test_nothing_of_the_data_is_obeyed_by_terminal_or_markup(colour: bool) -> No
     assert not set(without_codes(text)) & {"\x1b", "\x07", "\x9b", "\r", "\b", "\ud800"}
     assert text.count("[bold]x[/bold] [/] :smile:") >= 3
     assert "\\x1b[31m\\x1b]0;title\\x07\\x9b2J\\r\\x08" in text
+
+
+def test_no_character_of_the_data_hides_or_reorders_what_stands_beside_it() -> None:
+    unseen = [chr(n) for n in (*range(0x200B, 0x2010), *range(0x2028, 0x202F), *range(0x2060, 0x2070), 0xAD, 0xFEFF)]
+    unseen = [char for char in unseen if unicodedata.category(char) != "Cn"] + ["\u061c", "\U000e0041"]
+    ordinary = "مرحبا नमस्ते 你好 👍 é\u0301"
+    text = page(record(DocumentPreview(1, 3, 1, (TextPart(ordinary, True), TextPart("".join(unseen), False)))))
+    joined = "".join(text.split())  # as if it were not wrapped
+    assert not set(text) & set(unseen) and ordinary.replace(" ", "") in joined
+    assert "\\u200b\\u200c" in joined and all(char.encode("unicode_escape").decode() in joined for char in unseen)
 
 
 def test_each_document_has_a_rule_with_its_number_tokens_and_targets_and_padding_is_summed_up() -> None:

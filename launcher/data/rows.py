@@ -46,8 +46,16 @@ class RowFault(DataError):
 
 
 def shown(value: Any) -> str:
-    """A value of the data as JSON for a message: short, on one line, in ASCII (a terminal must not obey it)."""
-    if isinstance(value, list | dict):
-        return "a list" if isinstance(value, list) else "an object"
-    text = json.dumps(value)
+    """A value of the data as JSON for a message: short, on one line, in ASCII (a terminal must not obey it).
+
+    What JSON does not know (the dates, bytes and decimals of typed tables) goes by the name of its type.
+    """
+    if isinstance(value, list | tuple):
+        return "a list"
+    if isinstance(value, dict):
+        return "an object"
+    try:
+        text = json.dumps(value)
+    except (TypeError, ValueError):  # ValueError: an integer of more digits than Python writes out
+        return f"a value of type {type(value).__name__}"
     return text if len(text) <= 80 else text[:77] + "..."

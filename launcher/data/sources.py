@@ -19,7 +19,7 @@ READERS: dict[str, Callable[[Path, str], Iterator[Record]]] = {
     ".jsonl": jsonl_records,
     ".json": json_records,
     ".csv": csv_records,
-    ".parquet": partial(parquet_records, streaming=False),
+    ".parquet": parquet_records,
     ".txt": text_records,
 }
 SUPPORTED = ", ".join(READERS)
@@ -102,14 +102,13 @@ def _files_within(folder: Path) -> list[Path]:
 
 def _feed(file: Path, source: Source, *, streaming: bool) -> Feed:
     suffix, name = file.suffix.lower(), str(file)
-    read = partial(parquet_records, streaming=True) if streaming and suffix == ".parquet" else READERS[suffix]
     with opened(file, name):
         if streaming:
             status = file.stat()
             identity = f"{file.absolute()}:{status.st_size}:{status.st_mtime_ns}"
         else:
             identity = _digest(file)
-    return Feed(name, source.format, f"{suffix}:{identity}", partial(read, file, name))
+    return Feed(name, source.format, f"{suffix}:{identity}", partial(READERS[suffix], file, name))
 
 
 def _digest(file: Path) -> str:

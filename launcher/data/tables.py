@@ -1,22 +1,24 @@
-"""Tables as records: .csv by the line, .parquet and whatever else `datasets` has built from its Arrow cache.
+"""Tables as records: .csv by the line, .parquet by the batch, both from the file itself and never as a whole.
 
 A .csv is read here, and every cell stays the text it is: the readers of whole tables guess types ("007" becomes 7, "NA"
-nothing), shift the columns of rows that have one cell too many and fill those that have one too few.
+nothing), shift the columns of rows that have one cell too many and fill those that have one too few. A .parquet is not
+left to `datasets`, whose copy of it anyone may read, and which takes a file for unchanged by its path and time.
 """
 
 import csv
-import glob
-import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from launcher.data.lines import Record, decoded, lines, opened
 from launcher.data.rows import RowFault, shown
 from launcher.errors import DataError
 
+if TYPE_CHECKING:
+    import pyarrow
+
 BATCH = 1000  # rows of a table in memory at a time
+PAGES = 1 << 20  # bytes read ahead in each column of a .parquet; else the chunks of a row group are read as a whole
 LONGEST_CELL = 1 << 27  # characters: a quote that is never closed must not read the whole file into memory
 
 
@@ -62,6 +64,10 @@ def _header(reader: Iterator[list[str]], name: str, faults: list[RowFault]) -> l
         raise _fault(name, "the first line of a .csv file is its header.", f"{error}") from None
     if faults:  # without a header no row can be read, so that none can be skipped
         raise faults[0]
+    return _distinct(columns, name)
+
+
+def _distinct(columns: list[str], name: str) -> list[str]:
     if len(set(columns)) < len(columns):
         twice = next(column for column in columns if columns.count(column) > 1)
         raise DataError(f"{name}: a column has a name of its own.\nFound: {shown(twice)} twice.\nRename one of them.")
@@ -72,74 +78,74 @@ def _fault(where: str, rule: str, found: str) -> RowFault:
     return RowFault("broken_csv", where=where, rule=rule, found=found)
 
 
-def parquet_records(path: Path, name: str, *, streaming: bool) -> Iterator[Record]:
-    """The rows of a .parquet file; streaming: from the file itself, without a copy in the cache of `datasets`."""
+def parquet_records(path: Path, name: str) -> Iterator[Record]:
+    """The rows of a .parquet file, their cells as plain Python values. Raises DataError when it cannot be read (on)."""
+    number = 0
+    for batch in _batches(path, name):
+        columns = _distinct(batch.schema.names, name)
+        values = [_cells(array) for array in batch.columns]
+        for index in range(batch.num_rows):
+            number += 1
+            where = f"{name} row {number}"
+            fields = {column: cells[index] for column, cells in zip(columns, values, strict=True)}
+            faulty = [(column, cell) for column, cell in fields.items() if isinstance(cell, _NoValue)]
+            yield Record(where, _cell_fault(where, *faulty[0]) if faulty else fields)
 
-    def build(datasets: ModuleType) -> Any:
-        # Escaped: `datasets` takes the path for a pattern.
-        file = glob.escape(str(path.absolute()))
-        return datasets.load_dataset_builder("parquet", data_files=file, batch_size=BATCH)
 
+def _batches(path: Path, name: str) -> "Iterator[pyarrow.RecordBatch]":
+    from pyarrow.parquet import ParquetFile  # a third of a second, for those who have such files
+
+    number = 0
     with opened(path, name) as stream:
         if not stream.read(1):
-            return iter(())
-    return built_records(build, name, split="train", streaming=streaming)
+            return
+        try:
+            file = ParquetFile(stream, buffer_size=PAGES, pre_buffer=False)
+            for group in range(file.num_row_groups):  # each alone: Arrow cannot join what nested dictionaries hold
+                for batch in file.iter_batches(batch_size=BATCH, row_groups=[group]):
+                    yield batch
+                    number += batch.num_rows
+        except Exception as error:  # Arrow's kinds, and whatever else a damaged file leads it to
+            raise unreadable(name, error, after=number, remedy="Write the file anew") from error
 
 
-Build = Callable[[ModuleType], Any]  # `datasets` -> a DatasetBuilder
+class _NoValue:
+    """Stands for a cell that Python cannot hold: a date beyond the year 9999, text that is not UTF-8."""
+
+    def __init__(self, kind: str, error: Exception) -> None:
+        self.kind, self.error = kind, error
 
 
-def built_records(build: Build, name: str, *, split: str, streaming: bool) -> Iterator[Record]:
-    """The rows of a split as `datasets` gives them. Raises DataError with its reason when it cannot."""
-    number = 0
-    for batch in _batches(build, name, split=split, streaming=streaming):
-        columns = list(batch)
-        for values in zip(*batch.values(), strict=True):
-            number += 1
-            yield Record(f"{name} row {number}", dict(zip(columns, values, strict=True)))
-
-
-def _batches(build: Build, name: str, *, split: str, streaming: bool) -> Iterator[dict[str, list[Any]]]:
-    number = 0
+def _cells(array: "pyarrow.Array") -> list[Any]:
     try:
-        builder = build(quiet_datasets())
-        if streaming:
-            dataset = builder.as_streaming_dataset(split)
-        else:
-            builder.download_and_prepare()
-            if split in builder.info.splits and not builder.info.splits[split].num_examples:
-                return  # it refuses to give a dataset without rows
-            dataset = builder.as_dataset(split)
-        for batch in dataset.iter(batch_size=BATCH):
-            yield batch
-            number += len(next(iter(batch.values())))
-    except Exception as error:  # its own kinds, and those of Arrow, of the hub and of the network behind it
-        raise _unreadable(name, error, after=number) from error
+        return list(array.to_pylist())
+    except Exception:  # OverflowError, UnicodeDecodeError, Arrow's own and more, by the type; one cell spoils them all
+        return [_cell(scalar) for scalar in array]
 
 
-def quiet_datasets() -> ModuleType:
-    """`datasets`, imported when a table is read and not before: it takes over a second.
-
-    Without bars and log lines (`_unreadable` says what it would log), and without the request by which it counts every
-    load, that of a local file too: https://github.com/huggingface/datasets/blob/5.2.0/src/datasets/load.py#L189.
-    """
-    import datasets
-    import huggingface_hub
-
-    datasets.disable_progress_bars()
-    huggingface_hub.utils.disable_progress_bars()
-    datasets.logging.set_verbosity(logging.CRITICAL)
-    datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False
-    return datasets
+def _cell(scalar: "pyarrow.Scalar") -> Any:
+    try:
+        return scalar.as_py()
+    except Exception as error:
+        return _NoValue(str(scalar.type), error)
 
 
-def _unreadable(name: str, error: BaseException, *, after: int) -> DataError:
+def _cell_fault(where: str, column: str, cell: _NoValue) -> RowFault:
+    rule = f"the column {shown(column)} holds values that can be read."
+    reason = "encoding" if isinstance(cell.error, UnicodeDecodeError) else "wrong_type"
+    return RowFault(reason, where=where, rule=rule, found=f"a value of type {_line(cell.kind)}: {_line(cell.error)}")
+
+
+def unreadable(name: str, error: BaseException, *, after: int, remedy: str) -> DataError:
     """The last cause of the failure, in its own words and on one line."""
     while error.__cause__ is not None:
         error = error.__cause__
-    reason = " ".join(str(error).split()) or type(error).__name__
     place = f" after row {after}" if after else ""
     return DataError(
-        f"{name}: a source must be readable as a table.\nFound{place}: {reason[:300]}\n"
-        "Correct the source or its config, split and revision, or write its rows into a .jsonl file."
+        f"{name}: a source must be readable as a table.\n"
+        f"Found{place}: {_line(error) or type(error).__name__}\n{remedy}, or write its rows into a .jsonl file."
     )
+
+
+def _line(text: object) -> str:
+    return " ".join(str(text).split())[:300]

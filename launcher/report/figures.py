@@ -6,15 +6,19 @@ from collections.abc import Sequence
 from rich.style import Style
 from rich.text import Text
 
+# Controls, halves of surrogate pairs, line and paragraph separators, and format characters: those of direction reorder
+# what stands beside them, those without width are not seen.
+_UNSEEN = ("Cc", "Cf", "Cs", "Zl", "Zp")
+
 
 def literal(value: object, style: str | Style = "") -> Text:
     """Text of a user, a model or a library, as it is: no markup is read in it, and what a terminal would obey
-    (control characters, lone surrogates) is shown as its escape. Line breaks and tabs stay."""
+    (control and format characters, lone surrogates) is shown as its escape. Line breaks and tabs stay."""
     return Text("".join(map(_visible, str(value))), style)
 
 
 def _visible(char: str) -> str:
-    if char in "\n\t" or unicodedata.category(char) not in ("Cc", "Cs"):
+    if char in "\n\t" or unicodedata.category(char) not in _UNSEEN:
         return char
     return char.encode("unicode_escape").decode("ascii")
 

@@ -1,3 +1,5 @@
+import datetime
+import decimal
 import json
 from collections import Counter
 from collections.abc import Callable
@@ -7,7 +9,7 @@ from typing import Any
 import pytest
 
 from launcher.data.formats import read_rows
-from launcher.data.rows import Conversation, Message, Row, RowFault, Text
+from launcher.data.rows import Conversation, Message, Row, RowFault, Text, shown
 from launcher.data.sources import open_source
 from launcher.errors import DataError
 from launcher.recipe.schema import Source
@@ -267,6 +269,26 @@ def test_rows_are_given_while_the_source_is_read(write: Write) -> None:
     assert next(rows) == Text("one", f"{path}:1") and counts == {"rows_read": 1}
     with pytest.raises(RowFault):
         list(rows)
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (datetime.date(2020, 1, 1), "a value of type date"),
+        (datetime.timedelta(1), "a value of type timedelta"),
+        (decimal.Decimal("1.5"), "a value of type Decimal"),
+        (b"\xff", "a value of type bytes"),
+        (object(), "a value of type object"),
+        (10**5000, "a value of type int"),
+        (("a", b""), "a list"),
+        ({b"": object()}, "an object"),
+        (float("nan"), "NaN"),
+        ("\ud800\x1b", '"\\ud800\\u001b"'),
+    ],
+    ids=lambda it: type(it).__name__,
+)
+def test_any_value_can_be_shown(value: Any, text: str) -> None:
+    assert shown(value) == text
 
 
 def test_a_fault_is_a_data_error_that_carries_its_reason() -> None:

@@ -1,6 +1,8 @@
 """No row, however broken, brings a traceback, and none is lost; what is well written is read back as it was."""
 
 import csv
+import datetime
+import decimal
 import io
 import json
 import random
@@ -9,12 +11,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from launcher.data.formats import read_rows
-from launcher.data.rows import ROLES, Conversation, Message, Row, Text
+from launcher.data.rows import ROLES, Conversation, Message, Row, RowFault, Text
 from launcher.data.sources import open_source
 from launcher.errors import DataError
 from launcher.recipe.schema import Source
@@ -137,6 +141,63 @@ def test_a_mutated_file_of_another_kind_is_read_or_refused(tmp_path: Path, suffi
             dropped = sum(n for key, n in counts.items() if key.startswith("rows_dropped_"))
             assert len(rows) + dropped == counts["rows_read"]
     assert outcomes["read"] > 50 and outcomes["refused"] + outcomes["with faults"] > 50
+
+
+STRINGS = [pa.string(), pa.large_string(), pa.string_view(), pa.dictionary(pa.int32(), pa.string())]
+TYPED: list[tuple[pa.DataType, Any]] = [  # what is no string, and a value of it
+    (pa.bool_(), True),
+    (pa.int8(), -1),
+    (pa.uint64(), 2**64 - 1),
+    (pa.float16(), 1.5),
+    (pa.float64(), float("nan")),
+    (pa.date32(), datetime.date(2020, 1, 1)),
+    (pa.date64(), datetime.date(2020, 1, 1)),
+    (pa.time32("s"), datetime.time(1)),
+    (pa.time64("ns"), datetime.time(1)),
+    (pa.timestamp("s"), 0),
+    (pa.timestamp("s"), 2**49),  # beyond what Python holds, as the next
+    (pa.date32(), 2**30),
+    (pa.timestamp("ns"), 1),
+    (pa.timestamp("us", tz="UTC"), 0),
+    (pa.duration("us"), 1),
+    (pa.decimal128(9, 2), decimal.Decimal("1.50")),
+    (pa.decimal256(60, 2), decimal.Decimal("1.50")),
+    (pa.binary(), b"\xff"),
+    (pa.large_binary(), b"text"),
+    (pa.binary(2), b"ab"),
+    (pa.list_(pa.string()), ["a"]),
+    (pa.list_(pa.binary(), 1), [b"a"]),
+    (pa.struct({"a": pa.date32()}), {"a": None}),
+    (pa.map_(pa.string(), pa.binary()), [("a", b"b")]),
+    (pa.null(), None),
+]
+
+
+CASES = [(kind, value, nested) for nested in (False, True) for kind, value in [*((s, None) for s in STRINGS), *TYPED]]
+CASES.remove((pa.string_view(), None, True))  # which pyarrow does not write
+
+
+@pytest.mark.parametrize(("kind", "value", "nested"), CASES, ids=lambda it: str(it).replace(" ", ""))
+def test_a_parquet_file_of_any_type_is_read_and_counted_exactly(
+    tmp_path: Path, kind: pa.DataType, value: Any, nested: bool
+) -> None:
+    rng = random.Random(f"{kind} {value} {nested}")
+    good, path = kind in STRINGS, tmp_path / "rows.parquet"
+    cells = [rng.choice(["a river", "", None] if good else [value, value, None]) for _ in range(60)]
+    column = pa.array(cells, pa.string()).cast(kind) if good else pa.array(cells, kind)
+    if nested:
+        roles = pa.array(["assistant"] * 60)
+        message = pa.StructArray.from_arrays([roles, column], ["role", "content"])
+        column = pa.ListArray.from_arrays(pa.array(range(61), pa.int32()), message)
+    pq.write_table(pa.table({"messages" if nested else "text": column}), path, row_group_size=25)
+    rows, counts = read(path, "auto")
+    nothing = 0 if nested else cells.count("")  # a message may be empty
+    found = counts.pop("rows_dropped_empty", 0), counts.pop("rows_dropped_wrong_type", 0), counts.pop("rows_read")
+    expected = sum(cell is not None for cell in cells) - nothing if good else 0
+    assert found == (nothing, 60 - expected - nothing, 60) and len(rows) == expected and not counts
+    with pytest.raises(RowFault, match=r"row \d+: "):
+        [feed] = open_source(Source(path=str(path)), streaming=True)
+        list(read_rows(feed, bad_rows="raise", counts=Counter()))
 
 
 texts = st.text(st.characters(codec="utf-8", exclude_characters="\0"), max_size=30)  # a .csv file holds no zero byte

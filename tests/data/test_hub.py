@@ -1,6 +1,9 @@
+import datetime
 import json
+import logging
 import shutil
 import time
+from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -8,6 +11,7 @@ from typing import Any
 import pytest
 
 from launcher.data import hub
+from launcher.data.formats import read_rows
 from launcher.data.rows import RowFault
 from launcher.data.sources import Feed, open_source
 from launcher.errors import DataError
@@ -149,8 +153,76 @@ def test_without_the_hub_the_cache_serves_and_it_is_said(cached: Path, streaming
 
 def test_without_the_hub_a_revision_must_be_the_cached_commit(cached: Path) -> None:
     assert texts(open_hub(revision=COMMIT[:8])) == ["one", "two"]
-    for revision in ("main", "ffff"):
-        assert f"the cache holds commit {COMMIT}" in refusal(revision=revision)
+    for revision in ("main", "ffff", "../../x"):
+        message = refusal(revision=revision)
+        assert f"the cache holds commit {COMMIT}, and not which commit '{revision}' is" in message
+
+
+def test_without_the_hub_a_branch_is_the_commit_that_it_last_was(
+    answer: Any, cached: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import datasets
+    import huggingface_hub
+
+    asked: list[tuple[Any, ...]] = []
+    refs = tmp_path / "hub" / "datasets--owner--rows" / "refs"
+
+    def download(repo_id: str, filename: str, *, repo_type: str, revision: str) -> str:
+        """As the hub's client does it: the card, and beside it the commit of the branch."""
+        asked.append((repo_id, filename, repo_type))
+        (refs / revision).parent.mkdir(parents=True, exist_ok=True)
+        (refs / revision).write_text(COMMIT)
+        return "README.md"
+
+    load = datasets.load_dataset_builder
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    monkeypatch.setattr(datasets, "load_dataset_builder", lambda path, name=None, **_: load(path, name))
+    answer(COMMIT)
+    assert texts(open_hub()) == ["one", "two"] and not asked
+    for revision in ("main", "refs/pr/1"):
+        answer(COMMIT)
+        assert texts(open_hub(revision=revision)) == ["one", "two"]
+        answer(ConnectionError("no route"))
+        assert texts(open_hub(revision=revision)) == ["one", "two"]
+        (refs / revision).write_text(COMMIT[::-1])
+        assert f"'{revision}' was {COMMIT[::-1][:12]}" in refusal(revision=revision)
+    assert asked == [("owner/rows", "README.md", "dataset")] * 2
+
+
+def test_the_clients_own_cache_is_where_a_branch_is_looked_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import huggingface_hub
+    from huggingface_hub import file_download
+
+    folder = tmp_path / file_download.repo_folder_name(repo_id="owner/rows", repo_type="dataset")
+    (folder / "snapshots" / COMMIT).mkdir(parents=True)
+    file_download._cache_commit_hash_for_specific_revision(str(folder), "main", COMMIT)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    assert hub._remembered(Source(path="owner/rows", revision="main")) == COMMIT
+    assert hub._remembered(Source(path="owner/rows", revision="dev")) is None
+
+
+def test_datasets_is_quiet_and_its_loads_are_not_counted(cached: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_UPDATE_DOWNLOAD_COUNTS", True)
+    datasets.logging.set_verbosity_warning()
+    datasets.enable_progress_bars()
+    assert texts(open_hub()) == ["one", "two"]
+    assert datasets.logging.get_verbosity() == logging.CRITICAL  # its handler writes to a stream of its own
+    assert datasets.are_progress_bars_disabled() and not datasets.config.HF_UPDATE_DOWNLOAD_COUNTS
+
+
+def test_a_typed_cell_of_the_hub_is_a_fault_that_names_its_type(cached: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+
+    day = datasets.Dataset.from_list([{"text": datetime.date(2020, 1, 1)}])
+    builder = SimpleNamespace(
+        info=SimpleNamespace(splits={}), download_and_prepare=lambda: None, as_dataset=lambda split: day, hash=COMMIT
+    )
+    monkeypatch.setattr(datasets, "load_dataset_builder", lambda *_, **__: builder)
+    with pytest.raises(RowFault, match="owner/rows row 1: (.|\n)*a value of type date"):
+        list(read_rows(open_hub(), bad_rows="raise", counts=Counter()))
 
 
 def test_an_unknown_split_or_config_names_those_there_are(cached: Path) -> None:

@@ -1,9 +1,12 @@
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from launcher.data.rows import RowFault
@@ -126,6 +129,17 @@ def test_the_identity_of_a_file_is_that_of_its_bytes_and_streamed_of_its_state(f
     assert feeds(folder / "a.txt")[0].identity != before[0], "the same bytes are other rows as .txt"
 
 
+def test_the_rows_of_a_parquet_file_change_with_its_identity(tmp_path: Path) -> None:
+    path, seen = tmp_path / "rows.parquet", set()
+    for text in ("one", "two"):
+        pq.write_table(pa.table({"text": [text]}), path)
+        os.utime(path, ns=(10**18, 10**18))
+        [feed] = feeds(path)
+        seen.add(feed.identity)
+        assert rows(feed) == [{"text": text}]
+    assert len(seen) == 2
+
+
 def test_a_file_without_bytes_has_no_rows(tmp_path: Path) -> None:
     for suffix in ("jsonl", "json", "csv", "parquet", "txt"):
         (tmp_path / f"rows.{suffix}").touch()
@@ -151,9 +165,12 @@ def test_a_file_that_may_not_be_read_is_refused(folder: Path, monkeypatch: pytes
 
 
 def test_local_files_need_neither_datasets_nor_the_hub(folder: Path) -> None:
+    pq.write_table(pa.table({"text": ["a river"]}), folder / "e.parquet")
     code = (
         "import sys; from launcher.data.sources import open_source; from launcher.recipe.schema import Source\n"
-        f"[list(f.records()) for f in open_source(Source(path={str(folder)!r}), streaming=False)]\n"
+        f"source = Source(path={str(folder)!r})\n"
+        "read = [len([*feed.records()]) for s in (False, True) for feed in open_source(source, streaming=s)]\n"
+        "assert read == [2, 2, 2, 2, 1] * 2\n"
         "print([m for m in ('datasets', 'huggingface_hub', 'torch', 'pandas') if m in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
