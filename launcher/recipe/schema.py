@@ -1,19 +1,19 @@
 """The recipe: one frozen model per section, each field with its meaning, unit, range and default.
 
 The single source of truth: errors, `mode=show`, `--help` and the JSON schema read it from here. A subsystem is handed
-its section (`recipe.compile`), never the recipe. Imports pydantic alone.
+its section (`recipe.compile`), never the recipe. Imports pydantic, and section.py: what the sections are made of.
 """
 
-import re
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator
+from pydantic import BeforeValidator, Field, ValidationInfo, field_validator
 from pydantic_core import PydanticCustomError
+
+from launcher.recipe.section import RULE, Choice, Distinct, Section, Text, number_before_path, off_is
 
 LORA_TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 Region = Literal["mlp", "rmsnorm", "attention", "loss"]
-RULE = "rule"  # the type of an error between keys: its message is all there is to say
 REGIONS: list[Region] = ["mlp", "rmsnorm", "attention", "loss"]
 
 
@@ -29,40 +29,6 @@ def recipes_dir() -> Path:
         if (folder / "tiny.yaml").is_file():
             return folder
     raise FileNotFoundError(f"the shipped recipes are neither in {package} nor beside it: install the package again")
-
-
-def _switch(value: Any) -> Any:
-    """YAML reads bare on/off/yes/no as booleans: give back the word, for choices and for fields that can be off."""
-    word = str(value).lower() if isinstance(value, bool | str) else ""
-    return "off" if word in ("off", "no", "false") else "on" if word in ("on", "yes", "true") else value
-
-
-def _off_is(replacement: Any) -> BeforeValidator:
-    return BeforeValidator(lambda value: replacement if _switch(value) == "off" else value)
-
-
-def _number_before_path(value: Any) -> Any:
-    """Text that reads as a number is one: '1.5' is a fraction out of range, not the path of a file."""
-    text = re.sub(r"\.(?=(inf|nan)$)", "", value.strip().lower()) if isinstance(value, str) else value
-    try:
-        return float(text)
-    except (TypeError, ValueError):
-        return value
-
-
-def _distinct(values: list[str]) -> list[str]:
-    if len(set(values)) < len(values):
-        raise ValueError("an entry is given twice")
-    return values
-
-
-Choice = BeforeValidator(_switch)
-Distinct = AfterValidator(_distinct)
-Text = Annotated[str, Field(min_length=1)]
-
-
-class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class ModelSection(Section):
@@ -144,10 +110,10 @@ class DataSection(Section):
     batching: Annotated[Literal["packed", "bucketed", "padded"], Choice] = Field(
         "packed", description="Documents share rows; or a row each, of one of up to 6 lengths, or of max_length."
     )
-    max_length: int = Field(2048, ge=16, le=131072, description="Tokens per packed row.")
+    max_length: int = Field(2048, ge=16, le=131072, description="Most tokens of a row and of a document.")
     loss_on: Annotated[Literal["auto", "assistant", "completion", "all"], Choice] = Field(
         "auto",
-        description="Supervised tokens; auto: assistant of chats, completion of prompt-completion and alpaca; or all",
+        description="Supervised tokens; auto: assistant in chats, completion where there is a prompt, all in texts.",
     )
     bad_rows: Annotated[Literal["raise", "skip"], Choice] = Field(
         "raise", description="A row that cannot be read stops the run, or is skipped and counted."
@@ -156,10 +122,10 @@ class DataSection(Section):
         "truncate", description="What happens to a document longer than max_length; counted."
     )
     validation: Annotated[
-        Annotated[float, Field(ge=0, lt=1)] | Text, BeforeValidator(_number_before_path), _off_is(0.0)
+        Annotated[float, Field(ge=0, lt=1)] | Text | Source, BeforeValidator(number_before_path), off_is(0.0)
     ] = Field(
         0.05,
-        description="Fraction of the rows held out (0: none), or the path of validation data.",
+        description="Fraction of the rows held out (0: none), or validation data: a path, or an entry like a source's.",
         validate_default=True,
     )
     wait_s: int = Field(
@@ -169,8 +135,10 @@ class DataSection(Section):
     @field_validator("sources")
     @classmethod
     def _all_weights_or_none(cls, sources: list[Source]) -> list[Source]:
-        if len({source.weight is None for source in sources}) > 1:
-            raise PydanticCustomError(RULE, "data.sources: either all have a weight or none; give the others one too")
+        without = [source.path for source in sources if source.weight is None]
+        if 0 < len(without) < len(sources):
+            problem = f"data.sources: either all have a weight or none; {without[0][-60:]} has none; give it one"
+            raise PydanticCustomError(RULE, problem.replace("{", "{{").replace("}", "}}"))
         return sources
 
     @field_validator("batching")
@@ -185,7 +153,7 @@ class DataSection(Section):
 
     @field_validator("validation")
     @classmethod
-    def _rows_are_known(cls, validation: float | str, info: ValidationInfo) -> float | str:
+    def _rows_are_known(cls, validation: float | str | Source, info: ValidationInfo) -> float | str | Source:
         if info.data.get("streaming") and isinstance(validation, float) and validation:
             raise PydanticCustomError(
                 RULE, "data.validation must be data of its own, or 0, with data.streaming; try data.validation=0"
@@ -234,7 +202,7 @@ class TrainSection(Section):
     epochs: float | None = Field(
         None, gt=0, description="Passes over the packed data, if steps is null.", examples=[1.0], validate_default=True
     )
-    micro_batch: int = Field(1, ge=1, description="Packed rows per forward pass and process.")
+    micro_batch: int = Field(1, ge=1, description="Rows per forward pass and process.")
     accumulation: int = Field(1, ge=1, description="Forward passes per optimizer step.")
     lr: float = Field(2e-4, gt=0, le=1, description="Learning rate at its highest.")
     schedule: Annotated[Literal["cosine", "linear", "constant"], Choice] = Field(
@@ -245,7 +213,7 @@ class TrainSection(Section):
         "adamw", description="adamw is fused PyTorch; the others are bitsandbytes'."
     )
     weight_decay: float = Field(0.0, ge=0, description="Decoupled weight decay.")
-    clip: Annotated[Annotated[float, Field(gt=0)] | None, _off_is(None)] = Field(
+    clip: Annotated[Annotated[float, Field(gt=0)] | None, off_is(None)] = Field(
         1.0, description="Largest norm of the whole gradient; null or off: no clipping."
     )
     seed: int = Field(0, ge=0, lt=2**32, description="Seed of weights, dropout and data order.")
@@ -293,5 +261,7 @@ class Recipe(Section):
     def _a_stream_has_no_epochs(cls, train: TrainSection, info: ValidationInfo) -> TrainSection:
         data = info.data.get("data")
         if data and data.streaming and train.steps is None:
-            raise PydanticCustomError(RULE, "train.steps must be set with data.streaming, whose length is not known")
+            raise PydanticCustomError(
+                RULE, "train.steps must be set with data.streaming; got null; try train.steps=200"
+            )
         return train
