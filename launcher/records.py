@@ -27,6 +27,7 @@ class StartRecord:
     widths: tuple[int, ...]  # positions of a row: one length, or the few of data.batching=bucketed
     accumulation: int
     steps: int
+    epochs: float | None  # passes over the blocks; None of a stream
     optimizer: str
     compile: str  # e.g. "strict, scope layer, inductor"
     batching: str

@@ -31,7 +31,7 @@ def start_record(**changes: Any) -> StartRecord:
         recipe="llama1b", model="unsloth/Llama-3.2-1B-Instruct", family="llama", parameters=1_247_086_592,
         trainable=11_272_192, device=GPU, world_size=2, dtype="bfloat16", quantization="nf4, double quantised",
         attention="varlen: native kernel, one call for all documents of a block", micro_batch=2, widths=(2048,),
-        accumulation=4, steps=100, optimizer="adamw (fused)", compile="strict, scope layer, inductor",
+        accumulation=4, steps=100, epochs=6.4, optimizer="adamw (fused)", compile="strict, scope layer, inductor",
         batching="packed", streamed=False, template="the tokenizer's own", loss_on={"assistant": 3412},
         train_rows=3412, train_blocks=251, validation_rows=180, fill=0.973, run_dir="runs/llama1b-20260301-120000",
         notes=("dtype auto: bfloat16, compute capability 9.0",),
@@ -278,22 +278,3 @@ def test_an_output_that_is_not_unicode_gets_readable_text_and_no_crash() -> None
     summary(console, run_record())
     text = raw.getvalue().decode("ascii")
     assert "2 x 2,048" in text and "PASS" in text and "mod\\xe8le" in text
-
-
-def started(**changes: Any) -> str:
-    console = Console(file=io.StringIO(), width=120, force_terminal=False)
-    start_panel(console, start_record(**changes))
-    return printed(console)
-
-
-def test_the_start_panel_tells_several_widths_from_one_and_a_stream_from_rows() -> None:
-    assert "B × S = 2 × 2,048 ·" in started() and "packed: 251 blocks" in started()
-    several = started(widths=(64, 512, 2048), batching="bucketed")
-    assert "B × S = 2 × (64, 512, 2,048)" in several and "at most 32,768 tokens" in several
-    stream = started(streamed=True, train_rows=0)
-    assert "streamed, packed: 251 blocks, 97.3 % filled, in the first window" in stream and " 0 rows" not in stream
-
-
-def test_the_start_panel_says_what_the_loss_sees_and_whose_template_renders() -> None:
-    text = started(loss_on={"assistant": 3000, "all": 412}, template="chatml")
-    assert "assistant in 3,000 rows, all in 412 rows · template: chatml" in text

@@ -32,7 +32,7 @@ from numpy.typing import NDArray
 from launcher.data.blocks import Blocks
 from launcher.data.documents import Documents
 from launcher.private_folder import private_cache
-from launcher.recipe.schema import DataSection
+from launcher.recipe.schema import DataSection, Source
 
 MAX_BYTES = 20 * 2**30  # of all entries together
 MAX_ENTRIES = 32
@@ -54,19 +54,19 @@ class Entry:
     meta: dict[str, Any]
 
 
-def fingerprint(
-    data: DataSection, *, identities: Sequence[Sequence[str]], tokenizer: Any, template: str, seed: int
-) -> str:
+def fingerprint(data: DataSection, *, identities: Sequence[Sequence[str]], tokenizer: Any, seed: int) -> str:
     """A name for everything that decides the prepared arrays; 40 hexadecimal digits.
 
     `identities`: of each source's feeds, in the order of data.sources, those of a validation source last. They stand
-    for the paths, of which only the suffix counts. `template`: the chat template as it is used.
+    for the paths, of which only the suffix counts. `tokenizer` has the chat template that is used.
     """
     section = data.model_dump(mode="json", exclude={"wait_s"})
     for source in section["sources"]:
         source["path"] = Path(source["path"]).suffix
     if isinstance(data.validation, str):
         section["validation"] = ["path", Path(data.validation).suffix]
+    elif isinstance(data.validation, Source):
+        section["validation"]["path"] = Path(data.validation.path).suffix
     decided = {
         "code": _own_code(),
         "versions": [version(name) for name in DECIDING],
@@ -74,7 +74,7 @@ def fingerprint(
         "identities": identities,
         "tokenizer": hashlib.blake2b(tokenizer.backend_tokenizer.to_str().encode()).hexdigest(),
         "special": [tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id, tokenizer.all_special_ids],
-        "templates": [template, tokenizer.chat_template],
+        "template": tokenizer.chat_template,
         "seed": seed,
     }
     return hashlib.blake2b(json.dumps(decided, sort_keys=True).encode(), digest_size=20).hexdigest()

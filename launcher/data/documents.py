@@ -32,7 +32,7 @@ class Document:
 
 @dataclass(frozen=True)
 class Documents:
-    """D documents in flat arrays, as the module draws them; the arrays may be memory-mapped and read-only."""
+    """D documents in flat arrays, as the module draws them, none empty; they may be memory-mapped and read-only."""
 
     input_ids: Ints
     supervised: Bools
@@ -72,7 +72,8 @@ class Documents:
     @property
     def targets(self) -> Longs:
         """Supervised tokens of each document, int64 [D]; its first token is never one: nothing predicts it."""
-        sums = np.concatenate([[0], np.cumsum(self.supervised, dtype=np.int64)])
         starts = self.offsets[:-1]
-        first = self.supervised[starts] if len(self) else np.zeros(0, np.bool_)
-        return sums[self.offsets[1:]] - sums[starts] - first
+        if not len(starts):
+            return np.zeros(0, np.int64)
+        # No cumulative sum: its 8 bytes a token would be more than the documents themselves.
+        return np.add.reduceat(self.supervised, starts, dtype=np.int64) - self.supervised[starts]

@@ -1,7 +1,7 @@
 """Rows of several sources become documents that fit, with a count for everything that was left out."""
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 
@@ -19,6 +19,66 @@ from launcher.recipe.schema import DataSection
 CHUNK = 1024  # rows rendered and tokenised at once
 
 
+@dataclass(frozen=True)
+class Fitted:
+    """A row with its documents, each of at most max_length tokens and at least one target."""
+
+    ordinal: int  # among the rows given
+    row: Row
+    documents: list[Document]
+    digest: bytes  # of the row's content
+
+
+class Fitter:
+    """Makes documents of rows as data.too_long and data.bad_rows say, and counts what it leaves out.
+
+    `without` holds digests of rows that are left out, since they validate.
+    """
+
+    def __init__(self, encoder: Encoder, *, data: DataSection, seed: int, without: Collection[bytes] = ()) -> None:
+        self.encoder = encoder
+        self._data, self._seed = data, seed
+        self._without = frozenset(without)
+
+    def fit(self, rows: Iterable[Row], counts: Counter[str]) -> Iterator[Fitted]:
+        """The rows that have something to learn, in order."""
+        rows, start = iter(rows), 0
+        while chunk := list(islice(rows, CHUNK)):
+            for ordinal, (row, document) in enumerate(zip(chunk, self.encoder.encode(chunk), strict=True), start):
+                found = digest(row, seed=self._seed)
+                documents = [] if self._is_left_out(document, found, counts) else self._pieces(row, document, counts)
+                if documents:
+                    yield Fitted(ordinal, row, documents, found)
+            start += len(chunk)
+
+    def _is_left_out(self, document: Document | RowFault, found: bytes, counts: Counter[str]) -> bool:
+        if isinstance(document, RowFault):
+            if self._data.bad_rows == "raise":
+                raise document
+            counts[f"rows_dropped_{document.reason}"] += 1
+            return True
+        if found in self._without:
+            counts["rows_dropped_in_validation"] += 1
+            return True
+        return False
+
+    def _pieces(self, row: Row, document: Document | RowFault, counts: Counter[str]) -> list[Document]:
+        assert isinstance(document, Document)
+        if self.encoder.loss_on(row) != "all":
+            counts["empty_assistant_turns"] += _empty_turns(row)
+        pieces = _cut(row, document, data=self._data)
+        learnable = [piece for piece in pieces if piece.supervised[1:].any()]  # nothing predicts a first token
+        if not pieces:
+            counts["rows_dropped_too_long"] += 1
+        elif not learnable:
+            counts["rows_dropped_zero_supervised"] += 1
+        elif len(document) > self._data.max_length:
+            counts["split" if self._data.too_long == "split" else "truncated"] += 1
+            if len(learnable) < len(pieces):
+                counts["pieces_dropped_zero_supervised"] += len(pieces) - len(learnable)
+        return learnable
+
+
 @dataclass
 class Encoded:
     """The usable rows. Row r is the `ordinals[r]`-th of source `sources[r]`, and has the documents whose `rows` is r:
@@ -30,16 +90,19 @@ class Encoded:
     digests: list[bytes] = field(default_factory=list)
     sources: list[int] = field(default_factory=list)
     ordinals: list[int] = field(default_factory=list)
-    loss_on: Counter[str] = field(default_factory=Counter)  # rows by what the loss sees of them
+    loss_on: list[str] = field(default_factory=list)  # what the loss sees of the row
+    is_chat: list[bool] = field(default_factory=list)
 
-    def add(self, row: Row, documents: Sequence[Document], *, source: int, ordinal: int, seed: int) -> None:
-        self.rows += [len(self.digests)] * len(documents)
-        self.pending += documents
+    def add(self, fitted: Fitted, *, source: int, loss_on: str) -> None:
+        self.rows += [len(self.digests)] * len(fitted.documents)
+        self.pending += fitted.documents
         if len(self.pending) >= CHUNK:
             self._flush()
-        self.digests.append(digest(row, seed=seed))
+        self.digests.append(fitted.digest)
         self.sources.append(source)
-        self.ordinals.append(ordinal)
+        self.ordinals.append(fitted.ordinal)
+        self.loss_on.append(loss_on)
+        self.is_chat.append(isinstance(fitted.row, Conversation))
 
     def flat(self) -> Documents:
         """All documents, in order; what they were collected in is given up."""
@@ -61,48 +124,21 @@ class Encoded:
 
 
 def encode_sources(
-    sources: Sequence[Sequence[Feed]], encoder: Encoder, *, data: DataSection, seed: int, counts: Counter[str]
+    sources: Sequence[Sequence[Feed]], fitter: Fitter, *, bad_rows: str, counts: Counter[str]
 ) -> Encoded:
     """The usable rows of the sources. Adds to `counts` what prepare() names.
 
-    Raises DataError: a row is faulty with bad_rows "raise", too long with too_long "raise", or none is left.
+    Raises DataError: a row is faulty with bad_rows "raise", too long with too_long "raise", or a source has none left.
     """
     encoded = Encoded()
     for index, feeds in enumerate(sources):
-        before = Counter(counts)
-        found = len(encoded.digests)
-        rows = (row for feed in feeds for row in read_rows(feed, bad_rows=data.bad_rows, counts=counts))
-        for ordinal, row, documents in fitted_rows(rows, encoder, data=data, counts=counts):
-            encoded.add(row, documents, source=index, ordinal=ordinal, seed=seed)
-            encoded.loss_on[encoder.loss_on(row)] += 1
+        before, found = Counter(counts), len(encoded.digests)
+        rows = (row for feed in feeds for row in read_rows(feed, bad_rows=bad_rows, counts=counts))
+        for fitted in fitter.fit(rows, counts):
+            encoded.add(fitted, source=index, loss_on=fitter.encoder.loss_on(fitted.row))
         if len(encoded.digests) == found:
             raise nothing_left(feeds, counts - before)
     return encoded
-
-
-def fitted_rows(
-    rows: Iterable[Row], encoder: Encoder, *, data: DataSection, counts: Counter[str]
-) -> Iterator[tuple[int, Row, list[Document]]]:
-    """(ordinal, row, its documents of at most max_length tokens and at least one target) of the rows that have any."""
-    rows, start = iter(rows), 0
-    while chunk := list(islice(rows, CHUNK)):
-        for ordinal, (row, document) in enumerate(zip(chunk, encoder.encode(chunk), strict=True), start):
-            if isinstance(document, RowFault):
-                if data.bad_rows == "raise":
-                    raise document
-                counts[f"rows_dropped_{document.reason}"] += 1
-                continue
-            if encoder.loss_on(row) != "all":
-                counts["empty_assistant_turns"] += _empty_turns(row)
-            pieces = _fitted(row, document, data=data, counts=counts)
-            learnable = [piece for piece in pieces if piece.supervised[1:].any()]  # nothing predicts a first token
-            if learnable:
-                if len(learnable) < len(pieces):
-                    counts["pieces_dropped_zero_supervised"] += len(pieces) - len(learnable)
-                yield ordinal, row, learnable
-            elif pieces:
-                counts["rows_dropped_zero_supervised"] += 1
-        start += len(chunk)
 
 
 def _empty_turns(row: Row) -> int:
@@ -110,7 +146,8 @@ def _empty_turns(row: Row) -> int:
     return sum(m.role == "assistant" and not m.content.strip() for m in messages)
 
 
-def _fitted(row: Row, document: Document, *, data: DataSection, counts: Counter[str]) -> list[Document]:
+def _cut(row: Row, document: Document, *, data: DataSection) -> list[Document]:
+    """The document in pieces of at most max_length tokens: one, several with "split", none with "drop"."""
     length, most = len(document), data.max_length
     if length <= most:
         return [document]
@@ -119,20 +156,19 @@ def _fitted(row: Row, document: Document, *, data: DataSection, counts: Counter[
             f"{row.where}: with data.too_long=raise a row holds at most data.max_length={most} tokens.\n"
             f"Found: {length} tokens.\nRaise data.max_length, or set data.too_long=truncate, split or drop."
         )
-    if data.too_long == "drop":
-        counts["rows_dropped_too_long"] += 1
-        return []
-    counts["split" if data.too_long == "split" else "truncated"] += 1
-    starts = range(0, length, most) if data.too_long == "split" else [0]
+    starts = {"split": range(0, length, most), "drop": range(0)}.get(data.too_long, range(1))
     return [Document(document.input_ids[s : s + most], document.supervised[s : s + most]) for s in starts]
 
 
 def nothing_left(feeds: Sequence[Feed], counts: Counter[str]) -> DataError:
     """The error for feeds without one usable row; `counts` are those of reading them."""
     dropped = ", ".join(f"{n} {reason}" for reason, n in counts.items() if "dropped" in reason)
+    remedy = (
+        'Give rows with an answer, like {"messages": [{"role": "user", "content": "…"}, …]} or {"text": "…"},\n'
+        "raise data.max_length, or set data.loss_on=all."
+    )
     return DataError(
         f"{', '.join(feed.name for feed in feeds)}: 0 usable rows; a source needs one that holds a token to learn.\n"
         f"Found: {counts['rows_read']} rows read{'; ' if dropped else ''}{dropped}.\n"
-        'Give rows with an answer, like {"messages": [{"role": "user", "content": "…"}, …]} or {"text": "…"},\n'
-        "raise data.max_length, or set data.loss_on=all."
+        + (remedy if counts["rows_read"] else "It is empty: name another, or fill it.")
     )

@@ -4,8 +4,10 @@ read -> one kind of row -> render and mask -> fit -> split -> weigh -> lay out  
 """
 
 from collections import Counter
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from itertools import chain, islice
+from typing import cast
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
@@ -15,12 +17,13 @@ from launcher.data.blocks import Blocks
 from launcher.data.buckets import lay_out
 from launcher.data.chat import Encoder
 from launcher.data.documents import Documents, Longs
-from launcher.data.encoded import Encoded, encode_sources
+from launcher.data.encoded import Encoded, Fitter, encode_sources
 from launcher.data.formats import read_rows
-from launcher.data.rows import Conversation
+from launcher.data.rows import Conversation, RowFault
 from launcher.data.sources import Feed, open_source
 from launcher.data.splits import held_out, weighted
 from launcher.data.stream import Stream
+from launcher.errors import DataError
 from launcher.recipe.schema import DataSection, Source
 
 
@@ -45,7 +48,7 @@ class PreparedData:
     validation_rows: int
     loss_on: dict[str, int]  # training rows by what the loss sees of them
     template: str  # the chat template's name
-    identity: str  # equal where the blocks are
+    identity: str  # of what the blocks are made from: equal on ranks that read the same data alike
     notes: tuple[str, ...] = ()  # for the report
 
     @property
@@ -65,6 +68,11 @@ class _Job:
     pad_id: int
     seed: int
 
+    def fitter(self, validating: Encoded | None) -> Fitter:
+        """Makes documents of rows, but of none that validates."""
+        without = validating.digests if validating else ()
+        return Fitter(self.encoder, data=self.data, seed=self.seed, without=without)
+
 
 def prepare(data: DataSection, tokenizer: PreTrainedTokenizerBase, *, seed: int) -> PreparedData:
     """Reads, renders, masks, splits, lays out; or loads what an earlier run made of the same. Alike on every rank.
@@ -72,7 +80,8 @@ def prepare(data: DataSection, tokenizer: PreTrainedTokenizerBase, *, seed: int)
     Counts: rows_read, rows_dropped_<reason>, pieces_dropped_zero_supervised, truncated and split (rows that were too
     long), empty_assistant_turns (where masked), rows_repeated and rows_left_out (by weights), documents, tokens and
     supervised_tokens (the targets) for training, validation_documents. Validation data's own other counts have the
-    prefix validation_; with a fraction, rows_read = train_rows + validation_rows + all dropped rows.
+    prefix validation_, and its rows are dropped from training; with a fraction, rows_read = train_rows +
+    validation_rows + all dropped rows. Of a stream: what was read for the windows that training has begun with.
     One row, or many equal ones, cannot be split and is all training.
 
     Raises DataError as sources, formats and chat say, and when nothing is left to train on or to validate on.
@@ -80,12 +89,12 @@ def prepare(data: DataSection, tokenizer: PreTrainedTokenizerBase, *, seed: int)
     encoder = Encoder(tokenizer, data=data)
     # Any id will do: padding is a document of its own, without loss.
     pad_id = next(i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if i is not None)
-    own = Source(path=data.validation, format="auto") if isinstance(data.validation, str) else None
+    own = Source(path=data.validation, format="auto") if isinstance(data.validation, str) else data.validation
     job = _Job(
         data,
         encoder,
         [open_source(source, streaming=data.streaming) for source in data.sources],
-        open_source(own, streaming=False) if own else None,
+        open_source(own, streaming=False) if isinstance(own, Source) else None,
         pad_id,
         seed,
     )
@@ -94,7 +103,6 @@ def prepare(data: DataSection, tokenizer: PreTrainedTokenizerBase, *, seed: int)
         data,
         identities=[[feed.identity for feed in feeds] for feeds in opened],
         tokenizer=tokenizer,
-        template=tokenizer.chat_template or "",
         seed=seed,
     )
     if data.streaming:
@@ -104,11 +112,14 @@ def prepare(data: DataSection, tokenizer: PreTrainedTokenizerBase, *, seed: int)
         return _restored(found, identity)
     made = _make(job, identity)
     note = cache.save(_entry(made), identity)
-    return replace(made, notes=(note,)) if note else made
+    return replace(made, notes=(*made.notes, note)) if note else made
+
+
+_KEPT = ("counts", "train_rows", "validation_rows", "loss_on", "template", "notes")
 
 
 def _entry(made: PreparedData) -> cache.Entry:
-    meta = {name: getattr(made, name) for name in ("counts", "train_rows", "validation_rows", "loss_on", "template")}
+    meta = {name: getattr(made, name) for name in _KEPT}
     return cache.Entry(
         made.first_blocks, made.validation, {**meta, "example": asdict(made.example) if made.example else None}
     )
@@ -122,24 +133,24 @@ def _restored(found: cache.Entry, identity: str) -> PreparedData:
         found.validation,
         example=Example(**example) if example else None,
         identity=identity,
-        notes=("data: read from the cache of an earlier run",),
+        notes=("data: read from the cache of an earlier run", *meta.pop("notes")),
         **meta,
     )
 
 
 def _make(job: _Job, identity: str) -> PreparedData:
     counts: Counter[str] = Counter(truncated=0)
-    encoded = encode_sources(job.train, job.encoder, data=job.data, seed=job.seed, counts=counts)
+    own = _validating(job, counts)
+    encoded = encode_sources(job.train, job.fitter(own), bad_rows=job.data.bad_rows, counts=counts)
     documents = encoded.flat()
-    if job.validation is None:
-        held = held_out(encoded.digests, fraction=float(job.data.validation))
+    if own is None:
+        held = held_out(encoded.digests, fraction=float(cast(float, job.data.validation)))
         train_rows, validation_rows = np.flatnonzero(~held), np.flatnonzero(held)
-        validating, validation_documents = encoded, encoded.documents_of(validation_rows)
+        validation_documents = encoded.documents_of(validation_rows)
     else:
-        validating = _validating(job.validation, job, counts)
-        train_rows, validation_rows = np.arange(len(encoded.digests)), np.arange(len(validating.digests))
+        train_rows, validation_rows = np.arange(len(encoded.digests)), np.arange(len(own.digests))
         first = len(documents)
-        documents = Documents.joined([documents, validating.flat()])
+        documents = Documents.joined([documents, own.flat()])
         validation_documents = np.arange(first, len(documents))
     placed = encoded.documents_of(_epoch(train_rows, encoded, job, counts))
     train, validation = lay_out(
@@ -148,44 +159,73 @@ def _make(job: _Job, identity: str) -> PreparedData:
     counts.update(documents=len(placed), tokens=train.tokens, supervised_tokens=train.supervised_tokens)
     counts.update(validation_documents=len(validation_documents))
     return PreparedData(
-        train,
-        validation,
-        dict(counts),
-        _example(validating, validation_rows, job),
-        len(train_rows),
-        len(validation_rows),
-        dict(encoded.loss_on),
-        job.encoder.template,
-        identity,
+        train=train,
+        validation=validation,
+        counts=dict(counts),
+        example=_example(own or encoded, validation_rows, job),
+        train_rows=len(train_rows),
+        validation_rows=len(validation_rows),
+        loss_on=dict(Counter(encoded.loss_on[row] for row in train_rows)),
+        template=job.encoder.template,
+        identity=identity,
+        notes=_unheld(job.data, validation),
     )
+
+
+def _unheld(data: DataSection, validation: Blocks | None) -> tuple[str, ...]:
+    if validation is not None or data.validation == 0:
+        return ()
+    return (f"data.validation={data.validation} holds out nothing: the rows are all alike, or there is only one",)
 
 
 def _streamed(job: _Job, identity: str) -> PreparedData:
     """The first window of the stream, and all of the validation data."""
-    counts: Counter[str] = Counter(truncated=0)
+    counts: Counter[str] = Counter()
+    own = _validating(job, counts)
+    validation = None
+    rows = np.arange(len(own.digests) if own else 0)
+    if own is not None:
+        documents = own.flat()
+        every = np.arange(len(documents))
+        validation, _ = lay_out(documents, every, every[:0], data=job.data, pad_id=job.pad_id, seed=job.seed)
     weights = [source.weight for source in job.data.sources if source.weight is not None]
-    stream = Stream(job.train, weights or None, job.encoder, job.data, job.pad_id, job.seed, counts)
-    validation, rows, example = None, np.zeros(0, np.int64), None
-    if job.validation is not None:
-        validating = _validating(job.validation, job, counts)
-        documents, rows = validating.flat(), np.arange(len(validating.digests))
-        validation, _ = lay_out(
-            documents, np.arange(len(documents)), rows[:0], data=job.data, pad_id=job.pad_id, seed=job.seed
-        )
-        stream.max_documents = max(stream.max_documents, validation.max_documents)
-        stream.first = replace(stream.first, max_documents=stream.max_documents)
-        validation = replace(validation, max_documents=stream.max_documents)
-        example = _example(validating, rows, job)
-    loss_on = dict(stream.loss_on)
+    stream = Stream(
+        sources=job.train,
+        weights=weights or None,
+        fitter=job.fitter(own),
+        data=job.data,
+        pad_id=job.pad_id,
+        seed=job.seed,
+        beside=counts,
+        room_for=validation.max_documents if validation else 0,
+    )
     return PreparedData(
-        stream, validation, counts, example, 0, len(rows), loss_on, job.encoder.template, identity,
-        notes=("data: streamed; the number of its rows is not known",),
-    )  # fmt: skip
+        train=stream,
+        validation=replace(validation, max_documents=stream.max_documents) if validation else None,
+        counts=stream.counts,
+        example=_example(own, rows, job) if own else None,
+        train_rows=0,
+        validation_rows=len(rows),
+        loss_on=dict(stream.opening.loss_on),
+        template=job.encoder.template,
+        identity=identity,
+        notes=_of_stream(stream),
+    )
 
 
-def _validating(feeds: list[Feed], job: _Job, counts: Counter[str]) -> Encoded:
+def _of_stream(stream: Stream) -> tuple[str, ...]:
+    most = max(passes for passes, _ in stream.opening.behind)
+    if not most:
+        return ("data: streamed; the number of its rows is not known",)
+    return (f"data: streamed; short of a window, so that the first one goes over it up to {most + 1} times",)
+
+
+def _validating(job: _Job, counts: Counter[str]) -> Encoded | None:
+    """The rows of validation data of its own, if there is any."""
+    if job.validation is None:
+        return None
     own: Counter[str] = Counter()
-    encoded = encode_sources([feeds], job.encoder, data=job.data, seed=job.seed, counts=own)
+    encoded = encode_sources([job.validation], job.fitter(None), bad_rows=job.data.bad_rows, counts=own)
     counts.update({f"validation_{reason}": n for reason, n in own.items()})
     return encoded
 
@@ -197,6 +237,12 @@ def _epoch(rows: Longs, encoded: Encoded, job: _Job, counts: Counter[str]) -> Lo
         return rows
     sources = np.array(encoded.sources)[rows]
     by_source = [rows[sources == index] for index in range(len(weights))]
+    for source, found in zip(job.data.sources, by_source, strict=True):
+        if not len(found):
+            raise DataError(
+                f"{source.path}: a source with a weight must have a row to train on; all of its rows validate.\n"
+                f"Found: data.validation={job.data.validation}.\nLower it, or name validation data of its own."
+            )
     chosen, repeated, left_out = weighted(by_source, [weight or 0.0 for weight in weights], seed=job.seed)
     counts.update(rows_repeated=repeated, rows_left_out=left_out)
     return chosen
@@ -206,16 +252,21 @@ def _example(encoded: Encoded, rows: Longs, job: _Job) -> Example | None:
     """The first of these rows that is a conversation with an answer and a prompt shorter than max_length. Read once
     more: keeping every row for the sake of one would cost memory."""
     sources = [job.validation] if job.validation is not None else job.train
-    wanted = {(encoded.sources[row], encoded.ordinals[row]) for row in rows.tolist()}
+    wanted = {(encoded.sources[row], encoded.ordinals[row]) for row in rows.tolist() if encoded.is_chat[row]}
     for index, feeds in enumerate(sources):
         again = chain.from_iterable(read_rows(feed, bad_rows="skip", counts=Counter()) for feed in feeds)
         last = max((ordinal for source, ordinal in wanted if source == index), default=-1)
         for ordinal, row in enumerate(islice(again, last + 1)):
-            if (index, ordinal) not in wanted or not isinstance(row, Conversation):
-                continue
-            turn = max((i for i, m in enumerate(row.messages) if m.role == "assistant"), default=0)
-            if turn and row.messages[turn].content.strip():
-                prompt, prompt_ids = job.encoder.prompt(row.messages[:turn])
-                if len(prompt_ids) < job.data.max_length:
-                    return Example(prompt_ids, prompt, row.messages[turn].content)
+            if (index, ordinal) in wanted and isinstance(row, Conversation):
+                with suppress(RowFault):  # a template may refuse a conversation that ends with the question
+                    if (found := _asked(row, job)) is not None:
+                        return found
     return None
+
+
+def _asked(row: Conversation, job: _Job) -> Example | None:
+    turn = max((i for i, m in enumerate(row.messages) if m.role == "assistant"), default=0)
+    if not turn or not row.messages[turn].content.strip():
+        return None
+    prompt, prompt_ids = job.encoder.prompt(row.messages[:turn])
+    return Example(prompt_ids, prompt, row.messages[turn].content) if len(prompt_ids) < job.data.max_length else None

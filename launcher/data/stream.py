@@ -18,9 +18,8 @@ import numpy as np
 
 from launcher.data.blocks import Blocks
 from launcher.data.buckets import bucket
-from launcher.data.chat import Encoder
 from launcher.data.documents import Document, Documents
-from launcher.data.encoded import CHUNK, fitted_rows, nothing_left
+from launcher.data.encoded import CHUNK, Fitter, nothing_left
 from launcher.data.formats import read_rows
 from launcher.data.loader import LoaderState, StepBatch, TrainLoader
 from launcher.data.packing import pack
@@ -36,9 +35,20 @@ Place = tuple[int, int]  # in a source: passes done, rows of this pass done
 
 
 class StreamState(LoaderState):
-    """`epoch` is the window here; `places` is where each source stood before it."""
+    """`epoch` is the window here. `places` is where each source stood before it, `counts` what was counted so far."""
 
     places: list[Place]
+    counts: dict[str, int]
+
+
+@dataclass(frozen=True)
+class Window:
+    """Some thousand documents, laid out; what reading them counted; where the sources stand behind them."""
+
+    blocks: Blocks
+    counts: Counter[str]
+    loss_on: Counter[str]  # rows by what the loss sees of them
+    behind: list[Place]
 
 
 @dataclass
@@ -46,52 +56,55 @@ class Stream:
     """Sources to be read while training. Made with its first window, so that what is wrong there is found beforehand.
 
     Without weights the sources are read one after the other, as one; with weights, each row is drawn from one of them.
+    `counts` are those of the windows that training has begun with, `first` among them.
     """
 
     sources: Sequence[Sequence[Feed]]
     weights: Sequence[float] | None
-    encoder: Encoder
+    fitter: Fitter
     data: DataSection
     pad_id: int
     seed: int
-    counts: Counter[str]
-    loss_on: Counter[str] = field(default_factory=Counter)  # rows so far by what the loss sees of them
+    beside: Counter[str]  # counts of the validation data
+    room_for: int = 0  # documents that a row of the validation blocks has, the padding tail counted
     max_documents: int = 0  # as in Blocks; 0 until the first window tells
-    first: Blocks = field(init=False)
-    behind_first: list[Place] = field(init=False)  # where the sources stand behind it
+    opening: Window = field(init=False)
 
     def __post_init__(self) -> None:
         if self.weights is None:
             self.sources = [[feed for feeds in self.sources for feed in feeds]]
-        reader = _Reader(self, self.beginning)
-        self.first = self.window(reader, number=0)
-        self.behind_first = reader.places
-        self.max_documents = round((self.first.max_documents - 1) * ROOM) + 1
-        self.first = replace(self.first, max_documents=self.max_documents)
+        opening = self.window(Reader(self, self.beginning), number=0)
+        # A row of whole documents and a tail: never fewer than two.
+        self.max_documents = max(2, round((opening.blocks.max_documents - 1) * ROOM) + 1, self.room_for)
+        self.opening = replace(opening, blocks=replace(opening.blocks, max_documents=self.max_documents))
+        self.counts = self.beside + self.opening.counts
+
+    @property
+    def first(self) -> Blocks:
+        return self.opening.blocks
 
     @property
     def beginning(self) -> list[Place]:
         return [(0, 0) for _ in self.sources]
 
-    def rows_of(self, source: int) -> Iterator[Row]:
-        """One pass over a source."""
-        for feed in self.sources[source]:
-            yield from read_rows(feed, bad_rows=self.data.bad_rows, counts=self.counts)
-
-    def window(self, reader: "_Reader", *, number: int) -> Blocks:
+    def window(self, reader: "Reader", *, number: int) -> Window:
         """The next window. Raises DataError like prepare()."""
         documents: list[Document] = []
         room = WINDOW_BLOCKS * self.data.max_length
         random = np.random.default_rng((self.seed, number))
+        counts: Counter[str] = Counter()
+        loss_on: Counter[str] = Counter()
         while room > 0:
-            rows = reader.draw(random, CHUNK)
-            for _, row, pieces in fitted_rows(rows, self.encoder, data=self.data, counts=self.counts):
-                self.loss_on[self.encoder.loss_on(row)] += 1
-                documents += pieces
-                room -= sum(map(len, pieces))
-            if not documents and all(passes for passes, _ in reader.places):
-                raise nothing_left([feed for feeds in self.sources for feed in feeds], self.counts)
-        return self._laid_out(Documents.of(documents), seed=int(random.integers(2**32)))
+            drawn = reader.draw(random, CHUNK)
+            for fitted in self.fitter.fit([row for _, row in drawn], counts):
+                documents += fitted.documents
+                room -= sum(map(len, fitted.documents))
+                loss_on[self.fitter.encoder.loss_on(fitted.row)] += 1
+                reader.useful.add(drawn[fitted.ordinal][0])
+            counts.update(reader.taken_counts())
+            reader.check_useful(counts)
+        blocks = self._laid_out(Documents.of(documents), seed=int(random.integers(2**32)))
+        return Window(blocks, counts, loss_on, list(reader.places))
 
     def _laid_out(self, documents: Documents, *, seed: int) -> Blocks:
         every, width = np.arange(len(documents)), self.data.max_length
@@ -103,25 +116,47 @@ class Stream:
         return replace(blocks, max_documents=self.max_documents or blocks.max_documents)
 
 
-class _Reader:
-    """Endless rows of a stream's sources from given places on."""
+class Reader:
+    """Endless rows of a stream's sources from given places on. Raises CheckpointError for a place that is not there."""
 
     def __init__(self, stream: Stream, places: Sequence[Place]) -> None:
         self._stream = stream
-        self.places: list[Place] = [tuple(place) for place in places]  # type: ignore[misc]
-        self._passes = [stream.rows_of(index) for index in range(len(places))]
-        counted = Counter(stream.counts)
-        for rows, (_, done) in zip(self._passes, places, strict=True):
-            for _ in range(done):  # read, not tokenised; counted already
-                next(rows, None)
-        stream.counts.clear()
-        stream.counts.update(counted)
+        self._counts: Counter[str] = Counter()
+        self.places: list[Place] = list(places)
+        self.useful: set[int] = set()  # sources that gave a document
+        self._began = [passes for passes, _ in places]
+        self._passes = [self._pass_over(index) for index in range(len(places))]
+        for index, (_, done) in enumerate(places):
+            for number in range(done):  # read, not tokenised
+                if next(self._passes[index], None) is None:
+                    raise CheckpointError(
+                        f"a stream's state must lie within its sources; source {index + 1} ends after {number} rows.\n"
+                        f"Found: {done} rows.\nResume with the data.sources of the checkpoint."
+                    )
+        self._counts.clear()  # counted already, when they were first read
 
-    def draw(self, random: np.random.Generator, number: int) -> list[Row]:
-        """So many rows, each of a source drawn by weight."""
+    def draw(self, random: np.random.Generator, number: int) -> list[tuple[int, Row]]:
+        """So many (source, row), each source drawn by weight."""
         weights = self._stream.weights
         share = None if weights is None else np.array(weights) / sum(weights)
-        return [self._next(int(source)) for source in random.choice(len(self._passes), size=number, p=share)]
+        drawn = random.choice(len(self._passes), size=number, p=share).tolist()
+        return [(source, self._next(source)) for source in drawn]
+
+    def taken_counts(self) -> Counter[str]:
+        """What reading has counted since this was asked last."""
+        taken = Counter(self._counts)
+        self._counts.clear()
+        return taken
+
+    def check_useful(self, counts: Counter[str]) -> None:
+        """Raise DataError for a source of which a whole pass gave no document: it would be read for ever."""
+        for source, (passes, _) in enumerate(self.places):
+            if passes - self._began[source] > 1 and source not in self.useful:
+                raise nothing_left(self._stream.sources[source], counts)
+
+    def _pass_over(self, source: int) -> Iterator[Row]:
+        for feed in self._stream.sources[source]:
+            yield from read_rows(feed, bad_rows=self._stream.data.bad_rows, counts=self._counts)
 
     def _next(self, source: int) -> Row:
         passes, done = self.places[source]
@@ -130,9 +165,9 @@ class _Reader:
             self.places[source] = (passes, done + 1)
             return row
         if not done:
-            raise nothing_left(self._stream.sources[source], self._stream.counts)
+            raise nothing_left(self._stream.sources[source], self._counts)
         self.places[source] = (passes + 1, 0)
-        self._passes[source] = self._stream.rows_of(source)
+        self._passes[source] = self._pass_over(source)
         return self._next(source)
 
 
@@ -141,51 +176,88 @@ class StreamLoader(Iterator[StepBatch]):
 
     def __init__(self, stream: Stream, *, micro_batch: int, accumulation: int, rank: int, world_size: int) -> None:
         self._stream = stream
-        self._batch = {"micro_batch": micro_batch, "accumulation": accumulation}
-        self._place = {"rank": rank, "world_size": world_size}
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="stream")
-        self._reader = _Reader(stream, stream.behind_first)
-        self._begin(stream.first, number=0, places=stream.beginning)
+        self._shape = (micro_batch, accumulation, rank, world_size)
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="stream")  # the one that reads
+        self._reader: Future[Reader] | None = None
+        self._following: Future[Window] | None = None
+        stream.counts.clear()
+        stream.counts.update(stream.beside)
+        self._begin(stream.opening, number=0, places=stream.beginning)
 
     def __next__(self) -> StepBatch:
         if self._used_up:
-            blocks, places = self._following.result(), self._behind
-            self._begin(blocks, number=self._number + 1, places=places)
+            window = self._read_ahead().result()
+            self._following = None
+            self._begin(window, number=self._number + 1, places=self._behind)
+        self._read_ahead()
         return replace(next(self._loader), epoch=self._number)
 
     def state(self) -> StreamState:
         """For `restore`, in a loader of the same stream and step size; plain JSON."""
         if self._used_up:
-            return StreamState(epoch=self._number + 1, offset=0, places=self._behind)
-        return StreamState(epoch=self._number, offset=self._loader.state()["offset"], places=self._places)
+            return StreamState(epoch=self._number + 1, offset=0, places=self._behind, counts=dict(self._stream.counts))
+        offset = self._loader.state()["offset"]
+        return StreamState(epoch=self._number, offset=offset, places=self._places, counts=dict(self._counted_before))
 
     def restore(self, state: StreamState) -> None:
         """Go on as the loader would have that gave this state: rows before its window are read over, not tokenised.
 
         Raises CheckpointError for a state that no loader of this stream can give.
         """
-        places: list[Place] = [(passes, done) for passes, done in state["places"]]
-        if len(places) != len(self._stream.sources):
-            raise CheckpointError(
-                "a stream's state must tell where each source stands; "
-                f"this stream has {len(self._stream.sources)}.\nFound: {len(places)}.\n"
-                "Resume with the data.sources of the checkpoint."
-            )
-        self._reader = _Reader(self._stream, places)
-        blocks = self._stream.window(self._reader, number=state["epoch"])
-        self._begin(blocks, number=state["epoch"], places=places)
+        places = self._checked(state)
+        if self._following is not None:
+            self._following.cancel()
+        self._reader, self._following = None, None
+        number, window = state["epoch"], self._stream.opening
+        if number:  # the first was laid out before it was known how many documents a row may have
+            self._number, self._behind = number - 1, places
+            window = self._read_ahead().result()
+            self._following = None
+        self._stream.counts.clear()
+        self._stream.counts.update(state["counts"])
+        self._begin(window, number=number, places=places)
         self._loader.restore({"epoch": 0, "offset": state["offset"]})
+
+    def _checked(self, state: StreamState) -> list[Place]:
+        try:
+            places = [(int(passes), int(done)) for passes, done in state["places"]]
+            numbers = [state["epoch"], state["offset"], *(number for place in places for number in place)]
+            if isinstance(state["counts"], dict) and min(numbers) >= 0 and len(places) == len(self._stream.sources):
+                return places
+        except (KeyError, TypeError, ValueError):
+            pass
+        raise CheckpointError(
+            "a stream's state must tell the window, the step in it and where each source stands; "
+            f"this stream has {len(self._stream.sources)} source(s).\nFound: {str(state)[:200]}.\n"
+            "Resume with the data.sources of the checkpoint."
+        )
 
     @property
     def _used_up(self) -> bool:
         return self._loader.state()["epoch"] > 0
 
-    def _begin(self, blocks: Blocks, *, number: int, places: list[Place]) -> None:
-        """Serve a window, and read the one behind it meanwhile."""
-        self._number, self._places = number, places
-        self._behind = list(self._reader.places)
-        self._loader = TrainLoader(blocks, **self._batch, **self._place, seed=self._stream.seed + number)
-        self._following: Future[Blocks] = self._thread.submit(self._stream.window, self._reader, number=number + 1)
+    def _read_ahead(self) -> Future[Window]:
+        """The window behind this one, which the thread reads while this one is trained on."""
+        if self._following is None:
+            if self._reader is None:
+                self._reader = self._thread.submit(Reader, self._stream, self._behind)
+            reader, number = self._reader, self._number + 1
+            self._following = self._thread.submit(lambda: self._stream.window(reader.result(), number=number))
+        return self._following
+
+    def _begin(self, window: Window, *, number: int, places: list[Place]) -> None:
+        micro_batch, accumulation, rank, world_size = self._shape
+        self._number, self._places, self._behind = number, places, window.behind
+        self._counted_before = Counter(self._stream.counts)
+        self._stream.counts.update(window.counts)
+        self._loader = TrainLoader(
+            window.blocks,
+            micro_batch=micro_batch,
+            accumulation=accumulation,
+            rank=rank,
+            world_size=world_size,
+            seed=self._stream.seed + number,
+        )
 
 
 def train_loader(

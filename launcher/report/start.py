@@ -55,8 +55,7 @@ def _data(start: StartRecord) -> str:
     blocks = f"{counted(start.train_blocks, 'block')}, {start.fill * 100:.1f} % filled"
     if start.streamed:
         return f"streamed, {start.batching}: {blocks}, in the first window"
-    seen = start.steps * start.micro_batch * start.accumulation * start.world_size
-    epochs = f" · {seen / start.train_blocks:.2f} epochs" if start.train_blocks else ""
+    epochs = "" if start.epochs is None else f" · {start.epochs:.2f} epochs"
     return f"{counted(start.train_rows, 'row')}, {start.batching}: {blocks}{epochs}"
 
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
+from launcher.data.loader import TrainLoader
 from launcher.records import RankRecord, StartRecord
 from launcher.train.setup import Worker, planned_widths
 
@@ -31,6 +32,7 @@ def start_record(worker: Worker) -> StartRecord:
         widths=tuple(planned_widths(data)[::-1]),
         accumulation=recipe.train.accumulation,
         steps=worker.steps,
+        epochs=worker.steps / worker.batches.steps_per_epoch if isinstance(worker.batches, TrainLoader) else None,
         optimizer=f"{recipe.train.optimizer}, lr {recipe.train.lr:g}, {recipe.train.schedule}",
         compile="off" if c.mode == "off" else f"{c.mode}, scope {c.scope}, {c.backend}",
         batching=recipe.data.batching,
@@ -42,8 +44,17 @@ def start_record(worker: Worker) -> StartRecord:
         validation_rows=data.validation_rows,
         fill=data.first_blocks.fill,
         run_dir=str(worker.folder.path),
-        notes=worker.request.notes + data.notes + _left_out(data.counts),
+        notes=worker.request.notes + data.notes + _left_out(data.counts) + _short(worker),
     )
+
+
+def _short(worker: Worker) -> tuple[str, ...]:
+    """A note when a step is larger than an epoch: the rest of it is blank."""
+    train, blocks = worker.recipe.train, worker.prepared.data.first_blocks.rows
+    rows = train.micro_batch * train.accumulation * worker.place.world_size
+    if blocks >= rows:
+        return ()
+    return (f"a step holds {rows} rows and the data only {blocks}: lower train.micro_batch or train.accumulation",)
 
 
 def _left_out(counts: dict[str, int]) -> tuple[str, ...]:

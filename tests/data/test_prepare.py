@@ -117,7 +117,7 @@ def test_over_long_rows_are_cut_dropped_or_refused_and_counted(
 ) -> None:
     path = write([*CHATS[:4], LONG, LONG_QUESTION])
     cut = prepare(section(path, validation=0), tokenizer, seed=0)
-    assert (cut.counts["truncated"], cut.counts["documents"]) == (2, 5)
+    assert (cut.counts["truncated"], cut.counts["documents"]) == (1, 5)
     assert cut.counts["rows_dropped_zero_supervised"] == 1  # the question alone fills the row
     assert max(len(tokenizer(t).input_ids) for t in texts(cut.train, tokenizer)) == 256
     dropped = prepare(section(path, validation=0, too_long="drop"), tokenizer, seed=0).counts
@@ -231,3 +231,52 @@ def test_what_the_loss_sees_is_told_by_rows(write: Write, tokenizer: PreTrainedT
     paths = [write(part, name=f"{index}.jsonl") for index, part in enumerate(rows)]
     prepared = prepare(section(*paths, validation=0), tokenizer, seed=0)
     assert prepared.loss_on == {"assistant": 60, "all": 1, "completion": 2}
+
+
+def test_what_validates_is_not_counted_as_trained_on(write: Write, tokenizer: PreTrainedTokenizerFast) -> None:
+    prepared = prepare(section(write(CHATS), validation=0.2), tokenizer, seed=0)
+    assert prepared.loss_on == {"assistant": prepared.train_rows} == {"assistant": 48}
+
+
+def test_rows_of_the_validation_data_are_not_trained_on(write: Write, tokenizer: PreTrainedTokenizerFast) -> None:
+    validation = write([*CHATS[:5], ask("only", "here")], name="validation.jsonl")
+    prepared = prepare(section(write(CHATS), validation=validation), tokenizer, seed=0)
+    assert (prepared.train_rows, prepared.validation_rows) == (55, 6)
+    assert prepared.counts["rows_dropped_in_validation"] == 5
+    assert not set(texts(prepared.train, tokenizer)) & set(texts(prepared.validation, tokenizer))
+    with pytest.raises(DataError, match="0 usable rows.*\nFound: 60 rows read; 60 rows_dropped_in_validation"):
+        prepare(section(write(CHATS), validation=write(CHATS, name="same.jsonl")), tokenizer, seed=0)
+
+
+def test_validation_data_may_be_an_entry_like_a_source(write: Write, tokenizer: PreTrainedTokenizerFast) -> None:
+    both = [{"text": "a river", "prompt": "a", "completion": " river flows"}]
+    entry = {"path": write(both, name="validation.jsonl"), "format": "text"}
+    prepared = prepare(section(write(CHATS), validation=entry), tokenizer, seed=0)
+    assert texts(prepared.validation, tokenizer) == ["<|bos|>a river<|eot|>"]
+
+
+def test_a_weighted_source_that_would_only_validate_is_refused(
+    write: Write, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    paths = write(CHATS[:9], name="many.jsonl"), write(CHATS[9:10], name="few.jsonl")
+    data = section(*paths, sources=[{"path": path, "weight": 1} for path in paths], validation=0.1)
+    monkeypatch.setattr(prepare_module, "held_out", lambda digests, *, fraction: np.arange(len(digests)) == 9)
+    with pytest.raises(DataError, match=rf"{paths[1]}: a source with a weight .*\nFound: data.validation=0.1"):
+        prepare(data, tokenizer, seed=0)
+
+
+def test_texts_are_not_read_again_for_an_example(
+    write: Write, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(prepare_module, "read_rows", lambda *_, **__: pytest.fail("read again"))
+    prepared = prepare(section(write([{"text": f"river {n}"} for n in range(20)]), validation=0.3), tokenizer, seed=0)
+    assert prepared.example is None and prepared.validation_rows == 6
+
+
+@pytest.mark.parametrize(("rows", "fraction"), [(CHATS[:1], 0.5), (CHATS[:1] * 5, 0.05)])
+def test_a_fraction_that_holds_out_nothing_is_said(
+    write: Write, tokenizer: PreTrainedTokenizerFast, rows: list[Any], fraction: float
+) -> None:
+    prepared = prepare(section(write(rows), validation=fraction), tokenizer, seed=0)
+    assert any(f"data.validation={fraction} holds out nothing" in note for note in prepared.notes)
+    assert not prepare(section(write(rows), validation=0), tokenizer, seed=0).notes

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerFast
 from launcher.data import stream as stream_module
 from launcher.data.blocks import Blocks
 from launcher.data.prepare import prepare
-from launcher.data.stream import Stream, StreamLoader
+from launcher.data.stream import Reader, Stream, StreamLoader, Window
 from launcher.errors import CheckpointError, DataError
 from launcher.recipe.schema import DataSection
 
@@ -94,9 +94,8 @@ def test_a_state_restores_the_very_next_batch_at_every_step(write: Write, tokeni
 def test_weights_are_the_shares_of_the_rows_drawn(write: Write, tokenizer: PreTrainedTokenizerFast) -> None:
     paths = write(rows(300)), write(rows(30, "harbour"), name="other.jsonl")
     stream = streamed(*paths, tokenizer=tokenizer, weights=[1, 3])
-    reader = stream_module._Reader(stream, stream.beginning)
-    drawn = reader.draw(np.random.default_rng(0), 2000)
-    share = sum("harbour" in row.text for row in drawn) / 2000  # type: ignore[union-attr]
+    drawn = Reader(stream, stream.beginning).draw(np.random.default_rng(0), 2000)
+    share = sum("harbour" in row.text for _, row in drawn) / 2000  # type: ignore[union-attr]
     assert share == pytest.approx(0.75, abs=0.03)
 
 
@@ -138,10 +137,78 @@ def test_a_stream_without_a_usable_row_ends_with_an_error_and_not_in_a_circle(
         streamed(write(content), tokenizer=tokenizer, bad_rows="skip")
 
 
-def test_a_state_of_other_sources_is_refused(write: Write, tokenizer: PreTrainedTokenizerFast) -> None:
-    stream = streamed(write(rows(50)), tokenizer=tokenizer)
-    with pytest.raises(CheckpointError, match="1.*\nFound: 2"):
-        loader(stream).restore({"epoch": 0, "offset": 0, "places": [(0, 0), (0, 0)]})
+GOOD = {"epoch": 1, "offset": 0, "places": [[0, 20]], "counts": {}}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"places": [[0, 0], [0, 0]]},
+        {"places": [[0, 51]]},
+        {"places": None},
+        {"places": [[0]]},
+        {"epoch": -1},
+        {"epoch": "1"},
+        {"offset": 10**6},
+        {"counts": None},
+    ],
+)
+def test_a_state_that_cannot_be_is_refused(
+    write: Write, tokenizer: PreTrainedTokenizerFast, change: dict[str, Any]
+) -> None:
+    running = loader(streamed(write(rows(50)), tokenizer=tokenizer))
+    with pytest.raises(CheckpointError, match="\nFound: "):
+        running.restore({**GOOD, **change})  # type: ignore[typeddict-item]
+    running.restore(GOOD)  # type: ignore[arg-type]
+
+
+def test_restoring_while_the_thread_reads_ahead_changes_no_token_and_counts_no_row_twice(
+    write: Write, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    """Rows that spell out a control token are tokenised in another way than others."""
+    path = write([{"messages": [{"role": "user", "content": f"what is <|eot|> {n}?"},
+                                {"role": "assistant", "content": "an <|eot|> end"}]} for n in range(90)])  # fmt: skip
+    steady = loader(streamed(path, tokenizer=tokenizer))
+    states, batches, counts = [], [], []
+    for _ in range(20):
+        states.append(json.loads(json.dumps(steady.state())))
+        batches.append(rows_seen(next(steady)))
+        counts.append(dict(steady._stream.counts))
+    restored = loader(streamed(path, tokenizer=tokenizer))
+    next(restored)  # begins to read ahead
+    for number in (15, 3, 11, 0, 19, 7):
+        restored.restore(states[number])
+        assert rows_seen(next(restored)) == batches[number], states[number]
+        assert dict(restored._stream.counts) == counts[number]
+
+
+@pytest.mark.parametrize("batching", ["packed", "padded"])
+def test_a_stream_that_begins_with_full_rows_has_room_for_shorter_ones(
+    write: Write, tokenizer: PreTrainedTokenizerFast, batching: str
+) -> None:
+    long, short = [{"text": "a river " * 200}] * 16, [{"text": f"a river {n} flows"} for n in range(60)]
+    stream = streamed(write(long + short), tokenizer=tokenizer, batching=batching)
+    assert stream.first.lengths.min() == 128
+    for batch in itertools.islice(loader(stream), 30):
+        assert batch.supervised_tokens > 0
+    assert batch.epoch > 0
+
+
+def test_a_weighted_source_that_gives_nothing_is_an_error_though_others_do(
+    write: Write, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    silent = write([{"messages": [{"role": "user", "content": "Hi"}]}] * 3, name="silent.jsonl")
+    with pytest.raises(DataError, match="silent.jsonl: 0 usable rows"):
+        streamed(write(rows(50)), silent, tokenizer=tokenizer, weights=[1, 1])
+
+
+def test_rows_of_the_validation_data_are_left_out_of_a_stream(write: Write, tokenizer: PreTrainedTokenizerFast) -> None:
+    held = write(rows(50)[:10], name="held.jsonl")
+    stream = streamed(write(rows(50)), tokenizer=tokenizer, validation=held)
+    trained = {str(tokenizer.decode(stream.first.documents[d].input_ids)) for d in stream.first.row_documents}
+    assert not any(f"a river {n} flows" in text for n in range(10) for text in trained)
+    assert stream.counts["rows_dropped_in_validation"] >= 10
+    assert stream.counts["validation_rows_read"] == 10
 
 
 def test_the_windows_behind_are_given_up(
@@ -150,10 +217,10 @@ def test_the_windows_behind_are_given_up(
     made: list[weakref.ref[Blocks]] = []
     original = Stream.window
 
-    def recorded(self: Stream, reader: Any, *, number: int) -> Blocks:
-        blocks = original(self, reader, number=number)
-        made.append(weakref.ref(blocks))
-        return blocks
+    def recorded(self: Stream, reader: Reader, *, number: int) -> Window:
+        window = original(self, reader, number=number)
+        made.append(weakref.ref(window.blocks))
+        return window
 
     monkeypatch.setattr(Stream, "window", recorded)
     running = loader(streamed(write(rows(50)), tokenizer=tokenizer))
