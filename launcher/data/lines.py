@@ -97,7 +97,9 @@ def not_utf8(byte: int) -> str:
 
 def not_unicode(what: str, where: str, offset: int) -> RowFault:
     found = f"{what} at byte offset {offset} of the file"
-    return RowFault("encoding", where=where, rule="a source is UTF-8 text; iconv -t UTF-8 converts others.", found=found)
+    return RowFault(
+        "encoding", where=where, rule="a source is UTF-8 text; iconv -t UTF-8 converts others.", found=found
+    )
 
 
 LONE_SURROGATE = "the escape of a lone surrogate, which no text can hold,"

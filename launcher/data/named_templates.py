@@ -6,6 +6,8 @@ part with `generation` blocks, so that transformers' assistant mask and ours agr
 To add one: a file in templates/, its tokens here, its name in DataSection.template, and `pytest -k templates`.
 """
 
+import re
+from datetime import datetime
 from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
@@ -21,6 +23,7 @@ CONTROL = {  # what a template writes that must be one special token each: speci
     "gemma": ("<bos>", "<start_of_turn>", "<end_of_turn>"),
     "qwen3": ("<|im_start|>", "<|im_end|>"),
 }
+DATE = datetime(2024, 7, 26)  # the default of Llama 3.1's own template, where it knows no date
 PLAIN = {"qwen3": ("<think>", "</think>")}  # one added token each, which a message may spell out
 
 
@@ -46,3 +49,17 @@ def put_template(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
             f"Found: {tokenizer.name_or_path or 'this tokenizer'} lacks {', '.join(missing)}.\nSet {instead}."
         )
     tokenizer.chat_template = (_FOLDER / f"{name}.jinja").read_text(encoding="utf-8")
+
+
+def without_today(template: str) -> str:
+    """The template, with DATE for the day if it asks for it (strftime_now, as Llama 3.2's own does). Else preparation
+    would differ from day to day, and between ranks across midnight. What the tokenizer saves is left as it is.
+
+    A macro before the template, since transformers hands templates plain data only, no function. The newline behind
+    it goes with the block: the template begins a line, as it did.
+    """
+    if "strftime_now" not in template:
+        return template
+    codes = sorted(set(re.findall("%-?[aAbBcdHIjmMpSUwWxXyYZ]", template)))
+    written = "".join(f".replace({code!r}, {DATE.strftime(code)!r})" for code in codes)
+    return "{%- macro strftime_now(format) %}{{ format" + written + " }}{% endmacro %}\n" + template

@@ -9,25 +9,34 @@ begins where the generation prompt ends, and ends with the first control token b
 
 So an empty thinking block that a template writes into the turn is supervised, and a newline behind the end token is
 not. That earlier turns are written in another way than last ones (without their thinking) does no harm: they are read
-from `full`. Where no control token ends the turn, render(messages[: i + 1]) tells how far it reaches. A template for
-which neither holds cannot be masked: an error.
+from `full`. Where no control token ends the turns of a template, render(messages[: i + 1]) tells how far one reaches.
+Where the generation prompt ends in an opening ("<think>\\n") that the turn lacks in `full`, the span begins before it.
+A probe of plain words tells once which of this a template does. A template for which nothing of it holds cannot be
+masked: an error.
 
 A chat whose messages spell out a control token ("<|eot|>") must not end its own turn. Such strings are rendered as
 stand-ins, private-use characters of the same length, and tokenised as plain characters afterwards; only these rows pay
 for it.
+
+A template that asks for today's date gets a fixed one (DATE): the same rows are the same tokens on any day.
 """
 
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from os.path import commonprefix
 from typing import cast
 
 from transformers import PreTrainedTokenizerBase
 
+from launcher.data.named_templates import without_today
 from launcher.data.rows import Conversation, RowFault
 
 Chat = list[dict[str, str]]
 Span = tuple[int, int]  # half-open range of characters
+
+_PROBE = ("what is a river", "a stream of water", "thank you")
 
 _STAND_IN = re.compile("[\U00100000-\U0010fffd]")  # Unicode's last private-use plane
 
@@ -63,6 +72,16 @@ class _Veiled:
     chat: Chat
     literals: dict[str, str]
     turns: list[int] | None
+
+
+@dataclass(frozen=True)
+class _Habits:
+    """How a template writes a turn that others follow. `ends_turns`: a control token stands behind it, the same as
+    behind a last one. `opening`: what the generation prompt ends in, and such a turn does not begin with.
+    """
+
+    ends_turns: bool = False
+    opening: str = ""
 
 
 class Renderer:
@@ -124,29 +143,51 @@ class Renderer:
             return []
         apply = self._tokenizer.apply_chat_template
         try:
-            return cast(list[str | Exception], apply(chats, tokenize=False, add_generation_prompt=prompt))
+            texts = apply(chats, chat_template=self._template, tokenize=False, add_generation_prompt=prompt)
+            return cast(list[str | Exception], texts)
         except Exception as error:  # a template is a program of its own: whatever it raises is about a chat
             if len(chats) == 1:
                 return [error]
             half = len(chats) // 2
             return self._apply(chats[:half], prompt=prompt) + self._apply(chats[half:], prompt=prompt)
 
+    @cached_property
+    def _template(self) -> str:
+        return without_today(self._tokenizer.get_chat_template())
+
+    @cached_property
+    def _habits(self) -> _Habits:
+        """A template that refuses the probe has none."""
+        roles = ("user", "assistant", "user")
+        chat = [{"role": role, "content": words} for role, words in zip(roles, _PROBE, strict=True)]
+        texts = self._apply([chat[:1], chat[:2], chat], prompt=False) + self._apply([chat[:1]], prompt=True)
+        if any(isinstance(text, Exception) for text in texts):
+            return _Habits()
+        asked, answered, followed, prefix = cast(list[str], texts)
+        ending = self._ending(followed)
+        shared = commonprefix([prefix, followed])
+        opening = prefix[len(shared) :] if shared.startswith(asked) else ""
+        return _Habits(ends_turns=bool(ending) and ending == self._ending(answered), opening=opening)
+
+    def _ending(self, text: str) -> str:
+        """What stands behind the probe's answer, up to and with a control token; "" if either is missing."""
+        _, answer, behind = text.rpartition(_PROBE[1])
+        token = self._control.search(behind) if answer else None
+        return behind[: token.end()] if token else ""
+
     def _spans(self, veiled: _Veiled, prefixes: list[str], full: str) -> list[Span] | None:
         if veiled.turns is None:
             return None
-        return [self._span(veiled, turn, prefix, full) for turn, prefix in zip(veiled.turns, prefixes, strict=True)]
+        turns = zip(veiled.turns, prefixes, strict=True)
+        spans = [self._span(veiled, turn, prefix, full) for turn, prefix in turns]
+        return [(start, end) for start, end in spans if start < end]
 
     def _span(self, veiled: _Veiled, turn: int, prefix: str, full: str) -> Span:
-        start = len(prefix)
-        if full.startswith(prefix):
-            end_token = self._control.search(full, start)
-            if end_token and _is_turn(veiled.chat, turn, full[start : end_token.start()], full[end_token.end() :]):
-                return start, end_token.end()
-            [upto] = self._apply([veiled.chat[: turn + 1]], prompt=False)
-            if isinstance(upto, str) and full.startswith(upto):
-                end = len(upto)
-                if _is_turn(veiled.chat, turn, full[start:end], full[end:]):
-                    return start, end
+        if not full.startswith(prefix):
+            prefix = prefix.removesuffix(self._habits.opening)
+        end = self._end(veiled.chat, turn, len(prefix), full) if full.startswith(prefix) else None
+        if end is not None:
+            return len(prefix), end
         raise RowFault(
             "unmaskable",
             where=veiled.row.where,
@@ -154,6 +195,26 @@ class Renderer:
             "follows, and end the turn.",
             found=f"{self._name} does not, message {turn + 1}. data.loss_on=all needs none; data.template has others.",
         )
+
+    def _end(self, chat: Chat, turn: int, start: int, full: str) -> int | None:
+        """Where the turn ends: where it starts if the template leaves nothing of it, None if that cannot be told."""
+        token = self._control.search(full, start) if self._habits.ends_turns else None
+        if token and _is_turn(chat, turn, full[start : token.start()], full, token.end()):
+            return token.end()
+        if token and not full[start : token.start()].strip() and self._empties(chat, turn, full):
+            return start
+        [upto] = [full] if turn + 1 == len(chat) else self._apply([chat[: turn + 1]], prompt=False)
+        if not isinstance(upto, str) or not full.startswith(upto):
+            return None
+        token = self._control.search(full, start, len(upto))
+        if token and _is_turn(chat, turn, full[start : token.start()], full, token.end()):
+            return token.end()
+        return len(upto) if _is_turn(chat, turn, full[start : len(upto)], full, len(upto)) else None
+
+    def _empties(self, chat: Chat, turn: int, full: str) -> bool:
+        """Whether the template writes this turn, of thoughts alone perhaps, as if it said nothing."""
+        silent = [*chat[:turn], {**chat[turn], "content": ""}, *chat[turn + 1 :]]
+        return self._apply([silent], prompt=False) == [full]
 
     def _fault(self, row: Conversation, error: Exception) -> RowFault:
         found = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
@@ -169,12 +230,12 @@ def _turns(row: Conversation, loss: str) -> list[int]:
     return [turn for turn in turns if row.messages[turn].content.strip()]
 
 
-def _is_turn(chat: Chat, turn: int, said: str, rest: str) -> bool:
-    """Whether `said` is what this message became, and `rest` what follows it. Templates may drop the thinking that a
-    content begins with, and set whitespace as they like.
+def _is_turn(chat: Chat, turn: int, said: str, full: str, end: int) -> bool:
+    """Whether `said` is what this message became, and what follows it stands behind `end`. Templates may drop the
+    thinking that a content begins with, and set whitespace as they like.
     """
-    said, meant = ("".join(text.split()) for text in (said, chat[turn]["content"]))
     following = chat[turn + 1] if turn + 1 < len(chat) else None
-    if following and following["role"] == "user" and following["content"].strip() not in rest:
+    if following and following["role"] == "user" and full.find(following["content"].strip(), end) < 0:
         return False
+    said, meant = ("".join(text.split()) for text in (said, chat[turn]["content"]))
     return meant in said or (bool(said) and meant.endswith(said))

@@ -5,8 +5,10 @@ span: lists of offsets in Python cost twice as much as all else here.
 """
 
 from collections.abc import Iterable, Sequence
+from functools import cached_property
 
 import numpy as np
+from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from transformers.tokenization_utils_base import EncodingFast
 
@@ -24,12 +26,16 @@ class Tokeniser:
                 "Masking needs a fast tokenizer: one that says which characters a token covers.\n"
                 f"Found: {type(tokenizer).__name__}.\nUse a model whose folder holds a tokenizer.json."
             )
-        # Called directly: the tokenizer around it halves the speed, and sets all that is set here anew when called.
-        self._backend = tokenizer.backend_tokenizer
-        self._backend.no_truncation()
-        self._backend.no_padding()
+        # Called directly: the tokenizer around it halves the speed. Copies, since it changes its own at every call, and
+        # two, since a switch thrown between calls would reach into those of other threads.
+        self._backend = _copy(tokenizer.backend_tokenizer, literal=False)
         self._bos, self._eos = tokenizer.bos_token_id, tokenizer.eos_token_id
         self._control = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
+
+    @cached_property
+    def _literal(self) -> Tokenizer:
+        """Made when a row first needs it: half a second for a vocabulary of 150,000."""
+        return _copy(self._backend, literal=True)
 
     def documents(self, rendered: Sequence[Rendered]) -> list[Document]:
         """One document for each."""
@@ -38,8 +44,8 @@ class Tokeniser:
 
     def _encode(self, texts: list[str], *, literal: bool) -> list[EncodingFast]:
         """`literal`: control-token strings are plain characters."""
-        self._backend.encode_special_tokens = literal
-        return self._backend.encode_batch(texts, add_special_tokens=False)
+        backend = self._literal if literal else self._backend
+        return backend.encode_batch(texts, add_special_tokens=False)
 
     def _document(self, item: Rendered, encoding: EncodingFast) -> Document:
         ids, supervised = self._masked(encoding, item.spans)
@@ -79,6 +85,14 @@ class Tokeniser:
         if self._eos is not None and ids[-1:] != [self._eos]:
             ids, supervised = np.append(ids, np.int32(self._eos)), np.append(supervised, spans is None or bool(spans))
         return Document(ids, supervised)
+
+
+def _copy(backend: Tokenizer, *, literal: bool) -> Tokenizer:
+    copy = Tokenizer.from_str(backend.to_str())
+    copy.no_truncation()
+    copy.no_padding()
+    copy.encode_special_tokens = literal
+    return copy
 
 
 def _first_covering(encoding: EncodingFast, chars: Iterable[int]) -> int | None:

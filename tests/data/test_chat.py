@@ -1,3 +1,7 @@
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+
 import pytest
 from transformers import PreTrainedTokenizerFast
 from transformers.tokenization_python import PreTrainedTokenizer
@@ -101,6 +105,32 @@ def test_plain_text_stands_between_begin_and_end_token_and_is_supervised(tokeniz
 def test_the_tokenizer_is_left_as_it_was(tokenizer: PreTrainedTokenizerFast) -> None:
     encode(tokenizer, chat("user: <|eot|>", "assistant: <|eot|>"))
     assert tokenizer("<|eot|>", add_special_tokens=False).input_ids == [tokenizer.eos_token_id]
+
+
+def test_the_tokenizers_padding_and_truncation_stay_and_reach_no_document(make_tokenizer: MakeTokenizer) -> None:
+    tokenizer = make_tokenizer("llama3")
+    backend = tokenizer.backend_tokenizer
+    backend.enable_truncation(3)
+    backend.enable_padding(length=50)
+    backend.encode_special_tokens = True
+    before = backend.to_str()
+    assert same(encode(tokenizer, MANY_TURNS), encode(make_tokenizer("llama3"), MANY_TURNS))
+    assert (backend.to_str(), backend.encode_special_tokens) == (before, True)
+
+
+def test_threads_that_encode_at_once_get_what_one_gets(
+    tokenizer: PreTrainedTokenizerFast, request: pytest.FixtureRequest
+) -> None:
+    shared = encoder(tokenizer)
+    rows = [chat(f"user: {n} <|eot|> or <|head|>", f"assistant: {n} <|eot|> b") for n in range(200)]
+    rows += [chat(f"user: Define {n}", "assistant: word") for n in range(200)]
+    alone = encode(tokenizer, *rows)
+    request.addfinalizer(partial(sys.setswitchinterval, sys.getswitchinterval()))
+    sys.setswitchinterval(1e-6)  # seconds: threads take turns between any two calls
+    with ThreadPoolExecutor(2) as pool:
+        for items in pool.map(shared.encode, (rows, rows[::-1]) * 3):
+            documents = [item for item in items if isinstance(item, Document)]
+            assert same(documents, alone) or same(documents, alone[::-1])
 
 
 def test_a_prompt_ends_where_the_answer_begins(tokenizer: PreTrainedTokenizerFast) -> None:

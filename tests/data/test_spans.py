@@ -1,5 +1,6 @@
 """What the loss sees of a chat, on templates with and without what spans are found by."""
 
+from collections import Counter
 from itertools import pairwise
 from typing import Any
 
@@ -9,8 +10,9 @@ from tokenizers import AddedToken
 from transformers import PreTrainedTokenizerFast
 
 from launcher.data.rows import RowFault
+from launcher.data.spans import Rendered, Renderer
 from launcher.errors import DataError
-from tests.data.conftest import MANY_TURNS, MakeTokenizer, chat, encode, supervised_text
+from tests.data.conftest import CHATML, LLAMA3, MANY_TURNS, MakeTokenizer, chat, encode, supervised_text
 
 
 def test_each_assistant_turn_is_supervised_with_its_end_token_and_nothing_else(
@@ -107,6 +109,24 @@ def test_a_control_token_that_ends_the_chat_and_not_the_turn_is_not_taken_for_th
             encode(tokenizer, chat("user: a", "assistant: b", *rest))
 
 
+def test_a_control_token_that_opens_the_next_turn_is_not_taken_for_this_ones_end(make_tokenizer: MakeTokenizer) -> None:
+    tokenizer = make_tokenizer(
+        "{% for m in messages %}{{ bos_token + m['role'] + ': ' + m['content'] + '\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ bos_token + 'assistant: ' }}{% endif %}"
+    )
+    [document] = encode(tokenizer, chat("user: a", "assistant: Hello", "user: b", "assistant: Hello"))
+    assert [run.lstrip() for run in supervised_text(tokenizer, document).split("|")] == ["Hello\n", "Hello\n"]
+
+
+def test_a_template_that_refuses_the_probe_is_masked_up_to_its_end_tokens(make_tokenizer: MakeTokenizer) -> None:
+    needs_system = "{% if messages[0]['role'] != 'system' %}{{ raise_exception('no system') }}{% endif %}" + CHATML
+    tokenizer = make_tokenizer(needs_system)
+    [document] = encode(tokenizer, MANY_TURNS)
+    assert supervised_text(tokenizer, document) == supervised_text(
+        tokenizer, encode(make_tokenizer("chatml"), MANY_TURNS)[0]
+    )
+
+
 def test_without_control_tokens_what_is_written_behind_the_last_turn_alone_is_no_part_of_earlier_ones(
     make_tokenizer: MakeTokenizer,
 ) -> None:
@@ -119,6 +139,71 @@ def test_without_control_tokens_what_is_written_behind_the_last_turn_alone_is_no
     assert supervised_text(make_tokenizer(template), document).strip() == "bTHE END"
     with pytest.raises(DataError, match="message 2"):
         encode(make_tokenizer(template), chat("user: a", "assistant: b", "user:  ", "assistant: d"))
+
+
+THINKING = {  # the generation prompt opens a block for thoughts, which no answer is written with
+    "without roles": (
+        "{{- bos_token }}{%- for m in messages %}{%- if m['role'] == 'assistant' %}"
+        "{{- '<|/head|>' + m['content'].split('</think>')[-1] + '<|eot|>' }}"
+        "{%- else %}{{- '<|head|>' + m['content'] }}{%- endif %}{%- endfor %}"
+        "{%- if add_generation_prompt %}{{- '<|/head|><think>\n' }}{%- endif %}"
+    ),
+    "with roles": (
+        "{%- for m in messages %}{{- '<|head|>' + m['role'] + '\n' }}"
+        "{{- m['content'].split('</think>')[-1] + '<|eot|>\n' }}{%- endfor %}"
+        "{%- if add_generation_prompt %}{{- '<|head|>assistant\n<think>\n' }}{%- endif %}"
+    ),
+    "the last with its thoughts": (
+        "{%- for m in messages %}{{- '<|head|>' + m['role'] + '\n' }}{%- if loop.last and m['role'] == 'assistant' %}"
+        "{{- '<think>\n' + m['content'].split('</think>')[-1] }}{%- else %}"
+        "{{- m['content'].split('</think>')[-1] }}{%- endif %}{{- '<|eot|>\n' }}{%- endfor %}"
+        "{%- if add_generation_prompt %}{{- '<|head|>assistant\n<think>\n' }}{%- endif %}"
+    ),
+}
+
+
+@pytest.mark.parametrize("shape", THINKING)
+def test_a_generation_prompt_that_opens_thoughts_does_not_hide_where_an_answer_begins(
+    make_tokenizer: MakeTokenizer, shape: str
+) -> None:
+    tokenizer = make_tokenizer(THINKING[shape])
+    turns = ["user: a", "assistant: hm</think>Hello", "user: b", "assistant: <table> é", "user: c", "assistant: <"]
+    [document] = encode(tokenizer, chat(*turns))
+    assert supervised_text(tokenizer, document) == "Hello<|eot|>|<table> é<|eot|>|<<|eot|>"
+    [silent] = encode(tokenizer, chat("user: a", "assistant: hm</think>", "user: b", "assistant: Hello"))
+    assert supervised_text(tokenizer, silent) == "Hello<|eot|>"
+
+
+def test_an_answer_behind_a_control_token_is_not_taken_for_an_empty_one(make_tokenizer: MakeTokenizer) -> None:
+    tokenizer = make_tokenizer(LLAMA3.replace("<|head|>assistant<|/head|>\n\n", "<|head|>assistant"))
+    [document] = encode(tokenizer, chat("user: a", "assistant: Hello"))
+    assert supervised_text(tokenizer, document) == "<|/head|>\n\nHello<|eot|>"
+
+
+def test_a_template_that_writes_no_answer_at_all_is_refused(make_tokenizer: MakeTokenizer) -> None:
+    mute = "{%- for m in messages %}{{- '<|head|>' + m['role'] + '<|/head|>' }}{%- for part in m['content'] %}"
+    mute += "{{- part['text'] }}{%- endfor %}{{- '<|eot|>' }}{%- endfor %}"
+    mute += "{%- if add_generation_prompt %}{{- '<|head|>assistant<|/head|>' }}{%- endif %}"
+    with pytest.raises(DataError, match="message 2"):
+        encode(make_tokenizer(mute), chat("user: a", "assistant: b"))
+
+
+def test_a_long_chat_is_rendered_once_for_each_turn_and_once_whole(
+    tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    turns = 150
+    row = chat(*[turn for n in range(turns) for turn in (f"user: question {n}", f"assistant: answer {n}")])
+    renderer, counted = Renderer(tokenizer, name="it"), Counter[str]()
+    apply = tokenizer.apply_chat_template
+
+    def counting(chats: list[Any], **options: Any) -> Any:
+        counted["rendered"] += len(chats)
+        return apply(chats, **options)
+
+    monkeypatch.setattr(tokenizer, "apply_chat_template", counting)
+    [rendered] = renderer.render([row], ["assistant"])
+    assert isinstance(rendered, Rendered) and len(rendered.spans or ()) == turns
+    assert counted["rendered"] == turns + 1 + 4  # and once for all chats the probe
 
 
 FORGETFUL = (  # writes more before a turn once something follows it

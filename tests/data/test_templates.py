@@ -164,6 +164,16 @@ def test_thinking_is_supervised_in_the_last_turn_and_left_out_of_earlier_ones(en
     assert "early" not in tokenizer.decode(document.input_ids)
 
 
+@shipped_and_stock
+def test_an_earlier_turn_of_thoughts_alone_trains_nothing(encoder_for: Any, origin: str) -> None:
+    tokenizer, encoder = encoder_for("qwen3", origin)
+    for thoughts in ("é</think>", "<think>\nhm\n</think>\n\n", "</think>"):
+        document = encode(encoder, chat("a", thoughts, "b", "c"))
+        assert supervised_runs(tokenizer, document) == [NO_THOUGHTS + "c<|im_end|>"]
+    last = encode(encoder, chat("a", "é</think>"))
+    assert supervised_runs(tokenizer, last) == ["<think>\né\n</think>\n\n<|im_end|>"]
+
+
 def test_the_shipped_qwen3_template_treats_thinking_as_the_stock_one(encoder_for: Any) -> None:
     (shipped, _), (stock, _) = encoder_for("qwen3", "shipped"), encoder_for("qwen3", "stock")
     thought = "\n<think>\n\nhm <think> hm\n\n</think>\n\n\nb"
@@ -192,6 +202,30 @@ def test_a_template_that_moves_the_system_text_is_refused_where_it_does(make_fam
     [good, fault] = encoder.encode([chat("a", "b"), chat("a", "b", "c", "d", system="s")])
     assert isinstance(good, Document) and isinstance(fault, RowFault)
     assert re.match(r"rows:1: (?s:.*)message 3(?s:.*)data\.loss_on=all(?s:.*)data\.template", str(fault))
+
+
+DATED = (  # lines that begin as templates may: with blanks before a block, and a newline before all
+    "\n  {%- if strftime_now is defined %}{% set date = strftime_now('%d %b %Y') %}{% endif %}",
+    "  {% macro day(shape) %}\n{{ strftime_now(format=shape) }}{% endmacro %}{% set date = day('%d %b') + ' 2024' %}",
+    "{{ '' }}{%- set date = strftime_now('%-d %b %Y') %}",
+)
+
+
+@pytest.mark.parametrize("opening", DATED)
+def test_a_template_that_asks_for_today_writes_the_same_date_on_every_day(
+    make_family: MakeFamily, stock: dict[str, str], opening: str
+) -> None:
+    dated = opening + stock["llama3"].replace("Today: 1 Jan 2025", "Today: ' + date + '")
+    tokenizer = make_family("llama3", template=dated)
+    encoder = Encoder(tokenizer, data=DataSection())
+    row = CHATS["many turns"]
+    written = str(tokenizer.apply_chat_template(as_dicts(row), tokenize=False))
+    head, _, rest = written.partition("Today: ")
+    document = encode(encoder, row)
+    fixed = head + "Today: 26 Jul 2024" + rest[rest.index("\n") :]
+    assert tokenizer.decode(document.input_ids) == fixed != written
+    assert supervised_runs(tokenizer, document) == expected_runs("llama3", row)
+    assert tokenizer.chat_template == dated
 
 
 @each_family
