@@ -99,9 +99,11 @@ def bench_on(device: str, *, model: Path, dtype: str, backend: str) -> Iterator[
     plan.warm_up(planned)
     gradients(packed)
     plan.arm()
-    yield Bench(packed, stock, plan, blocks, batch)
-    plan.release()
-    torch._dynamo.reset()
+    try:
+        yield Bench(packed, stock, plan, blocks, batch)
+    finally:
+        plan.release()
+        torch._dynamo.reset()
 
 
 @pytest.fixture(scope="module")

@@ -122,6 +122,7 @@ def test_packed_documents_have_in_bfloat16_the_losses_and_gradients_they_have_al
         assert packed == pytest.approx(alone, rel=2e-3)
         for ours, theirs in zip(*both_gradients(bench), strict=True):
             assert torch.cosine_similarity(ours.flatten(), theirs.flatten(), dim=0) > 0.995
+            assert ours.norm().item() == pytest.approx(theirs.norm().item(), rel=1e-2)
         bench.plan.check()
 
 
