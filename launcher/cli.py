@@ -11,19 +11,21 @@ import sys
 from collections.abc import Sequence
 from contextlib import suppress
 from types import FrameType
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, NoReturn, cast
 
 from rich.console import Console
 
-from launcher.errors import DiskError, LauncherError, LostRank, MemoryExhausted, RecipeError
+from launcher.errors import ContractError, DiskError, LauncherError, LostRank, MemoryExhausted, RecipeError
+from launcher.parity_records import ParityRecord
 from launcher.ranks import Place, end_with_parent, place
 from launcher.recipe.load import Resolved, resolve
 from launcher.recipe.locate import locate
 from launcher.recipe.schema import recipes_dir
 from launcher.recipe.show import print_request
 from launcher.records import RunRecord
-from launcher.report import Screen, make_console, preview_page
+from launcher.report import Screen, make_console, parity_page, preview_page
 from launcher.report import error as print_error
+from launcher.train.outputs import write_json
 
 if TYPE_CHECKING:
     from launcher.train.loop import Progress
@@ -46,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             if print_request(argv, console=make_console(None if here.is_main else nowhere)):
                 return 0
             resolved, console = resolve(argv), make_console(None if here.is_main else nowhere)
-            return (_preview if resolved.mode == "preview" else _train)(resolved, here, console)
+            return {"preview": _preview, "parity": _parity}.get(resolved.mode, _train)(resolved, here, console)
     except LauncherError as error:
         _print_error(error, here)
         return error.code
@@ -95,6 +97,39 @@ def _preview(resolved: Resolved, here: Place, console: Console) -> int:
 
         record = preview(resolved.recipe, name=resolved.name, source=source, shipped=shipped, blocks=resolved.blocks)
     preview_page(console, record)
+    return 0
+
+
+def _parity(resolved: Resolved, here: Place, console: Console) -> int:
+    from launcher.train.environment import prepare_environment
+
+    if here.world_size > 1:
+        raise RecipeError(
+            f"mode=parity runs in one process; {here.world_size} were started. "
+            f"Run python launcher/main.py recipe={resolved.name} mode=parity."
+        )
+    end_with_parent()
+    _check_report_path(resolved)
+    notes = prepare_environment(here)
+    shipped = recipes_dir()
+    source = locate(resolved.recipe.model, shipped / "architectures")
+    with Screen(console) as screen:
+        screen.show("importing torch")
+        from launcher.parity.measure import parity
+        from launcher.train.loop import Progress, Request
+
+        try:
+            for event in parity(Request(resolved.recipe, resolved.name, source, shipped, here, notes)):
+                if isinstance(event, str):
+                    screen.show(event)
+            record = cast(ParityRecord, event)
+        except BaseException as error:
+            _fail(error, Progress(), here)
+    parity_page(console, record)
+    if resolved.report:
+        write_json(resolved.report, record.as_report())
+    if not record.holds:
+        raise ContractError(record.failure)
     return 0
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from launcher.errors import RecipeError
 from launcher.model.attention import attention_name, choose_attention, register_attention
@@ -77,16 +77,11 @@ def build_model(
     family = family_of(config, max_length=recipe.data.max_length)
     dtype = choose_dtype(recipe.model.dtype, device)
     path, why = choose_attention(recipe.model.attention, device, dtype)
-    seed = recipe.train.seed
-    if recipe.model.init == "random":
-        base = random_base(config, quant=recipe.quant, dtype=dtype, device=device, seed=seed)
-    else:
-        base = load_base(source, config, quant=recipe.quant, dtype=dtype, device=device, revision=recipe.model.revision)
-    base.config.use_cache = False
+    base = build_base(recipe, source, config, dtype=dtype, device=device)
     register_attention(path)
     base.set_attn_implementation(attention_name(path))
     phase("after load")
-    peft = attach_lora(base, recipe.lora, seed=seed)
+    peft = attach_lora(base, recipe.lora, seed=recipe.train.seed)
     # What another process must load to use the adapter: a hub id, or a path that does not depend on where it starts.
     peft.peft_config["default"].base_model_name_or_path = source
     peft.peft_config["default"].revision = recipe.model.revision
@@ -98,6 +93,18 @@ def build_model(
     return BuiltModel(
         peft, packed.train(), family, dtype, path, why, parameters, trainable, _describe(config, recipe, dtype)
     )
+
+
+def build_base(
+    recipe: Recipe, source: str, config: Any, *, dtype: torch.dtype, device: torch.device
+) -> PreTrainedModel:
+    """The frozen base as the recipe asks for it, on `device`: loaded or random, the same at each call."""
+    if recipe.model.init == "random":
+        base = random_base(config, quant=recipe.quant, dtype=dtype, device=device, seed=recipe.train.seed)
+    else:
+        base = load_base(source, config, quant=recipe.quant, dtype=dtype, device=device, revision=recipe.model.revision)
+    base.config.use_cache = False
+    return base
 
 
 def _describe(config: Any, recipe: Recipe, dtype: torch.dtype) -> str:

@@ -46,10 +46,10 @@ class QLoraLinear4bit(_ExplicitCast, PeftLinear4bit):
 EXPLICIT_CAST: dict[type, type] = {PeftLinear: QLoraLinear, PeftLinear4bit: QLoraLinear4bit}
 
 
-def attach_lora(model: PreTrainedModel, lora: LoraSection, *, seed: int) -> PeftModel:
-    """Freeze the base and add fp32 adapters, drawn from `seed`. The targets have passed `check_targets`."""
+def stock_lora(model: PreTrainedModel, lora: LoraSection, *, seed: int) -> PeftModel:
+    """Freeze the base and add PEFT's own adapters, drawn from `seed`. The targets have passed `check_targets`."""
     torch.manual_seed(seed)
-    adapted = get_peft_model(
+    return get_peft_model(
         model,
         LoraConfig(
             r=lora.r,
@@ -60,6 +60,11 @@ def attach_lora(model: PreTrainedModel, lora: LoraSection, *, seed: int) -> Peft
         ),
         adapter_name=ADAPTER,
     )
+
+
+def attach_lora(model: PreTrainedModel, lora: LoraSection, *, seed: int) -> PeftModel:
+    """Freeze the base and add fp32 adapters with explicit casts, drawn from `seed`. See `stock_lora`."""
+    adapted = stock_lora(model, lora, seed=seed)
     for module in adapted.modules():
         if hasattr(module, "lora_A"):
             module.__class__ = EXPLICIT_CAST[type(module)]

@@ -244,6 +244,12 @@ class RunSection(Section):
     sample_tokens: int = Field(48, ge=0, le=1024, description="Tokens of the sample printed at the end; 0: none.")
 
 
+class ProofSection(Section):
+    """How much a proof measures."""
+
+    parity: int = Field(16, ge=1, description="Batches that mode=parity compares.")
+
+
 class Recipe(Section):
     """A fine-tune: everything that decides its result, and what it leaves behind."""
 
@@ -255,6 +261,7 @@ class Recipe(Section):
     memory: MemorySection = Field(default_factory=MemorySection, description="Budgets of memory.")
     train: TrainSection = Field(default_factory=TrainSection, description="Length, batch and optimizer.")
     run: RunSection = Field(default_factory=RunSection, description="What the run leaves behind.")
+    proof: ProofSection = Field(default_factory=ProofSection, description="How much a proof measures.")
 
     @field_validator("train")
     @classmethod

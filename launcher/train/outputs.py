@@ -54,7 +54,7 @@ class RunFolder:
 
     def report(self, run: RunRecord) -> None:
         """Write report.json."""
-        _replace(self.path / "report.json", _finite(run.as_report()))
+        write_json(self.path / "report.json", run.as_report())
 
     def status(self, *, code: int, reason: str, rank: int, step: int) -> None:
         """Write status.json; the launcher masks worker exit codes, so this is where they can be read.
@@ -71,7 +71,7 @@ class RunFolder:
                 self.path.rmdir()
             return
         found = {"code": code, "reason": reason, "rank": rank, "step": step, "resumable": False}
-        _replace(self.path / "status.json", found)
+        write_json(self.path / "status.json", found)
 
     def _cause(self) -> int | None:
         """The code that status.json has, None without one."""
@@ -92,10 +92,10 @@ def default_folder(recipe: str) -> str:
     return str(candidate)
 
 
-def _replace(path: Path, content: dict[str, Any]) -> None:
-    """Write whole or not at all: a reader never sees half a file."""
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Write whole or not at all: a reader never sees half a file. What is no finite number becomes null."""
     staging = path.with_name(f"{path.name}.{os.getpid()}.part")  # several ranks may report one failure
-    staging.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    staging.write_text(json.dumps(_finite(content), indent=2) + "\n", encoding="utf-8")
     os.replace(staging, path)
 
 

@@ -13,6 +13,7 @@ from launcher.data.buckets import bucket
 from launcher.data.documents import Documents
 from launcher.data.loader import TrainLoader
 from launcher.ops.attention import document_mask, masked_attention, packed_attention_reference, varlen_attention
+from launcher.parity.measure import parity
 from launcher.records import RunRecord, StepRecord
 from launcher.train.loop import Progress, run
 from launcher.train.setup import Clock, Worker, prepare
@@ -176,3 +177,20 @@ def test_packed_text_trains_at_nine_tenths_of_the_rate_of_full_random_rows(make_
     print(f"packed text {packed:,.0f} tok/s, full random rows {random:,.0f} tok/s, fill {train.fill:.4f}")
     assert packed >= 0.9 * random
     assert train.max_documents > 20
+
+
+@pytest.mark.parametrize("scope", ["layer", "regions", "model"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_the_1b_shape_computes_what_stock_code_computes(make_recipe, dtype, scope):
+    recipe = make_recipe(
+        model={"name": "unsloth/Llama-3.2-1B-Instruct", "init": "random", "dtype": dtype},
+        lora={"r": 16},
+        data={"sources": [{"path": str(TINY / "train.jsonl")}], "max_length": 1024, "validation": 0},
+        compile={"backend": "inductor", "scope": scope},
+        train={"steps": 1, "micro_batch": 2},
+        proof={"parity": 16},
+    )
+    *_, record = parity(request_for(recipe))
+    print(dtype, scope, record.loss_error, record.gradient_error, min(a.least_cosine for a in record.adapters))
+    assert record.holds, record.verdicts
+    assert len(record.verdicts) == 4 and len(record.adapters) == 14
