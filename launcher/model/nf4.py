@@ -43,10 +43,14 @@ def load_base(
         # An explicit None would switch off the quantisation that the checkpoint brings.
         **({"quantization_config": wanted} if wanted else {}),
     )
+    # A checkpoint quantised for bf16 may run on a card without it: this run's dtype computes. transformers leaves what
+    # such a checkpoint has not quantised (embeddings, norms, head) in the dtype that it was saved in.
     for module in model.modules():
         if isinstance(module, Linear4bit):
-            # A checkpoint quantised for bf16 may run on a card without it: this run's dtype computes.
             module.compute_dtype, module.compute_type_is_set = dtype, True
+    for parameter in model.parameters():
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.to(dtype)
     return model
 
 

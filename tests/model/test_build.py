@@ -58,6 +58,18 @@ def test_a_checkpoint_already_quantised_loads_to_the_same_weights(make_recipe, s
     assert "as the checkpoint came" in again.quantization
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_a_checkpoint_quantised_for_bf16_computes_in_the_runs_dtype(make_recipe, small_model, tmp_path, dtype):
+    quantisation = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
+    saved = AutoModelForCausalLM.from_pretrained(
+        small_model, quantization_config=quantisation, dtype=torch.bfloat16, device_map={"": "cpu"}
+    )
+    saved.save_pretrained(tmp_path / "for-bf16")
+    built = build(make_recipe(model={"name": str(tmp_path / "for-bf16"), "dtype": dtype}))
+    found = {p.dtype for p in built.packed.parameters() if p.is_floating_point() and not p.requires_grad}
+    assert found == {getattr(torch, dtype)}
+
+
 def test_a_checkpoint_quantised_in_another_way_is_refused(make_recipe, small_model, tmp_path):
     folder = tmp_path / "fp4"
     shutil.copytree(small_model, folder)
