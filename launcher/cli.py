@@ -123,11 +123,11 @@ def _parity(resolved: Resolved, here: Place, console: Console) -> int:
                 if isinstance(event, str):
                     screen.show(event)
             record = cast(ParityRecord, event)
+            if resolved.report:
+                write_json(resolved.report, record.as_report())
         except BaseException as error:
             _fail(error, Progress(), here)
     parity_page(console, record)
-    if resolved.report:
-        write_json(resolved.report, record.as_report())
     if not record.holds:
         raise ContractError(record.failure)
     return 0

@@ -17,6 +17,7 @@ class Gate:
     cosine: float  # least cosine of an adapter's gradients, compiled and eager
     error_ratio: float  # the compiled error against fp32 may be so many times the eager one
     error_floor: float  # plus this: where both errors are rounding noise, their ratio says nothing
+    eager_error: float  # of eager's own gradients against fp32, at most: beyond it the reference is not to be trusted
     loss_batches: int  # fewer batches than this scatter too much for the mean loss error to be judged
 
 

@@ -8,13 +8,13 @@ from launcher.parity_records import AdapterParity, Gate, Pair, ParityBatch, Pari
 from launcher.records import CompileRecord, StartRecord, Verdict
 from launcher.report import make_console, parity_page
 
-GATE = Gate(loss=2e-3, cosine=0.995, error_ratio=1.2, error_floor=0.0, loss_batches=16)
+GATE = Gate(loss=2e-3, cosine=0.995, error_ratio=1.2, error_floor=0.0, eager_error=0.3, loss_batches=16)
 START = StartRecord(
     recipe="own [bold]", model="/models/base", family="llama", parameters=1_000, trainable=10, device="CPU",
     world_size=1, dtype="bfloat16", quantization="nf4", attention="sdpa (as asked)", micro_batch=2, widths=(64, 128),
     accumulation=3, steps=2, optimizer="adamw", compile="strict, scope layer, inductor", batching="bucketed",
     streamed=False, template="llama3", loss_on={}, train_rows=9, train_blocks=9, validation_rows=0, fill=1.0,
-    run_dir="", notes=("a \x1b[31mnote",),
+    epochs=1.0, run_dir="", notes=("a \x1b[31mnote",),
 )  # fmt: skip
 COMPILE = CompileRecord(4, 4, 4, 0, 0, 0, 1.0, 1.0, 0, "abc")
 

@@ -49,7 +49,7 @@ def load_base(
         if isinstance(module, Linear4bit):
             module.compute_dtype, module.compute_type_is_set = dtype, True
     for parameter in model.parameters():
-        if parameter.is_floating_point():
+        if parameter.is_floating_point() and not isinstance(parameter, Params4bit):  # may be stored as bf16, not be it
             parameter.data = parameter.data.to(dtype)
     return model
 

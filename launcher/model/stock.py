@@ -1,7 +1,8 @@
 """The model as a user without this project would train it: stock transformers, PEFT and bitsandbytes modules.
 
-It shares the base and the adapters' names with the compiled model and none of its code: transformers' own forward and
-"sdpa" attention, PEFT's own LoRA layers, autocast where the compute dtype is a half one. mode=parity measures by it.
+It shares the loading of the base and the adapters' names with the compiled model, and none of what computes:
+transformers' own forward and "sdpa" attention, PEFT's own LoRA layers, autocast where the compute dtype is a half one.
+mode=parity measures by it; so parity judges neither how weights are loaded nor what the data is.
 
 Two of them: `stock_model` computes in the run's dtype; with `reference=True` it computes in fp32 on the base that the
 quantised weights stand for, each weight dequantised to fp32 without a rounding in between.

@@ -21,16 +21,18 @@ import torch._dynamo
 from peft import PeftModel
 from torch import Tensor, nn
 
+from launcher.data.blocks import IGNORE
 from launcher.data.loader import StepBatch
 from launcher.errors import NonFiniteError
 from launcher.model.stock import grouped, stock_loss, stock_model, supervised_documents
 from launcher.parity.gate import Comparison, Measured, gate_of
 from launcher.parity_records import ParityRecord
-from launcher.records import StartRecord
+from launcher.records import CompileRecord, StartRecord, Verdict
 from launcher.train.account import start_record
 from launcher.train.setup import Clock, Prepared, Request, Worker, prepare
 
 B_STD = 0.02  # of the drawn LoRA B: as large as a base weight, the update a few percent of the base's output
+POSITIONS = 4096  # that a stock model sees at once, but for a longer document: it makes all their logits, in fp32
 HALVINGS = 20  # of the fp16 loss scale, at most: from 65,536 to below 1
 
 Adapters = dict[str, Tensor]
@@ -78,7 +80,7 @@ def parity(request: Request) -> Iterator[str | ParityRecord]:
         adapters=comparison.adapters,
         loss_error=comparison.loss_error,
         gradient_error=comparison.gradient_error,
-        verdicts=comparison.verdicts(gate),
+        verdicts=(*comparison.verdicts(gate), *_uncompiled(compile)),
         elapsed_s=clock.elapsed_s,
         notes=(*notes, *_notes(request, len(batches), gate.loss_batches), *compile.fallbacks),
     )
@@ -152,21 +154,22 @@ def measure_stock(
     compute = torch.float32 if reference else dtype
     scaler = torch.amp.GradScaler(device.type, enabled=compute == torch.float16)
 
-    def accumulate(batch: StepBatch) -> Tensor:
+    def accumulate(batch: StepBatch, supervised: int) -> Tensor:
         model.zero_grad()
         total = torch.zeros((), device=device)
         for micro in batch.micro_batches:
             micro = micro.to(device)
             documents = supervised_documents(micro.input_ids, micro.labels, micro.document_ids)
-            for group in grouped(documents, positions=micro.input_ids.numel()):
+            for group in grouped(documents, positions=min(micro.input_ids.numel(), POSITIONS)):
                 loss = stock_loss(model, group, dtype=compute)
                 total += loss.detach()
-                scaler.scale(loss / max(1, batch.supervised_tokens)).backward()
+                scaler.scale(loss / max(1, supervised)).backward()
         return total
 
     for batch in batches:
-        supervised = batch.supervised_tokens
-        yield _measured(lambda batch=batch: accumulate(batch), model, scaler, supervised_tokens=supervised)  # type: ignore[misc]
+        # Counted here and not taken from the batch: a wrong count would scale all three alike.
+        n = sum(int((micro.labels != IGNORE).sum()) for micro in batch.micro_batches)
+        yield _measured(lambda batch=batch, n=n: accumulate(batch, n), model, scaler, supervised_tokens=n)  # type: ignore[misc]
 
 
 def _measured(
@@ -217,6 +220,13 @@ def free(device: torch.device) -> None:
 def _start(worker: Worker) -> StartRecord:
     """The start record of the run that is not made: no folder, and as many steps as batches are measured."""
     return replace(start_record(worker), run_dir="", steps=worker.recipe.proof.parity)
+
+
+def _uncompiled(compile: CompileRecord) -> tuple[Verdict, ...]:
+    """A verdict that fails where compile.mode=warn fell back: what was compared is not what the recipe asks for."""
+    if not compile.fallbacks:
+        return ()
+    return (Verdict("the compiled model is compiled", False, compile.fallbacks[0]),)
 
 
 def _notes(request: Request, batches: int, needed: int) -> tuple[Any, ...]:

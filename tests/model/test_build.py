@@ -3,7 +3,7 @@ import shutil
 
 import pytest
 import torch
-from bitsandbytes.nn import Linear4bit
+from bitsandbytes.nn import Linear4bit, Params4bit
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 
 from launcher.errors import RecipeError
@@ -58,16 +58,24 @@ def test_a_checkpoint_already_quantised_loads_to_the_same_weights(make_recipe, s
     assert "as the checkpoint came" in again.quantization
 
 
+@pytest.mark.parametrize("storage", ["uint8", "bfloat16"])  # of the packed weights; FSDP wants the latter
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
-def test_a_checkpoint_quantised_for_bf16_computes_in_the_runs_dtype(make_recipe, small_model, tmp_path, dtype):
-    quantisation = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
+def test_a_checkpoint_quantised_for_bf16_computes_in_the_runs_dtype(make_recipe, small_model, tmp_path, dtype, storage):
+    quantisation = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_quant_storage=storage
+    )
     saved = AutoModelForCausalLM.from_pretrained(
         small_model, quantization_config=quantisation, dtype=torch.bfloat16, device_map={"": "cpu"}
     )
     saved.save_pretrained(tmp_path / "for-bf16")
     built = build(make_recipe(model={"name": str(tmp_path / "for-bf16"), "dtype": dtype}))
-    found = {p.dtype for p in built.packed.parameters() if p.is_floating_point() and not p.requires_grad}
-    assert found == {getattr(torch, dtype)}
+    frozen = [p for p in built.packed.parameters() if not p.requires_grad]
+    assert {p.dtype for p in frozen if not isinstance(p, Params4bit)} == {getattr(torch, dtype)}
+    packed = [
+        [p.data.view(torch.uint8) for p in ps if isinstance(p, Params4bit)] for ps in (saved.parameters(), frozen)
+    ]
+    assert len(packed[0]) == 14
+    assert all(torch.equal(before, after) for before, after in zip(*packed, strict=True))
 
 
 def test_a_checkpoint_quantised_in_another_way_is_refused(make_recipe, small_model, tmp_path):

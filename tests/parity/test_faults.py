@@ -167,7 +167,7 @@ def test_a_flipped_gradient_of_one_adapter_kind_is_named(bench: Bench) -> None:
     assert wrong == [("k", "A")]
     [row] = [a for a in comparison.adapters if (a.kind, a.matrix) == ("k", "A")]
     assert row.least_cosine == pytest.approx(-1, abs=1e-4) and row.modules == 2
-    _, cosines, errors = comparison.verdicts(gate_of(torch.float32))
+    _, cosines, errors, _ = comparison.verdicts(gate_of(torch.float32))
     assert not cosines.holds and "k A -" in cosines.evidence and "q A" not in cosines.evidence
     assert not errors.holds
 
@@ -194,3 +194,14 @@ def test_a_batch_without_targets_counts_as_alike(bench: Bench, monkeypatch: pyte
     comparison.add(*compiled, stock, stock, supervised_tokens=0)
     assert all(verdict.holds for verdict in comparison.verdicts(gate_of(torch.float32)))
     assert comparison.batches[0].gradient_error.compiled == 0
+
+
+def test_a_reference_that_is_another_model_is_found_though_both_are_equally_far_from_it(bench: "Bench") -> None:
+    compiled = bench.unplanted
+    comparison = Comparison()
+    for ours, stock in zip(compiled, bench.eager, strict=True):
+        other = Measured(stock.loss, {name: gradient / 65_536 for name, gradient in stock.gradients.items()})
+        comparison.add(ours, stock, other, supervised_tokens=1)
+    found = {verdict.claim: verdict.holds for verdict in comparison.verdicts(gate_of(torch.float32))}
+    assert found["the fp32 reference is eager's model"] is False
+    assert found["gradient error against fp32 is eager's"] is True

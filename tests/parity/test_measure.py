@@ -52,7 +52,7 @@ def test_the_compiled_path_is_within_the_gate_in_every_scope_and_batching(
     data = {"batching": batching, "validation": 0, "max_length": 128 if batching == "packed" else 32}
     record = compared(small(make_recipe, data=data, model=model_of(make_recipe, dtype), compile=aot(scope=scope)))
     assert record.holds, record.verdicts
-    assert len(record.verdicts) == 3 and len(record.batches) == BATCHES
+    assert len(record.verdicts) == 4 and len(record.batches) == BATCHES
     assert record.compile.planned_graphs == record.compile.expected_graphs > 0
     assert len(record.adapters) == 14
     assert all(0 < batch.reference_loss < 100 and batch.supervised_tokens > 5 for batch in record.batches)
