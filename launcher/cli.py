@@ -10,6 +10,7 @@ import signal
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
+from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, NoReturn, cast
 
@@ -58,14 +59,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         return code
 
 
-def _train(resolved: Resolved, here: Place, console: Console) -> int:
+def _prepared(resolved: Resolved, here: Place) -> tuple[tuple[str, ...], Path, str]:
+    """What every mode that reads data begins with: notes on the environment, the shipped recipes, the model's place."""
     from launcher.train.environment import prepare_environment
 
     end_with_parent()
     _check_report_path(resolved)
-    notes = prepare_environment(here)
-    shipped = recipes_dir()
-    source = locate(resolved.recipe.model, shipped / "architectures")
+    notes, shipped = prepare_environment(here), recipes_dir()
+    return notes, shipped, locate(resolved.recipe.model, shipped / "architectures")
+
+
+def _train(resolved: Resolved, here: Place, console: Console) -> int:
+    notes, shipped, source = _prepared(resolved, here)
     with Screen(console) as screen:
         screen.show("importing torch")
         from launcher.train.loop import Progress, Request, run
@@ -83,14 +88,9 @@ def _train(resolved: Resolved, here: Place, console: Console) -> int:
 
 
 def _preview(resolved: Resolved, here: Place, console: Console) -> int:
-    from launcher.train.environment import prepare_environment
-
     if not here.is_main:  # one process sees all there is to see
         return 0
-    end_with_parent()
-    prepare_environment(here)  # its notes are about the compile cache, which serves no preview
-    shipped = recipes_dir()
-    source = locate(resolved.recipe.model, shipped / "architectures")
+    _, shipped, source = _prepared(resolved, here)  # the notes are about the compile cache, which serves no preview
     with Screen(console) as screen:
         screen.show("preparing the data")
         from launcher.preview import preview
@@ -101,18 +101,12 @@ def _preview(resolved: Resolved, here: Place, console: Console) -> int:
 
 
 def _parity(resolved: Resolved, here: Place, console: Console) -> int:
-    from launcher.train.environment import prepare_environment
-
     if here.world_size > 1:
         raise RecipeError(
             f"mode=parity runs in one process; {here.world_size} were started. "
             f"Run python launcher/main.py recipe={resolved.name} mode=parity."
         )
-    end_with_parent()
-    _check_report_path(resolved)
-    notes = prepare_environment(here)
-    shipped = recipes_dir()
-    source = locate(resolved.recipe.model, shipped / "architectures")
+    notes, shipped, source = _prepared(resolved, here)
     with Screen(console) as screen:
         screen.show("importing torch")
         from launcher.parity.measure import parity
