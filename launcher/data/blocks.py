@@ -80,6 +80,11 @@ class Blocks:
         return self._sums(self.documents.targets)
 
     @property
+    def alone(self) -> bool:
+        """Whether no row holds more than one document."""
+        return bool((np.diff(self.row_offsets) <= 1).all())
+
+    @property
     def tokens(self) -> int:
         return int(self.lengths.sum())
 

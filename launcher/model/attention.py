@@ -1,6 +1,7 @@
 """Chooses the attention path for a device and hands it to transformers through its public AttentionInterface."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -8,20 +9,58 @@ from torch import Tensor
 from transformers import AttentionInterface
 
 from launcher.errors import RecipeError
-from launcher.ops.attention import masked_attention, varlen_attention, varlen_missing
+from launcher.ops.attention import (
+    causal_attention,
+    cudnn_attention,
+    fused_missing,
+    masked_attention,
+    varlen_attention,
+)
 
-Core = Callable[[Tensor, Tensor, Tensor, Tensor, float], Tensor]
-CORES: dict[str, Core] = {"sdpa": masked_attention, "varlen": varlen_attention}
+Core = Callable[[Tensor, Tensor, Tensor, Any, float], Tensor]
+CORES: dict[str, Core] = {
+    "sdpa": masked_attention,
+    "varlen": varlen_attention,
+    "causal": causal_attention,
+    "cudnn": cudnn_attention,
+}
+FUSED = {"varlen": (8, 0), "cudnn": (8, 0)}  # half-precision kernels of CUDA, and the compute capability they need
+CUDNN_WINS = (9, 0)  # measured on an H200 only
 
 
-def choose_attention(wanted: str, device: torch.device, dtype: torch.dtype) -> tuple[str, str]:
-    """`model.attention` -> (path, why). Raises RecipeError when the path asked for cannot run here."""
-    missing = varlen_missing(device, dtype)
-    if wanted == "auto":
-        return ("varlen", "fastest here") if missing is None else ("sdpa", missing)
-    if wanted == "varlen" and missing is not None:
-        raise RecipeError(f"model.attention=varlen: {missing}. Use model.attention=auto or sdpa.")
-    return wanted, "as asked"
+@dataclass(frozen=True)
+class Rows:
+    """What is known of a run's rows before the first: their planned widths, and whether each is one document."""
+
+    widths: tuple[int, ...]
+    alone: bool
+
+
+def check_attention(wanted: str, device: torch.device, dtype: torch.dtype) -> None:
+    """Raise RecipeError when the path `model.attention` asks for cannot run on this device in this dtype."""
+    if wanted in FUSED:
+        missing = fused_missing(device, dtype, capability=FUSED[wanted])
+        if missing is not None:
+            raise RecipeError(f"model.attention={wanted} {missing}. Use model.attention=auto.")
+
+
+def choose_attention(wanted: str, device: torch.device, dtype: torch.dtype, *, alone: bool) -> tuple[str, str]:
+    """`model.attention` -> (path, why). `alone`: every row is one document. Raises RecipeError as `check_attention`, and
+    for a path without boundaries where rows hold several documents."""
+    check_attention(wanted, device, dtype)
+    if wanted in ("causal", "cudnn") and not alone:
+        raise RecipeError(
+            f"model.attention={wanted} needs rows of one document each; these hold several. "
+            "Use model.attention=auto, or data.batching=bucketed."
+        )
+    if wanted != "auto":
+        return wanted, "as asked"
+    if alone and fused_missing(device, dtype, capability=CUDNN_WINS) is None:
+        return "cudnn", "fastest here for rows of one document"
+    missing = fused_missing(device, dtype, capability=FUSED["varlen"])
+    if missing is None:
+        return "varlen", "fastest here"
+    return ("causal", "rows of one document") if alone else ("sdpa", f"variable-length attention {missing}")
 
 
 def attention_name(path: str) -> str:
@@ -36,8 +75,8 @@ def register_attention(path: str, core: Core | None = None) -> None:
     def attend(
         module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
     ) -> tuple[Tensor, None]:
-        boundaries = kwargs["cu_seqlens"] if path == "varlen" else attention_mask
-        assert boundaries is not None, "PackedCausalLM passes the boundaries that its attention path reads"
+        boundaries = {"sdpa": attention_mask, "varlen": kwargs["cu_seqlens"]}.get(path)
+        assert boundaries is not None or path not in ("sdpa", "varlen"), "PackedCausalLM passes what the path reads"
         return attend_packed(query, key, value, boundaries, kwargs["scaling"]), None
 
     AttentionInterface.register(attention_name(path), attend)

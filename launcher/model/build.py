@@ -1,6 +1,6 @@
 """Builds, in each process and on its own device, the model that a run trains: NF4 base, LoRA, packed forward."""
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,7 +9,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from launcher.errors import RecipeError
-from launcher.model.attention import attention_name, choose_attention, register_attention
+from launcher.model.attention import Rows, attention_name, check_attention, choose_attention, register_attention
 from launcher.model.families import Family, family_of
 from launcher.model.lora import attach_lora, check_targets
 from launcher.model.nf4 import bnb_config, check_prequantized, count_parameters, load_base, random_base
@@ -51,7 +51,7 @@ def choose_dtype(wanted: str, device: torch.device) -> torch.dtype:
 def preflight(recipe: Recipe, source: str, config: Any, device: torch.device) -> None:
     """Check, before any weight is read, that this model and device can do what the recipe asks. Raises RecipeError."""
     family_of(config, max_length=recipe.data.max_length)
-    choose_attention(recipe.model.attention, device, choose_dtype(recipe.model.dtype, device))
+    check_attention(recipe.model.attention, device, choose_dtype(recipe.model.dtype, device))
     if recipe.model.init == "pretrained":
         check_prequantized(config, recipe.quant)
         check_weights(source)
@@ -66,17 +66,17 @@ def build_model(
     config: Any,
     *,
     device: torch.device,
-    widths: Collection[int],
+    rows: Rows,
     phase: Callable[[str], object],
 ) -> BuiltModel:
     """Build from a located `source` and its config, both past `preflight`.
 
-    `widths` are the planned row lengths: the loss works in chunks of one size that suits them all. `phase(name)` is
-    called after each phase that takes memory.
+    The loss works in chunks of one size that suits all widths of `rows`. `phase(name)` is called after each phase that
+    takes memory.
     """
     family = family_of(config, max_length=recipe.data.max_length)
     dtype = choose_dtype(recipe.model.dtype, device)
-    path, why = choose_attention(recipe.model.attention, device, dtype)
+    path, why = choose_attention(recipe.model.attention, device, dtype, alone=rows.alone)
     base = build_base(recipe, source, config, dtype=dtype, device=device)
     register_attention(path)
     base.set_attn_implementation(attention_name(path))
@@ -85,8 +85,9 @@ def build_model(
     # What another process must load to use the adapter: a hub id, or a path that does not depend on where it starts.
     peft.peft_config["default"].base_model_name_or_path = source
     peft.peft_config["default"].revision = recipe.model.revision
-    tokens = [recipe.train.micro_batch * width for width in widths]
-    chunk = chunk_rows(tokens, base.lm_head.weight.shape[0], recipe.memory.loss_chunk_mib)
+    tokens = [recipe.train.micro_batch * width for width in rows.widths]
+    vocabulary, budget = base.lm_head.weight.shape[0], recipe.memory.loss_chunk_mib
+    chunk = chunk_rows(tokens, vocabulary, budget, itemsize=dtype.itemsize)
     packed = PackedCausalLM(base, attention=path, max_length=recipe.data.max_length, loss_chunk=chunk)
     phase("after adapters")
     parameters, trainable = count_parameters(peft)

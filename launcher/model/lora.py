@@ -1,13 +1,16 @@
 """LoRA adapters through PEFT: its layers, its file layout, with the forward of ops/qlora_linear.py.
 
 PEFT's own forward casts activations to the adapters' fp32 and multiplies there, or relies on autocast. Each adapted
-layer therefore becomes an instance of a subclass here. A subclass, not a replaced method: PEFT's saving and loading,
-isinstance checks and torch.compile's guards see one ordinary class for every layer.
+layer, and each 4-bit linear without an adapter, therefore becomes an instance of a subclass here. A subclass, not a
+replaced method: PEFT's saving and loading, isinstance checks and torch.compile's guards see one ordinary class for
+every layer.
 """
 
 from typing import Any
 
 import torch
+import torch.nn.functional as F
+from bitsandbytes.nn import Linear4bit
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import Linear as PeftLinear
 from peft.tuners.lora.bnb import Linear4bit as PeftLinear4bit
@@ -15,35 +18,58 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from launcher.errors import RecipeError
-from launcher.ops.qlora_linear import qlora_linear
+from launcher.ops.nf4 import BLOCK, Nf4
+from launcher.ops.qlora_linear import frozen_linear, lora_update, qlora_linear
 from launcher.recipe.schema import LoraSection
 
 ADAPTER = "default"
 
 
-class _ExplicitCast:
-    """The forward shared by both kinds of adapted layer; x [..., D] -> [..., O]."""
+class QLoraLinear(PeftLinear):
+    """LoRA on an unquantised linear; x [..., D] -> [..., O]."""
 
     def forward(self: Any, x: Tensor) -> Tensor:
-        return qlora_linear(
+        dropout = getattr(self.lora_dropout[ADAPTER], "p", 0.0)
+        update = F.dropout(x, dropout, training=True) if dropout > 0 and torch.is_grad_enabled() else x
+        a, b = self.lora_A[ADAPTER].weight, self.lora_B[ADAPTER].weight
+        return self.base_layer(x) + lora_update(update, a, b, scaling=self.scaling[ADAPTER])
+
+
+class QLoraLinear4bit(PeftLinear4bit):
+    """LoRA on a 4-bit linear; x [..., D] -> [..., O]."""
+
+    def forward(self: Any, x: Tensor) -> Tensor:
+        y = qlora_linear(
             x,
-            self.base_layer,
+            nf4_of(self.base_layer),
             self.lora_A[ADAPTER].weight,
             self.lora_B[ADAPTER].weight,
             scaling=self.scaling[ADAPTER],
             dropout=getattr(self.lora_dropout[ADAPTER], "p", 0.0),
         )
+        return y if self.base_layer.bias is None else y + self.base_layer.bias
 
 
-class QLoraLinear(_ExplicitCast, PeftLinear):
-    """LoRA on an unquantised linear."""
+class FrozenLinear4bit(Linear4bit):
+    """A 4-bit linear without an adapter; x [..., D] -> [..., O]."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = frozen_linear(x, nf4_of(self), out_features=self.out_features)
+        return y if self.bias is None else y + self.bias
 
 
-class QLoraLinear4bit(_ExplicitCast, PeftLinear4bit):
-    """LoRA on a 4-bit linear."""
+OURS: dict[type, type] = {PeftLinear: QLoraLinear, PeftLinear4bit: QLoraLinear4bit}
 
 
-EXPLICIT_CAST: dict[type, type] = {PeftLinear: QLoraLinear, PeftLinear4bit: QLoraLinear4bit}
+def nf4_of(linear: Linear4bit) -> Nf4:
+    """The tensors of a quantised linear, shared with it."""
+    weight: Any = linear.weight
+    packed = weight.data if weight.dtype == torch.uint8 else weight.data.view(torch.uint8)  # it may be stored as bf16
+    state = weight.quant_state
+    second = state.state2
+    if second is None:
+        return Nf4(packed, state.absmax, state.code, None, None, None)
+    return Nf4(packed, state.absmax, state.code, second.absmax, second.code, state.offset)
 
 
 def stock_lora(model: PreTrainedModel, lora: LoraSection, *, seed: int) -> PeftModel:
@@ -65,15 +91,29 @@ def stock_lora(model: PreTrainedModel, lora: LoraSection, *, seed: int) -> PeftM
 def attach_lora(model: PreTrainedModel, lora: LoraSection, *, seed: int) -> PeftModel:
     """Freeze the base and add fp32 adapters with explicit casts, drawn from `seed`. See `stock_lora`."""
     adapted = stock_lora(model, lora, seed=seed)
-    for module in adapted.modules():
+    for name, module in adapted.named_modules():
         if hasattr(module, "lora_A"):
-            module.__class__ = EXPLICIT_CAST[type(module)]
+            module.__class__ = OURS[type(module)]
+        elif isinstance(module, Linear4bit):
+            check_blocks(name, module)
+            if not name.endswith(".base_layer"):
+                module.__class__ = FrozenLinear4bit
     for name, parameter in adapted.named_parameters():
         if parameter.requires_grad and parameter.dtype != torch.float32:
             raise AssertionError(f"{name} is {parameter.dtype}: LoRA masters are fp32")
     # One mode for the run: train() and eval() are guarded on, and bitsandbytes repacks weights in eval on some CPUs.
     # Dropout follows the gradient mode instead (ops/qlora_linear.py).
     return adapted.train()
+
+
+def check_blocks(name: str, linear: Linear4bit) -> None:
+    """Raise RecipeError for a checkpoint quantised in blocks of another size than the one that is computed with."""
+    state: Any = linear.weight.quant_state
+    if state.blocksize != BLOCK:
+        raise RecipeError(
+            f"4-bit weights must be quantised in blocks of {BLOCK}; {name} of this checkpoint has {state.blocksize}.\n"
+            "Name the unquantised checkpoint in model.name."
+        )
 
 
 def check_targets(model: PreTrainedModel, targets: tuple[str, ...] | list[str]) -> None:

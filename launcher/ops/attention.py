@@ -2,9 +2,12 @@
 
 Letters: B rows, H query heads, K key-value heads (H is a multiple of K), S positions of a row, E head width.
 
-Two forms of the same function. `masked_attention` takes an explicit [B, 1, S, S] mask: any device, any dtype, S * S
-bytes a row. `varlen_attention` takes the cumulative document lengths over the flattened B * S positions: no mask, no
+Two forms for rows of several documents. `masked_attention` takes an explicit [B, 1, S, S] mask: any device, any dtype,
+S * S bytes a row. `varlen_attention` takes the cumulative document lengths over the flattened B * S positions: no mask, no
 work across documents, but FlashAttention only (CUDA, compute capability 8.0 or more, half precision).
+
+Two for rows of one document each, padded on the right, where a causal mask alone hides the padding from every token:
+`causal_attention`, on any device, and `cudnn_attention`, on an H200 a third faster than FlashAttention (docs/benchmarks.md).
 """
 
 import inspect
@@ -15,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.varlen import varlen_attn
 
-# Later than torch 2.11, whose kernel wants the key-value heads repeated.
+# Later than torch 2.11.
 _TAKES_GROUPED_HEADS = "enable_gqa" in inspect.signature(varlen_attn).parameters
 
 
@@ -27,14 +30,14 @@ def document_mask(document_ids: Tensor) -> Tensor:
     return (same & causal)[:, None]
 
 
-def varlen_missing(device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why `varlen_attention` cannot run on this device in this dtype; None when it can."""
+def fused_missing(device: torch.device, dtype: torch.dtype, *, capability: tuple[int, int]) -> str | None:
+    """Why a kernel for half precision and this compute capability cannot run here; None when it can."""
     if device.type != "cuda":
-        return f"variable-length attention needs CUDA, the device is {device.type}"
-    if torch.cuda.get_device_capability(device) < (8, 0):
-        return "variable-length attention needs compute capability 8.0"
+        return f"needs CUDA, the device is {device.type}"
+    if torch.cuda.get_device_capability(device) < capability:
+        return f"needs compute capability {capability[0]}.{capability[1]}"
     if dtype not in (torch.float16, torch.bfloat16):
-        return f"variable-length attention needs float16 or bfloat16, not {str(dtype).removeprefix('torch.')}"
+        return f"needs float16 or bfloat16, not {str(dtype).removeprefix('torch.')}"
     return None
 
 
@@ -52,17 +55,31 @@ def varlen_attention(query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tens
     Trailing repeats of B * S in `cu_seqlens` are documents of no tokens: the tensor's size is static.
     """
     rows, heads, length, width = query.shape
-    groups = heads // key.shape[1]
-    options: dict[str, Any] = {"window_size": (-1, 0), "scale": scale}  # unlimited to the left, nothing to the right
-    if groups > 1 and _TAKES_GROUPED_HEADS:
-        options["enable_gqa"] = True
-    elif groups > 1:
-        key, value = _repeat_heads(key, groups), _repeat_heads(value, groups)
     # [B, H, S, E] -> [B * S, H, E]
     q, k, v = (t.transpose(1, 2).reshape(rows * length, -1, width) for t in (query, key, value))
-    out = varlen_attn(q, k, v, cu_seqlens, cu_seqlens, length, length, **options)
+    if heads > key.shape[1] and not _TAKES_GROUPED_HEADS:
+        flash = torch.ops.aten._flash_attention_forward  # it takes grouped heads; 2.11's public form does not let it
+        out = flash(q, k, v, cu_seqlens, cu_seqlens, length, length, 0.0, True, False, scale=scale)[0]
+    else:
+        options: dict[str, Any] = {"enable_gqa": True} if heads > key.shape[1] else {}
+        window = (-1, 0)  # unlimited to the left, nothing to the right
+        out = varlen_attn(q, k, v, cu_seqlens, cu_seqlens, length, length, window_size=window, scale=scale, **options)
     assert isinstance(out, Tensor)  # a pair only where auxiliary outputs are asked for
     return out.view(rows, length, heads, width)
+
+
+def causal_attention(query: Tensor, key: Tensor, value: Tensor, boundaries: None, scale: float) -> Tensor:
+    """As `masked_attention` where every row is one document, so that there is no boundary to know."""
+    groups = query.shape[1] // key.shape[1]
+    key, value = _repeat_heads(key, groups), _repeat_heads(value, groups)
+    return F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale).transpose(1, 2)
+
+
+def cudnn_attention(query: Tensor, key: Tensor, value: Tensor, boundaries: None, scale: float) -> Tensor:
+    """`causal_attention` by cuDNN, which takes grouped heads: CUDA and half precision only."""
+    attend = torch.ops.aten._scaled_dot_product_cudnn_attention  # by name: torch's own choice is another kernel
+    out: Tensor = attend(query, key, value, None, True, 0.0, True, False, scale=scale)[0]
+    return out.transpose(1, 2)
 
 
 def packed_attention_reference(query: Tensor, key: Tensor, value: Tensor, document_ids: Tensor, scale: float) -> Tensor:

@@ -12,6 +12,7 @@ The loss is the *sum* over supervised rows. Its gradient is stored unscaled, and
 global token count, times the fp16 loss scale) arrives as the incoming gradient: nothing underflows in half precision.
 """
 
+import importlib.util
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any
@@ -34,15 +35,73 @@ def chunk_loss(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
 
 def chunk_loss_and_grad(hidden: Tensor, weight: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """`chunk_loss` and its gradient with respect to hidden ([R, D], hidden's dtype)."""
-    logits = (hidden @ weight.T).float()
+    logits = hidden @ weight.T
+    if logits.is_cuda and HAS_TRITON:
+        losses = softmax_gradient_(logits, labels)
+        return losses.sum(), logits @ weight
+    loss, grad_logits = softmax_gradient(logits, labels)
+    return loss, grad_logits.to(hidden.dtype) @ weight
+
+
+def softmax_gradient(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """The plain form. logits [R, V], labels [R] -> summed loss and its gradient with respect to the logits, fp32."""
+    logits = logits.float()
     supervised = labels != IGNORE
     targets = labels.clamp_min(0)[:, None]
     target_logit = logits.gather(1, targets).squeeze(1)
     log_sum = torch.logsumexp(logits, dim=1)
     loss = ((log_sum - target_logit) * supervised).sum()
-    is_target = torch.arange(weight.shape[0], device=labels.device)[None, :] == targets
-    grad_logits = (torch.exp(logits - log_sum[:, None]) - is_target.float()) * supervised[:, None]
-    return loss, grad_logits.to(hidden.dtype) @ weight
+    is_target = torch.arange(logits.shape[1], device=labels.device)[None, :] == targets
+    return loss, (torch.exp(logits - log_sum[:, None]) - is_target.float()) * supervised[:, None]
+
+
+@torch.library.custom_op("qlora::softmax_gradient_", mutates_args=("logits",))
+def softmax_gradient_(logits: Tensor, labels: Tensor) -> Tensor:
+    """Losses [R], fp32, of logits [R, V] on CUDA, in whose place their gradient is put: two passes over one buffer, where
+    the compiled plain form needs a second one."""
+    losses = torch.empty(logits.shape[0], dtype=torch.float32, device=logits.device)
+    _softmax_gradient[(logits.shape[0],)](logits, labels, losses, logits.shape[1], BV=4096, num_warps=8)
+    return losses
+
+
+@softmax_gradient_.register_fake
+def _(logits: Tensor, labels: Tensor) -> Tensor:
+    return logits.new_empty(logits.shape[0], dtype=torch.float32)
+
+
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+
+if HAS_TRITON:
+    import triton
+    import triton.language as tl
+
+    @triton.jit
+    def _softmax_gradient(logits, labels, losses, V, BV: tl.constexpr):  # noqa: N803
+        """One row: the running maximum and sum of BV columns at once, then the gradient."""
+        row = tl.program_id(0).to(tl.int64)
+        label = tl.load(labels + row)
+        start = logits + row * V
+        most = tl.full((BV,), -float("inf"), tl.float32)
+        total = tl.zeros((BV,), tl.float32)
+        for first in range(0, V, BV):
+            column = first + tl.arange(0, BV)
+            z = tl.load(start + column, mask=column < V, other=-float("inf")).to(tl.float32)
+            higher = tl.maximum(most, z)
+            # A lane past V may have seen nothing yet: -inf - -inf is NaN.
+            total = total * tl.where(most == higher, 1.0, tl.exp(most - higher)) + tl.where(
+                z == -float("inf"), 0.0, tl.exp(z - higher)
+            )
+            most = higher
+        top = tl.max(most, 0)
+        log_sum = top + tl.log(tl.sum(total * tl.where(most == -float("inf"), 0.0, tl.exp(most - top)), 0))
+        supervised = tl.where(label == -100, 0.0, 1.0)  # IGNORE
+        target = tl.load(start + tl.maximum(label, 0)).to(tl.float32)
+        tl.store(losses + row, (log_sum - target) * supervised)
+        for first in range(0, V, BV):
+            column = first + tl.arange(0, BV)
+            z = tl.load(start + column, mask=column < V, other=0.0).to(tl.float32)
+            gradient = (tl.exp(z - log_sum) - tl.where(column == label, 1.0, 0.0)) * supervised
+            tl.store(start + column, gradient.to(logits.dtype.element_ty), mask=column < V)
 
 
 @dataclass
@@ -53,14 +112,15 @@ class ChunkFunctions:
     loss_and_grad: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]] = chunk_loss_and_grad
 
 
-def chunk_rows(rows: Collection[int], vocabulary: int, budget_mib: int) -> int:
-    """The one chunk size R for batches of `rows` tokens (N of each planned shape): fp32 logits within `budget_mib` MiB.
+def chunk_rows(rows: Collection[int], vocabulary: int, budget_mib: int, *, itemsize: int = 4) -> int:
+    """The one chunk size R for batches of `rows` tokens (N of each planned shape): logits of `itemsize` bytes each within
+    `budget_mib` MiB.
 
     One size, because each would be a graph of its own. Of the sizes that divide a shape into equal chunks, the one with
     the least work over all shapes: the rows computed, padding included, and CHUNK_COST for each chunk. For a single
     shape these are the fewest equal chunks. MiB is 2**20 bytes.
     """
-    most = max(1, budget_mib * 2**20 // (4 * vocabulary))
+    most = max(1, budget_mib * 2**20 // (itemsize * vocabulary))
     sizes = {-(-n // chunks) for n in rows for chunks in range(-(-n // most), 2 * -(-n // most) + 1)}
     return min(sorted(sizes, reverse=True), key=lambda size: sum(-(-n // size) * (size + CHUNK_COST) for n in rows))
 

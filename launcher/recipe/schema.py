@@ -44,8 +44,10 @@ class ModelSection(Section):
     dtype: Annotated[Literal["auto", "float32", "bfloat16", "float16"], Choice] = Field(
         "auto", description="Compute precision; auto: the best that the device has."
     )
-    attention: Annotated[Literal["auto", "sdpa", "varlen"], Choice] = Field(
-        "auto", description="Attention core: masked SDPA, or variable-length kernels (CUDA only)."
+    attention: Annotated[Literal["auto", "sdpa", "varlen", "causal", "cudnn"], Choice] = Field(
+        "auto",
+        description="Attention core: masked SDPA or variable-length kernels (CUDA); causal SDPA or cuDNN (CUDA) for rows of "
+        "one document.",
     )
 
 
@@ -192,7 +194,7 @@ class CompileSection(Section):
 class MemorySection(Section):
     """Budgets of memory."""
 
-    loss_chunk_mib: int = Field(256, ge=1, le=65536, description="Size of one fp32 logits chunk, in MiB.")
+    loss_chunk_mib: int = Field(256, ge=1, le=65536, description="MiB of logits, in the compute dtype, that live at once.")
 
 
 class TrainSection(Section):

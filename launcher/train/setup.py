@@ -25,10 +25,10 @@ from launcher.compile.regions import Region
 from launcher.data.loader import MicroBatch, TrainLoader, eval_batches, sample_batch
 from launcher.data.prepare import PreparedData
 from launcher.data.prepare import prepare as prepare_data
-from launcher.data.stream import StreamLoader, train_loader
+from launcher.data.stream import Stream, StreamLoader, train_loader
 from launcher.errors import DataError, LauncherError, RecipeError
 from launcher.memory.vram import Ledger
-from launcher.model.attention import CORES, register_attention
+from launcher.model.attention import CORES, Rows, register_attention
 from launcher.model.build import BuiltModel, build_model, preflight
 from launcher.model.families import layer_mlps, layer_norms
 from launcher.model.source import load_config, load_tokenizer
@@ -153,7 +153,7 @@ class Worker:
             self.request.source,
             self.prepared.config,
             device=self.accelerator.device,
-            widths=planned_widths(self.prepared.data),
+            rows=rows_of(self.prepared.data),
             phase=self.ledger.mark,
         )
         return self.built
@@ -245,6 +245,13 @@ def planned_widths(data: PreparedData) -> list[int]:
     call that needs the most memory."""
     both = {*data.first_blocks.shapes, *(data.validation.shapes if data.validation else ())}
     return sorted(both, reverse=True)
+
+
+def rows_of(data: PreparedData) -> Rows:
+    """What the model may know of its rows. A stream's later windows are as its batching makes them."""
+    sets = [data.first_blocks] + ([data.validation] if data.validation else [])
+    packs = isinstance(data.train, Stream) and data.train.data.batching == "packed"
+    return Rows(tuple(planned_widths(data)), alone=not packs and all(blocks.alone for blocks in sets))
 
 
 def regions_of(built: BuiltModel, *, shapes: int) -> list[Region]:

@@ -17,6 +17,7 @@ from launcher.data.blocks import IGNORE, Blocks
 from launcher.data.documents import Document, Documents
 from launcher.data.loader import MicroBatch, micro_batch_of
 from launcher.data.packing import pack
+from launcher.model.attention import Rows
 from launcher.model.build import BuiltModel, build_model
 from launcher.model.source import load_config
 from launcher.recipe.schema import Recipe
@@ -81,7 +82,7 @@ def bench_on(device: str, *, model: Path, dtype: str, backend: str) -> Iterator[
     )
     config, where = load_config(str(model), recipe.model), torch.device(device)
     packed, stock = (
-        build_model(recipe, str(model), config, device=where, widths=[64], phase=lambda _: None) for _ in range(2)
+        build_model(recipe, str(model), config, device=where, rows=Rows((64,), alone=False), phase=lambda _: None) for _ in range(2)
     )
     for built in (packed, stock):
         perturb(built)

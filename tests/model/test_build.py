@@ -7,6 +7,7 @@ from bitsandbytes.nn import Linear4bit, Params4bit
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 
 from launcher.errors import RecipeError
+from launcher.model.attention import Rows
 from launcher.model.build import build_model, choose_dtype, preflight
 from launcher.model.source import load_config, load_tokenizer
 from launcher.recipe.locate import locate
@@ -21,7 +22,7 @@ def build(recipe, phases=None):
     config = load_config(source, recipe.model)
     preflight(recipe, source, config, CPU)
     return build_model(
-        recipe, source, config, device=CPU, widths=[64], phase=(phases if phases is not None else []).append
+        recipe, source, config, device=CPU, rows=Rows((64,), alone=False), phase=(phases if phases is not None else []).append
     )
 
 

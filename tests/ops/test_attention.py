@@ -1,7 +1,13 @@
 import pytest
 import torch
 
-from launcher.ops.attention import document_mask, masked_attention, packed_attention_reference, varlen_missing
+from launcher.ops.attention import (
+    causal_attention,
+    document_mask,
+    fused_missing,
+    masked_attention,
+    packed_attention_reference,
+)
 
 
 def case(rows=2, heads=4, kv=2, length=13, width=8, seed=0):
@@ -38,5 +44,23 @@ def test_the_mask_lets_a_token_see_its_own_document_up_to_itself():
     ]
 
 
-def test_variable_length_attention_says_why_it_cannot_run_here():
-    assert "needs CUDA" in varlen_missing(torch.device("cpu"), torch.bfloat16)
+@pytest.mark.parametrize(("heads", "kv"), [(4, 4), (4, 1)])
+def test_causal_attention_is_that_of_rows_of_one_document(heads, kv):
+    q, k, v, documents = case(heads=heads, kv=kv)
+    alone = torch.zeros_like(documents)
+    ours = causal_attention(q, k, v, None, 0.3)
+    torch.testing.assert_close(ours, packed_attention_reference(q, k, v, alone, 0.3), rtol=1e-5, atol=1e-6)
+    assert not torch.allclose(ours, packed_attention_reference(q, k, v, documents, 0.3))
+
+
+def test_padding_on_the_right_reaches_no_token_of_causal_attention():
+    q, k, v, _ = case()
+    before = causal_attention(q, k, v, None, 0.3)
+    k[:, :, 9:], v[:, :, 9:] = 1e4, 1e4
+    after = causal_attention(q, k, v, None, 0.3)
+    assert torch.equal(before[:, :9], after[:, :9])
+    assert not torch.equal(before[:, 9:], after[:, 9:])
+
+
+def test_a_fused_kernel_says_why_it_cannot_run_here():
+    assert "needs CUDA" in fused_missing(torch.device("cpu"), torch.bfloat16, capability=(8, 0))

@@ -1,36 +1,107 @@
+import bitsandbytes.functional as bnb
 import pytest
 import torch
-from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
-from launcher.ops.qlora_linear import qlora_linear, qlora_linear_reference
+from launcher.ops.nf4 import Nf4, merged_weight
+from launcher.ops.qlora_linear import frozen_linear, qlora_linear, qlora_linear_reference
+
+SHAPES = [(8, 8, 1), (24, 40, 3), (64, 128, 16), (192, 64, 5)]  # D, O, r; of them two with blocks across rows
+
+
+def quantised(features, out, *, double=True, dtype=torch.float32):
+    weight = torch.randn(out, features).to(dtype) / features**0.5
+    packed, state = bnb.quantize_4bit(weight, quant_type="nf4", compress_statistics=double)
+    second = (state.state2.absmax, state.state2.code, state.offset) if double else (None, None, None)
+    return Nf4(packed, state.absmax, state.code, *second), bnb.dequantize_4bit(packed, state)
+
+
+def adapters(features, out, rank):
+    return torch.randn(rank, features) / features**0.5, torch.randn(out, rank) / rank**0.5
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("double", [True, False])
+@pytest.mark.parametrize(("features", "out", "rank"), SHAPES)
+def test_without_an_update_the_weight_is_bit_equal_to_that_of_bitsandbytes(features, out, rank, double, dtype):
+    torch.manual_seed(0)
+    base, weight = quantised(features, out, double=double, dtype=dtype)
+    ours = merged_weight(base, None, None, scaling=1.0, shape=(out, features), dtype=dtype)
+    assert torch.equal(ours, weight)
+    a, b = adapters(features, out, rank)
+    assert not torch.equal(merged_weight(base, a, b, scaling=1.0, shape=(out, features), dtype=dtype), weight)
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 3e-2)])
-@pytest.mark.parametrize(("features", "out", "rank"), [(8, 8, 1), (24, 40, 3), (64, 128, 16)])
-def test_equals_one_merged_matrix_with_gradients_in_the_fp32_masters(features, out, rank, dtype, tolerance):
+@pytest.mark.parametrize(("features", "out", "rank"), SHAPES)
+@pytest.mark.parametrize("compiled", [False, True])
+def test_equals_one_merged_matrix_with_gradients_in_the_fp32_masters(features, out, rank, dtype, tolerance, compiled):
     torch.manual_seed(0)
-    base = nn.Linear(features, out, bias=False, dtype=dtype).requires_grad_(False)
-    a, b = torch.randn(rank, features) / features**0.5, torch.randn(out, rank) / rank**0.5
-    grads = []
-    for form in (
-        lambda x, a, b: qlora_linear(x, base, a, b, scaling=0.5, dropout=0.0),
-        lambda x, a, b: qlora_linear_reference(x, base.weight, a, b, scaling=0.5),
-    ):
+    base, weight = quantised(features, out, dtype=dtype)
+    a, b = adapters(features, out, rank)
+    torch._dynamo.reset()
+
+    def ours(x, a, b):
+        return qlora_linear(x, base, a, b, scaling=0.5, dropout=0.0)
+
+    form = torch.compile(ours, fullgraph=True, backend="aot_eager") if compiled else ours
+    found = []
+    for function in (form, lambda x, a, b: qlora_linear_reference(x, weight, a, b, scaling=0.5)):
         masters = [a.clone().requires_grad_(), b.clone().requires_grad_()]
-        x = torch.linspace(-1, 1, 3 * features).view(3, features).to(dtype)
-        y = form(x, *masters)
+        x = torch.linspace(-1, 1, 2 * 3 * features).view(2, 3, features).to(dtype).requires_grad_()
+        y = function(x, *masters)
         y.float().square().sum().backward()
-        grads.append((y.float(), *(m.grad for m in masters)))
+        found.append((y.float(), x.grad.float(), *(m.grad for m in masters)))
         assert all(m.grad.dtype == torch.float32 for m in masters)
-    for ours, plain in zip(*grads, strict=True):
-        torch.testing.assert_close(ours, plain, rtol=tolerance, atol=tolerance * plain.abs().max().item())
+    for mine, plain in zip(*found, strict=True):
+        torch.testing.assert_close(mine, plain, rtol=tolerance, atol=tolerance * plain.abs().max().item())
+        assert plain.abs().max() > 0
+
+
+def test_the_base_alone_is_a_product_with_an_input_gradient():
+    torch.manual_seed(0)
+    base, weight = quantised(64, 32)
+    x = torch.randn(5, 64, requires_grad=True)
+    frozen_linear(x, base, out_features=32).sum().backward()
+    torch.testing.assert_close(x.grad, weight.sum(0).expand(5, 64))
 
 
 def test_dropout_acts_where_gradients_are_recorded_and_only_there():
     torch.manual_seed(0)
-    base = nn.Linear(32, 32, bias=False)
-    a, b, x = torch.randn(4, 32), torch.randn(32, 4), torch.randn(2, 32)
+    base, _ = quantised(64, 32)
+    (a, b), x = adapters(64, 32, 4), torch.randn(2, 64)
     exact = qlora_linear(x, base, a, b, scaling=1.0, dropout=0.0)
     with torch.no_grad():
         assert torch.equal(qlora_linear(x, base, a, b, scaling=1.0, dropout=0.5), exact)
-    assert not torch.allclose(qlora_linear(x, base, a, b, scaling=1.0, dropout=0.5), exact)
+    dropped = torch.stack([qlora_linear(x, base, a, b, scaling=1.0, dropout=0.5) for _ in range(2000)])
+    assert not torch.allclose(dropped[0], exact)
+    torch.testing.assert_close(dropped.mean(0), exact, rtol=0.1, atol=0.1)
+
+
+def test_a_compiled_layer_keeps_its_input_and_no_weight_for_the_backward_pass():
+    torch.manual_seed(0)
+    base, _ = quantised(256, 512)
+    a, b = (t.requires_grad_() for t in adapters(256, 512, 4))
+    torch._dynamo.reset()
+    form = torch.compile(lambda x: qlora_linear(x, base, a, b, scaling=1.0, dropout=0.0).relu(), backend="aot_eager")
+    x = torch.randn(8, 256, requires_grad=True)
+    held: dict[int, int] = {}
+
+    def keep(tensor):
+        held[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        form(x)
+    ours = {t.untyped_storage().data_ptr() for t in (*base, a, b)}
+    kept = sum(size for address, size in held.items() if address not in ours)
+    assert 0 < kept < 256 * 512 * 2  # the weight would be 512 KiB in fp32, 256 in half precision
+
+
+def test_the_operators_count_their_products():
+    base, _ = quantised(64, 32)
+    a, b = (t.requires_grad_() for t in adapters(64, 32, 4))
+    x = torch.randn(5, 64, requires_grad=True)
+    with FlopCounterMode(display=False) as counter:
+        qlora_linear(x, base, a, b, scaling=1.0, dropout=0.0).sum().backward()
+    assert counter.get_total_flops() == 2 * (2 * 5 * 64 * 32)  # y and dx
