@@ -45,8 +45,8 @@ def check_attention(wanted: str, device: torch.device, dtype: torch.dtype) -> No
 
 
 def choose_attention(wanted: str, device: torch.device, dtype: torch.dtype, *, alone: bool) -> tuple[str, str]:
-    """`model.attention` -> (path, why). `alone`: every row is one document. Raises RecipeError as `check_attention`, and
-    for a path without boundaries where rows hold several documents."""
+    """`model.attention` -> (path, why). `alone`: every row is one document. Raises RecipeError as `check_attention`,
+    and for a path without boundaries where rows hold several documents."""
     check_attention(wanted, device, dtype)
     if wanted in ("causal", "cudnn") and not alone:
         raise RecipeError(

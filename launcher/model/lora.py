@@ -108,7 +108,8 @@ def attach_lora(model: PreTrainedModel, lora: LoraSection, *, seed: int) -> Peft
 
 def check_blocks(name: str, linear: Linear4bit) -> None:
     """Raise RecipeError for a checkpoint quantised in blocks of another size than the one that is computed with."""
-    state: Any = linear.weight.quant_state
+    weight: Any = linear.weight
+    state = weight.quant_state
     if state.blocksize != BLOCK:
         raise RecipeError(
             f"4-bit weights must be quantised in blocks of {BLOCK}; {name} of this checkpoint has {state.blocksize}.\n"

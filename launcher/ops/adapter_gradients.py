@@ -4,16 +4,16 @@ Letters: N tokens, D in-features, O out-features, r rank; M columns of the matri
 
     dA = s (dy B)^T x,   dB = s dy^T (x A^T)                    x [N, D], dy [N, O], A [r, D], B [O, r]
 
-Four products, each of which reads x or dy once. The wider of the two is needed for two of them, one that gives r columns
-a token and one that sums over the tokens, and `_tall` makes the two in one pass. For O >= D:
+Four products, each of which reads x or dy. The wider of the two is needed for two of them, one that gives r columns a
+token and one that sums over the tokens, and `_tall` makes the two in one pass. For O >= D:
 
     _thin    t = x A^T              reads x; also clears the sums below
     _tall    dB = dy^T t, u = dy B  reads dy
     _tall    dA = u^T x             reads x
 
 and with x and dy, A and B exchanged for O < D. Sums over blocks are added in memory, in fp32 and in whatever order the
-blocks end: two runs of one step agree to rounding, as they do with the attention kernels. The fp32 masters are rounded to
-the compute dtype as they are read.
+blocks end: two runs of one step agree to rounding, as with the attention kernels. The fp32 masters are rounded to the
+compute dtype as they are read.
 """
 
 import importlib.util
@@ -57,9 +57,9 @@ if HAS_TRITON:
     import triton.language as tl
 
     @triton.jit
-    def _thin(
-        out, sums, x, c, scaling, N, M, R, cm, cr, first_cleared, first_size, second_cleared, second_size,  # noqa: N803
-        RANK: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr, SHARE: tl.constexpr,  # noqa: N803
+    def _thin(  # type: ignore[no-untyped-def]
+        out, sums, x, c, scaling, N, M, R, cm, cr, first_cleared, first_size, second_cleared, second_size,
+        RANK: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr, SHARE: tl.constexpr,
     ):  # fmt: skip
         """BN rows of out [N, R] = scaling * x [N, M] c [M, R]; cm and cr are c's strides. Clears as many rows of `sums`
         and SHARE elements of each of two other tensors."""
@@ -83,12 +83,12 @@ if HAS_TRITON:
         tl.store(out + row[:, None] * R + k[None, :], (total * scaling).to(out.dtype.element_ty), mask=where)
 
     @triton.jit
-    def _tall(
-        g, gm, gr, x, t, N, M, R, SPAN, u, c, cm, cr, scaling,  # noqa: N803
-        BOTH: tl.constexpr, RANK: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr,  # noqa: N803
+    def _tall(  # type: ignore[no-untyped-def]
+        g, gm, gr, x, t, N, M, R, SPAN, u, c, cm, cr, scaling,
+        BOTH: tl.constexpr, RANK: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr,
     ):  # fmt: skip
-        """Adds, over SPAN rows and BM columns of x [N, M], x^T t to g [M, R] of strides gm, gr and, if BOTH, scaling * x c
-        to u [N, R]; c [M, R] has the strides cm, cr."""
+        """Adds, over SPAN rows and BM columns of x [N, M], x^T t to g [M, R] of strides gm, gr and, if BOTH, scaling *
+        x c to u [N, R]; c [M, R] has the strides cm, cr."""
         column, k = tl.program_id(0) * BM + tl.arange(0, BM), tl.arange(0, RANK)
         of_g = (column < M)[:, None] & (k < R)[None, :]
         half = x.dtype.element_ty
@@ -126,11 +126,9 @@ def _thin_product(x: Tensor, c: Tensor, scaling: float, *, cleared: tuple[Tensor
     return out, sums
 
 
-def _tall_product(
-    x: Tensor, t: Tensor, gradient: Tensor, thin: tuple[Tensor, float, Tensor] | None = None
-) -> None:
-    """Adds x^T t to `gradient` [M, r]; x [N, M], t [N, r]. With `thin` = (c [M, r], scaling, sums [N, r]) also scaling *
-    x c to the sums, from the same reading of x."""
+def _tall_product(x: Tensor, t: Tensor, gradient: Tensor, thin: tuple[Tensor, float, Tensor] | None = None) -> None:
+    """Adds x^T t to `gradient` [M, r]; x [N, M], t [N, r]. With `thin` = (c [M, r], scaling, sums [N, r]) also
+    scaling * x c to the sums, from the same reading of x."""
     (rows, columns), rank = x.shape, t.shape[1]
     c, scaling, sums = thin or (gradient, 1.0, t)
     block = 64 if thin is None else 256 if columns >= 2048 and rank <= 32 else 128

@@ -3,11 +3,11 @@
 Letters: B rows, H query heads, K key-value heads (H is a multiple of K), S positions of a row, E head width.
 
 Two forms for rows of several documents. `masked_attention` takes an explicit [B, 1, S, S] mask: any device, any dtype,
-S * S bytes a row. `varlen_attention` takes the cumulative document lengths over the flattened B * S positions: no mask, no
-work across documents, but FlashAttention only (CUDA, compute capability 8.0 or more, half precision).
+S * S bytes a row. `varlen_attention` takes the cumulative document lengths over the flattened B * S positions: no mask,
+no work across documents, but FlashAttention only (CUDA, compute capability 8.0 or more, half precision).
 
 Two for rows of one document each, padded on the right, where a causal mask alone hides the padding from every token:
-`causal_attention`, on any device, and `cudnn_attention`, on an H200 a third faster than FlashAttention (docs/benchmarks.md).
+`causal_attention`, on any device, and `cudnn_attention`, on an H200 a third faster than FlashAttention.
 """
 
 import inspect

@@ -57,8 +57,8 @@ def softmax_gradient(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
 
 @torch.library.custom_op("qlora::softmax_gradient_", mutates_args=("logits",))
 def softmax_gradient_(logits: Tensor, labels: Tensor) -> Tensor:
-    """Losses [R], fp32, of logits [R, V] on CUDA, in whose place their gradient is put: two passes over one buffer, where
-    the compiled plain form needs a second one."""
+    """Losses [R], fp32, of logits [R, V] on CUDA, in whose place their gradient is put: two passes over one buffer,
+    where the compiled plain form needs a second one."""
     losses = torch.empty(logits.shape[0], dtype=torch.float32, device=logits.device)
     _softmax_gradient[(logits.shape[0],)](logits, labels, losses, logits.shape[1], BV=4096, num_warps=8)
     return losses
@@ -76,7 +76,7 @@ if HAS_TRITON:
     import triton.language as tl
 
     @triton.jit
-    def _softmax_gradient(logits, labels, losses, V, BV: tl.constexpr):  # noqa: N803
+    def _softmax_gradient(logits, labels, losses, V, BV: tl.constexpr):  # type: ignore[no-untyped-def]
         """One row: the running maximum and sum of BV columns at once, then the gradient."""
         row = tl.program_id(0).to(tl.int64)
         label = tl.load(labels + row)
@@ -113,7 +113,7 @@ class ChunkFunctions:
 
 
 def chunk_rows(rows: Collection[int], vocabulary: int, budget_mib: int, *, itemsize: int = 4) -> int:
-    """The one chunk size R for batches of `rows` tokens (N of each planned shape): logits of `itemsize` bytes each within
+    """The one chunk size R for batches of `rows` tokens (N of each planned shape): logits of `itemsize` bytes within
     `budget_mib` MiB.
 
     One size, because each would be a graph of its own. Of the sizes that divide a shape into equal chunks, the one with

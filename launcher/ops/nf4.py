@@ -6,10 +6,10 @@ Letters: D in-features, O out-features, r rank. Blocks of 64 consecutive element
     scale[block] = code2[absmax[block]] * absmax2[block // 256] + offset       (double quantisation; QLoRA,
                                                                                 arXiv:2305.14314, section 3)
 
-One [O, D] matrix in the compute dtype is made, used for one product and forgotten: a forward or a backward pass needs no
-product with A or B on the way of the activations. The sum is made in fp32 and rounded once. The stock order rounds the
-base weight and the update's two products each on their own, so neither is nearer to the truth by construction; mode=parity
-measures both against fp32. Without an update the result is bit-equal to bitsandbytes' own.
+One [O, D] matrix in the compute dtype is made, used for one product and forgotten: neither pass needs a product with A
+or B on the way of the activations. The sum is made in fp32 and rounded once. The stock order rounds the base weight and
+the update's two products each on their own, so neither is nearer to the truth by construction; mode=parity measures both
+against fp32. Without an update the result is bit-equal to bitsandbytes' own.
 
 On CUDA one Triton launch a weight, elsewhere bitsandbytes' kernels and a product (`_plain`, also the reference).
 """
@@ -65,9 +65,9 @@ if _TRITON:
     import triton.language as tl
 
     @triton.jit
-    def _merge(
-        out, packed, absmax, code, absmax2, code2, offset, a, b, scaling, O, D, R,  # noqa: E741, N803
-        DOUBLE: tl.constexpr, STEPS: tl.constexpr, RANK: tl.constexpr, BO: tl.constexpr, BD: tl.constexpr,  # noqa: N803
+    def _merge(  # type: ignore[no-untyped-def]
+        out, packed, absmax, code, absmax2, code2, offset, a, b, scaling, O, D, R,  # noqa: E741
+        DOUBLE: tl.constexpr, STEPS: tl.constexpr, RANK: tl.constexpr, BO: tl.constexpr, BD: tl.constexpr,
     ):  # fmt: skip
         """A [BO, BD] tile of W. The update is added RANK columns of B at a time in STEPS, 0 without one."""
         rows = tl.program_id(1) * BO + tl.arange(0, BO)

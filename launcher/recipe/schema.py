@@ -46,8 +46,8 @@ class ModelSection(Section):
     )
     attention: Annotated[Literal["auto", "sdpa", "varlen", "causal", "cudnn"], Choice] = Field(
         "auto",
-        description="Attention core: masked SDPA or variable-length kernels (CUDA); causal SDPA or cuDNN (CUDA) for rows of "
-        "one document.",
+        description="Attention core: masked SDPA, variable-length kernels (CUDA); for rows of one document causal SDPA, "
+        "cuDNN (CUDA).",
     )
 
 
@@ -194,7 +194,27 @@ class CompileSection(Section):
 class MemorySection(Section):
     """Budgets of memory."""
 
-    loss_chunk_mib: int = Field(256, ge=1, le=65536, description="MiB of logits, in the compute dtype, that live at once.")
+    activations: Annotated[Literal["auto", "none", "selective", "full"], Choice] = Field(
+        "auto",
+        description="What is computed twice, not kept: nothing dear, all elementwise work, or whole layers; auto: the "
+        "fastest that fits.",
+    )
+    budget: float | None = Field(
+        None, ge=0, le=1, description="Fraction of the activations kept, in place of activations.", examples=[0.3]
+    )
+    loss_chunk_mib: int = Field(
+        256, ge=1, le=65536, description="MiB of logits, in the compute dtype, that live at once."
+    )
+
+    @field_validator("budget")
+    @classmethod
+    def _one_of_the_two(cls, budget: float | None, info: ValidationInfo) -> float | None:
+        activations = info.data.get("activations", "auto")
+        if budget is not None and activations != "auto":
+            raise PydanticCustomError(
+                RULE, f"memory.budget takes the place of memory.activations; got {budget} and {activations}; give one"
+            )
+        return budget
 
 
 class TrainSection(Section):

@@ -82,7 +82,8 @@ def bench_on(device: str, *, model: Path, dtype: str, backend: str) -> Iterator[
     )
     config, where = load_config(str(model), recipe.model), torch.device(device)
     packed, stock = (
-        build_model(recipe, str(model), config, device=where, rows=Rows((64,), alone=False), phase=lambda _: None) for _ in range(2)
+        build_model(recipe, str(model), config, device=where, rows=Rows((64,), alone=False), phase=lambda _: None)
+        for _ in range(2)
     )
     for built in (packed, stock):
         perturb(built)

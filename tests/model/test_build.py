@@ -22,7 +22,12 @@ def build(recipe, phases=None):
     config = load_config(source, recipe.model)
     preflight(recipe, source, config, CPU)
     return build_model(
-        recipe, source, config, device=CPU, rows=Rows((64,), alone=False), phase=(phases if phases is not None else []).append
+        recipe,
+        source,
+        config,
+        device=CPU,
+        rows=Rows((64,), alone=False),
+        phase=(phases if phases is not None else []).append,
     )
 
 

@@ -1,0 +1,107 @@
+from dataclasses import replace
+
+import pytest
+import torch
+import torch._dynamo
+
+from launcher.errors import RecipeError
+from launcher.memory.recompute import SELECTIVE, Policy, Shapes, applied, check_policy, choose_policy, forecast
+from launcher.model.attention import Rows
+from launcher.model.build import build_model
+from launcher.model.source import load_config
+
+LLAMA_1B = Shapes(
+    layers=16, tokens=4096, hidden=2048, query=2048, key_value=512, intermediate=8192, vocabulary=128256,
+    loss_chunk=1024, itemsize=2, trainable=11_272_192,
+)  # fmt: skip
+KEEP = {"none": 1.0, "selective": SELECTIVE, "full": 0.0}
+
+
+def kept_and_gradients(recipe, policy, *, seed=0):
+    """Bytes that a compiled forward pass keeps beside weights, and the gradients after it."""
+    torch._dynamo.reset()
+    source = recipe.model.name
+    built = build_model(
+        recipe, source, load_config(source, recipe.model), device=torch.device("cpu"), rows=Rows((64,), alone=False),
+        phase=lambda _: None,
+    )  # fmt: skip
+    parameters = [p for p in built.packed.parameters() if p.requires_grad]
+    with torch.no_grad():
+        for parameter in parameters:
+            parameter.add_(0.05)
+    for layer in built.packed.body.layers:
+        layer.compile(fullgraph=True, backend="aot_eager", dynamic=False)
+    weights = {t.untyped_storage().data_ptr() for t in (*built.packed.parameters(), *built.packed.buffers())}
+    kept = {}
+
+    def keep(tensor):
+        if tensor.untyped_storage().data_ptr() not in weights:
+            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    ids = torch.arange(128).view(2, 64)
+    positions, documents = torch.arange(64).expand(2, 64), torch.zeros(2, 64, dtype=torch.int32)
+    batch = (ids, ids.roll(-1, 1), positions, documents, torch.tensor([0, 64, 128], dtype=torch.int32))
+    with applied(policy):
+        built.packed(*batch).backward()  # compiles
+        for parameter in parameters:
+            parameter.grad = None
+        torch.manual_seed(seed)
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            loss = built.packed(*batch)
+        loss.backward()
+    return sum(kept.values()), [p.grad.clone() for p in parameters]
+
+
+def test_each_policy_keeps_less_than_the_one_before_and_gives_its_gradients(make_recipe):
+    found = {name: kept_and_gradients(make_recipe(), Policy(name, keep, "", None)) for name, keep in KEEP.items()}
+    sizes = [size for size, _ in found.values()]
+    assert sizes[0] > sizes[1] > 2 * sizes[2] > 0
+    for _, gradients in found.values():
+        for ours, theirs in zip(gradients, found["none"][1], strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
+
+
+def test_dropout_draws_one_mask_under_the_policies_that_are_allowed_with_it(make_recipe):
+    recipe = make_recipe(lora={"r": 4, "dropout": 0.5})
+    gradients = [kept_and_gradients(recipe, Policy(n, KEEP[n], "", None), seed=3)[1] for n in ("none", "selective")]
+    for ours, theirs in zip(*gradients, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
+    other = kept_and_gradients(recipe, Policy("none", 1.0, "", None), seed=4)[1]
+    assert not torch.allclose(other[0], gradients[0][0])
+
+
+@pytest.mark.parametrize(
+    ("sections", "said"),
+    [
+        ({"memory": {"activations": "full"}, "lora": {"dropout": 0.1}}, "lora.dropout is 0.1"),
+        ({"memory": {"budget": 0.5}, "lora": {"dropout": 0.1}}, "memory.budget recomputes"),
+        ({"memory": {"activations": "full"}, "compile": {"mode": "off"}}, "compile.mode is off"),
+        ({"memory": {"activations": "selective"}, "compile": {"mode": "off"}}, "compile.mode is off"),
+        ({"memory": {"activations": "full"}, "compile": {"scope": "model"}}, "compile.scope=layer"),
+    ],
+)
+def test_a_policy_that_cannot_be_honoured_is_refused(make_recipe, sections, said):
+    with pytest.raises(RecipeError, match=said):
+        check_policy(make_recipe(**sections))
+    allowed = {**sections, "memory": {"activations": "none"}}
+    check_policy(make_recipe(**allowed))
+
+
+def test_auto_takes_the_fastest_that_fits_and_the_least_where_nothing_does(make_recipe):
+    recipe = make_recipe()
+
+    def chosen(free, recipe=recipe):
+        return choose_policy(recipe, LLAMA_1B, held_mib=1057, free_mib=free)
+
+    assert [chosen(free).name for free in (140_000, 6_000, 2_000, 100)] == ["none", "selective", "full", "full"]
+    assert "nothing is forecast to fit" in chosen(100).why
+    assert chosen(None) == Policy("none", 1.0, "auto", None)
+    with_dropout = make_recipe(lora={"dropout": 0.1})
+    assert chosen(2_000, with_dropout).name == "selective"
+
+
+def test_the_forecast_grows_with_what_is_kept_and_with_the_batch():
+    peaks = [forecast(LLAMA_1B, keep, held_mib=1057) for keep in (0.0, 0.3, SELECTIVE, 1.0)]
+    assert peaks == sorted(peaks) and peaks[0] > 1057
+    assert forecast(replace(LLAMA_1B, tokens=8192), 1.0, held_mib=1057) > 1.6 * (peaks[-1] - 1057)
