@@ -63,12 +63,12 @@ def check_policy(recipe: Recipe) -> None:
         raise RecipeError(f"{wanted} is a choice of the compiler; compile.mode is off. Use memory.activations=auto.")
     if strict and recipe.lora.dropout:
         raise RecipeError(
-            f"{wanted} recomputes, and recomputed dropout draws another mask; lora.dropout is {recipe.lora.dropout:g}.\n"
+            f"{wanted} recomputes, and dropout would draw another mask; lora.dropout is {recipe.lora.dropout:g}.\n"
             "Set lora.dropout=0, or memory.activations=selective."
         )
     if memory.activations == "full" and compile.scope == "model":
         raise RecipeError(
-            "memory.activations=full recomputes one graph at a time; compile.scope=model makes one of all layers.\n"
+            "memory.activations=full recomputes a graph at a time; compile.scope=model makes one of all layers.\n"
             "Use compile.scope=layer."
         )
 

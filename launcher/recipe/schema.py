@@ -46,8 +46,8 @@ class ModelSection(Section):
     )
     attention: Annotated[Literal["auto", "sdpa", "varlen", "causal", "cudnn"], Choice] = Field(
         "auto",
-        description="Attention core: masked SDPA, variable-length kernels (CUDA); for rows of one document causal SDPA, "
-        "cuDNN (CUDA).",
+        description="Attention core: masked SDPA or variable-length kernels (CUDA); for rows of one document causal "
+        "SDPA or cuDNN (CUDA).",
     )
 
 
