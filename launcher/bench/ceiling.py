@@ -1,0 +1,46 @@
+"""The fastest matrix product that the device runs: what a training step's arithmetic is compared with."""
+
+import time
+
+import torch
+
+from launcher.bench_records import Ceiling
+
+SIZES = {"cuda": (8192, 4096, 2048), "cpu": (1024,)}  # the next where one does not fit into what is left of the memory
+RUNS = 5
+RUN_S = 0.05  # of products behind one another: beside it, waiting for the device is little
+
+
+def matmul_ceiling(dtype: torch.dtype, device: torch.device) -> Ceiling:
+    """Of square matrices with normal entries, the fastest of a few runs."""
+    sizes = SIZES[device.type]
+    for size in sizes:
+        try:
+            return Ceiling(str(dtype).removeprefix("torch."), size, _flops_per_s(size, dtype, device))
+        except torch.OutOfMemoryError:
+            if size == sizes[-1]:
+                raise
+    raise AssertionError
+
+
+def _flops_per_s(size: int, dtype: torch.dtype, device: torch.device) -> float:
+    a, b = (torch.randn(size, size, dtype=dtype, device=device) for _ in range(2))
+    out = torch.empty_like(a)
+
+    def seconds(products: int) -> float:
+        synchronise(device)
+        start = time.perf_counter()
+        for _ in range(products):
+            torch.mm(a, b, out=out)
+        synchronise(device)
+        return time.perf_counter() - start
+
+    seconds(1)
+    products = max(1, round(RUN_S / seconds(1)))
+    return 2 * size**3 * products / min(seconds(products) for _ in range(RUNS))
+
+
+def synchronise(device: torch.device) -> None:
+    """Wait for everything that the device was told to do."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
