@@ -212,7 +212,8 @@ def pay_back(behind_s: float, *, naive_s: float, ours_s: float) -> int | None:
     behind + N * ours <= N * naive. None: never, since its step is not faster; 0: it was not behind."""
     if ours_s >= naive_s:
         return None
-    return max(0, math.ceil(behind_s / (naive_s - ours_s)))
+    steps = behind_s / (naive_s - ours_s)
+    return max(0, math.ceil(round(steps, 6)))  # 10 / (0.3 - 0.1) is 50, not a step more
 
 
 def ratio(value: float | None, base: float | None) -> float | None:

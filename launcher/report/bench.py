@@ -15,7 +15,7 @@ from launcher.report.run_summary import print_verdicts
 from launcher.report.tables import sampled
 
 LOSSES_SHOWN = 8  # rows of the table; of more steps a sample, first and last included
-NAIVE = "stock transformers, PEFT and bitsandbytes; gradient checkpointing, nothing compiled"
+NAIVE = "stock transformers, PEFT and bitsandbytes, gradient checkpointing"
 NOTHING = "-"
 
 
@@ -54,7 +54,7 @@ def _print_head(console: Console, record: BenchRecord) -> None:
     cached = f"{counted(compiled.cache_hits, 'hit')} of the compile cache"
     rows = "random rows" if record.rows == "random" else "the recipe's data"
     product = f"{ceiling.flops_per_s / 1e12:,.2f} TFLOP/s: the fastest {ceiling.dtype} product of {ceiling.size:,}²"
-    autocast = "" if start.dtype == "float32" else f"; autocast to {start.dtype}"
+    autocast = "" if start.dtype == "float32" else f", autocast to {start.dtype}"
     facts = [
         ("model", f"{start.model} ({start.family})"),
         ("parameters", f"{whole(start.trainable)} trainable of {whole(start.parameters)}"),
