@@ -8,8 +8,16 @@ import numpy as np
 import pytest
 
 from launcher.bench_records import (
-    BenchRecord, Ceiling, OursRecord, SideRecord, Workload, difference, failed, pay_back, percentile,
-)  # fmt: skip
+    BenchRecord,
+    Ceiling,
+    OursRecord,
+    SideRecord,
+    Workload,
+    difference,
+    failed,
+    pay_back,
+    percentile,
+)
 from launcher.records import CompileRecord, StartRecord, VramRecord
 
 START = StartRecord(

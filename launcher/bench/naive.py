@@ -53,6 +53,7 @@ class NaiveStep:
         self.model: Any = stock_model(
             request.recipe, request.source, prepared.config, dtype=self.dtype, device=self.device
         )
+        # On CPUs too, where stock_model leaves it out: what is compared is the same everywhere.
         self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizer = make_optimizer(self.parameters, train)

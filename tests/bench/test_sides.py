@@ -54,6 +54,7 @@ def benched(recipe: Any) -> BenchRecord:
     [
         ({"train": {"accumulation": 2}, "lora": {"r": 4, "dropout": 0.3}}, 1),
         ({"data": {"batching": "bucketed"}, "model": {"dtype": "bfloat16"}}, 3),
+        ({"data": {"streaming": True, "validation": 0}}, 1),
         ({"proof": {"bench_rows": "random"}, "model": {"init": "random"}}, 1),
     ],
 )
@@ -190,7 +191,7 @@ def test_the_naive_side_is_checkpointed_and_nothing_in_it_is_ours(make_recipe: C
 
 def test_the_ceiling_is_what_a_product_reaches() -> None:
     found = matmul_ceiling(torch.float32, torch.device("cpu"))
-    assert (found.dtype, found.size) == ("float32", 1024) and 1e9 < found.flops_per_s < 1e14
+    assert (found.dtype, found.size) == ("float32", 512) and 1e9 < found.flops_per_s < 1e14
 
 
 def test_our_record_is_whole(make_recipe: Callable[..., Any]) -> None:
