@@ -19,12 +19,14 @@ def bench(job: Job) -> Iterator[str | BenchRecord]:
     """
     proof = job.recipe.proof
     yield "reading data"
-    workload: Workload = yield from _last(run_child(_workload, job), "the data")
-    ours: OursRecord = yield from _last(run_child(_ours, job), "our side")
+    workload: Workload = yield from _needed(run_child(_workload, job), "the data")
+    yield "ours: starting"
+    ours: OursRecord = yield from _needed(run_child(_ours, job), "our side")
     naive: SideRecord | None = None
     if proof.bench_naive:
+        yield "naive: starting"
         try:
-            naive = yield from _last(run_child(_naive, job), "the naive side")
+            naive = yield from _last(run_child(_naive, job))
         except LauncherError as error:
             naive = failed(str(error))
     yield BenchRecord(
@@ -37,17 +39,22 @@ def bench(job: Job) -> Iterator[str | BenchRecord]:
     )
 
 
-def _last(events: Iterator[Any], who: str) -> Generator[str, None, Any]:
-    """Passes phases on and returns the record behind them; a process that failed is named."""
-    record: Any = None
+def _needed(events: Iterator[Any], who: str) -> Generator[str, None, Any]:
+    """As `_last`; a process that failed is named."""
     try:
-        for event in events:
-            if isinstance(event, str):
-                yield event
-            else:
-                record = event
+        return (yield from _last(events))
     except ChildFailed as error:
         raise ChildFailed(f"{who}: {error}") from error
+
+
+def _last(events: Iterator[Any]) -> Generator[str, None, Any]:
+    """Passes phases on and returns the record behind them."""
+    record: Any = None
+    for event in events:
+        if isinstance(event, str):
+            yield event
+        else:
+            record = event
     return record
 
 

@@ -40,7 +40,7 @@ def played(make_recipe: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_data_comes_first_then_ours_then_naive(played: Callable[..., list[Any]]) -> None:
     *phases, found = played()
-    assert phases == ["reading data", "_workload", "_ours", "_naive"]
+    assert phases == ["reading data", "_workload", "ours: starting", "_ours", "naive: starting", "_naive"]
     assert isinstance(found, BenchRecord) and found.holds and found.notes == ()
     assert found.recipe["train"]["steps"] == 4  # as the user gave it, not as long as the measurement
 
@@ -62,7 +62,7 @@ def test_a_naive_side_that_dies_loses_none_of_our_figures(
     played: Callable[..., list[Any]], error: LauncherError
 ) -> None:
     found = played(naive=error)[-1]
-    assert str(error) in found.naive.failure and not found.naive.out_of_memory
+    assert found.naive.failure == str(error) and not found.naive.out_of_memory
     assert found.ours == WHOLE.ours and str(error) in found.notes[0]
 
 
