@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from launcher.bench_records import BenchRecord, OursRecord, failed
+from launcher.bench_records import BenchRecord, Ceiling, OursRecord, failed
 from launcher.report import bench_page, make_console
 from tests.test_bench_records import record, side
 
@@ -56,7 +56,9 @@ def test_the_head_says_what_was_compared() -> None:
     assert "2 × 64, 128 × accumulation 3 of the recipe's data" in text
     assert "of random rows" in page(record(rows="random"))
     assert "90 to 100, of them 50 targets" in text
-    assert "the fastest bfloat16 product of 8,192²" in text
+    assert "0.0 GFLOP/s: the fastest bfloat16 product of 8,192²" in text
+    fast = replace(record().ours, ceiling=Ceiling("bfloat16", 8192, 7.83e14))
+    assert "783 TFLOP/s: the fastest" in page(record(ours=fast))
     assert "\x1b" not in text and "\\x1b[31mnote" in text
 
 
@@ -98,4 +100,5 @@ def test_no_line_is_wider_than_the_console_and_no_column_is_lost(monkeypatch: py
     monkeypatch.setenv("COLUMNS", str(width))
     text = page(record(notes=("a long note " * 30,)))
     assert max(map(len, text.splitlines())) <= width
+    assert "…" not in text and "behind 4 that are not counted" in text
     assert "not shown at this width" not in text and "step ms, median 500.0 100.0 0.20 ×" in rows(text, "Steps")

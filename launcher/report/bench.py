@@ -36,7 +36,7 @@ def bench_page(console: Console, record: BenchRecord) -> None:
     _print_rows(console, ("Memory", f"MiB, {memory}"), _memory_rows(), record)
     _print_losses(console, record)
     measured = counted(len(record.ours.side.steps_s), "step")
-    note = f"{measured} timed one by one, after the first and {WARM_UP_STEPS} to warm up; ratios of medians"
+    note = f"{measured}, each timed alone, behind {1 + WARM_UP_STEPS} that are not counted"
     _print_rows(console, ("Steps", note), _step_rows(record), record)
     if record.notes:
         heading(console, "Notes")
@@ -53,7 +53,7 @@ def _print_head(console: Console, record: BenchRecord) -> None:
     counts = f"{counted(compiled.graph_breaks, 'graph break')}, {counted(compiled.recompiles, 'recompile')}"
     cached = f"{counted(compiled.cache_hits, 'hit')} of the compile cache"
     rows = "random rows" if record.rows == "random" else "the recipe's data"
-    product = f"{ceiling.flops_per_s / 1e12:,.2f} TFLOP/s: the fastest {ceiling.dtype} product of {ceiling.size:,}²"
+    product = f"{_flops(ceiling.flops_per_s)}: the fastest {ceiling.dtype} product of {ceiling.size:,}²"
     autocast = "" if start.dtype == "float32" else f", autocast to {start.dtype}"
     facts = [
         ("model", f"{start.model} ({start.family})"),
@@ -75,6 +75,10 @@ def _print_head(console: Console, record: BenchRecord) -> None:
     title = Text.assemble("bench of recipe ", literal(start.recipe, "bold"))
     panel = Panel(pairs(lines, indent=0), title=title, title_align="left", border_style="dim cyan", box=box.ROUNDED)
     console.print(panel, width=page_width(console))
+
+
+def _flops(per_s: float) -> str:
+    return f"{per_s / 1e12:,.0f} TFLOP/s" if per_s >= 1e13 else f"{per_s / 1e9:,.1f} GFLOP/s"
 
 
 def _start_rows(record: BenchRecord) -> list[Row]:

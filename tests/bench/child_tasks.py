@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from launcher.bench.processes import Job
-from launcher.errors import DataError, RecipeError
+from launcher.errors import DataError
 
 
 def tells(job: Job) -> Iterator[Any]:
@@ -39,8 +39,3 @@ def leaves(job: Job) -> Iterator[Any]:
 def waits(job: Job) -> Iterator[Any]:
     yield os.getpid()
     time.sleep(600)
-
-
-def is_not_allowed(job: Job) -> Iterator[Any]:
-    yield from ()
-    raise RecipeError("not this one")

@@ -74,7 +74,7 @@ def test_both_sides_train_on_the_same_and_every_step_is_accounted_for(
     assert list(ours.phases_s) == ["imports", "data", "load", "compile", "first step"]
     assert list(naive.phases_s) == ["imports", "data", "load", "first step"]
     assert found.speed_up and found.memory_ratio
-    assert 0 < (found.ceiling_share(naive) or 0) < 1 and (found.tokens_per_s(ours) or 0) > 0
+    assert (found.ceiling_share(naive) or 0) > 0 and (found.tokens_per_s(ours) or 0) > 0
 
 
 def test_a_wrong_loss_of_one_side_is_found_at_the_first_step(
