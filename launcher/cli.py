@@ -16,6 +16,9 @@ from typing import TYPE_CHECKING, NoReturn, cast
 
 from rich.console import Console
 
+from launcher.bench.compare import bench
+from launcher.bench.processes import ChildFailed, Job
+from launcher.bench_records import BenchRecord
 from launcher.errors import ContractError, DiskError, LauncherError, LostRank, MemoryExhausted, RecipeError
 from launcher.parity_records import ParityRecord
 from launcher.ranks import Place, end_with_parent, place
@@ -24,7 +27,7 @@ from launcher.recipe.locate import locate
 from launcher.recipe.schema import recipes_dir
 from launcher.recipe.show import print_request
 from launcher.records import RunRecord
-from launcher.report import Screen, make_console, parity_page, preview_page
+from launcher.report import Screen, bench_page, make_console, parity_page, preview_page
 from launcher.report import error as print_error
 from launcher.train.outputs import write_json
 
@@ -49,7 +52,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             if print_request(argv, console=make_console(None if here.is_main else nowhere)):
                 return 0
             resolved, console = resolve(argv), make_console(None if here.is_main else nowhere)
-            return {"preview": _preview, "parity": _parity}.get(resolved.mode, _train)(resolved, here, console)
+            modes = {"preview": _preview, "parity": _parity, "bench": _bench}
+            return modes.get(resolved.mode, _train)(resolved, here, console)
     except LauncherError as error:
         _print_error(error, here)
         return error.code
@@ -101,11 +105,7 @@ def _preview(resolved: Resolved, here: Place, console: Console) -> int:
 
 
 def _parity(resolved: Resolved, here: Place, console: Console) -> int:
-    if here.world_size > 1:
-        raise RecipeError(
-            f"mode=parity runs in one process; {here.world_size} were started. "
-            f"Run python launcher/main.py recipe={resolved.name} mode=parity."
-        )
+    _check_alone(resolved, here)
     notes, shipped, source = _prepared(resolved, here)
     with Screen(console) as screen:
         screen.show("importing torch")
@@ -125,6 +125,37 @@ def _parity(resolved: Resolved, here: Place, console: Console) -> int:
     if not record.holds:
         raise ContractError(record.failure)
     return 0
+
+
+def _bench(resolved: Resolved, here: Place, console: Console) -> int:
+    _check_alone(resolved, here)
+    notes, shipped, source = _prepared(resolved, here)
+    with Screen(console) as screen:
+        for event in bench(Job(resolved.recipe, resolved.name, source, shipped, here, notes)):
+            if isinstance(event, str):
+                screen.show(event)
+        record = cast(BenchRecord, event)
+        try:
+            if resolved.report:
+                write_json(resolved.report, record.as_report())
+        except OSError as error:
+            from launcher.train.loop import Progress
+
+            _fail(error, Progress(), here)
+    bench_page(console, record)
+    if not record.holds:
+        raise ContractError(record.failure)
+    if record.naive and record.naive.failure and not record.naive.out_of_memory:
+        raise ChildFailed(f"naive must come to its end to be compared; it did not: {record.naive.failure}.")
+    return 0
+
+
+def _check_alone(resolved: Resolved, here: Place) -> None:
+    if here.world_size > 1:
+        raise RecipeError(
+            f"mode={resolved.mode} runs in one process; {here.world_size} were started. "
+            f"Run python launcher/main.py recipe={resolved.name} mode={resolved.mode}."
+        )
 
 
 def _fail(error: BaseException, progress: "Progress", here: Place) -> NoReturn:

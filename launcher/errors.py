@@ -58,6 +58,6 @@ class LostRank(LauncherError):
 
 class ContractError(LauncherError):
     """The compile contract broke: a graph break, a recompile, a limit hit, a backend error or a wrong graph count;
-    or the compiled path does not compute what stock code computes (mode=parity)."""
+    or the compiled path does not compute what stock code computes (mode=parity, and mode=bench at its first step)."""
 
     code = 9

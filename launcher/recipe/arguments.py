@@ -11,6 +11,7 @@ from launcher.recipe.yaml_text import YamlError, read_value
 MODES = {
     "train": "fine-tune (the default)",
     "parity": "compare losses and gradients with stock eager code and with fp32; updates nothing, writes no run folder",
+    "bench": "measure the step beside that of stock eager code: speed, memory, start; writes no run folder",
     "preview": "print what would be trained on, token by token; needs no GPU, writes no run folder",
     "show": "print the resolved recipe and where each value comes from",
     "schema": "print the JSON schema of a recipe",
@@ -97,7 +98,7 @@ def _beside(found: Arguments, *, mode: str, report: str | None, blocks: str | No
     if report == "":
         found.refuse("report", "report must be a path; got nothing; try report=./report.json")
     elif report and mode == "preview":
-        rule = "report is written by mode=train and mode=parity"
+        rule = "report is written by mode=train, mode=parity and mode=bench"
         found.refuse("report", f"{rule}; got {shown(report)} with mode=preview; remove one")
     found.report = report or ""
     if blocks is None:

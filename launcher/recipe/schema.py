@@ -270,6 +270,11 @@ class ProofSection(Section):
     """How much a proof measures."""
 
     parity: int = Field(16, ge=1, description="Batches that mode=parity compares.")
+    bench: int = Field(20, ge=1, description="Steps that mode=bench measures on each side.")
+    bench_rows: Annotated[Literal["data", "random"], Choice] = Field(
+        "data", description="What mode=bench trains on; random: rows of max_length random tokens, all supervised."
+    )
+    bench_naive: bool = Field(True, description="Whether mode=bench measures the naive side too.")
 
 
 class Recipe(Section):

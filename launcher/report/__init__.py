@@ -4,6 +4,7 @@ Every text that is not ours (paths, model output, reasons, error messages) goes 
 neither rich's markup nor a terminal's control codes are obeyed.
 """
 
+from launcher.report.bench import bench_page
 from launcher.report.console import error, make_console
 from launcher.report.parity import parity_page
 from launcher.report.preview import preview_page
@@ -12,4 +13,14 @@ from launcher.report.run_summary import summary
 from launcher.report.screen import Screen
 from launcher.report.start import start_panel
 
-__all__ = ["Progress", "Screen", "error", "make_console", "parity_page", "preview_page", "start_panel", "summary"]
+__all__ = [
+    "Progress",
+    "Screen",
+    "bench_page",
+    "error",
+    "make_console",
+    "parity_page",
+    "preview_page",
+    "start_panel",
+    "summary",
+]

@@ -97,6 +97,9 @@ def test_two_recipes_never_share_a_list() -> None:
         ("run", "sample_tokens", 1024, 1025),
         ("run", "output_dir", "runs/x", ""),
         ("proof", "parity", 1, 0),
+        ("proof", "bench", 1, 0),
+        ("proof", "bench_rows", "random", "full"),
+        ("proof", "bench_naive", "off", "perhaps"),
     ],
 )
 def test_a_value_inside_the_range_is_taken_and_one_outside_is_refused(
@@ -123,7 +126,7 @@ def test_no_number_may_be_nan_or_infinite(section: str, key: str, number: float 
 
 
 def test_the_nan_test_covers_every_number_of_the_schema() -> None:
-    assert len(NUMBERS) == 20, NUMBERS
+    assert len(NUMBERS) == 21, NUMBERS
 
 
 @pytest.mark.parametrize("word", [False, "off", "OFF", "no", "false"])
