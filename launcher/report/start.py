@@ -28,6 +28,7 @@ def _facts(start: StartRecord) -> list[tuple[str, str]]:
         ("dtype", f"{start.dtype} · {start.quantization}"),
         ("attention", start.attention),
         ("compile", start.compile),
+        ("CUDA graphs", start.cuda_graphs),
         ("optimizer", start.optimizer),
         ("shapes", _shapes(start)),
         ("step", _step(start)),
