@@ -9,6 +9,7 @@ every wait for the device an error. So that what cannot be captured is found whi
 that fails half-way leaves torch's allocator and generator in capture, which `_recover` puts right as far as it can.
 """
 
+import gc
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -62,8 +63,9 @@ class Graphs:
 
     def rehearse(self, work: Work) -> None:
         """Run `work` twice on the capturing stream. Raises CaptureFailed when it waits for the device."""
-        self._stream.wait_stream(torch.cuda.current_stream(self._device))
+        gc.collect()  # an earlier run's tensors must not be freed in the midst of a capture
         _release_caches()
+        self._stream.wait_stream(torch.cuda.current_stream(self._device))
         try:
             with torch.cuda.stream(self._stream):
                 work()
@@ -98,9 +100,10 @@ class Graphs:
         with suppress(RuntimeError):  # it has ended
             native._cuda_endAllocateToPool(self._device.index or 0, self._pool)
             native._cuda_releasePool(self._device.index or 0, self._pool)
-        something = torch.zeros((), device=self._device)
-        with suppress(RuntimeError), torch.cuda.graph(torch.cuda.CUDAGraph(), stream=torch.cuda.Stream(self._device)):
-            something.zero_()  # a capture that succeeds tells the generator that capturing is over
+        with suppress(RuntimeError):
+            something = torch.zeros((), device=self._device)
+            with torch.cuda.graph(torch.cuda.CUDAGraph(), stream=torch.cuda.Stream(self._device)):
+                something.zero_()  # a capture that succeeds tells the generator that capturing is over
 
 
 @contextmanager

@@ -114,7 +114,7 @@ class TrainStep:
         return StepResult(self._metrics.clone())
 
     def accumulate(self, batch: StepBatch) -> Tensor:
-        """Gradients of the whole step batch, over all ranks, into `.grad`, times the loss scale; returns its summed loss,
+        """Gradients of the step batch, over all ranks, into `.grad`, times the loss scale; returns its summed loss,
         fp32 scalar. Both are overwritten by the next step."""
         self._gradients.clear()
         factor = 1 / max(1, batch.supervised_tokens)
@@ -153,7 +153,7 @@ class TrainStep:
 
         with self._no_trace():
             graphs.rehearse(lambda: self.plan.call(all_work))
-            with capturable(self.optimizer), self.plan.enforced():
+            with capturable(self.optimizer):
                 replays = graphs.capture(work)
         for call, train, evaluate in zip(calls, replays[::2], replays[1::2], strict=False):
             call.train, call.evaluate = train, evaluate
