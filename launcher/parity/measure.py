@@ -1,6 +1,6 @@
 """Runs the same batches through three models, one after the other, and compares.
 
-    compiled     what training uses: Worker.build, Worker.compile (warm-up, arming), TrainStep.accumulate
+    compiled     what training uses: Worker.build, Worker.compile (warm-up, capture), TrainStep.accumulate
     eager        stock transformers, PEFT and bitsandbytes modules, autocast where the dtype is a half one
     reference    the same stock modules in fp32, on the dequantised base
 

@@ -13,7 +13,7 @@ import gc
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -95,11 +95,11 @@ class Graphs:
 
     def _recover(self, graph: torch.cuda.CUDAGraph) -> None:
         """End what torch has not: its allocator would keep the pool, its generator refuse random numbers."""
-        _failed.append(graph)
-        native: Any = torch._C
-        with suppress(RuntimeError):  # it has ended
-            native._cuda_endAllocateToPool(self._device.index or 0, self._pool)
-            native._cuda_releasePool(self._device.index or 0, self._pool)
+        device, native = torch.cuda.current_device(), cast(Any, torch._C)
+        with suppress(RuntimeError):  # torch has ended it by itself
+            native._cuda_endAllocateToPool(device, self._pool)
+            _failed.append(graph)
+            native._cuda_releasePool(device, self._pool)
         with suppress(RuntimeError):
             something = torch.zeros((), device=self._device)
             with torch.cuda.graph(torch.cuda.CUDAGraph(), stream=torch.cuda.Stream(self._device)):

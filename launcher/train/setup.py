@@ -4,6 +4,7 @@
 process group, the run folder or the weights exist. `Worker` then builds the model, compiles it and warms it up.
 """
 
+import gc
 import hashlib
 import importlib.util
 import os
@@ -237,6 +238,9 @@ class Worker:
                 self.step.capture(self._samples)
             except CaptureFailed as error:
                 failure = str(error)
+            if failure is not None:  # only now does nothing hold what the attempt had in memory
+                gc.collect()
+                torch.cuda.empty_cache()
         self.ledger.mark("after capture")
         found = outcome(gather(failure), wanted=wanted)
         apart = found == "on" and not gates_on_device(self.step.optimizer)
