@@ -36,7 +36,6 @@ class Staging:
         *pieces, last = host.split(self._sizes)
         for piece, field in zip(pieces, fields, strict=True):
             piece[: field.numel()].copy_(field.flatten())
-            piece[field.numel() :].zero_()
         last.view(torch.float32).fill_(factor)
         self._device.copy_(host, non_blocking=True)
 

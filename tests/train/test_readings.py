@@ -1,10 +1,15 @@
 """Figures are read late where they are on their way, in order, and none is lost."""
 
+import pytest
 import torch
 
+from launcher.errors import ContractError
+from launcher.model.packed import PackedCausalLM
 from launcher.train import readings
+from launcher.train.loop import Progress, run
 from launcher.train.readings import Pending
 from launcher.train.step import StepResult
+from tests.conftest import request_for
 
 
 class Event:
@@ -71,3 +76,22 @@ def test_the_time_of_a_step_is_that_between_two_reads_shared_by_those_read(monke
     pending.restart()
     pending.add(result(4.0), None)
     assert [reading.step_s for reading in pending.read(all=True)] == [1.0]
+
+
+@pytest.mark.usefixtures("clean_dynamo")
+def test_the_good_steps_before_a_broken_contract_are_read_though_they_were_not_due(make_recipe, monkeypatch):
+    original, calls = PackedCausalLM.forward, []
+
+    def forward(self, *inputs):
+        calls.extend([1] if torch.is_grad_enabled() else [])
+        if len(calls) == 4:  # the first is the warm-up's: step 3
+            inputs = [t[:, :32] if t.ndim == 2 else t for t in inputs]
+        return original(self, *inputs)
+
+    monkeypatch.setattr(PackedCausalLM, "forward", forward)
+    progress = Progress()
+    recipe = make_recipe(train={"steps": 6, "log_every": 4}, data={"validation": 0})
+    with pytest.raises(ContractError, match="no recompile is allowed"):
+        list(run(request_for(recipe), progress))
+    assert [step.step for step in progress.steps] == [1, 2]
+    progress.worker.plan.release()
