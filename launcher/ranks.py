@@ -62,9 +62,10 @@ _held: list[Any] = []  # the process group, until the interpreter ends
 def hold_process_group() -> None:
     """Keep the process group, where there is one, until the interpreter ends; then let it go, last of all.
 
-    DDP's reducer shares gloo's group. Were its reference the last, the group's destructor would join gloo's threads
-    with the GIL held while one of them waits for the GIL, to free the tensors of its last collective: the process
-    never ends (torch 2.13; seen twice in ten launches). Python's own reference is dropped with the GIL released.
+    Objects of torch may share gloo's group, as DDP's reducer does. Were theirs the last reference, its destructor would
+    join gloo's threads with the GIL held while one of them waits for the GIL, to free the tensors of its last
+    collective: the process never ends (torch 2.13; seen twice in ten launches with DDP). Python's own reference is
+    dropped with the GIL released.
     """
     from torch import distributed
 

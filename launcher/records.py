@@ -40,6 +40,9 @@ class StartRecord:
     fill: float  # 0-1: share of positions that hold a token
     run_dir: str
     notes: tuple[str, ...] = ()  # anything chosen automatically that the user should know
+    cuda_graphs: str = "off"  # "on", or "off (the reason)"
+    activations: str = "none"  # the policy, and why
+    forecast_mib: float | None = None  # peak of allocated memory that the policy was chosen by; None on a CPU
 
 
 @dataclass(frozen=True)
@@ -91,7 +94,7 @@ class CompileRecord:
 class VramRecord:
     """Memory at the end of one phase on one rank. On a CPU all figures are the process's resident memory."""
 
-    phase: str  # "before load", "after load", "after adapters", "after compile", "after training"
+    phase: str  # "before load", "after load", "after adapters", "after compile", "after capture", "after training"
     allocated_mib: float
     reserved_mib: float
     peak_mib: float  # highest allocated since the process began

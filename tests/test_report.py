@@ -34,7 +34,7 @@ def start_record(**changes: Any) -> StartRecord:
         accumulation=4, steps=100, epochs=6.4, optimizer="adamw (fused)", compile="strict, scope layer, inductor",
         batching="packed", streamed=False, template="the tokenizer's own", loss_on={"assistant": 3412},
         train_rows=3412, train_blocks=251, validation_rows=180, fill=0.973, run_dir="runs/llama1b-20260301-120000",
-        notes=("dtype auto: bfloat16, compute capability 9.0",),
+        notes=("dtype auto: bfloat16, compute capability 9.0",), cuda_graphs="on",
     )  # fmt: skip
     return replace(record, **changes)
 

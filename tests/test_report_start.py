@@ -31,3 +31,9 @@ def test_the_start_panel_tells_several_widths_from_one_and_a_stream_from_rows() 
 def test_the_start_panel_says_what_the_loss_sees_and_whose_template_renders() -> None:
     text = started(loss_on={"assistant": 3000, "all": 412}, template="chatml")
     assert "assistant in 3,000 rows, all in 412 rows · template: chatml" in text
+
+
+def test_the_start_panel_says_whether_the_step_is_captured_and_why_not() -> None:
+    reason = "off (capture failed: called a synchronizing CUDA operation)"
+    assert "CUDA graphs on" in " ".join(started().split())
+    assert reason in started(cuda_graphs=reason)

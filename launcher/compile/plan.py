@@ -41,8 +41,6 @@ class Plan:
         self._inner = compile.backend
         torch._dynamo.reset()
         torch._dynamo.config.error_on_recompile = False
-        # DDP's optimizer would split a layer's graph between buckets, without counting a break.
-        torch._dynamo.config.optimize_ddp = False
         expected: Counter[str] = Counter()
         for region in self._chosen:
             expected[region.name] += region.graphs

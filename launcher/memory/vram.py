@@ -38,6 +38,13 @@ class Ledger:
             return torch.cuda.memory_allocated(self.device) / MIB
         return float(psutil.Process().memory_info().rss) / MIB
 
+    def free_mib(self) -> float | None:
+        """What this process may still allocate on its GPU; None on a CPU."""
+        if self.device.type != "cuda":
+            return None
+        cached = torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
+        return float(torch.cuda.mem_get_info(self.device)[0] + cached) / MIB
+
     def peak_mib(self) -> float:
         """The most ever allocated by this process (highest resident memory on a CPU)."""
         if self.device.type == "cuda":

@@ -1,6 +1,6 @@
 """Runs the same batches through three models, one after the other, and compares.
 
-    compiled     what training uses: Worker.build, Worker.compile (warm-up, arming), TrainStep.accumulate
+    compiled     what training uses: Worker.build, Worker.compile (warm-up, capture), TrainStep.accumulate
     eager        stock transformers, PEFT and bitsandbytes modules, autocast where the dtype is a half one
     reference    the same stock modules in fp32, on the dequantised base
 
@@ -29,6 +29,7 @@ from launcher.parity.gate import Comparison, Measured, gate_of
 from launcher.parity_records import ParityRecord
 from launcher.records import CompileRecord, StartRecord, Verdict
 from launcher.train.account import start_record
+from launcher.train.loss_scale import LossScale
 from launcher.train.setup import Clock, Prepared, Request, Worker, prepare
 
 B_STD = 0.02  # of the drawn LoRA B: as large as a base weight, the update a few percent of the base's output
@@ -173,7 +174,11 @@ def measure_stock(
 
 
 def _measured(
-    accumulate: Callable[[], Tensor], model: nn.Module, scaler: torch.amp.GradScaler, *, supervised_tokens: int
+    accumulate: Callable[[], Tensor],
+    model: nn.Module,
+    scaler: torch.amp.GradScaler | LossScale,
+    *,
+    supervised_tokens: int,
 ) -> Measured:
     """Loss and gradients of `accumulate`, which fills `.grad` anew. fp16: repeated with half the scale while gradients
     overflow, as training skips such steps; the scale then stays."""

@@ -180,6 +180,9 @@ class CompileSection(Section):
     backend: Annotated[Literal["inductor", "aot_eager"], Choice] = Field(
         "inductor", description="inductor generates kernels; aot_eager only traces (quick, for tests)."
     )
+    cuda_graphs: Annotated[Literal["auto", "on", "off"], Choice] = Field(
+        "auto", description="Replay the step from CUDA graphs; auto: where they can be had, on: else it is an error."
+    )
 
     @field_validator("regions")
     @classmethod

@@ -28,6 +28,8 @@ def _facts(start: StartRecord) -> list[tuple[str, str]]:
         ("dtype", f"{start.dtype} · {start.quantization}"),
         ("attention", start.attention),
         ("compile", start.compile),
+        ("CUDA graphs", start.cuda_graphs),
+        ("activations", _activations(start)),
         ("optimizer", start.optimizer),
         ("shapes", _shapes(start)),
         ("step", _step(start)),
@@ -36,6 +38,11 @@ def _facts(start: StartRecord) -> list[tuple[str, str]]:
         ("validation", counted(start.validation_rows, "row")),
         ("run folder", start.run_dir),
     ]
+
+
+def _activations(start: StartRecord) -> str:
+    forecast = "" if start.forecast_mib is None else f" · peak forecast {whole(start.forecast_mib)} MiB"
+    return start.activations + forecast
 
 
 def _shapes(start: StartRecord) -> str:

@@ -8,7 +8,8 @@ import torch
 
 from launcher.data.loader import TrainLoader
 from launcher.records import RankRecord, StartRecord
-from launcher.train.setup import Worker, planned_widths
+from launcher.train.planned import planned_widths
+from launcher.train.setup import Worker
 
 LEFT_OUT = ("dropped", "truncated", "split", "repeated", "left_out")  # in the counts' names
 
@@ -44,6 +45,9 @@ def start_record(worker: Worker) -> StartRecord:
         validation_rows=data.validation_rows,
         fill=data.first_blocks.fill,
         run_dir=str(worker.folder.path),
+        cuda_graphs=worker.cuda_graphs,
+        activations=f"{worker.policy.name} ({worker.policy.why})",
+        forecast_mib=worker.policy.forecast_mib,
         notes=worker.request.notes + data.notes + _left_out(data.counts) + _short(worker),
     )
 
@@ -77,7 +81,7 @@ def rank_record(worker: Worker, *, step_s: Sequence[float], tokens: Sequence[tup
         device=_device_name(worker.accelerator.device, index=True),
         compile=worker.observer.record(),
         vram=tuple(worker.ledger.phases),
-        vram_before_mib=phases["after compile"].allocated_mib,
+        vram_before_mib=phases.get("after capture", phases["after compile"]).allocated_mib,
         vram_after_mib=phases["after training"].allocated_mib,
         vram_peak_mib=worker.ledger.peak_mib(),
         tokens_per_s=sum(t for t, _ in tokens) / sum(step_s),

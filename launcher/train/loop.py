@@ -4,22 +4,21 @@ Yields, in order: phase names (str), one StartRecord, StepRecords and EvalRecord
 """
 
 import math
-import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
 
-from launcher.data.loader import MicroBatch, StepBatch
+from launcher.data.loader import MicroBatch
 from launcher.errors import CheckpointError, ContractError, NonFiniteError
 from launcher.ranks import broadcast, gather
 from launcher.records import EvalRecord, RunRecord, StartRecord, StepRecord, Verdict
 from launcher.train.account import rank_record, start_record
 from launcher.train.adapter import prove_adapter, save_adapter
+from launcher.train.readings import Pending, Reading
 from launcher.train.sample import generate
 from launcher.train.setup import Clock, Request, Worker, prepare
-from launcher.train.step import StepResult, arguments
 from launcher.train.verdicts import compile_verdicts, loss_verdict
 
 Event = str | StartRecord | StepRecord | EvalRecord | RunRecord
@@ -103,58 +102,52 @@ def run(request: Request, progress: Progress) -> Iterator[Event]:
 def _train(worker: Worker, progress: Progress) -> Iterator[StepRecord | EvalRecord]:
     recipe, clock = worker.recipe.train, worker.clock
     yield from _evaluate(worker, progress, step=0)
-    pending: list[tuple[StepResult, StepBatch]] = []
-    window = time.perf_counter()
+    pending = Pending()
     for number in range(1, worker.steps + 1):
         last = number == worker.steps
         evaluates = last or bool(recipe.eval_every and number % recipe.eval_every == 0)
         with clock.phase("train"):
-            batch = next(worker.batches)
-            pending.append((worker.step(batch), batch))
+            batch = next(worker.batches)  # while the device works on the step before
+            try:
+                pending.add(worker.step(batch), batch)
+            except ContractError:
+                _records(worker, progress, pending.read(all=True))  # the steps before it are good
+                raise
             if not evaluates and number % recipe.log_every:
                 continue
-            records = _read(worker, progress, pending, window)
-            progress.first_read = progress.first_read or len(pending)
-            window, pending = time.perf_counter(), []
+            records = _records(worker, progress, pending.read(all=evaluates))
+            worker.plan.check()
         yield from records
         if evaluates:
             yield from _evaluate(worker, progress, step=number)
-            window = time.perf_counter()
+            pending.restart()
     worker.ledger.mark("after training")
 
 
-def _read(
-    worker: Worker, progress: Progress, pending: list[tuple[StepResult, StepBatch]], window: float
-) -> list[StepRecord]:
-    """Turn results on the device into records; here the host waits for it, once every `train.log_every` steps.
-
-    Raises NonFiniteError naming the first step whose loss or gradient is not finite, ContractError for a compilation.
-    """
-    sums = torch.stack([result.loss_sum for result, _ in pending])
-    losses = worker.accelerator.reduce(sums, reduction="sum").tolist()
-    norms = torch.stack([result.grad_norm for result, _ in pending]).tolist()
-    step_s = (time.perf_counter() - window) / len(pending)
+def _records(worker: Worker, progress: Progress, readings: Sequence[Reading]) -> list[StepRecord]:
+    """Note and log what was read. Raises NonFiniteError naming the first step whose loss or gradient is not finite."""
+    progress.first_read = progress.first_read or len(readings)
     records = []
-    for (result, batch), loss, norm in zip(pending, losses, norms, strict=True):
+    for reading in readings:
+        batch = reading.batch
         record = StepRecord(
             step=progress.step + 1,
-            loss=loss / max(1, batch.supervised_tokens),
-            lr=result.lr,
-            grad_norm=norm,
+            loss=reading.loss_sum / max(1, batch.supervised_tokens),
+            lr=reading.lr,
+            grad_norm=reading.grad_norm,
             tokens=batch.tokens,
             supervised_tokens=batch.supervised_tokens,
-            step_s=step_s,
+            step_s=reading.step_s,
             vram_mib=worker.ledger.used_mib(),
-            skipped=result.skipped,
+            skipped=reading.skipped,
         )
-        progress.skipped_in_a_row = progress.skipped_in_a_row + 1 if result.skipped else 0
+        progress.skipped_in_a_row = progress.skipped_in_a_row + 1 if record.skipped else 0
         _check_finite(record, progress.skipped_in_a_row)
         progress.steps.append(record)
         own = [(m.tokens, m.supervised_tokens) for m in batch.micro_batches]
         progress.own_tokens.append((sum(t for t, _ in own), sum(s for _, s in own)))
         _log(worker, record, {"loss": record.loss, "lr": record.lr, "grad_norm": record.grad_norm})
         records.append(record)
-    worker.plan.check()
     return records
 
 
@@ -178,7 +171,7 @@ def _evaluate(worker: Worker, progress: Progress, *, step: int) -> Iterator[Eval
     with worker.clock.phase("evaluate"), torch.no_grad():
         sums = torch.zeros(2, dtype=torch.float64, device=worker.accelerator.device)
         for batch in worker.eval_batches:
-            sums[0] += worker.plan.call(worker.built.packed, *arguments(batch.to(sums.device)))
+            sums[0] += worker.plan.call(worker.step.eval_loss, batch)
             sums[1] += batch.supervised_tokens
         total, supervised = worker.accelerator.reduce(sums, reduction="sum").tolist()
     record = EvalRecord(step, total / max(1.0, supervised))
@@ -213,9 +206,7 @@ def _save(worker: Worker) -> Verdict:
 
 
 def _probe_loss(worker: Worker, probe: MicroBatch) -> float:
-    with torch.no_grad():
-        total = worker.plan.call(worker.built.packed, *arguments(probe))
-    return float(total) / max(1, probe.supervised_tokens)
+    return float(worker.plan.call(worker.step.eval_loss, probe)) / max(1, probe.supervised_tokens)
 
 
 def _sample(worker: Worker) -> Any:

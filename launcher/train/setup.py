@@ -4,6 +4,7 @@
 process group, the run folder or the weights exist. `Worker` then builds the model, compiles it and warms it up.
 """
 
+import gc
 import hashlib
 import importlib.util
 import os
@@ -17,42 +18,46 @@ from typing import Any
 import psutil
 import torch
 from accelerate import Accelerator, PartialState
-from accelerate.utils import DistributedDataParallelKwargs
 
 from launcher.compile.observe import Observer
 from launcher.compile.plan import Plan
-from launcher.compile.regions import Region
-from launcher.data.loader import MicroBatch, TrainLoader, eval_batches, sample_batch
+from launcher.data.loader import MicroBatch, eval_batches, sample_batch
 from launcher.data.prepare import PreparedData
 from launcher.data.prepare import prepare as prepare_data
-from launcher.data.stream import Stream, StreamLoader, train_loader
-from launcher.errors import DataError, LauncherError, RecipeError
+from launcher.data.stream import train_loader
+from launcher.errors import LauncherError, RecipeError
+from launcher.memory.recompute import Policy, applied, check_policy, choose_policy
 from launcher.memory.vram import Ledger
-from launcher.model.attention import CORES, Rows, register_attention
 from launcher.model.build import BuiltModel, build_model, preflight
-from launcher.model.families import layer_mlps, layer_norms
 from launcher.model.source import load_config, load_tokenizer
-from launcher.ops.linear_ce import chunk_loss, chunk_loss_and_grad
 from launcher.ranks import Place, broadcast, gather, hold_process_group, local_rank_0_first
-from launcher.recipe.schema import Recipe, RunSection, TrainSection
-from launcher.train.optim import check_optimizer
+from launcher.recipe.schema import Recipe, RunSection
+from launcher.train.graphs import CaptureFailed, check_graphs, outcome
+from launcher.train.likeness import check_alike, digest_of
+from launcher.train.optim import check_optimizer, gates_on_device
 from launcher.train.outputs import RunFolder, default_folder
-from launcher.train.step import TrainStep, arguments
+from launcher.train.planned import planned_widths, regions_of, rows_of, shapes_of, total_steps
+from launcher.train.step import TrainStep
 
 
 class Clock:
-    """Seconds by phase, in order; phases of the same name add up."""
+    """Seconds by phase, in order; phases of the same name add up. A phase within another does not count for both."""
 
     def __init__(self) -> None:
         self.elapsed_s: dict[str, float] = {"imports": time.time() - psutil.Process().create_time()}
+        self._within_s = 0.0  # of phases that have ended within the present one
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
+        before_s, self._within_s = self._within_s, 0.0
+        self.elapsed_s.setdefault(name, 0.0)
         start = time.perf_counter()
         try:
             yield
         finally:
-            self.elapsed_s[name] = self.elapsed_s.get(name, 0.0) + time.perf_counter() - start
+            took_s = time.perf_counter() - start
+            self.elapsed_s[name] += took_s - self._within_s
+            self._within_s = before_s + took_s
 
 
 @dataclass(frozen=True)
@@ -95,6 +100,8 @@ def prepare(request: Request) -> Prepared:
     config = load_config(source, recipe.model)
     preflight(recipe, source, config, device)
     check_optimizer(recipe.train, device)
+    check_graphs(recipe.compile, device)
+    check_policy(recipe)
     check_trackers(recipe.run)
     tokenizer = load_tokenizer(source, recipe.model, stand_in=request.shipped / "tiny" / "base")
     data = local_rank_0_first(
@@ -130,20 +137,12 @@ class Worker:
             dynamo_backend="no",  # compile/plan.py is the one owner
             log_with=list(recipe.run.trackers) or None,
             project_dir=str(self.folder.path),
-            kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)],
         )
-        self._check_alike()
+        # Token counts and steps are not exchanged but known, as every rank packs the same data: make sure of it.
+        known = recipe.train.model_dump_json() + prepared.data.identity
+        check_alike("read the same data and recipe", hashlib.sha256(known.encode()).hexdigest())
         self.observer = Observer()
         self.ledger = Ledger(self.accelerator.device)
-
-    def _check_alike(self) -> None:
-        """Token counts and steps are not exchanged but known, as every rank packs the same data: make sure of it."""
-        digest = hashlib.sha256(self.recipe.train.model_dump_json().encode())
-        digest.update(self.prepared.data.identity.encode())
-        digests = gather(digest.hexdigest()[:16])
-        if len(set(digests)) > 1:
-            rows = "\n".join(f"rank {rank}: {found}" for rank, found in enumerate(digests))
-            raise DataError(f"every rank must read the same data and recipe; they differ:\n{rows}")
 
     def build(self) -> BuiltModel:
         """Load, quantise, adapt; the ledger gets a record after each."""
@@ -156,10 +155,13 @@ class Worker:
             rows=rows_of(self.prepared.data),
             phase=self.ledger.mark,
         )
+        if self.place.world_size > 1:  # only gradients are exchanged: ranks that begin apart stay apart
+            check_alike("start from the same adapter", digest_of(self.built.packed))
+        self.policy = self._activation_policy()
         return self.built
 
     def compile(self) -> None:
-        """Apply the plan, wrap for DDP, compile every planned graph, check the count, wait for the others, arm."""
+        """Apply the plan, compile every planned graph, check the count, wait for the others, arm, capture."""
         train, built, data = self.recipe.train, self.built, self.prepared.data
         widths = planned_widths(data)
         regions = regions_of(built, shapes=len(widths))
@@ -175,7 +177,7 @@ class Worker:
         self.steps = total_steps(train, self.batches)
         self.eval_batches = self._eval_batches()
         self.step = TrainStep(
-            self.accelerator.prepare_model(built.packed),
+            built.packed,
             train,
             steps=self.steps,
             plan=self.plan,
@@ -184,11 +186,21 @@ class Worker:
         )
         self._samples = [self._sample(width) for width in widths]
         self.probe = max(self._samples, key=lambda batch: batch.supervised_tokens)
-        self.plan.warm_up(self._every_planned_call)
+        with applied(self.policy):
+            self.plan.warm_up(lambda: self.step.rehearse(self._samples))
         self.accelerator.wait_for_everyone()
         self.plan.arm()
-        torch.manual_seed(train.seed + self.place.rank)  # LoRA dropout differs between ranks, and from the warm-up's
         self.ledger.mark("after compile")
+        self.cuda_graphs = self._capture()
+        torch.manual_seed(train.seed + self.place.rank)  # LoRA dropout differs between ranks, and from the warm-up's
+
+    def _activation_policy(self) -> Policy:
+        """As the recipe asks; `auto` by what the fullest card of the run has free, so that all ranks choose alike."""
+        free = gather(self.ledger.free_mib())
+        widest = max(planned_widths(self.prepared.data))
+        shapes = shapes_of(self.built, micro_batch=self.recipe.train.micro_batch, width=widest)
+        least = None if None in free else min(mib for mib in free if mib is not None)
+        return choose_policy(self.recipe, shapes, held_mib=self.ledger.used_mib(), free_mib=least)
 
     def open_folder(self) -> None:
         """Create the run folder (rank 0) and start the trackers. Every rank raises what rank 0 met."""
@@ -219,52 +231,26 @@ class Worker:
     def _sample(self, width: int) -> MicroBatch:
         train, validation = self.prepared.data.first_blocks, self.prepared.data.validation
         blocks = train if validation is None or width in train.shapes else validation
-        return sample_batch(blocks, width, micro_batch=self.recipe.train.micro_batch).to(self.accelerator.device)
+        return sample_batch(blocks, width, micro_batch=self.recipe.train.micro_batch)
 
-    def _every_planned_call(self) -> None:
-        """Forward and backward, and forward alone, of each planned shape; leaves no trace but compiled code."""
-        for sample in self._samples:
-            inputs = arguments(sample)
-            self.step.model(*inputs).backward()
-            for parameter in self.step.parameters:
-                parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad.zero_()
-            with torch.no_grad():
-                self.built.packed(*inputs)
+    def _capture(self) -> str:
+        """Capture the step where the recipe and the device allow it; returns what StartRecord.cuda_graphs says.
 
-
-def total_steps(train: TrainSection, loader: TrainLoader | StreamLoader) -> int:
-    """Optimizer steps of the run."""
-    if train.steps is not None:
-        return train.steps
-    assert isinstance(loader, TrainLoader), "a recipe that streams has train.steps"
-    return max(1, round((train.epochs or 0) * loader.steps_per_epoch))
-
-
-def planned_widths(data: PreparedData) -> list[int]:
-    """The row widths of training and validation: each is a planned shape. Longest first: warm-up then begins with the
-    call that needs the most memory."""
-    both = {*data.first_blocks.shapes, *(data.validation.shapes if data.validation else ())}
-    return sorted(both, reverse=True)
-
-
-def rows_of(data: PreparedData) -> Rows:
-    """What the model may know of its rows. A stream's later windows are as its batching makes them."""
-    sets = [data.first_blocks] + ([data.validation] if data.validation else [])
-    packs = isinstance(data.train, Stream) and data.train.data.batching == "packed"
-    return Rows(tuple(planned_widths(data)), alone=not packs and all(blocks.alone for blocks in sets))
-
-
-def regions_of(built: BuiltModel, *, shapes: int) -> list[Region]:
-    """The regions of a built model that a compile plan may choose from: each is called in training and evaluation with
-    every one of the planned `shapes`, but the loss, whose chunks have one size."""
-    packed, losses = built.packed, built.packed.loss_functions
-    path = built.attention
-    return [
-        Region("layer", 2 * shapes, modules=tuple(packed.body.layers)),
-        Region("body", 2 * shapes, modules=(packed.body,)),
-        Region("mlp", 2 * shapes, modules=layer_mlps(built.family, packed.body)),
-        Region("rmsnorm", 2 * shapes, modules=layer_norms(built.family, packed.body)),
-        Region("attention", 2 * shapes, function=CORES[path], install=lambda f: register_attention(path, f)),
-        Region("loss", 1, function=chunk_loss_and_grad, install=lambda f: setattr(losses, "loss_and_grad", f)),
-        Region("loss", 1, function=chunk_loss, install=lambda f: setattr(losses, "loss", f)),
-    ]
+        Raises ContractError, on every rank, where compile.cuda_graphs=on and one of them could not.
+        """
+        wanted, device = self.recipe.compile.cuda_graphs, self.accelerator.device
+        if wanted == "off" or device.type != "cuda":
+            return "off (as asked)" if wanted == "off" else f"off (the device is {device.type.upper()})"
+        failure = None
+        with self.clock.phase("capture"):
+            try:
+                self.step.capture(self._samples)
+            except CaptureFailed as error:
+                failure = str(error)
+            if failure is not None:  # only now does nothing hold what the attempt had in memory
+                gc.collect()
+                torch.cuda.empty_cache()
+        self.ledger.mark("after capture")
+        found = outcome(gather(failure), wanted=wanted)
+        apart = found == "on" and not gates_on_device(self.step.optimizer)
+        return f"on, but for the update of {self.recipe.train.optimizer}" if apart else found

@@ -1,18 +1,28 @@
 """One optimizer step: accumulate, normalise by the global count of supervised tokens, clip, gate, update.
 
 The gradient wanted is that of (sum of token losses over all micro batches and ranks) / N, with N their supervised
-tokens. DDP averages over W ranks, so each micro batch contributes loss_sum * W / N. N is known on the host before the
-step, since the packing is the same on every rank: no collective, no wait.
+tokens. Each micro batch contributes loss_sum / N, and the ranks' gradients are summed. N is known on the host before
+the step, since the packing is the same on every rank: no collective, no wait.
+
+A step is the same few calls whether or not they are captured in CUDA graphs (graphs.py):
+
+    clear      gradients and loss of the step, one fill
+    train      for each micro batch, of its shape: forward, backward, accumulation; reads staging.py's buffer
+    reduce     over the ranks, one collective; never captured
+    update     norm, clipping, gate, optimizer, loss scale, learning rate; writes the step's metrics
+
+`train`, `update` and the evaluation's forward read and write tensors that stay where they are.
 
 A non-finite step must not reach the weights, and the host must not have to ask. So:
 - the update is gated on the device by `found_inf`, set from the gradient norm (reduced already: alike on all ranks);
 - the first non-finite loss or gradient raises a flag that turns every later loss into NaN, which closes the gate on all
   ranks until the host reads the figures and stops: the weights are those of the last good step.
-fp16 differs: overflow is ordinary there, the scaler skips the step and halves its scale, and the host waits for the
-answer each step, because a skipped step must not advance the schedule.
+fp16 differs: an overflowing gradient is ordinary there; it skips the update, halves the scale and holds the schedule,
+all on the device too. bitsandbytes' optimizers have no gate and want a rate from the host, which asks for both.
 """
 
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -22,23 +32,50 @@ from torch import Tensor, nn
 from launcher.compile.plan import Plan
 from launcher.data.loader import MicroBatch, StepBatch
 from launcher.recipe.schema import TrainSection
-from launcher.train.optim import gates_on_device, make_optimizer, make_schedule
+from launcher.train.gradients import FlatGradients
+from launcher.train.graphs import Graphs, Work
+from launcher.train.loss_scale import LossScale
+from launcher.train.optim import Rates, capturable, gates_on_device, make_optimizer
+from launcher.train.staging import Staging
 
-NO_CLIP = float("inf")
+
+@dataclass(frozen=True)
+class StepResult:
+    """What the device knows of one step, fp64 [4]; reading it waits for the device."""
+
+    metrics: Tensor
+
+    @property
+    def loss_sum(self) -> Tensor:
+        """Over all micro batches and ranks."""
+        return self.metrics[0]
+
+    @property
+    def grad_norm(self) -> Tensor:
+        """Before clipping, over all ranks."""
+        return self.metrics[1]
+
+    @property
+    def lr(self) -> Tensor:
+        return self.metrics[2]
+
+    @property
+    def skipped(self) -> Tensor:
+        """1 where fp16 overflowed."""
+        return self.metrics[3]
 
 
 @dataclass
-class StepResult:
-    """What the device knows of one step; reading a tensor waits for it."""
+class Calls:
+    """What is done with a micro batch of one shape, once it lies in `staging`."""
 
-    loss_sum: Tensor  # fp32 scalar: this rank's, over all micro batches
-    grad_norm: Tensor  # fp32 scalar: before clipping, over all ranks
-    lr: float
-    skipped: bool  # fp16 overflow
+    staging: Staging
+    train: Work
+    evaluate: Work
 
 
 class TrainStep:
-    """Owns optimizer, schedule over `steps` and fp16 scaler; `model` is the packed one or its DDP wrapper."""
+    """Owns gradients, optimizer, schedule over `steps` and fp16 loss scale of `model`, the packed one."""
 
     def __init__(
         self,
@@ -50,65 +87,147 @@ class TrainStep:
         accelerator: Accelerator,
         fp16: bool,
     ) -> None:
+        device = self._device = accelerator.device
         self.model = model
-        self.parameters = [p for p in model.parameters() if p.requires_grad]
-        self.optimizer = make_optimizer(self.parameters, train)
-        self.schedule = make_schedule(self.optimizer, train, steps=steps)
         self.plan = plan
-        self.accelerator = accelerator
-        self.clip = NO_CLIP if train.clip is None else train.clip
-        device = accelerator.device
-        self.scaler = torch.amp.GradScaler(device.type, enabled=fp16)
-        self._fp16 = fp16
-        self._bad = torch.zeros((), dtype=torch.bool, device=device)
+        self.parameters = [p for p in model.parameters() if p.requires_grad]
+        self._gradients = FlatGradients(self.parameters)
+        self._rates = Rates(train, steps=steps, device=device)
+        self.optimizer = make_optimizer(self.parameters, train, lr=self._rates.lr)
+        self.scaler = LossScale(device, enabled=fp16)
+        self._clip = train.clip
         self._nan = torch.full((), float("nan"), device=device)
+        self._bad = torch.zeros((), dtype=torch.bool, device=device)
+        self._found_inf = torch.zeros((), device=device)
+        self._metrics = torch.zeros(4, dtype=torch.float64, device=device)
+        self._eval_loss = torch.zeros((), device=device)
+        if gates_on_device(self.optimizer):
+            self.optimizer.found_inf = self._found_inf  # type: ignore[attr-defined]
+        self._calls: dict[tuple[torch.Size, ...], Calls] = {}
+        self._update: Work = self._run_update
 
     def __call__(self, batch: StepBatch) -> StepResult:
-        """Run the step. Raises ContractError (strict) from a compile error; never waits for the device but in fp16."""
-        loss_sum = self.plan.call(self.accumulate, batch)
-        self.scaler.unscale_(self.optimizer)  # without fp16 these scaler calls do nothing
-        norm = nn.utils.clip_grad_norm_(self.parameters, self.clip)
-        lr = float(self.schedule.get_last_lr()[0])
-        skipped = self._update(loss_sum, norm)
-        if not skipped:
-            self.schedule.step()
-        return StepResult(loss_sum, norm, lr, skipped)
+        """Run the step. Raises ContractError (strict) from a compile error; never waits for the device but with
+        bitsandbytes' optimizers."""
+        self.plan.call(self.accumulate, batch)
+        self._update()
+        return StepResult(self._metrics.clone())
 
     def accumulate(self, batch: StepBatch) -> Tensor:
-        """Gradients of the whole step batch into `.grad`; returns this rank's summed loss."""
-        self.optimizer.zero_grad(set_to_none=False)
-        device = self.accelerator.device
-        factor = torch.full((), self.accelerator.num_processes / max(1, batch.supervised_tokens), device=device)
-        total = torch.zeros((), device=device)
-        last = len(batch.micro_batches) - 1
-        for index, micro in enumerate(batch.micro_batches):
-            with self._synchronised(index == last):
-                loss = self.model(*arguments(micro.to(device)))
-                total += loss.detach()
-                wanted = loss * torch.where(self._bad | ~torch.isfinite(loss.detach()), self._nan, factor)
-                self.scaler.scale(wanted).backward()
-        return total
+        """Gradients of the step batch, over all ranks, into `.grad`, times the loss scale; returns its summed loss,
+        fp32 scalar. Both are overwritten by the next step."""
+        self._gradients.clear()
+        factor = 1 / max(1, batch.supervised_tokens)
+        for micro in batch.micro_batches:
+            self._loaded(micro, factor=factor).train()
+        self._gradients.reduce()
+        return self._gradients.loss_sum
 
-    def _synchronised(self, last: bool) -> AbstractContextManager[None]:
-        """Ranks exchange gradients once a step, in its last micro batch."""
-        context: AbstractContextManager[None] = nullcontext() if last else self.accelerator.no_sync(self.model)
-        return context
+    def eval_loss(self, micro: MicroBatch) -> Tensor:
+        """This rank's summed loss of one micro batch without gradients, fp32 scalar; overwritten by the next call."""
+        self._loaded(micro).evaluate()
+        return self._eval_loss
 
-    def _update(self, loss_sum: Tensor, norm: Tensor) -> bool:
-        """Apply the update unless it is not finite; True when fp16 overflow skipped it."""
-        if self._fp16:
-            self._bad |= ~torch.isfinite(loss_sum)  # an overflowing gradient is ordinary, such a loss is not
-            before = self.scaler.get_scale()
-            self.scaler.step(self.optimizer)
-            self.scaler.update()
-            return self.scaler.get_scale() < before  # waits for the device
-        self._bad |= ~torch.isfinite(norm)  # a non-finite loss on any rank has made every rank's norm NaN
+    def rehearse(self, samples: Sequence[MicroBatch]) -> None:
+        """Train and evaluate once with each of `samples`; leaves no trace but compiled code."""
+        with self._no_trace():
+            for sample in samples:
+                calls = self._loaded(sample)
+                calls.train()
+                calls.evaluate()
+
+    def capture(self, samples: Sequence[MicroBatch]) -> None:
+        """Replace the calls for the shapes of `samples` (largest first), and the update, by CUDA graphs.
+
+        Leaves no trace in weights, optimizer or loss scale, and random numbers drawn where there is dropout. Raises
+        CaptureFailed, and goes on uncaptured; ContractError for a compilation.
+        """
+        graphs = Graphs(self._device)
+        calls = [self._loaded(sample) for sample in samples]
+        update = [self._run_update] if gates_on_device(self.optimizer) else []
+        work = [*(one for call in calls for one in (call.train, call.evaluate)), *update]
+
+        def all_work() -> None:
+            for one in work:
+                one()
+
+        with self._no_trace():
+            graphs.rehearse(lambda: self.plan.call(all_work))
+            with capturable(self.optimizer):
+                replays = graphs.capture(work)
+        for call, train, evaluate in zip(calls, replays[::2], replays[1::2], strict=False):
+            call.train, call.evaluate = train, evaluate
+        if update:
+            self._update = replays[-1]
+
+    @contextmanager
+    def _no_trace(self) -> Iterator[None]:
+        """Inside, the gate is closed: updates change nothing, the optimizer's state is made and stays at its zeros."""
+        scale = self.scaler.saved()
+        self._bad.fill_(True)
+        try:
+            yield
+        finally:
+            self._bad.fill_(False)
+            self.scaler.restore(scale)
+            self._gradients.clear()
+
+    def _loaded(self, micro: MicroBatch, *, factor: float = 0.0) -> Calls:
+        """The calls for the shape of `micro`, which is sent to the device."""
+        fields = arguments(micro)
+        shape = tuple(field.shape for field in fields)
+        if shape not in self._calls:
+            staging = Staging(fields, self._device)
+            self._calls[shape] = Calls(staging, lambda: self._train(staging), lambda: self._evaluate(staging))
+        calls = self._calls[shape]
+        calls.staging.fill(fields, factor=factor)
+        return calls
+
+    def _train(self, staging: Staging) -> None:
+        loss = self.model(*staging.inputs())
+        seen = loss.detach()
+        factor = torch.where(self._bad | ~torch.isfinite(seen), self._nan, staging.factor * self.scaler.value)
+        # Not backward(): it would add each parameter's gradient with a kernel of its own.
+        self._gradients.add(torch.autograd.grad(loss, self.parameters, grad_outputs=factor), seen)
+
+    @torch.no_grad()
+    def _evaluate(self, staging: Staging) -> None:
+        self._eval_loss.copy_(self.model(*staging.inputs()))
+
+    @torch.no_grad()
+    def _run_update(self) -> None:
+        """Apply the update unless it is not finite; everything that follows from that is decided on the device."""
+        loss, norm = self._gradients.loss_sum, self._gradients.norm() / self.scaler.value
+        overflow = ~torch.isfinite(norm)
+        fp16 = self.scaler.is_enabled()
+        # In fp16 an overflowing gradient is ordinary, such a loss is not. A non-finite loss on any rank has made every
+        # rank's loss and norm non-finite.
+        self._bad |= ~torch.isfinite(loss) if fp16 else overflow
+        stays = self._bad | overflow
+        self._found_inf.copy_(stays)
+        lr = self._rates.load()
+        skipped = overflow if fp16 else torch.zeros_like(overflow)
+        self._metrics.copy_(torch.stack([loss.double(), norm.double(), lr, skipped.double()]))
+        self._scale_and_clip(norm)
+        self._step_optimizer()
+        self.scaler.follow(overflow.float())
+        self._rates.advance(~stays)
+
+    def _scale_and_clip(self, norm: Tensor) -> None:
+        """One factor for both: 1 / loss scale, and clip / norm where the norm is larger
+        (torch.nn.utils.clip_grad_norm_'s rule, its 1e-6 included)."""
+        if self._clip is None and not self.scaler.is_enabled():
+            return
+        shrink = torch.ones_like(norm) if self._clip is None else (self._clip / (norm + 1e-6)).clamp(max=1.0)
+        self._gradients.multiply(shrink / self.scaler.value)
+
+    def _step_optimizer(self) -> None:
         if gates_on_device(self.optimizer):
-            self.optimizer.found_inf = self._bad.float()  # type: ignore[attr-defined]
             self.optimizer.step()
-        elif not bool(self._bad):  # waits for the device: bitsandbytes' optimizers have no gate
+        elif not bool(self._found_inf):  # waits for the device: bitsandbytes' optimizers have no gate
+            for group in self.optimizer.param_groups:
+                group["lr"] = float(self._rates.lr)
             self.optimizer.step()
-        return False
 
 
 def arguments(micro: MicroBatch) -> tuple[Tensor, ...]:

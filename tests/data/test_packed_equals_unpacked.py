@@ -21,7 +21,7 @@ from launcher.model.attention import Rows
 from launcher.model.build import BuiltModel, build_model
 from launcher.model.source import load_config
 from launcher.recipe.schema import Recipe
-from launcher.train.setup import regions_of
+from launcher.train.planned import regions_of
 from launcher.train.step import arguments
 from tests.conftest import WIDTH
 

@@ -1,11 +1,13 @@
 """Run by test_ranks.py under a two-process launch: the command line, with a fault planted on rank 1.
 
-First argument: nan (the loss of step 2 is NaN there) or shape (it is given a batch that was not planned).
+First argument: nan (the loss of step 2 is NaN there), shape (it is given a batch that was not planned) or adapter (it
+begins with another).
 """
 
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[0] = str(ROOT)
@@ -13,6 +15,7 @@ sys.path[0] = str(ROOT)
 import torch  # noqa: E402
 
 from launcher.cli import main  # noqa: E402
+from launcher.model import build  # noqa: E402
 from launcher.model.packed import PackedCausalLM  # noqa: E402
 
 fault, *argv = sys.argv[1:]
@@ -29,5 +32,14 @@ def forward(self: PackedCausalLM, *inputs: torch.Tensor) -> torch.Tensor:
     return loss * float("nan") if planted and fault == "nan" else loss
 
 
+def attach_lora(*arguments: Any, **options: Any) -> Any:
+    model = attached(*arguments, **options)
+    if fault == "adapter" and os.environ["RANK"] == "1":
+        first = next(parameter for parameter in model.parameters() if parameter.requires_grad)
+        first.data[0, 0] += 1e-3
+    return model
+
+
+build.attach_lora, attached = attach_lora, build.attach_lora
 PackedCausalLM.forward = forward  # type: ignore[method-assign]
 sys.exit(main(argv))

@@ -28,9 +28,9 @@ def main() -> None:
     with torch.no_grad():
         for parameter in worker.step.parameters:
             parameter.add_(torch.randn(parameter.shape) * 0.05)
-    loss = worker.accelerator.reduce(worker.step.accumulate(next(worker.batches)))
+    loss = worker.step.accumulate(next(worker.batches))
     if here.is_main:
-        torch.save({"loss": loss, "gradients": [p.grad for p in worker.step.parameters]}, target)
+        torch.save({"loss": loss.clone(), "gradients": [p.grad.clone() for p in worker.step.parameters]}, target)
     worker.accelerator.end_training()
 
 

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -263,16 +264,14 @@ def adapter_of(progress):
 
 
 def test_a_shape_that_was_not_planned_stops_a_strict_run(make_recipe, monkeypatch):
-    original = loop.arguments
-    seen = []
+    original = setup.eval_batches
 
-    def cut(micro):
-        seen.append(1)
-        ids, labels, positions, documents, boundaries = original(micro)
-        short = slice(None, 32 if len(seen) > 1 else None)
-        return ids[:, short], labels[:, short], positions[:, short], documents[:, short], boundaries
+    def cut(blocks, **options):
+        first, second, *others = original(blocks, **options)
+        fields = {f: getattr(second, f)[:, :32] for f in ("input_ids", "labels", "position_ids", "document_ids")}
+        return [first, replace(second, **fields), *others]
 
-    monkeypatch.setattr(loop, "arguments", cut)  # evaluation only: the second batch is shorter
+    monkeypatch.setattr(setup, "eval_batches", cut)
     with pytest.raises(ContractError, match="no recompile is allowed after warm-up") as caught:
         events_of(make_recipe(data={"validation": 0.5}))
     assert caught.value.code == 9

@@ -114,6 +114,16 @@ def test_a_fault_on_one_rank_ends_both_and_status_json_names_the_cause(arguments
     assert not (tmp_path / "run" / "adapter").exists()
 
 
+def test_a_rank_that_begins_with_another_adapter_ends_the_run_before_it_trains(arguments, tmp_path):
+    worker = str(ROOT / "tests" / "train" / "failing_worker.py")
+    shape = ["train.steps=1", "train.micro_batch=1", f"run.output_dir={tmp_path / 'run'}"]
+    done = finished([*LAUNCH, "--main_process_port", "0", worker, "adapter", *arguments, *shape], tmp_path)
+    assert done.returncode != 0
+    assert done.stderr.count("every rank must start from the same adapter; they differ:") == 1
+    assert "exit code 3" in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_fault_in_the_data_is_met_by_both_ranks_and_said_once(arguments, tmp_path):
     broken = tmp_path / "broken.jsonl"
     broken.write_text('{"text": "a river"}\n{"text": \n')

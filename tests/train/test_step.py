@@ -1,18 +1,24 @@
 """The step: normalised by the global token count, gated when it is not finite, held when fp16 overflows."""
 
 import math
+from copy import deepcopy
 
 import pytest
 import torch
 from accelerate import Accelerator
 from torch import nn
+from transformers import get_scheduler
 
 from launcher.compile.observe import Observer
 from launcher.compile.plan import Plan
 from launcher.data.loader import MicroBatch, StepBatch
 from launcher.errors import RecipeError
 from launcher.recipe.schema import CompileSection, TrainSection
-from launcher.train.optim import check_optimizer, warmup_steps
+from launcher.train import loss_scale
+from launcher.train import step as step_module
+from launcher.train.graphs import CaptureFailed
+from launcher.train.loss_scale import LossScale
+from launcher.train.optim import check_optimizer, schedule, warmup_steps
 from launcher.train.step import TrainStep
 
 pytestmark = pytest.mark.usefixtures("clean_dynamo")
@@ -32,9 +38,9 @@ class Linear(nn.Module):
         return (input_ids.float() @ self.weight).sum() * poison
 
 
-def micro(value, supervised):
-    ids = torch.full((1, 4), value)
-    return MicroBatch(ids, ids, ids, ids.int(), torch.tensor([0, 4], dtype=torch.int32), 4, supervised)
+def micro(value, supervised, rows=1):
+    ids = torch.full((rows, 4), value)
+    return MicroBatch(ids, ids, ids, ids.int(), torch.tensor([0, 4 * rows], dtype=torch.int32), 4 * rows, supervised)
 
 
 def step_batch(*micros):
@@ -135,3 +141,146 @@ def test_every_optimizer_and_schedule_lowers_a_loss(optimizer, schedule):
     step = make_step(model, optimizer=optimizer, schedule=schedule, warmup=1)
     losses = [float(step(step_batch(micro(1, 4))).loss_sum) for _ in range(5)]
     assert losses[-1] < losses[0]
+
+
+def test_each_batch_gives_its_own_loss_whatever_lay_in_the_buffers_before():
+    step = make_step(Linear())
+    losses = [float(step.accumulate(step_batch(*parts))) for parts in (
+        [micro(1, 4)], [micro(2, 4)], [micro(3, 4, rows=2)], [micro(2, 4), micro(7, 1, rows=2)], [micro(1, 4)],
+    )]  # fmt: skip
+    assert losses == [4.0, 8.0, 24.0, 64.0, 4.0]
+    evaluated = [float(step.eval_loss(one)) for one in (micro(5, 4), micro(6, 4, rows=2))]
+    assert evaluated == [20.0, 48.0]
+    assert float(step.accumulate(step_batch(micro(1, 4)))) == 4.0
+
+
+@pytest.mark.parametrize("name", ["cosine", "linear", "constant"])
+@pytest.mark.parametrize("warmup", [0, 0.3, 4])
+def test_the_table_of_rates_is_the_schedule_stepped_through_and_steps_report_it(name, warmup):
+    steps, train = 10, TrainSection(steps=10, lr=0.1, schedule=name, warmup=warmup)
+    optimizer = torch.optim.SGD([torch.zeros(1)], lr=0.1)
+    kind = "constant_with_warmup" if name == "constant" else name
+    stepped = get_scheduler(kind, optimizer, num_warmup_steps=warmup_steps(warmup, steps), num_training_steps=steps)
+    expected = []
+    for _ in range(steps + 1):
+        expected.append(stepped.get_last_lr()[0])
+        optimizer.step()
+        stepped.step()
+    assert schedule(train, steps=steps) == pytest.approx(expected, rel=1e-12)
+    step = make_step(Linear(), schedule=name, warmup=warmup)
+    reported = [float(step(step_batch(micro(1, 4))).lr) for _ in range(steps + 3)]
+    assert reported == pytest.approx([*expected, expected[-1], expected[-1]], rel=1e-12)
+    assert len(set(reported)) > 1 or (name, warmup) == ("constant", 0)
+
+
+def test_the_update_is_made_at_the_scheduled_rate_on_the_gradient_of_torchs_clipping():
+    plain = nn.Parameter(torch.ones(4))
+    optimizer = torch.optim.AdamW([plain], lr=0.1, weight_decay=0.0)
+    model = Linear()
+    step = make_step(model, clip=0.5, schedule="linear", warmup=2)
+    for value, lr in zip((1, 2, 3, 1), schedule(TrainSection(steps=10, lr=0.1, schedule="linear", warmup=2), steps=10)):  # noqa: B905
+        plain.grad = torch.full((4,), value / 4.0)
+        norm = nn.utils.clip_grad_norm_([plain], 0.5)
+        optimizer.param_groups[0]["lr"] = lr
+        optimizer.step()
+        assert float(step(step_batch(micro(value, 4))).grad_norm) == pytest.approx(float(norm))
+    torch.testing.assert_close(model.weight.detach(), plain.detach())
+    assert not torch.equal(plain.detach(), torch.ones(4))
+
+
+def test_with_fp16_one_factor_unscales_and_clips():
+    model = Linear()
+    step = make_step(model, clip=0.5, fp16=True)
+    seen = []
+    step.optimizer.register_step_pre_hook(lambda *_: seen.append(model.weight.grad.norm().item()))
+    assert float(step(step_batch(micro(2, 1))).grad_norm) == pytest.approx(4.0)
+    assert seen == [pytest.approx(0.5, rel=1e-4)]
+    step.accumulate(step_batch(micro(2, 1)))
+    assert float(model.weight.grad.norm()) == pytest.approx(4.0 * step.scaler.get_scale())
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "adamw_8bit"])
+def test_fp16_after_a_nan_loss_nothing_is_updated_with_every_kind_of_optimizer(optimizer):
+    model = Linear(poison_at=(2,))
+    step = make_step(model, fp16=True, optimizer=optimizer)
+    step(step_batch(micro(1, 4)))
+    good = model.weight.detach().clone()
+    assert math.isnan(float(step(step_batch(micro(1, 4), micro(1, 4))).loss_sum))
+    step(step_batch(micro(1, 4)))
+    assert torch.equal(model.weight.detach(), good)
+    assert not torch.equal(good, torch.ones(4))
+
+
+def test_the_loss_scale_follows_overflows_as_torchs_scaler_does(monkeypatch):
+    monkeypatch.setattr(loss_scale, "INTERVAL", 2)
+    scale, seen = LossScale(torch.device("cpu"), enabled=True), []
+    for overflow in (0, 1, 0, 0, 0, 1):
+        scale.follow(torch.tensor(float(overflow)))
+        seen.append(scale.get_scale() / loss_scale.INITIAL)
+    assert seen == [1, 0.5, 0.5, 1, 1, 0.5]
+    off = LossScale(torch.device("cpu"), enabled=False)
+    off.follow(torch.ones(()))
+    assert off.get_scale() == 1
+
+
+class Stand:
+    """In place of Graphs, where there is no CUDA: rehearses as it does, and calls where it would replay."""
+
+    fails = False
+
+    def __init__(self, device):
+        pass
+
+    def rehearse(self, work):
+        work()
+        work()
+
+    def capture(self, work):
+        if self.fails:
+            raise CaptureFailed("it waits")
+        return list(work)
+
+
+def state_of(step):
+    optimizer = deepcopy(step.optimizer.state_dict())
+    weights = [parameter.detach().clone() for parameter in step.parameters]
+    return weights, optimizer["state"], step.scaler.get_scale(), [p.grad.clone() for p in step.parameters]
+
+
+@pytest.mark.parametrize("fails", [False, True])
+@pytest.mark.parametrize("optimizer", ["adamw", "adamw_8bit"])
+@pytest.mark.parametrize("fp16", [False, True])
+def test_rehearsal_and_capture_leave_no_trace_and_the_step_goes_on_as_without(monkeypatch, fp16, optimizer, fails):
+    monkeypatch.setattr(step_module, "Graphs", Stand)
+    monkeypatch.setattr(Stand, "fails", fails)
+    batches = [step_batch(micro(n, 3), micro(2 * n, 1)) for n in (3, 1, 2, 5)]
+    plain, captured = (
+        make_step(Linear(), fp16=fp16, clip=0.5, optimizer=optimizer, schedule="linear") for _ in range(2)
+    )
+    expected = [plain(batch).metrics.tolist() for batch in batches]
+    captured.rehearse([micro(9, 4)])
+    found = [captured(batches[0]).metrics.tolist()]
+    before = state_of(captured)
+    captured.rehearse([micro(9, 4)])
+    if fails:
+        with pytest.raises(CaptureFailed):
+            captured.capture([micro(9, 4)])
+    else:
+        captured.capture([micro(9, 4)])
+    after = state_of(captured)
+    torch.testing.assert_close(after[:3], before[:3], rtol=0, atol=0)
+    assert not any(gradient.any() for gradient in after[3])
+    found += [captured(batch).metrics.tolist() for batch in batches[1:]]
+    assert found == expected
+    assert not captured.optimizer.param_groups[0].get("capturable")
+    assert len({loss for loss, *_ in found}) == 4
+
+
+def test_a_capture_before_the_first_step_leaves_an_optimizer_that_has_made_none(monkeypatch):
+    monkeypatch.setattr(step_module, "Graphs", Stand)
+    step = make_step(Linear())
+    step.capture([micro(9, 4)])
+    [state] = step.optimizer.state.values()
+    assert not any(value.any() for value in state.values())
+    step(step_batch(micro(1, 4)))
+    assert float(state["step"]) == 1
