@@ -4,8 +4,10 @@ Control-token strings in a message are plain characters. In plain text they are 
 beforehand is a usual source.
 """
 
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import islice
 
 from transformers import PreTrainedTokenizerBase
 
@@ -18,6 +20,7 @@ from launcher.errors import DataError
 from launcher.recipe.schema import DataSection
 
 _CHUNK = 256  # rows rendered and tokenised at once
+_AHEAD = 4  # such chunks waiting to be tokenised
 
 
 class Encoder:
@@ -40,17 +43,26 @@ class Encoder:
             self.template = "the tokenizer's own" if tokenizer.chat_template else "none"
         self._renderer = Renderer(tokenizer, name=self.template)
 
-    def encode(self, rows: Sequence[Row]) -> list[Document | RowFault]:
+    def encode(self, rows: Iterable[Row]) -> list[Document | RowFault]:
         """Each row's whole document, in order; in the place of a chat that the template refuses or
         cannot mask, the fault.
 
         Raises DataError for what is wrong with all rows: no chat template, a data.loss_on that does not fit.
         """
-        chunks = [rows[start : start + _CHUNK] for start in range(0, len(rows), _CHUNK)]
-        # Tokenising runs outside the interpreter's lock: one chunk is tokenised while the next is rendered.
+        return [item for _, item in self.encoded(rows)]
+
+    def encoded(self, rows: Iterable[Row]) -> Iterator[tuple[Row, Document | RowFault]]:
+        """Each row with what `encode` gives for it; some thousand rows are read ahead. Raises what `encode` does."""
+        rows = iter(rows)
+        pending: deque[tuple[list[Row], Future[list[Document | RowFault]]]] = deque()
+        # Tokenising runs outside the interpreter's lock: one chunk is tokenised while the next is read and rendered.
         with ThreadPoolExecutor(1) as pool:
-            pending = [pool.submit(self._tokenise, self._render(chunk)) for chunk in chunks]
-        return [document for chunk in pending for document in chunk.result()]
+            while (chunk := list(islice(rows, _CHUNK))) or pending:
+                if chunk:
+                    pending.append((chunk, pool.submit(self._tokenise, self._render(chunk))))
+                if len(pending) > _AHEAD or not chunk:
+                    read, documents = pending.popleft()
+                    yield from zip(read, documents.result(), strict=True)
 
     def prompt(self, messages: Sequence[Message]) -> tuple[str, list[int]]:
         """The conversation so far with the generation prompt behind it, as text and as token ids.

@@ -14,7 +14,6 @@ be noted has no skeleton for that shape, and runs for every chat.
 
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, NoReturn
 
 from jinja2 import Template, nodes
@@ -36,17 +35,22 @@ _FILTERS = "capitalize count d default first items join last length list lower m
 _KEPT = (*_FILTERS.split(), "select", "selectattr", "string", "trim", "upper")  # they take a traced text, or refuse it
 
 
-@dataclass(frozen=True)
 class Skeleton:
-    parts: Sequence[str | Part]
-    questions: Sequence[tuple[Part, Callable[[str], Any], Any]]
+    """`parts`: what is written, of literal text and contents. `questions`: those with the answers that it holds for."""
+
+    def __init__(
+        self, parts: Sequence[str | Part], questions: Sequence[tuple[Part, Callable[[str], Any], Any]]
+    ) -> None:
+        self._frame = "".join([part.replace("%", "%%") if isinstance(part, str) else "%s" for part in parts])
+        self._places = [part for part in parts if isinstance(part, Part)]
+        self._questions = questions
 
     def text(self, contents: Sequence[str]) -> str | None:
         """None for contents that give other answers."""
-        for part, question, answer in self.questions:
+        for part, question, answer in self._questions:
             if question(part.of(contents)) != answer:
                 return None
-        return "".join([part if isinstance(part, str) else part.of(contents) for part in self.parts])
+        return self._frame % tuple([part.of(contents) for part in self._places])
 
 
 class Skeletons:
@@ -74,10 +78,11 @@ class Skeletons:
     def learn(self, chat: Sequence[Mapping[str, str]], text: str, *, prompt: bool) -> None:
         """From a chat and what transformers makes of it."""
         shape = _shape(chat, prompt=prompt)
-        if self._template is None or self._tried[shape] == MOST_TRIED or self.text(chat, prompt=prompt) is not None:
+        done = self._tried[shape] == MOST_TRIED or self._tried.total() == MOST
+        if self._template is None or done or self.text(chat, prompt=prompt) is not None:
             return
         self._tried[shape] += 1
-        skeleton = self._traced(chat, prompt=prompt) if self._tried.total() <= MOST else None
+        skeleton = self._traced(chat, prompt=prompt)
         if skeleton is None:
             return
         if skeleton.text([message["content"] for message in chat]) == text:

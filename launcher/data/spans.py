@@ -252,5 +252,7 @@ def _is_turn(chat: Chat, turn: int, said: str, full: str, end: int) -> bool:
     following = chat[turn + 1] if turn + 1 < len(chat) else None
     if following and following["role"] == "user" and full.find(following["content"].strip(), end) < 0:
         return False
+    if chat[turn]["content"].strip() in said:
+        return True
     said, meant = ("".join(text.split()) for text in (said, chat[turn]["content"]))
     return meant in said or (bool(said) and meant.endswith(said))

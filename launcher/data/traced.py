@@ -112,7 +112,7 @@ class Traced:
 
 
 def _piece(separator: str, index: int, text: str) -> str:
-    """"" where there is no such piece: then the question how many there are has another answer."""
+    """ "" where there is no such piece: then the question how many there are has another answer."""
     pieces = text.split(separator)
     return pieces[index] if index < len(pieces) else ""
 
