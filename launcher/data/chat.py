@@ -7,7 +7,6 @@ beforehand is a usual source.
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from itertools import islice
 
 from transformers import PreTrainedTokenizerBase
 
@@ -19,8 +18,9 @@ from launcher.data.tokenising import Tokeniser
 from launcher.errors import DataError
 from launcher.recipe.schema import DataSection
 
-_CHUNK = 256  # rows rendered and tokenised at once
-_AHEAD = 4  # such chunks waiting to be tokenised
+CHUNK = 512  # rows rendered and tokenised at once: each time costs the tokeniser's threads a start
+CHUNK_CHARACTERS = 1 << 20  # or fewer rows that have so many: a token takes a hundred bytes before it is an id
+_AHEAD = 2  # chunks waiting to be tokenised
 
 
 class Encoder:
@@ -53,16 +53,15 @@ class Encoder:
 
     def encoded(self, rows: Iterable[Row]) -> Iterator[tuple[Row, Document | RowFault]]:
         """Each row with what `encode` gives for it; some thousand rows are read ahead. Raises what `encode` does."""
-        rows = iter(rows)
         pending: deque[tuple[list[Row], Future[list[Document | RowFault]]]] = deque()
         # Tokenising runs outside the interpreter's lock: one chunk is tokenised while the next is read and rendered.
         with ThreadPoolExecutor(1) as pool:
-            while (chunk := list(islice(rows, _CHUNK))) or pending:
-                if chunk:
-                    pending.append((chunk, pool.submit(self._tokenise, self._render(chunk))))
-                if len(pending) > _AHEAD or not chunk:
-                    read, documents = pending.popleft()
-                    yield from zip(read, documents.result(), strict=True)
+            for chunk in chunks(rows):
+                pending.append((chunk, pool.submit(self._tokenise, self._render(chunk))))
+                if len(pending) > _AHEAD:
+                    yield from _documents(*pending.popleft())
+            while pending:
+                yield from _documents(*pending.popleft())
 
     def prompt(self, messages: Sequence[Message]) -> tuple[str, list[int]]:
         """The conversation so far with the generation prompt behind it, as text and as token ids.
@@ -116,6 +115,27 @@ class Encoder:
     def _tokenise(self, rendered: Sequence[Rendered | RowFault]) -> list[Document | RowFault]:
         documents = iter(self._tokeniser.documents([item for item in rendered if isinstance(item, Rendered)]))
         return [item if isinstance(item, RowFault) else next(documents) for item in rendered]
+
+
+def chunks(rows: Iterable[Row]) -> Iterator[list[Row]]:
+    """The rows in order, together until they are CHUNK or have CHUNK_CHARACTERS."""
+    chunk: list[Row] = []
+    characters = 0
+    for row in rows:
+        chunk.append(row)
+        texts = [row.text] if isinstance(row, Text) else [message.content for message in row.messages]
+        characters += sum(map(len, texts))
+        if len(chunk) == CHUNK or characters >= CHUNK_CHARACTERS:
+            yield chunk
+            chunk, characters = [], 0
+    if chunk:
+        yield chunk
+
+
+def _documents(
+    rows: Sequence[Row], made: Future[list[Document | RowFault]]
+) -> Iterator[tuple[Row, Document | RowFault]]:
+    return zip(rows, made.result(), strict=True)
 
 
 def _render_text(row: Text, loss: str) -> Rendered:
