@@ -2,7 +2,7 @@
 
 A shape is the roles of the messages, and whether the generation prompt follows. The template runs once on traced texts
 (traced.py), which gives a skeleton: literal text with places for contents, and the questions about the contents that
-must have the same answers. Filling one is forty times as fast as running the template.
+must have the same answers. Filling one takes a sixteenth of running a short template (2 against 31 µs).
 
     roles user, assistant        "<s>[user]", content 0 stripped, "[end][assistant]", content 1, "[end]"
     answers                      "</think>" in content 1: no

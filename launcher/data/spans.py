@@ -1,7 +1,8 @@
 """Chats become text, with the characters that the loss sees.
 
-A chat is rendered by the tokenizer's own template. An assistant turn's span is what the model would have to write: it
-begins where the generation prompt ends, and ends with the first control token behind it, the turn's end token.
+A chat is rendered by the tokenizer's own template, or as skeletons.py has seen it render such chats. An assistant
+turn's span is what the model would have to write: it begins where the generation prompt ends, and ends with the first
+control token behind it, the turn's end token.
 
     prefix = render(messages[:i], generation prompt)     <bos>[user]Hi[end][assistant]
     full   = render(messages)                            <bos>[user]Hi[end][assistant]Hello.[end]\\n[user]Bye[end]\\n
