@@ -11,6 +11,7 @@ from rich.console import Console
 
 from launcher.records import BlockPreview, DocumentPreview, LengthBin, PreviewRecord, TextPart
 from launcher.report import make_console, preview_page
+from launcher.report.preview import COLOURED, PLAIN, PLAIN_ASCII, Marks, document_text
 
 QUESTION = DocumentPreview(
     1_205, 12, 5,
@@ -92,6 +93,25 @@ def test_plain_text_carries_no_control_codes_and_a_poor_encoding_gets_ascii() ->
     stream.flush()
     text = stream.buffer.getvalue().decode("ascii")
     assert "[[<|assistant|>]]<<Hello \\U0001f44d[[<|end|>]]>>" in text and "\\n line end" in text
+
+
+ALIKE = "a « b » c ⟦d⟧ ↵ e << f >> [[g]] \\n [x] < y"
+
+
+def plain(*parts: TextPart, marks: Marks) -> str:
+    return document_text(parts, marks).plain
+
+
+def test_what_looks_like_a_mark_in_the_data_is_shown_as_an_escape() -> None:
+    shown = plain(TextPart(ALIKE, False), marks=PLAIN)
+    assert shown == "a \\xab b \\xbb c \\u27e6d\\u27e7 \\u21b5 e << f >> [[g]] \\n [x] < y"
+    assert plain(TextPart(ALIKE, True), marks=COLOURED) == ALIKE.replace("↵", "\\u21b5")
+    shown = plain(TextPart(ALIKE, True), TextPart("<", False), TextPart("]x[", True), marks=PLAIN_ASCII)
+    assert shown == (
+        "<<a « b » c ⟦d⟧ ↵ e \\x3c\\x3c f \\x3e\\x3e \\x5b\\x5bg\\x5d\\x5d \\x5cn [x] < y>>\\x3c<<\\x5dx\\x5b>>"
+    )
+    special = TextPart("[INST]", False, special=True)
+    assert plain(special, TextPart("<a>\n", True), marks=PLAIN_ASCII) == "[[[INST]]]<<\\x3ca>\\n\n>>"
 
 
 @pytest.mark.parametrize("colour", [False, True])

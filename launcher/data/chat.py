@@ -4,8 +4,9 @@ Control-token strings in a message are plain characters. In plain text they are 
 beforehand is a usual source.
 """
 
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 
 from transformers import PreTrainedTokenizerBase
 
@@ -17,7 +18,9 @@ from launcher.data.tokenising import Tokeniser
 from launcher.errors import DataError
 from launcher.recipe.schema import DataSection
 
-_CHUNK = 256  # rows rendered and tokenised at once
+CHUNK = 512  # rows rendered and tokenised at once: each time costs the tokeniser's threads a start
+CHUNK_CHARACTERS = 1 << 20  # or fewer rows that have so many: a token takes a hundred bytes before it is an id
+_AHEAD = 2  # chunks waiting to be tokenised
 
 
 class Encoder:
@@ -40,17 +43,25 @@ class Encoder:
             self.template = "the tokenizer's own" if tokenizer.chat_template else "none"
         self._renderer = Renderer(tokenizer, name=self.template)
 
-    def encode(self, rows: Sequence[Row]) -> list[Document | RowFault]:
+    def encode(self, rows: Iterable[Row]) -> list[Document | RowFault]:
         """Each row's whole document, in order; in the place of a chat that the template refuses or
         cannot mask, the fault.
 
         Raises DataError for what is wrong with all rows: no chat template, a data.loss_on that does not fit.
         """
-        chunks = [rows[start : start + _CHUNK] for start in range(0, len(rows), _CHUNK)]
-        # Tokenising runs outside the interpreter's lock: one chunk is tokenised while the next is rendered.
+        return [item for _, item in self.encoded(rows)]
+
+    def encoded(self, rows: Iterable[Row]) -> Iterator[tuple[Row, Document | RowFault]]:
+        """Each row with what `encode` gives for it; some thousand rows are read ahead. Raises what `encode` does."""
+        pending: deque[tuple[list[Row], Future[list[Document | RowFault]]]] = deque()
+        # Tokenising runs outside the interpreter's lock: one chunk is tokenised while the next is read and rendered.
         with ThreadPoolExecutor(1) as pool:
-            pending = [pool.submit(self._tokenise, self._render(chunk)) for chunk in chunks]
-        return [document for chunk in pending for document in chunk.result()]
+            for chunk in chunks(rows):
+                pending.append((chunk, pool.submit(self._tokenise, self._render(chunk))))
+                if len(pending) > _AHEAD:
+                    yield from _documents(*pending.popleft())
+            while pending:
+                yield from _documents(*pending.popleft())
 
     def prompt(self, messages: Sequence[Message]) -> tuple[str, list[int]]:
         """The conversation so far with the generation prompt behind it, as text and as token ids.
@@ -104,6 +115,27 @@ class Encoder:
     def _tokenise(self, rendered: Sequence[Rendered | RowFault]) -> list[Document | RowFault]:
         documents = iter(self._tokeniser.documents([item for item in rendered if isinstance(item, Rendered)]))
         return [item if isinstance(item, RowFault) else next(documents) for item in rendered]
+
+
+def chunks(rows: Iterable[Row]) -> Iterator[list[Row]]:
+    """The rows in order, together until they are CHUNK or have CHUNK_CHARACTERS."""
+    chunk: list[Row] = []
+    characters = 0
+    for row in rows:
+        chunk.append(row)
+        texts = [row.text] if isinstance(row, Text) else [message.content for message in row.messages]
+        characters += sum(map(len, texts))
+        if len(chunk) == CHUNK or characters >= CHUNK_CHARACTERS:
+            yield chunk
+            chunk, characters = [], 0
+    if chunk:
+        yield chunk
+
+
+def _documents(
+    rows: Sequence[Row], made: Future[list[Document | RowFault]]
+) -> Iterator[tuple[Row, Document | RowFault]]:
+    return zip(rows, made.result(), strict=True)
 
 
 def _render_text(row: Text, loss: str) -> Rendered:

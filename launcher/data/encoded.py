@@ -1,9 +1,10 @@
 """Rows of several sources become documents that fit, with a count for everything that was left out."""
 
+import gc
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from itertools import islice
 
 import numpy as np
 
@@ -16,7 +17,7 @@ from launcher.data.splits import digest
 from launcher.errors import DataError
 from launcher.recipe.schema import DataSection
 
-CHUNK = 1024  # rows rendered and tokenised at once
+CHUNK = 1024  # documents that are joined, or rows of a stream that are drawn, at once
 
 
 @dataclass(frozen=True)
@@ -42,14 +43,11 @@ class Fitter:
 
     def fit(self, rows: Iterable[Row], counts: Counter[str]) -> Iterator[Fitted]:
         """The rows that have something to learn, in order."""
-        rows, start = iter(rows), 0
-        while chunk := list(islice(rows, CHUNK)):
-            for ordinal, (row, document) in enumerate(zip(chunk, self.encoder.encode(chunk), strict=True), start):
-                found = digest(row, seed=self._seed)
-                documents = [] if self._is_left_out(document, found, counts) else self._pieces(row, document, counts)
-                if documents:
-                    yield Fitted(ordinal, row, documents, found)
-            start += len(chunk)
+        for ordinal, (row, document) in enumerate(self.encoder.encoded(rows)):
+            found = digest(row, seed=self._seed)
+            documents = [] if self._is_left_out(document, found, counts) else self._pieces(row, document, counts)
+            if documents:
+                yield Fitted(ordinal, row, documents, found)
 
     def _is_left_out(self, document: Document | RowFault, found: bytes, counts: Counter[str]) -> bool:
         if isinstance(document, RowFault):
@@ -134,11 +132,24 @@ def encode_sources(
     for index, feeds in enumerate(sources):
         before, found = Counter(counts), len(encoded.digests)
         rows = (row for feed in feeds for row in read_rows(feed, bad_rows=bad_rows, counts=counts))
-        for fitted in fitter.fit(rows, counts):
-            encoded.add(fitted, source=index, loss_on=fitter.encoder.loss_on(fitted.row))
+        with _old_objects_left_alone():
+            for fitted in fitter.fit(rows, counts):
+                encoded.add(fitted, source=index, loss_on=fitter.encoder.loss_on(fitted.row))
         if len(encoded.digests) == found:
             raise nothing_left(feeds, counts - before)
     return encoded
+
+
+@contextmanager
+def _old_objects_left_alone() -> Iterator[None]:
+    """Keeps the garbage collector from looking through half a million objects of the libraries every ten thousand rows:
+    a tenth of the time that preparing takes.
+    """
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 def _empty_turns(row: Row) -> int:

@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from launcher.data.rows import ROLES, Conversation, Message, Row, RowFault, Text, shown
+from launcher.data.rows import ROLES, Conversation, Message, Row, RowFault, Text, shown, shown_under
 from launcher.data.sources import Feed
 from launcher.errors import DataError
 
@@ -67,16 +67,16 @@ def _detected(fields: Fields, where: str) -> Reader:
 
 
 def _read_messages(fields: Fields, where: str) -> Conversation | None:
-    messages = _messages(fields.get("messages"), "messages", where)
+    messages = _messages(fields, "messages", where)
     return Conversation(messages, where) if messages else None
 
 
 def _read_sharegpt(fields: Fields, where: str) -> Conversation | None:
     turns = fields.get("conversations")
     if not isinstance(turns, list):
-        raise _wrong_type(where, '"conversations" is a list of {"from", "value"} objects.', turns)
+        raise _no_list(fields, "conversations", '{"from", "value"}', where)
     if turns and isinstance(turns[0], dict) and turns[0].get("from") is None and turns[0].get("role") is not None:
-        messages = _messages(turns, "conversations", where)
+        messages = _messages(fields, "conversations", where)
     else:
         messages = tuple([_turn(turn, where) for turn in turns])
     return Conversation(messages, where) if messages else None
@@ -96,12 +96,12 @@ def _read_prompt_completion(fields: Fields, where: str) -> Row | None:
     if isinstance(prompt, str) and isinstance(completion, str):
         return Text(prompt + completion, where, len(prompt)) if completion.strip() else None
     if isinstance(prompt, list) and isinstance(completion, list):
-        before, after = _messages(prompt, "prompt", where), _messages(completion, "completion", where)
+        before, after = _messages(fields, "prompt", where), _messages(fields, "completion", where)
         answers = any(message.content.strip() for message in after)
         return Conversation(before + after, where, len(before)) if answers else None
     column = "completion" if isinstance(prompt, str | list) else "prompt"
     rule = f'"prompt" and "completion" are two strings or two lists of messages (here "{column}").'
-    raise _wrong_type(where, rule, fields.get(column))
+    raise _wrong_type(where, rule, shown_under(column, fields))
 
 
 def _read_text(fields: Fields, where: str) -> Text | None:
@@ -126,30 +126,32 @@ _COLUMNS = {  # by which a format is told; dicts, for sets that keep their order
 _SPEAKERS = {"human": "user", "gpt": "assistant", "system": "system", "user": "user", "assistant": "assistant"}
 
 
-def _messages(messages: Any, column: str, where: str) -> tuple[Message, ...]:
+def _messages(fields: Fields, column: str, where: str) -> tuple[Message, ...]:
+    messages = fields.get(column)
     if not isinstance(messages, list):
-        raise _wrong_type(where, f'"{column}" is a list of {{"role", "content"}} objects.', messages)
+        raise _no_list(fields, column, '{"role", "content"}', where)
     return tuple([_message(message, where) for message in messages])
 
 
 def _message(message: Any, where: str) -> Message:
     if not isinstance(message, dict):
-        raise _wrong_type(where, 'a message is a {"role", "content"} object.', message)
+        raise _wrong_type(where, 'a message is a {"role", "content"} object.', shown(message))
     role, content = message.get("role"), message.get("content")
     if role not in ROLES:
-        raise _unknown_role(where, ROLES, role)
+        raise _unknown_role(where, ROLES, shown_under("role", message))
     if message.get("tool_calls") or message.get("function_call"):
         rule = "a message is text; calls of tools are not supported."
         raise RowFault("tools", where=where, rule=rule, found=f"tool calls in a message of role {role}")
     if not isinstance(content, str):
-        content = _joined(content, role, where)
+        content = _joined(message, where)
     return Message(role, content)
 
 
-def _joined(content: Any, role: str, where: str) -> str:
+def _joined(message: Fields, where: str) -> str:
+    content, role = message.get("content"), message["role"]
     rule = f'the "content" of a message is a string or a list of {{"type": "text", "text"}} parts (here of {role}).'
     if not isinstance(content, list):
-        raise _wrong_type(where, rule, content)
+        raise _wrong_type(where, rule, shown_under("content", message))
     for part in content:
         if not isinstance(part, dict) or part.get("type") != "text" or not isinstance(part.get("text"), str):
             found = f"a part of type {shown(part.get('type'))}" if isinstance(part, dict) else shown(part)
@@ -159,25 +161,38 @@ def _joined(content: Any, role: str, where: str) -> str:
 
 def _turn(turn: Any, where: str) -> Message:
     if not isinstance(turn, dict):
-        raise _wrong_type(where, 'a turn is a {"from", "value"} object.', turn)
+        raise _wrong_type(where, 'a turn is a {"from", "value"} object.', shown(turn))
     speaker, value = turn.get("from"), turn.get("value")
     if not isinstance(speaker, str) or speaker not in _SPEAKERS:
-        raise _unknown_role(where, tuple(_SPEAKERS), speaker)
+        raise _unknown_role(where, tuple(_SPEAKERS), shown_under("from", turn))
     if not isinstance(value, str):
-        raise _wrong_type(where, f'the "value" of a turn is a string (here from {speaker}).', value)
+        raise _wrong_type(
+            where, f'the "value" of a turn is a string (here from {speaker}).', shown_under("value", turn)
+        )
     return Message(_SPEAKERS[speaker], value)
 
 
 def _string(fields: Fields, column: str, where: str) -> str:
     value = fields.get(column)
     if not isinstance(value, str):
-        raise _wrong_type(where, f'"{column}" is a string.', value)
+        raise _wrong_type(where, f'"{column}" is a string.', shown_under(column, fields))
     return value
 
 
-def _wrong_type(where: str, rule: str, value: Any) -> RowFault:
-    return RowFault("wrong_type", where=where, rule=rule, found=shown(value))
+def _wrong_type(where: str, rule: str, found: str) -> RowFault:
+    return RowFault("wrong_type", where=where, rule=rule, found=found)
 
 
-def _unknown_role(where: str, allowed: tuple[str, ...], role: Any) -> RowFault:
-    return RowFault("unknown_role", where=where, rule=f"a role is one of {', '.join(allowed)}.", found=shown(role))
+def _unknown_role(where: str, allowed: tuple[str, ...], found: str) -> RowFault:
+    return RowFault("unknown_role", where=where, rule=f"a role is one of {', '.join(allowed)}.", found=found)
+
+
+def _no_list(fields: Fields, column: str, item: str, where: str) -> RowFault:
+    rule = f'"{column}" is a list of {item} objects.'
+    value = fields.get(column)
+    if not isinstance(value, str) or not value.lstrip().startswith("["):
+        return _wrong_type(where, rule, shown_under(column, fields))
+    remedy = "Save the data as .jsonl or .parquet, with the list as a list; a cell of a .csv file is text."
+    return RowFault(
+        "wrong_type", where=where, rule=rule, found=f"a list written as text, {shown(value)}", remedy=remedy
+    )

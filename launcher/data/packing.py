@@ -53,7 +53,7 @@ def pack(
 def _by_sums(lengths: Sequence[int], *, capacity: int, most: int) -> list[list[int]]:
     """The lengths of each row; `lengths` are given longest first.
 
-    `sums` has bit s set while some of the candidates add up to s: one more of length v adds those bits shifted by v. A
+    `sums` has bit s set while some of the candidates add up to s: k more of length v add those bits shifted by k v. A
     candidate that fills the room ends the search, and the way back through the steps says which were used.
     """
     rows: list[list[int]] = []
@@ -66,8 +66,11 @@ def _by_sums(lengths: Sequence[int], *, capacity: int, most: int) -> list[list[i
         steps, sums, below = [], 1, (2 << room) - 1
         for value in fitting[:: -max(1, -(-len(fitting) // CANDIDATES))]:  # the longest first
             steps.append((value, sums))
-            for _ in range(min(left[value], room // value)):
-                sums |= (sums << value) & below
+            copies, some = min(left[value], room // value), 1
+            while copies:  # 1, 2, 4, ... of them and the rest add up to any number: 300 are 9 shifts
+                some = min(some, copies)
+                sums |= (sums << some * value) & below
+                copies, some = copies - some, 2 * some
             if sums >> room:
                 break
         wanted = sums.bit_length() - 1

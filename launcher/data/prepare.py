@@ -4,7 +4,8 @@ read -> one kind of row -> render and mask -> fit -> split -> weigh -> lay out  
 """
 
 from collections import Counter
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from itertools import chain, islice
 from typing import cast
@@ -78,10 +79,11 @@ def prepare(data: DataSection, tokenizer: PreTrainedTokenizerBase, *, seed: int)
     """Reads, renders, masks, splits, lays out; or loads what an earlier run made of the same. Alike on every rank.
 
     Counts: rows_read, rows_dropped_<reason>, pieces_dropped_zero_supervised, truncated and split (rows that were too
-    long), empty_assistant_turns (where masked), rows_repeated and rows_left_out (by weights), documents, tokens and
-    supervised_tokens (the targets) for training, validation_documents. Validation data's own other counts have the
-    prefix validation_, and its rows are dropped from training; with a fraction, rows_read = train_rows +
-    validation_rows + all dropped rows. Of a stream: what was read for the windows that training has begun with.
+    long), empty_assistant_turns (where masked), rows_repeated and rows_left_out (by weights), of several sources
+    source_<n>_rows_of_an_epoch (n from 1; a repeated row counts each time), documents, tokens and supervised_tokens
+    (the targets) for training, validation_documents. Validation data's own other counts have the prefix validation_,
+    and its rows are dropped from training; with a fraction, rows_read = train_rows + validation_rows + all dropped
+    rows. Of a stream: what was read for the windows that training has begun with.
     One row, or many equal ones, cannot be split and is all training.
 
     Raises DataError as sources, formats and chat say, and when nothing is left to train on or to validate on.
@@ -89,12 +91,11 @@ def prepare(data: DataSection, tokenizer: PreTrainedTokenizerBase, *, seed: int)
     encoder = Encoder(tokenizer, data=data)
     # Any id will do: padding is a document of its own, without loss.
     pad_id = next(i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if i is not None)
-    own = Source(path=data.validation, format="auto") if isinstance(data.validation, str) else data.validation
     job = _Job(
         data,
         encoder,
         [open_source(source, streaming=data.streaming) for source in data.sources],
-        open_source(own, streaming=False) if isinstance(own, Source) else None,
+        _opened_validation(data),
         pad_id,
         seed,
     )
@@ -113,6 +114,25 @@ def prepare(data: DataSection, tokenizer: PreTrainedTokenizerBase, *, seed: int)
     made = _make(job, identity)
     note = cache.save(_entry(made), identity)
     return replace(made, notes=(*made.notes, note)) if note else made
+
+
+def _opened_validation(data: DataSection) -> list[Feed] | None:
+    """The feeds of validation data of its own, if there is any."""
+    own = Source(path=data.validation, format="auto") if isinstance(data.validation, str) else data.validation
+    if not isinstance(own, Source):
+        return None
+    with _about_validation():
+        return open_source(own, streaming=False)
+
+
+@contextmanager
+def _about_validation() -> Iterator[None]:
+    """Errors say that it is the validation data they are about."""
+    try:
+        yield
+    except DataError as error:
+        error.args = (f"data.validation: {error}",)
+        raise
 
 
 _KEPT = ("counts", "train_rows", "validation_rows", "loss_on", "template", "notes")
@@ -152,7 +172,11 @@ def _make(job: _Job, identity: str) -> PreparedData:
         first = len(documents)
         documents = Documents.joined([documents, own.flat()])
         validation_documents = np.arange(first, len(documents))
-    placed = encoded.documents_of(_epoch(train_rows, encoded, job, counts))
+    epoch = _epoch(train_rows, encoded, job, counts)
+    if len(job.train) > 1:
+        of_sources = np.bincount(np.array(encoded.sources)[epoch], minlength=len(job.train))
+        counts.update({f"source_{n}_rows_of_an_epoch": int(rows) for n, rows in enumerate(of_sources, 1)})
+    placed = encoded.documents_of(epoch)
     train, validation = lay_out(
         documents, placed, validation_documents, data=job.data, pad_id=job.pad_id, seed=job.seed
     )
@@ -225,7 +249,8 @@ def _validating(job: _Job, counts: Counter[str]) -> Encoded | None:
     if job.validation is None:
         return None
     own: Counter[str] = Counter()
-    encoded = encode_sources([job.validation], job.fitter(None), bad_rows=job.data.bad_rows, counts=own)
+    with _about_validation():
+        encoded = encode_sources([job.validation], job.fitter(None), bad_rows=job.data.bad_rows, counts=own)
     counts.update({f"validation_{reason}": n for reason, n in own.items()})
     return encoded
 

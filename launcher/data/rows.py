@@ -36,11 +36,13 @@ class Text:
 Row = Conversation | Text
 
 
+SKIP = "Fix the row, or set data.bad_rows=skip to drop such rows and count them."
+
+
 class RowFault(DataError):
     """One row that cannot be used. `reason` names the count `rows_dropped_<reason>` when data.bad_rows=skip."""
 
-    def __init__(self, reason: str, *, where: str, rule: str, found: str) -> None:
-        remedy = "Fix the row, or set data.bad_rows=skip to drop such rows and count them."
+    def __init__(self, reason: str, *, where: str, rule: str, found: str, remedy: str = SKIP) -> None:
         super().__init__(f"{where}: {rule}\nFound: {found}\n{remedy}")
         self.reason = reason
 
@@ -59,3 +61,10 @@ def shown(value: Any) -> str:
     except (TypeError, ValueError):  # ValueError: an integer of more digits than Python writes out
         return f"a value of type {type(value).__name__}"
     return text if len(text) <= 80 else text[:77] + "..."
+
+
+def shown_under(key: str, fields: dict[str, Any]) -> str:
+    """What an object has under a key, for a message; where it lacks the key, those that it has."""
+    if key in fields:
+        return shown(fields[key])
+    return f'no "{key}"; the keys are {shown(", ".join(map(str, fields)))}' if fields else f'no "{key}"; it is empty'

@@ -1,7 +1,8 @@
 """Chats become text, with the characters that the loss sees.
 
-A chat is rendered by the tokenizer's own template. An assistant turn's span is what the model would have to write: it
-begins where the generation prompt ends, and ends with the first control token behind it, the turn's end token.
+A chat is rendered by the tokenizer's own template, or as skeletons.py has seen it render such chats. An assistant
+turn's span is what the model would have to write: it begins where the generation prompt ends, and ends with the first
+control token behind it, the turn's end token.
 
     prefix = render(messages[:i], generation prompt)     <bos>[user]Hi[end][assistant]
     full   = render(messages)                            <bos>[user]Hi[end][assistant]Hello.[end]\\n[user]Bye[end]\\n
@@ -32,6 +33,7 @@ from transformers import PreTrainedTokenizerBase
 
 from launcher.data.named_templates import without_today
 from launcher.data.rows import Conversation, RowFault
+from launcher.data.skeletons import Skeletons
 
 Chat = list[dict[str, str]]
 Span = tuple[int, int]  # half-open range of characters
@@ -138,7 +140,17 @@ class Renderer:
         return _Veiled(row, chat, {char: literal for literal, char in stand_in.items()}, turns)
 
     def _apply(self, chats: list[Chat], *, prompt: bool) -> list[str | Exception]:
-        """A text for each, or what the template raised. In one call: a call for each would take half as long again."""
+        """A text for each, or what the template raised."""
+        texts: list[str | Exception | None] = [self._skeletons.text(chat, prompt=prompt) for chat in chats]
+        unknown = [index for index, text in enumerate(texts) if text is None]
+        for index, text in zip(unknown, self._run([chats[index] for index in unknown], prompt=prompt), strict=True):
+            texts[index] = text
+            if isinstance(text, str):
+                self._skeletons.learn(chats[index], text, prompt=prompt)
+        return cast(list[str | Exception], texts)
+
+    def _run(self, chats: list[Chat], *, prompt: bool) -> list[str | Exception]:
+        """The template on each. In one call: a call for each would take half as long again."""
         if not chats:
             return []
         apply = self._tokenizer.apply_chat_template
@@ -149,7 +161,11 @@ class Renderer:
             if len(chats) == 1:
                 return [error]
             half = len(chats) // 2
-            return self._apply(chats[:half], prompt=prompt) + self._apply(chats[half:], prompt=prompt)
+            return self._run(chats[:half], prompt=prompt) + self._run(chats[half:], prompt=prompt)
+
+    @cached_property
+    def _skeletons(self) -> Skeletons:
+        return Skeletons(self._template, self._tokenizer.special_tokens_map)
 
     @cached_property
     def _template(self) -> str:
@@ -160,7 +176,7 @@ class Renderer:
         """A template that refuses the probe has none."""
         roles = ("user", "assistant", "user")
         chat = [{"role": role, "content": words} for role, words in zip(roles, _PROBE, strict=True)]
-        texts = self._apply([chat[:1], chat[:2], chat], prompt=False) + self._apply([chat[:1]], prompt=True)
+        texts = self._run([chat[:1], chat[:2], chat], prompt=False) + self._run([chat[:1]], prompt=True)
         if any(isinstance(text, Exception) for text in texts):
             return _Habits()
         asked, answered, followed, prefix = cast(list[str], texts)
@@ -237,5 +253,7 @@ def _is_turn(chat: Chat, turn: int, said: str, full: str, end: int) -> bool:
     following = chat[turn + 1] if turn + 1 < len(chat) else None
     if following and following["role"] == "user" and full.find(following["content"].strip(), end) < 0:
         return False
+    if chat[turn]["content"].strip() in said:
+        return True
     said, meant = ("".join(text.split()) for text in (said, chat[turn]["content"]))
     return meant in said or (bool(said) and meant.endswith(said))

@@ -9,13 +9,15 @@ import numpy as np
 from launcher.data.documents import Bools, Longs
 from launcher.data.rows import Conversation, Row
 
+_quoted = json.JSONEncoder().encode  # of a string; json.dumps of the lists takes twice as long
+
 
 def digest(row: Row, *, seed: int) -> bytes:
     """16 bytes, equal for equal rows under the same seed, wherever they stand."""
     if isinstance(row, Conversation):
-        content = json.dumps([[m.role, m.content] for m in row.messages])
+        content = f"[{', '.join([f'[{_quoted(m.role)}, {_quoted(m.content)}]' for m in row.messages])}]"
     else:
-        content = json.dumps(row.text)
+        content = _quoted(row.text)
     return hashlib.blake2b(content.encode(), digest_size=16, salt=seed.to_bytes(8, "little")).digest()
 
 

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 BATCH = 1000  # rows of a table in memory at a time
 PAGES = 1 << 20  # bytes read ahead in each column of a .parquet; else the chunks of a row group are read as a whole
+SEPARATORS = {";": "semicolons", "\t": "tabs", "|": "bars"}  # of files that are called .csv all the same
 LONGEST_CELL = 1 << 27  # characters: a quote that is never closed must not read the whole file into memory
 
 
@@ -64,6 +65,12 @@ def _header(reader: Iterator[list[str]], name: str, faults: list[RowFault]) -> l
         raise _fault(name, "the first line of a .csv file is its header.", f"{error}") from None
     if faults:  # without a header no row can be read, so that none can be skipped
         raise faults[0]
+    if len(columns) == 1 and (separator := next((mark for mark in SEPARATORS if mark in columns[0]), None)):
+        raise DataError(
+            f"{name}: the cells of a .csv file are divided by commas.\n"
+            f"Found: one column, {shown(columns[0])}, divided by {SEPARATORS[separator]}.\n"
+            "Save the table with commas, or write its rows into a .jsonl file."
+        )
     return _distinct(columns, name)
 
 

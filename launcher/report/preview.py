@@ -1,5 +1,6 @@
 """mode=preview on the console: the first blocks as they will be trained on, then the data in figures."""
 
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -20,16 +21,31 @@ SAID_BETTER = ("documents", "tokens", "supervised_tokens")  # counts that have a
 
 @dataclass(frozen=True)
 class Marks:
-    """What stands before and after supervised text and special tokens, and where a line of the data ends."""
+    """What stands before and after supervised text and special tokens, and where a line of the data ends.
+
+    `alike`: what could be taken for one of them in the data. It is shown as an escape there.
+    """
 
     supervised: tuple[str, str]
     special: tuple[str, str]
     line_end: str
+    alike: re.Pattern[str]
+
+    def text(self, part: TextPart) -> str:
+        """What the part says, with its line ends marked, and no mark but these in what is no special token."""
+        said = part.text if part.special else self.alike.sub(lambda found: "".join(map(_escape, found[0])), part.text)
+        return said.replace("\n", self.line_end + "\n")
 
 
-COLOURED = Marks(("", ""), ("", ""), "↵")
-PLAIN = Marks(("«", "»"), ("⟦", "⟧"), "↵")
-PLAIN_ASCII = Marks(("<<", ">>"), ("[[", "]]"), "\\n")
+def _escape(char: str) -> str:
+    return f"\\x{ord(char):02x}" if ord(char) < 256 else f"\\u{ord(char):04x}"
+
+
+COLOURED = Marks(("", ""), ("", ""), "↵", re.compile("↵"))
+PLAIN = Marks(("«", "»"), ("⟦", "⟧"), "↵", re.compile("[«»⟦⟧↵]"))
+PLAIN_ASCII = Marks(  # doubled, or single where a mark may stand beside it
+    ("<<", ">>"), ("[[", "]]"), "\\n", re.compile(r"<<+|>>+|\[\[+|]]+|\A[<>\[\]]|[<>\[\]]\Z|\\(?=n)")
+)
 
 
 def preview_page(console: Console, record: PreviewRecord) -> None:
@@ -70,7 +86,7 @@ def document_text(parts: Iterable[TextPart], marks: Marks) -> Text:
             shown.append(marks.supervised[inside])
             inside = part.supervised
         before, after = marks.special if part.special else ("", "")
-        text = literal(before + part.text.replace("\n", marks.line_end + "\n") + after)
+        text = literal(before + marks.text(part) + after)
         text.stylize(f"{SUPERVISED if inside else OTHER} {SPECIAL if part.special else ''}")
         shown.append_text(text)
     shown.append(marks.supervised[1] if inside else "")
@@ -90,9 +106,8 @@ def _legend(marks: Marks) -> Text:
         TextPart("supervised: the loss sees it", supervised=True),
         TextPart("  context only  ", supervised=False),
         TextPart("special token", supervised=False, special=True),
-        TextPart(f"  {marks.line_end} line end", supervised=False),
     ]
-    return document_text(parts, marks)
+    return document_text(parts, marks).append(f"  {marks.line_end} line end", OTHER)
 
 
 def _print_head(console: Console, record: PreviewRecord) -> None:

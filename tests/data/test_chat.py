@@ -6,6 +6,7 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 from transformers.tokenization_python import PreTrainedTokenizer
 
+from launcher.data import chat as chat_module
 from launcher.data.chat import Encoder
 from launcher.data.documents import Document
 from launcher.data.rows import Message, Row, RowFault, Text
@@ -93,6 +94,15 @@ def test_many_rows_give_what_each_gives_alone_in_their_order(tokenizer: PreTrain
     rows += [Text(f"{n} ships", "f:2", answer=n % 5) for n in range(20)]
     assert same(encode(tokenizer, *rows), [encode(tokenizer, row)[0] for row in rows])
     assert encoder(tokenizer).encode([]) == []
+
+
+def test_rows_are_tokenised_many_together_and_long_ones_few(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chat_module, "CHUNK", 4)
+    monkeypatch.setattr(chat_module, "CHUNK_CHARACTERS", 100)
+    rows: list[Row] = [Text("a", "f:1")] * 9 + [chat("user: " + "b" * 60, "assistant: " + "c" * 60)] * 2
+    rows += [Text("d" * 60, "f:2")] * 3
+    assert [len(chunk) for chunk in chat_module.chunks(rows)] == [4, 4, 2, 1, 2, 1]
+    assert [row for chunk in chat_module.chunks(iter(rows)) for row in chunk] == rows
 
 
 def test_plain_text_stands_between_begin_and_end_token_and_is_supervised(tokenizer: PreTrainedTokenizerFast) -> None:

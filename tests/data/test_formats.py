@@ -1,5 +1,3 @@
-import datetime
-import decimal
 import json
 from collections import Counter
 from collections.abc import Callable
@@ -9,7 +7,7 @@ from typing import Any
 import pytest
 
 from launcher.data.formats import read_rows
-from launcher.data.rows import Conversation, Message, Row, RowFault, Text, shown
+from launcher.data.rows import Conversation, Message, Row, RowFault, Text
 from launcher.data.sources import open_source
 from launcher.errors import DataError
 from launcher.recipe.schema import Source
@@ -78,16 +76,19 @@ def test_broken_json_is_named_by_file_line_and_byte_offset(write: Write) -> None
         ({"messages": None}, "wrong_type", "null"),
         ({"messages": "Hi"}, "wrong_type", '"Hi"'),
         ({"messages": ["Hi"]}, "wrong_type", '"Hi"'),
-        ({"messages": [{"role": "user"}]}, "wrong_type", "null"),
+        ({"messages": [{"role": "user"}]}, "wrong_type", 'Found: no "content"; the keys are "role"\n'),
+        ({"messages": [{"role": "user", "content": None}]}, "wrong_type", "Found: null"),
+        ({"messages": [{}]}, "unknown_role", 'Found: no "role"; it is empty'),
         ({"messages": [{"role": "user", "content": 7}]}, "wrong_type", "7"),
         ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "wrong_type", 'a part of type "text"'),
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "wrong_type", "image_url"),
         ({"messages": [{"role": "user", "content": ["Hi"]}]}, "wrong_type", 'a list with "Hi"'),
         ({"messages": [{"role": "tool", "content": "7"}]}, "unknown_role", "system, user, assistant"),
         ({"messages": [{"role": "assistant", "content": None, "tool_calls": [{}]}]}, "tools", "tool calls"),
-        ({"text": "no messages here"}, "wrong_type", "null"),
+        ({"text": "no messages", "id": 1}, "wrong_type", 'Found: no "messages"; the keys are "text, id"\n'),
+        ({"messages": json.dumps(CHAT["messages"])}, "wrong_type", "Save the data as .jsonl or .parquet"),
         ({"messages": [{"role": "robot", "content": "Hi"}]}, "unknown_role", "system, user, assistant"),
-        ({"messages": [{"content": "Hi"}]}, "unknown_role", "null"),
+        ({"messages": [{"content": "Hi"}]}, "unknown_role", 'Found: no "role"; the keys are "content"\n'),
         ({"messages": [{"role": ["user"], "content": "Hi"}]}, "unknown_role", "a list"),
         (b'{"messages": [{"role": "user", "content": "caf\xe9"}]}', "encoding", "byte 0xe9"),
         (b'{"messages": [{"role": "user", "content": "\\ud83d!"}]}', "encoding", "lone surrogate"),
@@ -217,6 +218,12 @@ def test_a_prompt_and_its_completion_become_one_text_that_knows_where_the_answer
         ({"conversations": [HUMAN]}, {"conversations": [{"from": ["gpt"], "value": ""}]}, "human, gpt, system, user"),
         (ALPACA, {"instruction": "Add.", "output": None}, '"output" is a string'),
         (ALPACA, {**ALPACA, "input": 7}, '"input" is a string'),
+        (ALPACA, {"output": "2"}, 'no "instruction"; the keys are "output"'),
+        ({"conversations": [HUMAN]}, {"text": "Hi"}, 'no "conversations"; the keys are "text"'),
+        ({"conversations": [HUMAN]}, {"conversations": [{"from": "gpt"}]}, 'no "value"; the keys are "from"'),
+        ({"conversations": [HUMAN]}, {"conversations": [{"value": "a"}]}, 'no "from"; the keys are "value"'),
+        ({"conversations": [HUMAN]}, {"conversations": ' [{"from": "gpt"}]'}, "Save the data as .jsonl or .parquet"),
+        ({"prompt": "a", "completion": "b"}, {"prompt": "a"}, 'no "completion"; the keys are "prompt"'),
         (ALPACA, {**ALPACA, "instruction": []}, '"instruction" is a string'),
         ({"prompt": "a", "completion": "b"}, {"prompt": "a", "completion": 7}, '(here "completion")'),
         ({"prompt": "a", "completion": "b"}, {"prompt": None, "completion": "b"}, '(here "prompt")'),
@@ -269,28 +276,3 @@ def test_rows_are_given_while_the_source_is_read(write: Write) -> None:
     assert next(rows) == Text("one", f"{path}:1") and counts == {"rows_read": 1}
     with pytest.raises(RowFault):
         list(rows)
-
-
-@pytest.mark.parametrize(
-    ("value", "text"),
-    [
-        (datetime.date(2020, 1, 1), "a value of type date"),
-        (datetime.timedelta(1), "a value of type timedelta"),
-        (decimal.Decimal("1.5"), "a value of type Decimal"),
-        (b"\xff", "a value of type bytes"),
-        (object(), "a value of type object"),
-        (10**5000, "a value of type int"),
-        (("a", b""), "a list"),
-        ({b"": object()}, "an object"),
-        (float("nan"), "NaN"),
-        ("\ud800\x1b", '"\\ud800\\u001b"'),
-    ],
-    ids=lambda it: type(it).__name__,
-)
-def test_any_value_can_be_shown(value: Any, text: str) -> None:
-    assert shown(value) == text
-
-
-def test_a_fault_is_a_data_error_that_carries_its_reason() -> None:
-    fault = RowFault("encoding", where="f:1", rule="rule.", found="found")
-    assert isinstance(fault, DataError) and fault.reason == "encoding" and fault.code == 3

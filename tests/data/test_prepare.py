@@ -94,6 +94,8 @@ def test_several_sources_of_both_formats_are_trained_on_together(
     paths = write(CHATS), write([{"text": "a river flows to the sea"}], name="texts.jsonl")
     prepared = prepare(section(*paths, validation=0), tokenizer, seed=0)
     assert prepared.counts["rows_read"] == prepared.train_rows == 61
+    assert [prepared.counts[f"source_{n}_rows_of_an_epoch"] for n in (1, 2)] == [60, 1]
+    assert not any("source" in name for name in prepare(section(paths[0]), tokenizer, seed=0).counts)
     assert "<|bos|>a river flows to the sea<|eot|>" in texts(prepared.train, tokenizer)
 
 
@@ -224,6 +226,7 @@ def test_sources_are_mixed_by_weight(write: Write, tokenizer: PreTrainedTokenize
     assert {rivers.count(text) for text in rivers} == {3}
     assert (prepared.counts["rows_repeated"], prepared.counts["rows_left_out"]) == (20, 20)
     assert len(set(trained) - set(rivers)) == 30
+    assert [prepared.counts[f"source_{n}_rows_of_an_epoch"] for n in (1, 2)] == [30, 30]
 
 
 def test_what_the_loss_sees_is_told_by_rows(write: Write, tokenizer: PreTrainedTokenizerFast) -> None:

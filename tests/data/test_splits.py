@@ -1,3 +1,6 @@
+import hashlib
+import json
+
 import numpy as np
 import pytest
 
@@ -7,6 +10,14 @@ from launcher.data.splits import digest, held_out, weighted
 
 def digests(*names: str, seed: int = 0) -> list[bytes]:
     return [digest(Text(name, where=f"f:{i}"), seed=seed) for i, name in enumerate(names)]
+
+
+def test_a_digest_is_of_the_rows_content_as_json() -> None:
+    odd = 'a "b", ["c"]\\ \n \x00 é 😀 \ud800'
+    row = Conversation((Message("user", odd), Message("assistant", "")), "f:1")
+    for made, content in ((row, [["user", odd], ["assistant", ""]]), (Text(odd, "f:2"), odd)):
+        expected = hashlib.blake2b(json.dumps(content).encode(), digest_size=16, salt=(7).to_bytes(8, "little"))
+        assert digest(made, seed=7) == expected.digest() != digest(made, seed=8)
 
 
 @pytest.mark.parametrize(("rows", "fraction", "expected"), [(2, 0.01, 1), (2, 0.99, 1), (10, 0.05, 1), (100, 0.25, 25)])

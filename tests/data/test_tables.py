@@ -3,6 +3,7 @@ import decimal
 import os
 import stat
 import tracemalloc
+from collections import Counter
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,13 @@ import pyarrow.parquet as pq
 import pytest
 
 from launcher.data import tables
+from launcher.data.formats import read_rows
 from launcher.data.lines import Record
 from launcher.data.rows import RowFault
+from launcher.data.sources import open_source
 from launcher.data.tables import csv_records, parquet_records
 from launcher.errors import DataError
+from launcher.recipe.schema import Source
 
 HEADER = b"prompt,completion\n"
 
@@ -62,6 +66,21 @@ def test_a_row_of_another_shape_is_a_fault_and_its_neighbours_are_not(path: Path
     fault = records[1].fields
     assert isinstance(fault, RowFault) and fault.reason == "broken_csv"
     assert str(fault).startswith("rows.csv row 2: ") and found in str(fault)
+
+
+@pytest.mark.parametrize(("mark", "name"), [(";", "semicolons"), ("\t", "tabs"), ("|", "bars")])
+def test_a_header_divided_by_another_separator_names_it_and_what_to_do(path: Path, mark: str, name: str) -> None:
+    with pytest.raises(DataError, match=rf"commas\.\nFound: one column, .*, divided by {name}\.\nSave the table with"):
+        read_csv(path, f"prompt{mark}completion\na, b{mark}c\n")
+    assert good(read_csv(path, f'"a{mark}b",c\n1,2\n')) == [("1", "2")]
+    assert good(read_csv(path, f"text\na{mark}b\n")) == [(f"a{mark}b",)]
+
+
+def test_a_chat_in_a_cell_is_refused_with_the_formats_that_hold_one(path: Path) -> None:
+    path.write_text('messages\n"[{""role"": ""user"", ""content"": ""Hi""}]"\n')
+    [feed] = open_source(Source(path=str(path)), streaming=False)
+    with pytest.raises(RowFault, match=r"row 1: .*\nFound: a list written as text, .*\nSave the data as \.jsonl or"):
+        list(read_rows(feed, bad_rows="raise", counts=Counter()))
 
 
 def test_a_quote_that_is_never_closed_is_a_fault_and_cannot_fill_the_memory(
