@@ -21,7 +21,7 @@ from launcher.data.loader import StepBatch
 from launcher.model.build import choose_dtype
 from launcher.model.stock import grouped, stock_loss, stock_model, supervised_documents
 from launcher.ops.linear_ce import IGNORE
-from launcher.train.optim import make_optimizer, make_schedule
+from launcher.train.optim import make_optimizer, schedule
 from launcher.train.setup import Prepared, Request
 
 
@@ -56,9 +56,9 @@ class NaiveStep:
         # On CPUs too, where stock_model leaves it out: what is compared is the same everywhere.
         self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
-        self.optimizer = make_optimizer(self.parameters, train)
+        self.optimizer = make_optimizer(self.parameters, train, lr=train.lr)
         assert train.steps is not None, "bench_request sets it"
-        self.schedule = make_schedule(self.optimizer, train, steps=train.steps)
+        self.rates, self.updates = schedule(train, steps=train.steps), 0
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
         self.clip = float("inf") if train.clip is None else train.clip
 
@@ -72,13 +72,15 @@ class NaiveStep:
             loss = stock_loss(self.model, list(zip(ids, labels, strict=True)), dtype=self.dtype)
             total += loss.detach()
             self.scaler.scale(loss / max(1, batch.supervised_tokens)).backward()
+        for parameter_group in self.optimizer.param_groups:
+            parameter_group["lr"] = self.rates[self.updates]
         self.scaler.unscale_(self.optimizer)
         nn.utils.clip_grad_norm_(self.parameters, self.clip)
         scale = self.scaler.get_scale()
         self.scaler.step(self.optimizer)
         self.scaler.update()
         if self.scaler.get_scale() >= scale:
-            self.schedule.step()
+            self.updates += 1
         return total
 
 

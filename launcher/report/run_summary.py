@@ -19,7 +19,7 @@ PROMPT_SHOWN = 1200  # characters of a sample's text; of a longer one the beginn
 def summary(console: Console, run: RunRecord) -> None:
     """Print the whole run. The verdicts and the total stand last: where the eye is when it ends."""
     print_ranks(console, run.ranks)
-    print_memory(console, run.ranks)
+    print_memory(console, run.ranks, forecast_mib=run.start.forecast_mib)
     print_elapsed(console, run.elapsed_s)
     print_losses(console, run.steps, run.evals)
     print_events(console, run.ranks)

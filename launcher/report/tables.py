@@ -18,8 +18,9 @@ EVALS_SHOWN = 6
 BAR_WIDTH = 24  # characters of the longest bar of the elapsed table
 
 
-def print_memory(console: Console, ranks: Sequence[RankRecord]) -> None:
-    """Memory at the end of each phase, of the rank with the highest peak: the one that runs out first."""
+def print_memory(console: Console, ranks: Sequence[RankRecord], *, forecast_mib: float | None = None) -> None:
+    """Memory at the end of each phase, of the rank with the highest peak: the one that runs out first; and how near the
+    forecast was that the activation policy was chosen by."""
     rank = max(ranks, key=lambda r: r.vram_peak_mib)
     if not rank.vram:
         return
@@ -38,6 +39,10 @@ def print_memory(console: Console, ranks: Sequence[RankRecord]) -> None:
         return
     allocated = mib("allocated", [v.allocated_mib for v in rank.vram])
     print_table(console, [phases, allocated, mib("reserved", [v.reserved_mib for v in rank.vram]), peak, total])
+    if forecast_mib is not None:
+        off = (rank.vram_peak_mib - forecast_mib) / forecast_mib
+        said = f"peak forecast {whole(forecast_mib)} MiB, measured {whole(rank.vram_peak_mib)} MiB ({off:+.1%})"
+        indented(console, Text(said.replace("%", " %")))
 
 
 def print_elapsed(console: Console, elapsed_s: dict[str, float]) -> None:

@@ -23,9 +23,9 @@ def check_optimizer(train: TrainSection, device: torch.device) -> None:
         )
 
 
-def make_optimizer(parameters: Sequence[torch.nn.Parameter], train: TrainSection, *, lr: Tensor) -> Optimizer:
-    """AdamW over the LoRA masters: torch's fused one, which reads its rate from `lr`, or bitsandbytes' 8-bit and paged
-    forms, which want it in their `param_groups` before each step."""
+def make_optimizer(parameters: Sequence[torch.nn.Parameter], train: TrainSection, *, lr: Tensor | float) -> Optimizer:
+    """AdamW over the LoRA masters: torch's fused one, which reads its rate from `lr` where that is a tensor, or
+    bitsandbytes' 8-bit and paged forms, which want it in their `param_groups` before each step."""
     if train.optimizer == "adamw":
         return torch.optim.AdamW(parameters, lr=lr, weight_decay=train.weight_decay, fused=True)
     from bitsandbytes import optim
