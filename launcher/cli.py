@@ -24,7 +24,7 @@ from launcher.parity_records import ParityRecord
 from launcher.ranks import Place, end_with_parent, place
 from launcher.recipe.load import Resolved, resolve
 from launcher.recipe.locate import locate
-from launcher.recipe.schema import recipes_dir
+from launcher.recipe.section import recipes_dir
 from launcher.recipe.show import print_request
 from launcher.records import RunRecord
 from launcher.report import Screen, bench_page, make_console, parity_page, preview_page

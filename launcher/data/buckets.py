@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from launcher.data.blocks import Blocks
 from launcher.data.documents import Documents, Longs
 from launcher.data.packing import pack
-from launcher.recipe.schema import DataSection
+from launcher.recipe.data_section import DataSection
 
 MOST_WIDTHS = 6  # each costs two compiled graphs
 MULTIPLE = 8  # tensor cores take half-precision matrices in steps of 8

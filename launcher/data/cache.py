@@ -32,7 +32,7 @@ from numpy.typing import NDArray
 from launcher.data.blocks import Blocks
 from launcher.data.documents import Documents
 from launcher.private_folder import private_cache
-from launcher.recipe.schema import DataSection, Source
+from launcher.recipe.data_section import DataSection, Source
 
 MAX_BYTES = 20 * 2**30  # of all entries together
 MAX_ENTRIES = 32

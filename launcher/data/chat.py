@@ -16,7 +16,7 @@ from launcher.data.rows import Conversation, Message, Row, RowFault, Text
 from launcher.data.spans import Rendered, Renderer
 from launcher.data.tokenising import Tokeniser
 from launcher.errors import DataError
-from launcher.recipe.schema import DataSection
+from launcher.recipe.data_section import DataSection
 
 CHUNK = 512  # rows rendered and tokenised at once: each time costs the tokeniser's threads a start
 CHUNK_CHARACTERS = 1 << 20  # or fewer rows that have so many: a token takes a hundred bytes before it is an id

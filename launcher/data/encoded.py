@@ -15,7 +15,7 @@ from launcher.data.rows import Conversation, Row, RowFault
 from launcher.data.sources import Feed
 from launcher.data.splits import digest
 from launcher.errors import DataError
-from launcher.recipe.schema import DataSection
+from launcher.recipe.data_section import DataSection
 
 CHUNK = 1024  # documents that are joined, or rows of a stream that are drawn, at once
 

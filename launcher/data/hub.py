@@ -14,7 +14,7 @@ from typing import Any
 from launcher.data.lines import Record
 from launcher.data.tables import BATCH, unreadable
 from launcher.errors import DataError
-from launcher.recipe.schema import Source
+from launcher.recipe.data_section import Source
 
 HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 HUB_TIMEOUT_S = 5.0  # for the one small request that resolves the commit

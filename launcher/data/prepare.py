@@ -25,7 +25,7 @@ from launcher.data.sources import Feed, open_source
 from launcher.data.splits import held_out, weighted
 from launcher.data.stream import Stream
 from launcher.errors import DataError
-from launcher.recipe.schema import DataSection, Source
+from launcher.recipe.data_section import DataSection, Source
 
 
 @dataclass(frozen=True)

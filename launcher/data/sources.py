@@ -11,7 +11,7 @@ from launcher.data.hub import HUB_ID, find
 from launcher.data.lines import Record, jsonl_records, opened, text_records
 from launcher.data.tables import csv_records, parquet_records
 from launcher.errors import DataError
-from launcher.recipe.schema import Source
+from launcher.recipe.data_section import Source
 
 __all__ = ["Feed", "Record", "open_source"]
 

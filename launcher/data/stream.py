@@ -26,7 +26,7 @@ from launcher.data.packing import pack
 from launcher.data.rows import Row
 from launcher.data.sources import Feed
 from launcher.errors import CheckpointError
-from launcher.recipe.schema import DataSection
+from launcher.recipe.data_section import DataSection
 
 WINDOW_BLOCKS = 1024  # a window's tokens, in full rows
 ROOM = 1.25  # rows of later windows may hold so many documents more than any of the first

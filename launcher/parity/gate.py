@@ -8,6 +8,7 @@ length of a few percent, or of one kind of adapter with little weight, stays bel
 """
 
 import re
+import statistics
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -104,8 +105,14 @@ class Comparison:
         found = [self._losses(gate), self._cosines(gate), _error("gradient error", self.gradient_error, gate)]
         found.append(self._reference(gate))
         if len(self.batches) >= gate.loss_batches:
-            found.append(_error("mean loss error", self.loss_error, gate))
+            found.append(_error("mean loss error", self.loss_error, gate, scatter=self._scatter(gate)))
         return tuple(found)
+
+    def _scatter(self, gate: Gate) -> float:
+        """Twice the standard error of the mean excess over what eager's error allows. Single batches' errors are
+        rounding noise, from half to nearly three times eager's: of two equally good paths the mean would often fail."""
+        excess = [b.loss_error.compiled - gate.error_ratio * b.loss_error.eager for b in self.batches]
+        return 2 * statistics.stdev(excess) / len(excess) ** 0.5
 
     def _losses(self, gate: Gate) -> Verdict:
         worst = max(self.batches, key=lambda batch: batch.loss_difference)
@@ -159,8 +166,9 @@ def _mean(pairs: list[Pair]) -> Pair:
     return Pair(sum(p.compiled for p in pairs) / len(pairs), sum(p.eager for p in pairs) / len(pairs))
 
 
-def _error(what: str, error: Pair, gate: Gate) -> Verdict:
-    most = gate.error_ratio * error.eager + gate.error_floor
+def _error(what: str, error: Pair, gate: Gate, *, scatter: float = 0.0) -> Verdict:
+    most = gate.error_ratio * error.eager + gate.error_floor + scatter
     floor = f" + {gate.error_floor:.0e}" if gate.error_floor else ""
+    floor += f" + {scatter:.1e} for scatter" if scatter else ""
     said = f"compiled {error.compiled:.2e}, eager {error.eager:.2e}; at most {gate.error_ratio:g} times eager's{floor}"
     return Verdict(f"{what} against fp32 is eager's", error.compiled <= most, said)

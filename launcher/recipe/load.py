@@ -16,8 +16,8 @@ from launcher.errors import RecipeError
 from launcher.recipe import fields
 from launcher.recipe.arguments import Problem, closest, parse, shown
 from launcher.recipe.layers import Layer, Origin, assignment, flat, unknown
-from launcher.recipe.schema import Recipe, recipes_dir
-from launcher.recipe.section import RULE
+from launcher.recipe.schema import Recipe
+from launcher.recipe.section import RULE, recipes_dir
 from launcher.recipe.yaml_text import YamlError, read_file
 
 MAX_LINES = 5  # of a message

@@ -1,34 +1,21 @@
 """The recipe: one frozen model per section, each field with its meaning, unit, range and default.
 
 The single source of truth: errors, `mode=show`, `--help` and the JSON schema read it from here. A subsystem is handed
-its section (`recipe.compile`), never the recipe. Imports pydantic, and section.py: what the sections are made of.
+its section (`recipe.compile`), never the recipe. Imports pydantic, section.py (what
+the sections are made of) and data_section.py.
 """
 
-from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BeforeValidator, Field, ValidationInfo, field_validator
+from pydantic import Field, ValidationInfo, field_validator
 from pydantic_core import PydanticCustomError
 
-from launcher.recipe.section import RULE, Choice, Distinct, Section, Text, number_before_path, off_is
+from launcher.recipe.data_section import DataSection
+from launcher.recipe.section import RULE, Choice, Distinct, Section, Text, off_is
 
 LORA_TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 Region = Literal["mlp", "rmsnorm", "attention", "loss"]
 REGIONS: list[Region] = ["mlp", "rmsnorm", "attention", "loss"]
-
-
-def recipes_dir() -> Path:
-    """The folder of the shipped recipes: inside an installed package, or beside it in a checkout.
-
-    Raises:
-        FileNotFoundError: neither is there; the installation is broken.
-    """
-    package = Path(__file__).resolve().parents[1]
-    # Inside first: beside an installed package lies site-packages, where another project may have a `recipes`.
-    for folder in (package / "recipes", package.parent / "recipes"):
-        if (folder / "tiny.yaml").is_file():
-            return folder
-    raise FileNotFoundError(f"the shipped recipes are neither in {package} nor beside it: install the package again")
 
 
 class ModelSection(Section):
@@ -70,97 +57,6 @@ class LoraSection(Section):
         description="Names of the linear modules that get an adapter; each must match.",
         json_schema_extra={"default": list(LORA_TARGETS), "uniqueItems": True},
     )
-
-
-class Source(Section):
-    """Where rows come from: a file, a folder of files or a dataset of the hub."""
-
-    path: Text = Field(
-        description="File (.jsonl, .json, .csv, .parquet, .txt), folder of such files, or dataset id on the hub.",
-        examples=["./my.jsonl"],
-    )
-    format: Annotated[Literal["auto", "messages", "sharegpt", "alpaca", "prompt_completion", "text"], Choice] = Field(
-        "auto", description="Columns of the rows; auto: told by the first row."
-    )
-    weight: float | None = Field(
-        None, gt=0, description="Share of an epoch's rows, relative to the other weights; all sources have one or none."
-    )
-    config: Text | None = Field(None, description="Configuration of a hub dataset.", examples=["default"])
-    split: Text | None = Field(None, description="Split of a hub dataset; null: train.", examples=["train"])
-    revision: Text | None = Field(None, description="Branch, tag or commit of a hub dataset.", examples=["main"])
-
-
-def _shipped_sources() -> list[Source]:
-    return [Source(path=str(recipes_dir() / "tiny" / "train.jsonl"))]
-
-
-class DataSection(Section):
-    """What is trained on, and how rows become blocks of tokens."""
-
-    sources: list[Source] = Field(
-        default_factory=_shipped_sources,
-        min_length=1,
-        description="Training data; giving it replaces the recipe's. Default: the shipped instruction set.",
-        examples=[[{"path": "./my.jsonl"}]],
-    )
-    streaming: bool = Field(
-        False, description="Read while training, for data larger than the disk; needs train.steps and own validation."
-    )
-    template: Annotated[Literal["auto", "llama3", "chatml", "mistral", "gemma", "qwen3"], Choice] = Field(
-        "auto", description="Chat template; auto: the tokenizer's own, others ship here for tokenizers without one."
-    )
-    batching: Annotated[Literal["packed", "bucketed", "padded"], Choice] = Field(
-        "packed", description="Documents share rows; or a row each, of one of up to 6 lengths, or of max_length."
-    )
-    max_length: int = Field(2048, ge=16, le=131072, description="Most tokens of a row and of a document.")
-    loss_on: Annotated[Literal["auto", "assistant", "completion", "all"], Choice] = Field(
-        "auto",
-        description="Supervised tokens; auto: assistant in chats, completion where there is a prompt, all in texts.",
-    )
-    bad_rows: Annotated[Literal["raise", "skip"], Choice] = Field(
-        "raise", description="A row that cannot be read stops the run, or is skipped and counted."
-    )
-    too_long: Annotated[Literal["truncate", "split", "drop", "raise"], Choice] = Field(
-        "truncate", description="What happens to a document longer than max_length; counted."
-    )
-    validation: Annotated[
-        Annotated[float, Field(ge=0, lt=1)] | Text | Source, BeforeValidator(number_before_path), off_is(0.0)
-    ] = Field(
-        0.05,
-        description="Fraction of the rows held out (0: none), or validation data: a path, or an entry like a source's.",
-        validate_default=True,
-    )
-    wait_s: int = Field(
-        3600, ge=1, description="Seconds that the other ranks wait for the first of their machine to prepare the data."
-    )
-
-    @field_validator("sources")
-    @classmethod
-    def _all_weights_or_none(cls, sources: list[Source]) -> list[Source]:
-        without = [source.path for source in sources if source.weight is None]
-        if 0 < len(without) < len(sources):
-            problem = f"data.sources: either all have a weight or none; {without[0][-60:]} has none; give it one"
-            raise PydanticCustomError(RULE, problem.replace("{", "{{").replace("}", "}}"))
-        return sources
-
-    @field_validator("batching")
-    @classmethod
-    def _lengths_are_known(cls, batching: str, info: ValidationInfo) -> str:
-        if batching == "bucketed" and info.data.get("streaming"):
-            raise PydanticCustomError(
-                RULE,
-                "data.batching=bucketed must know all lengths, which data.streaming cannot; try data.batching=packed",
-            )
-        return batching
-
-    @field_validator("validation")
-    @classmethod
-    def _rows_are_known(cls, validation: float | str | Source, info: ValidationInfo) -> float | str | Source:
-        if info.data.get("streaming") and isinstance(validation, float) and validation:
-            raise PydanticCustomError(
-                RULE, "data.validation must be data of its own, or 0, with data.streaming; try data.validation=0"
-            )
-        return validation
 
 
 class CompileSection(Section):

@@ -1,9 +1,11 @@
-"""What the sections of a recipe are made of: their base class, and types whose values are written in many ways.
+"""What the sections of a recipe are made of: their base class, types whose values are written in many ways, and where
+the shipped recipes are.
 
 Imports pydantic alone.
 """
 
 import re
+from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
@@ -43,3 +45,17 @@ Text = Annotated[str, Field(min_length=1)]
 
 class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+def recipes_dir() -> Path:
+    """The folder of the shipped recipes: inside an installed package, or beside it in a checkout.
+
+    Raises:
+        FileNotFoundError: neither is there; the installation is broken.
+    """
+    package = Path(__file__).resolve().parents[1]
+    # Inside first: beside an installed package lies site-packages, where another project may have a `recipes`.
+    for folder in (package / "recipes", package.parent / "recipes"):
+        if (folder / "tiny.yaml").is_file():
+            return folder
+    raise FileNotFoundError(f"the shipped recipes are neither in {package} nor beside it: install the package again")

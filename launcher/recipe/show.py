@@ -13,7 +13,7 @@ from rich.text import Text
 from launcher.recipe import fields
 from launcher.recipe.arguments import MODES, PREVIEW_BLOCKS, parse
 from launcher.recipe.load import Resolved, recipe_names, resolve
-from launcher.recipe.schema import recipes_dir
+from launcher.recipe.section import recipes_dir
 from launcher.recipe.yaml_text import inline
 
 Row = Sequence[str]

@@ -17,7 +17,8 @@ from launcher.bench_records import WARM_UP_STEPS, BenchRecord, OursRecord, SideR
 from launcher.errors import MemoryExhausted
 from launcher.model.stock import supervised_documents
 from launcher.ops.linear_ce import IGNORE, chunk_loss_and_grad
-from launcher.train import setup
+from launcher.train import planned
+from launcher.train.step import TrainStep
 from tests.conftest import request_for
 
 pytestmark = pytest.mark.usefixtures("clean_dynamo")
@@ -84,7 +85,7 @@ def test_a_wrong_loss_of_one_side_is_found_at_the_first_step(
         loss, grad = chunk_loss_and_grad(hidden, weight, labels)
         return loss * 1.001, grad
 
-    monkeypatch.setattr(setup, "chunk_loss_and_grad", planted)
+    monkeypatch.setattr(planned, "chunk_loss_and_grad", planted)
     found = benched(small(make_recipe))
     assert [verdict.holds for verdict in found.verdicts] == [True, False]
     assert "same loss at step 1" in found.failure
@@ -175,7 +176,7 @@ def test_where_our_side_runs_out_of_memory_it_is_an_error_that_says_what_it_held
     def full(*_: Any) -> Any:
         raise torch.OutOfMemoryError("planted")
 
-    monkeypatch.setattr(setup.TrainStep, "__call__", full)
+    monkeypatch.setattr(TrainStep, "__call__", full)
     with pytest.raises(MemoryExhausted, match="our side ran out of memory; held by phase: .*before first step "):
         list(side.ours(request_for(small(make_recipe))))
 

@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerFast
 from launcher.data.chat import Encoder
 from launcher.data.documents import Document
 from launcher.data.rows import Conversation, Message, Row, RowFault
-from launcher.recipe.schema import DataSection
+from launcher.recipe.data_section import DataSection
 
 CONTROL = ["<|bos|>", "<|head|>", "<|/head|>", "<|eot|>", "<|pad|>", "<|im_start|>", "<|im_end|>"]
 CORPUS = [

@@ -13,7 +13,7 @@ from launcher.data.blocks import IGNORE, Blocks
 from launcher.data.buckets import lay_out
 from launcher.data.documents import Document, Documents
 from launcher.data.packing import pack
-from launcher.recipe.schema import DataSection
+from launcher.recipe.data_section import DataSection
 
 PAD = 0
 

@@ -9,7 +9,7 @@ from transformers import AutoTokenizer
 
 from launcher.data.buckets import MOST_WIDTHS, WORTH, bucket, choose_widths, lay_out
 from launcher.data.documents import Documents
-from launcher.recipe.schema import DataSection
+from launcher.recipe.data_section import DataSection
 from tests.conftest import TINY
 
 

@@ -20,7 +20,7 @@ from launcher.data import cache
 from launcher.data.blocks import Blocks
 from launcher.data.cache import Entry, fingerprint, load, save
 from launcher.data.documents import Document, Documents
-from launcher.recipe.schema import DataSection
+from launcher.recipe.data_section import DataSection
 
 NAME, OTHER = "a" * 40, "b" * 40
 META = {"counts": {"rows_read": 4}, "example": {"prompt": "é \ud800"}, "notes": ["one", None, 0.1]}
@@ -285,7 +285,8 @@ def test_a_change_of_our_code_or_of_a_package_makes_older_entries_unfindable(tok
 def test_the_fingerprint_is_the_same_in_another_process():
     script = (
         "from types import SimpleNamespace; from tokenizers import Tokenizer\n"
-        "from launcher.data.cache import fingerprint; from launcher.recipe.schema import DataSection, recipes_dir\n"
+        "from launcher.data.cache import fingerprint; from launcher.recipe.section import recipes_dir\n"
+        "from launcher.recipe.data_section import DataSection\n"
         "file = recipes_dir() / 'tiny' / 'base' / 'tokenizer.json'\n"
         "tokenizer = SimpleNamespace(backend_tokenizer=Tokenizer.from_file(str(file)), bos_token_id=0, eos_token_id=1,"
         " pad_token_id=None, all_special_ids=[0, 1], chat_template=None)\n"

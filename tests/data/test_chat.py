@@ -11,7 +11,7 @@ from launcher.data.chat import Encoder
 from launcher.data.documents import Document
 from launcher.data.rows import Message, Row, RowFault, Text
 from launcher.errors import DataError
-from launcher.recipe.schema import DataSection
+from launcher.recipe.data_section import DataSection
 from tests.data.conftest import MANY_TURNS, MakeTokenizer, chat, encode, encoder, same, supervised_text
 
 

@@ -10,7 +10,7 @@ from launcher.data.formats import read_rows
 from launcher.data.rows import Conversation, Message, Row, RowFault, Text
 from launcher.data.sources import open_source
 from launcher.errors import DataError
-from launcher.recipe.schema import Source
+from launcher.recipe.data_section import Source
 
 Write = Callable[..., str]
 CHAT = {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."}]}

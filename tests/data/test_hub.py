@@ -15,7 +15,7 @@ from launcher.data.formats import read_rows
 from launcher.data.rows import RowFault
 from launcher.data.sources import Feed, open_source
 from launcher.errors import DataError
-from launcher.recipe.schema import Source
+from launcher.recipe.data_section import Source
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 ROWS = [{"text": "one"}, {"text": "two"}]

@@ -10,7 +10,7 @@ from launcher.data.buckets import lay_out
 from launcher.data.documents import Document, Documents
 from launcher.data.loader import MicroBatch, StepBatch, TrainLoader, eval_batches, sample_batch
 from launcher.data.packing import pack
-from launcher.recipe.schema import DataSection
+from launcher.recipe.data_section import DataSection
 
 ROWS = 21  # not divisible by 8
 PAD = 0

@@ -11,7 +11,7 @@ from launcher.data.buckets import lay_out
 from launcher.data.documents import Documents
 from launcher.data.loader import LoaderState, StepBatch, TrainLoader
 from launcher.errors import CheckpointError
-from launcher.recipe.schema import DataSection
+from launcher.recipe.data_section import DataSection
 
 
 def blocks_of(batching: str) -> Blocks:

@@ -9,7 +9,7 @@ from launcher.data import prepare as prepare_module
 from launcher.data.blocks import Blocks
 from launcher.data.prepare import PreparedData, prepare
 from launcher.errors import DataError
-from launcher.recipe.schema import DataSection
+from launcher.recipe.data_section import DataSection
 
 Write = Callable[..., str]
 

@@ -8,7 +8,7 @@ from transformers import PreTrainedTokenizerFast
 from launcher.data.prepare import prepare
 from launcher.data.rows import RowFault
 from launcher.errors import DataError
-from launcher.recipe.schema import DataSection
+from launcher.recipe.data_section import DataSection
 
 Write = Callable[..., str]
 CHAT = {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."}]}

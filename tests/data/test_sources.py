@@ -12,7 +12,7 @@ import pytest
 from launcher.data.rows import RowFault
 from launcher.data.sources import Feed, open_source
 from launcher.errors import DataError
-from launcher.recipe.schema import Source
+from launcher.recipe.data_section import Source
 
 ROW = {"text": "a river"}
 CONTENT = {

@@ -7,7 +7,7 @@ from transformers import AutoTokenizer
 
 from launcher.data import prepare as prepare_module
 from launcher.data.prepare import prepare
-from launcher.recipe.schema import DataSection
+from launcher.recipe.data_section import DataSection
 from tests.conftest import TINY
 
 BUDGET_S = 2.5  # for 4,000 rows; measured 0.6 to 0.8 on a busy machine

@@ -17,7 +17,7 @@ from launcher.data.blocks import Blocks
 from launcher.data.prepare import prepare
 from launcher.data.stream import Reader, Stream, StreamLoader, Window
 from launcher.errors import CheckpointError, DataError
-from launcher.recipe.schema import DataSection
+from launcher.recipe.data_section import DataSection
 
 Write = Callable[..., str]
 

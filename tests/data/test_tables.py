@@ -19,7 +19,7 @@ from launcher.data.rows import RowFault
 from launcher.data.sources import open_source
 from launcher.data.tables import csv_records, parquet_records
 from launcher.errors import DataError
-from launcher.recipe.schema import Source
+from launcher.recipe.data_section import Source
 
 HEADER = b"prompt,completion\n"
 

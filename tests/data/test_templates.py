@@ -16,7 +16,7 @@ from launcher.data.documents import Document
 from launcher.data.named_templates import CONTROL, PLAIN, fitting_templates
 from launcher.data.rows import Conversation, Message, RowFault
 from launcher.errors import DataError
-from launcher.recipe.schema import DataSection
+from launcher.recipe.data_section import DataSection
 from tests.data.conftest import supervised_runs
 
 MakeFamily = Callable[..., PreTrainedTokenizerFast]

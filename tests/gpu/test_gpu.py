@@ -193,4 +193,4 @@ def test_the_1b_shape_computes_what_stock_code_computes(make_recipe, dtype, scop
     *_, record = parity(request_for(recipe))
     print(dtype, scope, record.loss_error, record.gradient_error, min(a.least_cosine for a in record.adapters))
     assert record.holds, record.verdicts
-    assert len(record.verdicts) == 4 and len(record.adapters) == 14
+    assert len(record.verdicts) == 5 and len(record.adapters) == 14

@@ -8,7 +8,9 @@ import pytest
 from pydantic import ValidationError
 
 from launcher.recipe import schema
-from launcher.recipe.schema import CompileSection, DataSection, LoraSection, Recipe, TrainSection, recipes_dir
+from launcher.recipe.data_section import DataSection
+from launcher.recipe.schema import CompileSection, LoraSection, Recipe, TrainSection
+from launcher.recipe.section import recipes_dir
 
 
 def recipe(**sections: dict[str, Any]) -> Recipe:

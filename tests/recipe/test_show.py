@@ -9,7 +9,7 @@ from pathlib import Path
 from rich.console import Console
 
 from launcher.recipe.load import recipe_names, resolve
-from launcher.recipe.schema import recipes_dir
+from launcher.recipe.section import recipes_dir
 from launcher.recipe.show import print_request, schema_json
 
 

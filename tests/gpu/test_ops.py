@@ -1,0 +1,98 @@
+"""The Triton kernels against the plain forms beside them, odd shapes included: `pytest -m gpu`."""
+
+import bitsandbytes.functional as bnb
+import pytest
+import torch
+
+from launcher.ops.adapter_gradients import gradients, plain_gradients
+from launcher.ops.attention import causal_attention, cudnn_attention
+from launcher.ops.linear_ce import IGNORE, softmax_gradient, softmax_gradient_
+from launcher.ops.nf4 import Nf4, _plain, merged_weight
+
+pytestmark = pytest.mark.gpu
+CASES = [  # O, D, r, dtype, doubly quantised
+    (2048, 2048, 16, torch.bfloat16, True),
+    (512, 2048, 16, torch.float16, True),
+    (8192, 2048, 32, torch.bfloat16, False),
+    (2048, 8192, 16, torch.bfloat16, True),
+    (96, 192, 3, torch.float32, True),
+    (200, 64, 100, torch.bfloat16, True),
+    (40, 24, 4, torch.bfloat16, True),  # blocks across rows: not the kernel's
+]
+ROUNDING = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
+
+
+def error(found, true):
+    return float((found.double() - true.double()).norm() / true.double().norm())
+
+
+def quantised(out, features, dtype, double):
+    torch.manual_seed(0)
+    packed, state = bnb.quantize_4bit(
+        (torch.randn(out, features, device="cuda") * 0.02).to(dtype), quant_type="nf4", compress_statistics=double
+    )
+    second = (state.state2.absmax, state.state2.code, state.offset) if double else (None, None, None)
+    return Nf4(packed, state.absmax, state.code, *second), bnb.dequantize_4bit(packed, state)
+
+
+@pytest.mark.parametrize(("out", "features", "rank", "dtype", "double"), CASES)
+def test_one_launch_dequantises_bit_equal_to_bitsandbytes_and_adds_the_update(out, features, rank, dtype, double):
+    base, weight = quantised(out, features, dtype, double)
+    shape = (out, features)
+    assert torch.equal(merged_weight(base, None, None, scaling=1.0, shape=shape, dtype=dtype), weight)
+    a, b = torch.randn(rank, features, device="cuda") * 0.1, torch.randn(out, rank, device="cuda") * 0.1
+    merged = merged_weight(base, a, b, scaling=2.0, shape=shape, dtype=dtype)
+    true = _plain(base, a.double().float(), b, 2.0, shape, torch.float32)
+    assert error(merged, true) < ROUNDING[dtype]
+    assert error(weight, true) > 10 * ROUNDING[dtype]
+
+
+@pytest.mark.parametrize("tokens", [333, 64, 4096])
+@pytest.mark.parametrize(("out", "features", "rank", "dtype", "double"), CASES)
+def test_adapter_gradients_are_the_plain_ones(out, features, rank, dtype, double, tokens):
+    torch.manual_seed(0)
+    x, dy = (torch.randn(tokens, n, device="cuda").to(dtype) for n in (features, out))
+    a, b = torch.randn(rank, features, device="cuda"), torch.randn(out, rank, device="cuda")
+    ours, plain = gradients(dy, x, a, b, 2.0), plain_gradients(dy, x, a, b, 2.0)
+    wide_x, wide_dy = x.double(), dy.double()
+    true = (2 * (wide_dy @ b.double()).T @ wide_x, 2 * wide_dy.T @ (wide_x @ a.double().T))
+    for mine, theirs, exact in zip(ours, plain, true, strict=True):
+        assert mine.dtype == torch.float32 and mine.shape == theirs.shape
+        assert error(mine, exact) < max(1.2 * error(theirs, exact), ROUNDING[dtype])
+        assert exact.norm() > 1
+
+
+@pytest.mark.parametrize(("rows", "vocabulary"), [(7, 1000), (64, 128256), (33, 5000), (5, 4096)])
+@pytest.mark.parametrize("dtype", list(ROUNDING))
+def test_the_gradient_in_the_logits_place_is_the_plain_one(rows, vocabulary, dtype):
+    torch.manual_seed(0)
+    logits = (torch.randn(rows, vocabulary, device="cuda") * 4).to(dtype)
+    labels = torch.randint(0, vocabulary, (rows,), device="cuda")
+    labels[::3] = IGNORE
+    loss, plain = softmax_gradient(logits, labels)
+    losses = softmax_gradient_(logits, labels)
+    assert losses.sum().item() == pytest.approx(loss.item(), rel=1e-5)
+    assert error(logits, plain) < ROUNDING[dtype]
+    assert not logits[::3].any() and not losses[::3].any() and logits[1].any()
+
+
+def test_a_logit_that_is_not_finite_makes_its_rows_loss_nan():
+    logits = torch.ones(3, 5000, device="cuda", dtype=torch.bfloat16)
+    logits[0, 4999], logits[1, 3] = float("nan"), float("inf")
+    losses = softmax_gradient_(logits, torch.ones(3, dtype=torch.int64, device="cuda"))
+    assert losses.isnan().tolist() == [True, True, False]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("heads", "kv", "length"), [(4, 4, 96), (8, 2, 100), (32, 8, 512)])
+def test_cudnn_attention_is_causal_attention_with_its_gradients(heads, kv, length, dtype):
+    torch.manual_seed(0)
+    shapes = [(2, heads, length, 64), (2, kv, length, 64), (2, kv, length, 64)]
+    inputs = [torch.randn(shape, device="cuda", dtype=dtype).requires_grad_() for shape in shapes]
+    found = []
+    for form in (cudnn_attention, causal_attention):
+        out = form(*inputs, None, 0.125)
+        found.append([out, *torch.autograd.grad(out.float().square().sum(), inputs)])
+    for mine, theirs in zip(*found, strict=True):
+        assert error(mine, theirs) < 1e-2
+        assert theirs.float().norm() > 0.1
