@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from launcher.errors import RecipeError
 from launcher.model.attention import Rows, attention_name, check_attention, choose_attention, register_attention
 from launcher.model.families import Family, family_of
+from launcher.model.grouped import group_projections
 from launcher.model.lora import attach_lora, check_targets
 from launcher.model.nf4 import bnb_config, check_prequantized, count_parameters, load_base, random_base
 from launcher.model.packed import PackedCausalLM
@@ -82,6 +83,7 @@ def build_model(
     base.set_attn_implementation(attention_name(path))
     phase("after load")
     peft = attach_lora(base, recipe.lora, seed=recipe.train.seed)
+    group_projections(base.model.layers, mlp=family.mlp)
     # What another process must load to use the adapter: a hub id, or a path that does not depend on where it starts.
     peft.peft_config["default"].base_model_name_or_path = source
     peft.peft_config["default"].revision = recipe.model.revision

@@ -1,46 +1,62 @@
 """Gradients of LoRA's A and B: products of a large matrix with one of r columns, bound by reading the large one.
 
-Letters: N tokens, D in-features, O out-features, r rank; M columns of the matrix at hand (D or O).
+Letters: N tokens, D in-features, O out-features, r rank, n projections of one x; M columns and R thin columns of the
+matrices at hand.
 
     dA = s (dy B)^T x,   dB = s dy^T (x A^T)                    x [N, D], dy [N, O], A [r, D], B [O, r]
 
-Four products, each of which reads x or dy. The wider of the two is needed for two of them, one that gives r columns a
-token and one that sums over the tokens, and `_tall` makes the two in one pass. For O >= D:
+Four products, each of which reads x or dy. One of the two is needed for a product that gives r columns a token and one
+that sums over the tokens, and `_tall` makes both in one pass. For n projections with their A stacked:
 
-    _thin    t = x A^T              reads x; also clears the sums below
-    _tall    dB = dy^T t, u = dy B  reads dy
-    _tall    dA = u^T x             reads x
+    _thin    t = x [A A ...]^T        reads x; also clears the sums below
+    _tall    dB = dy^T t, u = dy B    reads dy, for each projection its own columns of t and u
+    _tall    [dA dA ...] = u^T x      reads x
 
-and with x and dy, A and B exchanged for O < D. Sums over blocks are added in memory, in fp32 and in whatever order the
-blocks end: two runs of one step agree to rounding, as with the attention kernels. The fp32 masters are rounded to the
-compute dtype as they are read.
+For a single projection with O < D, x and dy, A and B change places: the wider one is read once. Sums over blocks are
+added in memory, in fp32 and in whatever order the blocks end: two runs of one step agree to rounding, as with the
+attention kernels. The fp32 masters are rounded to the compute dtype as they are read.
 """
 
 import importlib.util
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-MAX_RANK = 64  # beyond it the tiles no longer fit a multiprocessor's registers, and the products are not thin
+MAX_RANK = 128  # of the stacked A: beyond it the tiles no longer fit a multiprocessor, and the products are not thin
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
-def gradients(dy: Tensor, x: Tensor, a: Tensor, b: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
-    """dy [N, O], x [N, D], a [r, D], b [O, r], the last two fp32 -> dA [r, D], dB [O, r], fp32."""
-    if not (x.is_cuda and HAS_TRITON and a.shape[0] <= MAX_RANK and x.dtype != torch.float32):
-        return plain_gradients(dy, x, a, b, scaling)
-    da, db = torch.empty_like(a), torch.empty_like(b)
-    wide, narrow = (dy, x) if dy.shape[1] >= x.shape[1] else (x, dy)
-    of_wide, of_narrow = ((b, db), (a.T, da.T)) if wide is dy else ((a.T, da.T), (b, db))
-    t, u = _thin_product(narrow, of_narrow[0], scaling, cleared=(da, db))
-    _tall_product(wide, t, of_wide[1], (of_wide[0], scaling, u))
-    _tall_product(narrow, u, of_narrow[1])
+def gradients(
+    dy: Sequence[Tensor], x: Tensor, a: Sequence[Tensor], b: Sequence[Tensor], scaling: float
+) -> tuple[Tensor, Tensor]:
+    """Of n projections of x [N, D]: dy [N, O] each, a [r, D] and b [O, r] each, fp32 -> dA [n r, D], dB [sum of O, r],
+    fp32, stacked in their order."""
+    rank, half = sum(each.shape[0] for each in a), x.dtype != torch.float32
+    if not (x.is_cuda and HAS_TRITON and rank <= MAX_RANK and half):
+        found = [plain_gradients(one, x, its_a, its_b, scaling) for one, its_a, its_b in zip(dy, a, b, strict=True)]
+        return torch.cat([da for da, _ in found]), torch.cat([db for _, db in found])
+    da = torch.empty(rank, x.shape[1], device=x.device)
+    db = torch.empty(sum(each.shape[0] for each in b), b[0].shape[1], device=x.device)
+    if len(a) == 1 and x.shape[1] > dy[0].shape[1]:
+        t, u = _thin_product(dy[0], b[0], scaling, cleared=(da, db))
+        _tall_product(x, t, da.T, (a[0].T, scaling, u))
+        _tall_product(dy[0], u, db)
+        return da, db
+    stacked = a[0] if len(a) == 1 else torch.cat(list(a))
+    t, u = _thin_product(x, stacked.T, scaling, cleared=(da, db))
+    columns = [len(a) * [b[0].shape[1]], [each.shape[0] for each in b]]
+    pieces = zip(dy, b, t.split(columns[0], 1), u.split(columns[0], 1), db.split(columns[1]), strict=True)
+    for each, b_each, t_each, u_each, db_each in pieces:
+        _tall_product(each, t_each, db_each, (b_each, scaling, u_each))
+    _tall_product(x, u, da.T)
     return da, db
 
 
 def plain_gradients(dy: Tensor, x: Tensor, a: Tensor, b: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
-    """The plain form, on any device and for any rank."""
+    """The plain form of one projection, on any device and for any rank."""
     scaled_a, scaled_b = (a * scaling).to(x.dtype), (b * scaling).to(x.dtype)
     return _wide_sum((dy @ scaled_b).T, x), _wide_sum(dy.T, x @ scaled_a.T)
 
@@ -84,11 +100,11 @@ if HAS_TRITON:
 
     @triton.jit
     def _tall(  # type: ignore[no-untyped-def]
-        g, gm, gr, x, t, N, M, R, SPAN, u, c, cm, cr, scaling,
+        g, gm, gr, x, t, tn, N, M, R, SPAN, u, un, c, cm, cr, scaling,
         BOTH: tl.constexpr, RANK: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr,
     ):  # fmt: skip
         """Adds, over SPAN rows and BM columns of x [N, M], x^T t to g [M, R] of strides gm, gr and, if BOTH, scaling *
-        x c to u [N, R]; c [M, R] has the strides cm, cr."""
+        x c to u [N, R]; c [M, R] has the strides cm, cr, rows of t and u lie tn and un apart."""
         column, k = tl.program_id(0) * BM + tl.arange(0, BM), tl.arange(0, RANK)
         of_g = (column < M)[:, None] & (k < R)[None, :]
         half = x.dtype.element_ty
@@ -98,49 +114,56 @@ if HAS_TRITON:
         for first in range(tl.program_id(1) * SPAN, (tl.program_id(1) + 1) * SPAN, BN):
             row = first + tl.arange(0, BN)
             of_t = (row < N)[:, None] & (k < R)[None, :]
-            t_tile = tl.load(t + row[:, None] * R + k[None, :], mask=of_t, other=0.0).to(half)
+            t_tile = tl.load(t + row[:, None] * tn + k[None, :], mask=of_t, other=0.0).to(half)
             x_tile = tl.load(
                 x + row[:, None].to(tl.int64) * M + column[None, :],
                 mask=(row < N)[:, None] & (column < M)[None, :], other=0.0,
             )  # fmt: skip
             total = tl.dot(tl.trans(x_tile), t_tile, total)
             if BOTH:
-                tl.atomic_add(u + row[:, None] * R + k[None, :], tl.dot(x_tile, c_tile), mask=of_t, sem="relaxed")
+                tl.atomic_add(u + row[:, None] * un + k[None, :], tl.dot(x_tile, c_tile), mask=of_t, sem="relaxed")
         tl.atomic_add(g + column[:, None] * gm + k[None, :] * gr, total, mask=of_g, sem="relaxed")
 
 
 def _thin_product(x: Tensor, c: Tensor, scaling: float, *, cleared: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    """scaling * x c in x's dtype, x [N, M], c [M, r] of any strides -> [N, r]; and fp32 zeros of that shape. Puts zeros
+    """scaling * x c in x's dtype, x [N, M], c [M, R] of any strides -> [N, R]; and fp32 zeros of that shape. Puts zeros
     into the two tensors of `cleared`."""
     (rows, columns), rank = x.shape, c.shape[1]
     out = torch.empty(rows, rank, dtype=x.dtype, device=x.device)
     sums = torch.empty(rows, rank, device=x.device)
-    block = 32
+    block, wide, width = 32, 256 if rank <= 32 else 64, _padded(rank)
     blocks = triton.cdiv(rows, block)
     share = triton.next_power_of_2(triton.cdiv(max(t.numel() for t in cleared), blocks))
     first, second = cleared
     _thin[(blocks,)](
         out, sums, x, c, scaling, rows, columns, rank, *c.stride(), first, first.numel(), second, second.numel(),
-        RANK=_padded(rank), BN=block, BM=256, SHARE=share, num_stages=4,
+        RANK=width, BN=block, BM=wide, SHARE=share, num_stages=_stages(x, block * wide * 2 + wide * width * 4, most=4),
     )  # fmt: skip
     return out, sums
 
 
 def _tall_product(x: Tensor, t: Tensor, gradient: Tensor, thin: tuple[Tensor, float, Tensor] | None = None) -> None:
-    """Adds x^T t to `gradient` [M, r]; x [N, M], t [N, r]. With `thin` = (c [M, r], scaling, sums [N, r]) also
+    """Adds x^T t to `gradient` [M, R]; x [N, M], t [N, R]. With `thin` = (c [M, R], scaling, sums [N, R]) also
     scaling * x c to the sums, from the same reading of x."""
     (rows, columns), rank = x.shape, t.shape[1]
     c, scaling, sums = thin or (gradient, 1.0, t)
     block = 64 if thin is None else 256 if columns >= 2048 and rank <= 32 else 128
-    blocks = triton.cdiv(columns, block)
+    blocks, width = triton.cdiv(columns, block), _padded(rank)
     parts = min(16, triton.cdiv(512 if thin is None else 256, blocks))
     span = triton.cdiv(triton.cdiv(rows, parts), 64) * 64  # a multiple of the tile's rows
     _tall[(blocks, triton.cdiv(rows, span))](
-        gradient, *gradient.stride(), x, t, rows, columns, rank, span, sums, c, *c.stride(), scaling,
-        BOTH=thin is not None, RANK=_padded(rank), BN=64, BM=block,
+        gradient, *gradient.stride(), x, t, t.stride(0), rows, columns, rank, span, sums, sums.stride(0), c,
+        *c.stride(), scaling, BOTH=thin is not None, RANK=width, BN=64, BM=block,
+        num_stages=_stages(x, 64 * block * 2 + 64 * width * t.element_size(), most=3),
     )  # fmt: skip
 
 
 def _padded(rank: int) -> int:
     """The least width of a dot product that holds `rank`."""
     return max(16, triton.next_power_of_2(rank))
+
+
+def _stages(x: Tensor, tile_bytes: int, *, most: int) -> int:
+    """Tiles that are loaded ahead: as many as two thirds of a multiprocessor's shared memory hold."""
+    device: Any = torch.cuda.get_device_properties(x.device)
+    return max(1, min(most, device.shared_memory_per_block_optin * 2 // 3 // tile_bytes))

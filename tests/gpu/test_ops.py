@@ -1,5 +1,7 @@
 """The Triton kernels against the plain forms beside them, odd shapes included: `pytest -m gpu`."""
 
+from types import SimpleNamespace
+
 import bitsandbytes.functional as bnb
 import pytest
 import torch
@@ -53,13 +55,39 @@ def test_adapter_gradients_are_the_plain_ones(out, features, rank, dtype, double
     torch.manual_seed(0)
     x, dy = (torch.randn(tokens, n, device="cuda").to(dtype) for n in (features, out))
     a, b = torch.randn(rank, features, device="cuda"), torch.randn(out, rank, device="cuda")
-    ours, plain = gradients(dy, x, a, b, 2.0), plain_gradients(dy, x, a, b, 2.0)
+    ours, plain = gradients([dy], x, [a], [b], 2.0), plain_gradients(dy, x, a, b, 2.0)
     wide_x, wide_dy = x.double(), dy.double()
     true = (2 * (wide_dy @ b.double()).T @ wide_x, 2 * wide_dy.T @ (wide_x @ a.double().T))
     for mine, theirs, exact in zip(ours, plain, true, strict=True):
         assert mine.dtype == torch.float32 and mine.shape == theirs.shape
         assert error(mine, exact) < max(1.2 * error(theirs, exact), ROUNDING[dtype])
         assert exact.norm() > 1
+
+
+@pytest.mark.parametrize(
+    ("outs", "rank"), [((2048, 512, 512), 16), ((8192, 8192), 16), ((96, 40), 32), ((64, 64, 64), 40)]
+)
+def test_projections_of_one_input_have_together_the_gradients_they_have_alone(outs, rank):
+    torch.manual_seed(0)
+    x, dtype = torch.randn(300, 256, device="cuda").bfloat16(), torch.bfloat16
+    dy = [torch.randn(300, out, device="cuda").to(dtype) for out in outs]
+    a = [torch.randn(rank, 256, device="cuda") for _ in outs]
+    b = [torch.randn(out, rank, device="cuda") for out in outs]
+    together = gradients(dy, x, a, b, 0.5)
+    alone = zip(*(plain_gradients(*one, 0.5) for one in zip(dy, [x] * len(outs), a, b, strict=True)), strict=True)
+    for ours, theirs in zip(together, map(torch.cat, alone), strict=True):
+        assert ours.shape == theirs.shape and error(ours, theirs) < ROUNDING[dtype]
+
+
+@pytest.mark.parametrize("memory", [64 * 1024, 99 * 1024])
+def test_the_kernels_fit_the_shared_memory_of_smaller_cards(monkeypatch, memory):
+    monkeypatch.setattr(
+        torch.cuda, "get_device_properties", lambda device: SimpleNamespace(shared_memory_per_block_optin=memory)
+    )
+    x, dy = torch.randn(512, 2048, device="cuda").bfloat16(), torch.randn(512, 8192, device="cuda").bfloat16()
+    a, b = torch.randn(16, 2048, device="cuda"), torch.randn(8192, 16, device="cuda")
+    for ours, theirs in zip(gradients([dy], x, [a], [b], 1.0), plain_gradients(dy, x, a, b, 1.0), strict=True):
+        assert error(ours, theirs) < ROUNDING[torch.bfloat16]
 
 
 @pytest.mark.parametrize(("rows", "vocabulary"), [(7, 1000), (64, 128256), (33, 5000), (5, 4096)])

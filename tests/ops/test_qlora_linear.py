@@ -4,7 +4,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from launcher.ops.nf4 import Nf4, merged_weight
-from launcher.ops.qlora_linear import frozen_linear, qlora_linear, qlora_linear_reference
+from launcher.ops.qlora_linear import frozen_linear, qlora_linear, qlora_linear_reference, qlora_linears
 
 SHAPES = [(8, 8, 1), (24, 40, 3), (64, 128, 16), (192, 64, 5)]  # D, O, r; of them two with blocks across rows
 
@@ -56,6 +56,33 @@ def test_equals_one_merged_matrix_with_gradients_in_the_fp32_masters(features, o
     for mine, plain in zip(*found, strict=True):
         torch.testing.assert_close(mine, plain, rtol=tolerance, atol=tolerance * plain.abs().max().item())
         assert plain.abs().max() > 0
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_projections_of_one_input_give_together_what_they_give_alone(compiled):
+    torch.manual_seed(0)
+    outs, x = (64, 32, 32), torch.randn(2, 5, 128)
+    bases = [quantised(128, out)[0] for out in outs]
+    drawn = [adapters(128, out, 4) for out in outs]
+    torch._dynamo.reset()
+
+    def together(x, a, b):
+        return qlora_linears(x, bases, a, b, scaling=0.5)
+
+    def alone(x, a, b):
+        return [qlora_linear(x, *one, scaling=0.5, dropout=0.0) for one in zip(bases, a, b, strict=True)]
+
+    form = torch.compile(together, fullgraph=True, backend="aot_eager") if compiled else together
+    found = []
+    for function in (form, alone):
+        a, b = ([pair[i].clone().requires_grad_() for pair in drawn] for i in (0, 1))
+        inputs = x.clone().requires_grad_()
+        outputs = function(inputs, a, b)
+        sum((y.square() * weight).sum() for weight, y in enumerate(outputs, 1)).backward()
+        found.append([*outputs, inputs.grad, *(t.grad for t in (*a, *b))])
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+        assert theirs.abs().max() > 0
 
 
 def test_the_base_alone_is_a_product_with_an_input_gradient():

@@ -1,0 +1,85 @@
+"""Attention and feed-forward blocks that send the projections of one input through one operator (ops/qlora_linear.py).
+
+The blocks are transformers' own but for that: same modules, same names, same order of operations. Each becomes an
+instance of a subclass with another forward, where all projections of a group are NF4 with an adapter of one rank and
+scale, and no dropout or bias; elsewhere it stays as it is.
+"""
+
+from typing import Any
+
+from torch import Tensor, nn
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+
+from launcher.model.lora import ADAPTER, QLoraLinear4bit, nf4_of
+from launcher.ops.qlora_linear import qlora_linears
+
+ATTENTION = ("q_proj", "k_proj", "v_proj")
+FEED_FORWARD = ("gate_proj", "up_proj")
+
+
+def group_projections(layers: nn.ModuleList, *, mlp: str) -> int:
+    """Let the attention and the block named `mlp` of each layer group their projections, in place; returns how many of
+    these blocks do."""
+    grouped = 0
+    for layer in layers:
+        for name, projections, forward in (("self_attn", ATTENTION, _attention), (mlp, FEED_FORWARD, _feed_forward)):
+            block = getattr(layer, name)
+            if _are_alike([getattr(block, projection) for projection in projections]):
+                block.__class__ = _subclass(type(block), forward)
+                grouped += 1
+    return grouped
+
+
+def _are_alike(projections: list[Any]) -> bool:
+    if not all(isinstance(p, QLoraLinear4bit) for p in projections):
+        return False
+    if any(p.base_layer.bias is not None or getattr(p.lora_dropout[ADAPTER], "p", 0.0) for p in projections):
+        return False
+    return len({(p.scaling[ADAPTER], p.lora_A[ADAPTER].weight.shape) for p in projections}) == 1
+
+
+_made: dict[tuple[type, Any], type] = {}  # one class for all layers: torch.compile guards on it
+
+
+def _subclass(block: type, forward: Any) -> type:
+    if (block, forward) not in _made:
+        _made[block, forward] = type(f"Grouped{block.__name__}", (block,), {"forward": forward})
+    return _made[block, forward]
+
+
+def _projected(x: Tensor, projections: list[Any]) -> list[Tensor]:
+    """x [..., D] -> [..., O] for each."""
+    return qlora_linears(
+        x,
+        [nf4_of(p.base_layer) for p in projections],
+        [p.lora_A[ADAPTER].weight for p in projections],
+        [p.lora_B[ADAPTER].weight for p in projections],
+        scaling=projections[0].scaling[ADAPTER],
+    )
+
+
+def _attention(
+    self: Any,
+    hidden_states: Tensor,
+    position_embeddings: tuple[Tensor, Tensor],
+    attention_mask: Tensor | None = None,
+    past_key_values: None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """hidden_states [B, S, D] -> [B, S, D]; training has no cache."""
+    heads = (*hidden_states.shape[:-1], -1, self.head_dim)
+    query, key, value = (y.view(heads) for y in _projected(hidden_states, [self.q_proj, self.k_proj, self.v_proj]))
+    if hasattr(self, "q_norm"):  # qwen3
+        query, key = self.q_norm(query), self.k_norm(key)
+    query, key = apply_rotary_pos_emb(query.transpose(1, 2), key.transpose(1, 2), *position_embeddings)
+    attend = ALL_ATTENTION_FUNCTIONS[self.config._attn_implementation]
+    out, _ = attend(self, query, key, value.transpose(1, 2), attention_mask, scaling=self.scaling, **kwargs)
+    return self.o_proj(out.reshape(hidden_states.shape[:-1] + (-1,))), None
+
+
+def _feed_forward(self: Any, x: Tensor) -> Tensor:
+    """x [B, S, D] -> [B, S, D]."""
+    gate, up = _projected(x, [self.gate_proj, self.up_proj])
+    out: Tensor = self.down_proj(self.act_fn(gate) * up)
+    return out

@@ -1,0 +1,83 @@
+"""Blocks whose projections go through one operator compute what they compute apart, in every family."""
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from launcher.model.attention import attention_name, register_attention
+from launcher.model.families import FAMILIES, family_of
+from launcher.model.grouped import group_projections
+from launcher.model.lora import attach_lora
+from launcher.model.nf4 import random_base
+from launcher.model.packed import PackedCausalLM
+from launcher.recipe.schema import LoraSection, QuantSection
+from tests.conftest import small_config
+from tests.model.test_families import packed_batch
+
+CPU = torch.device("cpu")
+
+
+def adapted(model_type, *, quant="nf4", **lora):
+    """A small random model of the family with adapters whose B is not zero."""
+    config = small_config(model_type)
+    base = random_base(config, quant=QuantSection(type=quant), dtype=torch.float32, device=CPU, seed=0)
+    base.config.use_cache = False
+    register_attention("sdpa")
+    base.set_attn_implementation(attention_name("sdpa"))
+    peft = attach_lora(base, LoraSection(r=4, **lora), seed=0)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in peft.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.05, generator=generator)
+    return base, peft
+
+
+def loss_and_gradients(base, peft):
+    packed = PackedCausalLM(base, attention="sdpa", max_length=20, loss_chunk=20)
+    loss = packed(*packed_batch(base.config.vocab_size))
+    loss.backward()
+    return loss.detach(), {name: p.grad for name, p in peft.named_parameters() if p.requires_grad}
+
+
+@pytest.mark.parametrize("model_type", sorted(FAMILIES))
+def test_grouped_blocks_have_the_loss_and_the_gradients_of_separate_ones(model_type):
+    found = []
+    for grouped in (False, True):
+        base, peft = adapted(model_type)
+        names = [name for name, _ in peft.named_modules()]
+        if grouped:
+            family = family_of(base.config, max_length=20)
+            assert group_projections(base.model.layers, mlp=family.mlp) == 2 * base.config.num_hidden_layers
+        assert names == [name for name, _ in peft.named_modules()]
+        found.append(loss_and_gradients(base, peft))
+    (loss, gradients), (grouped_loss, grouped_gradients) = found
+    torch.testing.assert_close(grouped_loss, loss, rtol=1e-5, atol=0)
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(grouped_gradients[name], gradient, rtol=1e-3, atol=1e-5)
+        assert gradient.abs().max() > 0
+
+
+@pytest.mark.parametrize(
+    ("lora", "quant", "grouped"),
+    [
+        ({}, "nf4", 4),
+        ({"dropout": 0.1}, "nf4", 0),
+        ({}, "none", 0),
+        ({"targets": ["q_proj", "v_proj"]}, "nf4", 0),
+        ({"targets": ["gate_proj", "up_proj"]}, "nf4", 2),
+    ],
+)
+def test_only_projections_that_are_alike_are_grouped(lora, quant, grouped):
+    base, _ = adapted("llama", quant=quant, **lora)
+    before = [type(layer.mlp) for layer in base.model.layers]
+    assert group_projections(base.model.layers, mlp="mlp") == grouped
+    assert ([type(layer.mlp) for layer in base.model.layers] == before) == (grouped == 0)
+
+
+def test_all_layers_share_one_class_and_stay_instances_of_their_own():
+    base, _ = adapted("llama")
+    stock = AutoModelForCausalLM.from_config(small_config("llama")).model.layers[0]
+    group_projections(base.model.layers, mlp="mlp")
+    assert len({type(layer.self_attn) for layer in base.model.layers}) == 1
+    assert isinstance(base.model.layers[0].self_attn, type(stock.self_attn))
