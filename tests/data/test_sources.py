@@ -167,7 +167,7 @@ def test_a_file_that_may_not_be_read_is_refused(folder: Path, monkeypatch: pytes
 def test_local_files_need_neither_datasets_nor_the_hub(folder: Path) -> None:
     pq.write_table(pa.table({"text": ["a river"]}), folder / "e.parquet")
     code = (
-        "import sys; from launcher.data.sources import open_source; from launcher.recipe.schema import Source\n"
+        "import sys; from launcher.data.sources import open_source; from launcher.recipe.data_section import Source\n"
         f"source = Source(path={str(folder)!r})\n"
         "read = [len([*feed.records()]) for s in (False, True) for feed in open_source(source, streaming=s)]\n"
         "assert read == [2, 2, 2, 2, 1] * 2\n"

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from launcher.recipe import schema
+from launcher.recipe import section as section_module
 from launcher.recipe.data_section import DataSection
 from launcher.recipe.schema import CompileSection, LoraSection, Recipe, TrainSection
 from launcher.recipe.section import recipes_dir
@@ -128,7 +128,7 @@ def test_no_number_may_be_nan_or_infinite(section: str, key: str, number: float 
 
 
 def test_the_nan_test_covers_every_number_of_the_schema() -> None:
-    assert len(NUMBERS) == 21, NUMBERS
+    assert len(NUMBERS) == 22, NUMBERS
 
 
 @pytest.mark.parametrize("word", [False, "off", "OFF", "no", "false"])
@@ -192,8 +192,8 @@ def test_recipes_are_found_beside_the_package_or_inside_it(tmp_path: Any, monkey
         (root / layout).mkdir(parents=True)
         (root / layout / "tiny.yaml").touch()
         (root / "launcher" / "recipe").mkdir(parents=True)
-        monkeypatch.setattr(schema, "__file__", str(root / "launcher" / "recipe" / "schema.py"))
+        monkeypatch.setattr(section_module, "__file__", str(root / "launcher" / "recipe" / "section.py"))
         assert recipes_dir() == root / layout
-    monkeypatch.setattr(schema, "__file__", str(tmp_path / "nowhere" / "launcher" / "recipe" / "schema.py"))
+    monkeypatch.setattr(section_module, "__file__", str(tmp_path / "nowhere" / "launcher" / "recipe" / "section.py"))
     with pytest.raises(FileNotFoundError, match="recipes"):
         recipes_dir()
