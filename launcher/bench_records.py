@@ -131,13 +131,17 @@ class BenchRecord:
 
     @property
     def verdicts(self) -> tuple[Verdict, ...]:
-        """Whether both sides did the same work; none where naive did not take its first step."""
+        """Whether every loss is finite, and both sides did the same work where naive took its first step."""
+        sides = [side for side in (self.ours.side, self.naive) if side]
+        wrong = [loss for side in sides for loss in side.losses if not math.isfinite(loss)]
+        finite = Verdict("all losses are finite", not wrong, f"{len(wrong)} of them are not: {wrong[:1] or 'none'}")
         if self.naive is None or not self.naive.losses:
-            return ()
+            return (finite,)
         ours, naive = self.ours.side.losses[0], self.naive.losses[0]
         apart = difference(ours, naive)
         said = f"ours {ours:.6f}, naive {naive:.6f}: {apart:.1e} apart, at most {self.ours.loss_tolerance:.0e}"
         return (
+            finite,
             Verdict("both sides have the same batches", self.ours.side.batches == self.naive.batches, "by digest"),
             Verdict("both sides have the same loss at step 1", apart <= self.ours.loss_tolerance, said),
         )

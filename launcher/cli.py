@@ -19,7 +19,7 @@ from rich.console import Console
 from launcher.bench.compare import bench
 from launcher.bench.processes import ChildFailed, Job
 from launcher.bench_records import BenchRecord
-from launcher.errors import ContractError, DiskError, LauncherError, LostRank, MemoryExhausted, RecipeError
+from launcher.errors import LESS_MEMORY, ContractError, DiskError, LauncherError, LostRank, MemoryExhausted, RecipeError
 from launcher.parity_records import ParityRecord
 from launcher.ranks import Place, end_with_parent, place
 from launcher.recipe.load import Resolved, resolve
@@ -166,8 +166,7 @@ def _fail(error: BaseException, progress: "Progress", here: Place) -> NoReturn:
     if isinstance(error, torch.OutOfMemoryError):
         ledger = worker.ledger.as_text() if worker else "nothing yet"
         error = MemoryExhausted(
-            f"the device ran out of memory on rank {here.rank}; held by phase: {ledger}.\n"
-            "Lower data.max_length, train.micro_batch (raise train.accumulation), lora.r or memory.loss_chunk_mib."
+            f"the device ran out of memory on rank {here.rank}; held by phase: {ledger}.\n{LESS_MEMORY}"
         )
     elif isinstance(error, OSError) and error.errno == errno.ENOSPC:
         error = DiskError(

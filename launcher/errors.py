@@ -3,6 +3,11 @@
 A message says the rule, the value and the remedy, in that order; `cli` prints it without a traceback.
 """
 
+LESS_MEMORY = (
+    "Set memory.activations=full, lower train.micro_batch (raise train.accumulation), data.max_length, "
+    "memory.loss_chunk_mib or lora.r."
+)
+
 
 class LauncherError(Exception):
     """A failure with a message meant for the user. `code` becomes the exit code of the process."""

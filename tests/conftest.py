@@ -13,12 +13,15 @@ from typing import Any
 
 import pytest
 
+from launcher.compile.cache import OPS, TAG, key_tag
+
 ROOT = Path(__file__).resolve().parents[1]
 TINY = ROOT / "recipes" / "tiny"
 
 os.environ.setdefault(
     "TORCHINDUCTOR_CACHE_DIR", str(Path(tempfile.gettempdir()) / f"qlora-launcher-tests-{os.getuid()}")
 )
+os.environ.setdefault(TAG, key_tag(OPS))  # a changed operator must not meet a graph of the one before
 os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="qlora-launcher-tests-")  # no test reads an earlier run's data
 atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

@@ -17,7 +17,7 @@ from launcher.bench.ceiling import matmul_ceiling, synchronise
 from launcher.bench.naive import NaiveStep, collate
 from launcher.bench.workload import bench_data, bench_request, digest, step_batches, steps_of
 from launcher.bench_records import BEFORE, WARM_UP_STEPS, OursRecord, SideRecord
-from launcher.errors import MemoryExhausted
+from launcher.errors import LESS_MEMORY, MemoryExhausted
 from launcher.memory.vram import MIB, Ledger
 from launcher.parity.gate import gate_of
 from launcher.train.account import start_record
@@ -82,8 +82,7 @@ def ours(request: Request) -> Iterator[str | OursRecord]:
         yield from _ours(request, log)
     except torch.OutOfMemoryError as error:
         raise MemoryExhausted(
-            f"our side ran out of memory; held by phase: {log.ledger.as_text()}.\n"
-            "Lower data.max_length, train.micro_batch (raise train.accumulation), lora.r or memory.loss_chunk_mib."
+            f"our side ran out of memory; held by phase: {log.ledger.as_text()}.\n{LESS_MEMORY}"
         ) from error
 
 

@@ -49,6 +49,7 @@ def bench_data(request: Request) -> Prepared:
         loss_on={"all": rows.rows},
         notes=(
             f"random rows of {request.recipe.data.max_length:,} tokens, all of them targets, not the recipe's data",
+            "each row is one document: attention may take another path than it does with packed rows",
         ),
     )
     return replace(prepared, data=data)

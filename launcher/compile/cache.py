@@ -2,12 +2,16 @@
 private to its owner (0700). Stdlib only: the environment must be set before torch's compiler is imported.
 """
 
+import hashlib
 import os
 import tempfile
+from pathlib import Path
 
 from launcher.private_folder import private_cache
 
 VARIABLE = "TORCHINDUCTOR_CACHE_DIR"
+TAG = "TORCH_COMPILE_CACHE_KEY_TAG"
+OPS = Path(__file__).resolve().parents[1] / "ops"
 
 
 def prepare_cache(*, workers: int) -> str | None:
@@ -17,6 +21,7 @@ def prepare_cache(*, workers: int) -> str | None:
     could not be used (read-only, or another user's) and a temporary one took its place; None otherwise.
     """
     os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", str(workers))
+    os.environ.setdefault(TAG, key_tag(OPS))
     if os.environ.get(VARIABLE):
         return None
     folder, reason = private_cache("inductor")
@@ -25,3 +30,12 @@ def prepare_cache(*, workers: int) -> str | None:
         return None
     os.environ[VARIABLE] = tempfile.mkdtemp(prefix="qlora-launcher-inductor-")  # mkdtemp makes it 0700
     return f"compile cache {folder} {reason}: a temporary one is used, so the next run compiles again"
+
+
+def key_tag(folder: Path) -> str:
+    """A digest of the operators' sources, part of the key of everything cached. torch's own key of a graph names an
+    operator and not its backward formula, which is compiled into the graph: a changed one would not be seen."""
+    digest = hashlib.sha256()
+    for file in sorted(folder.glob("*.py")):
+        digest.update(file.name.encode() + b"\0" + file.read_bytes())
+    return f"qlora-launcher-{digest.hexdigest()[:16]}"

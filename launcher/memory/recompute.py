@@ -18,6 +18,7 @@ Letters: N tokens of a micro batch, D model width, F feed-forward width, V vocab
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch._functorch.config
 
@@ -44,14 +45,24 @@ class Shapes:
     trainable: int  # parameters
 
 
+class Kept(NamedTuple):
+    """What the partitioner is told."""
+
+    budget: float  # fraction of what it would keep of itself
+    elementwise: bool  # whether it keeps elementwise results that the backward pass reads as they are
+
+
+KEPT = {"none": Kept(1.0, True), "selective": Kept(1.0, False), "full": Kept(0.0, False)}  # by falling speed
+
+
 @dataclass(frozen=True)
 class Policy:
     """What is in force, and for `auto` why."""
 
     name: str
-    keep: float  # the partitioner's budget
+    kept: Kept
     why: str
-    forecast_mib: float | None  # peak of allocated memory; None where it is not allocated on a GPU
+    forecast_mib: float | None  # peak of allocated memory; None where it is not allocated on a GPU, or not compiled
 
 
 def check_policy(recipe: Recipe) -> None:
@@ -66,44 +77,39 @@ def check_policy(recipe: Recipe) -> None:
             f"{wanted} recomputes, and dropout would draw another mask; lora.dropout is {recipe.lora.dropout:g}.\n"
             "Set lora.dropout=0, or memory.activations=selective."
         )
-    if memory.activations == "full" and compile.scope == "model":
+    if strict and compile.scope != "layer":
         raise RecipeError(
-            "memory.activations=full recomputes a graph at a time; compile.scope=model makes one of all layers.\n"
-            "Use compile.scope=layer."
+            f"{wanted} recomputes one compiled layer at a time; compile.scope={compile.scope} compiles other pieces.\n"
+            "Use compile.scope=layer, or memory.activations=selective."
         )
 
 
 def choose_policy(recipe: Recipe, shapes: Shapes, *, held_mib: float, free_mib: float | None) -> Policy:
     """`memory.activations` and `memory.budget` -> policy. auto: the fastest whose forecast fits; the least where none
     does. `held_mib` is allocated already, `free_mib` more can be; None on a CPU, where auto keeps everything."""
-    memory = recipe.memory
+    memory, compiled = recipe.memory, recipe.compile.mode != "off"
 
-    def policy(name: str, keep: float, why: str) -> Policy:
-        return Policy(name, keep, why, None if free_mib is None else forecast(shapes, keep, held_mib=held_mib))
+    def policy(name: str, kept: Kept, why: str) -> Policy:
+        known = free_mib is not None and compiled
+        return Policy(name, kept, why, forecast(shapes, kept, held_mib=held_mib) if known else None)
 
     if memory.budget is not None:
-        return policy(f"budget {memory.budget:g}", memory.budget, "as asked")
-    kept = {"none": 1.0, "selective": SELECTIVE, "full": 0.0}
+        return policy(f"budget {memory.budget:g}", Kept(memory.budget, False), "as asked")
     if memory.activations != "auto":
-        return policy(memory.activations, kept[memory.activations], "as asked")
-    if free_mib is None or recipe.compile.mode == "off":
-        return policy("none", 1.0, "auto")
-    if recipe.lora.dropout or recipe.compile.scope == "model":
-        kept.pop("full")
+        return policy(memory.activations, KEPT[memory.activations], "as asked")
+    if free_mib is None or not compiled:
+        return policy("none", KEPT["none"], "auto")
+    names = ["none", "selective"]
+    if not recipe.lora.dropout and recipe.compile.scope == "layer":
+        names.append("full")
+    policies = [policy(name, KEPT[name], "auto: the fastest that fits") for name in names]
     limit = held_mib + ROOM * free_mib
-    policies = [policy(name, keep, "auto: the fastest that fits") for name, keep in kept.items()]
     fitting = [found for found in policies if (found.forecast_mib or 0.0) <= limit]
-    return (
-        fitting[0]
-        if fitting
-        else policy(*list(kept.items())[-1], "auto: nothing is forecast to fit, this is the least")
-    )
+    least = policy(names[-1], KEPT[names[-1]], "auto: nothing is forecast to fit, this is the least")
+    return (fitting or [least])[0]
 
 
-SELECTIVE = 0.999  # below 1 the partitioner first tries what recomputes elementwise work alone
-
-
-def forecast(shapes: Shapes, keep: float, *, held_mib: float) -> float:
+def forecast(shapes: Shapes, kept: Kept, *, held_mib: float) -> float:
     """Peak MiB of a training step over `held_mib` of weights and adapters: gradients and two moments of the adapters,
     what every layer keeps, and the larger of what the loss and what one layer's backward pass work with."""
     s = shapes
@@ -111,9 +117,9 @@ def forecast(shapes: Shapes, keep: float, *, held_mib: float) -> float:
     selective = (3 * s.hidden + 2 * s.query + 2 * s.key_value + 2 * s.intermediate) * token
     everything = selective + (3 * s.hidden + s.intermediate) * token
     least = s.hidden * token
-    layer = {1.0: everything, SELECTIVE: selective}.get(keep, least + keep * (everything - least))
+    layer = least + kept.budget * ((everything if kept.elementwise else selective) - least)
     work = (4 * s.intermediate + 2 * s.hidden) * token + s.intermediate * s.hidden * s.itemsize / MIB
-    if keep < SELECTIVE:
+    if kept.budget < 1:
         work += everything - layer  # of the layer that is being recomputed
     loss = s.loss_chunk * s.vocabulary * s.itemsize / MIB + 3 * s.hidden * token
     adapters = 4 * 4 * s.trainable / MIB  # gradients summed, those of this pass, two moments; fp32
@@ -124,7 +130,6 @@ def forecast(shapes: Shapes, keep: float, *, held_mib: float) -> float:
 def applied(policy: Policy) -> Iterator[None]:
     """While graphs are compiled, the partitioner keeps what the policy says."""
     with torch._functorch.config.patch(
-        activation_memory_budget=policy.keep if policy.keep != SELECTIVE else 1.0,
-        ban_recompute_materialized_backward=policy.keep != SELECTIVE,
+        activation_memory_budget=policy.kept.budget, ban_recompute_materialized_backward=policy.kept.elementwise
     ):
         yield

@@ -25,7 +25,7 @@ CORES: dict[str, Core] = {
     "cudnn": cudnn_attention,
 }
 FUSED = {"varlen": (8, 0), "cudnn": (8, 0)}  # half-precision kernels of CUDA, and the compute capability they need
-CUDNN_WINS = (9, 0)  # measured on an H200 only
+CUDNN_WINS = 9  # major compute capability: measured on an H200, and on nothing newer
 
 
 @dataclass(frozen=True)
@@ -36,6 +36,14 @@ class Rows:
     alone: bool
 
 
+def cudnn_missing(device: torch.device, dtype: torch.dtype, *, head: int) -> str | None:
+    """Why cuDNN's attention cannot run here with heads of this width; None when it can."""
+    missing = fused_missing(device, dtype, capability=FUSED["cudnn"])
+    if missing is None and (head % 8 or head > 128):
+        return f"needs a head width that is a multiple of 8 and at most 128, not {head}"
+    return missing
+
+
 def check_attention(wanted: str, device: torch.device, dtype: torch.dtype) -> None:
     """Raise RecipeError when the path `model.attention` asks for cannot run on this device in this dtype."""
     if wanted in FUSED:
@@ -44,18 +52,24 @@ def check_attention(wanted: str, device: torch.device, dtype: torch.dtype) -> No
             raise RecipeError(f"model.attention={wanted} {missing}. Use model.attention=auto.")
 
 
-def choose_attention(wanted: str, device: torch.device, dtype: torch.dtype, *, alone: bool) -> tuple[str, str]:
-    """`model.attention` -> (path, why). `alone`: every row is one document. Raises RecipeError as `check_attention`,
-    and for a path without boundaries where rows hold several documents."""
+def choose_attention(
+    wanted: str, device: torch.device, dtype: torch.dtype, *, alone: bool, head: int
+) -> tuple[str, str]:
+    """`model.attention` -> (path, why). `alone`: every row is one document; `head`: the width of an attention head.
+
+    Raises RecipeError as `check_attention`, and for a path without boundaries where rows hold several documents."""
     check_attention(wanted, device, dtype)
     if wanted in ("causal", "cudnn") and not alone:
         raise RecipeError(
             f"model.attention={wanted} needs rows of one document each; these hold several. "
             "Use model.attention=auto, or data.batching=bucketed."
         )
+    no_cudnn = cudnn_missing(device, dtype, head=head)
+    if wanted == "cudnn" and no_cudnn is not None:
+        raise RecipeError(f"model.attention=cudnn {no_cudnn}. Use model.attention=auto.")
     if wanted != "auto":
         return wanted, "as asked"
-    if alone and fused_missing(device, dtype, capability=CUDNN_WINS) is None:
+    if alone and no_cudnn is None and torch.cuda.get_device_capability(device)[0] == CUDNN_WINS:
         return "cudnn", "fastest here for rows of one document"
     missing = fused_missing(device, dtype, capability=FUSED["varlen"])
     if missing is None:

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from launcher.errors import RecipeError
 from launcher.model.attention import Rows, attention_name, check_attention, choose_attention, register_attention
-from launcher.model.families import Family, family_of
+from launcher.model.families import Family, family_of, head_width
 from launcher.model.grouped import group_projections
 from launcher.model.lora import attach_lora, check_targets
 from launcher.model.nf4 import bnb_config, check_prequantized, count_parameters, load_base, random_base
@@ -77,7 +77,7 @@ def build_model(
     """
     family = family_of(config, max_length=recipe.data.max_length)
     dtype = choose_dtype(recipe.model.dtype, device)
-    path, why = choose_attention(recipe.model.attention, device, dtype, alone=rows.alone)
+    path, why = choose_attention(recipe.model.attention, device, dtype, alone=rows.alone, head=head_width(config))
     base = build_base(recipe, source, config, dtype=dtype, device=device)
     register_attention(path)
     base.set_attn_implementation(attention_name(path))

@@ -69,6 +69,12 @@ def family_of(config: Any, *, max_length: int) -> Family:
     return family
 
 
+def head_width(config: Any) -> int:
+    """Features of one attention head."""
+    width: int = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return width
+
+
 def _window(config: Any) -> int | None:
     """Tokens of the sliding window, None when no layer uses one."""
     kinds = getattr(config, "layer_types", None)

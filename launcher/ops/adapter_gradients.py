@@ -75,17 +75,18 @@ if HAS_TRITON:
     @triton.jit
     def _thin(  # type: ignore[no-untyped-def]
         out, sums, x, c, scaling, N, M, R, cm, cr, first_cleared, first_size, second_cleared, second_size,
-        RANK: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr, SHARE: tl.constexpr,
+        share, RANK: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr, PIECE: tl.constexpr,
     ):  # fmt: skip
         """BN rows of out [N, R] = scaling * x [N, M] c [M, R]; cm and cr are c's strides. Clears as many rows of `sums`
-        and SHARE elements of each of two other tensors."""
+        and `share` elements of each of two other tensors, PIECE at once."""
         row, k = tl.program_id(0) * BN + tl.arange(0, BN), tl.arange(0, RANK)
         total = tl.zeros((BN, RANK), tl.float32)
         where = (row < N)[:, None] & (k < R)[None, :]
         tl.store(sums + row[:, None] * R + k[None, :], total, mask=where)
-        part, nothing = tl.program_id(0) * SHARE + tl.arange(0, SHARE), tl.zeros((SHARE,), tl.float32)
-        tl.store(first_cleared + part, nothing, mask=part < first_size)
-        tl.store(second_cleared + part, nothing, mask=part < second_size)
+        for piece in range(0, share, PIECE):
+            place, nothing = tl.program_id(0) * share + piece + tl.arange(0, PIECE), tl.zeros((PIECE,), tl.float32)
+            tl.store(first_cleared + place, nothing, mask=place < first_size)
+            tl.store(second_cleared + place, nothing, mask=place < second_size)
         for first in range(0, M, BM):
             column = first + tl.arange(0, BM)
             x_tile = tl.load(
@@ -133,11 +134,13 @@ def _thin_product(x: Tensor, c: Tensor, scaling: float, *, cleared: tuple[Tensor
     sums = torch.empty(rows, rank, device=x.device)
     block, wide, width = 32, 256 if rank <= 32 else 64, _padded(rank)
     blocks = triton.cdiv(rows, block)
-    share = triton.next_power_of_2(triton.cdiv(max(t.numel() for t in cleared), blocks))
+    piece = 1024
+    share = triton.cdiv(triton.cdiv(max(t.numel() for t in cleared), blocks), piece) * piece
     first, second = cleared
     _thin[(blocks,)](
         out, sums, x, c, scaling, rows, columns, rank, *c.stride(), first, first.numel(), second, second.numel(),
-        RANK=width, BN=block, BM=wide, SHARE=share, num_stages=_stages(x, block * wide * 2 + wide * width * 4, most=4),
+        share, RANK=width, BN=block, BM=wide, PIECE=piece,
+        num_stages=_stages(x, block * wide * 2 + wide * width * 4, most=4),
     )  # fmt: skip
     return out, sums
 
@@ -148,7 +151,10 @@ def _tall_product(x: Tensor, t: Tensor, gradient: Tensor, thin: tuple[Tensor, fl
     (rows, columns), rank = x.shape, t.shape[1]
     c, scaling, sums = thin or (gradient, 1.0, t)
     block = 64 if thin is None else 256 if columns >= 2048 and rank <= 32 else 128
-    blocks, width = triton.cdiv(columns, block), _padded(rank)
+    width = _padded(rank)
+    while block > 16 and 64 * block * 2 + 64 * width * 4 + block * width * 2 > _shared_memory(x) * 3 // 5:
+        block //= 2  # a tile of x, one of t and c's must lie in it together
+    blocks = triton.cdiv(columns, block)
     parts = min(16, triton.cdiv(512 if thin is None else 256, blocks))
     span = triton.cdiv(triton.cdiv(rows, parts), 64) * 64  # a multiple of the tile's rows
     _tall[(blocks, triton.cdiv(rows, span))](
@@ -165,5 +171,10 @@ def _padded(rank: int) -> int:
 
 def _stages(x: Tensor, tile_bytes: int, *, most: int) -> int:
     """Tiles that are loaded ahead: as many as two thirds of a multiprocessor's shared memory hold."""
+    return max(1, min(most, _shared_memory(x) * 2 // 3 // tile_bytes))
+
+
+def _shared_memory(x: Tensor) -> int:
+    """Bytes of one multiprocessor that a program may have."""
     device: Any = torch.cuda.get_device_properties(x.device)
-    return max(1, min(most, device.shared_memory_per_block_optin * 2 // 3 // tile_bytes))
+    return int(device.shared_memory_per_block_optin)

@@ -81,6 +81,8 @@ if HAS_TRITON:
         row = tl.program_id(0).to(tl.int64)
         label = tl.load(labels + row)
         start = logits + row * V
+        # Before the sums, whose barriers part it from the second loop: that puts the gradient in its place.
+        target = tl.load(start + tl.maximum(label, 0)).to(tl.float32)
         most = tl.full((BV,), -float("inf"), tl.float32)
         total = tl.zeros((BV,), tl.float32)
         for first in range(0, V, BV):
@@ -95,7 +97,6 @@ if HAS_TRITON:
         top = tl.max(most, 0)
         log_sum = top + tl.log(tl.sum(total * tl.where(most == -float("inf"), 0.0, tl.exp(most - top)), 0))
         supervised = tl.where(label == -100, 0.0, 1.0)  # IGNORE
-        target = tl.load(start + tl.maximum(label, 0)).to(tl.float32)
         tl.store(losses + row, (log_sum - target) * supervised)
         for first in range(0, V, BV):
             column = first + tl.arange(0, BV)

@@ -7,9 +7,11 @@ Letters: D in-features, O out-features, r rank. Blocks of 64 consecutive element
                                                                                 arXiv:2305.14314, section 3)
 
 One [O, D] matrix in the compute dtype is made, used for one product and forgotten: neither pass needs a product with A
-or B on the way of the activations. The sum is made in fp32 and rounded once. The stock order rounds the base weight and
-the update's two products each on their own, so neither is nearer to the truth by construction; mode=parity measures
-both against fp32. Without an update the result is bit-equal to bitsandbytes' own.
+or B on the way of the activations. A and B are rounded to the compute dtype, the sum is made in fp32 and
+rounded once; the stock order rounds the base weight and the update's two products each on their own. An update smaller
+than a weight's last bit is therefore seen through the rounding of many weights: without bias, since dequantised values
+lie anywhere between two numbers of the dtype, but with the base's own rounding error on it. mode=parity measures both
+orders against fp32. Without an update the result is bit-equal to bitsandbytes' own.
 
 On CUDA one Triton launch a weight, elsewhere bitsandbytes' kernels and a product (`_plain`, also the reference).
 """

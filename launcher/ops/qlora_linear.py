@@ -6,7 +6,8 @@ go through one operator together, since their adapter gradients read the same x.
     y = x W^T,   W = dequantised base + s B A                    A [r, D], B [O, r]      (LoRA, arXiv:2106.09685, eq. 3)
     dx = dy W,   dA = s (dy B)^T x,   dB = s dy^T (x A^T)        dx summed over the projections
 
-A and B are fp32 masters and get fp32 gradients; products run in x's dtype. No autocast is involved.
+A and B are fp32 masters and get fp32 gradients, made in x's dtype where there is dropout; products run in x's dtype. No
+autocast is involved.
 
 Three opaque operators. Opaque, because a partitioner that sees the dequantisation keeps its result for the backward
 pass: seven full weights a layer. Forward saves x alone, which the layer can recompute, and each W is made once a pass.

@@ -102,7 +102,10 @@ class MemorySection(Section):
         None, ge=0, le=1, description="Fraction of the activations kept, in place of activations.", examples=[0.3]
     )
     loss_chunk_mib: int = Field(
-        256, ge=1, le=65536, description="MiB of logits, in the compute dtype, that live at once."
+        256,
+        ge=1,
+        le=65536,
+        description="MiB of logits that live at once, in the compute dtype (a CPU holds them twice).",
     )
 
     @field_validator("budget")

@@ -61,6 +61,8 @@ def _print_head(console: Console, record: BenchRecord) -> None:
         ("device", start.device),
         ("dtype", f"{start.dtype} · {start.quantization}"),
         ("ours", f"{start.compile} · attention {start.attention} · {graphs}, {counts}, {cached}"),
+        ("CUDA graphs", start.cuda_graphs),
+        ("activations", start.activations),
         *([("naive", NAIVE + autocast)] if record.naive else []),
         ("alike", f"seed, adapters, batches, optimizer ({start.optimizer})"),
         ("a step", f"{start.micro_batch} × {widths} × accumulation {start.accumulation} of {rows}"),

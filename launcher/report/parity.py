@@ -40,7 +40,7 @@ def _print_head(console: Console, record: ParityRecord) -> None:
         ("parameters", f"{whole(start.trainable)} trainable of {whole(start.parameters)}"),
         ("device", start.device),
         ("dtype", f"{start.dtype} · {start.quantization}"),
-        ("compiled", f"{start.compile} · attention {start.attention} · {graphs}"),
+        ("compiled", f"{start.compile} · attention {start.attention} · {graphs} · CUDA graphs {start.cuda_graphs}"),
         ("eager", f"stock transformers, PEFT and bitsandbytes{_autocast(start.dtype)}"),
         ("reference", "the same stock modules in float32, on the dequantised base"),
         ("batches", f"{len(record.batches)} of {start.micro_batch} × {widths} × accumulation {start.accumulation}"),

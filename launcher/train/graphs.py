@@ -17,10 +17,11 @@ from typing import Any, cast
 
 import torch
 
-from launcher.errors import ContractError, RecipeError
+from launcher.errors import LESS_MEMORY, ContractError, MemoryExhausted, RecipeError
 from launcher.recipe.schema import CompileSection
 
 Work = Callable[[], None]
+OUT_OF_MEMORY = "out of memory"  # in what torch says of it
 
 _failed: list[Any] = []  # torch's host allocator may still ask a failed graph which stream it captured
 
@@ -45,6 +46,10 @@ def outcome(failures: Sequence[str | None], *, wanted: str) -> str:
         return "on"
     first, why = next(iter(failed.items()))
     where = "" if len(failures) == 1 else f" on {len(failed)} of {len(failures)} ranks, rank {first}"
+    if wanted == "on" and OUT_OF_MEMORY in why:
+        raise MemoryExhausted(
+            f"compile.cuda_graphs=on: the step must fit while it is captured{where}: {why}\n{LESS_MEMORY}"
+        )
     if wanted == "on":
         raise ContractError(
             f"compile.cuda_graphs=on: the whole step must be captured; it failed{where}: {why}\n"
@@ -98,7 +103,7 @@ class Graphs:
     def _recover(self, graph: torch.cuda.CUDAGraph) -> None:
         """End what torch has not: its allocator would keep the pool, its generator refuse random numbers."""
         device, native = torch.cuda.current_device(), cast(Any, torch._C)
-        with suppress(RuntimeError):  # torch has ended it by itself
+        with suppress(RuntimeError, AttributeError):  # torch has ended it by itself, or calls it otherwise
             native._cuda_endAllocateToPool(device, self._pool)
             _failed.append(graph)
             native._cuda_releasePool(device, self._pool)

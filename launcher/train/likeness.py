@@ -4,19 +4,19 @@ import hashlib
 
 from torch import nn
 
-from launcher.errors import DataError
+from launcher.errors import LauncherError
 from launcher.ranks import gather
 
 
-def check_alike(what: str, digest: str) -> None:
-    """Every rank calls this with its own digest. Raises DataError, on all of them, where two differ.
+def check_alike(what: str, digest: str, *, error: type[LauncherError], remedy: str) -> None:
+    """Every rank calls this with its own digest. Raises `error`, on all of them, where two differ.
 
     `what` completes "every rank must ...".
     """
     digests = gather(digest[:16])
     if len(set(digests)) > 1:
         rows = "\n".join(f"rank {rank}: {found}" for rank, found in enumerate(digests))
-        raise DataError(f"every rank must {what}; they differ:\n{rows}")
+        raise error(f"every rank must {what}; they differ:\n{rows}\n{remedy}")
 
 
 def digest_of(model: nn.Module) -> str:

@@ -11,7 +11,7 @@ from typing import Any, cast
 import torch
 
 from launcher.data.loader import MicroBatch
-from launcher.errors import CheckpointError, ContractError, NonFiniteError
+from launcher.errors import CheckpointError, ContractError, LauncherError, NonFiniteError
 from launcher.ranks import broadcast, gather
 from launcher.records import EvalRecord, RunRecord, StartRecord, StepRecord, Verdict
 from launcher.train.account import rank_record, start_record
@@ -107,10 +107,10 @@ def _train(worker: Worker, progress: Progress) -> Iterator[StepRecord | EvalReco
         last = number == worker.steps
         evaluates = last or bool(recipe.eval_every and number % recipe.eval_every == 0)
         with clock.phase("train"):
-            batch = next(worker.batches)  # while the device works on the step before
             try:
+                batch = next(worker.batches)  # while the device works on the step before
                 pending.add(worker.step(batch), batch)
-            except ContractError:
+            except (LauncherError, KeyboardInterrupt):
                 _records(worker, progress, pending.read(all=True))  # the steps before it are good
                 raise
             if not evaluates and number % recipe.log_every:

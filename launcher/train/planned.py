@@ -9,7 +9,7 @@ from launcher.data.stream import Stream, StreamLoader
 from launcher.memory.recompute import Shapes
 from launcher.model.attention import CORES, Rows, register_attention
 from launcher.model.build import BuiltModel
-from launcher.model.families import layer_mlps, layer_norms
+from launcher.model.families import head_width, layer_mlps, layer_norms
 from launcher.ops.linear_ce import chunk_loss, chunk_loss_and_grad
 from launcher.recipe.schema import TrainSection
 
@@ -39,7 +39,7 @@ def rows_of(data: PreparedData) -> Rows:
 def shapes_of(built: BuiltModel, *, micro_batch: int, width: int) -> Shapes:
     """What a micro batch of rows of `width` positions keeps is told by these."""
     config: Any = built.peft.config
-    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    head = head_width(config)
     return Shapes(
         layers=config.num_hidden_layers,
         tokens=micro_batch * width,

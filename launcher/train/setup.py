@@ -25,7 +25,7 @@ from launcher.data.loader import MicroBatch, eval_batches, sample_batch
 from launcher.data.prepare import PreparedData
 from launcher.data.prepare import prepare as prepare_data
 from launcher.data.stream import train_loader
-from launcher.errors import LauncherError, RecipeError
+from launcher.errors import ContractError, DataError, LauncherError, RecipeError
 from launcher.memory.recompute import Policy, applied, check_policy, choose_policy
 from launcher.memory.vram import Ledger
 from launcher.model.build import BuiltModel, build_model, preflight
@@ -140,7 +140,12 @@ class Worker:
         )
         # Token counts and steps are not exchanged but known, as every rank packs the same data: make sure of it.
         known = recipe.train.model_dump_json() + prepared.data.identity
-        check_alike("read the same data and recipe", hashlib.sha256(known.encode()).hexdigest())
+        check_alike(
+            "read the same data and recipe",
+            hashlib.sha256(known.encode()).hexdigest(),
+            error=DataError,
+            remedy="Give every process the same command line, and the same files on every machine.",
+        )
         self.observer = Observer()
         self.ledger = Ledger(self.accelerator.device)
 
@@ -156,7 +161,12 @@ class Worker:
             phase=self.ledger.mark,
         )
         if self.place.world_size > 1:  # only gradients are exchanged: ranks that begin apart stay apart
-            check_alike("start from the same adapter", digest_of(self.built.packed))
+            check_alike(
+                "start from the same adapter",
+                digest_of(self.built.packed),
+                error=ContractError,
+                remedy="Run the same versions of torch and peft on the same kind of device on every rank.",
+            )
         self.policy = self._activation_policy()
         return self.built
 
@@ -241,10 +251,10 @@ class Worker:
         wanted, device = self.recipe.compile.cuda_graphs, self.accelerator.device
         if wanted == "off" or device.type != "cuda":
             return "off (as asked)" if wanted == "off" else f"off (the device is {device.type.upper()})"
-        failure = None
+        failure, install = None, None
         with self.clock.phase("capture"):
             try:
-                self.step.capture(self._samples)
+                install = self.step.capture(self._samples)
             except CaptureFailed as error:
                 failure = str(error)
             if failure is not None:  # only now does nothing hold what the attempt had in memory
@@ -252,5 +262,7 @@ class Worker:
                 torch.cuda.empty_cache()
         self.ledger.mark("after capture")
         found = outcome(gather(failure), wanted=wanted)
+        if found == "on" and install is not None:  # on every rank or on none
+            install()
         apart = found == "on" and not gates_on_device(self.step.optimizer)
         return f"on, but for the update of {self.recipe.train.optimizer}" if apart else found

@@ -136,8 +136,9 @@ class TrainStep:
                 calls.train()
                 calls.evaluate()
 
-    def capture(self, samples: Sequence[MicroBatch]) -> None:
-        """Replace the calls for the shapes of `samples` (largest first), and the update, by CUDA graphs.
+    def capture(self, samples: Sequence[MicroBatch]) -> Work:
+        """Record the calls for the shapes of `samples` (largest first), and the update, in CUDA graphs; returns what
+        puts these in their place.
 
         Leaves no trace in weights, optimizer or loss scale, and random numbers drawn where there is dropout. Raises
         CaptureFailed, and goes on uncaptured; ContractError for a compilation.
@@ -155,10 +156,14 @@ class TrainStep:
             graphs.rehearse(lambda: self.plan.call(all_work))
             with capturable(self.optimizer):
                 replays = graphs.capture(work)
-        for call, train, evaluate in zip(calls, replays[::2], replays[1::2], strict=False):
-            call.train, call.evaluate = train, evaluate
-        if update:
-            self._update = replays[-1]
+
+        def install() -> None:
+            for call, train, evaluate in zip(calls, replays[::2], replays[1::2], strict=False):
+                call.train, call.evaluate = train, evaluate
+            if update:
+                self._update = replays[-1]
+
+        return install
 
     @contextmanager
     def _no_trace(self) -> Iterator[None]:

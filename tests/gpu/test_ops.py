@@ -1,11 +1,10 @@
 """The Triton kernels against the plain forms beside them, odd shapes included: `pytest -m gpu`."""
 
-from types import SimpleNamespace
-
 import bitsandbytes.functional as bnb
 import pytest
 import torch
 
+from launcher.ops import adapter_gradients
 from launcher.ops.adapter_gradients import gradients, plain_gradients
 from launcher.ops.attention import causal_attention, cudnn_attention
 from launcher.ops.linear_ce import IGNORE, softmax_gradient, softmax_gradient_
@@ -79,13 +78,37 @@ def test_projections_of_one_input_have_together_the_gradients_they_have_alone(ou
         assert ours.shape == theirs.shape and error(ours, theirs) < ROUNDING[dtype]
 
 
+class Launched:
+    """A kernel that notes the shared memory of what it launches."""
+
+    def __init__(self, kernel):
+        self.kernel, self.shared = kernel, []
+
+    def __getitem__(self, grid):
+        def launch(*args, **kwargs):
+            self.shared.append(self.kernel[grid](*args, **kwargs).metadata.shared)
+
+        return launch
+
+
+@pytest.mark.parametrize("rank", [16, 32, 96, 128])
 @pytest.mark.parametrize("memory", [64 * 1024, 99 * 1024])
-def test_the_kernels_fit_the_shared_memory_of_smaller_cards(monkeypatch, memory):
-    monkeypatch.setattr(
-        torch.cuda, "get_device_properties", lambda device: SimpleNamespace(shared_memory_per_block_optin=memory)
-    )
+def test_the_kernels_fit_the_shared_memory_of_smaller_cards(monkeypatch, memory, rank):
+    kernels = [Launched(adapter_gradients._thin), Launched(adapter_gradients._tall)]
+    monkeypatch.setattr(adapter_gradients, "_shared_memory", lambda x: memory)
+    monkeypatch.setattr(adapter_gradients, "_thin", kernels[0])
+    monkeypatch.setattr(adapter_gradients, "_tall", kernels[1])
     x, dy = torch.randn(512, 2048, device="cuda").bfloat16(), torch.randn(512, 8192, device="cuda").bfloat16()
-    a, b = torch.randn(16, 2048, device="cuda"), torch.randn(8192, 16, device="cuda")
+    a, b = torch.randn(rank, 2048, device="cuda"), torch.randn(8192, rank, device="cuda")
+    for ours, theirs in zip(gradients([dy], x, [a], [b], 1.0), plain_gradients(dy, x, a, b, 1.0), strict=True):
+        assert error(ours, theirs) < ROUNDING[torch.bfloat16]
+    assert [len(kernel.shared) for kernel in kernels] == [1, 2]
+    assert all(0 < used <= memory for kernel in kernels for used in kernel.shared)
+
+
+def test_few_tokens_and_wide_adapters_are_cleared_in_pieces():
+    x, dy = torch.randn(24, 4096, device="cuda").bfloat16(), torch.randn(24, 8192, device="cuda").bfloat16()
+    a, b = torch.randn(64, 4096, device="cuda"), torch.randn(8192, 64, device="cuda")
     for ours, theirs in zip(gradients([dy], x, [a], [b], 1.0), plain_gradients(dy, x, a, b, 1.0), strict=True):
         assert error(ours, theirs) < ROUNDING[torch.bfloat16]
 

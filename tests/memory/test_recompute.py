@@ -5,7 +5,7 @@ import torch
 import torch._dynamo
 
 from launcher.errors import RecipeError
-from launcher.memory.recompute import SELECTIVE, Policy, Shapes, applied, check_policy, choose_policy, forecast
+from launcher.memory.recompute import KEPT, Kept, Policy, Shapes, applied, check_policy, choose_policy, forecast
 from launcher.model.attention import Rows
 from launcher.model.build import build_model
 from launcher.model.source import load_config
@@ -14,7 +14,6 @@ LLAMA_1B = Shapes(
     layers=16, tokens=4096, hidden=2048, query=2048, key_value=512, intermediate=8192, vocabulary=128256,
     loss_chunk=1024, itemsize=2, trainable=11_272_192,
 )  # fmt: skip
-KEEP = {"none": 1.0, "selective": SELECTIVE, "full": 0.0}
 
 
 def kept_and_gradients(recipe, policy, *, seed=0):
@@ -54,7 +53,7 @@ def kept_and_gradients(recipe, policy, *, seed=0):
 
 
 def test_each_policy_keeps_less_than_the_one_before_and_gives_its_gradients(make_recipe):
-    found = {name: kept_and_gradients(make_recipe(), Policy(name, keep, "", None)) for name, keep in KEEP.items()}
+    found = {name: kept_and_gradients(make_recipe(), Policy(name, keep, "", None)) for name, keep in KEPT.items()}
     sizes = [size for size, _ in found.values()]
     assert sizes[0] > sizes[1] > 2 * sizes[2] > 0
     for _, gradients in found.values():
@@ -64,10 +63,10 @@ def test_each_policy_keeps_less_than_the_one_before_and_gives_its_gradients(make
 
 def test_dropout_draws_one_mask_under_the_policies_that_are_allowed_with_it(make_recipe):
     recipe = make_recipe(lora={"r": 4, "dropout": 0.5})
-    gradients = [kept_and_gradients(recipe, Policy(n, KEEP[n], "", None), seed=3)[1] for n in ("none", "selective")]
+    gradients = [kept_and_gradients(recipe, Policy(n, KEPT[n], "", None), seed=3)[1] for n in ("none", "selective")]
     for ours, theirs in zip(*gradients, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
-    other = kept_and_gradients(recipe, Policy("none", 1.0, "", None), seed=4)[1]
+    other = kept_and_gradients(recipe, Policy("none", KEPT["none"], "", None), seed=4)[1]
     assert not torch.allclose(other[0], gradients[0][0])
 
 
@@ -79,6 +78,8 @@ def test_dropout_draws_one_mask_under_the_policies_that_are_allowed_with_it(make
         ({"memory": {"activations": "full"}, "compile": {"mode": "off"}}, "compile.mode is off"),
         ({"memory": {"activations": "selective"}, "compile": {"mode": "off"}}, "compile.mode is off"),
         ({"memory": {"activations": "full"}, "compile": {"scope": "model"}}, "compile.scope=layer"),
+        ({"memory": {"activations": "full"}, "compile": {"scope": "regions"}}, "compile.scope=layer"),
+        ({"memory": {"budget": 0.3}, "compile": {"scope": "regions"}}, "compile.scope=layer"),
     ],
 )
 def test_a_policy_that_cannot_be_honoured_is_refused(make_recipe, sections, said):
@@ -96,12 +97,17 @@ def test_auto_takes_the_fastest_that_fits_and_the_least_where_nothing_does(make_
 
     assert [chosen(free).name for free in (140_000, 6_000, 2_000, 100)] == ["none", "selective", "full", "full"]
     assert "nothing is forecast to fit" in chosen(100).why
-    assert chosen(None) == Policy("none", 1.0, "auto", None)
+    assert chosen(None) == Policy("none", KEPT["none"], "auto", None)
     with_dropout = make_recipe(lora={"dropout": 0.1})
     assert chosen(2_000, with_dropout).name == "selective"
+    assert chosen(2_000, make_recipe(compile={"scope": "regions"})).name == "selective"
+    assert chosen(2_000, make_recipe(compile={"mode": "off"})) == Policy("none", KEPT["none"], "auto", None)
 
 
 def test_the_forecast_grows_with_what_is_kept_and_with_the_batch():
-    peaks = [forecast(LLAMA_1B, keep, held_mib=1057) for keep in (0.0, 0.3, SELECTIVE, 1.0)]
+    peaks = [
+        forecast(LLAMA_1B, keep, held_mib=1057)
+        for keep in (KEPT["full"], Kept(0.3, False), KEPT["selective"], KEPT["none"])
+    ]
     assert peaks == sorted(peaks) and peaks[0] > 1057
-    assert forecast(replace(LLAMA_1B, tokens=8192), 1.0, held_mib=1057) > 1.6 * (peaks[-1] - 1057)
+    assert forecast(replace(LLAMA_1B, tokens=8192), KEPT["none"], held_mib=1057) > 1.6 * (peaks[-1] - 1057)

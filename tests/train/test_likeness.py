@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from launcher.errors import DataError
+from launcher.errors import ContractError
 from launcher.train import likeness
 from launcher.train.likeness import check_alike, digest_of
 
@@ -22,8 +22,11 @@ def test_a_digest_changes_with_any_bit_of_a_trained_weight_and_with_no_other():
 
 
 def test_a_rank_that_differs_is_shown_beside_the_others(monkeypatch):
-    check_alike("start from the same adapter", "a" * 64)
+    told = {"error": ContractError, "remedy": "Do that."}
+    check_alike("start from the same adapter", "a" * 64, **told)
     monkeypatch.setattr(likeness, "gather", lambda own: [own, "other"])
-    with pytest.raises(DataError, match="every rank must start from the same adapter; they differ:\nrank 0: aaaa") as e:
-        check_alike("start from the same adapter", "a" * 64)
-    assert "rank 1: other" in str(e.value)
+    with pytest.raises(
+        ContractError, match="every rank must start from the same adapter; they differ:\nrank 0: aaaa"
+    ) as e:
+        check_alike("start from the same adapter", "a" * 64, **told)
+    assert str(e.value).endswith("rank 1: other\nDo that.")

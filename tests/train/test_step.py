@@ -266,7 +266,7 @@ def test_rehearsal_and_capture_leave_no_trace_and_the_step_goes_on_as_without(mo
         with pytest.raises(CaptureFailed):
             captured.capture([micro(9, 4)])
     else:
-        captured.capture([micro(9, 4)])
+        captured.capture([micro(9, 4)])()
     after = state_of(captured)
     torch.testing.assert_close(after[:3], before[:3], rtol=0, atol=0)
     assert not any(gradient.any() for gradient in after[3])
@@ -279,7 +279,7 @@ def test_rehearsal_and_capture_leave_no_trace_and_the_step_goes_on_as_without(mo
 def test_a_capture_before_the_first_step_leaves_an_optimizer_that_has_made_none(monkeypatch):
     monkeypatch.setattr(step_module, "Graphs", Stand)
     step = make_step(Linear())
-    step.capture([micro(9, 4)])
+    step.capture([micro(9, 4)])()
     [state] = step.optimizer.state.values()
     assert not any(value.any() for value in state.values())
     step(step_batch(micro(1, 4)))
