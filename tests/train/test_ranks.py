@@ -120,8 +120,9 @@ def test_a_rank_that_begins_with_another_adapter_ends_the_run_before_it_trains(a
     done = finished([*LAUNCH, "--main_process_port", "0", worker, "adapter", *arguments, *shape], tmp_path)
     assert done.returncode != 0
     assert done.stderr.count("every rank must start from the same adapter; they differ:") == 1
-    assert "exit code 3" in done.stderr
-    assert not (tmp_path / "run").exists()
+    status = json.loads((tmp_path / "run" / "status.json").read_text())
+    assert (status["code"], status["step"]) == (9, 0)
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
 def test_a_fault_in_the_data_is_met_by_both_ranks_and_said_once(arguments, tmp_path):
