@@ -119,7 +119,7 @@ def test_a_rank_that_begins_with_another_adapter_ends_the_run_before_it_trains(a
     shape = ["train.steps=1", "train.micro_batch=1", f"run.output_dir={tmp_path / 'run'}"]
     done = finished([*LAUNCH, "--main_process_port", "0", worker, "adapter", *arguments, *shape], tmp_path)
     assert done.returncode != 0
-    assert done.stderr.count("every rank must start from the same adapter; they differ:") == 1
+    assert "every rank must start from the same adapter; they differ:" in done.stderr
     status = json.loads((tmp_path / "run" / "status.json").read_text())
     assert (status["code"], status["step"]) == (9, 0)
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
