@@ -122,7 +122,7 @@ def test_a_rank_that_begins_with_another_adapter_ends_the_run_before_it_trains(a
     assert "every rank must start from the same adapter; they differ:" in done.stderr
     status = json.loads((tmp_path / "run" / "status.json").read_text())
     assert (status["code"], status["step"]) == (9, 0)
-    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+    assert (tmp_path / "run" / "metrics.jsonl").read_text() == ""
 
 
 def test_a_fault_in_the_data_is_met_by_both_ranks_and_said_once(arguments, tmp_path):
