@@ -82,7 +82,7 @@ def test_the_figures_of_two_sides() -> None:
     assert found.tokens_per_s(found.ours.side) == pytest.approx(1_000)  # of the measured steps alone: 100 in 0.1 s
     assert found.ceiling_share(found.ours.side) == pytest.approx(0.5)  # 10,000 in 0.1 s, of 200,000 a second
     assert found.ours.side.before_mib == 400.0
-    assert found.holds and len(found.verdicts) == 2
+    assert found.holds and len(found.verdicts) == 3
 
 
 def test_with_rows_of_several_widths_a_rate_is_of_steps_and_their_own_tokens() -> None:
@@ -118,7 +118,16 @@ def test_a_first_loss_beyond_the_tolerance_is_said_in_at_most_five_lines(loss: f
 
 def test_other_batches_are_a_failure_though_the_losses_agree() -> None:
     found = record(naive=replace(side(0.5, first_s=5.0), batches="other"))
-    assert [verdict.holds for verdict in found.verdicts] == [False, True] and not found.holds
+    assert [verdict.holds for verdict in found.verdicts] == [True, False, True] and not found.holds
+
+
+@pytest.mark.parametrize("naive", [True, False])
+def test_a_later_loss_that_is_not_finite_is_a_failure(naive: bool) -> None:
+    whole = record() if naive else record(naive=None)
+    ours = replace(whole.ours, side=replace(whole.ours.side, losses=(*whole.ours.side.losses[:3], math.nan)))
+    found = replace(whole, ours=ours)
+    assert whole.holds and not found.holds
+    assert "all losses are finite: 1 of them are not: [nan]" in found.failure
 
 
 def test_what_is_no_number_is_infinitely_far_from_everything() -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb, eager_attention_forward
 
 from launcher.model.lora import ADAPTER, QLoraLinear4bit, nf4_of
 from launcher.ops.qlora_linear import qlora_linears
@@ -64,17 +64,21 @@ def _attention(
     hidden_states: Tensor,
     position_embeddings: tuple[Tensor, Tensor],
     attention_mask: Tensor | None = None,
-    past_key_values: None = None,
+    past_key_values: Any = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """hidden_states [B, S, D] -> [B, S, D]; training has no cache."""
+    """hidden_states [B, S, D] -> [B, S, D]."""
     heads = (*hidden_states.shape[:-1], -1, self.head_dim)
     query, key, value = (y.view(heads) for y in _projected(hidden_states, [self.q_proj, self.k_proj, self.v_proj]))
     if hasattr(self, "q_norm"):  # qwen3
         query, key = self.q_norm(query), self.k_norm(key)
     query, key = apply_rotary_pos_emb(query.transpose(1, 2), key.transpose(1, 2), *position_embeddings)
-    attend = ALL_ATTENTION_FUNCTIONS[self.config._attn_implementation]
-    out, _ = attend(self, query, key, value.transpose(1, 2), attention_mask, scaling=self.scaling, **kwargs)
+    value = value.transpose(1, 2)
+    if past_key_values is not None:  # never in training; a caller's own generation may have one
+        key, value = past_key_values.update(key, value, self.layer_idx)
+    name = self.config._attn_implementation
+    attend = eager_attention_forward if name == "eager" else ALL_ATTENTION_FUNCTIONS[name]
+    out, _ = attend(self, query, key, value, attention_mask, scaling=self.scaling, dropout=0.0, **kwargs)
     return self.o_proj(out.reshape(hidden_states.shape[:-1] + (-1,))), None
 
 
