@@ -62,7 +62,11 @@ class Skeletons:
         self._variables = variables
         self._template: Template | None = None
         try:
-            self._template = _environment().from_string(template)
+            environment = _environment()
+            if (
+                environment.parse(template).find(nodes.EvalContextModifier) is None
+            ):  # autoescape changes what is written
+                self._template = environment.from_string(template)
         except Exception:  # a tag that is not known here, or a template that is none: transformers will say
             return
 
@@ -79,7 +83,12 @@ class Skeletons:
         """From a chat and what transformers makes of it."""
         shape = _shape(chat, prompt=prompt)
         done = self._tried[shape] == MOST_TRIED or self._tried.total() == MOST
-        if self._template is None or done or self.text(chat, prompt=prompt) is not None:
+        if self._template is None:
+            return
+        known = self.text(chat, prompt=prompt)
+        if known is not None and known != text:
+            self._forget()
+        if done or known is not None:
             return
         self._tried[shape] += 1
         skeleton = self._traced(chat, prompt=prompt)
@@ -88,8 +97,12 @@ class Skeletons:
         if skeleton.text([message["content"] for message in chat]) == text:
             self._known[shape].append(skeleton)
         else:
-            self._template = None
-            self._known.clear()
+            self._forget()
+
+    def _forget(self) -> None:
+        """What was wrong once is not asked again: transformers renders every chat of this template."""
+        self._template = None
+        self._known.clear()
 
     def _traced(self, chat: Sequence[Mapping[str, str]], *, prompt: bool) -> Skeleton | None:
         assert self._template is not None
@@ -130,6 +143,10 @@ class _Environment(ImmutableSandboxedEnvironment):
 
     code_generator_class = NativeCodeGenerator
     concat = staticmethod(joined)
+
+    def getitem(self, obj: Any, argument: Any) -> Any:
+        # jinja would take an error of the lookup for a missing key: a content as a key must not pass unnoticed.
+        return super().getitem(obj, str(argument) if isinstance(argument, Traced) else argument)
 
 
 def _environment() -> _Environment:

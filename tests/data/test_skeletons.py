@@ -101,6 +101,11 @@ def test_a_template_that_asks_for_thoughts_has_a_skeleton_for_each_answer(make: 
 
 DEEDS = {  # what a template may do with the content c, and whether a skeleton knows what comes of it
     "{{ c }}": True,
+    "{% if c != none and 'a' in c %}A{% endif %}{{ c }}": True,
+    "{% if c not in [none, ''] and c.startswith('a') %}A{% endif %}{{ c }}": True,
+    "{% if c != false %}{{ c }}{% endif %}": True,
+    "{% autoescape true %}{{ c }}{% endautoescape %}": False,
+    "{{ 'abc'[c] is defined }}": False,
     "{{ '%' + c + '{}' }}": True,
     "{{ c | trim }}": True,
     "{{ c.strip('ab') + c.lstrip() + c.rstrip('\n') }}": True,
@@ -181,6 +186,14 @@ def test_whatever_a_template_does_with_a_content_is_filled_in_exactly_or_not_at_
         for other in SAID:
             asked = messages(other, "x")
             assert skeletons.text(asked, prompt=False) in (None, written(tokenizer, asked))
+
+
+def test_a_skeleton_that_a_later_chat_proves_wrong_is_forgotten_with_all_others(make_tokenizer: MakeTokenizer) -> None:
+    tokenizer = make_tokenizer("{{ messages[0]['content'] }}")
+    skeletons = learned(tokenizer, messages("a", "x"))
+    assert skeletons.text(messages("b", "x"), prompt=False) == "b"
+    skeletons.learn(messages("b", "x"), "another", prompt=False)
+    assert skeletons.text(messages("b", "x"), prompt=False) is None
 
 
 def test_what_a_template_refuses_is_not_learned(make_tokenizer: MakeTokenizer) -> None:
