@@ -220,5 +220,5 @@ def scattered(*, bias: float, seed: int) -> bool:
 
 
 def test_the_mean_loss_error_is_judged_beyond_its_scatter() -> None:
-    assert sum(scattered(bias=0, seed=seed) for seed in range(200)) > 190  # a plain ratio of the means fails 50 of them
+    assert sum(scattered(bias=0, seed=seed) for seed in range(200)) > 190  # a plain ratio of the means fails 62 of them
     assert sum(scattered(bias=3, seed=seed) for seed in range(200)) < 10
