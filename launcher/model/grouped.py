@@ -1,21 +1,26 @@
-"""Attention and feed-forward blocks that send the projections of one input through one operator (ops/qlora_linear.py).
+"""Attention and feed-forward blocks that send the projections of one input through one operator (ops/qlora_linear.py),
+or all of a feed-forward block (ops/feed_forward.py).
 
 The blocks are transformers' own but for that: same modules, same names, same order of operations. Each becomes an
 instance of a subclass with another forward, where all projections of a group are NF4 with an adapter of one rank and
 scale, and no dropout or bias; elsewhere it stays as it is.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor, nn
+from transformers.activations import SiLUActivation
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb, eager_attention_forward
 
 from launcher.model.lora import ADAPTER, QLoraLinear4bit, nf4_of
+from launcher.ops.feed_forward import gated_feed_forward
+from launcher.ops.nf4 import Nf4
 from launcher.ops.qlora_linear import qlora_linears
 
 ATTENTION = ("q_proj", "k_proj", "v_proj")
-FEED_FORWARD = ("gate_proj", "up_proj")
+FEED_FORWARD = ("gate_proj", "up_proj", "down_proj")
 
 
 def group_projections(layers: nn.ModuleList, *, mlp: str) -> int:
@@ -23,20 +28,32 @@ def group_projections(layers: nn.ModuleList, *, mlp: str) -> int:
     these blocks do."""
     grouped = 0
     for layer in layers:
-        for name, projections, forward in (("self_attn", ATTENTION, _attention), (mlp, FEED_FORWARD, _feed_forward)):
+        for name, forward_of in (("self_attn", _attention_forward), (mlp, _feed_forward_forward)):
             block = getattr(layer, name)
-            if _are_alike([getattr(block, projection) for projection in projections]):
+            forward = forward_of(block)
+            if forward is not None:
                 block.__class__ = _subclass(type(block), forward)
                 grouped += 1
     return grouped
 
 
-def _are_alike(projections: list[Any]) -> bool:
+def _attention_forward(block: Any) -> Any:
+    return _attention if _are_alike(block, ATTENTION) else None
+
+
+def _feed_forward_forward(block: Any) -> Any:
+    if isinstance(block.act_fn, nn.SiLU | SiLUActivation) and _are_alike(block, FEED_FORWARD):
+        return _gated_feed_forward
+    return _feed_forward if _are_alike(block, FEED_FORWARD[:2]) else None
+
+
+def _are_alike(block: Any, names: Sequence[str]) -> bool:
+    projections = [getattr(block, name) for name in names]
     if not all(isinstance(p, QLoraLinear4bit) for p in projections):
         return False
     if any(p.base_layer.bias is not None or getattr(p.lora_dropout[ADAPTER], "p", 0.0) for p in projections):
         return False
-    return len({(p.scaling[ADAPTER], p.lora_A[ADAPTER].weight.shape) for p in projections}) == 1
+    return len({(p.scaling[ADAPTER], p.lora_A[ADAPTER].weight.shape[0]) for p in projections}) == 1
 
 
 _made: dict[tuple[type, Any], type] = {}  # one class for all layers: torch.compile guards on it
@@ -48,15 +65,18 @@ def _subclass(block: type, forward: Any) -> type:
     return _made[block, forward]
 
 
-def _projected(x: Tensor, projections: list[Any]) -> list[Tensor]:
-    """x [..., D] -> [..., O] for each."""
-    return qlora_linears(
-        x,
+def _columns(projections: list[Any]) -> tuple[list[Nf4], list[Tensor], list[Tensor]]:
+    """Bases, A and B of the projections."""
+    return (
         [nf4_of(p.base_layer) for p in projections],
         [p.lora_A[ADAPTER].weight for p in projections],
         [p.lora_B[ADAPTER].weight for p in projections],
-        scaling=projections[0].scaling[ADAPTER],
     )
+
+
+def _projected(x: Tensor, projections: list[Any]) -> tuple[Tensor, ...]:
+    """x [..., D] -> [..., O] for each."""
+    return qlora_linears(x, *_columns(projections), scaling=projections[0].scaling[ADAPTER])
 
 
 def _attention(
@@ -87,3 +107,9 @@ def _feed_forward(self: Any, x: Tensor) -> Tensor:
     gate, up = _projected(x, [self.gate_proj, self.up_proj])
     out: Tensor = self.down_proj(self.act_fn(gate) * up)
     return out
+
+
+def _gated_feed_forward(self: Any, x: Tensor) -> Tensor:
+    """x [B, S, D] -> [B, S, D]."""
+    projections = [self.gate_proj, self.up_proj, self.down_proj]
+    return gated_feed_forward(x, *_columns(projections), scaling=self.down_proj.scaling[ADAPTER])

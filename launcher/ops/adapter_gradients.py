@@ -29,30 +29,35 @@ MAX_RANK = 128  # of the stacked A: beyond it the tiles no longer fit a multipro
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
-def gradients(
-    dy: Sequence[Tensor], x: Tensor, a: Sequence[Tensor], b: Sequence[Tensor], scaling: float
-) -> tuple[Tensor, Tensor]:
-    """Of n projections of x [N, D]: dy [N, O] each, a [r, D] and b [O, r] each, fp32 -> dA [n r, D], dB [sum of O, r],
-    fp32, stacked in their order."""
-    rank, half = sum(each.shape[0] for each in a), x.dtype != torch.float32
-    if not (x.is_cuda and HAS_TRITON and rank <= MAX_RANK and half):
-        found = [plain_gradients(one, x, its_a, its_b, scaling) for one, its_a, its_b in zip(dy, a, b, strict=True)]
+def gradients(dy: Tensor, x: Tensor, a: Sequence[Tensor], b: Sequence[Tensor], scaling: float) -> tuple[Tensor, Tensor]:
+    """Of n projections of x [N, D]: dy [N, sum of O] side by side, a [r, D] and b [O, r] each, fp32 -> dA [n r, D], dB
+    [sum of O, r], fp32, stacked in their order."""
+    outs, rank = [each.shape[0] for each in b], sum(each.shape[0] for each in a)
+    if not _is_thin(x, rank) or any(out % 16 for out in outs[:-1]) or len(outs) > 3:
+        pieces = zip(dy.split(outs, 1), a, b, strict=True)
+        found = [plain_gradients(one, x, its_a, its_b, scaling) for one, its_a, its_b in pieces]
         return torch.cat([da for da, _ in found]), torch.cat([db for _, db in found])
     da = torch.empty(rank, x.shape[1], device=x.device)
-    db = torch.empty(sum(each.shape[0] for each in b), b[0].shape[1], device=x.device)
-    if len(a) == 1 and x.shape[1] > dy[0].shape[1]:
-        t, u = _thin_product(dy[0], b[0], scaling, cleared=(da, db))
-        _tall_product(x, t, da.T, (a[0].T, scaling, u))
-        _tall_product(dy[0], u, db)
+    db = torch.empty(sum(outs), b[0].shape[1], device=x.device)
+    if len(a) == 1 and x.shape[1] > outs[0]:
+        t, u = _thin_product(dy, b[0], scaling, cleared=(da, db))
+        _tall_product(x, t, da.T, thin=(a[0].T, scaling, u))
+        _tall_product(dy, u, db)
         return da, db
-    stacked = a[0] if len(a) == 1 else torch.cat(list(a))
-    t, u = _thin_product(x, stacked.T, scaling, cleared=(da, db))
-    columns = [len(a) * [b[0].shape[1]], [each.shape[0] for each in b]]
-    pieces = zip(dy, b, t.split(columns[0], 1), u.split(columns[0], 1), db.split(columns[1]), strict=True)
-    for each, b_each, t_each, u_each, db_each in pieces:
-        _tall_product(each, t_each, db_each, (b_each, scaling, u_each))
+    t, u = _thin_product(x, _stacked(a).T, scaling, cleared=(da, db))
+    _tall_product(dy, t, db, thin=(_stacked(b), scaling, u), outs=outs)
     _tall_product(x, u, da.T)
     return da, db
+
+
+def _is_thin(x: Tensor, rank: int) -> bool:
+    """Whether the kernels here serve adapters of this rank, stacked, for matrices like x."""
+    return x.is_cuda and HAS_TRITON and rank <= MAX_RANK and x.dtype != torch.float32
+
+
+def _stacked(adapters: Sequence[Tensor]) -> Tensor:
+    """[M, R] each -> [sum of M, R]; no copy of a single one."""
+    return adapters[0] if len(adapters) == 1 else torch.cat(list(adapters))
 
 
 def plain_gradients(dy: Tensor, x: Tensor, a: Tensor, b: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
@@ -101,28 +106,31 @@ if HAS_TRITON:
 
     @triton.jit
     def _tall(  # type: ignore[no-untyped-def]
-        g, gm, gr, x, t, tn, N, M, R, SPAN, u, un, c, cm, cr, scaling,
+        g, gm, gr, x, t, tn, N, M, R, SPAN, u, un, c, cm, cr, scaling, second, third,
         BOTH: tl.constexpr, RANK: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr,
     ):  # fmt: skip
         """Adds, over SPAN rows and BM columns of x [N, M], x^T t to g [M, R] of strides gm, gr and, if BOTH, scaling *
-        x c to u [N, R]; c [M, R] has the strides cm, cr, rows of t and u lie tn and un apart."""
+        x c to u [N, R]; c [M, R] has the strides cm, cr, rows of t and u lie tn and un apart. Columns of x from
+        `second` and from `third` on belong to the next R columns of t and u."""
         column, k = tl.program_id(0) * BM + tl.arange(0, BM), tl.arange(0, RANK)
         of_g = (column < M)[:, None] & (k < R)[None, :]
         half = x.dtype.element_ty
+        place = R * ((tl.program_id(0) * BM >= second).to(tl.int32) + (tl.program_id(0) * BM >= third).to(tl.int32))
         if BOTH:
             c_tile = (tl.load(c + column[:, None] * cm + k[None, :] * cr, mask=of_g, other=0.0) * scaling).to(half)
         total = tl.zeros((BM, RANK), tl.float32)
         for first in range(tl.program_id(1) * SPAN, (tl.program_id(1) + 1) * SPAN, BN):
             row = first + tl.arange(0, BN)
             of_t = (row < N)[:, None] & (k < R)[None, :]
-            t_tile = tl.load(t + row[:, None] * tn + k[None, :], mask=of_t, other=0.0).to(half)
+            t_tile = tl.load(t + place + row[:, None] * tn + k[None, :], mask=of_t, other=0.0).to(half)
             x_tile = tl.load(
                 x + row[:, None].to(tl.int64) * M + column[None, :],
                 mask=(row < N)[:, None] & (column < M)[None, :], other=0.0,
             )  # fmt: skip
             total = tl.dot(tl.trans(x_tile), t_tile, total)
             if BOTH:
-                tl.atomic_add(u + row[:, None] * un + k[None, :], tl.dot(x_tile, c_tile), mask=of_t, sem="relaxed")
+                add = tl.dot(x_tile, c_tile)
+                tl.atomic_add(u + place + row[:, None] * un + k[None, :], add, mask=of_t, sem="relaxed")
         tl.atomic_add(g + column[:, None] * gm + k[None, :] * gr, total, mask=of_g, sem="relaxed")
 
 
@@ -145,21 +153,35 @@ def _thin_product(x: Tensor, c: Tensor, scaling: float, *, cleared: tuple[Tensor
     return out, sums
 
 
-def _tall_product(x: Tensor, t: Tensor, gradient: Tensor, thin: tuple[Tensor, float, Tensor] | None = None) -> None:
+def _tall_product(
+    x: Tensor,
+    t: Tensor,
+    gradient: Tensor,
+    *,
+    thin: tuple[Tensor, float, Tensor] | None = None,
+    outs: Sequence[int] = (),
+) -> None:
     """Adds x^T t to `gradient` [M, R]; x [N, M], t [N, R]. With `thin` = (c [M, R], scaling, sums [N, R]) also
-    scaling * x c to the sums, from the same reading of x."""
-    (rows, columns), rank = x.shape, t.shape[1]
+    scaling * x c to the sums, from the same reading of x.
+
+    With `outs`, x is that many columns of one projection after those of another, and t and sums are [N, n R].
+    """
+    (rows, columns), rank = x.shape, gradient.shape[1]
     c, scaling, sums = thin or (gradient, 1.0, t)
     block = 64 if thin is None else 256 if columns >= 2048 and rank <= 32 else 128
     width = _padded(rank)
     while block > 16 and 64 * block * 2 + 64 * width * 4 + block * width * 2 > _shared_memory(x) * 3 // 5:
         block //= 2  # a tile of x, one of t and c's must lie in it together
+    starts = [sum(outs[:i]) for i in range(1, len(outs))]
+    while any(start % block for start in starts):
+        block //= 2  # no tile lies in two projections
+    second, third = [*starts, columns, columns][:2]
     blocks = triton.cdiv(columns, block)
     parts = min(16, triton.cdiv(512 if thin is None else 256, blocks))
     span = triton.cdiv(triton.cdiv(rows, parts), 64) * 64  # a multiple of the tile's rows
     _tall[(blocks, triton.cdiv(rows, span))](
         gradient, *gradient.stride(), x, t, t.stride(0), rows, columns, rank, span, sums, sums.stride(0), c,
-        *c.stride(), scaling, BOTH=thin is not None, RANK=width, BN=64, BM=block,
+        *c.stride(), scaling, second, third, BOTH=thin is not None, RANK=width, BN=64, BM=block,
         num_stages=_stages(x, 64 * block * 2 + 64 * width * t.element_size(), most=3),
     )  # fmt: skip
 

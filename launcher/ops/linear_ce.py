@@ -60,7 +60,7 @@ def softmax_gradient_(logits: Tensor, labels: Tensor) -> Tensor:
     """Losses [R], fp32, of logits [R, V] on CUDA, in whose place their gradient is put: two passes over one buffer,
     where the compiled plain form needs a second one."""
     losses = torch.empty(logits.shape[0], dtype=torch.float32, device=logits.device)
-    _softmax_gradient[(logits.shape[0],)](logits, labels, losses, logits.shape[1], BV=4096, num_warps=8)
+    _softmax_gradient[(logits.shape[0],)](logits, labels, losses, logits.shape[1], BV=8192, num_warps=8)
     return losses
 
 
@@ -77,32 +77,32 @@ if HAS_TRITON:
 
     @triton.jit
     def _softmax_gradient(logits, labels, losses, V, BV: tl.constexpr):  # type: ignore[no-untyped-def]
-        """One row: the running maximum and sum of BV columns at once, then the gradient."""
+        """One row: the running maximum and sums of BV columns at once, then the gradient. The hints keep a row in the
+        device's cache for the second reading, and what is done with out of it."""
         row = tl.program_id(0).to(tl.int64)
         label = tl.load(labels + row)
         start = logits + row * V
         # Before the sums, whose barriers part it from the second loop: that puts the gradient in its place.
         target = tl.load(start + tl.maximum(label, 0)).to(tl.float32)
-        most = tl.full((BV,), -float("inf"), tl.float32)
+        top = -float("inf")
         total = tl.zeros((BV,), tl.float32)
         for first in range(0, V, BV):
             column = first + tl.arange(0, BV)
-            z = tl.load(start + column, mask=column < V, other=-float("inf")).to(tl.float32)
-            higher = tl.maximum(most, z)
-            # A lane past V may have seen nothing yet: -inf - -inf is NaN.
-            total = total * tl.where(most == higher, 1.0, tl.exp(most - higher)) + tl.where(
-                z == -float("inf"), 0.0, tl.exp(z - higher)
+            z = tl.load(start + column, mask=column < V, other=-float("inf"), eviction_policy="evict_last").to(
+                tl.float32
             )
-            most = higher
-        top = tl.max(most, 0)
-        log_sum = top + tl.log(tl.sum(total * tl.where(most == -float("inf"), 0.0, tl.exp(most - top)), 0))
+            higher = tl.maximum(top, tl.max(z, 0))
+            total = total * tl.exp(top - higher) + tl.exp(z - higher)
+            top = higher
+        log_sum = top + tl.log(tl.sum(total, 0))
         supervised = tl.where(label == -100, 0.0, 1.0)  # IGNORE
         tl.store(losses + row, (log_sum - target) * supervised)
         for first in range(0, V, BV):
             column = first + tl.arange(0, BV)
-            z = tl.load(start + column, mask=column < V, other=0.0).to(tl.float32)
+            z = tl.load(start + column, mask=column < V, other=0.0, eviction_policy="evict_first").to(tl.float32)
             gradient = (tl.exp(z - log_sum) - tl.where(column == label, 1.0, 0.0)) * supervised
-            tl.store(start + column, gradient.to(logits.dtype.element_ty), mask=column < V)
+            gradient = gradient.to(logits.dtype.element_ty)
+            tl.store(start + column, gradient, mask=column < V, eviction_policy="evict_first")
 
 
 @dataclass

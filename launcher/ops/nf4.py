@@ -37,19 +37,16 @@ class Nf4(NamedTuple):
     offset: Tensor | None  # fp32 scalar
 
 
-def merged_weight(
-    base: Nf4, a: Tensor | None, b: Tensor | None, *, scaling: float, shape: tuple[int, int], dtype: torch.dtype
-) -> Tensor:
-    """W [O, D] in `dtype`; a [r, D] and b [O, r] fp32, or both None for the base alone."""
-    if base.packed.is_cuda and shape[1] % BLOCK == 0 and _TRITON:
-        return _fused(base, a, b, scaling, shape, dtype)
-    return _plain(base, a, b, scaling, shape, dtype)
+def merged_weight(base: Nf4, a: Tensor | None, b: Tensor | None, *, scaling: float, out: Tensor) -> Tensor:
+    """Puts W into out [O, D], contiguous, in its dtype, and returns it; a [r, D] and b [O, r] fp32, or both None for
+    the base alone."""
+    if out.is_cuda and out.shape[1] % BLOCK == 0 and _TRITON:
+        return _fused(base, a, b, scaling, out)
+    return out.copy_(_plain(base, a, b, scaling, out.shape))
 
 
-def _plain(
-    base: Nf4, a: Tensor | None, b: Tensor | None, scaling: float, shape: tuple[int, int], dtype: torch.dtype
-) -> Tensor:
-    """In fp32 with bitsandbytes' kernels, rounded once."""
+def _plain(base: Nf4, a: Tensor | None, b: Tensor | None, scaling: float, shape: torch.Size) -> Tensor:
+    """In fp32 with bitsandbytes' kernels."""
     ops = torch.ops.bitsandbytes
     scales = base.absmax
     if base.offset is not None:
@@ -57,7 +54,7 @@ def _plain(
     weight: Tensor = ops.dequantize_4bit(base.packed, scales, BLOCK, "nf4", shape, torch.float32)
     if a is not None and b is not None:
         weight.addmm_(b, a, alpha=scaling)
-    return weight.to(dtype)
+    return weight
 
 
 _TRITON = importlib.util.find_spec("triton") is not None
@@ -108,17 +105,14 @@ if _TRITON:
         )  # fmt: skip
 
 
-def _fused(
-    base: Nf4, a: Tensor | None, b: Tensor | None, scaling: float, shape: tuple[int, int], dtype: torch.dtype
-) -> Tensor:
-    out_features, in_features = shape
-    weight = torch.empty(shape, dtype=dtype, device=base.packed.device)
+def _fused(base: Nf4, a: Tensor | None, b: Tensor | None, scaling: float, out: Tensor) -> Tensor:
+    out_features, in_features = out.shape
     rank = 0 if a is None else a.shape[0]
     unused = base.code  # a pointer that is not read
     tile: dict[str, Any] = {"BO": 64, "BD": 64, "num_warps": 4}
     columns = min(64, max(16, triton.next_power_of_2(rank)))  # what a dot product takes at once
     _merge[(triton.cdiv(in_features, tile["BD"]), triton.cdiv(out_features, tile["BO"]))](
-        weight,
+        out,
         *(base.packed, base.absmax, base.code),
         *(unused if t is None else t for t in (base.absmax2, base.code2, base.offset, a, b)),
         scaling,
@@ -129,4 +123,4 @@ def _fused(
         enable_fp_fusion=False,  # bitsandbytes rounds the second-level product before it adds the offset
         **tile,
     )
-    return weight
+    return out

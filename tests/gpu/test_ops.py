@@ -7,6 +7,7 @@ import torch
 from launcher.ops import adapter_gradients
 from launcher.ops.adapter_gradients import gradients, plain_gradients
 from launcher.ops.attention import causal_attention, cudnn_attention
+from launcher.ops.feed_forward import plain_swiglu_gradient, swiglu_gradient
 from launcher.ops.linear_ce import IGNORE, softmax_gradient, softmax_gradient_
 from launcher.ops.nf4 import Nf4, _plain, merged_weight
 
@@ -39,11 +40,10 @@ def quantised(out, features, dtype, double):
 @pytest.mark.parametrize(("out", "features", "rank", "dtype", "double"), CASES)
 def test_one_launch_dequantises_bit_equal_to_bitsandbytes_and_adds_the_update(out, features, rank, dtype, double):
     base, weight = quantised(out, features, dtype, double)
-    shape = (out, features)
-    assert torch.equal(merged_weight(base, None, None, scaling=1.0, shape=shape, dtype=dtype), weight)
+    assert torch.equal(merged_weight(base, None, None, scaling=1.0, out=torch.empty_like(weight)), weight)
     a, b = torch.randn(rank, features, device="cuda") * 0.1, torch.randn(out, rank, device="cuda") * 0.1
-    merged = merged_weight(base, a, b, scaling=2.0, shape=shape, dtype=dtype)
-    true = _plain(base, a.double().float(), b, 2.0, shape, torch.float32)
+    merged = merged_weight(base, a, b, scaling=2.0, out=torch.empty_like(weight))
+    true = _plain(base, a, b, 2.0, weight.shape)
     assert error(merged, true) < ROUNDING[dtype]
     assert error(weight, true) > 10 * ROUNDING[dtype]
 
@@ -54,7 +54,7 @@ def test_adapter_gradients_are_the_plain_ones(out, features, rank, dtype, double
     torch.manual_seed(0)
     x, dy = (torch.randn(tokens, n, device="cuda").to(dtype) for n in (features, out))
     a, b = torch.randn(rank, features, device="cuda"), torch.randn(out, rank, device="cuda")
-    ours, plain = gradients([dy], x, [a], [b], 2.0), plain_gradients(dy, x, a, b, 2.0)
+    ours, plain = gradients(dy, x, [a], [b], 2.0), plain_gradients(dy, x, a, b, 2.0)
     wide_x, wide_dy = x.double(), dy.double()
     true = (2 * (wide_dy @ b.double()).T @ wide_x, 2 * wide_dy.T @ (wide_x @ a.double().T))
     for mine, theirs, exact in zip(ours, plain, true, strict=True):
@@ -72,10 +72,20 @@ def test_projections_of_one_input_have_together_the_gradients_they_have_alone(ou
     dy = [torch.randn(300, out, device="cuda").to(dtype) for out in outs]
     a = [torch.randn(rank, 256, device="cuda") for _ in outs]
     b = [torch.randn(out, rank, device="cuda") for out in outs]
-    together = gradients(dy, x, a, b, 0.5)
+    together = gradients(torch.cat(dy, 1), x, a, b, 0.5)
     alone = zip(*(plain_gradients(*one, 0.5) for one in zip(dy, [x] * len(outs), a, b, strict=True)), strict=True)
     for ours, theirs in zip(together, map(torch.cat, alone), strict=True):
         assert ours.shape == theirs.shape and error(ours, theirs) < ROUNDING[dtype]
+
+
+@pytest.mark.parametrize(("tokens", "width"), [(300, 8192), (7, 24), (64, 1030)])
+@pytest.mark.parametrize("dtype", list(ROUNDING))
+def test_the_gates_gradient_is_the_plain_one(tokens, width, dtype):
+    torch.manual_seed(0)
+    pair, dh = (torch.randn(2, tokens, n, device="cuda").to(dtype) for n in (2 * width, width))
+    for ours, true in zip(swiglu_gradient(pair, dh), plain_swiglu_gradient(pair.double(), dh.double()), strict=True):
+        assert ours.shape == true.shape and ours.dtype == dtype
+        assert error(ours, true) < ROUNDING[dtype]
 
 
 class Launched:
@@ -100,7 +110,7 @@ def test_the_kernels_fit_the_shared_memory_of_smaller_cards(monkeypatch, memory,
     monkeypatch.setattr(adapter_gradients, "_tall", kernels[1])
     x, dy = torch.randn(512, 2048, device="cuda").bfloat16(), torch.randn(512, 8192, device="cuda").bfloat16()
     a, b = torch.randn(rank, 2048, device="cuda"), torch.randn(8192, rank, device="cuda")
-    for ours, theirs in zip(gradients([dy], x, [a], [b], 1.0), plain_gradients(dy, x, a, b, 1.0), strict=True):
+    for ours, theirs in zip(gradients(dy, x, [a], [b], 1.0), plain_gradients(dy, x, a, b, 1.0), strict=True):
         assert error(ours, theirs) < ROUNDING[torch.bfloat16]
     assert [len(kernel.shared) for kernel in kernels] == [1, 2]
     assert all(0 < used <= memory for kernel in kernels for used in kernel.shared)
@@ -109,7 +119,7 @@ def test_the_kernels_fit_the_shared_memory_of_smaller_cards(monkeypatch, memory,
 def test_few_tokens_and_wide_adapters_are_cleared_in_pieces():
     x, dy = torch.randn(24, 4096, device="cuda").bfloat16(), torch.randn(24, 8192, device="cuda").bfloat16()
     a, b = torch.randn(64, 4096, device="cuda"), torch.randn(8192, 64, device="cuda")
-    for ours, theirs in zip(gradients([dy], x, [a], [b], 1.0), plain_gradients(dy, x, a, b, 1.0), strict=True):
+    for ours, theirs in zip(gradients(dy, x, [a], [b], 1.0), plain_gradients(dy, x, a, b, 1.0), strict=True):
         assert error(ours, theirs) < ROUNDING[torch.bfloat16]
 
 

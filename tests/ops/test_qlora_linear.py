@@ -26,10 +26,10 @@ def adapters(features, out, rank):
 def test_without_an_update_the_weight_is_bit_equal_to_that_of_bitsandbytes(features, out, rank, double, dtype):
     torch.manual_seed(0)
     base, weight = quantised(features, out, double=double, dtype=dtype)
-    ours = merged_weight(base, None, None, scaling=1.0, shape=(out, features), dtype=dtype)
+    ours = merged_weight(base, None, None, scaling=1.0, out=torch.empty_like(weight))
     assert torch.equal(ours, weight)
     a, b = adapters(features, out, rank)
-    assert not torch.equal(merged_weight(base, a, b, scaling=1.0, shape=(out, features), dtype=dtype), weight)
+    assert not torch.equal(merged_weight(base, a, b, scaling=1.0, out=ours), weight)
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 3e-2)])

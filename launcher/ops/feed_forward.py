@@ -1,0 +1,137 @@
+"""The gated feed-forward block: gate and up as one product, and a down projection that remakes its input.
+
+Letters: N tokens, D model width, F feed-forward width; g = x Wg^T and u = x Wu^T lie side by side in `pair` [N, 2F]; σ
+is the logistic function (SwiGLU: arXiv:2002.05202).
+
+    h = g σ(g) * u,   out = h Wd^T
+    dh = dout Wd,   du = dh * g σ(g),   dg = dh * u * σ(g) (1 + g (1 - σ(g)))
+
+The adapter of the down projection wants h in the backward pass. It is made there by the pass over `pair` that makes dg
+and du, so that no policy keeps it: F numbers a token and layer. dg and du are written side by side, as the product
+that follows reads them.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from launcher.ops.adapter_gradients import HAS_TRITON
+from launcher.ops.nf4 import Nf4
+from launcher.ops.qlora_linear import adapter_gradients, columns_of, flat, joined_linears, joined_weight
+
+
+def gated_feed_forward(
+    x: Tensor, bases: Sequence[Nf4], a: Sequence[Tensor], b: Sequence[Tensor], *, scaling: float
+) -> Tensor:
+    """x [..., D]; bases, A [r, D or F] and B [F or D, r] of gate, up and down -> out [..., D]."""
+    pair = joined_linears(x, bases[:2], a[:2], b[:2], scaling=scaling)
+    gate, up = pair.chunk(2, -1)
+    h = (F.silu(gate) * up).detach()  # the gradient of pair comes from the operator
+    out: Tensor = torch.ops.qlora.gated_down(h, pair, *columns_of(bases[2:]), [a[2]], [b[2]], scaling)
+    return out
+
+
+def gated_feed_forward_reference(
+    x: Tensor, weights: Sequence[Tensor], a: Sequence[Tensor], b: Sequence[Tensor], *, scaling: float
+) -> Tensor:
+    """The plain form on dequantised weights [O, D], everything in fp32."""
+    gate, up, down = (w.float() + scaling * (bi.float() @ ai.float()) for w, ai, bi in zip(weights, a, b, strict=True))
+    return (F.silu(x.float() @ gate.T) * (x.float() @ up.T)) @ down.T
+
+
+@torch.library.custom_op("qlora::gated_down", mutates_args=())
+def _gated_down(
+    h: Tensor,
+    pair: Tensor,
+    packed: list[Tensor],
+    absmax: list[Tensor],
+    code: list[Tensor],
+    absmax2: list[Tensor],
+    code2: list[Tensor],
+    offset: list[Tensor],
+    a: list[Tensor],
+    b: list[Tensor],
+    scaling: float,
+) -> Tensor:
+    columns, shape = (packed, absmax, code, absmax2, code2, offset), ([b[0].shape[0]], h.shape[-1])
+    return F.linear(h, joined_weight(h, columns, a, b, scaling=scaling, shape=shape))
+
+
+@_gated_down.register_fake
+def _(h: Tensor, *rest: Any) -> Tensor:
+    return h.new_empty((*h.shape[:-1], rest[-2][0].shape[0]))
+
+
+@torch.library.custom_op("qlora::swiglu_gradient", mutates_args=())
+def swiglu_gradient(pair: Tensor, dh: Tensor) -> tuple[Tensor, Tensor]:
+    """pair [..., 2F], dh [..., F] -> its gradient [..., 2F] and h [..., F], in its dtype; computed in fp32."""
+    if not (pair.is_cuda and HAS_TRITON):
+        return plain_swiglu_gradient(pair, dh)
+    of_pair, of_h = flat(pair), flat(dh)
+    gradient, h = torch.empty_like(of_pair), torch.empty_like(of_h)
+    rows, width = of_h.shape
+    blocks = triton.cdiv(width, WIDE)
+    _swiglu_gradient[(rows * blocks,)](gradient, h, of_pair, of_h, width, blocks, WIDE=WIDE)
+    return gradient.view(pair.shape), h.view(dh.shape)
+
+
+@swiglu_gradient.register_fake
+def _(pair: Tensor, dh: Tensor) -> tuple[Tensor, Tensor]:
+    return pair.new_empty(pair.shape), dh.new_empty(dh.shape)
+
+
+def plain_swiglu_gradient(pair: Tensor, dh: Tensor) -> tuple[Tensor, Tensor]:
+    """The plain form."""
+    gate, up = pair.float().chunk(2, -1)
+    sigma = torch.sigmoid(gate)
+    gradient = torch.cat([dh * up * sigma * (1 + gate * (1 - sigma)), dh * gate * sigma], -1)
+    return gradient.to(pair.dtype), (gate * sigma * up).to(dh.dtype)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, pair, *lists, ctx.scaling = inputs
+    ctx.lengths = [len(each) for each in lists]
+    ctx.save_for_backward(pair, *(tensor for each in lists for tensor in each))
+
+
+def _backward(ctx: Any, dout: Tensor) -> tuple[Any, ...]:
+    pair, *saved = ctx.saved_tensors
+    *columns, a, b = ([saved.pop(0) for _ in range(length)] for length in ctx.lengths)
+    dh = torch.ops.qlora.linears_dx(dout, *columns, a, b, ctx.scaling, [b[0].shape[0]], a[0].shape[1])
+    dpair, h = swiglu_gradient(pair, dh)
+    da, db = adapter_gradients(dout, h, a, b, ctx.scaling)
+    nothing: list[Any] = [[None] * length for length in ctx.lengths[:-2]]
+    return None, dpair, *nothing, [da], [db], None
+
+
+_gated_down.register_autograd(_backward, setup_context=_save)
+
+
+@register_flop_formula(torch.ops.qlora.gated_down)
+def _flops(h_shape: torch.Size, *rest: Any, out_shape: torch.Size, **kwargs: Any) -> int:
+    return 2 * h_shape[-1] * out_shape.numel()
+
+
+WIDE = 1024  # columns that a program takes: 16 bytes a thread of each matrix
+
+if HAS_TRITON:
+    import triton
+    import triton.language as tl
+
+    @triton.jit
+    def _swiglu_gradient(gradient, out, pair, dh, F, blocks, WIDE: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: N803
+        """WIDE columns of one row of both results."""
+        row = (tl.program_id(0) // blocks).to(tl.int64)
+        column = (tl.program_id(0) % blocks) * WIDE + tl.arange(0, WIDE)
+        inside, of_pair = column < F, 2 * row * F + column
+        g = tl.load(pair + of_pair, mask=inside).to(tl.float32)
+        u = tl.load(pair + of_pair + F, mask=inside).to(tl.float32)
+        d = tl.load(dh + row * F + column, mask=inside).to(tl.float32)
+        sigma = 1 / (1 + tl.exp(-g))
+        tl.store(gradient + of_pair, d * u * sigma * (1 + g * (1 - sigma)), mask=inside)
+        tl.store(gradient + of_pair + F, d * g * sigma, mask=inside)
+        tl.store(out + row * F + column, g * sigma * u, mask=inside)

@@ -1,0 +1,81 @@
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
+
+from launcher.ops.feed_forward import gated_feed_forward, gated_feed_forward_reference, plain_swiglu_gradient
+from tests.ops.test_qlora_linear import adapters, quantised
+
+SHAPES = [(8, 8, 1), (24, 40, 3), (64, 128, 16)]  # D, F, r
+
+
+def block(features, width, rank, *, dtype=torch.float32):
+    """Bases, their weights and adapters of gate, up and down."""
+    torch.manual_seed(0)
+    sizes = [(features, width), (features, width), (width, features)]
+    bases, weights = zip(*(quantised(*size, dtype=dtype) for size in sizes), strict=True)
+    return bases, weights, [adapters(*size, rank) for size in sizes]
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 4e-2)])
+@pytest.mark.parametrize(("features", "width", "rank"), SHAPES)
+@pytest.mark.parametrize("compiled", [False, True])
+def test_equals_three_merged_matrices_with_gradients_in_the_fp32_masters(
+    features, width, rank, dtype, tolerance, compiled
+):
+    bases, weights, drawn = block(features, width, rank, dtype=dtype)
+    torch._dynamo.reset()
+
+    def ours(x, a, b):
+        return gated_feed_forward(x, bases, a, b, scaling=0.5)
+
+    form = torch.compile(ours, fullgraph=True, backend="aot_eager") if compiled else ours
+    found = []
+    for function in (form, lambda x, a, b: gated_feed_forward_reference(x, weights, a, b, scaling=0.5)):
+        a, b = ([pair[i].clone().requires_grad_() for pair in drawn] for i in (0, 1))
+        x = torch.linspace(-1, 1, 2 * 3 * features).view(2, 3, features).to(dtype).requires_grad_()
+        y = function(x, a, b)
+        y.float().square().sum().backward()
+        found.append((y.float(), x.grad.float(), *(m.grad for m in (*a, *b))))
+        assert all(m.grad.dtype == torch.float32 for m in (*a, *b))
+    for mine, plain in zip(*found, strict=True):
+        torch.testing.assert_close(mine, plain, rtol=tolerance, atol=tolerance * plain.abs().max().item())
+        assert plain.abs().max() > 0
+
+
+def test_the_plain_gradient_of_the_gate_is_autograds():
+    torch.manual_seed(0)
+    pair, dh = torch.randn(5, 12, dtype=torch.float64).float().requires_grad_(), torch.randn(5, 6)
+    gate, up = pair.chunk(2, -1)
+    h = F.silu(gate) * up
+    h.backward(dh)
+    gradient, again = plain_swiglu_gradient(pair.detach(), dh)
+    torch.testing.assert_close(gradient, pair.grad)
+    torch.testing.assert_close(again, h.detach())
+
+
+def test_a_compiled_block_keeps_its_input_and_the_pair_and_nothing_of_their_width_besides():
+    bases, _, drawn = block(64, 128, 4)
+    a, b = ([pair[i].requires_grad_() for pair in drawn] for i in (0, 1))
+    torch._dynamo.reset()
+    form = torch.compile(lambda x: gated_feed_forward(x, bases, a, b, scaling=1.0) * 2, backend="aot_eager")
+    held: dict[int, int] = {}
+
+    def keep(tensor):
+        held[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        form(torch.randn(100, 64, requires_grad=True))
+    ours = {t.untyped_storage().data_ptr() for t in (*(t for base in bases for t in base), *a, *b)}
+    kept = sorted(size for address, size in held.items() if address not in ours)
+    assert kept == [100 * 64 * 4, 100 * 256 * 4]
+
+
+def test_the_operators_count_their_products():
+    bases, _, drawn = block(64, 32, 4)
+    a, b = ([pair[i].requires_grad_() for pair in drawn] for i in (0, 1))
+    x = torch.randn(5, 64, requires_grad=True)
+    with FlopCounterMode(display=False) as counter:
+        gated_feed_forward(x, bases, a, b, scaling=1.0).sum().backward()
+    assert counter.get_total_flops() == 3 * 2 * (2 * 5 * 64 * 32)  # y and dx of three projections
