@@ -21,6 +21,7 @@ from launcher.bench.processes import ChildFailed, Job
 from launcher.bench_records import BenchRecord
 from launcher.errors import LESS_MEMORY, ContractError, DiskError, LauncherError, LostRank, MemoryExhausted, RecipeError
 from launcher.parity_records import ParityRecord
+from launcher.quick_imports import quick_imports
 from launcher.ranks import Place, end_with_parent, place
 from launcher.recipe.load import Resolved, resolve
 from launcher.recipe.locate import locate
@@ -77,7 +78,8 @@ def _train(resolved: Resolved, here: Place, console: Console) -> int:
     notes, shipped, source = _prepared(resolved, here)
     with Screen(console) as screen:
         screen.show("importing torch")
-        from launcher.train.loop import Progress, Request, run
+        with quick_imports():
+            from launcher.train.loop import Progress, Request, run
 
         request, progress = Request(resolved.recipe, resolved.name, source, shipped, here, notes), Progress()
         try:
@@ -97,7 +99,8 @@ def _preview(resolved: Resolved, here: Place, console: Console) -> int:
     _, shipped, source = _prepared(resolved, here)  # the notes are about the compile cache, which serves no preview
     with Screen(console) as screen:
         screen.show("preparing the data")
-        from launcher.preview import preview
+        with quick_imports():
+            from launcher.preview import preview
 
         record = preview(resolved.recipe, name=resolved.name, source=source, shipped=shipped, blocks=resolved.blocks)
     preview_page(console, record)
@@ -109,8 +112,9 @@ def _parity(resolved: Resolved, here: Place, console: Console) -> int:
     notes, shipped, source = _prepared(resolved, here)
     with Screen(console) as screen:
         screen.show("importing torch")
-        from launcher.parity.measure import parity
-        from launcher.train.loop import Progress, Request
+        with quick_imports():
+            from launcher.parity.measure import parity
+            from launcher.train.loop import Progress, Request
 
         try:
             for event in parity(Request(resolved.recipe, resolved.name, source, shipped, here, notes)):

@@ -10,6 +10,7 @@ from typing import Any
 from launcher.bench.processes import ChildFailed, Job, run_child
 from launcher.bench_records import BenchRecord, OursRecord, SideRecord, Workload, failed
 from launcher.errors import LauncherError
+from launcher.quick_imports import quick_imports
 
 
 def bench(job: Job) -> Iterator[str | BenchRecord]:
@@ -68,19 +69,22 @@ def _notes(job: Job, ours: OursRecord, naive: SideRecord | None) -> tuple[str, .
 
 
 def _workload(job: Job) -> Iterator[Any]:
-    from launcher.bench.workload import bench_request, workload
+    with quick_imports():
+        from launcher.bench.workload import bench_request, workload
 
     yield workload(bench_request(_request(job)))
 
 
 def _ours(job: Job) -> Iterator[Any]:
-    from launcher.bench.side import ours
+    with quick_imports():
+        from launcher.bench.side import ours
 
     yield from ours(_request(job))
 
 
 def _naive(job: Job) -> Iterator[Any]:
-    from launcher.bench.side import naive
+    with quick_imports():
+        from launcher.bench.side import naive
 
     yield from naive(_request(job))
 

@@ -14,6 +14,7 @@ from launcher.model.families import Family, family_of, head_width
 from launcher.model.grouped import group_projections
 from launcher.model.lora import attach_lora, check_targets
 from launcher.model.nf4 import bnb_config, check_prequantized, count_parameters, load_base, random_base
+from launcher.model.norm import use_native_kernel
 from launcher.model.packed import PackedCausalLM
 from launcher.model.source import check_weights
 from launcher.ops.linear_ce import chunk_rows
@@ -90,6 +91,8 @@ def build_model(
     tokens = [recipe.train.micro_batch * width for width in rows.widths]
     vocabulary, budget = base.lm_head.weight.shape[0], recipe.memory.loss_chunk_mib
     chunk = chunk_rows(tokens, vocabulary, budget, itemsize=dtype.itemsize)
+    if recipe.compile.scope == "layer":  # the other scopes compile it
+        use_native_kernel(base.model.norm)
     packed = PackedCausalLM(base, attention=path, max_length=recipe.data.max_length, loss_chunk=chunk)
     phase("after adapters")
     parameters, trainable = count_parameters(peft)

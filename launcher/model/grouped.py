@@ -17,7 +17,8 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb, eager
 from launcher.model.lora import ADAPTER, QLoraLinear4bit, nf4_of
 from launcher.ops.feed_forward import gated_feed_forward
 from launcher.ops.nf4 import Nf4
-from launcher.ops.qlora_linear import qlora_linears
+from launcher.ops.qlora_linear import joined_linears
+from launcher.ops.rotary import rotary
 
 ATTENTION = ("q_proj", "k_proj", "v_proj")
 FEED_FORWARD = ("gate_proj", "up_proj", "down_proj")
@@ -74,9 +75,9 @@ def _columns(projections: list[Any]) -> tuple[list[Nf4], list[Tensor], list[Tens
     )
 
 
-def _projected(x: Tensor, projections: list[Any]) -> tuple[Tensor, ...]:
-    """x [..., D] -> [..., O] for each."""
-    return qlora_linears(x, *_columns(projections), scaling=projections[0].scaling[ADAPTER])
+def _joined(x: Tensor, projections: list[Any]) -> Tensor:
+    """x [..., D] -> [..., sum of O]."""
+    return joined_linears(x, *_columns(projections), scaling=projections[0].scaling[ADAPTER])
 
 
 def _attention(
@@ -88,12 +89,7 @@ def _attention(
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """hidden_states [B, S, D] -> [B, S, D]."""
-    heads = (*hidden_states.shape[:-1], -1, self.head_dim)
-    query, key, value = (y.view(heads) for y in _projected(hidden_states, [self.q_proj, self.k_proj, self.v_proj]))
-    if hasattr(self, "q_norm"):  # qwen3
-        query, key = self.q_norm(query), self.k_norm(key)
-    query, key = apply_rotary_pos_emb(query.transpose(1, 2), key.transpose(1, 2), *position_embeddings)
-    value = value.transpose(1, 2)
+    query, key, value = (y.transpose(1, 2) for y in _query_key_value(self, hidden_states, position_embeddings))
     if past_key_values is not None:  # never in training; a caller's own generation may have one
         key, value = past_key_values.update(key, value, self.layer_idx)
     name = self.config._attn_implementation
@@ -102,9 +98,23 @@ def _attention(
     return self.o_proj(out.reshape(hidden_states.shape[:-1] + (-1,))), None
 
 
+def _query_key_value(block: Any, x: Tensor, position_embeddings: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
+    """x [B, S, D] -> [B, S, heads, E] each, query and key rotated."""
+    projections = [block.q_proj, block.k_proj, block.v_proj]
+    y = _joined(x, projections)
+    outs = [projection.out_features for projection in projections]
+    if not hasattr(block, "q_norm"):
+        return rotary(y, *position_embeddings, heads=(outs[0] // block.head_dim, outs[1] // block.head_dim))
+    query, key, value = (part.unflatten(-1, (-1, block.head_dim)) for part in y.split(outs, -1))  # qwen3
+    query, key = apply_rotary_pos_emb(
+        block.q_norm(query).transpose(1, 2), block.k_norm(key).transpose(1, 2), *position_embeddings
+    )
+    return query.transpose(1, 2), key.transpose(1, 2), value.contiguous()  # a view would keep y for the backward pass
+
+
 def _feed_forward(self: Any, x: Tensor) -> Tensor:
     """x [B, S, D] -> [B, S, D]."""
-    gate, up = _projected(x, [self.gate_proj, self.up_proj])
+    gate, up = _joined(x, [self.gate_proj, self.up_proj]).chunk(2, -1)
     out: Tensor = self.down_proj(self.act_fn(gate) * up)
     return out
 

@@ -157,8 +157,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None, None, None, None]:
         (grad,) = ctx.saved_tensors
-        # The factor is fp32 and may be large (fp16 loss scale over token count): multiply wide, round once.
-        return (grad.float() * grad_output).to(grad.dtype), None, None, None, None
+        # The factor is fp32 and may be large (fp16 loss scale over token count): multiply wide, round once. As a tensor
+        # of one dimension it counts for the type of the product, which one kernel makes.
+        return torch.mul(grad, grad_output.reshape(1), out=torch.empty_like(grad)), None, None, None, None
 
 
 def _chunks(hidden: Tensor, labels: Tensor, chunk: int) -> list[tuple[Tensor, Tensor, slice]]:

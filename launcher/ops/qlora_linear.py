@@ -25,18 +25,10 @@ from launcher.ops.adapter_gradients import gradients
 from launcher.ops.nf4 import Nf4, merged_weight
 
 
-def qlora_linears(
-    x: Tensor, bases: Sequence[Nf4], a: Sequence[Tensor], b: Sequence[Tensor], *, scaling: float
-) -> tuple[Tensor, ...]:
-    """x [..., D], for each projection its base, A and B -> [..., O] each, in x's dtype: pieces of one matrix."""
-    outs = [each.shape[0] for each in b]
-    return joined_linears(x, bases, a, b, scaling=scaling).split(outs, -1)
-
-
 def joined_linears(
     x: Tensor, bases: Sequence[Nf4], a: Sequence[Tensor], b: Sequence[Tensor], *, scaling: float
 ) -> Tensor:
-    """The same side by side, [..., sum of O]."""
+    """x [..., D], for each projection its base, A and B -> y side by side [..., sum of O], in x's dtype."""
     outs = [each.shape[0] for each in b]
     y: Tensor = torch.ops.qlora.linears(x, *columns_of(bases), list(a), list(b), scaling, outs)
     return y

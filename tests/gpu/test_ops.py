@@ -10,6 +10,7 @@ from launcher.ops.attention import causal_attention, cudnn_attention
 from launcher.ops.feed_forward import plain_swiglu_gradient, swiglu_gradient
 from launcher.ops.linear_ce import IGNORE, softmax_gradient, softmax_gradient_
 from launcher.ops.nf4 import Nf4, _plain, merged_weight
+from launcher.ops.rotary import plain_rotary, plain_rotary_gradient, rotary_gradient
 
 pytestmark = pytest.mark.gpu
 CASES = [  # O, D, r, dtype, doubly quantised
@@ -86,6 +87,19 @@ def test_the_gates_gradient_is_the_plain_one(tokens, width, dtype):
     for ours, true in zip(swiglu_gradient(pair, dh), plain_swiglu_gradient(pair.double(), dh.double()), strict=True):
         assert ours.shape == true.shape and ours.dtype == dtype
         assert error(ours, true) < ROUNDING[dtype]
+
+
+@pytest.mark.parametrize(("heads", "kv", "width"), [(32, 8, 64), (3, 1, 6), (28, 4, 128)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_the_rotary_kernel_is_the_plain_form_both_ways(heads, kv, width, dtype):
+    torch.manual_seed(0)
+    y = torch.randn(2, 77, (heads + 2 * kv) * width, device="cuda").to(dtype)
+    cos, sin = torch.randn(2, 77, width, 2, device="cuda").to(dtype).unbind(-1)
+    parts = torch.ops.qlora.rotary(y, cos, sin, heads, kv)
+    for ours, plain in zip(parts, plain_rotary(y, cos, sin, heads=(heads, kv)), strict=True):
+        assert ours.shape == plain.shape and error(ours, plain) < ROUNDING[dtype]
+    apart = [part.transpose(1, 2).contiguous().transpose(1, 2) for part in parts]  # as an attention may give them
+    assert error(rotary_gradient(*apart, cos, sin), plain_rotary_gradient(*parts, cos, sin)) < ROUNDING[dtype]
 
 
 class Launched:

@@ -4,7 +4,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from launcher.ops.nf4 import Nf4, merged_weight
-from launcher.ops.qlora_linear import frozen_linear, qlora_linear, qlora_linear_reference, qlora_linears
+from launcher.ops.qlora_linear import frozen_linear, joined_linears, qlora_linear, qlora_linear_reference
 
 SHAPES = [(8, 8, 1), (24, 40, 3), (64, 128, 16), (192, 64, 5)]  # D, O, r; of them two with blocks across rows
 
@@ -67,7 +67,7 @@ def test_projections_of_one_input_give_together_what_they_give_alone(compiled):
     torch._dynamo.reset()
 
     def together(x, a, b):
-        return qlora_linears(x, bases, a, b, scaling=0.5)
+        return joined_linears(x, bases, a, b, scaling=0.5).split(outs, -1)
 
     def alone(x, a, b):
         return [qlora_linear(x, *one, scaling=0.5, dropout=0.0) for one in zip(bases, a, b, strict=True)]

@@ -1,0 +1,54 @@
+import pytest
+import torch
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+
+from launcher.ops.rotary import rotary
+
+HEADS = [(4, 2, 8), (3, 1, 6), (2, 2, 16)]  # H, K, E
+
+
+def drawn(heads, kv, width, dtype=torch.float32):
+    torch.manual_seed(0)
+    y = torch.randn(2, 5, (heads + 2 * kv) * width).to(dtype)
+    angles = torch.randn(2, 5, width)  # the halves differ: nothing relies on their being alike
+    return y, angles.cos().to(dtype), angles.sin().to(dtype)
+
+
+def stock(y, cos, sin, *, heads):
+    """transformers' own, on the parts as views."""
+    parts = y.unflatten(-1, (-1, cos.shape[-1])).split([heads[0], heads[1], heads[1]], 2)
+    query, key = apply_rotary_pos_emb(parts[0].transpose(1, 2), parts[1].transpose(1, 2), cos, sin)
+    return query.transpose(1, 2), key.transpose(1, 2), parts[2]
+
+
+@pytest.mark.parametrize(("heads", "kv", "width"), HEADS)
+@pytest.mark.parametrize("compiled", [False, True])
+def test_rotates_as_transformers_does_with_its_gradient(heads, kv, width, compiled):
+    y, cos, sin = drawn(heads, kv, width)
+    torch._dynamo.reset()
+    form = torch.compile(rotary, fullgraph=True, backend="aot_eager") if compiled else rotary
+    found = []
+    for function in (form, stock):
+        x = y.clone().requires_grad_()
+        parts = function(x, cos, sin, heads=(heads, kv))
+        sum((part.square() * weight).sum() for weight, part in enumerate(parts, 1)).backward()
+        found.append([*parts, x.grad])
+    for ours, theirs in zip(*found, strict=True):
+        assert ours.shape == theirs.shape
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
+def test_half_precision_is_rounded_once():
+    y, cos, sin = drawn(4, 2, 8, torch.bfloat16)
+    exact = stock(*(t.double() for t in (y, cos, sin)), heads=(4, 2))
+    for ours, theirs, true in zip(
+        rotary(y, cos, sin, heads=(4, 2)), stock(y, cos, sin, heads=(4, 2)), exact, strict=True
+    ):
+        assert ours.dtype == torch.bfloat16
+        assert (ours.double() - true).norm() <= (theirs.double() - true).norm()
+
+
+def test_value_does_not_keep_the_joined_projections():
+    y, cos, sin = drawn(4, 2, 8)
+    value = rotary(y, cos, sin, heads=(4, 2))[2]
+    assert value.untyped_storage().nbytes() == value.numel() * 4
