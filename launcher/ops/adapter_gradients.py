@@ -140,7 +140,10 @@ def _thin_product(x: Tensor, c: Tensor, scaling: float, *, cleared: tuple[Tensor
     (rows, columns), rank = x.shape, c.shape[1]
     out = torch.empty(rows, rank, dtype=x.dtype, device=x.device)
     sums = torch.empty(rows, rank, device=x.device)
-    block, wide, width = 32, 256 if rank <= 32 else 64, _padded(rank)
+    wide, width = 128 if rank <= 64 else 64, _padded(rank)
+    block = next(
+        size for size in (16, 32, 64) if rows <= 256 * size or size == 64
+    )  # some two programs a multiprocessor
     blocks = triton.cdiv(rows, block)
     piece = 1024
     share = triton.cdiv(triton.cdiv(max(t.numel() for t in cleared), blocks), piece) * piece
@@ -148,7 +151,7 @@ def _thin_product(x: Tensor, c: Tensor, scaling: float, *, cleared: tuple[Tensor
     _thin[(blocks,)](
         out, sums, x, c, scaling, rows, columns, rank, *c.stride(), first, first.numel(), second, second.numel(),
         share, RANK=width, BN=block, BM=wide, PIECE=piece,
-        num_stages=_stages(x, block * wide * 2 + wide * width * 4, most=4),
+        num_stages=_stages(x, block * wide * 2 + wide * width * 4, most=3), num_warps=8 if block == 64 else 4,
     )  # fmt: skip
     return out, sums
 
