@@ -11,6 +11,7 @@ import torch
 
 from launcher.data.documents import Documents
 from launcher.data.loader import StepBatch
+from launcher.train.account import start_record
 from launcher.train.planned import rows_of
 from launcher.train.setup import prepare
 from tests.conftest import request_for
@@ -35,6 +36,7 @@ def test_two_widths_of_which_one_leaves_rows_out_share_the_graphs_of_the_loss(ma
     most = packed.loss_rows(8 * 64)
     assert 8 * 64 / 4 < most < 8 * 64 / 2 and packed.loss_rows(8 * 8) == 8 * 7
     assert packed.loss_chunk <= most
+    assert start_record(worker).loss_tokens == (8 * 7, most)
     for _ in range(20):
         worker.step(next(worker.batches))
     for batch in worker.eval_batches:
