@@ -43,6 +43,7 @@ class StartRecord:
     cuda_graphs: str = "off"  # "on", or "off (the reason)"
     activations: str = "none"  # the policy, and why
     forecast_mib: float | None = None  # peak of allocated memory that the policy was chosen by; None on a CPU
+    loss_tokens: tuple[int, ...] = ()  # by width: for how many tokens of a micro batch the loss is computed
 
 
 @dataclass(frozen=True)

@@ -33,6 +33,14 @@ def test_the_start_panel_says_what_the_loss_sees_and_whose_template_renders() ->
     assert "assistant in 3,000 rows, all in 412 rows · template: chatml" in text
 
 
+def test_the_start_panel_says_of_how_many_tokens_the_loss_is_computed_where_not_of_all() -> None:
+    one = started(loss_tokens=(2425,))
+    assert "assistant in 3,412 rows · computed for at most 2,425 of 4,096 tokens · template: the tokenizer's own" in one
+    several = started(widths=(64, 512, 2048), loss_tokens=(128, 500, 2048))
+    assert "· computed for at most 49 to 100 % of the tokens · template" in several
+    assert "computed" not in started() + started(loss_tokens=(4096,))
+
+
 def test_the_start_panel_says_whether_the_step_is_captured_and_why_not() -> None:
     reason = "off (capture failed: called a synchronizing CUDA operation)"
     assert "CUDA graphs on" in " ".join(started().split())

@@ -98,7 +98,7 @@ def workload(request: Request) -> Workload:
     return Workload(
         tokens=tuple(batch.tokens for batch in batches),
         supervised_tokens=tuple(batch.supervised_tokens for batch in batches),
-        flops=tuple(flops.of(document_lengths(batch)) for batch in batches),
+        flops=tuple(flops.of(document_lengths(batch), targets=batch.supervised_tokens) for batch in batches),
         batches=digest(batches),
     )
 

@@ -1,7 +1,7 @@
 """Chooses the attention path for a device and hands it to transformers through its public AttentionInterface."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -30,10 +30,12 @@ CUDNN_WINS = 9  # major compute capability: measured on an H200, and on nothing 
 
 @dataclass(frozen=True)
 class Rows:
-    """What is known of a run's rows before the first: their planned widths, and whether each is one document."""
+    """What is known of a run's rows before the first: their planned widths, whether each is one document, and by width
+    how many tokens of a micro batch are supervised at most. A width that `targets` lacks may have all of them so."""
 
     widths: tuple[int, ...]
     alone: bool
+    targets: Mapping[int, int] = field(default_factory=dict)
 
 
 def cudnn_missing(device: torch.device, dtype: torch.dtype, *, head: int) -> str | None:

@@ -17,7 +17,7 @@ from launcher.model.nf4 import bnb_config, check_prequantized, count_parameters,
 from launcher.model.norm import use_native_kernel
 from launcher.model.packed import PackedCausalLM
 from launcher.model.source import check_weights
-from launcher.ops.linear_ce import chunk_rows
+from launcher.ops.linear_ce import chunk_rows, product_rows
 from launcher.recipe.schema import Recipe
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -73,8 +73,8 @@ def build_model(
 ) -> BuiltModel:
     """Build from a located `source` and its config, both past `preflight`.
 
-    The loss works in chunks of one size that suits all widths of `rows`. `phase(name)` is called after each phase that
-    takes memory.
+    The loss works in chunks of one size that suits all widths of `rows`, and of as many rows as may have a target.
+    `phase(name)` is called after each phase that takes memory.
     """
     family = family_of(config, max_length=recipe.data.max_length)
     dtype = choose_dtype(recipe.model.dtype, device)
@@ -88,12 +88,15 @@ def build_model(
     # What another process must load to use the adapter: a hub id, or a path that does not depend on where it starts.
     peft.peft_config["default"].base_model_name_or_path = source
     peft.peft_config["default"].revision = recipe.model.revision
-    tokens = [recipe.train.micro_batch * width for width in rows.widths]
+    tokens = {width: recipe.train.micro_batch * width for width in rows.widths}
+    loss_rows = {n: product_rows(n, rows.targets.get(width, n)) for width, n in tokens.items()}
     vocabulary, budget = base.lm_head.weight.shape[0], recipe.memory.loss_chunk_mib
-    chunk = chunk_rows(tokens, vocabulary, budget, itemsize=dtype.itemsize)
+    chunk = chunk_rows(loss_rows.values(), vocabulary, budget, itemsize=dtype.itemsize)
     if recipe.compile.scope == "layer":  # the other scopes compile it
         use_native_kernel(base.model.norm)
-    packed = PackedCausalLM(base, attention=path, max_length=recipe.data.max_length, loss_chunk=chunk)
+    packed = PackedCausalLM(
+        base, attention=path, max_length=recipe.data.max_length, loss_chunk=chunk, loss_rows=loss_rows
+    )
     phase("after adapters")
     parameters, trainable = count_parameters(peft)
     return BuiltModel(

@@ -7,6 +7,7 @@ one builds the rotary table once, the document mask once a batch, and calls the 
 norms and projections are the stock modules.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -34,13 +35,22 @@ class Body(nn.Module):
 class PackedCausalLM(nn.Module):
     """Summed next-token loss of packed rows, for a causal LM whose attention is one of model/attention.py.
 
-    `max_length` is the longest row there may be; `loss_chunk` the tokens whose logits live at once (ops/linear_ce.py).
+    `max_length` is the longest row there may be; `loss_chunk` the rows whose logits live at once; `loss_rows`, by the
+    tokens B * S of a micro batch, how many rows have their loss computed, where not all do (ops/linear_ce.py).
     """
 
     cos: Tensor
     sin: Tensor
 
-    def __init__(self, causal_lm: Any, *, attention: str, max_length: int, loss_chunk: int) -> None:
+    def __init__(
+        self,
+        causal_lm: Any,
+        *,
+        attention: str,
+        max_length: int,
+        loss_chunk: int,
+        loss_rows: Mapping[int, int] | None = None,
+    ) -> None:
         super().__init__()
         decoder = causal_lm.model
         self.body = Body(decoder.layers, decoder.norm)
@@ -48,6 +58,7 @@ class PackedCausalLM(nn.Module):
         self.head = causal_lm.lm_head
         self.attention = attention
         self.loss_chunk = loss_chunk
+        self._loss_rows = dict(loss_rows or {})
         self.loss_functions = ChunkFunctions()
         weight = self.embed.weight
         positions = torch.arange(max_length, device=weight.device)[None]
@@ -55,6 +66,10 @@ class PackedCausalLM(nn.Module):
             cos, sin = decoder.rotary_emb(weight[:1, None], positions)
         self.register_buffer("cos", cos[0].contiguous(), persistent=False)
         self.register_buffer("sin", sin[0].contiguous(), persistent=False)
+
+    def loss_rows(self, tokens: int) -> int:
+        """How many of a micro batch's `tokens` may be supervised."""
+        return self._loss_rows.get(tokens, tokens)
 
     def hidden_states(
         self, input_ids: Tensor, position_ids: Tensor, document_ids: Tensor, cu_seqlens: Tensor
@@ -79,6 +94,7 @@ class PackedCausalLM(nn.Module):
             labels.flatten(),
             chunk=self.loss_chunk,
             functions=self.loss_functions,
+            most=self.loss_rows(labels.numel()),
         )
 
     @torch.no_grad()

@@ -1,6 +1,6 @@
 """Linear head and cross-entropy as one chunked operation: the [N, V] logits never exist as a whole.
 
-Letters: N tokens (B * S), D model width, V vocabulary, R rows of one chunk.
+Letters: N tokens (B * S), M rows of the product, D model width, V vocabulary, R rows of one chunk.
 
 The head is frozen, so the only gradient wanted is that of the hidden states, and a chunk that has just made its
 logits has everything that gradient needs. It is therefore made in the forward pass, chunk by chunk, and the backward
@@ -10,10 +10,18 @@ For one row with logits z, target t and p = softmax(z):   loss = logsumexp(z) - 
 
 The loss is the *sum* over supervised rows. Its gradient is stored unscaled, and the caller's factor (one over the
 global token count, times the fp16 loss scale) arrives as the incoming gradient: nothing underflows in half precision.
+
+Prompts and padding have no target: with instruction data half of the rows, each of which costs the whole vocabulary.
+Where it is known beforehand that at most M < N rows are supervised, only M rows go through the product, [M, D] of them
+gathered chunk by chunk, their gradient scattered into zeros. M is a constant of the shape, and the rows are found
+without asking the device: a stable sort puts the supervised ones first, in their order; unsupervised ones fill up.
+
+    labels    .  .  5  7  .  .  .  3      N = 8, M = 4, a dot is IGNORE
+    rows      2  3  7  0                  labels[rows] = 5 7 3 .
 """
 
 import importlib.util
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +31,7 @@ from torch import Tensor
 
 IGNORE = -100  # a label that is not supervised; the value that torch's own cross-entropy uses
 CHUNK_COST = 128  # rows whose time a chunk costs on top: it reads the whole head, and launches its kernels
+LEAST_SAVED = 0.05  # of the rows, for fewer of which none are left out; `product_rows` says why
 
 
 def chunk_loss(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
@@ -113,8 +122,17 @@ class ChunkFunctions:
     loss_and_grad: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]] = chunk_loss_and_grad
 
 
+def product_rows(tokens: int, most: int) -> int:
+    """M for `tokens` (N) of which at most `most` are supervised: that many, at least one, or all N."""
+    # A row left out saves 2 * D * V multiply-adds and the passes over its V logits. To find, gather and scatter rows
+    # takes some ten small kernels and five passes over [N, D]: by estimate 90 us of 4,096 rows on an H200, where Llama
+    # 1B's head takes 1.6 us a row. So a twentieth gains at that size and breaks even at a quarter of it; full rows,
+    # whose every token but the first is a target, stay below it and keep the path without indices.
+    return max(1, most) if most <= (1 - LEAST_SAVED) * tokens else tokens
+
+
 def chunk_rows(rows: Collection[int], vocabulary: int, budget_mib: int, *, itemsize: int = 4) -> int:
-    """The one chunk size R for batches of `rows` tokens (N of each planned shape): logits of `itemsize` bytes within
+    """The one chunk size R for batches of `rows` rows (M of each planned shape): logits of `itemsize` bytes within
     `budget_mib` MiB.
 
     One size, because each would be a graph of its own. Of the sizes that divide a shape into equal chunks, the one with
@@ -127,53 +145,75 @@ def chunk_rows(rows: Collection[int], vocabulary: int, budget_mib: int, *, items
 
 
 def linear_cross_entropy(
-    hidden: Tensor, weight: Tensor, labels: Tensor, *, chunk: int, functions: ChunkFunctions
+    hidden: Tensor, weight: Tensor, labels: Tensor, *, chunk: int, functions: ChunkFunctions, most: int | None = None
 ) -> Tensor:
     """Summed cross-entropy of `hidden @ weight.T` against `labels`, over the labels that are not IGNORE.
 
-    hidden [N, D], weight [V, D] (frozen: it gets no gradient), labels [N] already shifted -> scalar, fp32.
+    hidden [N, D], weight [V, D] (frozen: it gets no gradient), labels [N] already shifted -> scalar, fp32. At most
+    `most` (M) labels are not IGNORE, by the caller's promise: where there are more, the loss is NaN. None: all may be.
     """
     assert not weight.requires_grad, "the head is frozen in QLoRA; this loss gives it no gradient"
     if torch.is_grad_enabled() and hidden.requires_grad:
-        return _LinearCrossEntropy.apply(hidden, weight, labels, chunk, functions)
-    total = torch.zeros((), dtype=torch.float32, device=hidden.device)
-    for h, y, _ in _chunks(hidden, labels, chunk):
+        return _LinearCrossEntropy.apply(hidden, weight, labels, chunk, functions, most)
+    total, rows = _beginning(labels, most)
+    for h, y, _ in _chunks(hidden, labels, rows, chunk=chunk):
         total = total + functions.loss(h, weight, y)
     return total
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, chunk: int, fns: ChunkFunctions) -> Tensor:
-        total = torch.zeros((), dtype=torch.float32, device=hidden.device)
-        grad = torch.empty_like(hidden)
-        for h, y, rows in _chunks(hidden.detach(), labels, chunk):
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, chunk: int, fns: ChunkFunctions, most: int | None
+    ) -> Tensor:
+        total, rows = _beginning(labels, most)
+        grad = hidden.new_empty(hidden.shape if rows is None else (len(rows), hidden.shape[1]))
+        for h, y, place in _chunks(hidden.detach(), labels, rows, chunk=chunk):
             loss, grad_h = fns.loss_and_grad(h, weight, y)
             total += loss
-            grad[rows] = grad_h[: rows.stop - rows.start]
-        ctx.save_for_backward(grad)
+            grad[place] = grad_h[: place.stop - place.start]
+        ctx.save_for_backward(grad, rows)
+        ctx.tokens = len(labels)
         return total
 
     @staticmethod
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None, None, None, None]:
-        (grad,) = ctx.saved_tensors
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        grad, rows = ctx.saved_tensors
         # The factor is fp32 and may be large (fp16 loss scale over token count): multiply wide, round once. As a tensor
         # of one dimension it counts for the type of the product, which one kernel makes.
-        return torch.mul(grad, grad_output.reshape(1), out=torch.empty_like(grad)), None, None, None, None
+        grad = torch.mul(grad, grad_output.reshape(1), out=torch.empty_like(grad))
+        if rows is not None:  # each once: nothing is added up, in no order
+            grad = grad.new_zeros(ctx.tokens, grad.shape[1]).index_copy_(0, rows, grad)
+        return grad, None, None, None, None, None
 
 
-def _chunks(hidden: Tensor, labels: Tensor, chunk: int) -> list[tuple[Tensor, Tensor, slice]]:
-    """Equal chunks; the last is padded with unsupervised rows, so that the compiled body sees one shape."""
-    rows = hidden.shape[0]
-    pieces = []
-    for start in range(0, rows, chunk):
-        stop = min(start + chunk, rows)
-        h, y = hidden[start:stop], labels[start:stop]
-        if stop - start < chunk:
-            h = F.pad(h, (0, 0, 0, chunk - (stop - start)))
-            y = F.pad(y, (0, chunk - (stop - start)), value=IGNORE)
-        pieces.append((h, y, slice(start, stop)))
-    return pieces
+def _beginning(labels: Tensor, most: int | None) -> tuple[Tensor, Tensor | None]:
+    """What the losses are added to, and the rows of the product, [M], as the module draws them; None: all in order.
+
+    0 to add to, or NaN where rows with a target would be left out: decided on the device, for the step's gate to see.
+    """
+    total = torch.zeros((), dtype=torch.float32, device=labels.device)
+    if most is None or most >= len(labels):
+        return total, None
+    unsupervised = labels == IGNORE
+    rows = torch.argsort(unsupervised, stable=True)[:most]
+    return total.masked_fill_((~unsupervised).sum() > most, float("nan")), rows
+
+
+def _chunks(
+    hidden: Tensor, labels: Tensor, rows: Tensor | None, *, chunk: int
+) -> Iterator[tuple[Tensor, Tensor, slice]]:
+    """Equal chunks of the `rows`, and where each lies among these; the last is padded with unsupervised rows, so that
+    the compiled body sees one shape. One chunk of gathered rows lives at a time."""
+    total = len(labels if rows is None else rows)
+    for start in range(0, total, chunk):
+        place = slice(start, min(start + chunk, total))
+        where = place if rows is None else rows[place]
+        h, y = hidden[where], labels[where]
+        missing = start + chunk - place.stop
+        if missing:
+            h, y = F.pad(h, (0, 0, 0, missing)), F.pad(y, (0, missing), value=IGNORE)
+        yield h, y, place
 
 
 def linear_cross_entropy_reference(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ from rich.panel import Panel
 from rich.text import Text
 
 from launcher.records import StartRecord
-from launcher.report.figures import counted, literal, whole
+from launcher.report.figures import counted, extent, literal, whole
 from launcher.report.layout import page_width, pairs
 
 
@@ -68,4 +68,15 @@ def _data(start: StartRecord) -> str:
 
 def _loss(start: StartRecord) -> str:
     chosen = ", ".join(f"{name} in {counted(rows, 'row')}" for name, rows in start.loss_on.items())
-    return f"{chosen} · template: {start.template}"
+    return f"{chosen} · {_computed(start)}template: {start.template}"
+
+
+def _computed(start: StartRecord) -> str:
+    """How much of the loss's work is left where some tokens can have no target."""
+    tokens = [start.micro_batch * width for width in start.widths]
+    if not start.loss_tokens or list(start.loss_tokens) == tokens:
+        return ""
+    if len(tokens) == 1:
+        return f"computed for at most {whole(start.loss_tokens[0])} of {whole(tokens[0])} tokens · "
+    shares = [round(100 * some / n) for some, n in zip(start.loss_tokens, tokens, strict=True)]
+    return f"computed for at most {extent(shares)} % of the tokens · "

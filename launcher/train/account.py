@@ -17,7 +17,8 @@ LEFT_OUT = ("dropped", "truncated", "split", "repeated", "left_out")  # in the c
 def start_record(worker: Worker) -> StartRecord:
     """What is about to run, for the start panel and the report."""
     recipe, built, data = worker.recipe, worker.built, worker.prepared.data
-    c = recipe.compile
+    c, widths = recipe.compile, planned_widths(data)[::-1]
+    loss_tokens = [built.packed.loss_rows(recipe.train.micro_batch * width) for width in widths]
     return StartRecord(
         recipe=worker.request.name,
         model=worker.request.source + (" (random weights)" if recipe.model.init == "random" else ""),
@@ -30,7 +31,7 @@ def start_record(worker: Worker) -> StartRecord:
         quantization=built.quantization,
         attention=f"{built.attention} ({built.attention_why})",
         micro_batch=recipe.train.micro_batch,
-        widths=tuple(planned_widths(data)[::-1]),
+        widths=tuple(widths),
         accumulation=recipe.train.accumulation,
         steps=worker.steps,
         epochs=worker.steps / worker.batches.steps_per_epoch if isinstance(worker.batches, TrainLoader) else None,
@@ -48,6 +49,7 @@ def start_record(worker: Worker) -> StartRecord:
         cuda_graphs=worker.cuda_graphs,
         activations=f"{worker.policy.name} ({worker.policy.why})",
         forecast_mib=worker.policy.forecast_mib,
+        loss_tokens=tuple(loss_tokens),
         notes=worker.request.notes + data.notes + _left_out(data.counts) + _short(worker),
     )
 

@@ -29,11 +29,18 @@ def planned_widths(data: PreparedData) -> list[int]:
     return sorted(both, reverse=True)
 
 
-def rows_of(data: PreparedData) -> Rows:
-    """What the model may know of its rows. A stream's later windows are as its batching makes them."""
+def rows_of(data: PreparedData, *, micro_batch: int) -> Rows:
+    """What the model may know of its rows. A stream's later windows are as its batching makes them, and of their
+    targets nothing is known."""
     sets = [data.first_blocks] + ([data.validation] if data.validation else [])
+    widths, streamed = planned_widths(data), isinstance(data.train, Stream)
     packs = isinstance(data.train, Stream) and data.train.data.batching == "packed"
-    return Rows(tuple(planned_widths(data)), alone=not packs and all(blocks.alone for blocks in sets))
+    bounds = [] if streamed else [blocks.most_targets(micro_batch) for blocks in sets]
+    return Rows(
+        tuple(widths),
+        alone=not packs and all(blocks.alone for blocks in sets),
+        targets={width: max(bound.get(width, 0) for bound in bounds) for width in widths if bounds},
+    )
 
 
 def shapes_of(built: BuiltModel, *, micro_batch: int, width: int) -> Shapes:

@@ -157,7 +157,7 @@ class Worker:
             self.request.source,
             self.prepared.config,
             device=self.accelerator.device,
-            rows=rows_of(self.prepared.data),
+            rows=rows_of(self.prepared.data, micro_batch=self.recipe.train.micro_batch),
             phase=self.ledger.mark,
         )
         if self.place.world_size > 1:  # only gradients are exchanged: ranks that begin apart stay apart

@@ -27,10 +27,11 @@ from dataclasses import dataclass
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor, nn
+from torch import Tensor
 
 from launcher.compile.plan import Plan
 from launcher.data.loader import MicroBatch, StepBatch
+from launcher.model.packed import PackedCausalLM
 from launcher.recipe.schema import TrainSection
 from launcher.train.gradients import FlatGradients
 from launcher.train.graphs import Graphs, Work
@@ -79,7 +80,7 @@ class TrainStep:
 
     def __init__(
         self,
-        model: nn.Module,
+        model: PackedCausalLM,
         train: TrainSection,
         *,
         steps: int,
@@ -179,6 +180,9 @@ class TrainStep:
 
     def _loaded(self, micro: MicroBatch, *, factor: float = 0.0) -> Calls:
         """The calls for the shape of `micro`, which is sent to the device."""
+        most = self.model.loss_rows(micro.labels.numel())
+        # The loss sees it too, but only on the device and as a NaN.
+        assert micro.supervised_tokens <= most, f"{micro.supervised_tokens} targets where the data has at most {most}"
         fields = arguments(micro)
         shape = tuple(field.shape for field in fields)
         if shape not in self._calls:

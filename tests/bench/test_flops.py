@@ -37,16 +37,17 @@ def test_the_formula_counts_what_torch_counts(model_type: str, lora: LoraSection
     config = small_config(model_type)
     found = model_flops(config, lora)
     every_pair = found.per_pair * ROWS * LENGTH**2
-    assert found.per_token * ROWS * LENGTH + every_pair == counted(config, lora)
+    assert (found.per_token + found.per_target) * ROWS * LENGTH + every_pair == counted(config, lora)
     assert found.per_pair > 0
+    assert found.per_target == 4 * config.hidden_size * config.vocab_size
 
 
 def test_a_position_sees_itself_and_those_before_it_in_its_document() -> None:
-    flops = ModelFlops(per_token=100, per_pair=1)
-    assert flops.of([1]) == 101
-    assert flops.of([3, 2]) == 500 + (1 + 2 + 3) + (1 + 2)
-    assert flops.of([5]) > flops.of([3, 2])
-    assert flops.of([]) == 0
+    flops = ModelFlops(per_token=100, per_target=1000, per_pair=1)
+    assert flops.of([1], targets=0) == 101
+    assert flops.of([3, 2], targets=3) == 500 + 3000 + (1 + 2 + 3) + (1 + 2)
+    assert flops.of([5], targets=3) > flops.of([3, 2], targets=3)
+    assert flops.of([], targets=0) == 0
 
 
 def test_the_1b_shape_costs_what_its_published_parameters_say() -> None:
@@ -56,4 +57,5 @@ def test_the_1b_shape_costs_what_its_published_parameters_say() -> None:
     from tests.conftest import ROOT
 
     config = AutoConfig.from_pretrained(next((ROOT / "recipes" / "architectures").glob("*1B*")))
-    assert model_flops(config, LoraSection(r=16)).per_token == pytest.approx(4 * 1.2358e9 + 6 * 11.27e6, rel=1e-3)
+    found = model_flops(config, LoraSection(r=16))
+    assert found.per_token + found.per_target == pytest.approx(4 * 1.2358e9 + 6 * 11.27e6, rel=1e-3)

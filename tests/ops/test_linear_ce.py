@@ -8,6 +8,7 @@ from launcher.ops.linear_ce import (
     chunk_rows,
     linear_cross_entropy,
     linear_cross_entropy_reference,
+    product_rows,
 )
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 5e-3}
@@ -65,12 +66,15 @@ def test_a_large_loss_scale_does_not_overflow_the_fp16_gradient_when_tokens_shar
 
 
 class LargestTensor(TorchDispatchMode):
+    """Of those that are made, views of others not counted."""
+
     numel = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
+        given = {arg.untyped_storage().data_ptr() for arg in args if isinstance(arg, torch.Tensor)}
         for tensor in out if isinstance(out, tuple | list) else (out,):
-            if isinstance(tensor, torch.Tensor):
+            if isinstance(tensor, torch.Tensor) and tensor.untyped_storage().data_ptr() not in given:
                 self.numel = max(self.numel, tensor.numel())
         return out
 
@@ -107,3 +111,93 @@ def test_a_single_shape_is_cut_into_the_fewest_equal_chunks():
     for rows in (1, 100, 523, 524, 4096, 16384):
         fewest = -(-rows // 523)
         assert chunk_rows([rows], 128256, 256) == -(-rows // fewest)
+
+
+def bounded(rows, targets, *, seed=0):
+    """`case` in which `targets` of the rows, drawn, have one."""
+    hidden, weight, _ = case(rows, 16, 33, seed=seed)
+    generator = torch.Generator().manual_seed(seed + 1)
+    labels = torch.full((rows,), IGNORE)
+    labels[torch.randperm(rows, generator=generator)[:targets]] = torch.randint(33, (targets,), generator=generator)
+    return hidden, weight, labels
+
+
+def loss_and_gradient(hidden, weight, labels, **how):
+    hidden = hidden.clone().requires_grad_()
+    loss = linear_cross_entropy(hidden, weight, labels, functions=how.pop("functions", ChunkFunctions()), **how)
+    (loss * 3).backward()
+    with torch.no_grad():
+        evaluated = linear_cross_entropy(hidden, weight, labels, functions=ChunkFunctions(), **how)
+    torch.testing.assert_close(evaluated, loss.detach(), equal_nan=True)
+    return loss.detach(), hidden.grad
+
+
+@pytest.mark.parametrize(("rows", "chunk"), [(1, 1), (7, 3), (64, 64), (50, 16), (97, 13)])
+@pytest.mark.parametrize("part", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("room", [0, 1, 5])
+def test_without_rows_that_have_no_target_loss_and_gradient_are_the_same(rows, chunk, part, room):
+    targets = round(rows * part)
+    hidden, weight, labels = bounded(rows, targets, seed=rows)
+    most = max(1, targets + room)
+    loss, gradient = loss_and_gradient(hidden, weight, labels, chunk=chunk, most=most)
+    whole_loss, whole_gradient = loss_and_gradient(hidden, weight, labels, chunk=chunk)
+    if most >= rows:  # nothing to leave out: the same path, to the bit
+        assert torch.equal(loss, whole_loss) and torch.equal(gradient, whole_gradient)
+    torch.testing.assert_close(loss, whole_loss, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(gradient, whole_gradient, rtol=1e-6, atol=1e-6)
+    assert torch.equal(gradient[labels == IGNORE], torch.zeros(rows - targets, 16))
+    assert targets == 0 or gradient.abs().max() > 1e-3
+    assert targets > 0 or float(loss) == 0
+
+
+def test_only_so_many_rows_reach_the_head_and_those_with_a_target_in_their_order():
+    hidden, weight, labels = bounded(40, 11)
+    seen = []
+
+    def loss_and_grad(h, w, y):
+        seen.append((h, y))
+        return ChunkFunctions().loss_and_grad(h, w, y)
+
+    functions = ChunkFunctions(loss_and_grad=loss_and_grad)
+    loss_and_gradient(hidden, weight, labels, chunk=7, most=13, functions=functions)
+    assert [len(y) for _, y in seen] == [7, 7]  # 13 rows, one of padding
+    asked = torch.cat([y for _, y in seen])
+    assert asked.tolist() == [*labels[labels != IGNORE].tolist(), IGNORE, IGNORE, IGNORE]
+    assert torch.equal(torch.cat([h for h, _ in seen])[:11], hidden[labels != IGNORE])
+    seen.clear()
+    loss_and_gradient(hidden, weight, labels, chunk=7, functions=functions)
+    assert len(seen) == 6
+
+
+@pytest.mark.parametrize("targets", [5, 6, 30])
+def test_more_targets_than_were_promised_make_the_loss_nan_and_leave_none_out_in_silence(targets):
+    hidden, weight, labels = bounded(30, targets)
+    loss, _ = loss_and_gradient(hidden, weight, labels, chunk=4, most=5)
+    assert loss.isnan() == (targets > 5)
+
+
+def test_the_host_need_not_know_which_rows_have_a_target():
+    with torch.device("meta"):  # tensors without values: what asks for one raises
+        hidden, weight, labels = torch.empty(30, 8, requires_grad=True), torch.empty(20, 8), torch.empty(30).long()
+        linear_cross_entropy(hidden, weight, labels, chunk=4, most=9, functions=ChunkFunctions()).backward()
+        assert hidden.grad.shape == hidden.shape
+        with pytest.raises((NotImplementedError, RuntimeError)):
+            hidden[(labels != IGNORE).nonzero()]
+
+
+def test_the_forward_pass_holds_nothing_of_the_rows_left_out():
+    hidden, weight, labels = bounded(128, 40)
+    hidden = hidden.requires_grad_()
+    largest = []
+    for most in (40, None):
+        with LargestTensor() as found:
+            linear_cross_entropy(hidden, weight, labels, chunk=16, most=most, functions=ChunkFunctions())
+        largest.append(found.numel)
+    assert largest == [40 * 16, 128 * 16]  # the gradients; a chunk's logits are 16 * 33
+
+
+def test_rows_are_left_out_where_a_twentieth_of_them_can_be():
+    assert product_rows(4096, 2425) == 2425
+    assert product_rows(4096, 3891) == 3891 and product_rows(4096, 3892) == 4096
+    assert product_rows(2 * 2048, 2 * 2047) == 4096  # full rows of random tokens
+    assert product_rows(64, 0) == 1

@@ -32,10 +32,10 @@ def documents(lengths: tuple[int, ...]) -> Documents:
     return Documents(ids, np.random.default_rng(2).random(len(ids)) < 0.5, offsets)
 
 
-def compiled(recipe: Any, lengths: tuple[int, ...], *, device: str = "cpu") -> Worker:
-    """A worker past warm-up, on 301 training and 20 validation documents."""
+def compiled(recipe: Any, found: Documents, *, device: str = "cpu") -> Worker:
+    """A worker past warm-up, on the last 301 of the documents, validated on the first 20."""
     every = np.arange(321)
-    train, validation = lay_out(documents(lengths), every[20:], every[:20], data=recipe.data, pad_id=0, seed=0)
+    train, validation = lay_out(found, every[20:], every[:20], data=recipe.data, pad_id=0, seed=0)
     data = PreparedData(
         train=train, validation=validation, counts={}, example=None, train_rows=301, validation_rows=20,
         loss_on={}, template="none", identity="random",
@@ -57,7 +57,7 @@ def test_a_hundred_batches_of_varied_boundaries_and_an_odd_last_one_compile_noth
     make_recipe: Callable[..., Any], batching: str, lengths: tuple[int, ...], widths: int
 ) -> None:
     data = {"batching": batching, "max_length": MAX_LENGTH}
-    worker = compiled(make_recipe(data=data, train={"steps": 100, "micro_batch": 2}), lengths)
+    worker = compiled(make_recipe(data=data, train={"steps": 100, "micro_batch": 2}), documents(lengths))
     record = worker.observer.record()
     assert record.graphs_by_region == {"layer": 2 * widths, "loss": 2}
     assert record.compilations == record.planned_graphs == record.expected_graphs == 2 * widths + 2
@@ -89,7 +89,7 @@ def test_planned_shapes_are_counted_for_each_region(make_recipe: Callable[..., A
         data={"batching": "bucketed", "max_length": MAX_LENGTH},
         compile={"scope": "regions", "regions": ["attention", "rmsnorm", "loss"]},
     )
-    worker = compiled(recipe, TWO)
+    worker = compiled(recipe, documents(TWO))
     for _ in range(10):
         worker.step(next(worker.batches))
     worker.plan.check()
@@ -101,7 +101,7 @@ def test_planned_shapes_are_counted_for_each_region(make_recipe: Callable[..., A
 
 def test_the_probe_of_the_saved_adapter_has_tokens_to_learn(make_recipe: Callable[..., Any]) -> None:
     worker = compiled(
-        make_recipe(data={"batching": "bucketed", "max_length": MAX_LENGTH}, compile={"mode": "off"}), THREE
+        make_recipe(data={"batching": "bucketed", "max_length": MAX_LENGTH}, compile={"mode": "off"}), documents(THREE)
     )
     assert worker.probe.supervised_tokens > 10
     assert worker.batches.state() == {"epoch": 0, "offset": 0}

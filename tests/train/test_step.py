@@ -32,6 +32,9 @@ class Linear(nn.Module):
         self.weight = nn.Parameter(torch.ones(4))
         self.calls, self.poison_at = 0, poison_at
 
+    def loss_rows(self, tokens):
+        return tokens
+
     def forward(self, input_ids, labels, position_ids, document_ids, cu_seqlens):
         self.calls += 1
         poison = float("nan") if self.calls in self.poison_at else 1.0

@@ -1,0 +1,141 @@
+"""Rows without a target left out of the head's product, captured: `pytest -m gpu tests/gpu/test_loss_rows.py`."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from launcher.data.loader import sample_batch
+from launcher.ops.linear_ce import (
+    IGNORE,
+    ChunkFunctions,
+    linear_cross_entropy,
+    linear_cross_entropy_reference,
+)
+from launcher.train import setup
+from launcher.train.planned import rows_of
+from launcher.train.setup import Clock, Worker, prepare
+from tests.conftest import request_for
+
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("clean_dynamo")]
+
+MICRO_BATCH, WIDTH = 4, 256
+Found = tuple[list[float], list[float], list[Tensor]]
+
+
+def built(make_recipe: Callable[..., Any], batching: str = "packed") -> Worker:
+    """Chats of which about half is supervised, bf16, generated kernels, two micro batches a step, captured."""
+    recipe = make_recipe(
+        model={"dtype": "bfloat16"},
+        data={"batching": batching, "max_length": WIDTH},
+        compile={"backend": "inductor", "cuda_graphs": "on"},
+        train={"micro_batch": MICRO_BATCH, "accumulation": 2},
+    )
+    request = request_for(recipe)
+    worker = Worker(request, prepare(request), clock=Clock())
+    worker.build()
+    return worker
+
+
+def measured(worker: Worker) -> Found:
+    """Losses and gradients of six steps at the same drawn weights, and losses without gradients."""
+    worker.compile()
+    assert worker.cuda_graphs == "on"
+    generator = torch.Generator("cuda").manual_seed(1)
+    with torch.no_grad():  # B starts at zero, and A would have no gradient
+        for parameter in worker.step.parameters:
+            parameter.add_(torch.randn(parameter.shape, generator=generator, device="cuda") * 0.05)
+    losses, evaluated, gradients = [], [], []
+    for _ in range(6):
+        batch = next(worker.batches)
+        losses.append(float(worker.step.accumulate(batch)))
+        gradients.append(torch.cat([p.grad.flatten() for p in worker.step.parameters if p.grad is not None]))
+        evaluated += [float(worker.step.eval_loss(micro)) for micro in batch.micro_batches]
+    worker.plan.check()
+    worker.plan.release()
+    return losses, evaluated, gradients
+
+
+@pytest.mark.parametrize("batching", ["packed", "bucketed"])
+def test_captured_steps_have_the_losses_and_gradients_of_the_whole_product(
+    make_recipe: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, batching: str
+) -> None:
+    worker = built(make_recipe, batching)
+    widths = rows_of(worker.prepared.data, micro_batch=MICRO_BATCH).widths
+    assert (len(widths) > 1) == (batching == "bucketed")
+    assert all(worker.built.packed.loss_rows(MICRO_BATCH * width) < 0.8 * MICRO_BATCH * width for width in widths)
+    losses, evaluated, gradients = measured(worker)
+
+    monkeypatch.setattr(setup, "rows_of", lambda *data, **how: replace(rows_of(*data, **how), targets={}))
+    worker = built(make_recipe, batching)
+    assert all(worker.built.packed.loss_rows(MICRO_BATCH * width) == MICRO_BATCH * width for width in widths)
+    whole_losses, whole_evaluated, whole_gradients = measured(worker)
+
+    assert losses == pytest.approx(whole_losses, rel=1e-3) and len(set(losses)) == 6
+    assert evaluated == pytest.approx(whole_evaluated, rel=1e-3)
+    for ours, whole in zip(gradients, whole_gradients, strict=True):
+        assert float((ours - whole).norm() / whole.norm()) < 2e-2
+        assert float((ours - gradients[0]).norm() / whole.norm()) > 0.1 or ours is gradients[0]
+
+
+def test_a_captured_step_with_more_targets_than_promised_reaches_no_weight(
+    make_recipe: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def uncounted(*blocks: Any, **how: Any) -> Any:
+        return replace(sample_batch(*blocks, **how), supervised_tokens=0)
+
+    monkeypatch.setattr(setup, "sample_batch", uncounted)
+    worker = built(make_recipe)
+    rows = worker.built.packed._loss_rows
+    rows.update(dict.fromkeys(rows, 10))
+    worker.compile()
+    assert worker.cuda_graphs == "on"
+    before = [parameter.detach().clone() for parameter in worker.step.parameters]
+    for _ in range(3):
+        batch = next(worker.batches)
+        hidden_count = tuple(replace(micro, supervised_tokens=0) for micro in batch.micro_batches)
+        assert worker.step(replace(batch, micro_batches=hidden_count)).loss_sum.isnan()
+        assert worker.step.eval_loss(hidden_count[0]).isnan()
+    assert all(torch.equal(a, b) for a, b in zip(before, worker.step.parameters, strict=True))
+    with pytest.raises(AssertionError, match="targets where the data has at most 10"):
+        worker.step(batch)
+    worker.plan.release()
+
+
+@contextmanager
+def waits_are_errors() -> Iterator[None]:
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize(("rows", "targets", "chunk"), [(4096, 2048, 512), (5000, 2425, 809), (333, 0, 40), (97, 9, 9)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_rows_are_found_gathered_and_scattered_without_waiting(
+    rows: int, targets: int, chunk: int, dtype: torch.dtype
+) -> None:
+    torch.manual_seed(0)
+    hidden = torch.randn(rows, 64, device="cuda").to(dtype).requires_grad_()
+    weight = (torch.randn(1000, 64, device="cuda") / 8).to(dtype)
+    labels = torch.full((rows,), IGNORE, device="cuda")
+    labels[torch.randperm(rows, device="cuda")[:targets]] = torch.randint(1000, (targets,), device="cuda")
+    most = max(1, targets)
+    linear_cross_entropy(hidden, weight, labels, chunk=chunk, most=most, functions=ChunkFunctions())  # kernels compile
+    with waits_are_errors():
+        loss = linear_cross_entropy(hidden, weight, labels, chunk=chunk, most=most, functions=ChunkFunctions())
+        [gradient] = torch.autograd.grad(loss, hidden)
+        broken = linear_cross_entropy(hidden, weight, labels, chunk=chunk, most=most - 1, functions=ChunkFunctions())
+    exact = hidden.detach().double().requires_grad_()
+    true = linear_cross_entropy_reference(exact, weight.double(), labels)
+    [true_gradient] = torch.autograd.grad(true, exact)
+    tolerance = {torch.bfloat16: 1e-2, torch.float16: 2e-3, torch.float32: 1e-3}[dtype]
+    assert loss.item() == pytest.approx(true.item(), rel=tolerance, abs=1e-6)
+    assert float((gradient - true_gradient).norm()) <= tolerance * float(true_gradient.norm())
+    assert not gradient[labels == IGNORE].any()
+    assert broken.isnan() == (targets > 0)
