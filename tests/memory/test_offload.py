@@ -1,0 +1,178 @@
+"""The layers' inputs on the host, on a CPU: everything but the streams. tests/gpu has these."""
+
+import pytest
+import torch
+from torch.multiprocessing.reductions import StorageWeakRef
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from launcher.memory.offload import INPUTS_ON_DEVICE, HostInputs
+from launcher.train.step import arguments
+from tests.conftest import TINY, small_config
+from tests.train.test_shapes import ANY, TWO, compiled
+
+pytestmark = pytest.mark.usefixtures("clean_dynamo")
+LAYERS = 6
+
+
+@pytest.fixture(scope="module")
+def six_layers(tmp_path_factory):
+    """A model folder: the small one of the suite, deeper."""
+    folder = tmp_path_factory.mktemp("six-layers")
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(small_config(num_hidden_layers=LAYERS)).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(TINY / "base").save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def worker_of(make_recipe, six_layers):
+    """Factory of workers past warm-up, with adapters that matter, and what compiles nothing more."""
+
+    def make(activations, lengths=ANY, **data):
+        recipe = make_recipe(
+            model={"name": str(six_layers)}, memory={"activations": activations}, data=data, train={"accumulation": 2}
+        )
+        worker = compiled(recipe, lengths)
+        generator = torch.Generator().manual_seed(1)
+        with torch.no_grad():
+            for parameter in worker.step.parameters:
+                parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.05)
+        return worker
+
+    return make
+
+
+def gradients(worker):
+    return [parameter.grad.clone() for parameter in worker.step.parameters]
+
+
+def test_losses_and_gradients_are_bit_for_bit_those_of_full_in_the_same_graphs(worker_of):
+    found = []
+    for activations in ("full", "offload"):
+        worker = worker_of(activations, TWO, batching="bucketed")
+        losses, grads = [], []
+        for _ in range(4):
+            batch = next(worker.batches)
+            losses.append(float(worker.step.accumulate(batch)))  # two micro batches
+            grads.append(gradients(worker))
+            losses.append(float(worker.step(batch).loss_sum))
+            losses += [float(worker.step.eval_loss(micro)) for micro in batch.micro_batches]
+        worker.plan.check()
+        record = worker.observer.record()
+        assert record.graphs_by_region == {"layer": 4, "loss": 2}  # two widths
+        assert (record.recompiles, record.graph_breaks, record.limit_hits) == (0, 0, 0)
+        found.append((losses, grads, record.graph_hash))
+    (losses, grads, graphs), (theirs, their_grads, their_graphs) = found
+    assert losses == theirs and len(set(losses)) == 12
+    assert len(worker.step._calls) == 2
+    for ours, others in zip(grads, their_grads, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(ours, others, strict=True))
+    assert all(gradient.any() for gradient in grads[0])
+    assert graphs == their_graphs
+    assert worker.policy.name == "offload" and worker.policy.kept.on_host
+
+
+class Watched:
+    """Counts the inputs that are on the device whenever a layer is called and an input has come back."""
+
+    def __init__(self, worker, monkeypatch):
+        self.inputs, self.most, self.fetched = [], 0, 0
+        around, fetched = worker.built.packed.body.around, HostInputs._fetched
+
+        def called(number, hidden):
+            self.add(hidden)
+            return around(number, hidden)
+
+        def came_back(self_, host):
+            copy = fetched(self_, host)
+            self.fetched += 1
+            self.add(copy.on_device)
+            return copy
+
+        worker.built.packed.body.around = called
+        monkeypatch.setattr(HostInputs, "_fetched", came_back)
+
+    def live(self):
+        return len({ref.cdata for ref in self.inputs if not ref.expired()})
+
+    def add(self, tensor):
+        self.inputs.append(StorageWeakRef(tensor.untyped_storage()))
+        self.most = max(self.most, self.live())
+
+
+@pytest.mark.parametrize("activations", ["full", "offload"])
+def test_three_inputs_are_on_the_device_at_a_time(worker_of, monkeypatch, activations):
+    worker = worker_of(activations)
+    watched = Watched(worker, monkeypatch)
+    batch = next(worker.batches)
+    worker.step.accumulate(batch)
+    passes = len(batch.micro_batches)
+    if activations == "full":
+        assert (watched.most, watched.fetched) == (LAYERS, 0)
+    else:
+        assert watched.most == INPUTS_ON_DEVICE
+        assert watched.fetched == passes * (LAYERS - 2)
+    assert watched.live() == 0
+
+
+def test_evaluation_copies_nothing(worker_of, monkeypatch):
+    worker = worker_of("offload")
+    copied = []
+    monkeypatch.setattr(HostInputs, "_copied", lambda self, target, source: copied.append(target))
+    [micro, _] = next(worker.batches).micro_batches
+    worker.step.eval_loss(micro)
+    assert copied == []
+    with torch.enable_grad():
+        worker.built.packed(*arguments(micro))
+    assert len(copied) == LAYERS - 2
+
+
+@pytest.mark.parametrize("half", ["forward", "backward"])
+def test_a_pass_that_ends_half_way_leaves_the_next_one_right(worker_of, half):
+    worker = worker_of("offload")
+    body, one, other = worker.built.packed.body, next(worker.batches), next(worker.batches)
+    worker.step.accumulate(one)
+    right = gradients(worker)
+    around = body.around
+
+    def failing(number, hidden):
+        if number == 3 and half == "forward":
+            raise KeyboardInterrupt
+        if number == 3:
+            hidden.register_hook(lambda gradient: 1 / 0)
+        return around(number, hidden)
+
+    body.around = failing
+    with pytest.raises(KeyboardInterrupt if half == "forward" else ZeroDivisionError):
+        worker.step.accumulate(other)
+    body.around = around
+    worker.step.accumulate(one)
+    assert all(torch.equal(a, b) for a, b in zip(gradients(worker), right, strict=True))
+
+
+def test_a_backward_pass_after_another_forward_pass_is_an_error_not_a_wrong_gradient(worker_of):
+    worker = worker_of("offload")
+    one, two = (arguments(micro) for micro in next(worker.batches).micro_batches)
+    packed, parameters = worker.built.packed, worker.step.parameters
+    first = packed(*one)
+    alone = torch.autograd.grad(first, parameters, retain_graph=True)
+    again = torch.autograd.grad(first, parameters, retain_graph=True)  # asked back a second time
+    assert all(torch.equal(a, b) for a, b in zip(alone, again, strict=True))
+    with torch.no_grad():
+        packed(*two)
+    assert torch.equal(torch.autograd.grad(first, parameters, retain_graph=True)[0], alone[0])
+    second = packed(*two)
+    with pytest.raises(AssertionError, match="before the backward pass of the last one"):
+        torch.autograd.grad(first, parameters)
+    assert torch.autograd.grad(second, parameters)[0].any()
+
+
+def test_layers_that_run_uncompiled_get_their_inputs_back_too(worker_of):
+    losses, grads = [], []
+    for activations in ("full", "offload"):
+        worker = worker_of(activations)
+        worker.plan.fall_back("as compile.mode=warn does")
+        losses.append(float(worker.step.accumulate(next(worker.batches))))
+        grads.append(gradients(worker))
+    assert losses[0] == losses[1]
+    assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
