@@ -31,6 +31,9 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
+from launcher.errors import MemoryExhausted
+
+MIB = 2**20
 INPUTS_ON_DEVICE = 3  # at a time, in the backward pass
 
 
@@ -88,10 +91,7 @@ class HostInputs:
     def _send(self, number: int, hidden: Tensor) -> Callable[[Tensor], Any]:
         """Begin the copy to the host; returns the hook that knows `hidden`. Autograd keeps the hook: it knows it by its
         address, as a reference would keep it on the card."""
-        key = number, hidden.shape
-        if key not in self._host:
-            self._host[key] = torch.empty_like(hidden, device="cpu", pin_memory=self._stream is not None)
-        host, source = self._host[key], hidden.detach()
+        host, source = self._buffer(number, hidden), hidden.detach()
         self._leaving[number] = Copy(source, self._copied(host, source))
         token, address, dtype = Away(number, self._turn, host), hidden.data_ptr(), hidden.dtype
 
@@ -102,6 +102,22 @@ class HostInputs:
             return token
 
         return pack
+
+    def _buffer(self, number: int, hidden: Tensor) -> Tensor:
+        """Where the input of layer `number` waits. Made once: in warm-up, as a capture could not. Raises
+        MemoryExhausted."""
+        key = number, hidden.shape
+        if key not in self._host:
+            try:
+                self._host[key] = torch.empty_like(hidden, device="cpu", pin_memory=self._stream is not None)
+            except RuntimeError as error:
+                mib = (self._last - 1) * hidden.nbytes / MIB
+                raise MemoryExhausted(
+                    f"memory.activations=offload needs {mib:,.0f} MiB of host memory that stays in place for inputs of "
+                    f"{tuple(hidden.shape)}; had {len(self._host)} buffers when: {str(error).splitlines()[0]}\n"
+                    "Use memory.activations=full, or lower train.micro_batch or data.max_length."
+                ) from error
+        return self._host[key]
 
     def _unpack(self, number: int, packed: Any) -> Tensor:
         """What layer `number` saved. Its first call has the input of the layer before it come back."""

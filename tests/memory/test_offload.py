@@ -5,6 +5,7 @@ import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from launcher.errors import MemoryExhausted
 from launcher.memory.offload import INPUTS_ON_DEVICE, HostInputs
 from launcher.model.packed import nothing_around
 from launcher.train.step import arguments
@@ -116,6 +117,37 @@ def test_three_inputs_are_on_the_device_at_a_time(worker_of, monkeypatch, activa
     assert watched.live() == 0
 
 
+class Late(HostInputs):
+    """Whose copies happen only when they are waited for, in the order in which they were asked for."""
+
+    def __init__(self):
+        super().__init__(LAYERS, torch.device("cpu"))
+        self.asked, self.happened = [], 0
+
+    def _copied(self, target, source):
+        target.fill_(float("nan"))
+        self.asked.append((target, source))
+        return len(self.asked)
+
+    def _join(self, copy):
+        for target, source in self.asked[self.happened : copy.done]:
+            target.copy_(source)
+        self.happened = max(self.happened, copy.done)
+
+
+def test_copies_may_end_as_late_as_they_are_waited_for_and_none_is_left_under_way(worker_of):
+    worker = worker_of("offload")
+    batch, found = next(worker.batches), []
+    late = Late()
+    for around in (worker.built.packed.body.around, late.around):
+        worker.built.packed.body.around = around
+        worker.step.accumulate(batch)
+        found.append(gradients(worker))
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+    assert len(late.asked) == late.happened == 2 * len(batch.micro_batches) * (LAYERS - 2)
+    assert not (late._leaving or late._away or late._coming)
+
+
 def test_evaluation_copies_nothing(worker_of, monkeypatch):
     worker = worker_of("offload")
     copied = []
@@ -166,6 +198,22 @@ def test_a_backward_pass_after_another_forward_pass_is_an_error_not_a_wrong_grad
     with pytest.raises(AssertionError, match="before the backward pass of the last one"):
         torch.autograd.grad(first, parameters)
     assert torch.autograd.grad(second, parameters)[0].any()
+
+
+def test_a_host_without_room_is_named_with_what_was_wanted(monkeypatch):
+    def no_room(*_, **__):
+        raise RuntimeError("CUDA error: out of memory\nand how to debug it")
+
+    monkeypatch.setattr(torch, "empty_like", no_room)
+    inputs, hidden = HostInputs(18, torch.device("cpu")), torch.zeros(2, 2**18)
+    with pytest.raises(
+        MemoryExhausted, match=r"needs 32 MiB .* \(2, 262144\); .*: CUDA error: out of memory\nUse"
+    ) as caught:
+        for number in range(3):
+            with inputs.around(number, hidden):
+                pass
+    assert caught.value.code == 6
+    assert caught.value.__cause__ is not None
 
 
 def test_layers_that_run_uncompiled_get_their_inputs_back_too(worker_of):
