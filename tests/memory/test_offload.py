@@ -78,17 +78,16 @@ class Watched:
     """Counts the inputs that are on the device whenever a layer is called and an input has come back."""
 
     def __init__(self, worker, monkeypatch):
-        self.inputs, self.most, self.fetched = [], 0, 0
+        self.inputs, self.forward, self.backward = [], [], []  # how many were there, each time
         around, fetched = worker.built.packed.body.around, HostInputs._fetched
 
         def called(number, hidden):
-            self.add(hidden)
+            self.forward.append(self.live_with(hidden))
             return around(number, hidden)
 
         def came_back(self_, host):
             copy = fetched(self_, host)
-            self.fetched += 1
-            self.add(copy.on_device)
+            self.backward.append(self.live_with(copy.on_device))
             return copy
 
         worker.built.packed.body.around = called
@@ -97,9 +96,9 @@ class Watched:
     def live(self):
         return len({ref.cdata for ref in self.inputs if not ref.expired()})
 
-    def add(self, tensor):
+    def live_with(self, tensor):
         self.inputs.append(StorageWeakRef(tensor.untyped_storage()))
-        self.most = max(self.most, self.live())
+        return self.live()
 
 
 @pytest.mark.parametrize("activations", ["full", "offload"])
@@ -110,10 +109,11 @@ def test_three_inputs_are_on_the_device_at_a_time(worker_of, monkeypatch, activa
     worker.step.accumulate(batch)
     passes = len(batch.micro_batches)
     if activations == "full":
-        assert (watched.most, watched.fetched) == (LAYERS, 0)
+        assert watched.forward == [*range(1, LAYERS + 1)] * passes
+        assert watched.backward == []
     else:
-        assert watched.most == INPUTS_ON_DEVICE
-        assert watched.fetched == passes * (LAYERS - 2)
+        assert watched.forward == [1, 2, 3, 3, 3, 3] * passes
+        assert watched.backward == [INPUTS_ON_DEVICE] * (LAYERS - 2) * passes  # each while another layer's is read
     assert watched.live() == 0
 
 
@@ -122,7 +122,7 @@ class Late(HostInputs):
 
     def __init__(self):
         super().__init__(LAYERS, torch.device("cpu"))
-        self.asked, self.happened = [], 0
+        self.asked, self.happened, self.waited_for = [], 0, []
 
     def _copied(self, target, source):
         target.fill_(float("nan"))
@@ -133,6 +133,7 @@ class Late(HostInputs):
         for target, source in self.asked[self.happened : copy.done]:
             target.copy_(source)
         self.happened = max(self.happened, copy.done)
+        self.waited_for.append(copy.done)
 
 
 def test_copies_may_end_as_late_as_they_are_waited_for_and_none_is_left_under_way(worker_of):
@@ -144,7 +145,7 @@ def test_copies_may_end_as_late_as_they_are_waited_for_and_none_is_left_under_wa
         worker.step.accumulate(batch)
         found.append(gradients(worker))
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
-    assert len(late.asked) == late.happened == 2 * len(batch.micro_batches) * (LAYERS - 2)
+    assert sorted(late.waited_for) == list(range(1, 1 + 2 * len(batch.micro_batches) * (LAYERS - 2)))
     assert not (late._leaving or late._away or late._coming)
 
 
