@@ -4,8 +4,8 @@ A message says the rule, the value and the remedy, in that order; `cli` prints i
 """
 
 LESS_MEMORY = (
-    "Set memory.activations=full, lower train.micro_batch (raise train.accumulation), data.max_length, "
-    "memory.loss_chunk_mib or lora.r."
+    "Set memory.activations=full (offload on a GPU), lower train.micro_batch (raise train.accumulation), "
+    "data.max_length, memory.loss_chunk_mib or lora.r."
 )
 
 

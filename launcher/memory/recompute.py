@@ -4,13 +4,15 @@
     selective   also recompute everything elementwise (norms, SwiGLU); no product and no attention runs twice
     budget b    keep at most about the fraction b of what `none` keeps, chosen by a knapsack over products and attention
     full        keep each layer's input, recompute the layer
+    offload     as full, and these inputs wait in host memory (offload.py)
 
-All four are choices of torch's partitioner inside the compiled graph of a layer, made when it is compiled. There a
+All are choices of torch's partitioner inside the compiled graph of a layer, made when it is compiled. There a
 recomputed layer leaves out what its backward pass does not need (its last product), which a checkpoint around the layer
 would not.
 
 torch's partitioner recomputes dropout with another mask when it is given a budget: gradients would be wrong without a
-sign of it (seen with torch 2.13, both backends; a test holds it). So a budget and `full` are refused with LoRA dropout.
+sign of it (seen with torch 2.13, both backends; a test holds it). So a budget, `full` and `offload` are refused with
+LoRA dropout.
 
 Letters: N tokens of a micro batch, D model width, F feed-forward width, V vocabulary.
 """
@@ -20,9 +22,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import torch
 import torch._functorch.config
 
 from launcher.errors import RecipeError
+from launcher.memory.offload import INPUTS_ON_DEVICE
 from launcher.recipe.schema import Recipe
 
 MIB = 2**20
@@ -46,13 +50,19 @@ class Shapes:
 
 
 class Kept(NamedTuple):
-    """What the partitioner is told."""
+    """What the partitioner is told, and where the layers' inputs wait."""
 
     budget: float  # fraction of what it would keep of itself
     elementwise: bool  # whether it keeps elementwise results that the backward pass reads as they are
+    on_host: bool = False
 
 
-KEPT = {"none": Kept(1.0, True), "selective": Kept(1.0, False), "full": Kept(0.0, False)}  # by falling speed
+KEPT = {  # by falling speed
+    "none": Kept(1.0, True),
+    "selective": Kept(1.0, False),
+    "full": Kept(0.0, False),
+    "offload": Kept(0.0, False, on_host=True),
+}
 
 
 @dataclass(frozen=True)
@@ -65,11 +75,16 @@ class Policy:
     forecast_mib: float | None  # peak of allocated memory; None where it is not allocated on a GPU, or not compiled
 
 
-def check_policy(recipe: Recipe) -> None:
-    """Raise RecipeError for a policy that this recipe's compilation or dropout cannot honour."""
+def check_policy(recipe: Recipe, device: torch.device) -> None:
+    """Raise RecipeError for a policy that this device, or the recipe's compilation or dropout, cannot honour."""
     memory, compile = recipe.memory, recipe.compile
     wanted = "memory.budget" if memory.budget is not None else f"memory.activations={memory.activations}"
-    strict = memory.budget is not None or memory.activations == "full"
+    strict = memory.budget is not None or memory.activations in ("full", "offload")
+    if memory.activations == "offload" and device.type != "cuda":
+        raise RecipeError(
+            f"{wanted} moves inputs from a GPU to the host; the device is {device.type}, its memory is the host's.\n"
+            "Use memory.activations=full."
+        )
     if compile.mode == "off" and (strict or memory.activations == "selective"):
         raise RecipeError(f"{wanted} is a choice of the compiler; compile.mode is off. Use memory.activations=auto.")
     if strict and recipe.lora.dropout:
@@ -101,7 +116,7 @@ def choose_policy(recipe: Recipe, shapes: Shapes, *, held_mib: float, free_mib: 
         return policy("none", KEPT["none"], "auto")
     names = ["none", "selective"]
     if not recipe.lora.dropout and recipe.compile.scope == "layer":
-        names.append("full")
+        names += ["full", "offload"]
     policies = [policy(name, KEPT[name], "auto: the fastest that fits") for name in names]
     limit = held_mib + ROOM * free_mib
     fitting = [found for found in policies if (found.forecast_mib or 0.0) <= limit]
@@ -111,7 +126,7 @@ def choose_policy(recipe: Recipe, shapes: Shapes, *, held_mib: float, free_mib: 
 
 def forecast(shapes: Shapes, kept: Kept, *, held_mib: float) -> float:
     """Peak MiB of a training step over `held_mib` of weights and adapters: gradients and two moments of the adapters,
-    what every layer keeps, and the larger of what the loss and what one layer's backward pass work with."""
+    what the layers keep on the device, and the larger of what the loss and what one layer's backward pass work with."""
     s = shapes
     token = s.itemsize * s.tokens / MIB  # MiB of one number a token
     selective = (3 * s.hidden + 2 * s.query + 2 * s.key_value + 2 * s.intermediate) * token
@@ -123,7 +138,8 @@ def forecast(shapes: Shapes, kept: Kept, *, held_mib: float) -> float:
         work += everything - layer  # of the layer that is being recomputed
     loss = s.loss_chunk * s.vocabulary * s.itemsize / MIB + 3 * s.hidden * token
     adapters = 4 * 4 * s.trainable / MIB  # gradients summed, those of this pass, two moments; fp32
-    return held_mib + adapters + s.layers * layer + max(work, loss)
+    layers = min(s.layers, INPUTS_ON_DEVICE) if kept.on_host else s.layers
+    return held_mib + adapters + layers * layer + max(work, loss)
 
 
 @contextmanager

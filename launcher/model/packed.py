@@ -7,7 +7,8 @@ one builds the rotary table once, the document mask once a batch, and calls the 
 norms and projections are the stock modules.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -17,18 +18,30 @@ from launcher.ops.attention import document_mask
 from launcher.ops.linear_ce import ChunkFunctions, linear_cross_entropy
 
 
+def nothing_around(number: int, hidden: Tensor) -> AbstractContextManager[None]:
+    """The context of layer `number` and its input where nothing is done with that input."""
+    return nullcontext()
+
+
 class Body(nn.Module):
-    """Decoder layers and final norm. Holds the stock modules themselves, not copies."""
+    """Decoder layers and final norm. Holds the stock modules themselves, not copies.
+
+    `around` is a context in which each layer is called, given its number and input [B, S, D] (memory/offload.py).
+    """
+
+    around: Callable[[int, Tensor], AbstractContextManager[None]]
 
     def __init__(self, layers: nn.ModuleList, norm: nn.Module) -> None:
         super().__init__()
         self.layers = layers
         self.norm = norm
+        self.around = nothing_around
 
     def forward(self, hidden: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, cu_seqlens: Tensor) -> Tensor:
         """hidden [B, S, D], cos and sin [B, S, E], mask [B, 1, S, S] or None, cu_seqlens -> [B, S, D]."""
-        for layer in self.layers:
-            hidden = layer(hidden, attention_mask=mask, position_embeddings=(cos, sin), cu_seqlens=cu_seqlens)
+        for number, layer in enumerate(self.layers):
+            with self.around(number, hidden):
+                hidden = layer(hidden, attention_mask=mask, position_embeddings=(cos, sin), cu_seqlens=cu_seqlens)
         return self.norm(hidden)
 
 

@@ -93,10 +93,10 @@ class CompileSection(Section):
 class MemorySection(Section):
     """Budgets of memory."""
 
-    activations: Annotated[Literal["auto", "none", "selective", "full"], Choice] = Field(
+    activations: Annotated[Literal["auto", "none", "selective", "full", "offload"], Choice] = Field(
         "auto",
-        description="What is computed twice, not kept: nothing dear, all elementwise work, or whole layers; auto: the "
-        "fastest that fits.",
+        description="What is computed twice, not kept: nothing dear, all elementwise work, or whole layers; offload: "
+        "layers too, and their inputs wait on the host; auto: the fastest that fits.",
     )
     budget: float | None = Field(
         None, ge=0, le=1, description="Fraction of the activations kept, in place of activations.", examples=[0.3]

@@ -26,6 +26,7 @@ from launcher.data.prepare import PreparedData
 from launcher.data.prepare import prepare as prepare_data
 from launcher.data.stream import train_loader
 from launcher.errors import ContractError, DataError, LauncherError, RecipeError
+from launcher.memory.offload import HostInputs
 from launcher.memory.recompute import Policy, applied, check_policy, choose_policy
 from launcher.memory.vram import Ledger
 from launcher.model.build import BuiltModel, build_model, preflight
@@ -101,7 +102,7 @@ def prepare(request: Request) -> Prepared:
     preflight(recipe, source, config, device)
     check_optimizer(recipe.train, device)
     check_graphs(recipe.compile, device)
-    check_policy(recipe)
+    check_policy(recipe, device)
     check_trackers(recipe.run)
     tokenizer = load_tokenizer(source, recipe.model, stand_in=request.shipped / "tiny" / "base")
     data = local_rank_0_first(
@@ -168,6 +169,9 @@ class Worker:
                 remedy="Run the same versions of torch and peft on the same kind of device on every rank.",
             )
         self.policy = self._activation_policy()
+        if self.policy.kept.on_host:
+            body = self.built.packed.body
+            body.around = HostInputs(len(body.layers), self.accelerator.device).around
         return self.built
 
     def compile(self) -> None:

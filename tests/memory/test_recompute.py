@@ -9,6 +9,10 @@ from launcher.memory.recompute import KEPT, Kept, Policy, Shapes, applied, check
 from launcher.model.attention import Rows
 from launcher.model.build import build_model
 from launcher.model.source import load_config
+from launcher.train import setup
+from tests.conftest import request_for
+
+CUDA = torch.device("cuda", 0)
 
 LLAMA_1B = Shapes(
     layers=16, tokens=4096, hidden=2048, query=2048, key_value=512, intermediate=8192, vocabulary=128256,
@@ -80,13 +84,30 @@ def test_dropout_draws_one_mask_under_the_policies_that_are_allowed_with_it(make
         ({"memory": {"activations": "full"}, "compile": {"scope": "model"}}, "compile.scope=layer"),
         ({"memory": {"activations": "full"}, "compile": {"scope": "regions"}}, "compile.scope=layer"),
         ({"memory": {"budget": 0.3}, "compile": {"scope": "regions"}}, "compile.scope=layer"),
+        ({"memory": {"activations": "offload"}, "lora": {"dropout": 0.1}}, "lora.dropout is 0.1"),
+        ({"memory": {"activations": "offload"}, "compile": {"mode": "off"}}, "compile.mode is off"),
+        ({"memory": {"activations": "offload"}, "compile": {"scope": "model"}}, "compile.scope=layer"),
+        ({"memory": {"activations": "offload"}, "compile": {"scope": "regions"}}, "compile.scope=layer"),
     ],
 )
 def test_a_policy_that_cannot_be_honoured_is_refused(make_recipe, sections, said):
     with pytest.raises(RecipeError, match=said):
-        check_policy(make_recipe(**sections))
+        check_policy(make_recipe(**sections), CUDA)
     allowed = {**sections, "memory": {"activations": "none"}}
-    check_policy(make_recipe(**allowed))
+    check_policy(make_recipe(**allowed), CUDA)
+
+
+def test_offload_is_refused_on_a_cpu_before_data_is_read(make_recipe, monkeypatch):
+    monkeypatch.setattr(setup, "prepare_data", lambda *_, **__: pytest.fail("data was read"))
+    recipe = make_recipe(memory={"activations": "offload"})
+    with pytest.raises(RecipeError, match="the device is cpu, its memory is the host's.\nUse memory.activations=full"):
+        setup.prepare(request_for(recipe))
+    check_policy(recipe, CUDA)
+
+
+def test_a_budget_and_offload_are_not_both_had(make_recipe):
+    with pytest.raises(ValueError, match="got 0.3 and offload; give one"):
+        make_recipe(memory={"activations": "offload", "budget": 0.3})
 
 
 def test_auto_takes_the_fastest_that_fits_and_the_least_where_nothing_does(make_recipe):
@@ -95,8 +116,10 @@ def test_auto_takes_the_fastest_that_fits_and_the_least_where_nothing_does(make_
     def chosen(free, recipe=recipe):
         return choose_policy(recipe, LLAMA_1B, held_mib=1057, free_mib=free)
 
-    assert [chosen(free).name for free in (140_000, 6_000, 2_000, 100)] == ["none", "selective", "full", "full"]
+    named = [chosen(free).name for free in (140_000, 6_000, 2_000, 1_100, 100)]
+    assert named == ["none", "selective", "full", "offload", "offload"]
     assert "nothing is forecast to fit" in chosen(100).why
+    assert chosen(1_100).why == "auto: the fastest that fits" and chosen(1_100).kept.on_host
     assert chosen(None) == Policy("none", KEPT["none"], "auto", None)
     with_dropout = make_recipe(lora={"dropout": 0.1})
     assert chosen(2_000, with_dropout).name == "selective"
@@ -107,7 +130,10 @@ def test_auto_takes_the_fastest_that_fits_and_the_least_where_nothing_does(make_
 def test_the_forecast_grows_with_what_is_kept_and_with_the_batch():
     peaks = [
         forecast(LLAMA_1B, keep, held_mib=1057)
-        for keep in (KEPT["full"], Kept(0.3, False), KEPT["selective"], KEPT["none"])
+        for keep in (KEPT["offload"], KEPT["full"], Kept(0.3, False), KEPT["selective"], KEPT["none"])
     ]
     assert peaks == sorted(peaks) and peaks[0] > 1057
+    assert peaks[1] - peaks[0] == (LLAMA_1B.layers - 3) * 16  # MiB of an input
+    shallow = replace(LLAMA_1B, layers=2)
+    assert forecast(shallow, KEPT["offload"], held_mib=1057) == forecast(shallow, KEPT["full"], held_mib=1057)
     assert forecast(replace(LLAMA_1B, tokens=8192), KEPT["none"], held_mib=1057) > 1.6 * (peaks[-1] - 1057)

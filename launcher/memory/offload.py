@@ -1,0 +1,159 @@
+"""The layers' inputs wait for the backward pass in pinned host memory (memory.activations=offload).
+
+With the `full` policy a compiled layer saves its input alone. Here that input leaves the card while its layer computes,
+and comes back while the layer after it is computed again:
+
+    forward    main   | layer i-1       | layer i           | layer i+1 |  waits for the copy of i, lets the card's go
+               copies | input i-1 away  | input i away      | ...
+    backward   main   | layer i+1, its gradients | waits for input i; layer i, its gradients
+               copies | input i back             | input i-1 back
+
+The first and the last layer's stay: autograd holds the first one anyway, as the leaf that it is; the last one is read
+next. So three inputs are on the card at a time, in the backward pass: the first layer's, the present one's and that of
+the layer before it.
+
+Autograd's hooks for saved tensors put a token in the input's place. They act around the compiled layer, whose graph
+they do not change, and whose guards do not see them.
+
+Nothing here waits for the host, and every copy is waited for on the stream that asked for it before the pass is over:
+so it can be captured in a CUDA graph. A tensor is referenced until the asking stream has waited for its copy; marking
+it as used by another stream (record_stream) would keep its memory from the rest of the capture.
+
+Letters: B rows, S positions of a row, D model width.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+
+from launcher.errors import MemoryExhausted
+
+MIB = 2**20
+INPUTS_ON_DEVICE = 3  # at a time, in the backward pass
+
+
+class Away(NamedTuple):
+    """What autograd saves in an input's place."""
+
+    number: int  # the layer's
+    turn: int  # of the forward passes
+    host: Tensor  # [B, S, D]
+
+
+class Copy(NamedTuple):
+    """Under way to the host or from it."""
+
+    on_device: Tensor  # [B, S, D]
+    done: torch.cuda.Event | None  # None on a CPU, where it is done at once
+
+
+class HostInputs:
+    """The inputs of `layers` decoder layers on `device`. A pass ends before the next begins: its host buffers are the
+    next one's, one for each layer and shape."""
+
+    def __init__(self, layers: int, device: torch.device) -> None:
+        self._last = layers - 1
+        self._device = device
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._host: dict[tuple[int, torch.Size], Tensor] = {}
+        self._turn = 0
+        self._leaving: dict[int, Copy] = {}
+        self._away: dict[int, Tensor] = {}  # host buffers of this pass whose content was not asked back yet
+        self._coming: dict[int, Copy] = {}
+
+    @contextmanager
+    def around(self, number: int, hidden: Tensor) -> Iterator[None]:
+        """Around the call of layer `number` with its input `hidden` [B, S, D], in the layers' order. Does nothing where
+        no gradients are recorded."""
+        if not torch.is_grad_enabled():
+            yield
+            return
+        if number == 0:
+            self._begin()
+        pack = self._send(number, hidden) if 0 < number < self._last else _as_it_is
+        with saved_tensors_hooks(pack, partial(self._unpack, number)):
+            yield
+        if leaving := self._leaving.pop(number - 1, None):
+            self._join(leaving)
+
+    def _begin(self) -> None:
+        if self._stream and (self._leaving or self._coming):  # a pass that ended half-way: its copies may still run
+            torch.cuda.synchronize(self._device)
+        self._turn += 1
+        for left_over in (self._leaving, self._away, self._coming):
+            left_over.clear()
+
+    def _send(self, number: int, hidden: Tensor) -> Callable[[Tensor], Any]:
+        """Begin the copy to the host; returns the hook that knows `hidden`. Autograd keeps the hook: it knows it by its
+        address, as a reference would keep it on the card."""
+        host, source = self._buffer(number, hidden), hidden.detach()
+        self._leaving[number] = Copy(source, self._copied(host, source))
+        token, address, dtype = Away(number, self._turn, host), hidden.data_ptr(), hidden.dtype
+
+        def pack(saved: Tensor) -> Any:
+            if saved.shape != host.shape or saved.dtype != dtype or saved.data_ptr() != address:
+                return saved
+            self._away[number] = host
+            return token
+
+        return pack
+
+    def _buffer(self, number: int, hidden: Tensor) -> Tensor:
+        """Where the input of layer `number` waits. Made once: in warm-up, as a capture could not. Raises
+        MemoryExhausted."""
+        key = number, hidden.shape
+        if key not in self._host:
+            try:
+                self._host[key] = torch.empty_like(hidden, device="cpu", pin_memory=self._stream is not None)
+            except RuntimeError as error:
+                mib = (self._last - 1) * hidden.nbytes / MIB
+                raise MemoryExhausted(
+                    f"memory.activations=offload needs {mib:,.0f} MiB of host memory that stays in place for inputs of "
+                    f"{tuple(hidden.shape)}; had {len(self._host)} buffers when: {str(error).splitlines()[0]}\n"
+                    "Use memory.activations=full, or lower train.micro_batch or data.max_length."
+                ) from error
+        return self._host[key]
+
+    def _unpack(self, number: int, packed: Any) -> Tensor:
+        """What layer `number` saved. Its first call has the input of the layer before it come back."""
+        self._ask_back(number - 1)
+        if not isinstance(packed, Away):
+            saved: Tensor = packed
+            return saved
+        assert packed.turn == self._turn, "a forward pass with gradients began before the backward pass of the last one"
+        self._ask_back(number)
+        copy = self._coming.pop(number, None) or self._fetched(packed.host)  # the latter where it is unpacked again
+        self._join(copy)
+        return copy.on_device
+
+    def _ask_back(self, number: int) -> None:
+        if number in self._away:
+            self._coming[number] = self._fetched(self._away.pop(number))
+
+    def _fetched(self, host: Tensor) -> Copy:
+        target = torch.empty_like(host, device=self._device)  # of the asking stream's memory
+        return Copy(target, self._copied(target, host))
+
+    def _copied(self, target: Tensor, source: Tensor) -> torch.cuda.Event | None:
+        """Copy, once what the current stream has been given is done; returns when."""
+        if self._stream is None:
+            target.copy_(source)
+            return None
+        self._stream.wait_stream(torch.cuda.current_stream(self._device))
+        with torch.cuda.stream(self._stream):
+            target.copy_(source, non_blocking=True)
+        return self._stream.record_event()
+
+    def _join(self, copy: Copy) -> None:
+        """Let the current stream wait for it: from here on its tensor is as any other of that stream."""
+        if copy.done is not None:
+            torch.cuda.current_stream(self._device).wait_event(copy.done)
+
+
+def _as_it_is(saved: Tensor) -> Tensor:
+    return saved
