@@ -21,7 +21,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from launcher.ops.adapter_gradients import HAS_TRITON
 from launcher.ops.nf4 import Nf4
-from launcher.ops.qlora_linear import adapter_gradients, columns_of, flat, joined_linears, joined_weight
+from launcher.ops.qlora_linear import adapter_gradients, columns_of, joined_linears, joined_weight
 
 
 def gated_feed_forward(
@@ -66,26 +66,28 @@ def _(h: Tensor, *rest: Any) -> Tensor:
     return h.new_empty((*h.shape[:-1], rest[-2][0].shape[0]))
 
 
-@torch.library.custom_op("qlora::swiglu_gradient", mutates_args=())
-def swiglu_gradient(pair: Tensor, dh: Tensor) -> tuple[Tensor, Tensor]:
-    """pair [..., 2F], dh [..., F] -> its gradient [..., 2F] and h [..., F], in its dtype; computed in fp32."""
+@torch.library.custom_op("qlora::swiglu_gradient_", mutates_args=("dh",))
+def swiglu_gradient_(pair: Tensor, dh: Tensor) -> Tensor:
+    """pair [..., 2F], dh [..., F] -> the gradient of pair, in its dtype, computed in fp32; h takes the place of dh."""
     if not (pair.is_cuda and HAS_TRITON):
-        return plain_swiglu_gradient(pair, dh)
-    of_pair, of_h = flat(pair), flat(dh)
-    gradient, h = torch.empty_like(of_pair), torch.empty_like(of_h)
-    rows, width = of_h.shape
+        gradient, h = plain_swiglu_gradient(pair, dh)
+        dh.copy_(h)
+        return gradient
+    assert dh.is_contiguous()  # it comes from a product
+    pair = pair.contiguous()
+    gradient, width = torch.empty_like(pair), dh.shape[-1]
     blocks = triton.cdiv(width, WIDE)
-    _swiglu_gradient[(rows * blocks,)](gradient, h, of_pair, of_h, width, blocks, WIDE=WIDE)
-    return gradient.view(pair.shape), h.view(dh.shape)
+    _swiglu_gradient[(dh.numel() // width * blocks,)](gradient, pair, dh, width, blocks, WIDE=WIDE)
+    return gradient
 
 
-@swiglu_gradient.register_fake
-def _(pair: Tensor, dh: Tensor) -> tuple[Tensor, Tensor]:
-    return pair.new_empty(pair.shape), dh.new_empty(dh.shape)
+@swiglu_gradient_.register_fake
+def _(pair: Tensor, dh: Tensor) -> Tensor:
+    return pair.new_empty(pair.shape)
 
 
 def plain_swiglu_gradient(pair: Tensor, dh: Tensor) -> tuple[Tensor, Tensor]:
-    """The plain form."""
+    """The plain form: the gradient of pair, and h."""
     gate, up = pair.float().chunk(2, -1)
     sigma = torch.sigmoid(gate)
     gradient = torch.cat([dh * up * sigma * (1 + gate * (1 - sigma)), dh * gate * sigma], -1)
@@ -102,8 +104,8 @@ def _backward(ctx: Any, dout: Tensor) -> tuple[Any, ...]:
     pair, *saved = ctx.saved_tensors
     *columns, a, b = ([saved.pop(0) for _ in range(length)] for length in ctx.lengths)
     dh = torch.ops.qlora.linears_dx(dout, *columns, a, b, ctx.scaling, [b[0].shape[0]], a[0].shape[1])
-    dpair, h = swiglu_gradient(pair, dh)
-    da, db = adapter_gradients(dout, h, a, b, ctx.scaling)
+    dpair = swiglu_gradient_(pair, dh)  # dh is h from here on
+    da, db = adapter_gradients(dout, dh, a, b, ctx.scaling)
     nothing: list[Any] = [[None] * length for length in ctx.lengths[:-2]]
     return None, dpair, *nothing, [da], [db], None
 
@@ -123,15 +125,15 @@ if HAS_TRITON:
     import triton.language as tl
 
     @triton.jit
-    def _swiglu_gradient(gradient, out, pair, dh, F, blocks, WIDE: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: N803
+    def _swiglu_gradient(gradient, pair, dh, F, blocks, WIDE: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: N803
         """WIDE columns of one row of both results."""
         row = (tl.program_id(0) // blocks).to(tl.int64)
         column = (tl.program_id(0) % blocks) * WIDE + tl.arange(0, WIDE)
-        inside, of_pair = column < F, 2 * row * F + column
+        inside, of_pair, of_h = column < F, 2 * row * F + column, dh + row * F + column
         g = tl.load(pair + of_pair, mask=inside).to(tl.float32)
         u = tl.load(pair + of_pair + F, mask=inside).to(tl.float32)
-        d = tl.load(dh + row * F + column, mask=inside).to(tl.float32)
+        d = tl.load(of_h, mask=inside).to(tl.float32)
         sigma = 1 / (1 + tl.exp(-g))
         tl.store(gradient + of_pair, d * u * sigma * (1 + g * (1 - sigma)), mask=inside)
         tl.store(gradient + of_pair + F, d * g * sigma, mask=inside)
-        tl.store(out + row * F + column, g * sigma * u, mask=inside)
+        tl.store(of_h, g * sigma * u, mask=inside)

@@ -38,7 +38,7 @@ class Nf4(NamedTuple):
 
 
 def merged_weight(base: Nf4, a: Tensor | None, b: Tensor | None, *, scaling: float, out: Tensor) -> Tensor:
-    """Puts W into out [O, D] of any strides, in its dtype, and returns it; a [r, D] and b [O, r] fp32, or both None for
+    """Puts W into out [O, D], contiguous, in its dtype, and returns it; a [r, D] and b [O, r] fp32, or both None for
     the base alone."""
     if out.is_cuda and out.shape[1] % BLOCK == 0 and _TRITON:
         return _fused(base, a, b, scaling, out)
@@ -65,7 +65,7 @@ if _TRITON:
 
     @triton.jit
     def _merge(  # type: ignore[no-untyped-def]
-        out, packed, absmax, code, absmax2, code2, offset, a, b, scaling, O, D, R, by_row, by_column,  # noqa: E741
+        out, packed, absmax, code, absmax2, code2, offset, a, b, scaling, O, D, R,  # noqa: E741
         DOUBLE: tl.constexpr, STEPS: tl.constexpr, RANK: tl.constexpr, BO: tl.constexpr, BD: tl.constexpr,
     ):  # fmt: skip
         """A [BO, BD] tile of W. The update is added RANK columns of B at a time in STEPS, 0 without one."""
@@ -100,7 +100,7 @@ if _TRITON:
             else:  # the compute copies of A and B, as everywhere else
                 weight += scaling * tl.dot(b_tile.to(half), a_tile.to(half))
         tl.store(
-            out + rows[:, None] * by_row + columns[None, :] * by_column, weight.to(out.dtype.element_ty),
+            out + rows[:, None] * D + columns[None, :], weight.to(out.dtype.element_ty),
             mask=(rows < O)[:, None] & (columns < D)[None, :],
         )  # fmt: skip
 
@@ -116,7 +116,7 @@ def _fused(base: Nf4, a: Tensor | None, b: Tensor | None, scaling: float, out: T
         *(base.packed, base.absmax, base.code),
         *(unused if t is None else t for t in (base.absmax2, base.code2, base.offset, a, b)),
         scaling,
-        *(out_features, in_features, rank, *out.stride()),
+        *(out_features, in_features, rank),
         DOUBLE=base.offset is not None,
         STEPS=triton.cdiv(rank, columns),
         RANK=columns,

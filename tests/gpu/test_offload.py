@@ -106,27 +106,6 @@ def test_several_widths_have_buffers_of_their_own_and_each_is_captured(recipe_of
         assert_alike(each, full.gradients[0])
 
 
-def test_copies_run_beside_the_kernels_of_the_layers(recipe_of):
-    worker = compiled(recipe_of("offload", "off"))
-    batch = next(worker.batches)
-    worker.step.accumulate(batch)
-    torch.cuda.synchronize()
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-        worker.step.accumulate(batch)
-        torch.cuda.synchronize()
-    release(worker)
-    spans = {"DtoH": [], "HtoD": [], "kernel": []}
-    for event in profile.events():
-        if event.device_type == torch.autograd.DeviceType.CUDA:
-            kind = next((kind for kind in ("DtoH", "HtoD") if kind in event.name), "kernel")
-            spans[kind].append((event.time_range.start, event.time_range.end))
-    for kind in ("DtoH", "HtoD"):
-        copies = sorted(spans[kind], key=lambda span: span[0] - span[1])[: 2 * (LAYERS - 2)]  # two micro batches
-        accompanied = [any(k[0] < copy[1] and copy[0] < k[1] for k in spans["kernel"]) for copy in copies]
-        assert len(copies) == 2 * (LAYERS - 2)
-        assert sum(accompanied) > len(copies) / 2, kind
-
-
 def test_after_a_capture_that_failed_behind_the_layers_training_goes_on_with_offload(recipe_of, monkeypatch):
     def ask(module, inputs, output):
         output.sum().item()
