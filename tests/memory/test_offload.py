@@ -6,8 +6,9 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from launcher.errors import MemoryExhausted
-from launcher.memory.offload import INPUTS_ON_DEVICE, HostInputs
+from launcher.memory.offload import INPUTS_ON_DEVICE, MIB, HostInputs
 from launcher.model.packed import nothing_around
+from launcher.train.account import start_record
 from launcher.train.step import arguments
 from tests.conftest import TINY, small_config
 from tests.train.test_shapes import ANY, TWO, compiled
@@ -199,6 +200,14 @@ def test_a_backward_pass_after_another_forward_pass_is_an_error_not_a_wrong_grad
     with pytest.raises(AssertionError, match="before the backward pass of the last one"):
         torch.autograd.grad(first, parameters)
     assert torch.autograd.grad(second, parameters)[0].any()
+
+
+def test_the_start_record_says_what_the_host_holds(worker_of):
+    worker = worker_of("offload", TWO, batching="bucketed")
+    assert worker.host_inputs.host_mib == (LAYERS - 2) * 2 * (8 + 64) * 64 * 4 / MIB  # of two widths, fp32
+    worker.host_inputs._host["more"] = torch.empty(3 * MIB, dtype=torch.uint8)
+    assert start_record(worker).activations == "offload (as asked, inputs in 3 MiB of the host)"
+    assert start_record(worker_of("full")).activations == "full (as asked)"
 
 
 def test_a_host_without_room_is_named_with_what_was_wanted(monkeypatch):
