@@ -1,5 +1,7 @@
 """The layers' inputs on the host, on a CPU: everything but the streams. tests/gpu has these."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
@@ -148,6 +150,49 @@ def test_copies_may_end_as_late_as_they_are_waited_for_and_none_is_left_under_wa
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
     assert sorted(late.waited_for) == list(range(1, 1 + 2 * len(batch.micro_batches) * (LAYERS - 2)))
     assert not (late._leaving or late._away or late._coming)
+
+
+class Stream:
+    """Stands for a CUDA stream: writes down what it is told."""
+
+    def __init__(self, name, told):
+        self.name, self.told, self.events = name, told, 0
+
+    def record_event(self):
+        self.events += 1
+        return f"{self.name}{self.events}"
+
+    def wait_event(self, event):
+        self.told.append(f"{self.name} waits for {event}")
+
+    def wait_stream(self, other):
+        self.wait_event(other.record_event())
+
+
+def test_each_copy_waits_for_the_stream_that_asks_and_is_waited_for_one_layer_later(monkeypatch):
+    told = []
+    main, inputs = Stream("main", told), HostInputs(4, torch.device("cpu"))
+    inputs._stream = Stream("copies", told)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: main)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
+    monkeypatch.setattr(HostInputs, "_buffer", lambda self, number, hidden: torch.empty_like(hidden))  # not pinned
+    hidden = torch.randn(2, 3).requires_grad_()
+    for number in range(4):
+        told.append(f"layer {number}")
+        with inputs.around(number, hidden):
+            hidden = hidden * hidden.tanh()  # reads its input once in the backward pass, as a recomputed layer does
+        hidden.register_hook(lambda gradient, number=number: told.append(f"backward {number}"))
+    hidden.sum().backward()
+    assert told == [
+        "layer 0",
+        "layer 1", "copies waits for main1",
+        "layer 2", "copies waits for main2", "main waits for copies1",
+        "layer 3", "main waits for copies2",
+        "backward 3", "copies waits for main3",
+        "backward 2", "copies waits for main4", "main waits for copies3",
+        "backward 1", "main waits for copies4",
+        "backward 0",
+    ]  # fmt: skip
 
 
 def test_evaluation_copies_nothing(worker_of, monkeypatch):
