@@ -13,7 +13,7 @@ from launcher.model.packed import nothing_around
 from launcher.train.account import start_record
 from launcher.train.step import arguments
 from tests.conftest import TINY, small_config
-from tests.train.test_shapes import ANY, TWO, compiled
+from tests.train.test_shapes import ANY, TWO, compiled, documents
 
 pytestmark = pytest.mark.usefixtures("clean_dynamo")
 LAYERS = 6
@@ -37,7 +37,7 @@ def worker_of(make_recipe, six_layers):
         recipe = make_recipe(
             model={"name": str(six_layers)}, memory={"activations": activations}, data=data, train={"accumulation": 2}
         )
-        worker = compiled(recipe, lengths)
+        worker = compiled(recipe, documents(lengths))
         generator = torch.Generator().manual_seed(1)
         with torch.no_grad():
             for parameter in worker.step.parameters:
