@@ -66,6 +66,11 @@ class HostInputs:
         self._away: dict[int, Tensor] = {}  # host buffers of this pass whose content was not asked back yet
         self._coming: dict[int, Copy] = {}
 
+    @property
+    def host_mib(self) -> float:
+        """Of pinned host memory, for the shapes seen so far."""
+        return sum(buffer.nbytes for buffer in self._host.values()) / MIB
+
     @contextmanager
     def around(self, number: int, hidden: Tensor) -> Iterator[None]:
         """Around the call of layer `number` with its input `hidden` [B, S, D], in the layers' order. Does nothing where

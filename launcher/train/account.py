@@ -47,11 +47,17 @@ def start_record(worker: Worker) -> StartRecord:
         fill=data.first_blocks.fill,
         run_dir=str(worker.folder.path),
         cuda_graphs=worker.cuda_graphs,
-        activations=f"{worker.policy.name} ({worker.policy.why})",
+        activations=_activations(worker),
         forecast_mib=worker.policy.forecast_mib,
         loss_tokens=tuple(loss_tokens),
         notes=worker.request.notes + data.notes + _left_out(data.counts) + _short(worker),
     )
+
+
+def _activations(worker: Worker) -> str:
+    """The policy, why, and what it takes of the host: once every shape has been seen."""
+    waiting = f", inputs in {worker.host_inputs.host_mib:,.0f} MiB of the host" if worker.host_inputs else ""
+    return f"{worker.policy.name} ({worker.policy.why}{waiting})"
 
 
 def _short(worker: Worker) -> tuple[str, ...]:

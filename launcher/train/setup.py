@@ -169,9 +169,11 @@ class Worker:
                 remedy="Run the same versions of torch and peft on the same kind of device on every rank.",
             )
         self.policy = self._activation_policy()
+        self.host_inputs = None
         if self.policy.kept.on_host:
             body = self.built.packed.body
-            body.around = HostInputs(len(body.layers), self.accelerator.device).around
+            self.host_inputs = HostInputs(len(body.layers), self.accelerator.device)
+            body.around = self.host_inputs.around
         return self.built
 
     def compile(self) -> None:

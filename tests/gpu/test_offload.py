@@ -62,8 +62,8 @@ def measured(recipe):
     losses = [float(worker.step(next(worker.batches)).loss_sum) for _ in range(20)]
     losses += [float(worker.step.eval_loss(micro)) for micro in worker.eval_batches[:3]]
     worker.plan.check()
-    inputs = getattr(worker.built.packed.body.around, "__self__", None)
-    buffers = {} if inputs is None else {key: buffer.is_pinned() for key, buffer in inputs._host.items()}
+    host = worker.host_inputs._host if worker.host_inputs else {}
+    buffers = {key: buffer.is_pinned() for key, buffer in host.items()}
     found = SimpleNamespace(
         peak=peak, losses=losses, gradients=gradients, buffers=buffers, graphs=worker.cuda_graphs,
         compiled=worker.observer.record(),

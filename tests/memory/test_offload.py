@@ -1,13 +1,16 @@
 """The layers' inputs on the host, on a CPU: everything but the streams. tests/gpu has these."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from launcher.errors import MemoryExhausted
-from launcher.memory.offload import INPUTS_ON_DEVICE, HostInputs
+from launcher.memory.offload import INPUTS_ON_DEVICE, MIB, HostInputs
 from launcher.model.packed import nothing_around
+from launcher.train.account import start_record
 from launcher.train.step import arguments
 from tests.conftest import TINY, small_config
 from tests.train.test_shapes import ANY, TWO, compiled, documents
@@ -149,6 +152,49 @@ def test_copies_may_end_as_late_as_they_are_waited_for_and_none_is_left_under_wa
     assert not (late._leaving or late._away or late._coming)
 
 
+class Stream:
+    """Stands for a CUDA stream: writes down what it is told."""
+
+    def __init__(self, name, told):
+        self.name, self.told, self.events = name, told, 0
+
+    def record_event(self):
+        self.events += 1
+        return f"{self.name}{self.events}"
+
+    def wait_event(self, event):
+        self.told.append(f"{self.name} waits for {event}")
+
+    def wait_stream(self, other):
+        self.wait_event(other.record_event())
+
+
+def test_each_copy_waits_for_the_stream_that_asks_and_is_waited_for_one_layer_later(monkeypatch):
+    told = []
+    main, inputs = Stream("main", told), HostInputs(4, torch.device("cpu"))
+    inputs._stream = Stream("copies", told)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: main)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
+    monkeypatch.setattr(HostInputs, "_buffer", lambda self, number, hidden: torch.empty_like(hidden))  # not pinned
+    hidden = torch.randn(2, 3).requires_grad_()
+    for number in range(4):
+        told.append(f"layer {number}")
+        with inputs.around(number, hidden):
+            hidden = hidden * hidden.tanh()  # reads its input once in the backward pass, as a recomputed layer does
+        hidden.register_hook(lambda gradient, number=number: told.append(f"backward {number}"))
+    hidden.sum().backward()
+    assert told == [
+        "layer 0",
+        "layer 1", "copies waits for main1",
+        "layer 2", "copies waits for main2", "main waits for copies1",
+        "layer 3", "main waits for copies2",
+        "backward 3", "copies waits for main3",
+        "backward 2", "copies waits for main4", "main waits for copies3",
+        "backward 1", "main waits for copies4",
+        "backward 0",
+    ]  # fmt: skip
+
+
 def test_evaluation_copies_nothing(worker_of, monkeypatch):
     worker = worker_of("offload")
     copied = []
@@ -199,6 +245,14 @@ def test_a_backward_pass_after_another_forward_pass_is_an_error_not_a_wrong_grad
     with pytest.raises(AssertionError, match="before the backward pass of the last one"):
         torch.autograd.grad(first, parameters)
     assert torch.autograd.grad(second, parameters)[0].any()
+
+
+def test_the_start_record_says_what_the_host_holds(worker_of):
+    worker = worker_of("offload", TWO, batching="bucketed")
+    assert worker.host_inputs.host_mib == (LAYERS - 2) * 2 * (8 + 64) * 64 * 4 / MIB  # of two widths, fp32
+    worker.host_inputs._host["more"] = torch.empty(3 * MIB, dtype=torch.uint8)
+    assert start_record(worker).activations == "offload (as asked, inputs in 3 MiB of the host)"
+    assert start_record(worker_of("full")).activations == "full (as asked)"
 
 
 def test_a_host_without_room_is_named_with_what_was_wanted(monkeypatch):
