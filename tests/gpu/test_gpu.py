@@ -19,7 +19,7 @@ from launcher.train.loop import Progress, run
 from launcher.train.setup import Clock, Worker, prepare
 from tests.conftest import TINY, request_for, stock_loss
 from tests.data.test_packed_equals_unpacked import bench_on, both_gradients, losses
-from tests.train.test_shapes import ANY, THREE, compiled
+from tests.train.test_shapes import ANY, THREE, compiled, documents
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("clean_dynamo")]
 
@@ -132,7 +132,7 @@ def test_a_hundred_batches_of_varied_boundaries_compile_no_kernel(make_recipe, b
     recipe = make_recipe(
         model={"dtype": "bfloat16"}, data={"batching": batching}, compile={"backend": "inductor"}, train={"steps": 100}
     )
-    worker = compiled(recipe, lengths, device="cuda:0")
+    worker = compiled(recipe, documents(lengths), device="cuda:0")
     boundaries = set()
     for _ in range(100):
         batch = next(worker.batches)
