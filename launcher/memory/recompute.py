@@ -129,11 +129,13 @@ def forecast(shapes: Shapes, kept: Kept, *, held_mib: float) -> float:
     what the layers keep on the device, and the larger of what the loss and what one layer's backward pass work with."""
     s = shapes
     token = s.itemsize * s.tokens / MIB  # MiB of one number a token
-    selective = (3 * s.hidden + 2 * s.query + 2 * s.key_value + 2 * s.intermediate) * token
-    everything = selective + (3 * s.hidden + s.intermediate) * token
+    # A layer's input, the sum after attention, the attention's inputs and output, gate and up; and the norms' outputs.
+    selective = (2 * s.hidden + 2 * s.query + 2 * s.key_value + 2 * s.intermediate) * token
+    everything = selective + 2 * s.hidden * token
     least = s.hidden * token
     layer = least + kept.budget * ((everything if kept.elementwise else selective) - least)
-    work = (4 * s.intermediate + 2 * s.hidden) * token + s.intermediate * s.hidden * s.itemsize / MIB
+    # Of a feed-forward block: its input's gradient, h, what comes in and goes out, and gate and up dequantised.
+    work = (3 * s.intermediate + 2 * s.hidden) * token + 2 * s.intermediate * s.hidden * s.itemsize / MIB
     if kept.budget < 1:
         work += everything - layer  # of the layer that is being recomputed
     loss = s.loss_chunk * s.vocabulary * s.itemsize / MIB + 3 * s.hidden * token
