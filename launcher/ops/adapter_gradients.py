@@ -141,9 +141,7 @@ def _thin_product(x: Tensor, c: Tensor, scaling: float, *, cleared: tuple[Tensor
     out = torch.empty(rows, rank, dtype=x.dtype, device=x.device)
     sums = torch.empty(rows, rank, device=x.device)
     wide, width = 128 if rank <= 64 else 64, _padded(rank)
-    block = next(
-        size for size in (16, 32, 64) if rows <= 256 * size or size == 64
-    )  # some two programs a multiprocessor
+    block = 16 if rows <= 4096 else 32 if rows <= 8192 else 64  # some 256 programs: two a multiprocessor
     blocks = triton.cdiv(rows, block)
     piece = 1024
     share = triton.cdiv(triton.cdiv(max(t.numel() for t in cleared), blocks), piece) * piece
