@@ -10,18 +10,25 @@ from pathlib import Path
 from launcher.private_folder import private_cache
 
 VARIABLE = "TORCHINDUCTOR_CACHE_DIR"
+TRITON = "TRITON_CACHE_DIR"
 TAG = "TORCH_COMPILE_CACHE_KEY_TAG"
 OPS = Path(__file__).resolve().parents[1] / "ops"
 
 
 def prepare_cache(*, workers: int) -> str | None:
-    """Point Inductor at a private cache folder and cap its compile workers.
+    """Point Inductor, and Triton for the kernels of launcher/ops, at a private cache folder; cap the compile workers.
 
-    A folder set by the user in TORCHINDUCTOR_CACHE_DIR is kept. Returns a note for the report when the usual folder
-    could not be used (read-only, or another user's) and a temporary one took its place; None otherwise.
+    Folders set by the user in TORCHINDUCTOR_CACHE_DIR and TRITON_CACHE_DIR are kept. Returns a note for the report when
+    the usual folder could not be used (read-only, or another user's) and a temporary one took its place; None otherwise.
     """
+    note = _point_inductor()
+    os.environ.setdefault(TRITON, os.path.join(os.environ[VARIABLE], "triton"))
     os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", str(workers))
     os.environ.setdefault(TAG, key_tag(OPS))
+    return note
+
+
+def _point_inductor() -> str | None:
     if os.environ.get(VARIABLE):
         return None
     folder, reason = private_cache("inductor")
