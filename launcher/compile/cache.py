@@ -18,7 +18,7 @@ OPS = Path(__file__).resolve().parents[1] / "ops"
 def prepare_cache(*, workers: int) -> str | None:
     """Point Inductor, and Triton for the kernels of launcher/ops, at a private cache folder; cap the compile workers.
 
-    Folders set by the user in TORCHINDUCTOR_CACHE_DIR and TRITON_CACHE_DIR are kept. Returns a note for the report where
+    Folders set by the user in TORCHINDUCTOR_CACHE_DIR, TRITON_CACHE_DIR are kept. Returns a note for the report where
     the usual folder could not be used (read-only, or another user's) and a temporary one took its place; else None.
     """
     note = _point_inductor()

@@ -13,6 +13,7 @@ from torch import Tensor
 from launcher.data.loader import MicroBatch, StepBatch
 from launcher.model import lora, packed
 from launcher.model.stock import supervised_documents
+from launcher.ops import adapter_gradients, feed_forward, nf4, rotary
 from launcher.ops.linear_ce import IGNORE, chunk_loss_and_grad
 from launcher.ops.qlora_linear import qlora_linear
 from launcher.parity.gate import HALF, Comparison, Measured, gate_of
@@ -28,7 +29,7 @@ Plant = Callable[[pytest.MonkeyPatch], None]
 
 
 class Bench:
-    """The stock sides, measured in fp32 on 192-token rows of several documents, chunks of 32 tokens."""
+    """The stock sides, measured on 192-token rows of several documents, chunks of 32 tokens."""
 
     def __init__(self, recipe: Recipe) -> None:
         self.request: Request = request_for(recipe)
@@ -44,7 +45,7 @@ class Bench:
         return worker, [next(worker.batches) for _ in range(BATCHES)]
 
     def stock(self, *, reference: bool) -> list[Measured]:
-        dtype, adapters = torch.float32, self.adapters
+        dtype, adapters = getattr(torch, self.request.recipe.model.dtype), self.adapters
         three = self.request, self.prepared, self.batches
         return list(measure_stock(*three, dtype=dtype, adapters=adapters, reference=reference))
 
@@ -64,10 +65,19 @@ class Bench:
 
 @pytest.fixture(scope="module")
 def bench(small_model: Any, rows_file: Any) -> Iterator[Bench]:
+    yield from made_bench(small_model, rows_file, dtype="float32")
+
+
+@pytest.fixture(scope="module")
+def half_bench(small_model: Any, rows_file: Any) -> Iterator[Bench]:
+    yield from made_bench(small_model, rows_file, dtype="bfloat16")
+
+
+def made_bench(small_model: Any, rows_file: Any, *, dtype: str) -> Iterator[Bench]:
     torch._dynamo.reset()
     recipe = Recipe.model_validate(
         {
-            "model": {"name": str(small_model), "dtype": "float32"},
+            "model": {"name": str(small_model), "dtype": dtype},
             "lora": {"r": 4},
             "data": {"sources": [{"path": str(rows_file)}], "max_length": 192, "validation": 0},
             "compile": {"backend": "aot_eager", "scope": "regions", "regions": ["loss"]},  # little to compile: quick
@@ -85,11 +95,11 @@ def bench(small_model: Any, rows_file: Any) -> Iterator[Bench]:
 
 
 def wrong_chunk(patch: pytest.MonkeyPatch) -> None:
-    """The gradient of every loss chunk that begins with a supervised token is half as long again."""
+    """The gradient of every loss chunk whose first label is odd is half as long again."""
 
     def planted(hidden: Tensor, weight: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         loss, grad = chunk_loss_and_grad(hidden, weight, labels)
-        return loss, grad * (1.0 + 0.5 * (labels[0] != IGNORE))
+        return loss, grad * (1.0 + 0.5 * (labels[0] % 2))
 
     patch.setattr(planned, "chunk_loss_and_grad", planted)
 
@@ -129,9 +139,47 @@ def positions_restart_within_documents(patch: pytest.MonkeyPatch) -> None:
     with_positions(patch, lambda positions: positions % 5)
 
 
+def wrong_gate_kernel(patch: pytest.MonkeyPatch) -> None:
+    """What gate and up get is a twentieth too long in gate's half."""
+    plain = feed_forward.plain_swiglu_gradient
+
+    def planted(pair: Tensor, dh: Tensor) -> tuple[Tensor, Tensor]:
+        gradient, h = plain(pair, dh)
+        gate, up = gradient.chunk(2, -1)
+        return torch.cat([gate * 1.05, up], -1), h
+
+    patch.setattr(feed_forward, "plain_swiglu_gradient", planted)
+
+
+def wrong_rotary_kernel(patch: pytest.MonkeyPatch) -> None:
+    """The backward pass turns queries and keys forward."""
+    plain = rotary.plain_rotary_gradient
+    patch.setattr(rotary, "plain_rotary_gradient", lambda dq, dk, dv, cos, sin: plain(dq, dk, dv, cos, -sin))
+
+
+def wrong_adapter_kernel(patch: pytest.MonkeyPatch) -> None:
+    """The gradients of A are of a rounded B: its sign."""
+    plain = adapter_gradients.plain_gradients
+    patch.setattr(
+        adapter_gradients,
+        "plain_gradients",
+        lambda dy, x, a, b, scaling: plain(dy, x, a, b.sign() * b.abs().mean(), scaling),
+    )
+
+
+def wrong_weight_kernel(patch: pytest.MonkeyPatch) -> None:
+    """Weights are dequantised a twentieth too small, in both passes."""
+    plain = nf4._plain
+    patch.setattr(nf4, "_plain", lambda *args: plain(*args) * 0.95)
+
+
 @pytest.mark.parametrize(
     ("plant", "broken"),
     [
+        (wrong_gate_kernel, {2}),
+        (wrong_rotary_kernel, {1, 2}),
+        (wrong_adapter_kernel, {1, 2}),
+        (wrong_weight_kernel, {0, 2}),
         (wrong_chunk, {1, 2}),
         (wrong_length, {2}),
         (wrong_scaling, {0, 2}),
@@ -147,6 +195,28 @@ def test_a_planted_fault_closes_the_gate(
     assert all(verdict.holds for verdict in bench.compare(bench.unplanted).verdicts(gate))
     plant(monkeypatch)
     verdicts = bench.planted().verdicts(gate)
+    found = {index for index, verdict in enumerate(verdicts) if not verdict.holds}
+    assert found >= broken, verdicts
+
+
+@pytest.mark.parametrize(
+    ("plant", "broken"),
+    [
+        (wrong_rotary_kernel, {1, 2}),
+        (wrong_adapter_kernel, {1, 2}),
+        (wrong_weight_kernel, {2}),
+        (wrong_chunk, {1, 2}),
+        (documents_see_each_other, {0, 1, 2}),
+    ],
+)
+def test_a_planted_fault_closes_the_gate_of_half_precision_too(
+    half_bench: Bench, monkeypatch: pytest.MonkeyPatch, plant: Plant, broken: set[int]
+) -> None:
+    gate = gate_of(torch.bfloat16)
+    assert gate == HALF
+    assert all(verdict.holds for verdict in half_bench.compare(half_bench.unplanted).verdicts(gate))
+    plant(monkeypatch)
+    verdicts = half_bench.planted().verdicts(gate)
     found = {index for index, verdict in enumerate(verdicts) if not verdict.holds}
     assert found >= broken, verdicts
 
