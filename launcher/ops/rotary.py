@@ -18,8 +18,12 @@ from torch import Tensor
 
 
 def rotary(y: Tensor, cos: Tensor, sin: Tensor, *, heads: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:
-    """y [B, S, (H + 2K) E], cos and sin [B, S, E], heads (H, K) -> query [B, S, H, E], key and value [B, S, K, E]."""
-    query, key, value = torch.ops.qlora.rotary(y, cos, sin, *heads)
+    """y [B, S, (H + 2K) E], cos and sin [B or 1, S, E], heads (H, K) -> query [B, S, H, E], key and value [B, S, K, E].
+
+    One table for all rows is what transformers' own model forward makes.
+    """
+    rows = y.shape[0]
+    query, key, value = torch.ops.qlora.rotary(y, cos.expand(rows, -1, -1), sin.expand(rows, -1, -1), *heads)
     return query, key, value
 
 

@@ -81,3 +81,15 @@ def test_all_layers_share_one_class_and_stay_instances_of_their_own():
     group_projections(base.model.layers, mlp="mlp")
     assert len({type(layer.self_attn) for layer in base.model.layers}) == 1
     assert isinstance(base.model.layers[0].self_attn, type(stock.self_attn))
+
+
+def test_a_stock_forward_of_several_rows_gives_what_each_row_gives_alone():
+    base, peft = adapted("llama")
+    base.set_attn_implementation("sdpa")
+    group_projections(base.model.layers, mlp="mlp")
+    ids = torch.arange(24).view(3, 8) % base.config.vocab_size
+    with torch.no_grad():
+        together = peft(input_ids=ids).logits
+        for row, alone in enumerate(peft(input_ids=one[None]).logits for one in ids):
+            torch.testing.assert_close(together[row : row + 1], alone, rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(together[0], together[1], atol=1e-2)

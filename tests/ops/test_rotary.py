@@ -52,3 +52,11 @@ def test_value_does_not_keep_the_joined_projections():
     y, cos, sin = drawn(4, 2, 8)
     value = rotary(y, cos, sin, heads=(4, 2))[2]
     assert value.untyped_storage().nbytes() == value.numel() * 4
+
+
+def test_one_table_serves_all_rows():
+    y, cos, sin = drawn(4, 2, 8)
+    shared = rotary(y, cos[:1], sin[:1], heads=(4, 2))
+    for row in range(len(y)):
+        for ours, alone in zip(shared, rotary(y[row : row + 1], cos[:1], sin[:1], heads=(4, 2)), strict=True):
+            assert torch.equal(ours[row : row + 1], alone) and alone.any()
