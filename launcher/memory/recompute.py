@@ -47,6 +47,7 @@ class Shapes:
     loss_chunk: int  # tokens whose logits live at once
     itemsize: int  # bytes of the compute dtype
     trainable: int  # parameters
+    dropped: int = 0  # in-features of a layer's adapters, summed, where dropout gives each an input of its own
 
 
 class Kept(NamedTuple):
@@ -130,7 +131,7 @@ def forecast(shapes: Shapes, kept: Kept, *, held_mib: float) -> float:
     s = shapes
     token = s.itemsize * s.tokens / MIB  # MiB of one number a token
     # A layer's input, the sum after attention, the attention's inputs and output, gate and up; and the norms' outputs.
-    selective = (2 * s.hidden + 2 * s.query + 2 * s.key_value + 2 * s.intermediate) * token
+    selective = (2 * s.hidden + 2 * s.query + 2 * s.key_value + 2 * s.intermediate + s.dropped) * token
     everything = selective + 2 * s.hidden * token
     least = s.hidden * token
     layer = least + kept.budget * ((everything if kept.elementwise else selective) - least)

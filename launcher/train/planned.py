@@ -10,6 +10,7 @@ from launcher.memory.recompute import Shapes
 from launcher.model.attention import CORES, Rows, register_attention
 from launcher.model.build import BuiltModel
 from launcher.model.families import head_width, layer_mlps, layer_norms
+from launcher.model.lora import ADAPTER
 from launcher.ops.linear_ce import chunk_loss, chunk_loss_and_grad
 from launcher.recipe.schema import TrainSection
 
@@ -47,6 +48,8 @@ def shapes_of(built: BuiltModel, *, micro_batch: int, width: int) -> Shapes:
     """What a micro batch of rows of `width` positions keeps is told by these."""
     config: Any = built.peft.config
     head = head_width(config)
+    lora: Any = built.peft.peft_config[ADAPTER]
+    adapted: list[Any] = [module for module in built.packed.body.layers[0].modules() if hasattr(module, "lora_A")]
     return Shapes(
         layers=config.num_hidden_layers,
         tokens=micro_batch * width,
@@ -58,6 +61,7 @@ def shapes_of(built: BuiltModel, *, micro_batch: int, width: int) -> Shapes:
         loss_chunk=built.packed.loss_chunk,
         itemsize=built.dtype.itemsize,
         trainable=built.trainable,
+        dropped=sum(module.in_features for module in adapted) if lora.lora_dropout else 0,
     )
 
 

@@ -5,11 +5,12 @@ import torch
 import torch._dynamo
 
 from launcher.errors import RecipeError
-from launcher.memory.recompute import KEPT, Kept, Policy, Shapes, applied, check_policy, choose_policy, forecast
+from launcher.memory.recompute import KEPT, MIB, Kept, Policy, Shapes, applied, check_policy, choose_policy, forecast
 from launcher.model.attention import Rows
 from launcher.model.build import build_model
 from launcher.model.source import load_config
 from launcher.train import setup
+from launcher.train.planned import shapes_of
 from tests.conftest import request_for
 
 CUDA = torch.device("cuda", 0)
@@ -20,14 +21,18 @@ LLAMA_1B = Shapes(
 )  # fmt: skip
 
 
-def kept_and_gradients(recipe, policy, *, seed=0):
-    """Bytes that a compiled forward pass keeps beside weights, and the gradients after it."""
-    torch._dynamo.reset()
+def built_on(recipe):
     source = recipe.model.name
-    built = build_model(
+    return build_model(
         recipe, source, load_config(source, recipe.model), device=torch.device("cpu"), rows=Rows((64,), alone=False),
         phase=lambda _: None,
     )  # fmt: skip
+
+
+def kept_and_gradients(recipe, policy, *, seed=0):
+    """Bytes that a compiled forward pass keeps beside weights, and the gradients after it."""
+    torch._dynamo.reset()
+    built = built_on(recipe)
     parameters = [p for p in built.packed.parameters() if p.requires_grad]
     with torch.no_grad():
         for parameter in parameters:
@@ -137,3 +142,16 @@ def test_the_forecast_grows_with_what_is_kept_and_with_the_batch():
     shallow = replace(LLAMA_1B, layers=2)
     assert forecast(shallow, KEPT["offload"], held_mib=1057) == forecast(shallow, KEPT["full"], held_mib=1057)
     assert forecast(replace(LLAMA_1B, tokens=8192), KEPT["none"], held_mib=1057) > 1.6 * (peaks[-1] - 1057)
+
+
+@pytest.mark.parametrize("name", ["none", "selective"])
+def test_the_forecast_knows_what_dropout_keeps_on_top(make_recipe, name):
+    kept, forecasts = [], []
+    for dropout in (0.0, 0.1):
+        recipe = make_recipe(lora={"r": 4, "dropout": dropout})
+        kept.append(kept_and_gradients(recipe, Policy(name, KEPT[name], "", None))[0] / MIB)
+        shapes = shapes_of(built_on(recipe), micro_batch=2, width=64)
+        forecasts.append(forecast(shapes, KEPT[name], held_mib=0))
+    more, expected = kept[1] - kept[0], forecasts[1] - forecasts[0]
+    assert more > 0.4  # MiB; half of what is kept without
+    assert 0.6 * more < expected < 1.2 * more
