@@ -69,7 +69,7 @@ class HostInputs:
     @property
     def host_mib(self) -> float:
         """Of pinned host memory, for the shapes seen so far."""
-        return sum(buffer.nbytes for buffer in self._host.values()) / MIB
+        return sum(self._taken(buffer.nbytes) for buffer in self._host.values()) / MIB
 
     @contextmanager
     def around(self, number: int, hidden: Tensor) -> Iterator[None]:
@@ -116,13 +116,17 @@ class HostInputs:
             try:
                 self._host[key] = torch.empty_like(hidden, device="cpu", pin_memory=self._stream is not None)
             except RuntimeError as error:
-                mib = (self._last - 1) * hidden.nbytes / MIB
+                mib = (self._last - 1) * self._taken(hidden.nbytes) / MIB
                 raise MemoryExhausted(
                     f"memory.activations=offload needs {mib:,.0f} MiB of host memory that stays in place for inputs of "
                     f"{tuple(hidden.shape)}; had {len(self._host)} buffers when: {str(error).splitlines()[0]}\n"
                     "Use memory.activations=full, or lower train.micro_batch or data.max_length."
                 ) from error
         return self._host[key]
+
+    def _taken(self, size: int) -> int:
+        """Bytes of the host that a buffer of `size` bytes takes: torch rounds pinned memory up to a power of two."""
+        return size if self._stream is None else 1 << (size - 1).bit_length()
 
     def _unpack(self, number: int, packed: Any) -> Tensor:
         """What layer `number` saved. Its first call has the input of the layer before it come back."""

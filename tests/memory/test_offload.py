@@ -255,6 +255,14 @@ def test_the_start_record_says_what_the_host_holds(worker_of):
     assert start_record(worker_of("full")).activations == "full (as asked)"
 
 
+def test_what_pinned_buffers_take_of_the_host_is_said_as_torch_rounds_it():
+    inputs = HostInputs(4, torch.device("cpu"))
+    inputs._host = {number: torch.empty(size, dtype=torch.uint8) for number, size in enumerate((3 * MIB, 4 * MIB))}
+    assert inputs.host_mib == 7
+    inputs._stream = Stream("copies", [])
+    assert inputs.host_mib == 8
+
+
 def test_a_host_without_room_is_named_with_what_was_wanted(monkeypatch):
     def no_room(*_, **__):
         raise RuntimeError("CUDA error: out of memory\nand how to debug it")
