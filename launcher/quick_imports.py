@@ -20,6 +20,7 @@ UNUSED = ("scipy", "sklearn")  # by us; transformers takes them as not installed
 def quick_imports() -> Iterator[None]:
     """Around imports only: what else is made within is never collected."""
     was_on, hidden = gc.isenabled(), [name for name in UNUSED if name not in sys.modules]
+    gc.collect()  # what an earlier run of this process left must not be frozen with the rest
     gc.disable()
     sys.modules.update(dict.fromkeys(hidden))  # type: ignore[arg-type]  # None: as if there were no such module
     try:

@@ -2,6 +2,7 @@ import gc
 import os
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 from types import ModuleType
 
@@ -24,6 +25,21 @@ def test_the_collector_rests_within_and_what_was_made_is_frozen():
         assert not gc.isenabled()
         made = [[] for _ in range(1000)]
     assert gc.isenabled() and gc.get_freeze_count() >= len(made)
+
+
+def test_garbage_of_before_is_not_kept_for_ever():
+    class Link:
+        pass
+
+    gc.disable()
+    link = Link()
+    link.itself, found = link, weakref.ref(link)
+    del link
+    gc.enable()
+    assert found() is not None
+    with quick_imports():
+        pass
+    assert found() is None
 
 
 def test_an_import_that_fails_leaves_the_collector_as_it_was():
