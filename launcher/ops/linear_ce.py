@@ -31,6 +31,9 @@ from torch import Tensor
 
 IGNORE = -100  # a label that is not supervised; the value that torch's own cross-entropy uses
 CHUNK_COST = 128  # rows whose time a chunk costs on top: it reads the whole head, and launches its kernels
+# Inductor considers padding a product of half precision to multiples of 8, and to find out whether that pays it copies
+# the head. With chunks of 809 rows of Llama 1B the peak was 0.6 GiB over the forecast (one H200, torch 2.11).
+TILE = 8
 LEAST_SAVED = 0.05  # of the rows, for fewer of which none are left out; `product_rows` says why
 
 
@@ -137,10 +140,12 @@ def chunk_rows(rows: Collection[int], vocabulary: int, budget_mib: int, *, items
 
     One size, because each would be a graph of its own. Of the sizes that divide a shape into equal chunks, the one with
     the least work over all shapes: the rows computed, padding included, and CHUNK_COST for each chunk. For a single
-    shape these are the fewest equal chunks. MiB is 2**20 bytes.
+    shape these are the fewest equal chunks, of a multiple of TILE rows. MiB is 2**20 bytes.
     """
     most = max(1, budget_mib * 2**20 // (itemsize * vocabulary))
-    sizes = {-(-n // chunks) for n in rows for chunks in range(-(-n // most), 2 * -(-n // most) + 1)}
+    step = TILE if most >= TILE else 1
+    most -= most % step
+    sizes = {-(-n // (chunks * step)) * step for n in rows for chunks in range(-(-n // most), 2 * -(-n // most) + 1)}
     return min(sorted(sizes, reverse=True), key=lambda size: sum(-(-n // size) * (size + CHUNK_COST) for n in rows))
 
 

@@ -95,8 +95,9 @@ def test_the_logits_never_exist_as_a_whole():
 )
 def test_a_chunk_stays_within_its_budget_unless_one_row_exceeds_it(rows, vocabulary, budget):
     chunk = chunk_rows([rows], vocabulary, budget)
-    assert 1 <= chunk <= rows
+    assert 1 <= chunk < rows + 8
     assert chunk == 1 or chunk * vocabulary * 4 <= budget * 2**20
+    assert chunk % 8 == 0 or budget * 2**20 < 8 * vocabulary * 4
 
 
 def test_one_chunk_size_serves_shapes_of_many_lengths_with_less_padding_than_the_longest_ones_would():
@@ -107,10 +108,11 @@ def test_one_chunk_size_serves_shapes_of_many_lengths_with_less_padding_than_the
     assert sum(shapes) <= computed[0] < computed[1]
 
 
-def test_a_single_shape_is_cut_into_the_fewest_equal_chunks():
-    for rows in (1, 100, 523, 524, 4096, 16384):
-        fewest = -(-rows // 523)
-        assert chunk_rows([rows], 128256, 256) == -(-rows // fewest)
+def test_a_single_shape_is_cut_into_the_fewest_equal_chunks_of_whole_eights():
+    for rows in (1, 100, 520, 521, 809, 4096, 16384):
+        fewest = -(-rows // 520)  # 523 rows fit the budget
+        chunk = chunk_rows([rows], 128256, 256)
+        assert chunk % 8 == 0 and 0 <= chunk * fewest - rows < 8 * fewest
 
 
 def bounded(rows, targets, *, seed=0):
