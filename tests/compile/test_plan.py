@@ -51,6 +51,17 @@ def test_more_planned_shapes_than_dynamos_own_limit_are_compiled_and_nothing_aft
             plan.call(block, torch.ones(max(SHAPES) + 1, 4))
 
 
+def test_products_are_compiled_without_padding_and_the_compilers_setting_is_given_back() -> None:
+    block, seen = Block(), []
+
+    def run() -> None:
+        seen.append(torch._inductor.config.shape_padding)
+        call(block)
+
+    planned_for(block, len(SHAPES))[0].warm_up(run)
+    assert seen == [False] and torch._inductor.config.shape_padding
+
+
 @pytest.mark.parametrize("difference", [-1, 1])
 def test_one_shape_more_or_fewer_than_planned_is_refused_in_warm_up(difference: int) -> None:
     block = Block()
