@@ -69,7 +69,7 @@ class Plan:
         strict: any compile error, and any difference from the expected graphs, is a ContractError.
         warn: if anything cannot be compiled everything runs uncompiled, and the record says so.
         """
-        # Inductor would try, and perhaps do, products padded to whole tiles, with a copy of the head and its vocabulary.
+        # Inductor would try products padded to whole tiles, and perhaps keep them: with a copy of the head.
         with torch._inductor.config.patch(shape_padding=False):
             self.call(run)
         found = self.observer.graphs_by_region()
