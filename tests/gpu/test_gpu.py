@@ -159,7 +159,8 @@ def test_packed_text_trains_at_nine_tenths_of_the_rate_of_full_random_rows(make_
     worker.compile()
     train, rng = worker.prepared.data.train, np.random.default_rng(0)
     ids = rng.integers(0, 8192, 64 * 2048).astype(np.int32)
-    documents = Documents(ids, np.ones(len(ids), np.bool_), np.arange(65) * 2048)
+    # Half of the tokens are supervised, as in the chats: the loss has room for no more (train/planned.py).
+    documents = Documents(ids, rng.random(len(ids)) < 0.5, np.arange(65) * 2048)
     full = replace(bucket(documents, np.arange(64), widths=(2048,), pad_id=0), max_documents=train.max_documents)
     loaders = [worker.batches, TrainLoader(full, micro_batch=2, accumulation=1, rank=0, world_size=1, seed=0)]
     rates = [[], []]
@@ -177,6 +178,31 @@ def test_packed_text_trains_at_nine_tenths_of_the_rate_of_full_random_rows(make_
     print(f"packed text {packed:,.0f} tok/s, full random rows {random:,.0f} tok/s, fill {train.fill:.4f}")
     assert packed >= 0.9 * random
     assert train.max_documents > 20
+
+
+@pytest.mark.parametrize(("dtype", "length", "micro_batch"), [("bfloat16", 2048, 2), ("float16", 1024, 1)])
+def test_packed_chats_of_the_1b_shape_peak_at_the_forecast_compiling_included(make_recipe, dtype, length, micro_batch):
+    recipe = make_recipe(
+        model={"name": "unsloth/Llama-3.2-1B-Instruct", "init": "random", "dtype": dtype},
+        lora={"r": 16},
+        data={"sources": [{"path": str(TINY / "train.jsonl")}], "max_length": length, "validation": 0},
+        compile={"backend": "inductor"},
+        memory={"activations": "selective"},
+        train={"steps": 10, "micro_batch": micro_batch},
+    )
+    request = request_for(recipe)
+    worker = Worker(request, prepare(request), clock=Clock())
+    worker.build()
+    torch.cuda.reset_peak_memory_stats()
+    worker.compile()
+    for _ in range(3):
+        worker.step(next(worker.batches))
+    torch.cuda.synchronize()
+    peak, forecast = torch.cuda.max_memory_allocated() / 2**20, worker.policy.forecast_mib
+    print(f"{dtype} {micro_batch} x {length}: peak {peak:,.0f} MiB, forecast {forecast:,.0f}")
+    assert worker.built.packed.loss_rows(micro_batch * length) < 0.9 * micro_batch * length
+    assert worker.built.packed.loss_chunk % 8 == 0
+    assert 0.85 * forecast < peak < 1.03 * forecast
 
 
 @pytest.mark.parametrize("scope", ["layer", "regions", "model"])
