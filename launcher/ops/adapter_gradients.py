@@ -17,35 +17,35 @@ added in memory, in fp32 and in whatever order the blocks end: two runs of one s
 attention kernels. The fp32 masters are rounded to the compute dtype as they are read.
 """
 
-import importlib.util
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-MAX_RANK = 128  # of the stacked A: beyond it the tiles no longer fit a multiprocessor, and the products are not thin
+from launcher.ops.joint import HAS_TRITON, MOST, starts, three
 
-HAS_TRITON = importlib.util.find_spec("triton") is not None
+MAX_RANK = 128  # of the stacked A: beyond it the tiles no longer fit a multiprocessor, and the products are not thin
 
 
 def gradients(dy: Tensor, x: Tensor, a: Sequence[Tensor], b: Sequence[Tensor], scaling: float) -> tuple[Tensor, Tensor]:
     """Of n projections of x [N, D]: dy [N, sum of O] side by side, a [r, D] and b [O, r] each, fp32 -> dA [n r, D], dB
     [sum of O, r], fp32, stacked in their order."""
     outs, rank = [each.shape[0] for each in b], sum(each.shape[0] for each in a)
-    if not _is_thin(x, rank) or any(out % 16 for out in outs[:-1]) or len(outs) > 3:
+    if not _is_thin(x, rank) or any(out % 16 for out in outs[:-1]) or len(outs) > MOST:
         pieces = zip(dy.split(outs, 1), a, b, strict=True)
         found = [plain_gradients(one, x, its_a, its_b, scaling) for one, its_a, its_b in pieces]
         return torch.cat([da for da, _ in found]), torch.cat([db for _, db in found])
     da = torch.empty(rank, x.shape[1], device=x.device)
     db = torch.empty(sum(outs), b[0].shape[1], device=x.device)
+    rows_of_a = [each.T for each in a]
     if len(a) == 1 and x.shape[1] > outs[0]:
-        t, u = _thin_product(dy, b[0], scaling, cleared=(da, db))
-        _tall_product(x, t, da.T, thin=(a[0].T, scaling, u))
+        t, u = _thin_product(dy, b, scaling, cleared=(da, db))
+        _tall_product(x, t, da.T, thin=(rows_of_a, scaling, u))
         _tall_product(dy, u, db)
         return da, db
-    t, u = _thin_product(x, _stacked(a).T, scaling, cleared=(da, db))
-    _tall_product(dy, t, db, thin=(_stacked(b), scaling, u), outs=outs)
+    t, u = _thin_product(x, rows_of_a, scaling, cleared=(da, db))
+    _tall_product(dy, t, db, thin=(b, scaling, u), outs=outs)
     _tall_product(x, u, da.T)
     return da, db
 
@@ -53,11 +53,6 @@ def gradients(dy: Tensor, x: Tensor, a: Sequence[Tensor], b: Sequence[Tensor], s
 def _is_thin(x: Tensor, rank: int) -> bool:
     """Whether the kernels here serve adapters of this rank, stacked, for matrices like x."""
     return x.is_cuda and HAS_TRITON and rank <= MAX_RANK and x.dtype != torch.float32
-
-
-def _stacked(adapters: Sequence[Tensor]) -> Tensor:
-    """[M, R] each -> [sum of M, R]; no copy of a single one."""
-    return adapters[0] if len(adapters) == 1 else torch.cat(list(adapters))
 
 
 def plain_gradients(dy: Tensor, x: Tensor, a: Tensor, b: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
@@ -77,13 +72,16 @@ if HAS_TRITON:
     import triton
     import triton.language as tl
 
+    from launcher.ops.joint import member
+
     @triton.jit
     def _thin(  # type: ignore[no-untyped-def]
-        out, sums, x, c, scaling, N, M, R, cm, cr, first_cleared, first_size, second_cleared, second_size,
+        out, sums, x, c, scaling, N, M, R, width, cm, cr, first_cleared, first_size, second_cleared, second_size,
         share, RANK: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr, PIECE: tl.constexpr,
     ):  # fmt: skip
-        """BN rows of out [N, R] = scaling * x [N, M] c [M, R]; cm and cr are c's strides. Clears as many rows of `sums`
-        and `share` elements of each of two other tensors, PIECE at once."""
+        """BN rows of out [N, R] = scaling * x [N, M] c [M, R]; c is up to three matrices of `width` columns side by side
+        and cm and cr their strides. Clears as many rows of `sums` and `share` elements of each of two other tensors,
+        PIECE at once."""
         row, k = tl.program_id(0) * BN + tl.arange(0, BN), tl.arange(0, RANK)
         total = tl.zeros((BN, RANK), tl.float32)
         where = (row < N)[:, None] & (k < R)[None, :]
@@ -99,7 +97,9 @@ if HAS_TRITON:
                 mask=(row < N)[:, None] & (column < M)[None, :], other=0.0,
             )  # fmt: skip
             c_tile = tl.load(
-                c + column[:, None] * cm + k[None, :] * cr, mask=(column < M)[:, None] & (k < R)[None, :], other=0.0
+                member(c, k // width)[None, :] + column[:, None] * cm + (k % width)[None, :] * cr,
+                mask=(column < M)[:, None] & (k < R)[None, :],
+                other=0.0,
             )
             total = tl.dot(x_tile, c_tile.to(x_tile.dtype), total)
         tl.store(out + row[:, None] * R + k[None, :], (total * scaling).to(out.dtype.element_ty), mask=where)
@@ -111,13 +111,17 @@ if HAS_TRITON:
     ):  # fmt: skip
         """Adds, over SPAN rows and BM columns of x [N, M], x^T t to g [M, R] of strides gm, gr and, if BOTH, scaling *
         x c to u [N, R]; c [M, R] has the strides cm, cr, rows of t and u lie tn and un apart. Columns of x from
-        `second` and from `third` on belong to the next R columns of t and u."""
+        `second` and from `third` on belong to the next c and the next R columns of t and u."""
         column, k = tl.program_id(0) * BM + tl.arange(0, BM), tl.arange(0, RANK)
         of_g = (column < M)[:, None] & (k < R)[None, :]
         half = x.dtype.element_ty
-        place = R * ((tl.program_id(0) * BM >= second).to(tl.int32) + (tl.program_id(0) * BM >= third).to(tl.int32))
+        left = tl.program_id(0) * BM
+        which = (left >= second).to(tl.int32) + (left >= third).to(tl.int32)
+        place = R * which
         if BOTH:
-            c_tile = (tl.load(c + column[:, None] * cm + k[None, :] * cr, mask=of_g, other=0.0) * scaling).to(half)
+            mine = column - tl.where(which == 0, 0, tl.where(which == 1, second, third))
+            c_tile = tl.load(member(c, which) + mine[:, None] * cm + k[None, :] * cr, mask=of_g, other=0.0)
+            c_tile = (c_tile * scaling).to(half)
         total = tl.zeros((BM, RANK), tl.float32)
         for first in range(tl.program_id(1) * SPAN, (tl.program_id(1) + 1) * SPAN, BN):
             row = first + tl.arange(0, BN)
@@ -134,21 +138,23 @@ if HAS_TRITON:
         tl.atomic_add(g + column[:, None] * gm + k[None, :] * gr, total, mask=of_g, sem="relaxed")
 
 
-def _thin_product(x: Tensor, c: Tensor, scaling: float, *, cleared: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    """scaling * x c in x's dtype, x [N, M], c [M, R] of any strides -> [N, R]; and fp32 zeros of that shape. Puts zeros
-    into the two tensors of `cleared`."""
-    (rows, columns), rank = x.shape, c.shape[1]
+def _thin_product(
+    x: Tensor, c: Sequence[Tensor], scaling: float, *, cleared: tuple[Tensor, Tensor]
+) -> tuple[Tensor, Tensor]:
+    """scaling * x [c c ...] in x's dtype, x [N, M], c [M, R / n] each, of one pair of strides -> [N, R]; and fp32 zeros
+    of that shape. Puts zeros into the two tensors of `cleared`."""
+    (rows, columns), rank = x.shape, sum(each.shape[1] for each in c)
     out = torch.empty(rows, rank, dtype=x.dtype, device=x.device)
     sums = torch.empty(rows, rank, device=x.device)
-    wide, width = 128 if rank <= 64 else 64, _padded(rank)
-    block = 16 if rows <= 4096 else 32 if rows <= 8192 else 64  # some 256 programs: two a multiprocessor
+    wide, width = 256 if rank <= 16 else 128 if rank <= 64 else 64, _padded(rank)
+    block = 16 if rows <= 2048 else 32 if rows <= 8192 else 64  # some 128 to 256 programs: one or two a multiprocessor
     blocks = triton.cdiv(rows, block)
     piece = 1024
     share = triton.cdiv(triton.cdiv(max(t.numel() for t in cleared), blocks), piece) * piece
     first, second = cleared
     _thin[(blocks,)](
-        out, sums, x, c, scaling, rows, columns, rank, *c.stride(), first, first.numel(), second, second.numel(),
-        share, RANK=width, BN=block, BM=wide, PIECE=piece,
+        out, sums, x, three(c), scaling, rows, columns, rank, c[0].shape[1], *c[0].stride(),
+        first, first.numel(), second, second.numel(), share, RANK=width, BN=block, BM=wide, PIECE=piece,
         num_stages=_stages(x, block * wide * 2 + wide * width * 4, most=3), num_warps=8 if block == 64 else 4,
     )  # fmt: skip
     return out, sums
@@ -159,30 +165,30 @@ def _tall_product(
     t: Tensor,
     gradient: Tensor,
     *,
-    thin: tuple[Tensor, float, Tensor] | None = None,
+    thin: tuple[Sequence[Tensor], float, Tensor] | None = None,
     outs: Sequence[int] = (),
 ) -> None:
-    """Adds x^T t to `gradient` [M, R]; x [N, M], t [N, R]. With `thin` = (c [M, R], scaling, sums [N, R]) also
+    """Adds x^T t to `gradient` [M, R]; x [N, M], t [N, R]. With `thin` = (one c [M, R], scaling, sums [N, R]) also
     scaling * x c to the sums, from the same reading of x.
 
-    With `outs`, x is that many columns of one projection after those of another, and t and sums are [N, n R].
+    With `outs`, x is that many columns of one projection after those of another, each has a c of its own, and t and
+    sums are [N, n R].
     """
     (rows, columns), rank = x.shape, gradient.shape[1]
-    c, scaling, sums = thin or (gradient, 1.0, t)
-    block = 64 if thin is None else 256 if columns >= 2048 and rank <= 32 else 128
+    c, scaling, sums = thin or ([gradient], 1.0, t)
+    block = 64 if thin is None else 256 if columns >= 2048 and rows >= 4096 and rank <= 32 else 128
     width = _padded(rank)
     while block > 16 and 64 * block * 2 + 64 * width * 4 + block * width * 2 > _shared_memory(x) * 3 // 5:
         block //= 2  # a tile of x, one of t and c's must lie in it together
-    starts = [sum(outs[:i]) for i in range(1, len(outs))]
-    while any(start % block for start in starts):
+    second, third = starts(outs or [columns])
+    while any(start % block for start in (second, third) if start < columns):
         block //= 2  # no tile lies in two projections
-    second, third = [*starts, columns, columns][:2]
     blocks = triton.cdiv(columns, block)
-    parts = min(16, triton.cdiv(512 if thin is None else 256, blocks))
+    parts = min(16, triton.cdiv(128 if block == 256 else 256, blocks))
     span = triton.cdiv(triton.cdiv(rows, parts), 64) * 64  # a multiple of the tile's rows
     _tall[(blocks, triton.cdiv(rows, span))](
-        gradient, *gradient.stride(), x, t, t.stride(0), rows, columns, rank, span, sums, sums.stride(0), c,
-        *c.stride(), scaling, second, third, BOTH=thin is not None, RANK=width, BN=64, BM=block,
+        gradient, *gradient.stride(), x, t, t.stride(0), rows, columns, rank, span, sums, sums.stride(0), three(c),
+        *c[0].stride(), scaling, second, third, BOTH=thin is not None, RANK=width, BN=64, BM=block,
         num_stages=_stages(x, 64 * block * 2 + 64 * width * t.element_size(), most=3),
     )  # fmt: skip
 

@@ -20,7 +20,6 @@ without asking the device: a stable sort puts the supervised ones first, in thei
     rows      2  3  7  0                  labels[rows] = 5 7 3 .
 """
 
-import importlib.util
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -28,6 +27,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from launcher.ops.joint import HAS_TRITON
 
 IGNORE = -100  # a label that is not supervised; the value that torch's own cross-entropy uses
 CHUNK_COST = 128  # rows whose time a chunk costs on top: it reads the whole head, and launches its kernels
@@ -78,8 +79,6 @@ def softmax_gradient_(logits: Tensor, labels: Tensor) -> Tensor:
 def _(logits: Tensor, labels: Tensor) -> Tensor:
     return logits.new_empty(logits.shape[0], dtype=torch.float32)
 
-
-HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 if HAS_TRITON:
     import triton

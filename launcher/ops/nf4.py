@@ -13,14 +13,17 @@ than a weight's last bit is therefore seen through the rounding of many weights:
 lie anywhere between two numbers of the dtype, but with the base's own rounding error on it. mode=parity measures both
 orders against fp32. Without an update the result is bit-equal to bitsandbytes' own.
 
-On CUDA one Triton launch a weight, elsewhere bitsandbytes' kernels and a product (`_plain`, also the reference).
+On CUDA one Triton launch for the weights of one product, elsewhere bitsandbytes' kernels and a product (`_plain`, also
+the reference).
 """
 
-import importlib.util
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from launcher.ops.joint import HAS_TRITON, MOST, starts, three
 
 BLOCK = 64  # elements that share a scale
 BLOCK2 = 256  # scales that share a second-level scale
@@ -37,12 +40,20 @@ class Nf4(NamedTuple):
     offset: Tensor | None  # fp32 scalar
 
 
-def merged_weight(base: Nf4, a: Tensor | None, b: Tensor | None, *, scaling: float, out: Tensor) -> Tensor:
-    """Puts W into out [O, D], contiguous, in its dtype, and returns it; a [r, D] and b [O, r] fp32, or both None for
-    the base alone."""
-    if out.is_cuda and out.shape[1] % BLOCK == 0 and _TRITON:
-        return _fused(base, a, b, scaling, out)
-    return out.copy_(_plain(base, a, b, scaling, out.shape))
+def merged_weights(
+    bases: Sequence[Nf4], a: Sequence[Tensor], b: Sequence[Tensor], *, scaling: float, outs: Sequence[int], out: Tensor
+) -> Tensor:
+    """Puts the W of each base, one below the other, into out [sum of O, D], contiguous, in its dtype, and returns it;
+    a [r, D] and b [O, r] each, fp32, or none for the bases alone."""
+    fused = out.is_cuda and out.shape[1] % BLOCK == 0 and HAS_TRITON
+    if fused and _in_one_launch(bases, a, outs):
+        return _fused(bases, a, b, scaling, outs, out)
+    for i, rows in enumerate(out.split(list(outs))):
+        if fused:
+            _fused(bases[i : i + 1], a[i : i + 1], b[i : i + 1], scaling, outs[i : i + 1], rows)
+        else:
+            rows.copy_(_plain(bases[i], a[i] if a else None, b[i] if b else None, scaling, rows.shape))
+    return out
 
 
 def _plain(base: Nf4, a: Tensor | None, b: Tensor | None, scaling: float, shape: torch.Size) -> Tensor:
@@ -57,70 +68,96 @@ def _plain(base: Nf4, a: Tensor | None, b: Tensor | None, scaling: float, shape:
     return weight
 
 
-_TRITON = importlib.util.find_spec("triton") is not None
-
-if _TRITON:
+if HAS_TRITON:
     import triton
     import triton.language as tl
 
+    from launcher.ops.joint import member
+
     @triton.jit
     def _merge(  # type: ignore[no-untyped-def]
-        out, packed, absmax, code, absmax2, code2, offset, a, b, scaling, O, D, R,  # noqa: E741
+        out, packed, absmax, code, absmax2, code2, offset, a, b, scaling, O, D, R, second, third,  # noqa: E741
         DOUBLE: tl.constexpr, STEPS: tl.constexpr, RANK: tl.constexpr, BO: tl.constexpr, BD: tl.constexpr,
     ):  # fmt: skip
-        """A [BO, BD] tile of W. The update is added RANK columns of B at a time in STEPS, 0 without one."""
-        rows = tl.program_id(1) * BO + tl.arange(0, BO)
+        """A [BO, BD] tile of up to three W below each other, the second and third from rows of these numbers on. The
+        update is added RANK columns of B at a time in STEPS, 0 without one.
+
+        What is loaded comes first: no load is begun behind a barrier, and a tile waits for memory once."""
+        top = tl.program_id(1) * BO
+        which = (top >= second).to(tl.int32) + (top >= third).to(tl.int32)
+        rows, k = top + tl.arange(0, BO), tl.arange(0, RANK)
         columns = tl.program_id(0) * BD + tl.arange(0, BD)
         in_row = tl.program_id(0) * (BD // 64) + tl.arange(0, BD // 64)
-        blocks = rows[:, None] * (D // 64) + in_row[None, :]
         inside = (rows < O)[:, None] & (in_row < D // 64)[None, :]
-        if DOUBLE:
-            level = tl.load(code2 + tl.load(absmax + blocks, mask=inside, other=0))
-            scale = level * tl.load(absmax2 + blocks // 256, mask=inside, other=0.0) + tl.load(offset)
-        else:
-            scale = tl.load(absmax + blocks, mask=inside, other=0.0)
+        mine = rows - tl.where(which == 0, 0, tl.where(which == 1, second, third))
+        blocks = mine[:, None] * (D // 64) + in_row[None, :]
+        level = tl.load(member(absmax, which) + blocks, mask=inside, other=0)
         pairs = tl.load(
-            packed + blocks[:, :, None] * 32 + tl.arange(0, 32)[None, None, :], mask=inside[:, :, None], other=0
-        ).to(tl.int32)
-        # A gather within the tile: 16 values in as many banks of shared memory, where loads would queue for one line.
-        values = tl.load(code + tl.arange(0, 16))
-        flat = tl.reshape(pairs, (BO * BD // 2,))
-        high = tl.reshape(tl.gather(values, flat >> 4, 0), (BO, BD // 64, 32)) * scale[:, :, None]
-        low = tl.reshape(tl.gather(values, flat & 15, 0), (BO, BD // 64, 32)) * scale[:, :, None]
-        weight = tl.reshape(tl.join(high, low), (BO, BD))
-        half = out.dtype.element_ty
-        for step in tl.static_range(STEPS):
-            k = step * RANK + tl.arange(0, RANK)
-            b_tile = tl.load(b + rows[:, None] * R + k[None, :], mask=(rows < O)[:, None] & (k < R)[None, :], other=0.0)
-            a_tile = tl.load(
-                a + k[:, None] * D + columns[None, :], mask=(k < R)[:, None] & (columns < D)[None, :], other=0.0
-            )
-            if half == tl.float32:
-                weight += scaling * tl.dot(b_tile, a_tile, input_precision="ieee")
-            else:  # the compute copies of A and B, as everywhere else
-                weight += scaling * tl.dot(b_tile.to(half), a_tile.to(half))
-        tl.store(
-            out + rows[:, None] * D + columns[None, :], weight.to(out.dtype.element_ty),
-            mask=(rows < O)[:, None] & (columns < D)[None, :],
+            member(packed, which) + blocks[:, :, None] * 32 + tl.arange(0, 32)[None, None, :],
+            mask=inside[:, :, None], other=0,
         )  # fmt: skip
+        values = tl.load(member(code, which) + tl.arange(0, 16))
+        if DOUBLE:
+            level2 = tl.load(member(absmax2, which) + blocks // 256, mask=inside, other=0.0)
+        half = out.dtype.element_ty
+        update = tl.zeros((BO, BD), tl.float32)
+        for step in tl.static_range(STEPS):
+            b_tile = tl.load(
+                member(b, which) + mine[:, None] * R + step * RANK + k[None, :],
+                mask=(rows < O)[:, None] & (step * RANK + k < R)[None, :], other=0.0,
+            )  # fmt: skip
+            a_tile = tl.load(
+                member(a, which) + (step * RANK + k)[:, None] * D + columns[None, :],
+                mask=(step * RANK + k < R)[:, None] & (columns < D)[None, :], other=0.0,
+            )  # fmt: skip
+            if half == tl.float32:
+                update += tl.dot(b_tile, a_tile, input_precision="ieee")
+            else:  # the compute copies of A and B, as everywhere else
+                update += tl.dot(b_tile.to(half), a_tile.to(half))
+        if DOUBLE:
+            level = tl.load(member(code2, which) + level) * level2 + tl.load(member(offset, which))
+        # A gather within the tile: 16 values in as many banks of shared memory, where loads would queue for one line.
+        pairs = pairs.to(tl.int32)
+        both = tl.gather(values, tl.reshape(tl.join(pairs >> 4, pairs & 15), (BO * BD,)), 0)
+        weight = tl.reshape(tl.reshape(both, (BO, BD // 64, 64)) * level[:, :, None], (BO, BD))
+        if STEPS:
+            weight += scaling * update
+        tl.store(
+            out + rows[:, None] * D + columns[None, :],
+            weight.to(half),
+            mask=(rows < O)[:, None] & (columns < D)[None, :],
+        )
 
 
-def _fused(base: Nf4, a: Tensor | None, b: Tensor | None, scaling: float, out: Tensor) -> Tensor:
-    out_features, in_features = out.shape
-    rank = 0 if a is None else a.shape[0]
-    unused = base.code  # a pointer that is not read
-    tile: dict[str, Any] = {"BO": 64, "BD": 64, "num_warps": 4}
+TILE = 64  # rows and columns of a program
+
+
+def _in_one_launch(bases: Sequence[Nf4], a: Sequence[Tensor], outs: Sequence[int]) -> bool:
+    """Whether one launch serves them all: no tile lies in two of them, and they are of one kind."""
+    kinds = {(base.offset is None, *(each.shape[0] for each in a[i : i + 1])) for i, base in enumerate(bases)}
+    return len(outs) <= MOST and len(kinds) == 1 and not any(rows % TILE for rows in outs[:-1])
+
+
+def _fused(
+    bases: Sequence[Nf4], a: Sequence[Tensor], b: Sequence[Tensor], scaling: float, outs: Sequence[int], out: Tensor
+) -> Tensor:
+    rows, in_features = out.shape
+    rank = a[0].shape[0] if a else 0
     columns = min(64, max(16, triton.next_power_of_2(rank)))  # what a dot product takes at once
-    _merge[(triton.cdiv(in_features, tile["BD"]), triton.cdiv(out_features, tile["BO"]))](
+    unused = bases[0].code  # a pointer that is not read
+    fields = [[unused if t is None else t for t in column] for column in zip(*bases, strict=True)]
+    _merge[(triton.cdiv(in_features, TILE), triton.cdiv(rows, TILE))](
         out,
-        *(base.packed, base.absmax, base.code),
-        *(unused if t is None else t for t in (base.absmax2, base.code2, base.offset, a, b)),
+        *(three(column) for column in (*fields, a or [unused], b or [unused])),
         scaling,
-        *(out_features, in_features, rank),
-        DOUBLE=base.offset is not None,
+        *(rows, in_features, rank),
+        *starts(outs),
+        DOUBLE=bases[0].offset is not None,
         STEPS=triton.cdiv(rank, columns),
         RANK=columns,
+        BO=TILE,
+        BD=TILE,
+        num_warps=4,
         enable_fp_fusion=False,  # bitsandbytes rounds the second-level product before it adds the offset
-        **tile,
     )
     return out

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from launcher.ops.adapter_gradients import gradients
-from launcher.ops.nf4 import Nf4, merged_weight
+from launcher.ops.nf4 import Nf4, merged_weights
 
 
 def joined_linears(
@@ -75,12 +75,11 @@ def joined_weight(
 ) -> Tensor:
     """The projections' W one below the other [sum of O, D], in dtype and on the device of `like`; shape (each O, D)."""
     outs, in_features = shape
-    weight = like.new_empty(sum(outs), in_features)
-    for i, rows in enumerate(weight.split(list(outs))):
-        base = Nf4(*(column[i] if column else None for column in columns))  # type: ignore[arg-type]
-        mine = (a[i], b[i]) if a else (None, None)
-        merged_weight(base, *mine, scaling=scaling, out=rows)
-    return weight
+    bases = [
+        Nf4(*(column[i] if column else None for column in columns))  # type: ignore[arg-type]
+        for i in range(len(outs))
+    ]
+    return merged_weights(bases, a, b, scaling=scaling, outs=outs, out=like.new_empty(sum(outs), in_features))
 
 
 @torch.library.custom_op("qlora::linears", mutates_args=())

@@ -10,11 +10,12 @@ One pass each way. Left to the compiler, the backward pass joins three gradients
 traffic at 16,384 tokens of Llama 1B, one H200), and value would be a view that keeps all of y for it.
 """
 
-import importlib.util
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from launcher.ops.joint import HAS_TRITON
 
 
 def rotary(y: Tensor, cos: Tensor, sin: Tensor, *, heads: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:
@@ -89,8 +90,6 @@ def _backward(ctx: Any, dq: Tensor, dk: Tensor, dv: Tensor) -> tuple[Any, ...]:
 
 
 _rotary.register_autograd(_backward, setup_context=_save)
-
-HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 if HAS_TRITON:
     import triton

@@ -4,12 +4,12 @@ import bitsandbytes.functional as bnb
 import pytest
 import torch
 
-from launcher.ops import adapter_gradients
+from launcher.ops import adapter_gradients, nf4
 from launcher.ops.adapter_gradients import gradients, plain_gradients
 from launcher.ops.attention import causal_attention, cudnn_attention
 from launcher.ops.feed_forward import plain_swiglu_gradient, swiglu_gradient_
 from launcher.ops.linear_ce import IGNORE, softmax_gradient, softmax_gradient_
-from launcher.ops.nf4 import Nf4, _plain, merged_weight
+from launcher.ops.nf4 import Nf4, _plain, merged_weights
 from launcher.ops.rotary import plain_rotary, plain_rotary_gradient, rotary_gradient
 
 pytestmark = pytest.mark.gpu
@@ -29,8 +29,21 @@ def error(found, true):
     return float((found.double() - true.double()).norm() / true.double().norm())
 
 
-def quantised(out, features, dtype, double):
-    torch.manual_seed(0)
+class Launched:
+    """A kernel that notes the shared memory of what it launches."""
+
+    def __init__(self, kernel):
+        self.kernel, self.shared = kernel, []
+
+    def __getitem__(self, grid):
+        def launch(*args, **kwargs):
+            self.shared.append(self.kernel[grid](*args, **kwargs).metadata.shared)
+
+        return launch
+
+
+def quantised(out, features, dtype, double, *, seed=0):
+    torch.manual_seed(seed)
     packed, state = bnb.quantize_4bit(
         (torch.randn(out, features, device="cuda") * 0.02).to(dtype), quant_type="nf4", compress_statistics=double
     )
@@ -38,15 +51,38 @@ def quantised(out, features, dtype, double):
     return Nf4(packed, state.absmax, state.code, *second), bnb.dequantize_4bit(packed, state)
 
 
+def merged(bases, a, b, outs, dtype, *, scaling=2.0):
+    features = 2 * bases[0].packed.numel() // outs[0]
+    out = torch.empty(sum(outs), features, dtype=dtype, device="cuda")
+    return merged_weights(bases, a, b, scaling=scaling, outs=outs, out=out)
+
+
 @pytest.mark.parametrize(("out", "features", "rank", "dtype", "double"), CASES)
 def test_one_launch_dequantises_bit_equal_to_bitsandbytes_and_adds_the_update(out, features, rank, dtype, double):
     base, weight = quantised(out, features, dtype, double)
-    assert torch.equal(merged_weight(base, None, None, scaling=1.0, out=torch.empty_like(weight)), weight)
+    assert torch.equal(merged([base], [], [], [out], dtype), weight)
     a, b = torch.randn(rank, features, device="cuda") * 0.1, torch.randn(out, rank, device="cuda") * 0.1
-    merged = merged_weight(base, a, b, scaling=2.0, out=torch.empty_like(weight))
     true = _plain(base, a, b, 2.0, weight.shape)
-    assert error(merged, true) < ROUNDING[dtype]
+    assert error(merged([base], [a], [b], [out], dtype), true) < ROUNDING[dtype]
     assert error(weight, true) > 10 * ROUNDING[dtype]
+
+
+@pytest.mark.parametrize(("double", "rank"), [(True, 16), (False, 70)])
+@pytest.mark.parametrize(
+    ("outs", "launches"), [((2048, 512, 512), 1), ((192, 40), 1), ((40, 192), 2), ((64, 64, 64, 64), 4)]
+)
+def test_the_weights_of_one_product_are_in_one_launch_what_they_are_alone(monkeypatch, outs, launches, rank, double):
+    kernel = Launched(nf4._merge)
+    monkeypatch.setattr(nf4, "_merge", kernel)
+    torch.manual_seed(0)
+    bases = [quantised(out, 256, torch.bfloat16, double, seed=out)[0] for out in outs]
+    a = [torch.randn(rank, 256, device="cuda") for _ in outs]
+    b = [torch.randn(out, rank, device="cuda") * 0.01 for out in outs]
+    together = merged(bases, a, b, outs, torch.bfloat16)
+    assert len(kernel.shared) == launches
+    alone = [merged([base], [p], [q], [out], torch.bfloat16) for base, p, q, out in zip(bases, a, b, outs, strict=True)]
+    assert torch.equal(together, torch.cat(alone))
+    assert len({float(each.float().std()) for each in alone}) == len(outs)
 
 
 @pytest.mark.parametrize("tokens", [333, 64, 4096])
@@ -101,19 +137,6 @@ def test_the_rotary_kernel_is_the_plain_form_both_ways(heads, kv, width, dtype):
         assert ours.shape == plain.shape and error(ours, plain) < ROUNDING[dtype]
     apart = [part.transpose(1, 2).contiguous().transpose(1, 2) for part in parts]  # as an attention may give them
     assert error(rotary_gradient(*apart, cos, sin), plain_rotary_gradient(*parts, cos, sin)) < ROUNDING[dtype]
-
-
-class Launched:
-    """A kernel that notes the shared memory of what it launches."""
-
-    def __init__(self, kernel):
-        self.kernel, self.shared = kernel, []
-
-    def __getitem__(self, grid):
-        def launch(*args, **kwargs):
-            self.shared.append(self.kernel[grid](*args, **kwargs).metadata.shared)
-
-        return launch
 
 
 @pytest.mark.parametrize("rank", [16, 32, 96, 128])

@@ -3,7 +3,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from launcher.ops.nf4 import Nf4, merged_weight
+from launcher.ops.nf4 import Nf4, merged_weights
 from launcher.ops.qlora_linear import frozen_linear, joined_linears, qlora_linear, qlora_linear_reference
 
 SHAPES = [(8, 8, 1), (24, 40, 3), (64, 128, 16), (192, 64, 5)]  # D, O, r; of them two with blocks across rows
@@ -26,10 +26,13 @@ def adapters(features, out, rank):
 def test_without_an_update_the_weight_is_bit_equal_to_that_of_bitsandbytes(features, out, rank, double, dtype):
     torch.manual_seed(0)
     base, weight = quantised(features, out, double=double, dtype=dtype)
-    ours = merged_weight(base, None, None, scaling=1.0, out=torch.empty_like(weight))
-    assert torch.equal(ours, weight)
+
+    def merged(*update):
+        return merged_weights([base], *update, scaling=1.0, outs=[out], out=torch.empty_like(weight))
+
+    assert torch.equal(merged([], []), weight)
     a, b = adapters(features, out, rank)
-    assert not torch.equal(merged_weight(base, a, b, scaling=1.0, out=ours), weight)
+    assert not torch.equal(merged([a], [b]), weight)
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 3e-2)])
