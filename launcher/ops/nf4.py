@@ -7,7 +7,7 @@ Letters: D in-features, O out-features, r rank. Blocks of 64 consecutive element
                                                                                 arXiv:2305.14314, section 3)
 
 One [O, D] matrix in the compute dtype is made, used for one product and forgotten: neither pass needs a product with A
-or B on the way of the activations. A and B are rounded to the compute dtype, the sum is made in fp32 and
+or B on the way of the activations. A and s B are rounded to the compute dtype, the sum is made in fp32 and
 rounded once; the stock order rounds the base weight and the update's two products each on their own. An update smaller
 than a weight's last bit is therefore seen through the rounding of many weights: without bias, since dequantised values
 lie anywhere between two numbers of the dtype, but with the base's own rounding error on it. mode=parity measures both
@@ -75,6 +75,18 @@ if HAS_TRITON:
     from launcher.ops.joint import member
 
     @triton.jit
+    def _update(a, b, which, rows, columns, inside, k, D, R):  # type: ignore[no-untyped-def]
+        """Columns k of the rows `inside` of B and rows k of A."""
+        b_tile = tl.load(
+            member(b, which) + rows[:, None] * R + k[None, :], mask=inside[:, None] & (k < R)[None, :], other=0.0
+        )
+        a_tile = tl.load(
+            member(a, which) + k[:, None] * D + columns[None, :],
+            mask=(k < R)[:, None] & (columns < D)[None, :], other=0.0,
+        )  # fmt: skip
+        return b_tile, a_tile
+
+    @triton.jit
     def _merge(  # type: ignore[no-untyped-def]
         out, packed, absmax, code, absmax2, code2, offset, a, b, scaling, O, D, R, second, third,  # noqa: E741
         DOUBLE: tl.constexpr, STEPS: tl.constexpr, RANK: tl.constexpr, BO: tl.constexpr, BD: tl.constexpr,
@@ -99,29 +111,22 @@ if HAS_TRITON:
         values = tl.load(member(code, which) + tl.arange(0, 16))
         if DOUBLE:
             level2 = tl.load(member(absmax2, which) + blocks // 256, mask=inside, other=0.0)
-        half = out.dtype.element_ty
-        update = tl.zeros((BO, BD), tl.float32)
-        for step in tl.static_range(STEPS):
-            b_tile = tl.load(
-                member(b, which) + mine[:, None] * R + step * RANK + k[None, :],
-                mask=(rows < O)[:, None] & (step * RANK + k < R)[None, :], other=0.0,
-            )  # fmt: skip
-            a_tile = tl.load(
-                member(a, which) + (step * RANK + k)[:, None] * D + columns[None, :],
-                mask=(step * RANK + k < R)[:, None] & (columns < D)[None, :], other=0.0,
-            )  # fmt: skip
-            if half == tl.float32:
-                update += tl.dot(b_tile, a_tile, input_precision="ieee")
-            else:  # the compute copies of A and B, as everywhere else
-                update += tl.dot(b_tile.to(half), a_tile.to(half))
+        if STEPS:
+            b_tile, a_tile = _update(a, b, which, mine, columns, rows < O, k, D, R)
         if DOUBLE:
             level = tl.load(member(code2, which) + level) * level2 + tl.load(member(offset, which))
         # A gather within the tile: 16 values in as many banks of shared memory, where loads would queue for one line.
         pairs = pairs.to(tl.int32)
         both = tl.gather(values, tl.reshape(tl.join(pairs >> 4, pairs & 15), (BO * BD,)), 0)
         weight = tl.reshape(tl.reshape(both, (BO, BD // 64, 64)) * level[:, :, None], (BO, BD))
-        if STEPS:
-            weight += scaling * update
+        half = out.dtype.element_ty
+        for step in tl.static_range(STEPS):
+            if step:
+                b_tile, a_tile = _update(a, b, which, mine, columns, rows < O, step * RANK + k, D, R)
+            if half == tl.float32:
+                weight = tl.dot(scaling * b_tile, a_tile, weight, input_precision="ieee")
+            else:  # the compute copies of A and B, as everywhere else
+                weight = tl.dot((scaling * b_tile).to(half), a_tile.to(half), weight)
         tl.store(
             out + rows[:, None] * D + columns[None, :],
             weight.to(half),
