@@ -54,7 +54,9 @@ def document(tokenizer: Any, *pieces: tuple[str, bool]) -> Document:
 def in_blocks(*documents: Document, rows: Sequence[Sequence[int]], width: int = 128) -> Blocks:
     offsets = np.cumsum([0, *(len(row) for row in rows)])
     placed = np.concatenate([np.array(row, np.int64) for row in rows])
-    return Blocks(Documents.of(documents), offsets, placed, np.full(len(rows), width, np.int32), 0, len(documents) + 1)
+    return Blocks(
+        Documents.of(documents), offsets, placed, np.full(len(rows), width, np.int32), 0, len(documents) + 1, width
+    )
 
 
 def parts_of(tokenizer: Any, *pieces: tuple[str, bool]) -> list[TextPart]:

@@ -42,8 +42,9 @@ class RowArrays:
 class Blocks:
     """N rows. Row r has `widths[r]` positions and holds the documents row_documents[row_offsets[r]:row_offsets[r + 1]].
 
-    A document may lie in several rows: a source whose weight repeats it. `max_documents`: no row has more, the padding
-    tail counted; every batch has room for as many boundaries.
+    A document may lie in several rows: a source whose weight repeats it. `longest`: what attention is told that no
+    document exceeds; to it, the padding tail is as many documents as keep to that. `max_documents`: no row has more,
+    those of the tail counted; every batch has room for as many boundaries.
     """
 
     documents: Documents
@@ -52,13 +53,27 @@ class Blocks:
     widths: Ints  # [N]
     pad_id: int
     max_documents: int
+    longest: int
 
     @classmethod
     def of(cls, documents: Documents, row_documents: Longs, *, row_sizes: Longs, widths: Ints, pad_id: int) -> "Blocks":
-        """`row_sizes[r]` of `row_documents` lie in row r, in order; max_documents is what these rows need."""
+        """`row_sizes[r]` of `row_documents` lie in row r, in order; nothing is said of their lengths."""
         offsets = np.concatenate([[0], np.cumsum(row_sizes, dtype=np.int64)])
-        blocks = cls(documents, offsets, row_documents, widths, pad_id, 0)
-        return replace(blocks, max_documents=int((row_sizes + (blocks.lengths < widths)).max()))
+        return cls(documents, offsets, row_documents, widths, pad_id, 0, 0).bounded(int(widths.max()))
+
+    def bounded(self, longest: int) -> "Blocks":
+        """The same rows for an attention that is told that no document has more than `longest` tokens;
+        max_documents is then what they need, or a blank one."""
+        assert longest >= self.longest_document, f"a document of {self.longest_document} tokens, at most {longest} said"
+        tails = -(-(self.widths - self.lengths) // longest)
+        blank = -(-int(self.widths.min()) // longest)
+        most = max(blank, int((np.diff(self.row_offsets) + tails).max()))
+        return replace(self, longest=longest, max_documents=most)
+
+    @property
+    def longest_document(self) -> int:
+        """Tokens of the longest document that lies in a row."""
+        return int(self.documents.lengths[self.row_documents].max())
 
     @property
     def rows(self) -> int:

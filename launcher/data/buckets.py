@@ -20,6 +20,7 @@ from launcher.recipe.data_section import DataSection
 MOST_WIDTHS = 6  # each costs two compiled graphs
 MULTIPLE = 8  # tensor cores take half-precision matrices in steps of 8
 CANDIDATES = 512  # widths looked at, at most: where documents are longer, in larger steps
+ATTENTION_TILE = 128  # positions: a bound in between saves nothing
 WORTH = 0.02  # more widths must save at least this share of the positions
 
 
@@ -28,8 +29,8 @@ def lay_out(
 ) -> tuple[Blocks, Blocks | None]:
     """The rows of the documents `train` and `validation`, which may name one twice; None when `validation` is empty.
 
-    Each document has 1 to data.max_length tokens. Bucketed widths are chosen over both sets, and max_documents is alike
-    in both: a second size of the boundaries would be a second graph.
+    Each document has 1 to data.max_length tokens. Bucketed widths are chosen over both sets, and max_documents and
+    longest are alike in both: a second size of the boundaries would be a second graph.
     """
     parts = [part for part in (train, validation) if len(part)]
     if data.batching == "packed":
@@ -39,6 +40,10 @@ def lay_out(
         if data.batching == "bucketed":
             widths = choose_widths(documents.lengths[np.concatenate(parts)], max_length=data.max_length)
         made = [bucket(documents, part, widths=widths, pad_id=pad_id) for part in parts]
+    # Attention's work is cut by the longest row that a document might fill: short ones need less.
+    found = max(blocks.longest_document for blocks in made)
+    longest = min(-(-found // ATTENTION_TILE) * ATTENTION_TILE, max(max(blocks.shapes) for blocks in made))
+    made = [blocks.bounded(longest) for blocks in made]
     most = max(blocks.max_documents for blocks in made)
     made = [replace(blocks, max_documents=most) for blocks in made]
     return made[0], made[1] if len(made) > 1 else None

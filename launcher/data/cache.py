@@ -41,7 +41,7 @@ STAGING = ".staging-"
 
 OF_DOCUMENTS = ("input_ids", "supervised", "offsets")
 OF_BLOCKS = ("row_offsets", "row_documents", "widths")
-SCALARS = ("pad_id", "max_documents")
+SCALARS = ("pad_id", "max_documents", "longest")
 DECIDING = ("tokenizers", "transformers", "jinja2", "datasets", "numpy")  # packages that decide what is prepared
 
 

@@ -30,12 +30,14 @@ CUDNN_WINS = 9  # major compute capability: measured on an H200, and on nothing 
 
 @dataclass(frozen=True)
 class Rows:
-    """What is known of a run's rows before the first: their planned widths, whether each is one document, and by width
-    how many tokens of a micro batch are supervised at most. A width that `targets` lacks may have all of them so."""
+    """What is known of a run's rows before the first: their planned widths, whether each is one document, by width how
+    many tokens of a micro batch are supervised at most (one that `targets` lacks may have all of them so), and how long
+    a document may be (None: as a row)."""
 
     widths: tuple[int, ...]
     alone: bool
     targets: Mapping[int, int] = field(default_factory=dict)
+    longest: int | None = None
 
 
 def cudnn_missing(device: torch.device, dtype: torch.dtype, *, head: int) -> str | None:
@@ -91,7 +93,7 @@ def register_attention(path: str, core: Core | None = None) -> None:
     def attend(
         module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
     ) -> tuple[Tensor, None]:
-        boundaries = {"sdpa": attention_mask, "varlen": kwargs["cu_seqlens"]}.get(path)
+        boundaries = {"sdpa": attention_mask, "varlen": (kwargs["cu_seqlens"], kwargs["longest"])}.get(path)
         assert boundaries is not None or path not in ("sdpa", "varlen"), "PackedCausalLM passes what the path reads"
         return attend_packed(query, key, value, boundaries, kwargs["scaling"]), None
 

@@ -95,7 +95,12 @@ def build_model(
     if recipe.compile.scope == "layer":  # the other scopes compile it
         use_native_kernel(base.model.norm)
     packed = PackedCausalLM(
-        base, attention=path, max_length=recipe.data.max_length, loss_chunk=chunk, loss_rows=loss_rows
+        base,
+        attention=path,
+        max_length=recipe.data.max_length,
+        loss_chunk=chunk,
+        loss_rows=loss_rows,
+        longest=rows.longest,
     )
     phase("after adapters")
     parameters, trainable = count_parameters(peft)

@@ -37,11 +37,15 @@ class Body(nn.Module):
         self.norm = norm
         self.around = nothing_around
 
-    def forward(self, hidden: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, cu_seqlens: Tensor) -> Tensor:
-        """hidden [B, S, D], cos and sin [B, S, E], mask [B, 1, S, S] or None, cu_seqlens -> [B, S, D]."""
+    def forward(
+        self, hidden: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, cu_seqlens: Tensor, longest: int
+    ) -> Tensor:
+        """hidden [B, S, D], cos and sin [B, S, E], mask [B, 1, S, S] or None, cu_seqlens and how long a document of
+        them may be -> [B, S, D]."""
+        known = {"attention_mask": mask, "cu_seqlens": cu_seqlens, "longest": longest}
         for number, layer in enumerate(self.layers):
             with self.around(number, hidden):
-                hidden = layer(hidden, attention_mask=mask, position_embeddings=(cos, sin), cu_seqlens=cu_seqlens)
+                hidden = layer(hidden, position_embeddings=(cos, sin), **known)
         return self.norm(hidden)
 
 
@@ -49,7 +53,8 @@ class PackedCausalLM(nn.Module):
     """Summed next-token loss of packed rows, for a causal LM whose attention is one of model/attention.py.
 
     `max_length` is the longest row there may be; `loss_chunk` the rows whose logits live at once; `loss_rows`, by the
-    tokens B * S of a micro batch, how many rows have their loss computed, where not all do (ops/linear_ce.py).
+    tokens B * S of a micro batch, how many rows have their loss computed, where not all do (ops/linear_ce.py);
+    `longest` what no document's tokens exceed, None for the row itself.
     """
 
     cos: Tensor
@@ -63,6 +68,7 @@ class PackedCausalLM(nn.Module):
         max_length: int,
         loss_chunk: int,
         loss_rows: Mapping[int, int] | None = None,
+        longest: int | None = None,
     ) -> None:
         super().__init__()
         decoder = causal_lm.model
@@ -71,6 +77,7 @@ class PackedCausalLM(nn.Module):
         self.head = causal_lm.lm_head
         self.attention = attention
         self.loss_chunk = loss_chunk
+        self.longest = longest or max_length
         self._loss_rows = dict(loss_rows or {})
         self.loss_functions = ChunkFunctions()
         weight = self.embed.weight
@@ -85,16 +92,18 @@ class PackedCausalLM(nn.Module):
         return self._loss_rows.get(tokens, tokens)
 
     def hidden_states(
-        self, input_ids: Tensor, position_ids: Tensor, document_ids: Tensor, cu_seqlens: Tensor
+        self, input_ids: Tensor, position_ids: Tensor, document_ids: Tensor, cu_seqlens: Tensor, *, longest: int = 0
     ) -> Tensor:
-        """input_ids, position_ids, document_ids [B, S], cu_seqlens [documents + 1] -> [B, S, D]."""
+        """input_ids, position_ids, document_ids [B, S], cu_seqlens [documents + 1] -> [B, S, D]. `longest`: what the
+        documents keep to instead of the model's bound, where they are not of the run's rows."""
         hidden = self.embed(input_ids)
         if torch.is_grad_enabled():
             # Nothing below the first layer is trained. Without this, layer 0 would see an input without gradient,
             # the others one with, and the layers would need two graphs instead of one.
             hidden.requires_grad_()
         mask = document_mask(document_ids) if self.attention == "sdpa" else None
-        return self.body(hidden, self.cos[position_ids], self.sin[position_ids], mask, cu_seqlens)
+        cos, sin = self.cos[position_ids], self.sin[position_ids]
+        return self.body(hidden, cos, sin, mask, cu_seqlens, longest or self.longest)
 
     def forward(
         self, input_ids: Tensor, labels: Tensor, position_ids: Tensor, document_ids: Tensor, cu_seqlens: Tensor
@@ -116,5 +125,6 @@ class PackedCausalLM(nn.Module):
         length = input_ids.shape[1]
         positions = torch.arange(length, device=input_ids.device)[None]
         cu_seqlens = torch.tensor([0, length], dtype=torch.int32, device=input_ids.device)
-        hidden = self.hidden_states(input_ids, positions, torch.zeros_like(positions, dtype=torch.int32), cu_seqlens)
+        document_ids = torch.zeros_like(positions, dtype=torch.int32)
+        hidden = self.hidden_states(input_ids, positions, document_ids, cu_seqlens, longest=length)
         return hidden[0, -1] @ self.head.weight.T

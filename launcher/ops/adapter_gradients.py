@@ -32,7 +32,9 @@ def gradients(dy: Tensor, x: Tensor, a: Sequence[Tensor], b: Sequence[Tensor], s
     """Of n projections of x [N, D]: dy [N, sum of O] side by side, a [r, D] and b [O, r] each, fp32 -> dA [n r, D], dB
     [sum of O, r], fp32, stacked in their order."""
     outs, rank = [each.shape[0] for each in b], sum(each.shape[0] for each in a)
-    if not _is_thin(x, rank) or any(out % 16 for out in outs[:-1]) or len(outs) > MOST:
+    kinds = {(p.shape, p.stride(), q.shape[1], q.stride()) for p, q in zip(a, b, strict=True)}
+    together = len(outs) <= MOST and len(kinds) == 1 and not any(out % 16 for out in outs[:-1])
+    if not (_is_thin(x, rank) and together):
         pieces = zip(dy.split(outs, 1), a, b, strict=True)
         found = [plain_gradients(one, x, its_a, its_b, scaling) for one, its_a, its_b in pieces]
         return torch.cat([da for da, _ in found]), torch.cat([db for _, db in found])
@@ -79,9 +81,9 @@ if HAS_TRITON:
         out, sums, x, c, scaling, N, M, R, width, cm, cr, first_cleared, first_size, second_cleared, second_size,
         share, RANK: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr, PIECE: tl.constexpr,
     ):  # fmt: skip
-        """BN rows of out [N, R] = scaling * x [N, M] c [M, R]; c is up to three matrices of `width` columns side by side
-        and cm and cr their strides. Clears as many rows of `sums` and `share` elements of each of two other tensors,
-        PIECE at once."""
+        """BN rows of out [N, R] = scaling * x [N, M] c [M, R]; c is up to three matrices of `width` columns side by
+        side, cm and cr are their strides. Clears as many rows of `sums` and `share` elements of each of two other
+        tensors, PIECE at once."""
         row, k = tl.program_id(0) * BN + tl.arange(0, BN), tl.arange(0, RANK)
         total = tl.zeros((BN, RANK), tl.float32)
         where = (row < N)[:, None] & (k < R)[None, :]

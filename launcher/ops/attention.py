@@ -49,21 +49,23 @@ def masked_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, sc
     return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale).transpose(1, 2)
 
 
-def varlen_attention(query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, scale: float) -> Tensor:
-    """query [B, H, S, E], key and value [B, K, S, E], cu_seqlens int32 [documents + 1] -> [B, S, H, E].
+def varlen_attention(query: Tensor, key: Tensor, value: Tensor, boundaries: tuple[Tensor, int], scale: float) -> Tensor:
+    """query [B, H, S, E], key and value [B, K, S, E], boundaries (cu_seqlens int32 [documents + 1], the most tokens
+    that one of them has) -> [B, S, H, E]. What lies beyond that many tokens of a document is left out unsaid.
 
     Trailing repeats of B * S in `cu_seqlens` are documents of no tokens: the tensor's size is static.
     """
-    rows, heads, length, width = query.shape
+    (cu_seqlens, longest), (rows, heads, length, width) = boundaries, query.shape
+    most = min(length, longest)  # the kernels' grids have blocks for as much of every document
     # [B, H, S, E] -> [B * S, H, E]
     q, k, v = (t.transpose(1, 2).reshape(rows * length, -1, width) for t in (query, key, value))
     if heads > key.shape[1] and not _TAKES_GROUPED_HEADS:
         flash = torch.ops.aten._flash_attention_forward  # it takes grouped heads; 2.11's public form does not let it
-        out = flash(q, k, v, cu_seqlens, cu_seqlens, length, length, 0.0, True, False, scale=scale)[0]
+        out = flash(q, k, v, cu_seqlens, cu_seqlens, most, most, 0.0, True, False, scale=scale)[0]
     else:
         options: dict[str, Any] = {"enable_gqa": True} if heads > key.shape[1] else {}
         window = (-1, 0)  # unlimited to the left, nothing to the right
-        out = varlen_attn(q, k, v, cu_seqlens, cu_seqlens, length, length, window_size=window, scale=scale, **options)
+        out = varlen_attn(q, k, v, cu_seqlens, cu_seqlens, most, most, window_size=window, scale=scale, **options)
     assert isinstance(out, Tensor)  # a pair only where auxiliary outputs are asked for
     return out.view(rows, length, heads, width)
 

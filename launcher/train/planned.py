@@ -41,6 +41,7 @@ def rows_of(data: PreparedData, *, micro_batch: int) -> Rows:
         tuple(widths),
         alone=not packs and all(blocks.alone for blocks in sets),
         targets={width: max(bound.get(width, 0) for bound in bounds) for width in widths if bounds},
+        longest=max(blocks.longest for blocks in sets),
     )
 
 

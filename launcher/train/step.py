@@ -183,6 +183,8 @@ class TrainStep:
         most = self.model.loss_rows(micro.labels.numel())
         # The loss sees it too, but only on the device and as a NaN.
         assert micro.supervised_tokens <= most, f"{micro.supervised_tokens} targets where the data has at most {most}"
+        most, found = self.model.longest, int(micro.cu_seqlens.diff().max())
+        assert found <= most, f"{found} tokens of a document where attention is told that none has more than {most}"
         fields = arguments(micro)
         shape = tuple(field.shape for field in fields)
         if shape not in self._calls:

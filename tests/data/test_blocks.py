@@ -55,6 +55,21 @@ def test_a_row_without_a_tail_counts_no_padding_document() -> None:
     assert pack(with_tail, np.arange(2), max_length=8, pad_id=PAD, seed=0).max_documents == 3
 
 
+def test_a_bound_on_documents_makes_room_for_the_pieces_of_a_tail_and_of_a_blank_row() -> None:
+    documents = Documents.of([document(4), document(3), document(4)])
+    blocks = pack(documents, np.arange(3), max_length=8, pad_id=PAD, seed=0)  # 4 + 4, and 3 with a tail of 5
+    assert (blocks.longest, blocks.max_documents) == (8, 2)
+    assert [blocks.bounded(n).max_documents for n in (8, 5, 4)] == [2, 2, 3]
+    single = pack(documents, np.arange(1), max_length=8, pad_id=PAD, seed=0).bounded(4)
+    assert (single.longest, single.max_documents) == (4, 2)
+    no_tail = pack(Documents.of([document(4)] * 2), np.arange(2), max_length=8, pad_id=PAD, seed=0)
+    assert (no_tail.bounded(4).max_documents, no_tail.max_documents) == (2, 2)
+    alone = pack(Documents.of([document(3)]), np.arange(1), max_length=3, pad_id=PAD, seed=0)
+    assert alone.bounded(8).max_documents == 1
+    with pytest.raises(AssertionError, match="4 tokens, at most 3 said"):
+        blocks.bounded(3)
+
+
 def test_a_blank_row_has_no_token_no_target_and_the_width_of_its_batch(drawn_blocks: Blocks) -> None:
     for arrays in (drawn_blocks.arrays([0, -1]), drawn_blocks.arrays([-1, -1])):
         assert arrays.input_ids[1].tolist() == [PAD] * 12

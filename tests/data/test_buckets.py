@@ -85,6 +85,23 @@ def test_training_and_validation_share_their_widths() -> None:
     assert train.max_documents == validation.max_documents == 2
 
 
+@pytest.mark.parametrize(
+    ("lengths", "longest"), [((10, 90, 130), 256), ((10, 128), 128), ((400, 1000), 1000), ((900,), 1000), ((7,), 128)]
+)
+def test_documents_are_bounded_by_the_tile_that_holds_the_longest_of_both_parts(
+    lengths: tuple[int, ...], longest: int
+) -> None:
+    offsets = np.concatenate([[0], np.cumsum([5, *lengths])])
+    documents = Documents(np.zeros(offsets[-1], np.int32), np.ones(offsets[-1], np.bool_), offsets)
+    data = DataSection(batching="packed", max_length=1000)
+    everything, short = np.arange(1, len(offsets) - 1), np.zeros(1, np.int64)
+    for parts in ((everything, short), (short, everything)):
+        for blocks in lay_out(documents, *parts, data=data, pad_id=0, seed=0):
+            assert blocks is not None and blocks.longest == longest
+            tail = 1000 - blocks.lengths
+            assert blocks.max_documents >= max(1 + -(-tail.max() // longest), -(-1000 // longest))
+
+
 def test_a_document_without_a_width_is_not_laid_out() -> None:
     documents = Documents(np.zeros(9, np.int32), np.ones(9, np.bool_), np.array([0, 9]))
     with pytest.raises(AssertionError, match="over all documents"):

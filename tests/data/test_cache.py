@@ -35,7 +35,7 @@ def folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
 def blocks_of(documents: Documents, indices: list[int]) -> Blocks:
     """A row for each of these documents."""
     rows = len(indices)
-    return Blocks(documents, np.arange(rows + 1), np.array(indices), np.full(rows, 16, np.int32), 3, 2)
+    return Blocks(documents, np.arange(rows + 1), np.array(indices), np.full(rows, 16, np.int32), 3, 2, 16)
 
 
 def make_entry(*, size: int = 4, validation: bool = True) -> Entry:
@@ -74,7 +74,7 @@ def test_what_is_loaded_is_what_was_saved_read_only_and_private(folder, validati
 
 def test_arrays_without_an_element_and_numbers_of_numpy_survive():
     nothing = Documents.of([])
-    blocks = Blocks(nothing, np.zeros(1, np.int64), np.zeros(0, np.int64), np.zeros(0, np.int32), np.int64(3), 2)
+    blocks = Blocks(nothing, np.zeros(1, np.int64), np.zeros(0, np.int64), np.zeros(0, np.int32), np.int64(3), 2, 16)
     assert save(Entry(blocks, None, {"rows": np.int64(7)}), NAME) is None
     found = load(NAME)
     assert found is not None and found.meta == {"rows": 7} and len(found.train.documents) == 0

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from launcher.data.blocks import IGNORE, Blocks
-from launcher.data.buckets import lay_out
+from launcher.data.buckets import bucket, lay_out
 from launcher.data.documents import Document, Documents
-from launcher.data.loader import MicroBatch, StepBatch, TrainLoader, eval_batches, sample_batch
+from launcher.data.loader import MicroBatch, StepBatch, TrainLoader, eval_batches, micro_batch_of, sample_batch
 from launcher.data.packing import pack
 from launcher.recipe.data_section import DataSection
 
@@ -133,6 +133,18 @@ def test_cu_seqlens_are_the_document_boundaries_in_a_static_shape(packed: Blocks
             assert all(batch.position_ids.flatten()[start] == 0 for start in starts)
             boundaries_seen.add(len(starts))
     assert len(boundaries_seen) > 1  # the static shape covered batches that differ
+
+
+def test_the_padding_is_documents_that_keep_to_the_bound() -> None:
+    documents = documents_of([([1] * 4, [True] * 4), ([2] * 14, [True] * 14)])
+    blocks = bucket(documents, np.arange(2), widths=(16,), pad_id=PAD).bounded(14)
+    small = bucket(documents, np.arange(1), widths=(16,), pad_id=PAD).bounded(5)
+    batches = [(blocks, [0, 1, -1]), (small, [0, -1])]
+    assert [micro_batch_of(b, np.array(rows)).cu_seqlens.tolist() for b, rows in batches] == [
+        [0, 4, 16, 30, 32, 46, 48],
+        [0, 4, 9, 14, 16, 21, 26, 31, 32],
+    ]
+    assert micro_batch_of(small, np.array([0])).document_ids.tolist() == [[0] * 4 + [1] * 12]
 
 
 def test_every_batch_has_the_declared_types_and_shapes(packed: Blocks) -> None:

@@ -25,17 +25,18 @@ pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("clean_dynamo")]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("longest", [56, 64, 500])
 @pytest.mark.parametrize(("heads", "kv"), [(4, 4), (4, 2), (8, 1)])
-def test_variable_length_attention_equals_the_plain_form_with_gradients(heads, kv, dtype):
+def test_variable_length_attention_equals_the_plain_form_with_gradients(heads, kv, dtype, longest):
     generator = torch.Generator("cuda").manual_seed(0)
     documents = torch.zeros(2, 96, dtype=torch.int32, device="cuda")
-    documents[0, 40:41], documents[0, 41:] = 1, 2
-    boundaries = torch.tensor([0, 40, 41, 96, 192, 192, 192], dtype=torch.int32, device="cuda")
+    documents[0, 40:41], documents[0, 41:], documents[1, 56:] = 1, 2, 1
+    boundaries = torch.tensor([0, 40, 41, 96, 152, 192, 192], dtype=torch.int32, device="cuda")
     shapes = [(2, heads, 96, 64), (2, kv, 96, 64), (2, kv, 96, 64)]
     inputs = [torch.randn(shape, generator=generator, device="cuda", dtype=dtype).requires_grad_() for shape in shapes]
     results = []
     for form, where in (
-        (varlen_attention, boundaries),
+        (varlen_attention, (boundaries, longest)),
         (masked_attention, document_mask(documents)),
         (packed_attention_reference, documents),
     ):
@@ -49,6 +50,18 @@ def test_variable_length_attention_equals_the_plain_form_with_gradients(heads, k
             error = (mine.float() - plain.float()).norm() / plain.float().norm()
             assert error < 1e-2
             assert plain.float().norm() > 0.1
+
+
+def test_the_sample_may_be_longer_than_any_document_of_the_run(make_recipe):
+    ids, found = torch.arange(300, device="cuda")[None], []
+    for attention in ("varlen", "sdpa"):
+        recipe = make_recipe(
+            model={"dtype": "bfloat16", "attention": attention}, data={"max_length": 512}, compile={"mode": "off"}
+        )
+        packed = compiled(recipe, documents((60, 100)), device="cuda").built.packed
+        assert packed.longest == 128
+        found.append(packed.next_logits(ids).float())
+    assert (found[0] - found[1]).norm() < 2e-2 * found[1].norm()
 
 
 def train(recipe):
