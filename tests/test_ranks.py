@@ -29,6 +29,7 @@ def work():
     return f"value {here.local_rank}"
 
 here, told = place(), {}
+print("imported", file=sys.stderr, flush=True)
 try:
     told["value"] = local_rank_0_first(here, work, wait_s=float(sys.argv[2]))
 except BaseException as error:
@@ -150,12 +151,15 @@ def test_the_others_do_not_wait_longer_than_they_must(tmp_path):
     assert "it has not begun" in alone["error"][1] and list(tmp_path.iterdir()) == []
 
 
-def test_a_rank_that_is_interrupted_while_it_waits_leaves_nothing(tmp_path):
-    launch = Launch(tmp_path, "time.sleep(2)").start(0, 1)
+def test_a_rank_that_is_interrupted_while_it_waits_leaves_nothing(tmp_path, tmp_path_factory):
+    go = tmp_path_factory.mktemp("signals") / "go"
+    launch = Launch(tmp_path, f"while not os.path.exists({str(go)!r}): time.sleep(0.02)").start(0, 1)
     wait_for(tmp_path, "*/state")
-    time.sleep(0.8)
+    assert launch.ranks[1].stderr.readline() == "imported\n"  # from here on it waits
+    time.sleep(0.3)
     launch.ranks[1].send_signal(signal.SIGINT)
     assert launch.told(1)["error"][0] == "KeyboardInterrupt"
+    go.touch()
     assert launch.told(0)["value"] == "value 0"
     assert list(tmp_path.iterdir()) == []
 
