@@ -27,6 +27,8 @@ pytestmark = pytest.mark.usefixtures("clean_dynamo")
 class Linear(nn.Module):
     """A stand-in with PackedCausalLM's signature: the loss of a row is a weighted sum of its ids."""
 
+    longest = 4
+
     def __init__(self, poison_at=()):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(4))
@@ -43,7 +45,8 @@ class Linear(nn.Module):
 
 def micro(value, supervised, rows=1):
     ids = torch.full((rows, 4), value)
-    return MicroBatch(ids, ids, ids, ids.int(), torch.tensor([0, 4 * rows], dtype=torch.int32), 4 * rows, supervised)
+    boundaries = torch.arange(0, 4 * rows + 1, 4, dtype=torch.int32)
+    return MicroBatch(ids, ids, ids, ids.int(), boundaries, 4 * rows, supervised)
 
 
 def step_batch(*micros):
