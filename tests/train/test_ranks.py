@@ -69,19 +69,18 @@ def test_two_ranks_make_the_gradients_of_one_process_on_the_same_global_batch(ar
     worker = str(ROOT / "tests" / "train" / "gradients_worker.py")
     layouts = {
         "alone": ([sys.executable], ["train.micro_batch=8"]),
-        "accumulated": ([sys.executable], ["train.micro_batch=1", "train.accumulation=8"]),
         "ranks": ([*LAUNCH, "--main_process_port", "0"], ["train.micro_batch=2", "train.accumulation=2"]),
     }
     results = {}
     for name, (launcher, shape) in layouts.items():
-        launched([*launcher, worker, str(tmp_path / f"{name}.pt"), *arguments, *shape], tmp_path)
+        argv = [str(tmp_path / f"{name}.pt"), *arguments, "compile.mode=off", *shape]
+        launched([*launcher, worker, *argv], tmp_path)
         results[name] = torch.load(tmp_path / f"{name}.pt", weights_only=True)
     alone = torch.cat([g.flatten() for g in results["alone"]["gradients"]])
     assert alone.norm() > 1e-3
-    for name in ("accumulated", "ranks"):
-        other = torch.cat([g.flatten() for g in results[name]["gradients"]])
-        assert (other - alone).norm() / alone.norm() < 1e-6
-        torch.testing.assert_close(results[name]["loss"], results["alone"]["loss"], rtol=1e-6, atol=0)
+    other = torch.cat([g.flatten() for g in results["ranks"]["gradients"]])
+    assert (other - alone).norm() / alone.norm() < 1e-6
+    torch.testing.assert_close(results["ranks"]["loss"], results["alone"]["loss"], rtol=1e-6, atol=0)
 
 
 def test_a_run_on_two_ranks_reports_both_with_equal_graph_hashes(arguments, tmp_path):
