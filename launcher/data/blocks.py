@@ -9,7 +9,7 @@ One row of S = 12 positions: the documents a (5 tokens, its answer a3 a4), b (4 
     document_ids    0   0   0   0   0   1   1   1   1   2   2   2
 
     N  rows         a3  token 3 of document a      .  IGNORE: no loss at this position
-    S  positions    P   pad_id; the padding tail counts as one document of its own
+    S  positions    P   pad_id; the padding tail is one document of its own (to attention, several: Blocks.longest)
 
 Labels are shifted already: labels[t] is the token that position t must predict. So the last token of a document
 predicts nothing, its first token is never a target, and attention within document_ids never sees a neighbour.
@@ -62,13 +62,11 @@ class Blocks:
         return cls(documents, offsets, row_documents, widths, pad_id, 0, 0).bounded(int(widths.max()))
 
     def bounded(self, longest: int) -> "Blocks":
-        """The same rows for an attention that is told that no document has more than `longest` tokens;
-        max_documents is then what they need, or a blank one."""
+        """The same rows for an attention that is told that no document has more than `longest` tokens; max_documents is
+        then what they need. A blank row never needs more: its pieces are as long as they may be."""
         assert longest >= self.longest_document, f"a document of {self.longest_document} tokens, at most {longest} said"
         tails = -(-(self.widths - self.lengths) // longest)
-        blank = -(-int(self.widths.min()) // longest)
-        most = max(blank, int((np.diff(self.row_offsets) + tails).max()))
-        return replace(self, longest=longest, max_documents=most)
+        return replace(self, longest=longest, max_documents=int((np.diff(self.row_offsets) + tails).max()))
 
     @property
     def longest_document(self) -> int:

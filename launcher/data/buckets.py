@@ -40,7 +40,7 @@ def lay_out(
         if data.batching == "bucketed":
             widths = choose_widths(documents.lengths[np.concatenate(parts)], max_length=data.max_length)
         made = [bucket(documents, part, widths=widths, pad_id=pad_id) for part in parts]
-    # Attention's work is cut by the longest row that a document might fill: short ones need less.
+    # Variable-length attention launches as many tiles for every document as the longest may fill.
     found = max(blocks.longest_document for blocks in made)
     longest = min(-(-found // ATTENTION_TILE) * ATTENTION_TILE, max(max(blocks.shapes) for blocks in made))
     made = [blocks.bounded(longest) for blocks in made]

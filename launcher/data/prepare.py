@@ -211,7 +211,8 @@ def _streamed(job: _Job, identity: str) -> PreparedData:
     if own is not None:
         documents = own.flat()
         every = np.arange(len(documents))
-        validation, _ = lay_out(documents, every, every[:0], data=job.data, pad_id=job.pad_id, seed=job.seed)
+        laid_out, _ = lay_out(documents, every, every[:0], data=job.data, pad_id=job.pad_id, seed=job.seed)
+        validation = laid_out.bounded(job.data.max_length)  # as the stream's rows, of which nothing is known
     weights = [source.weight for source in job.data.sources if source.weight is not None]
     stream = Stream(
         sources=job.train,

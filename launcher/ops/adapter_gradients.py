@@ -148,8 +148,10 @@ def _thin_product(
     (rows, columns), rank = x.shape, sum(each.shape[1] for each in c)
     out = torch.empty(rows, rank, dtype=x.dtype, device=x.device)
     sums = torch.empty(rows, rank, device=x.device)
-    wide, width = 256 if rank <= 16 else 128 if rank <= 64 else 64, _padded(rank)
+    wide, width = 128 if rank <= 64 else 64, _padded(rank)
     block = 16 if rows <= 2048 else 32 if rows <= 8192 else 64  # some 128 to 256 programs: one or two a multiprocessor
+    if rank <= 16 and block < 64:
+        wide = 256
     blocks = triton.cdiv(rows, block)
     piece = 1024
     share = triton.cdiv(triton.cdiv(max(t.numel() for t in cleared), blocks), piece) * piece

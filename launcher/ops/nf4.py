@@ -46,7 +46,7 @@ def merged_weights(
     """Puts the W of each base, one below the other, into out [sum of O, D], contiguous, in its dtype, and returns it;
     a [r, D] and b [O, r] each, fp32, or none for the bases alone."""
     fused = out.is_cuda and out.shape[1] % BLOCK == 0 and HAS_TRITON
-    if fused and _in_one_launch(bases, a, outs):
+    if fused and out.numel() < 2**31 and _in_one_launch(bases, a, outs):
         return _fused(bases, a, b, scaling, outs, out)
     for i, rows in enumerate(out.split(list(outs))):
         if fused:

@@ -75,7 +75,7 @@ def test_the_weights_of_one_product_are_in_one_launch_what_they_are_alone(monkey
     kernel = Launched(nf4._merge)
     monkeypatch.setattr(nf4, "_merge", kernel)
     torch.manual_seed(0)
-    bases = [quantised(out, 256, torch.bfloat16, double, seed=out)[0] for out in outs]
+    bases = [quantised(out, 256, torch.bfloat16, double, seed=number)[0] for number, out in enumerate(outs)]
     a = [torch.randn(rank, 256, device="cuda") for _ in outs]
     b = [torch.randn(out, rank, device="cuda") * 0.01 for out in outs]
     together = merged(bases, a, b, outs, torch.bfloat16)
@@ -139,14 +139,15 @@ def test_the_rotary_kernel_is_the_plain_form_both_ways(heads, kv, width, dtype):
     assert error(rotary_gradient(*apart, cos, sin), plain_rotary_gradient(*parts, cos, sin)) < ROUNDING[dtype]
 
 
+@pytest.mark.parametrize("tokens", [512, 4096, 16384])
 @pytest.mark.parametrize("rank", [16, 32, 96, 128])
 @pytest.mark.parametrize("memory", [64 * 1024, 99 * 1024])
-def test_the_kernels_fit_the_shared_memory_of_smaller_cards(monkeypatch, memory, rank):
+def test_the_kernels_fit_the_shared_memory_of_smaller_cards(monkeypatch, memory, rank, tokens):
     kernels = [Launched(adapter_gradients._thin), Launched(adapter_gradients._tall)]
     monkeypatch.setattr(adapter_gradients, "_shared_memory", lambda x: memory)
     monkeypatch.setattr(adapter_gradients, "_thin", kernels[0])
     monkeypatch.setattr(adapter_gradients, "_tall", kernels[1])
-    x, dy = torch.randn(512, 2048, device="cuda").bfloat16(), torch.randn(512, 8192, device="cuda").bfloat16()
+    x, dy = (torch.randn(tokens, n, device="cuda").bfloat16() for n in (2048, 8192))
     a, b = torch.randn(rank, 2048, device="cuda"), torch.randn(8192, rank, device="cuda")
     for ours, theirs in zip(gradients(dy, x, [a], [b], 1.0), plain_gradients(dy, x, a, b, 1.0), strict=True):
         assert error(ours, theirs) < ROUNDING[torch.bfloat16]

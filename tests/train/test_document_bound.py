@@ -7,18 +7,21 @@ from typing import Any
 import pytest
 import torch
 
+from launcher.model import attention as paths
 from launcher.ops import attention as ops
 from launcher.train.planned import rows_of
 from launcher.train.setup import prepare
-from tests.conftest import request_for
+from tests.conftest import TINY, request_for
 from tests.train.test_shapes import compiled, documents
 
 pytestmark = pytest.mark.usefixtures("clean_dynamo")
+LAYERS = 2
 
 
-def recipe_of(make_recipe: Callable[..., Any], **data: Any) -> Any:
-    section = {"batching": "packed", "max_length": 512, **data}
-    return make_recipe(data=section, compile={"mode": "off"}, train={"micro_batch": 1})
+def recipe_of(make_recipe: Callable[..., Any], *, attention: str = "auto", **data: Any) -> Any:
+    """Uncompiled, rows of 512."""
+    sections = {"model": {"attention": attention}, "data": {"batching": "packed", "max_length": 512, **data}}
+    return make_recipe(**sections, compile={"mode": "off"}, train={"micro_batch": 1})
 
 
 def test_the_model_knows_the_bound_and_a_batch_beyond_it_is_refused(make_recipe: Callable[..., Any]) -> None:
@@ -36,30 +39,24 @@ def test_the_model_knows_the_bound_and_a_batch_beyond_it_is_refused(make_recipe:
 def test_variable_length_attention_gets_the_bound_and_the_sample_its_own(
     make_recipe: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    worker = compiled(recipe_of(make_recipe), documents((60, 100)))
-    packed, said = worker.built.packed, []
-    known = type(packed.body).forward
-
-    def forward(self: Any, *args: Any) -> Any:
-        said.append(args[-1])
-        return known(self, *args)
-
-    monkeypatch.setattr(type(packed.body), "forward", forward)
-    worker.step(next(worker.batches))
-    packed.next_logits(torch.zeros(1, 300, dtype=torch.int64))
-    assert said == [128, 300]
-
-    lengths: list[tuple[int, int]] = []
+    told: list[tuple[int, int]] = []
 
     def kernel(q: Any, k: Any, v: Any, of_q: Any, of_k: Any, most_q: int, most_k: int, **rest: Any) -> Any:
-        lengths.append((most_q, most_k))
+        told.append((most_q, most_k))
         return q
 
+    monkeypatch.setattr(paths, "fused_missing", lambda *args, **rest: None)
     monkeypatch.setattr(ops, "varlen_attn", kernel)
-    states, boundaries = torch.zeros(1, 2, 512, 8), torch.tensor([0, 100, 512], dtype=torch.int32)
-    for longest in (128, 600):
-        assert ops.varlen_attention(states, states, states, (boundaries, longest), 1.0).shape == (1, 512, 2, 8)
-    assert lengths == [(128, 128), (512, 512)]
+    monkeypatch.setattr(ops, "_TAKES_GROUPED_HEADS", True)
+    worker = compiled(recipe_of(make_recipe, attention="varlen"), documents((60, 100)))
+    told.clear()
+    worker.step(next(worker.batches))
+    assert told == [(128, 128)] * LAYERS
+    told.clear()
+    packed = worker.built.packed
+    for length in (300, 20):  # longer and shorter than any document of the run
+        packed.next_logits(torch.zeros(1, length, dtype=torch.int64))
+    assert told == [(300, 300)] * LAYERS + [(20, 20)] * LAYERS
 
 
 def test_of_a_streams_documents_nothing_is_known_but_the_row(make_recipe: Callable[..., Any]) -> None:
@@ -67,3 +64,8 @@ def test_of_a_streams_documents_nothing_is_known_but_the_row(make_recipe: Callab
     assert rows_of(held, micro_batch=1).longest == 128
     streamed = prepare(request_for(recipe_of(make_recipe, streaming=True, validation=0))).data
     assert rows_of(streamed, micro_batch=1).longest == 512
+    own = str(TINY / "validation.jsonl")
+    streamed = prepare(request_for(recipe_of(make_recipe, batching="padded", streaming=True, validation=own))).data
+    assert streamed.validation is not None
+    assert rows_of(streamed, micro_batch=1).longest == streamed.validation.longest == 512
+    assert streamed.validation.max_documents == streamed.first_blocks.max_documents == 2  # no room for a tail's pieces
