@@ -16,7 +16,7 @@ from launcher.ranks import Place, local_rank_0_first
 ROOT = Path(__file__).resolve().parents[1]
 REMEDY = "Fix the row, or set data.bad_rows=skip to drop such rows and count them."
 WORKER = """
-import json, os, sys, time
+import json, os, signal, sys, time
 from launcher.data.rows import RowFault
 from launcher.errors import DataError, LauncherError
 from launcher.ranks import local_rank_0_first, place
@@ -28,6 +28,7 @@ def work():
     told["done_at"] = time.time()
     return f"value {here.local_rank}"
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background inherits that it is ignored
 here, told = place(), {}
 print("imported", file=sys.stderr, flush=True)
 try:
