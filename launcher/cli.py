@@ -11,7 +11,6 @@ import sys
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING, NoReturn, cast
 
 from rich.console import Console
@@ -30,6 +29,7 @@ from launcher.recipe.show import print_request
 from launcher.records import RunRecord
 from launcher.report import Screen, bench_page, make_console, parity_page, preview_page
 from launcher.report import error as print_error
+from launcher.stopping import Terminated, listen
 from launcher.train.outputs import write_json
 
 if TYPE_CHECKING:
@@ -39,15 +39,11 @@ SHARED_CODES = (2, 3)  # every rank of a machine finds these alike, so one of th
 CONNECTION = ("gloo/", "Connection closed by peer", "NCCL", "ProcessGroup")  # in what torch raises when a rank is gone
 
 
-class Terminated(BaseException):
-    """SIGTERM arrived."""
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command line; returns the exit code. Every failure meant for the user is a message, not a traceback."""
     here = place()
     argv = list(sys.argv[1:] if argv is None else argv)
-    signal.signal(signal.SIGTERM, _terminate)
+    listen()
     try:
         with open(os.devnull, "w") as nowhere:
             if print_request(argv, console=make_console(None if here.is_main else nowhere)):
@@ -205,11 +201,6 @@ def _check_report_path(resolved: Resolved) -> None:
     target = resolved.report
     if target and (target.is_dir() or not os.access(target.parent, os.W_OK)):
         raise RecipeError(f"report=PATH must be a file in a folder that can be written; {target} is not.")
-
-
-def _terminate(signum: int, frame: FrameType | None) -> NoReturn:
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a second one must not interrupt the ending
-    raise Terminated
 
 
 def _print_error(error: LauncherError, here: Place) -> None:

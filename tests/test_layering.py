@@ -14,11 +14,11 @@ MAX_FILE_LINES, MAX_FUNCTION_LINES = 300, 60
 
 RECIPE, FACTS = {"recipe.schema", "recipe.data_section"}, {"records", "parity_records", "bench_records", "errors"}
 PRIVATE = "private_folder"
-BELOW_TRAIN = {"data", "model", "ops", "compile", "memory", "ranks", *RECIPE, *FACTS}
+BELOW_TRAIN = {"data", "model", "ops", "compile", "memory", "ranks", "stopping", *RECIPE, *FACTS}
 ALLOWED = {  # package or module: what of ours it may import, itself and all it contains included
     "main": {"cli"},
     "__main__": {"cli"},
-    "cli": {"train", "preview", "parity", "bench", "report", "recipe", "ranks", "quick_imports", *FACTS},
+    "cli": {"train", "preview", "parity", "bench", "report", "recipe", "ranks", "quick_imports", "stopping", *FACTS},
     "train": BELOW_TRAIN,
     "preview": BELOW_TRAIN,
     "parity": {"train", *BELOW_TRAIN},
@@ -37,6 +37,7 @@ ALLOWED = {  # package or module: what of ours it may import, itself and all it 
     "recipe.section": set(),
     PRIVATE: set(),
     "quick_imports": set(),
+    "stopping": set(),
     "records": set(),
     "parity_records": {"records"},
     "bench_records": {"records"},
@@ -53,6 +54,7 @@ OUTSIDE = {  # of other people's packages; not listed: any
     "__main__": set(),
     "rendezvous": {"psutil"},
     "quick_imports": set(),
+    "stopping": set(),
     PRIVATE: set(),
     "records": set(),
     "parity_records": set(),

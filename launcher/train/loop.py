@@ -14,6 +14,7 @@ from launcher.data.loader import MicroBatch
 from launcher.errors import CheckpointError, ContractError, LauncherError, NonFiniteError
 from launcher.ranks import broadcast, gather
 from launcher.records import EvalRecord, RunRecord, StartRecord, StepRecord, Verdict
+from launcher.stopping import raise_if_stopped
 from launcher.train.account import rank_record, start_record
 from launcher.train.adapter import prove_adapter, save_adapter
 from launcher.train.readings import Pending, Reading
@@ -108,6 +109,7 @@ def _train(worker: Worker, progress: Progress) -> Iterator[StepRecord | EvalReco
         evaluates = last or bool(recipe.eval_every and number % recipe.eval_every == 0)
         with clock.phase("train"):
             try:
+                raise_if_stopped()
                 batch = next(worker.batches)  # while the device works on the step before
                 pending.add(worker.step(batch), batch)
             except (LauncherError, KeyboardInterrupt):
