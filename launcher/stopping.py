@@ -17,7 +17,7 @@ class Terminated(BaseException):
 
 
 def listen() -> None:
-    """From here on SIGTERM raises Terminated, and SIGINT KeyboardInterrupt unless that is ignored, as in background jobs."""
+    """From here on SIGTERM raises Terminated and SIGINT KeyboardInterrupt; an ignored SIGINT stays so."""
     _arrived.clear()
     signal.signal(signal.SIGTERM, _stop)
     if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
