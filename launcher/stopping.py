@@ -1,7 +1,7 @@
 """The signals that end a run, and that no code on the way may swallow.
 
-Python raises KeyboardInterrupt wherever the main thread happens to be. Where that is a call from C code that clears
-errors (seen while compiled modules are called: 1 in 50 at the beginning of a run), nobody hears of it. So a signal is
+Python raises KeyboardInterrupt wherever the main thread happens to be. Where that is a callback whose errors are
+dropped, nobody hears of it: 1 of 50 interrupted runs went on training, what dropped it is not known. So a signal is
 raised at once and remembered, and the training loop asks at every step.
 """
 

@@ -32,9 +32,7 @@ class MicroBatch:
     labels: torch.Tensor  # int64 [B, S], already shifted, IGNORE where there is no loss
     position_ids: torch.Tensor  # int64 [B, S], from 0 in each document
     document_ids: torch.Tensor  # int32 [B, S], from 0 in each row
-    cu_seqlens: (
-        torch.Tensor
-    )  # int32 [B*D + 1], over the flattened B*S, the tail cut as Blocks.longest says, B*S as filler
+    cu_seqlens: torch.Tensor  # int32 [B*D + 1], over the flattened B*S, tails cut to Blocks.longest, B*S as filler
     tokens: int  # non-padding
     supervised_tokens: int
 

@@ -94,7 +94,7 @@ def register_attention(path: str, core: Core | None = None) -> None:
         module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
     ) -> tuple[Tensor, None]:
         boundaries = {"sdpa": attention_mask, "varlen": (kwargs["cu_seqlens"], kwargs["longest"])}.get(path)
-        assert boundaries is not None or path not in ("sdpa", "varlen"), "PackedCausalLM passes what the path reads"
+        assert boundaries is not None or path != "sdpa", "PackedCausalLM passes what the path reads"
         return attend_packed(query, key, value, boundaries, kwargs["scaling"]), None
 
     AttentionInterface.register(attention_name(path), attend)
