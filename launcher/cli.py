@@ -15,22 +15,23 @@ from typing import TYPE_CHECKING, NoReturn, cast
 
 from rich.console import Console
 
-from launcher.bench.compare import bench
-from launcher.bench.processes import ChildFailed, Job
-from launcher.bench_records import BenchRecord
+from launcher.checkpoint.folder import write_json
 from launcher.errors import LESS_MEMORY, ContractError, DiskError, LauncherError, LostRank, MemoryExhausted, RecipeError
-from launcher.parity_records import ParityRecord
-from launcher.quick_imports import quick_imports
-from launcher.ranks import Place, end_with_parent, place
+from launcher.proof.bench.compare import bench
+from launcher.proof.bench.processes import ChildFailed
+from launcher.recipe.field_types import recipes_dir
+from launcher.recipe.help import print_request
 from launcher.recipe.load import Resolved, resolve
 from launcher.recipe.locate import locate
-from launcher.recipe.section import recipes_dir
-from launcher.recipe.show import print_request
-from launcher.records import RunRecord
+from launcher.records.bench import BenchRecord
+from launcher.records.parity import ParityRecord
+from launcher.records.run import RunRecord
 from launcher.report import Screen, bench_page, make_console, parity_page, preview_page
 from launcher.report import error as print_error
-from launcher.stopping import Terminated, listen
-from launcher.train.outputs import write_json
+from launcher.runtime.quick_imports import quick_imports
+from launcher.runtime.ranks import RankInfo, end_with_parent, rank_info
+from launcher.runtime.signals import Terminated, listen
+from launcher.train.request import Request
 
 if TYPE_CHECKING:
     from launcher.train.loop import Progress
@@ -41,7 +42,7 @@ CONNECTION = ("gloo/", "Connection closed by peer", "NCCL", "ProcessGroup")  # i
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command line; returns the exit code. Every failure meant for the user is a message, not a traceback."""
-    here = place()
+    here = rank_info()
     argv = list(sys.argv[1:] if argv is None else argv)
     listen()
     try:
@@ -60,9 +61,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return code
 
 
-def _prepared(resolved: Resolved, here: Place) -> tuple[tuple[str, ...], Path, str]:
+def _prepared(resolved: Resolved, here: RankInfo) -> tuple[tuple[str, ...], Path, str]:
     """What every mode that reads data begins with: notes on the environment, the shipped recipes, the model's place."""
-    from launcher.train.environment import prepare_environment
+    from launcher.runtime.environment import prepare_environment
 
     end_with_parent()
     _check_report_path(resolved)
@@ -70,12 +71,12 @@ def _prepared(resolved: Resolved, here: Place) -> tuple[tuple[str, ...], Path, s
     return notes, shipped, locate(resolved.recipe.model, shipped / "architectures")
 
 
-def _train(resolved: Resolved, here: Place, console: Console) -> int:
+def _train(resolved: Resolved, here: RankInfo, console: Console) -> int:
     notes, shipped, source = _prepared(resolved, here)
     with Screen(console) as screen:
         screen.show("importing torch")
         with quick_imports():
-            from launcher.train.loop import Progress, Request, run
+            from launcher.train.loop import Progress, run
 
         request, progress = Request(resolved.recipe, resolved.name, source, shipped, here, notes), Progress()
         try:
@@ -89,28 +90,28 @@ def _train(resolved: Resolved, here: Place, console: Console) -> int:
     return 0
 
 
-def _preview(resolved: Resolved, here: Place, console: Console) -> int:
+def _preview(resolved: Resolved, here: RankInfo, console: Console) -> int:
     if not here.is_main:  # one process sees all there is to see
         return 0
     _, shipped, source = _prepared(resolved, here)  # the notes are about the compile cache, which serves no preview
     with Screen(console) as screen:
         screen.show("preparing the data")
         with quick_imports():
-            from launcher.preview import preview
+            from launcher.data.preview import preview
 
         record = preview(resolved.recipe, name=resolved.name, source=source, shipped=shipped, blocks=resolved.blocks)
     preview_page(console, record)
     return 0
 
 
-def _parity(resolved: Resolved, here: Place, console: Console) -> int:
+def _parity(resolved: Resolved, here: RankInfo, console: Console) -> int:
     _check_alone(resolved, here)
     notes, shipped, source = _prepared(resolved, here)
     with Screen(console) as screen:
         screen.show("importing torch")
         with quick_imports():
-            from launcher.parity.measure import parity
-            from launcher.train.loop import Progress, Request
+            from launcher.proof.parity import parity
+            from launcher.train.loop import Progress
 
         try:
             for event in parity(Request(resolved.recipe, resolved.name, source, shipped, here, notes)):
@@ -127,11 +128,11 @@ def _parity(resolved: Resolved, here: Place, console: Console) -> int:
     return 0
 
 
-def _bench(resolved: Resolved, here: Place, console: Console) -> int:
+def _bench(resolved: Resolved, here: RankInfo, console: Console) -> int:
     _check_alone(resolved, here)
     notes, shipped, source = _prepared(resolved, here)
     with Screen(console) as screen:
-        for event in bench(Job(resolved.recipe, resolved.name, source, shipped, here, notes)):
+        for event in bench(Request(resolved.recipe, resolved.name, source, shipped, here, notes)):
             if isinstance(event, str):
                 screen.show(event)
         record = cast(BenchRecord, event)
@@ -150,7 +151,7 @@ def _bench(resolved: Resolved, here: Place, console: Console) -> int:
     return 0
 
 
-def _check_alone(resolved: Resolved, here: Place) -> None:
+def _check_alone(resolved: Resolved, here: RankInfo) -> None:
     if here.world_size > 1:
         raise RecipeError(
             f"mode={resolved.mode} runs in one process; {here.world_size} were started. "
@@ -158,7 +159,7 @@ def _check_alone(resolved: Resolved, here: Place) -> None:
         )
 
 
-def _fail(error: BaseException, progress: "Progress", here: Place) -> NoReturn:
+def _fail(error: BaseException, progress: "Progress", here: RankInfo) -> NoReturn:
     """Turn any end but success into its error, leave status.json, and raise."""
     import torch
 
@@ -190,7 +191,7 @@ def _code_and_reason(error: BaseException) -> tuple[int, str]:
     return 1, f"{type(error).__name__}: {error}"
 
 
-def _status(progress: "Progress", here: Place, *, code: int, reason: str, step: int | None = None) -> None:
+def _status(progress: "Progress", here: RankInfo, *, code: int, reason: str, step: int | None = None) -> None:
     """status.json: rank 0's word on success, and that of the rank that failed otherwise."""
     if progress.worker and (code or here.is_main):
         progress.worker.folder.status(code=code, reason=reason, rank=here.rank, step=step or progress.step)
@@ -203,7 +204,7 @@ def _check_report_path(resolved: Resolved) -> None:
         raise RecipeError(f"report=PATH must be a file in a folder that can be written; {target} is not.")
 
 
-def _print_error(error: LauncherError, here: Place) -> None:
+def _print_error(error: LauncherError, here: RankInfo) -> None:
     if here.local_rank == 0 or error.code not in SHARED_CODES:
         prefix = f"rank {here.rank}: " if here.world_size > 1 and error.code not in SHARED_CODES else ""
         print_error(make_console(sys.stderr), prefix + str(error), error.code)

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from launcher.compile.cache import OPS, TAG, key_tag
+from launcher.compile.inductor_cache import OPS, TAG, key_tag
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = ROOT / "recipes" / "tiny"
@@ -25,7 +25,7 @@ os.environ.setdefault(TAG, key_tag(OPS))  # a changed operator must not meet a g
 os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="qlora-launcher-tests-")  # no test reads an earlier run's data
 atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-os.environ.setdefault("GOMP_SPINCOUNT", "2000")  # as launcher/train/environment.py sets it, which says why
+os.environ.setdefault("GOMP_SPINCOUNT", "2000")  # as launcher/runtime/environment.py sets it, which says why
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 WIDTH = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "head_dim": 16, "vocab_size": 8192}
@@ -89,12 +89,12 @@ def make_recipe(small_model: Path, rows_file: Path, tmp_path: Path) -> Callable[
 
 def request_for(recipe: Any) -> Any:
     """The request of a single process to run `recipe`."""
-    from launcher.ranks import Place
     from launcher.recipe.locate import locate
-    from launcher.train.setup import Request
+    from launcher.runtime.ranks import RankInfo
+    from launcher.train.request import Request
 
     shipped = ROOT / "recipes"
-    return Request(recipe, "test", locate(recipe.model, shipped / "architectures"), shipped, Place(0, 0, 1, 1))
+    return Request(recipe, "test", locate(recipe.model, shipped / "architectures"), shipped, RankInfo(0, 0, 1, 1))
 
 
 def stock_loss(progress: Any, folder: Path, *, dtype: str, device: str) -> float:

@@ -155,5 +155,5 @@ def test_of_several_processes_one_previews(previewed, tmp_path, monkeypatch):
 def test_a_rank_names_itself_in_an_error_that_is_its_own(monkeypatch, capsys):
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "2")
-    cli._print_error(ContractError("broken"), cli.place())
+    cli._print_error(ContractError("broken"), cli.rank_info())
     assert capsys.readouterr().err.startswith("error: rank 1: broken (exit code 9)")

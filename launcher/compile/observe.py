@@ -19,7 +19,7 @@ import torch._dynamo
 from torch._dynamo.exc import FailOnRecompileLimitHit
 from torch._dynamo.utils import counters, get_compilation_metrics, set_compilation_metrics_limit
 
-from launcher.records import CompileRecord
+from launcher.records.run import CompileRecord
 
 COMPILE_ERRORS = (torch._dynamo.exc.TorchDynamoException, FailOnRecompileLimitHit)
 METRICS_KEPT = 100_000  # dynamo keeps 64 by default, and the 65th would push out the first

@@ -29,10 +29,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from launcher.data.blocks import Blocks
 from launcher.data.documents import Documents
-from launcher.private_folder import private_cache
+from launcher.data.pack.blocks import Blocks
 from launcher.recipe.data_section import DataSection, Source
+from launcher.runtime.private_cache import private_cache
 
 MAX_BYTES = 20 * 2**30  # of all entries together
 MAX_ENTRIES = 32
@@ -41,7 +41,7 @@ STAGING = ".staging-"
 
 OF_DOCUMENTS = ("input_ids", "supervised", "offsets")
 OF_BLOCKS = ("row_offsets", "row_documents", "widths")
-SCALARS = ("pad_id", "max_documents", "longest")
+SCALARS = ("pad_id", "max_documents", "max_seqlen")
 DECIDING = ("tokenizers", "transformers", "jinja2", "datasets", "numpy")  # packages that decide what is prepared
 
 

@@ -19,8 +19,8 @@ from typing import TypedDict
 import numpy as np
 import torch
 
-from launcher.data.blocks import IGNORE, Blocks, RowArrays
 from launcher.data.documents import Ints, Longs
+from launcher.data.pack.blocks import IGNORE, Blocks, RowArrays
 from launcher.errors import CheckpointError
 
 
@@ -32,7 +32,7 @@ class MicroBatch:
     labels: torch.Tensor  # int64 [B, S], already shifted, IGNORE where there is no loss
     position_ids: torch.Tensor  # int64 [B, S], from 0 in each document
     document_ids: torch.Tensor  # int32 [B, S], from 0 in each row
-    cu_seqlens: torch.Tensor  # int32 [B*D + 1], over the flattened B*S, tails cut to Blocks.longest, B*S as filler
+    cu_seqlens: torch.Tensor  # int32 [B*D + 1], over the flattened B*S, tails cut to Blocks.max_seqlen, B*S as filler
     tokens: int  # non-padding
     supervised_tokens: int
 
@@ -159,7 +159,7 @@ def micro_batch_of(blocks: Blocks, rows: Longs) -> MicroBatch:
         labels=torch.from_numpy(arrays.labels.astype(np.int64)),
         position_ids=torch.from_numpy(arrays.position_ids.astype(np.int64)),
         document_ids=torch.from_numpy(arrays.document_ids),
-        cu_seqlens=torch.from_numpy(_cu_seqlens(arrays, blocks.longest, len(rows) * blocks.max_documents + 1)),
+        cu_seqlens=torch.from_numpy(_cu_seqlens(arrays, blocks.max_seqlen, len(rows) * blocks.max_documents + 1)),
         tokens=int(arrays.lengths.sum()),
         supervised_tokens=int(np.count_nonzero(arrays.labels != IGNORE)),
     )
@@ -178,13 +178,13 @@ def _filled(rows: Longs, multiple: int) -> Longs:
     return np.concatenate([rows, np.full((-len(rows) % multiple, *rows.shape[1:]), -1)])
 
 
-def _cu_seqlens(arrays: RowArrays, longest: int, size: int) -> Ints:
-    """The padding tail as documents of at most `longest` positions."""
+def _cu_seqlens(arrays: RowArrays, max_seqlen: int, size: int) -> Ints:
+    """The padding tail as documents of at most `max_seqlen` positions."""
     document_ids = arrays.document_ids
     starts = np.ones_like(document_ids, dtype=bool)  # a row's first position always starts a document
     starts[:, 1:] = document_ids[:, 1:] != document_ids[:, :-1]
     tail = np.arange(document_ids.shape[1]) - arrays.lengths[:, None]
-    starts |= (tail > 0) & (tail % longest == 0)
+    starts |= (tail > 0) & (tail % max_seqlen == 0)
     cu_seqlens = np.full(size, document_ids.size, np.int32)
     found = np.flatnonzero(starts)
     cu_seqlens[: len(found)] = found

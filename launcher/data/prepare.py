@@ -14,14 +14,14 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from launcher.data import cache
-from launcher.data.blocks import Blocks
-from launcher.data.buckets import lay_out
-from launcher.data.chat import Encoder
+from launcher.data.chat.encode import Encoder
 from launcher.data.documents import Documents, Longs
-from launcher.data.encoded import Encoded, Fitter, encode_sources
-from launcher.data.formats import read_rows
-from launcher.data.rows import Conversation, RowFault
-from launcher.data.sources import Feed, open_source
+from launcher.data.pack.blocks import Blocks
+from launcher.data.pack.buckets import lay_out
+from launcher.data.pack.fit import Encoded, Fitter, encode_sources
+from launcher.data.read.formats import read_rows
+from launcher.data.read.rows import Conversation, RowFault
+from launcher.data.read.sources import Feed, open_source
 from launcher.data.splits import held_out, weighted
 from launcher.data.stream import Stream
 from launcher.errors import DataError

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from launcher.data.documents import Bools, Longs
-from launcher.data.rows import Conversation, Row
+from launcher.data.read.rows import Conversation, Row
 
 _quoted = json.JSONEncoder().encode  # of a string; json.dumps of the lists takes twice as long
 

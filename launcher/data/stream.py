@@ -16,15 +16,15 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from launcher.data.blocks import Blocks
-from launcher.data.buckets import bucket
 from launcher.data.documents import Document, Documents
-from launcher.data.encoded import CHUNK, Fitter, nothing_left
-from launcher.data.formats import read_rows
 from launcher.data.loader import LoaderState, StepBatch, TrainLoader
-from launcher.data.packing import pack
-from launcher.data.rows import Row
-from launcher.data.sources import Feed
+from launcher.data.pack.blocks import Blocks
+from launcher.data.pack.buckets import bucket
+from launcher.data.pack.fit import CHUNK, Fitter, nothing_left
+from launcher.data.pack.packing import pack
+from launcher.data.read.formats import read_rows
+from launcher.data.read.rows import Row
+from launcher.data.read.sources import Feed
 from launcher.errors import CheckpointError
 from launcher.recipe.data_section import DataSection
 

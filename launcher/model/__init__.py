@@ -1,0 +1,1 @@
+"""The model that is trained: loading, LoRA, attention, the packed forward."""

@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import AttentionInterface
 
 from launcher.errors import RecipeError
-from launcher.ops.attention import (
+from launcher.ops.document_attention import (
     causal_attention,
     cudnn_attention,
     fused_missing,
@@ -37,7 +37,7 @@ class Rows:
     widths: tuple[int, ...]
     alone: bool
     targets: Mapping[int, int] = field(default_factory=dict)
-    longest: int | None = None
+    max_seqlen: int | None = None
 
 
 def cudnn_missing(device: torch.device, dtype: torch.dtype, *, head: int) -> str | None:
@@ -93,7 +93,7 @@ def register_attention(path: str, core: Core | None = None) -> None:
     def attend(
         module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
     ) -> tuple[Tensor, None]:
-        boundaries = {"sdpa": attention_mask, "varlen": (kwargs["cu_seqlens"], kwargs["longest"])}.get(path)
+        boundaries = {"sdpa": attention_mask, "varlen": (kwargs["cu_seqlens"], kwargs["max_seqlen"])}.get(path)
         assert boundaries is not None or path != "sdpa", "PackedCausalLM passes what the path reads"
         return attend_packed(query, key, value, boundaries, kwargs["scaling"]), None
 

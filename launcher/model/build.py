@@ -12,8 +12,8 @@ from launcher.errors import RecipeError
 from launcher.model.attention import Rows, attention_name, check_attention, choose_attention, register_attention
 from launcher.model.families import Family, family_of, head_width
 from launcher.model.grouped import group_projections
+from launcher.model.load import bnb_config, check_prequantized, count_parameters, load_base, random_base
 from launcher.model.lora import attach_lora, check_targets
-from launcher.model.nf4 import bnb_config, check_prequantized, count_parameters, load_base, random_base
 from launcher.model.norm import use_native_kernel
 from launcher.model.packed import PackedCausalLM
 from launcher.model.source import check_weights
@@ -100,7 +100,7 @@ def build_model(
         max_length=recipe.data.max_length,
         loss_chunk=chunk,
         loss_rows=loss_rows,
-        longest=rows.longest,
+        max_seqlen=rows.max_seqlen,
     )
     phase("after adapters")
     parameters, trainable = count_parameters(peft)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from launcher.ops.attention import document_mask
+from launcher.ops.document_attention import document_mask
 from launcher.ops.linear_ce import ChunkFunctions, linear_cross_entropy
 
 
@@ -38,11 +38,11 @@ class Body(nn.Module):
         self.around = nothing_around
 
     def forward(
-        self, hidden: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, cu_seqlens: Tensor, longest: int
+        self, hidden: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, cu_seqlens: Tensor, max_seqlen: int
     ) -> Tensor:
         """hidden [B, S, D], cos and sin [B, S, E], mask [B, 1, S, S] or None, cu_seqlens and how long a document of
         them may be -> [B, S, D]."""
-        known = {"attention_mask": mask, "cu_seqlens": cu_seqlens, "longest": longest}
+        known = {"attention_mask": mask, "cu_seqlens": cu_seqlens, "max_seqlen": max_seqlen}
         for number, layer in enumerate(self.layers):
             with self.around(number, hidden):
                 hidden = layer(hidden, position_embeddings=(cos, sin), **known)
@@ -54,7 +54,7 @@ class PackedCausalLM(nn.Module):
 
     `max_length` is the longest row there may be; `loss_chunk` the rows whose logits live at once; `loss_rows`, by the
     tokens B * S of a micro batch, how many rows have their loss computed, where not all do (ops/linear_ce.py);
-    `longest` what no document's tokens exceed, None for the row itself.
+    `max_seqlen`: upper bound on document length; None: as long as a row.
     """
 
     cos: Tensor
@@ -68,7 +68,7 @@ class PackedCausalLM(nn.Module):
         max_length: int,
         loss_chunk: int,
         loss_rows: Mapping[int, int] | None = None,
-        longest: int | None = None,
+        max_seqlen: int | None = None,
     ) -> None:
         super().__init__()
         decoder = causal_lm.model
@@ -77,7 +77,7 @@ class PackedCausalLM(nn.Module):
         self.head = causal_lm.lm_head
         self.attention = attention
         self.loss_chunk = loss_chunk
-        self.longest = longest or max_length
+        self.max_seqlen = max_seqlen or max_length
         self._loss_rows = dict(loss_rows or {})
         self.loss_functions = ChunkFunctions()
         weight = self.embed.weight
@@ -92,9 +92,9 @@ class PackedCausalLM(nn.Module):
         return self._loss_rows.get(tokens, tokens)
 
     def hidden_states(
-        self, input_ids: Tensor, position_ids: Tensor, document_ids: Tensor, cu_seqlens: Tensor, *, longest: int = 0
+        self, input_ids: Tensor, position_ids: Tensor, document_ids: Tensor, cu_seqlens: Tensor, *, max_seqlen: int = 0
     ) -> Tensor:
-        """input_ids, position_ids, document_ids [B, S], cu_seqlens [documents + 1] -> [B, S, D]. `longest`: what the
+        """input_ids, position_ids, document_ids [B, S], cu_seqlens [documents + 1] -> [B, S, D]. `max_seqlen`: what the
         documents keep to instead of the model's bound, where they are not of the run's rows."""
         hidden = self.embed(input_ids)
         if torch.is_grad_enabled():
@@ -103,7 +103,7 @@ class PackedCausalLM(nn.Module):
             hidden.requires_grad_()
         mask = document_mask(document_ids) if self.attention == "sdpa" else None
         cos, sin = self.cos[position_ids], self.sin[position_ids]
-        return self.body(hidden, cos, sin, mask, cu_seqlens, longest or self.longest)
+        return self.body(hidden, cos, sin, mask, cu_seqlens, max_seqlen or self.max_seqlen)
 
     def forward(
         self, input_ids: Tensor, labels: Tensor, position_ids: Tensor, document_ids: Tensor, cu_seqlens: Tensor
@@ -126,5 +126,5 @@ class PackedCausalLM(nn.Module):
         positions = torch.arange(length, device=input_ids.device)[None]
         cu_seqlens = torch.tensor([0, length], dtype=torch.int32, device=input_ids.device)
         document_ids = torch.zeros_like(positions, dtype=torch.int32)
-        hidden = self.hidden_states(input_ids, positions, document_ids, cu_seqlens, longest=length)
+        hidden = self.hidden_states(input_ids, positions, document_ids, cu_seqlens, max_seqlen=length)
         return hidden[0, -1] @ self.head.weight.T

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from launcher.ops.joint import HAS_TRITON, MOST, starts, three
+from launcher.ops.projection_group import HAS_TRITON, MOST, starts, three
 
 MAX_RANK = 128  # of the stacked A: beyond it the tiles no longer fit a multiprocessor, and the products are not thin
 
@@ -74,7 +74,7 @@ if HAS_TRITON:
     import triton
     import triton.language as tl
 
-    from launcher.ops.joint import member
+    from launcher.ops.projection_group import member
 
     @triton.jit
     def _thin(  # type: ignore[no-untyped-def]

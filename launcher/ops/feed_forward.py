@@ -19,8 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from launcher.ops.joint import HAS_TRITON
 from launcher.ops.nf4 import Nf4
+from launcher.ops.projection_group import HAS_TRITON
 from launcher.ops.qlora_linear import adapter_gradients, columns_of, joined_linears, joined_weight
 
 

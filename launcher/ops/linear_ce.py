@@ -28,7 +28,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from launcher.ops.joint import HAS_TRITON
+from launcher.ops.projection_group import HAS_TRITON
 
 IGNORE = -100  # a label that is not supervised; the value that torch's own cross-entropy uses
 CHUNK_COST = 128  # rows whose time a chunk costs on top: it reads the whole head, and launches its kernels

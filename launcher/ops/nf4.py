@@ -23,7 +23,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from launcher.ops.joint import HAS_TRITON, MOST, starts, three
+from launcher.ops.projection_group import HAS_TRITON, MOST, starts, three
 
 BLOCK = 64  # elements that share a scale
 BLOCK2 = 256  # scales that share a second-level scale
@@ -72,7 +72,7 @@ if HAS_TRITON:
     import triton
     import triton.language as tl
 
-    from launcher.ops.joint import member
+    from launcher.ops.projection_group import member
 
     @triton.jit
     def _update(a, b, which, rows, columns, inside, k, D, R):  # type: ignore[no-untyped-def]

@@ -173,7 +173,7 @@ _linears.register_autograd(_backward, setup_context=_save)
 
 @register_flop_formula(torch.ops.qlora.linears)
 def _flops(x_shape: torch.Size, *rest: Any, out_shape: torch.Size, **kwargs: Any) -> int:
-    """Of the large products: what the activation budget weighs against memory (memory/recompute.py)."""
+    """Of the large products: what the activation budget weighs against memory (memory/policy.py)."""
     return 2 * x_shape[-1] * out_shape.numel()
 
 

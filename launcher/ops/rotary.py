@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from launcher.ops.joint import HAS_TRITON
+from launcher.ops.projection_group import HAS_TRITON
 
 
 def rotary(y: Tensor, cos: Tensor, sin: Tensor, *, heads: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:

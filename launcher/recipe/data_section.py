@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 from pydantic import BeforeValidator, Field, ValidationInfo, field_validator
 from pydantic_core import PydanticCustomError
 
-from launcher.recipe.section import RULE, Choice, Section, Text, number_before_path, off_is, recipes_dir
+from launcher.recipe.field_types import RULE, Choice, Section, Text, number_before_path, off_is, recipes_dir
 
 
 class Source(Section):

@@ -8,8 +8,8 @@ import re
 from functools import cache
 from typing import Any
 
+from launcher.recipe.field_types import Section
 from launcher.recipe.schema import Recipe
-from launcher.recipe.section import Section
 
 Json = dict[str, Any]
 

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from launcher.recipe import fields
-from launcher.recipe.arguments import Problem, bare, shown
-from launcher.recipe.yaml_text import inline
+from launcher.recipe.command_line import Problem, bare, shown
+from launcher.recipe.yaml_lines import inline
 
 Origin = Literal["default", "file", "command line"]
 

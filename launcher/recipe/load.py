@@ -14,11 +14,11 @@ from pydantic import ValidationError
 
 from launcher.errors import RecipeError
 from launcher.recipe import fields
-from launcher.recipe.arguments import Problem, closest, parse, shown
+from launcher.recipe.command_line import Problem, closest, parse, shown
+from launcher.recipe.field_types import RULE, recipes_dir
 from launcher.recipe.layers import Layer, Origin, assignment, flat, unknown
 from launcher.recipe.schema import Recipe
-from launcher.recipe.section import RULE, recipes_dir
-from launcher.recipe.yaml_text import YamlError, read_file
+from launcher.recipe.yaml_lines import YamlError, read_file
 
 MAX_LINES = 5  # of a message
 

@@ -11,7 +11,7 @@ from pydantic import Field, ValidationInfo, field_validator
 from pydantic_core import PydanticCustomError
 
 from launcher.recipe.data_section import DataSection
-from launcher.recipe.section import RULE, Choice, Distinct, Section, Text, off_is
+from launcher.recipe.field_types import RULE, Choice, Distinct, Section, Text, off_is
 
 LORA_TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 Region = Literal["mlp", "rmsnorm", "attention", "loss"]

@@ -1,4 +1,4 @@
-"""The console: records in, text out. Imports launcher.records and rich, never torch; nothing here decides anything.
+"""The console: records in, text out. Imports launcher.records.run and rich, never torch; nothing here decides anything.
 
 Every text that is not ours (paths, model output, reasons, error messages) goes through `figures.literal`, so that
 neither rich's markup nor a terminal's control codes are obeyed.

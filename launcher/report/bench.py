@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.panel import Panel
 from rich.text import Text
 
-from launcher.bench_records import WARM_UP_STEPS, BenchRecord, SideRecord, difference, ratio
+from launcher.records.bench import WARM_UP_STEPS, BenchRecord, SideRecord, difference, ratio
 from launcher.report.figures import counted, extent, literal, loss, on_cpu, whole
 from launcher.report.layout import EVENT, Column, heading, indented, page_width, pairs, print_table
 from launcher.report.run_summary import print_verdicts

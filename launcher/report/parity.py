@@ -7,7 +7,7 @@ from rich.console import Console
 from rich.panel import Panel
 from rich.text import Text
 
-from launcher.parity_records import AdapterParity, Gate, Pair, ParityBatch, ParityRecord
+from launcher.records.parity import AdapterParity, Gate, Pair, ParityBatch, ParityRecord
 from launcher.report.figures import counted, literal, loss, whole
 from launcher.report.layout import EVENT, Column, heading, indented, page_width, pairs, print_table
 from launcher.report.run_summary import print_verdicts

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.panel import Panel
 from rich.text import Text
 
-from launcher.records import BlockPreview, DocumentPreview, LengthBin, PreviewRecord, TextPart
+from launcher.records.preview import BlockPreview, DocumentPreview, LengthBin, PreviewRecord, TextPart
 from launcher.report.figures import counted, extent, literal, whole
 from launcher.report.layout import INDENT, Column, heading, indented, page_width, pairs, print_table
 

@@ -17,7 +17,7 @@ from rich.spinner import Spinner
 from rich.table import Table
 from rich.text import Text
 
-from launcher.records import EvalRecord, StepRecord
+from launcher.records.run import EvalRecord, StepRecord
 from launcher.report.figures import duration, learning_rate, literal, loss, norm, on_cpu, rate, whole
 from launcher.report.layout import page_width
 

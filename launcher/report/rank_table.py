@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from rich.console import Console
 from rich.text import Text
 
-from launcher.records import CompileRecord, RankRecord
+from launcher.records.run import CompileRecord, RankRecord
 from launcher.report.figures import counted, literal, on_cpu, whole
 from launcher.report.layout import EVENT, Column, heading, indented, pairs, print_table
 

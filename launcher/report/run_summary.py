@@ -7,7 +7,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from launcher.records import RankRecord, RunRecord, Sample, Verdict
+from launcher.records.run import RankRecord, RunRecord, Sample, Verdict
 from launcher.report.figures import extent, literal, on_cpu, whole
 from launcher.report.layout import INDENT, heading, indented, page_width, pairs
 from launcher.report.rank_table import print_events, print_ranks

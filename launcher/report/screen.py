@@ -5,7 +5,7 @@ from typing import Self
 
 from rich.console import Console
 
-from launcher.records import EvalRecord, RunRecord, StartRecord, StepRecord
+from launcher.records.run import EvalRecord, RunRecord, StartRecord, StepRecord
 from launcher.report.progress import Progress
 from launcher.report.run_summary import summary
 from launcher.report.start import start_panel

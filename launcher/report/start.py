@@ -5,7 +5,7 @@ from rich.console import Console
 from rich.panel import Panel
 from rich.text import Text
 
-from launcher.records import StartRecord
+from launcher.records.run import StartRecord
 from launcher.report.figures import counted, extent, literal, whole
 from launcher.report.layout import page_width, pairs
 

@@ -6,7 +6,7 @@ from typing import TypeVar
 from rich.console import Console
 from rich.text import Text
 
-from launcher.records import EvalRecord, RankRecord, StepRecord
+from launcher.records.run import EvalRecord, RankRecord, StepRecord
 from launcher.report import figures
 from launcher.report.figures import literal, on_cpu, whole
 from launcher.report.layout import EVENT, Column, heading, indented, print_table

@@ -10,16 +10,17 @@ from typing import Any, cast
 
 import torch
 
+from launcher.checkpoint.adapter import prove_adapter, save_adapter
 from launcher.data.loader import MicroBatch
 from launcher.errors import CheckpointError, ContractError, LauncherError, NonFiniteError
-from launcher.ranks import broadcast, gather
-from launcher.records import EvalRecord, RunRecord, StartRecord, StepRecord, Verdict
-from launcher.stopping import raise_if_stopped
-from launcher.train.account import rank_record, start_record
-from launcher.train.adapter import prove_adapter, save_adapter
-from launcher.train.readings import Pending, Reading
+from launcher.records.run import EvalRecord, RunRecord, StartRecord, StepRecord, Verdict
+from launcher.runtime.ranks import broadcast, gather
+from launcher.runtime.signals import raise_if_stopped
+from launcher.train.make_records import rank_record, start_record
+from launcher.train.metrics import Pending, Reading
+from launcher.train.request import Request
 from launcher.train.sample import generate
-from launcher.train.setup import Clock, Request, Worker, prepare
+from launcher.train.setup import Clock, Worker, prepare
 from launcher.train.verdicts import compile_verdicts, loss_verdict
 
 Event = str | StartRecord | StepRecord | EvalRecord | RunRecord
@@ -88,7 +89,7 @@ def run(request: Request, progress: Progress) -> Iterator[Event]:
         data=dict(prepared.data.counts),
         sample=sample,
     )
-    if worker.place.is_main:
+    if worker.rank_info.is_main:
         worker.folder.report(record)
     worker.accelerator.end_training()
     worker.plan.release()
@@ -185,7 +186,7 @@ def _evaluate(worker: Worker, progress: Progress, *, step: int) -> Iterator[Eval
 
 
 def _log(worker: Worker, record: StepRecord | EvalRecord, values: dict[str, float]) -> None:
-    if worker.place.is_main:
+    if worker.rank_info.is_main:
         worker.folder.metric(record)
     if worker.recipe.run.trackers:
         worker.accelerator.log(values, step=record.step)
@@ -194,7 +195,7 @@ def _log(worker: Worker, record: StepRecord | EvalRecord, values: dict[str, floa
 def _save(worker: Worker) -> Verdict:
     """Save on rank 0, prove the files, and only then give them their name; all ranks get the verdict."""
     verdict = None
-    if worker.place.is_main:
+    if worker.rank_info.is_main:
         folder, model, probe = worker.folder, worker.built.peft, worker.probe
         save_adapter(model, worker.prepared.tokenizer, folder.adapter_staging)
         try:
@@ -213,7 +214,7 @@ def _probe_loss(worker: Worker, probe: MicroBatch) -> float:
 
 def _sample(worker: Worker) -> Any:
     example, tokens = worker.prepared.data.example, worker.recipe.run.sample_tokens
-    if not (worker.place.is_main and example and tokens):
+    if not (worker.rank_info.is_main and example and tokens):
         return None
     return generate(
         worker.built.packed,

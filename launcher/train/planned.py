@@ -6,7 +6,7 @@ from launcher.compile.regions import Region
 from launcher.data.loader import TrainLoader
 from launcher.data.prepare import PreparedData
 from launcher.data.stream import Stream, StreamLoader
-from launcher.memory.recompute import Shapes
+from launcher.memory.policy import Shapes
 from launcher.model.attention import CORES, Rows, register_attention
 from launcher.model.build import BuiltModel
 from launcher.model.families import head_width, layer_mlps, layer_norms
@@ -41,7 +41,7 @@ def rows_of(data: PreparedData, *, micro_batch: int) -> Rows:
         tuple(widths),
         alone=not packs and all(blocks.alone for blocks in sets),
         targets={width: max(bound.get(width, 0) for bound in bounds) for width in widths if bounds},
-        longest=max(blocks.longest for blocks in sets),
+        max_seqlen=max(blocks.max_seqlen for blocks in sets),
     )
 
 

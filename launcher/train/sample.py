@@ -6,7 +6,7 @@ import torch
 
 from launcher.data.prepare import Example
 from launcher.model.packed import PackedCausalLM
-from launcher.records import Sample
+from launcher.records.run import Sample
 
 
 def generate(packed: PackedCausalLM, tokenizer: Any, example: Example, *, tokens: int, max_length: int) -> Sample:

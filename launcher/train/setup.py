@@ -19,6 +19,8 @@ import psutil
 import torch
 from accelerate import Accelerator, PartialState
 
+from launcher.checkpoint.folder import RunFolder, default_folder
+from launcher.compile.graphs import CaptureFailed, check_graphs, outcome
 from launcher.compile.observe import Observer
 from launcher.compile.plan import Plan
 from launcher.data.loader import MicroBatch, eval_batches, sample_batch
@@ -26,18 +28,17 @@ from launcher.data.prepare import PreparedData
 from launcher.data.prepare import prepare as prepare_data
 from launcher.data.stream import train_loader
 from launcher.errors import ContractError, DataError, LauncherError, RecipeError
+from launcher.memory.ledger import Ledger
 from launcher.memory.offload import HostInputs
-from launcher.memory.recompute import Policy, applied, check_policy, choose_policy
-from launcher.memory.vram import Ledger
+from launcher.memory.policy import Policy, applied, check_policy, choose_policy
 from launcher.model.build import BuiltModel, build_model, preflight
 from launcher.model.source import load_config, load_tokenizer
-from launcher.ranks import Place, broadcast, gather, hold_process_group, local_rank_0_first
-from launcher.recipe.schema import Recipe, RunSection
-from launcher.train.graphs import CaptureFailed, check_graphs, outcome
-from launcher.train.likeness import check_alike, digest_of
+from launcher.recipe.schema import RunSection
+from launcher.runtime.agreement import check_alike, digest_of
+from launcher.runtime.ranks import broadcast, gather, hold_process_group, local_rank_0_first
 from launcher.train.optim import check_optimizer, gates_on_device
-from launcher.train.outputs import RunFolder, default_folder
 from launcher.train.planned import planned_widths, regions_of, rows_of, shapes_of, total_steps
+from launcher.train.request import Request
 from launcher.train.step import TrainStep
 
 
@@ -62,18 +63,6 @@ class Clock:
 
 
 @dataclass(frozen=True)
-class Request:
-    """What is asked for: a recipe whose model has been located, in one process among the run's."""
-
-    recipe: Recipe
-    name: str  # the recipe's
-    source: str  # the model: absolute folder or hub id
-    shipped: Path  # the folder of the recipes
-    place: Place
-    notes: tuple[str, ...] = ()  # what the user should know, for the report
-
-
-@dataclass(frozen=True)
 class Prepared:
     """What a run knows before it touches weights."""
 
@@ -90,13 +79,13 @@ def prepare(request: Request) -> Prepared:
     """
     use_cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
     cuda = torch.cuda.is_available() and not use_cpu
-    if cuda and request.place.local_world_size > torch.cuda.device_count():
-        gpus = torch.cuda.device_count()
+    started, gpus = request.rank_info.local_world_size, torch.cuda.device_count()
+    if cuda and started > gpus:
         raise RecipeError(
-            f"every process needs a GPU of its own; {request.place.local_world_size} were started on {gpus} GPU(s). "
+            f"every process needs a GPU of its own; {started} were started on {gpus} GPU(s). "
             f"Launch with --num_processes {gpus}."
         )
-    device = torch.device("cuda", request.place.local_rank) if cuda else torch.device("cpu")
+    device = torch.device("cuda", request.rank_info.local_rank) if cuda else torch.device("cpu")
     recipe, source = request.recipe, request.source
     config = load_config(source, recipe.model)
     preflight(recipe, source, config, device)
@@ -106,7 +95,7 @@ def prepare(request: Request) -> Prepared:
     check_trackers(recipe.run)
     tokenizer = load_tokenizer(source, recipe.model, stand_in=request.shipped / "tiny" / "base")
     data = local_rank_0_first(
-        request.place,
+        request.rank_info,
         lambda: prepare_data(recipe.data, tokenizer, seed=recipe.train.seed),
         wait_s=recipe.data.wait_s,
     )
@@ -125,7 +114,7 @@ class Worker:
 
     def __init__(self, request: Request, prepared: Prepared, *, clock: Clock) -> None:
         self.request, self.prepared, self.clock = request, prepared, clock
-        self.recipe, self.place = recipe, place = request.recipe, request.place
+        self.recipe, self.rank_info = recipe, place = request.recipe, request.rank_info
         # Before the first compile: the thread count is guarded on, and launchers set it to 1 on CPUs.
         torch.set_num_threads(place.cores)
         cpu = prepared.device.type == "cpu"
@@ -161,7 +150,7 @@ class Worker:
             rows=rows_of(self.prepared.data, micro_batch=self.recipe.train.micro_batch),
             phase=self.ledger.mark,
         )
-        if self.place.world_size > 1:  # only gradients are exchanged: ranks that begin apart stay apart
+        if self.rank_info.world_size > 1:  # only gradients are exchanged: ranks that begin apart stay apart
             check_alike(
                 "start from the same adapter",
                 digest_of(self.built.packed),
@@ -186,8 +175,8 @@ class Worker:
             data.train,
             micro_batch=train.micro_batch,
             accumulation=train.accumulation,
-            rank=self.place.rank,
-            world_size=self.place.world_size,
+            rank=self.rank_info.rank,
+            world_size=self.rank_info.world_size,
             seed=train.seed,
         )
         self.steps = total_steps(train, self.batches)
@@ -208,7 +197,7 @@ class Worker:
         self.plan.arm()
         self.ledger.mark("after compile")
         self.cuda_graphs = self._capture()
-        torch.manual_seed(train.seed + self.place.rank)  # LoRA dropout differs between ranks, and from the warm-up's
+        torch.manual_seed(train.seed + self.rank_info.rank)  # LoRA dropout differs by rank, and from warm-up
 
     def _activation_policy(self) -> Policy:
         """As the recipe asks; `auto` by what the fullest card of the run has free, so that all ranks choose alike."""
@@ -221,7 +210,7 @@ class Worker:
     def open_folder(self) -> None:
         """Create the run folder (rank 0) and start the trackers. Every rank raises what rank 0 met."""
         problem: LauncherError | None = None
-        if self.place.is_main:
+        if self.rank_info.is_main:
             try:
                 self.folder.create()
             except LauncherError as error:
@@ -240,8 +229,8 @@ class Worker:
         return eval_batches(
             validation,
             micro_batch=self.recipe.train.micro_batch,
-            rank=self.place.rank,
-            world_size=self.place.world_size,
+            rank=self.rank_info.rank,
+            world_size=self.rank_info.world_size,
         )
 
     def _sample(self, width: int) -> MicroBatch:

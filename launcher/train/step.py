@@ -29,12 +29,12 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
+from launcher.compile.graphs import Graphs, Work
 from launcher.compile.plan import Plan
 from launcher.data.loader import MicroBatch, StepBatch
 from launcher.model.packed import PackedCausalLM
 from launcher.recipe.schema import TrainSection
 from launcher.train.gradients import FlatGradients
-from launcher.train.graphs import Graphs, Work
 from launcher.train.loss_scale import LossScale
 from launcher.train.optim import Rates, capturable, gates_on_device, make_optimizer
 from launcher.train.staging import Staging
@@ -183,7 +183,7 @@ class TrainStep:
         most = self.model.loss_rows(micro.labels.numel())
         # The loss sees it too, but only on the device and as a NaN.
         assert micro.supervised_tokens <= most, f"{micro.supervised_tokens} targets where the data has at most {most}"
-        most, found = self.model.longest, int(micro.cu_seqlens.diff().max())
+        most, found = self.model.max_seqlen, int(micro.cu_seqlens.diff().max())
         assert found <= most, f"{found} tokens of a document where attention is told that none has more than {most}"
         fields = arguments(micro)
         shape = tuple(field.shape for field in fields)

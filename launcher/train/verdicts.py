@@ -3,7 +3,7 @@
 import math
 from collections.abc import Sequence
 
-from launcher.records import CompileRecord, EvalRecord, RankRecord, StepRecord, Verdict
+from launcher.records.run import CompileRecord, EvalRecord, RankRecord, StepRecord, Verdict
 
 
 def compile_verdicts(ranks: Sequence[RankRecord]) -> list[Verdict]:

@@ -14,9 +14,9 @@ import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from launcher.data.chat import Encoder
+from launcher.data.chat.encode import Encoder
 from launcher.data.documents import Document
-from launcher.data.rows import Conversation, Message, Row, RowFault
+from launcher.data.read.rows import Conversation, Message, Row, RowFault
 from launcher.recipe.data_section import DataSection
 
 CONTROL = ["<|bos|>", "<|head|>", "<|/head|>", "<|eot|>", "<|pad|>", "<|im_start|>", "<|im_end|>"]

@@ -17,9 +17,9 @@ import numpy as np
 import pytest
 
 from launcher.data import cache
-from launcher.data.blocks import Blocks
 from launcher.data.cache import Entry, fingerprint, load, save
 from launcher.data.documents import Document, Documents
+from launcher.data.pack.blocks import Blocks
 from launcher.recipe.data_section import DataSection
 
 NAME, OTHER = "a" * 40, "b" * 40
@@ -285,7 +285,7 @@ def test_a_change_of_our_code_or_of_a_package_makes_older_entries_unfindable(tok
 def test_the_fingerprint_is_the_same_in_another_process():
     script = (
         "from types import SimpleNamespace; from tokenizers import Tokenizer\n"
-        "from launcher.data.cache import fingerprint; from launcher.recipe.section import recipes_dir\n"
+        "from launcher.data.cache import fingerprint; from launcher.recipe.field_types import recipes_dir\n"
         "from launcher.recipe.data_section import DataSection\n"
         "file = recipes_dir() / 'tiny' / 'base' / 'tokenizer.json'\n"
         "tokenizer = SimpleNamespace(backend_tokenizer=Tokenizer.from_file(str(file)), bos_token_id=0, eos_token_id=1,"

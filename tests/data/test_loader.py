@@ -5,11 +5,11 @@ import numpy as np
 import pytest
 import torch
 
-from launcher.data.blocks import IGNORE, Blocks
-from launcher.data.buckets import bucket, lay_out
 from launcher.data.documents import Document, Documents
 from launcher.data.loader import MicroBatch, StepBatch, TrainLoader, eval_batches, micro_batch_of, sample_batch
-from launcher.data.packing import pack
+from launcher.data.pack.blocks import IGNORE, Blocks
+from launcher.data.pack.buckets import bucket, lay_out
+from launcher.data.pack.packing import pack
 from launcher.recipe.data_section import DataSection
 
 ROWS = 21  # not divisible by 8

@@ -6,10 +6,10 @@ from itertools import islice
 import numpy as np
 import pytest
 
-from launcher.data.blocks import Blocks
-from launcher.data.buckets import lay_out
 from launcher.data.documents import Documents
 from launcher.data.loader import LoaderState, StepBatch, TrainLoader
+from launcher.data.pack.blocks import Blocks
+from launcher.data.pack.buckets import lay_out
 from launcher.errors import CheckpointError
 from launcher.recipe.data_section import DataSection
 

@@ -6,7 +6,7 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from launcher.data import prepare as prepare_module
-from launcher.data.blocks import Blocks
+from launcher.data.pack.blocks import Blocks
 from launcher.data.prepare import PreparedData, prepare
 from launcher.errors import DataError
 from launcher.recipe.data_section import DataSection

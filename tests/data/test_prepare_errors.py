@@ -6,7 +6,7 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from launcher.data.prepare import prepare
-from launcher.data.rows import RowFault
+from launcher.data.read.rows import RowFault
 from launcher.errors import DataError
 from launcher.recipe.data_section import DataSection
 

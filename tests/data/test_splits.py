@@ -4,7 +4,7 @@ import json
 import numpy as np
 import pytest
 
-from launcher.data.rows import Conversation, Message, Text
+from launcher.data.read.rows import Conversation, Message, Text
 from launcher.data.splits import digest, held_out, weighted
 
 

@@ -13,7 +13,7 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from launcher.data import stream as stream_module
-from launcher.data.blocks import Blocks
+from launcher.data.pack.blocks import Blocks
 from launcher.data.prepare import prepare
 from launcher.data.stream import Reader, Stream, StreamLoader, Window
 from launcher.errors import CheckpointError, DataError

@@ -6,12 +6,12 @@ from typing import Any
 import pytest
 import torch
 
-from launcher.bench import side
-from launcher.bench.compare import bench
-from launcher.bench.processes import Job
-from launcher.bench_records import BenchRecord
-from launcher.ranks import Place
+from launcher.proof.bench import side
+from launcher.proof.bench.compare import bench
+from launcher.proof.bench.processes import Job
 from launcher.recipe.locate import locate
+from launcher.records.bench import BenchRecord
+from launcher.runtime.ranks import RankInfo
 from tests.conftest import ROOT, request_for
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("clean_dynamo")]
@@ -39,7 +39,7 @@ def test_ours_is_faster_and_smaller_on_the_same_work(make_recipe: Callable[..., 
         data={"sources": [{"path": str(ROOT / "recipes" / "tiny" / "train.jsonl")}]},
     )
     shipped = ROOT / "recipes"
-    job = Job(recipe, "test", locate(recipe.model, shipped / "architectures"), shipped, Place(0, 0, 1, 1))
+    job = Job(recipe, "test", locate(recipe.model, shipped / "architectures"), shipped, RankInfo(0, 0, 1, 1))
     *_, found = bench(job)
     assert isinstance(found, BenchRecord) and found.naive is not None
     assert found.holds, found.verdicts

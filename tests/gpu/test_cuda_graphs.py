@@ -5,10 +5,10 @@ from contextlib import nullcontext
 import pytest
 import torch
 
+from launcher.compile import graphs
 from launcher.errors import ContractError, NonFiniteError
-from launcher.parity.measure import parity
-from launcher.records import EvalRecord, RunRecord, StepRecord
-from launcher.train import graphs
+from launcher.proof.parity import parity
+from launcher.records.run import EvalRecord, RunRecord, StepRecord
 from launcher.train.loop import Progress, run
 from launcher.train.setup import Clock, Worker, prepare
 from launcher.train.step import arguments

@@ -9,25 +9,30 @@ import numpy as np
 import pytest
 import torch
 
-from launcher.data.buckets import bucket
 from launcher.data.documents import Documents
 from launcher.data.loader import TrainLoader
-from launcher.ops.attention import document_mask, masked_attention, packed_attention_reference, varlen_attention
-from launcher.parity.measure import parity
-from launcher.records import RunRecord, StepRecord
+from launcher.data.pack.buckets import bucket
+from launcher.ops.document_attention import (
+    document_mask,
+    masked_attention,
+    packed_attention_reference,
+    varlen_attention,
+)
+from launcher.proof.parity import parity
+from launcher.records.run import RunRecord, StepRecord
 from launcher.train.loop import Progress, run
 from launcher.train.setup import Clock, Worker, prepare
 from tests.conftest import TINY, request_for, stock_loss
-from tests.data.test_packed_equals_unpacked import bench_on, both_gradients, losses
+from tests.model.test_packed_equals_unpacked import bench_on, both_gradients, losses
 from tests.train.test_shapes import ANY, THREE, compiled, documents
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("clean_dynamo")]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("longest", [56, 64, 500])
+@pytest.mark.parametrize("max_seqlen", [56, 64, 500])
 @pytest.mark.parametrize(("heads", "kv"), [(4, 4), (4, 2), (8, 1)])
-def test_variable_length_attention_equals_the_plain_form_with_gradients(heads, kv, dtype, longest):
+def test_variable_length_attention_equals_the_plain_form_with_gradients(heads, kv, dtype, max_seqlen):
     generator = torch.Generator("cuda").manual_seed(0)
     documents = torch.zeros(2, 96, dtype=torch.int32, device="cuda")
     documents[0, 40:41], documents[0, 41:], documents[1, 56:] = 1, 2, 1
@@ -36,7 +41,7 @@ def test_variable_length_attention_equals_the_plain_form_with_gradients(heads, k
     inputs = [torch.randn(shape, generator=generator, device="cuda", dtype=dtype).requires_grad_() for shape in shapes]
     results = []
     for form, where in (
-        (varlen_attention, (boundaries, longest)),
+        (varlen_attention, (boundaries, max_seqlen)),
         (masked_attention, document_mask(documents)),
         (packed_attention_reference, documents),
     ):
@@ -59,7 +64,7 @@ def test_the_sample_may_be_longer_than_any_document_of_the_run(make_recipe):
             model={"dtype": "bfloat16", "attention": attention}, data={"max_length": 512}, compile={"mode": "off"}
         )
         packed = compiled(recipe, documents((60, 100)), device="cuda").built.packed
-        assert packed.longest == 128
+        assert packed.max_seqlen == 128
         found.append(packed.next_logits(ids).float())
     assert (found[0] - found[1]).norm() < 2e-2 * found[1].norm()
 

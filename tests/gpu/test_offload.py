@@ -7,8 +7,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from launcher.parity.measure import free, release
-from launcher.train import graphs
+from launcher.compile import graphs
+from launcher.proof.parity import free, release
 from tests.conftest import TINY, small_config
 from tests.gpu.test_cuda_graphs import built, compiled, perturb
 

@@ -6,7 +6,7 @@ import torch
 
 from launcher.ops import adapter_gradients, nf4
 from launcher.ops.adapter_gradients import gradients, plain_gradients
-from launcher.ops.attention import causal_attention, cudnn_attention
+from launcher.ops.document_attention import causal_attention, cudnn_attention
 from launcher.ops.feed_forward import plain_swiglu_gradient, swiglu_gradient_
 from launcher.ops.linear_ce import IGNORE, softmax_gradient, softmax_gradient_
 from launcher.ops.nf4 import Nf4, _plain, merged_weights

@@ -7,8 +7,8 @@ from transformers import AutoModelForCausalLM
 from launcher.model.attention import attention_name, register_attention
 from launcher.model.families import FAMILIES, family_of
 from launcher.model.grouped import group_projections
+from launcher.model.load import random_base
 from launcher.model.lora import attach_lora
-from launcher.model.nf4 import random_base
 from launcher.model.packed import PackedCausalLM
 from launcher.recipe.schema import LoraSection, QuantSection
 from tests.conftest import small_config

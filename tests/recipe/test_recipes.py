@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from launcher.recipe.field_types import recipes_dir
 from launcher.recipe.load import recipe_names, resolve
-from launcher.recipe.section import recipes_dir
 
 FILES = sorted(recipes_dir().glob("*.yaml"), key=lambda path: path.stem)
 ARCHITECTURES = sorted((recipes_dir() / "architectures").glob("*/config.json"))

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from launcher.recipe.field_types import recipes_dir
 from launcher.recipe.load import resolve
-from launcher.recipe.section import recipes_dir
 
 Refusal = Callable[..., str]  # the fixture: arguments in, message out
 

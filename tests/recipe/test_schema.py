@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from launcher.recipe import section as section_module
+from launcher.recipe import field_types as section_module
 from launcher.recipe.data_section import DataSection
+from launcher.recipe.field_types import recipes_dir
 from launcher.recipe.schema import CompileSection, LoraSection, Recipe, TrainSection
-from launcher.recipe.section import recipes_dir
 
 
 def recipe(**sections: dict[str, Any]) -> Recipe:
@@ -192,8 +192,9 @@ def test_recipes_are_found_beside_the_package_or_inside_it(tmp_path: Any, monkey
         (root / layout).mkdir(parents=True)
         (root / layout / "tiny.yaml").touch()
         (root / "launcher" / "recipe").mkdir(parents=True)
-        monkeypatch.setattr(section_module, "__file__", str(root / "launcher" / "recipe" / "section.py"))
+        monkeypatch.setattr(section_module, "__file__", str(root / "launcher" / "recipe" / "field_types.py"))
         assert recipes_dir() == root / layout
-    monkeypatch.setattr(section_module, "__file__", str(tmp_path / "nowhere" / "launcher" / "recipe" / "section.py"))
+    nowhere = tmp_path / "nowhere" / "launcher" / "recipe" / "field_types.py"
+    monkeypatch.setattr(section_module, "__file__", str(nowhere))
     with pytest.raises(FileNotFoundError, match="recipes"):
         recipes_dir()

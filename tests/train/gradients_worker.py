@@ -8,16 +8,17 @@ import torch
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[0] = str(ROOT)
 
-from launcher.ranks import place  # noqa: E402
 from launcher.recipe.load import resolve  # noqa: E402
-from launcher.train.environment import prepare_environment  # noqa: E402
+from launcher.runtime.environment import prepare_environment  # noqa: E402
+from launcher.runtime.ranks import rank_info  # noqa: E402
 
 
 def main() -> None:
     target, *argv = sys.argv[1:]
-    here = place()
+    here = rank_info()
     prepare_environment(here)
-    from launcher.train.setup import Clock, Request, Worker, prepare
+    from launcher.train.request import Request
+    from launcher.train.setup import Clock, Worker, prepare
 
     recipe = resolve(argv).recipe
     request = Request(recipe, "test", recipe.model.name, ROOT / "recipes", here)

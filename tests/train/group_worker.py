@@ -10,7 +10,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 sys.path[0] = str(Path(__file__).resolve().parents[2])
 
-from launcher.ranks import hold_process_group, let_go  # noqa: E402
+from launcher.runtime.ranks import hold_process_group, let_go  # noqa: E402
 
 
 def main(lives: int) -> None:

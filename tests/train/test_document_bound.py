@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from launcher.model import attention as paths
-from launcher.ops import attention as ops
+from launcher.ops import document_attention as ops
 from launcher.train.planned import rows_of
 from launcher.train.setup import prepare
 from tests.conftest import TINY, request_for
@@ -26,13 +26,13 @@ def recipe_of(make_recipe: Callable[..., Any], *, attention: str = "auto", **dat
 
 def test_the_model_knows_the_bound_and_a_batch_beyond_it_is_refused(make_recipe: Callable[..., Any]) -> None:
     worker = compiled(recipe_of(make_recipe), documents((60, 100)))
-    assert worker.built.packed.longest == 128
+    assert worker.built.packed.max_seqlen == 128
     batch = next(worker.batches)
     assert float(worker.step(batch).loss_sum) > 0
     [micro] = batch.micro_batches
     joined = replace(micro, cu_seqlens=torch.where(micro.cu_seqlens < 400, 0, micro.cu_seqlens))
-    longest = int(joined.cu_seqlens.diff().max())
-    with pytest.raises(AssertionError, match=f"{longest} tokens of a document where .* none has more than 128"):
+    max_seqlen = int(joined.cu_seqlens.diff().max())
+    with pytest.raises(AssertionError, match=f"{max_seqlen} tokens of a document where .* none has more than 128"):
         worker.step(replace(batch, micro_batches=(joined,)))
 
 
@@ -61,11 +61,11 @@ def test_variable_length_attention_gets_the_bound_and_the_sample_its_own(
 
 def test_of_a_streams_documents_nothing_is_known_but_the_row(make_recipe: Callable[..., Any]) -> None:
     held = prepare(request_for(recipe_of(make_recipe))).data
-    assert rows_of(held, micro_batch=1).longest == 128
+    assert rows_of(held, micro_batch=1).max_seqlen == 128
     streamed = prepare(request_for(recipe_of(make_recipe, streaming=True, validation=0))).data
-    assert rows_of(streamed, micro_batch=1).longest == 512
+    assert rows_of(streamed, micro_batch=1).max_seqlen == 512
     own = str(TINY / "validation.jsonl")
     streamed = prepare(request_for(recipe_of(make_recipe, batching="padded", streaming=True, validation=own))).data
     assert streamed.validation is not None
-    assert rows_of(streamed, micro_batch=1).longest == streamed.validation.longest == 512
+    assert rows_of(streamed, micro_batch=1).max_seqlen == streamed.validation.max_seqlen == 512
     assert streamed.validation.max_documents == streamed.first_blocks.max_documents == 2  # no room for a tail's pieces

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from launcher.errors import CheckpointError, ContractError, NonFiniteError, RecipeError
 from launcher.model import build as model_build
 from launcher.recipe.load import resolve
-from launcher.records import EvalRecord, RunRecord, StartRecord, StepRecord
+from launcher.records.run import EvalRecord, RunRecord, StartRecord, StepRecord
 from launcher.train import loop, setup
 from launcher.train.loop import Progress, run
 from tests.conftest import request_for, stock_loss

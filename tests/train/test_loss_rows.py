@@ -11,7 +11,7 @@ import torch
 
 from launcher.data.documents import Documents
 from launcher.data.loader import StepBatch
-from launcher.train.account import start_record
+from launcher.train.make_records import start_record
 from launcher.train.planned import rows_of
 from launcher.train.setup import prepare
 from tests.conftest import request_for

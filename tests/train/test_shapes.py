@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import torch
 
-from launcher.data.buckets import lay_out
 from launcher.data.documents import Documents
 from launcher.data.loader import MicroBatch
+from launcher.data.pack.buckets import lay_out
 from launcher.data.prepare import PreparedData
 from launcher.errors import ContractError
 from launcher.model.source import load_config

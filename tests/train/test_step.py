@@ -9,6 +9,7 @@ from accelerate import Accelerator
 from torch import nn
 from transformers import get_scheduler
 
+from launcher.compile.graphs import CaptureFailed
 from launcher.compile.observe import Observer
 from launcher.compile.plan import Plan
 from launcher.data.loader import MicroBatch, StepBatch
@@ -16,7 +17,6 @@ from launcher.errors import RecipeError
 from launcher.recipe.schema import CompileSection, TrainSection
 from launcher.train import loss_scale
 from launcher.train import step as step_module
-from launcher.train.graphs import CaptureFailed
 from launcher.train.loss_scale import LossScale
 from launcher.train.optim import check_optimizer, schedule, warmup_steps
 from launcher.train.step import TrainStep
@@ -27,7 +27,7 @@ pytestmark = pytest.mark.usefixtures("clean_dynamo")
 class Linear(nn.Module):
     """A stand-in with PackedCausalLM's signature: the loss of a row is a weighted sum of its ids."""
 
-    longest = 4
+    max_seqlen = 4
 
     def __init__(self, poison_at=()):
         super().__init__()

@@ -1,6 +1,6 @@
 import pytest
 
-from launcher.records import CompileRecord, EvalRecord, RankRecord, StepRecord
+from launcher.records.run import CompileRecord, EvalRecord, RankRecord, StepRecord
 from launcher.train.verdicts import compile_verdicts, loss_verdict
 
 

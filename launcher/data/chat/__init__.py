@@ -1,0 +1,1 @@
+"""Rows become token ids, with a mask of the tokens that the loss sees."""

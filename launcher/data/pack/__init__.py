@@ -1,0 +1,1 @@
+"""Documents become blocks of one static width."""

@@ -1,0 +1,1 @@
+"""Sources become rows: one module for each kind of file, one for the formats of their columns."""

@@ -1,0 +1,106 @@
+"""What is answered without a run: mode=show, recipe=list, mode=schema, --help.
+
+On a terminal the tables are drawn; elsewhere they are aligned text, one line a row whatever its length, for grep.
+"""
+
+import json
+from collections.abc import Sequence
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from launcher.recipe import fields
+from launcher.recipe.command_line import MODES, PREVIEW_BLOCKS, parse
+from launcher.recipe.field_types import recipes_dir
+from launcher.recipe.load import Resolved, recipe_names, resolve
+from launcher.recipe.yaml_lines import inline
+
+Row = Sequence[str]
+
+
+def print_request(argv: Sequence[str], *, console: Console) -> bool:
+    """Answer a command line that asks for information; False if it asks for a run, and nothing was printed.
+
+    Raises:
+        RecipeError: mode=show of a recipe that does not resolve.
+    """
+    arguments = parse(argv, recipes=())
+    if {"-h", "--help"} & set(argv) or list(argv) == ["help"]:
+        print_help(console)
+    elif arguments.mode == "schema":
+        console.out(schema_json(), highlight=False, end="")
+    elif arguments.recipe == "list":
+        print_recipes(console)
+    elif arguments.mode == "show":
+        print_resolved(console, resolve(argv))
+    else:
+        return False
+    return True
+
+
+def schema_json() -> str:
+    """The JSON schema of a recipe, as recipes/schema.json ships it to editors."""
+    return json.dumps(fields.json_schema(), indent=2) + "\n"
+
+
+def print_resolved(console: Console, resolved: Resolved) -> None:
+    """The resolved recipe: each key, its value, where that came from and what it means."""
+    dump = resolved.recipe.model_dump()
+    rows = []
+    for key, origin in resolved.origins.items():
+        section, name = key.split(".")
+        rows.append((key, inline(dump[section][name]), origin, fields.field(key)["description"]))
+    console.out(f"recipe {resolved.name} ({inline(str(resolved.path))})", highlight=False)
+    _print_table(("key", "value", "from", "meaning"), rows, console)
+
+
+def print_recipes(console: Console) -> None:
+    """The shipped recipes, a row each: name, description (the file's first comment) and model."""
+    rows = []
+    for name in recipe_names():
+        description = (recipes_dir() / f"{name}.yaml").read_text(encoding="utf-8").splitlines()[1].removeprefix("# ")
+        rows.append((name, description, _model(resolve([f"recipe={name}"]).recipe.model.name)))
+    _print_table(("recipe", "description", "model"), rows, console)
+
+
+def _model(name: str) -> str:
+    """A shipped model by its place among the recipes, any other by its name."""
+    return name.replace(str(recipes_dir()), "recipes", 1)
+
+
+def print_help(console: Console) -> None:
+    """The forms of a command line, and every key of a recipe with what it accepts."""
+    lines = [
+        ("recipe=NAME", "a shipped recipe; recipe=list describes them; recipe=path/to/own.yaml is your own"),
+        *((f"mode={mode}", meaning) for mode, meaning in MODES.items()),
+        ("report=PATH", "write the report there too"),
+        ("blocks=N", f"how many blocks mode=preview prints; {PREVIEW_BLOCKS} if not given"),
+        ("key=value", "overrides the recipe, as in train.steps=100 'lora.targets=[q_proj, v_proj]'"),
+    ]
+    console.out(
+        "usage: launcher/main.py recipe=NAME [key=value ...] [mode=MODE] [report=PATH] [blocks=N]\n", highlight=False
+    )
+    _print_plain(lines, console)
+    console.out()
+    rows = [(key, fields.accepts(key), fields.field(key)["description"]) for key in fields.LEAVES]
+    _print_table(("key", "value", "meaning"), rows, console)
+
+
+def _print_table(header: Row, rows: Sequence[Row], console: Console) -> None:
+    if not console.is_terminal:
+        _print_plain((header, *rows), console)
+        return
+    table = Table()
+    for title in header:
+        table.add_column(title, overflow="fold")
+    for row in rows:
+        table.add_row(*map(Text, row))  # as text: square brackets are not markup
+    console.print(table)
+
+
+def _print_plain(rows: Sequence[Row], console: Console) -> None:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        cells = (cell.ljust(width) for cell, width in zip(row, widths, strict=True))
+        console.out("  ".join(cells).rstrip(), highlight=False)

@@ -1,0 +1,1 @@
+"""What a run, a comparison or a preview measured: plain frozen data."""

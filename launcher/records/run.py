@@ -1,0 +1,190 @@
+"""What a run says about itself: plain frozen records, made on every rank, rendered on rank 0, written to report.json.
+
+Stdlib only. Units are in the names: `_mib` is 2**20 bytes, `_s` seconds, `_ms` milliseconds. Counts are per process.
+"""
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+REPORT_SCHEMA = 1
+
+
+@dataclass(frozen=True)
+class StartRecord:
+    """What is about to run: the start panel. Made on rank 0 once the model is built."""
+
+    recipe: str  # its name or path
+    model: str  # hub id or folder
+    family: str  # architecture, e.g. "llama"
+    parameters: int  # all parameters, quantised ones counted unpacked
+    trainable: int
+    device: str  # "cpu" or e.g. "NVIDIA H200"
+    world_size: int
+    dtype: str
+    quantization: str  # e.g. "nf4, double quantised"
+    attention: str  # the attention path chosen, and why
+    micro_batch: int
+    widths: tuple[int, ...]  # positions of a row: one length, or the few of data.batching=bucketed
+    accumulation: int
+    steps: int
+    epochs: float | None  # passes over the blocks; None of a stream
+    optimizer: str
+    compile: str  # e.g. "strict, scope layer, inductor"
+    batching: str
+    streamed: bool  # train_blocks and fill are then of the first window, and train_rows is not known
+    template: str  # whose chat template
+    loss_on: dict[str, int]  # training rows by what the loss sees of them
+    train_rows: int
+    train_blocks: int  # rows of those widths
+    validation_rows: int
+    fill: float  # 0-1: share of positions that hold a token
+    run_dir: str
+    notes: tuple[str, ...] = ()  # anything chosen automatically that the user should know
+    cuda_graphs: str = "off"  # "on", or "off (the reason)"
+    activations: str = "none"  # the policy, and why
+    forecast_mib: float | None = None  # peak of allocated memory that the policy was chosen by; None on a CPU
+    loss_tokens: tuple[int, ...] = ()  # by width: for how many tokens of a micro batch the loss is computed
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """One optimizer step, over all ranks: a line of metrics.jsonl."""
+
+    step: int  # 1-based
+    loss: float  # mean over the supervised tokens of all ranks and micro batches
+    lr: float
+    grad_norm: float  # before clipping
+    tokens: int  # non-padding tokens, all ranks
+    supervised_tokens: int
+    step_s: float
+    vram_mib: float  # allocated on this rank (resident memory on a CPU)
+    skipped: bool = False  # fp16 only: overflow, the update was skipped and the scale halved
+
+
+@dataclass(frozen=True)
+class EvalRecord:
+    """One pass over the validation blocks, over all ranks. `step` 0 is before the first update."""
+
+    step: int
+    eval_loss: float
+
+
+@dataclass(frozen=True)
+class CompileRecord:
+    """What torch.compile did in this process. `planned_graphs` were all compiled in warm-up."""
+
+    planned_graphs: int  # graphs compiled in warm-up that the plan asked for
+    expected_graphs: int  # graphs the plan asks for
+    compilations: int  # every compilation of this process, planned or not
+    graph_breaks: int
+    recompiles: int
+    limit_hits: int
+    forward_s: float
+    backward_s: float
+    cache_hits: int
+    graph_hash: str  # of all graphs; equal ranks have equal hashes; "-" when nothing was compiled
+    graph_break_reasons: tuple[str, ...] = ()  # reason and user line, one each
+    recompile_reasons: tuple[str, ...] = ()  # the guard that failed, one each
+    backend_errors: int = 0
+    backend_error_reasons: tuple[str, ...] = ()
+    fallbacks: tuple[str, ...] = ()  # compile.mode=warn only: what runs uncompiled, and why
+    graphs_by_region: dict[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class VramRecord:
+    """Memory at the end of one phase on one rank. On a CPU all figures are the process's resident memory."""
+
+    phase: str  # "before load", "after load", "after adapters", "after compile", "after capture", "after training"
+    allocated_mib: float
+    reserved_mib: float
+    peak_mib: float  # highest allocated since the process began
+    total_mib: float  # the device's (the machine's) memory
+
+
+@dataclass(frozen=True)
+class RankRecord:
+    """Everything one process knows about its run; rank 0 gathers one from each rank."""
+
+    rank: int
+    device: str
+    compile: CompileRecord
+    vram: tuple[VramRecord, ...]
+    vram_before_mib: float  # allocated before the first training step
+    vram_after_mib: float  # allocated after the last
+    vram_peak_mib: float
+    tokens_per_s: float  # this rank's, over the steady steps
+    supervised_tokens_per_s: float
+    step_ms_median: float
+    step_ms_p90: float
+
+    def as_report(self) -> dict[str, Any]:
+        """The rank's entry in report.json (key names are public: add, never rename)."""
+        return {
+            "rank": self.rank,
+            "device": self.device,
+            "compile": asdict(self.compile),
+            "vram": {
+                "before_mib": self.vram_before_mib,
+                "after_mib": self.vram_after_mib,
+                "peak_mib": self.vram_peak_mib,
+                "phases": [asdict(v) for v in self.vram],
+            },
+            "tokens_per_s": self.tokens_per_s,
+            "supervised_tokens_per_s": self.supervised_tokens_per_s,
+            "step_ms": {"median": self.step_ms_median, "p90": self.step_ms_p90},
+        }
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """One claim about the run, decided from counters: what was claimed, whether it holds, and the figures."""
+
+    claim: str
+    holds: bool
+    evidence: str
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One prompt of the validation set, what the data answers and what the trained model answers (greedy)."""
+
+    prompt: str
+    expected: str
+    generated: str
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """The whole run, on rank 0: the summary on the console and report.json."""
+
+    recipe: dict[str, Any]  # resolved
+    start: StartRecord
+    steps: tuple[StepRecord, ...]
+    evals: tuple[EvalRecord, ...]
+    elapsed_s: dict[str, float]  # by phase, in order
+    ranks: tuple[RankRecord, ...]
+    verdicts: tuple[Verdict, ...]
+    data: dict[str, int] = field(default_factory=dict)  # rows read, dropped by reason, documents, tokens
+    sample: Sample | None = None
+
+    def as_report(self) -> dict[str, Any]:
+        """report.json (its keys are public: add, never rename)."""
+        losses = [s.loss for s in self.steps]
+        evals = [e.eval_loss for e in self.evals]
+        return {
+            "schema": REPORT_SCHEMA,
+            "recipe": self.recipe,
+            "start": asdict(self.start),
+            "loss": {
+                "first": losses[0] if losses else None,
+                "last": losses[-1] if losses else None,
+                "eval_first": evals[0] if evals else None,
+                "eval_last": evals[-1] if evals else None,
+            },
+            "elapsed_s": self.elapsed_s,
+            "data": self.data,
+            "verdicts": [asdict(v) for v in self.verdicts],
+            "ranks": [r.as_report() for r in self.ranks],
+            "sample": asdict(self.sample) if self.sample else None,
+        }

@@ -1,0 +1,19 @@
+"""What is asked of a run, a comparison or a bench. Imports no torch."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from launcher.recipe.schema import Recipe
+from launcher.runtime.ranks import RankInfo
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is asked for: a recipe whose model has been located, in one process among the run's."""
+
+    recipe: Recipe
+    name: str  # the recipe's
+    source: str  # the model: absolute folder or hub id
+    shipped: Path  # the folder of the recipes
+    rank_info: RankInfo
+    notes: tuple[str, ...] = ()  # what the user should know, for the report

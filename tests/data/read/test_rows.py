@@ -1,0 +1,42 @@
+"""How rows and their faults read in a message."""
+
+import datetime
+import decimal
+from typing import Any
+
+import pytest
+
+from launcher.data.read.rows import RowFault, shown, shown_under
+from launcher.errors import DataError
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (datetime.date(2020, 1, 1), "a value of type date"),
+        (datetime.timedelta(1), "a value of type timedelta"),
+        (decimal.Decimal("1.5"), "a value of type Decimal"),
+        (b"\xff", "a value of type bytes"),
+        (object(), "a value of type object"),
+        (10**5000, "a value of type int"),
+        (("a", b""), "a list"),
+        ({b"": object()}, "an object"),
+        (float("nan"), "NaN"),
+        ("\ud800\x1b", '"\\ud800\\u001b"'),
+    ],
+    ids=lambda it: type(it).__name__,
+)
+def test_any_value_can_be_shown(value: Any, text: str) -> None:
+    assert shown(value) == text
+
+
+def test_a_fault_is_a_data_error_that_carries_its_reason() -> None:
+    fault = RowFault("encoding", where="f:1", rule="rule.", found="found")
+    assert isinstance(fault, DataError) and fault.reason == "encoding" and fault.code == 3
+
+
+def test_a_missing_key_is_told_from_one_that_holds_nothing_and_the_keys_there_are_are_named() -> None:
+    assert shown_under("a", {"a": None}) == "null"
+    assert shown_under("a", {"b": None, "c\x1b": 1}) == 'no "a"; the keys are "b, c\\u001b"'
+    assert shown_under("a", {}) == 'no "a"; it is empty'
+    assert len(shown_under("a", {f"column {n}": n for n in range(100)})) < 120

@@ -1,0 +1,208 @@
+"""mode=preview, the record: what is shown is what the step is handed, and as it reads. No model is needed."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from launcher.data.documents import Document, Documents
+from launcher.data.pack.blocks import Blocks
+from launcher.data.prepare import PreparedData
+from launcher.data.preview import block_preview, histogram, preview_record, special_ids, text_parts
+from launcher.recipe.schema import Recipe
+from launcher.records.preview import DocumentPreview, TextPart
+
+TINY = Path(__file__).resolve().parents[2] / "recipes" / "tiny" / "base"
+MIXED = "Say 你好 and 👍🏽, é, \ufffd or nothing at all. "
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Any:
+    """The shipped one: byte level, so that most characters beyond ASCII are several tokens."""
+    return AutoTokenizer.from_pretrained(TINY)
+
+
+@pytest.fixture(scope="module")
+def sentencepiece_like() -> PreTrainedTokenizerFast:
+    """Words begin with a mark that stands for the blank, other characters are bytes; decoding drops the first blank."""
+    words = ["▁", *(f"▁{word}" for word in ("Say", "and", "or", "nothing", "at", "all.")), ",", "S", "▁é"]
+    vocabulary = {token: index for index, token in enumerate([*(f"<0x{byte:02X}>" for byte in range(256)), *words])}
+    merges: list[tuple[str, str]] = []
+    backend = Tokenizer(models.BPE(vocabulary, merges, byte_fallback=True, ignore_merges=True))
+    backend.pre_tokenizer = pre_tokenizers.Metaspace()
+    replace, strip = decoders.Replace("▁", " "), decoders.Strip(" ", 1, 0)
+    backend.decoder = decoders.Sequence([replace, decoders.ByteFallback(), decoders.Fuse(), strip])
+    backend.add_special_tokens([AddedToken("<s>", special=True)])
+    return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>")
+
+
+def document(tokenizer: Any, *pieces: tuple[str, bool]) -> Document:
+    """A document of (text, supervised) pieces, tokenised one by one."""
+    ids: list[int] = []
+    supervised: list[bool] = []
+    for text, learned in pieces:
+        found = tokenizer(text, add_special_tokens=False).input_ids
+        ids += found
+        supervised += [learned] * len(found)
+    return Document(np.array(ids, np.int32), np.array(supervised))
+
+
+def in_blocks(*documents: Document, rows: Sequence[Sequence[int]], width: int = 128) -> Blocks:
+    offsets = np.cumsum([0, *(len(row) for row in rows)])
+    placed = np.concatenate([np.array(row, np.int64) for row in rows])
+    return Blocks(
+        Documents.of(documents), offsets, placed, np.full(len(rows), width, np.int32), 0, len(documents) + 1, width
+    )
+
+
+def parts_of(tokenizer: Any, *pieces: tuple[str, bool]) -> list[TextPart]:
+    made = document(tokenizer, *pieces)
+    special = special_ids(tokenizer)
+    return list(text_parts(made.input_ids.tolist(), made.supervised, tokenizer=tokenizer, special=special))
+
+
+def chat(tokenizer: Any, question: str, answer: str) -> Document:
+    return document(tokenizer, (f"<|user|>{question}<|end|><|assistant|>", False), (f"{answer}<|end|>", True))
+
+
+def test_a_document_reads_as_runs_of_equal_supervision_and_special_tokens_by_name(tokenizer: Any) -> None:
+    parts = parts_of(tokenizer, ("<|user|>A word?<|end|><|assistant|>", False), ("An answer.<|end|>", True))
+    assert parts == [
+        TextPart("<|user|>", False, special=True),
+        TextPart("A word?", False),
+        TextPart("<|end|>", False, special=True),
+        TextPart("<|assistant|>", False, special=True),
+        TextPart("An answer.", True),
+        TextPart("<|end|>", True, special=True),
+    ]
+
+
+def test_the_name_of_a_special_token_written_in_the_data_stays_text(tokenizer: Any) -> None:
+    backend = Tokenizer.from_file(str(TINY / "tokenizer.json"))
+    backend.encode_special_tokens = True
+    ids = backend.encode("a <|end|> b", add_special_tokens=False).ids
+    targets = np.ones(len(ids), np.bool_)
+    parts = list(text_parts(ids, targets, tokenizer=tokenizer, special=special_ids(tokenizer)))
+    assert parts == [TextPart("a <|end|> b", True)]
+
+
+def test_control_tokens_without_a_role_are_special_and_ordinary_added_words_are_not(tokenizer: Any) -> None:
+    own = AutoTokenizer.from_pretrained(TINY)
+    own.add_tokens([AddedToken("<|header|>", special=True), AddedToken("<think>", special=False)])
+    found = special_ids(own)
+    assert own.convert_tokens_to_ids("<|header|>") in found
+    assert own.convert_tokens_to_ids("<think>") not in found
+    assert set(tokenizer.all_special_ids) <= found
+
+
+@pytest.mark.parametrize("kind", ["tokenizer", "sentencepiece_like"])
+def test_whatever_the_mask_the_parts_together_are_the_text(kind: str, request: pytest.FixtureRequest) -> None:
+    found = request.getfixturevalue(kind)
+    ids = found(MIXED * 2, add_special_tokens=False).input_ids
+    whole = found.decode(ids)
+    assert "你好" in whole and len(ids) > len(MIXED.split()) * 2
+    for seed in range(60):
+        targets = np.repeat(np.random.default_rng(seed).random(len(ids)) < 0.5, 1 + seed % 7)[: len(ids)]
+        parts = list(text_parts(ids, targets, tokenizer=found, special=frozenset()))
+        assert "".join(part.text for part in parts) == whole
+        assert len(parts) > 1
+
+
+def test_a_character_is_never_torn_where_supervision_begins_within_it(tokenizer: Any) -> None:
+    ids = tokenizer("你好", add_special_tokens=False).input_ids
+    assert len(ids) == 6, "a token for each byte, or the test shows nothing"
+    for first in range(1, 6):
+        targets = np.arange(6) >= first
+        parts = list(text_parts(ids, targets, tokenizer=tokenizer, special=frozenset()))
+        both = [TextPart("你", False), TextPart("好", True)]
+        assert parts == ([TextPart("你好", True)] if first < 3 else both)
+
+
+def test_a_replacement_character_of_the_data_does_not_take_the_next_word_along(tokenizer: Any) -> None:
+    assert parts_of(tokenizer, ("a\ufffd", False), (" word", True)) == [
+        TextPart("a\ufffd", False),
+        TextPart(" word", True),
+    ]
+
+
+def test_half_a_character_at_the_end_of_a_cut_document_is_shown_as_such(tokenizer: Any) -> None:
+    ids = tokenizer("a👍", add_special_tokens=False).input_ids[:-1]
+    parts = list(text_parts(ids, np.ones(len(ids), np.bool_), tokenizer=tokenizer, special=frozenset()))
+    assert [part.text for part in parts] == ["a\ufffd"]
+
+
+def text_of(shown: DocumentPreview, *, supervised: bool) -> str:
+    return "".join(part.text for part in shown.parts if part.supervised is supervised)
+
+
+def test_a_block_shows_its_documents_in_their_order_with_targets_and_padding(tokenizer: Any) -> None:
+    made = [chat(tokenizer, f"Question {n}", f"Answer {n}.") for n in range(3)]
+    block = block_preview(in_blocks(*made, rows=[[1], [2, 0]]), 1, tokenizer=tokenizer)
+    assert [shown.number for shown in block.documents] == [3, 1]
+    assert [text_of(shown, supervised=True) for shown in block.documents] == ["Answer 2.<|end|>", "Answer 0.<|end|>"]
+    assert [shown.tokens for shown in block.documents] == [len(made[2]), len(made[0])]
+    assert [shown.targets for shown in block.documents] == [made[2].supervised.sum(), made[0].supervised.sum()]
+    assert (block.width, block.padding) == (128, 128 - len(made[2]) - len(made[0]))
+
+
+def test_a_token_that_nothing_predicts_is_not_shown_as_supervised(tokenizer: Any) -> None:
+    text = document(tokenizer, ("<|begin|>some text<|end|>", True))
+    blocks = in_blocks(text, text, rows=[[0, 1]])
+    for shown in block_preview(blocks, 0, tokenizer=tokenizer).documents:
+        assert shown.parts[0] == TextPart("<|begin|>", False, special=True)
+        assert shown.targets == shown.tokens - 1
+        assert text_of(shown, supervised=True) == "some text<|end|>"
+    assert blocks.supervised_tokens == 2 * (len(text) - 1)
+
+
+def prepared(blocks: Blocks, **changes: Any) -> PreparedData:
+    fields = {
+        "train": blocks, "validation": None, "counts": {"rows_read": 4, "rows_dropped_empty": 1}, "example": None,
+        "train_rows": 3, "validation_rows": 0, "loss_on": {"assistant": 3}, "template": "the tokenizer's",
+        "identity": "0", "notes": ("a note",),
+    }  # fmt: skip
+    return PreparedData(**(fields | changes))
+
+
+def record_of(data: PreparedData, tokenizer: Any, *, blocks: int = 2) -> Any:
+    recipe = Recipe.model_validate({"train": {"steps": 1}, "data": {"max_length": 128}})
+    return preview_record(data, tokenizer, recipe=recipe, name="own", source="/models/base", blocks=blocks)
+
+
+def test_the_record_holds_the_figures_of_the_blocks(tokenizer: Any) -> None:
+    made = [chat(tokenizer, "Q" * n, f"Answer {n}.") for n in (1, 5, 40)]
+    blocks = in_blocks(*made, rows=[[0, 1], [2], [2]])  # a weight repeats document 2
+    record = record_of(prepared(blocks), tokenizer)
+    lengths = [len(made[index]) for index in (0, 1, 2, 2)]
+    assert (record.documents, record.tokens) == (4, sum(lengths)) == (4, blocks.tokens)
+    assert record.supervised_tokens == blocks.supervised_tokens > 0
+    assert record.fill == pytest.approx(sum(lengths) / (3 * 128))
+    assert (record.lengths[0].shortest, record.lengths[-1].longest) == (min(lengths), max(lengths))
+    assert sum(length.documents for length in record.lengths) == 4
+    assert (len(record.blocks), record.total_blocks, record.widths) == (2, 3, ((128, 3),))
+    assert (record.counts, record.notes) == ({"rows_read": 4, "rows_dropped_empty": 1}, ("a note",))
+    assert (record.validation_rows, record.validation_blocks) == (0, 0)
+    validated = record_of(prepared(blocks, validation=blocks, validation_rows=3), tokenizer)
+    assert (validated.validation_rows, validated.validation_blocks) == (3, 3)
+
+
+@pytest.mark.parametrize(("wanted", "shown"), [(0, 0), (1, 1), (2, 2), (99, 2)])
+def test_as_many_blocks_are_shown_as_asked_for_and_there_are(tokenizer: Any, wanted: int, shown: int) -> None:
+    made = [chat(tokenizer, "Q", "A"), chat(tokenizer, "R", "B")]
+    assert len(record_of(prepared(in_blocks(*made, rows=[[0], [1]])), tokenizer, blocks=wanted).blocks) == shown
+
+
+@pytest.mark.parametrize(
+    "lengths", [[7], [7, 7, 7], [1, 2], [3, 12], [3, 13], [1, 500, 77, 77, 499], list(range(1, 99))]
+)
+def test_every_document_is_in_one_bin_of_the_histogram(lengths: list[int]) -> None:
+    bins = histogram(np.array(lengths))
+    assert 1 <= len(bins) <= 10
+    assert (bins[0].shortest, bins[-1].longest) == (min(lengths), max(lengths))
+    for before, after in zip(bins, bins[1:], strict=False):
+        assert after.shortest == before.longest + 1
+    assert [b.documents for b in bins] == [sum(b.shortest <= n <= b.longest for n in lengths) for b in bins]

@@ -1,0 +1,157 @@
+from dataclasses import replace
+
+import pytest
+import torch
+import torch._dynamo
+
+from launcher.errors import RecipeError
+from launcher.memory.policy import KEPT, MIB, Kept, Policy, Shapes, applied, check_policy, choose_policy, forecast
+from launcher.model.attention import Rows
+from launcher.model.build import build_model
+from launcher.model.source import load_config
+from launcher.train import setup
+from launcher.train.planned import shapes_of
+from tests.conftest import request_for
+
+CUDA = torch.device("cuda", 0)
+
+LLAMA_1B = Shapes(
+    layers=16, tokens=4096, hidden=2048, query=2048, key_value=512, intermediate=8192, vocabulary=128256,
+    loss_chunk=1024, itemsize=2, trainable=11_272_192,
+)  # fmt: skip
+
+
+def built_on(recipe):
+    source = recipe.model.name
+    return build_model(
+        recipe, source, load_config(source, recipe.model), device=torch.device("cpu"), rows=Rows((64,), alone=False),
+        phase=lambda _: None,
+    )  # fmt: skip
+
+
+def kept_and_gradients(recipe, policy, *, seed=0):
+    """Bytes that a compiled forward pass keeps beside weights, and the gradients after it."""
+    torch._dynamo.reset()
+    built = built_on(recipe)
+    parameters = [p for p in built.packed.parameters() if p.requires_grad]
+    with torch.no_grad():
+        for parameter in parameters:
+            parameter.add_(0.05)
+    for layer in built.packed.body.layers:
+        layer.compile(fullgraph=True, backend="aot_eager", dynamic=False)
+    weights = {t.untyped_storage().data_ptr() for t in (*built.packed.parameters(), *built.packed.buffers())}
+    kept = {}
+
+    def keep(tensor):
+        if tensor.untyped_storage().data_ptr() not in weights:
+            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    ids = torch.arange(128).view(2, 64)
+    positions, documents = torch.arange(64).expand(2, 64), torch.zeros(2, 64, dtype=torch.int32)
+    batch = (ids, ids.roll(-1, 1), positions, documents, torch.tensor([0, 64, 128], dtype=torch.int32))
+    with applied(policy):
+        built.packed(*batch).backward()  # compiles
+        for parameter in parameters:
+            parameter.grad = None
+        torch.manual_seed(seed)
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            loss = built.packed(*batch)
+        loss.backward()
+    return sum(kept.values()), [p.grad.clone() for p in parameters]
+
+
+def test_each_policy_keeps_less_than_the_one_before_and_gives_its_gradients(make_recipe):
+    found = {name: kept_and_gradients(make_recipe(), Policy(name, keep, "", None)) for name, keep in KEPT.items()}
+    sizes = [size for size, _ in found.values()]
+    assert sizes[0] > sizes[1] > 2 * sizes[2] > 0
+    for _, gradients in found.values():
+        for ours, theirs in zip(gradients, found["none"][1], strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
+
+
+def test_dropout_draws_one_mask_under_the_policies_that_are_allowed_with_it(make_recipe):
+    recipe = make_recipe(lora={"r": 4, "dropout": 0.5})
+    gradients = [kept_and_gradients(recipe, Policy(n, KEPT[n], "", None), seed=3)[1] for n in ("none", "selective")]
+    for ours, theirs in zip(*gradients, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
+    other = kept_and_gradients(recipe, Policy("none", KEPT["none"], "", None), seed=4)[1]
+    assert not torch.allclose(other[0], gradients[0][0])
+
+
+@pytest.mark.parametrize(
+    ("sections", "said"),
+    [
+        ({"memory": {"activations": "full"}, "lora": {"dropout": 0.1}}, "lora.dropout is 0.1"),
+        ({"memory": {"budget": 0.5}, "lora": {"dropout": 0.1}}, "memory.budget recomputes"),
+        ({"memory": {"activations": "full"}, "compile": {"mode": "off"}}, "compile.mode is off"),
+        ({"memory": {"activations": "selective"}, "compile": {"mode": "off"}}, "compile.mode is off"),
+        ({"memory": {"activations": "full"}, "compile": {"scope": "model"}}, "compile.scope=layer"),
+        ({"memory": {"activations": "full"}, "compile": {"scope": "regions"}}, "compile.scope=layer"),
+        ({"memory": {"budget": 0.3}, "compile": {"scope": "regions"}}, "compile.scope=layer"),
+        ({"memory": {"activations": "offload"}, "lora": {"dropout": 0.1}}, "lora.dropout is 0.1"),
+        ({"memory": {"activations": "offload"}, "compile": {"mode": "off"}}, "compile.mode is off"),
+        ({"memory": {"activations": "offload"}, "compile": {"scope": "model"}}, "compile.scope=layer"),
+        ({"memory": {"activations": "offload"}, "compile": {"scope": "regions"}}, "compile.scope=layer"),
+    ],
+)
+def test_a_policy_that_cannot_be_honoured_is_refused(make_recipe, sections, said):
+    with pytest.raises(RecipeError, match=said):
+        check_policy(make_recipe(**sections), CUDA)
+    allowed = {**sections, "memory": {"activations": "none"}}
+    check_policy(make_recipe(**allowed), CUDA)
+
+
+def test_offload_is_refused_on_a_cpu_before_data_is_read(make_recipe, monkeypatch):
+    monkeypatch.setattr(setup, "prepare_data", lambda *_, **__: pytest.fail("data was read"))
+    recipe = make_recipe(memory={"activations": "offload"})
+    with pytest.raises(RecipeError, match="the device is cpu, its memory is the host's.\nUse memory.activations=full"):
+        setup.prepare(request_for(recipe))
+    check_policy(recipe, CUDA)
+
+
+def test_a_budget_and_offload_are_not_both_had(make_recipe):
+    with pytest.raises(ValueError, match="got 0.3 and offload; give one"):
+        make_recipe(memory={"activations": "offload", "budget": 0.3})
+
+
+def test_auto_takes_the_fastest_that_fits_and_the_least_where_nothing_does(make_recipe):
+    recipe = make_recipe()
+
+    def chosen(free, recipe=recipe):
+        return choose_policy(recipe, LLAMA_1B, held_mib=1057, free_mib=free)
+
+    named = [chosen(free).name for free in (140_000, 4_200, 2_000, 900, 100)]
+    assert named == ["none", "selective", "full", "offload", "offload"]
+    assert "nothing is forecast to fit" in chosen(100).why
+    assert chosen(900).why == "auto: the fastest that fits" and chosen(900).kept.on_host
+    assert chosen(None) == Policy("none", KEPT["none"], "auto", None)
+    with_dropout = make_recipe(lora={"dropout": 0.1})
+    assert chosen(2_000, with_dropout).name == "selective"
+    assert chosen(2_000, make_recipe(compile={"scope": "regions"})).name == "selective"
+    assert chosen(2_000, make_recipe(compile={"mode": "off"})) == Policy("none", KEPT["none"], "auto", None)
+
+
+def test_the_forecast_grows_with_what_is_kept_and_with_the_batch():
+    peaks = [
+        forecast(LLAMA_1B, keep, held_mib=1057)
+        for keep in (KEPT["offload"], KEPT["full"], Kept(0.3, False), KEPT["selective"], KEPT["none"])
+    ]
+    assert peaks == sorted(peaks) and peaks[0] > 1057
+    assert peaks[1] - peaks[0] == (LLAMA_1B.layers - 3) * 16  # MiB of an input
+    shallow = replace(LLAMA_1B, layers=2)
+    assert forecast(shallow, KEPT["offload"], held_mib=1057) == forecast(shallow, KEPT["full"], held_mib=1057)
+    assert forecast(replace(LLAMA_1B, tokens=8192), KEPT["none"], held_mib=1057) > 1.6 * (peaks[-1] - 1057)
+
+
+@pytest.mark.parametrize("name", ["none", "selective"])
+def test_the_forecast_knows_what_dropout_keeps_on_top(make_recipe, name):
+    kept, forecasts = [], []
+    for dropout in (0.0, 0.1):
+        recipe = make_recipe(lora={"r": 4, "dropout": dropout})
+        kept.append(kept_and_gradients(recipe, Policy(name, KEPT[name], "", None))[0] / MIB)
+        shapes = shapes_of(built_on(recipe), micro_batch=2, width=64)
+        forecasts.append(forecast(shapes, KEPT[name], held_mib=0))
+    more, expected = kept[1] - kept[0], forecasts[1] - forecasts[0]
+    assert more > 0.4  # MiB; half of what is kept without
+    assert 0.6 * more < expected < 1.2 * more

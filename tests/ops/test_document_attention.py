@@ -1,0 +1,66 @@
+import pytest
+import torch
+
+from launcher.ops.document_attention import (
+    causal_attention,
+    document_mask,
+    fused_missing,
+    masked_attention,
+    packed_attention_reference,
+)
+
+
+def case(rows=2, heads=4, kv=2, length=13, width=8, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    q = torch.randn(rows, heads, length, width, generator=generator)
+    k, v = (torch.randn(rows, kv, length, width, generator=generator) for _ in range(2))
+    documents = torch.tensor([[0] * 5 + [1] * 1 + [2] * 7, [0] * 13])[:rows, :length]
+    return q, k, v, documents
+
+
+@pytest.mark.parametrize(("heads", "kv"), [(4, 4), (4, 2), (4, 1)])
+def test_masked_attention_equals_the_plain_form(heads, kv):
+    q, k, v, documents = case(heads=heads, kv=kv)
+    ours = masked_attention(q, k, v, document_mask(documents), 0.3)
+    plain = packed_attention_reference(q, k, v, documents, 0.3)
+    torch.testing.assert_close(ours, plain, rtol=1e-5, atol=1e-6)
+
+
+def test_a_poisoned_document_changes_no_other():
+    q, k, v, documents = case()
+    before = masked_attention(q, k, v, document_mask(documents), 0.3)
+    k[0, :, 5], v[0, :, 5] = 1e4, 1e4  # the one token of document 1 in row 0
+    after = masked_attention(q, k, v, document_mask(documents), 0.3)
+    changed = (before != after).any(dim=(2, 3))
+    assert changed[0].tolist() == [position == 5 for position in range(13)]
+    assert not changed[1].any()
+
+
+def test_the_mask_lets_a_token_see_its_own_document_up_to_itself():
+    assert document_mask(torch.tensor([[0, 0, 1]]))[0, 0].tolist() == [
+        [True, False, False],
+        [True, True, False],
+        [False, False, True],
+    ]
+
+
+@pytest.mark.parametrize(("heads", "kv"), [(4, 4), (4, 1)])
+def test_causal_attention_is_that_of_rows_of_one_document(heads, kv):
+    q, k, v, documents = case(heads=heads, kv=kv)
+    alone = torch.zeros_like(documents)
+    ours = causal_attention(q, k, v, None, 0.3)
+    torch.testing.assert_close(ours, packed_attention_reference(q, k, v, alone, 0.3), rtol=1e-5, atol=1e-6)
+    assert not torch.allclose(ours, packed_attention_reference(q, k, v, documents, 0.3))
+
+
+def test_padding_on_the_right_reaches_no_token_of_causal_attention():
+    q, k, v, _ = case()
+    before = causal_attention(q, k, v, None, 0.3)
+    k[:, :, 9:], v[:, :, 9:] = 1e4, 1e4
+    after = causal_attention(q, k, v, None, 0.3)
+    assert torch.equal(before[:, :9], after[:, :9])
+    assert not torch.equal(before[:, 9:], after[:, 9:])
+
+
+def test_a_fused_kernel_says_why_it_cannot_run_here():
+    assert "needs CUDA" in fused_missing(torch.device("cpu"), torch.bfloat16, capability=(8, 0))
