@@ -8,10 +8,10 @@ import torch
 
 from launcher.proof.bench import side
 from launcher.proof.bench.compare import bench
-from launcher.proof.bench.processes import Job
 from launcher.recipe.locate import locate
 from launcher.records.bench import BenchRecord
 from launcher.runtime.ranks import RankInfo
+from launcher.train.request import Request
 from tests.conftest import ROOT, request_for
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("clean_dynamo")]
@@ -39,8 +39,8 @@ def test_ours_is_faster_and_smaller_on_the_same_work(make_recipe: Callable[..., 
         data={"sources": [{"path": str(ROOT / "recipes" / "tiny" / "train.jsonl")}]},
     )
     shipped = ROOT / "recipes"
-    job = Job(recipe, "test", locate(recipe.model, shipped / "architectures"), shipped, RankInfo(0, 0, 1, 1))
-    *_, found = bench(job)
+    request = Request(recipe, "test", locate(recipe.model, shipped / "architectures"), shipped, RankInfo(0, 0, 1, 1))
+    *_, found = bench(request)
     assert isinstance(found, BenchRecord) and found.naive is not None
     assert found.holds, found.verdicts
     assert not found.naive.failure

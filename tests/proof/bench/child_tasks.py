@@ -8,34 +8,34 @@ from collections.abc import Iterator
 from typing import Any
 
 from launcher.errors import DataError
-from launcher.proof.bench.processes import Job
+from launcher.train.request import Request
 
 
-def tells(job: Job) -> Iterator[Any]:
+def tells(asked: Request) -> Iterator[Any]:
     yield "a phase"
-    yield os.getpid(), "torch" in sys.modules, job
+    yield os.getpid(), "torch" in sys.modules, asked
 
 
-def refuses(job: Job) -> Iterator[Any]:
+def refuses(asked: Request) -> Iterator[Any]:
     yield "a phase"
     raise DataError("rows must be there; none is.\nGive some.", step=7)
 
 
-def crashes(job: Job) -> Iterator[Any]:
+def crashes(asked: Request) -> Iterator[Any]:
     yield "a phase"
     raise ZeroDivisionError("planted")
 
 
-def is_killed(job: Job) -> Iterator[Any]:
+def is_killed(asked: Request) -> Iterator[Any]:
     yield "a phase"
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def leaves(job: Job) -> Iterator[Any]:
+def leaves(asked: Request) -> Iterator[Any]:
     yield "a phase"
     os._exit(3)
 
 
-def waits(job: Job) -> Iterator[Any]:
+def waits(asked: Request) -> Iterator[Any]:
     yield os.getpid()
     time.sleep(600)

@@ -59,7 +59,7 @@ def main(arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.chdir(tmp_path)
 
     def run(found: BenchRecord) -> int:
-        monkeypatch.setattr(cli, "bench", lambda job: iter(["a phase", found]))
+        monkeypatch.setattr(cli, "bench", lambda request: iter(["a phase", found]))
         return cli.main(arguments)
 
     return run

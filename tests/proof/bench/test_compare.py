@@ -9,9 +9,10 @@ import pytest
 from launcher.errors import ContractError, LauncherError, MemoryExhausted
 from launcher.proof.bench import compare
 from launcher.proof.bench.compare import bench
-from launcher.proof.bench.processes import ChildFailed, Job
+from launcher.proof.bench.processes import ChildFailed
 from launcher.records.bench import BenchRecord
 from launcher.runtime.ranks import RankInfo
+from launcher.train.request import Request
 from tests.conftest import ROOT
 from tests.records.test_bench import record, side
 
@@ -26,14 +27,14 @@ def played(make_recipe: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> 
     def play(*, naive: Any = NAIVE, ours: Any = WHOLE.ours, **sections: dict[str, Any]) -> list[Any]:
         ends = {compare._workload: WHOLE.workload, compare._ours: ours, compare._naive: naive}
 
-        def run_child(task: Any, job: Job) -> Iterator[Any]:
+        def run_child(task: Any, request: Request) -> Iterator[Any]:
             yield task.__name__
             if isinstance(ends[task], Exception):
                 raise ends[task]
             yield ends[task]
 
         monkeypatch.setattr(compare, "run_child", run_child)
-        return list(bench(Job(make_recipe(**sections), "test", "/m", ROOT / "recipes", RankInfo(0, 0, 1, 1))))
+        return list(bench(Request(make_recipe(**sections), "test", "/m", ROOT / "recipes", RankInfo(0, 0, 1, 1))))
 
     return play
 
