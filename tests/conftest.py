@@ -1,4 +1,5 @@
-"""Shared small things: a two-layer model folder, a recipe on it, and one Inductor cache for the whole suite."""
+"""Shared by all tests: a two-layer model folder, a recipe on it, one Inductor cache, and a share of the machine for each
+worker of pytest-xdist."""
 
 import atexit
 import json
@@ -27,6 +28,30 @@ atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("GOMP_SPINCOUNT", "2000")  # as launcher/runtime/environment.py sets it, which says why
 os.environ["HF_HUB_OFFLINE"] = "1"
+
+MAX_WORKERS = 8  # each imports torch: about a GiB
+
+
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """Workers of `-n auto`: one a GPU for the GPU tests, else one a core."""
+    if config.option.markexpr == "gpu":
+        import torch
+
+        return max(1, torch.cuda.device_count())
+    return min(MAX_WORKERS, len(os.sched_getaffinity(0)))
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Give each worker cores of its own, and a GPU of its own: tests of speed and memory do not disturb one another."""
+    worker = os.environ.get("PYTEST_XDIST_WORKER", "")
+    if not worker:
+        return
+    index, count = int(worker.removeprefix("gw")), int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
+    cores = sorted(os.sched_getaffinity(0))
+    os.sched_setaffinity(0, cores[index::count] or cores)
+    if config.option.markexpr == "gpu" and count > 1:
+        os.environ["CUDA_VISIBLE_DEVICES"] = str(index)
+
 
 WIDTH = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "head_dim": 16, "vocab_size": 8192}
 HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 512}

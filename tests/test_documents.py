@@ -1,0 +1,83 @@
+"""The documents say what is there: links, paths, recipe keys and quoted messages are compared with the tree."""
+
+import ast
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from launcher.recipe.fields import LEAVES, SECTIONS
+from tests.conftest import ROOT
+
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGE_NAMES = [page.relative_to(ROOT).as_posix() for page in PAGES]
+HISTORY = "docs/benchmarks.md"  # a log: it may name what is gone
+README_LINES = 100  # one screen and links
+
+
+def broken_links(page: Path, text: str) -> list[str]:
+    """Local links of a page that lead nowhere."""
+    targets = re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", text)
+    return [t for t in targets if not t.startswith("http") and not (page.parent / t).exists()]
+
+
+def missing_paths(text: str) -> list[str]:
+    """Paths of the repository that a text names and that are not there."""
+    named = re.findall(r"(?<![\w/.])((?:launcher|recipes|tests|docs|accelerate_configs)/[\w./-]*\w/?)", text)
+    return sorted({path for path in named if not (ROOT / path).exists()})
+
+
+def unknown_keys(text: str) -> list[str]:
+    """Recipe keys in code spans or commands that the schema lacks."""
+    keys = re.findall(rf"(?<![\w./])((?:{'|'.join(SECTIONS)})\.[a-z_]+)(?=[=\s`\],)]|$)", text, re.MULTILINE)
+    return sorted({key for key in keys if key not in LEAVES and not key.endswith((".py", ".json", ".md"))})
+
+
+def messages(package: Path) -> Iterator[str]:
+    """Every string literal of the package; what an f-string fills in is a zero byte."""
+    for path in package.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.JoinedStr):
+                yield "".join(str(v.value) if isinstance(v, ast.Constant) else "\0" for v in node.values)
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                yield node.value
+
+
+def quoted_messages(text: str) -> list[str]:
+    """The first column of the tables of messages."""
+    return re.findall(r"^\| `([^`]+)` \|", text, re.MULTILINE)
+
+
+def unsaid(quotes: list[str], said: list[str]) -> list[str]:
+    """Quotes that no literal contains; `…` stands for anything."""
+    parts = {quote: [part.strip() for part in quote.split("…") if part.strip()] for quote in quotes}
+    return [quote for quote in quotes if not any(all(part in text for part in parts[quote]) for text in said)]
+
+
+@pytest.mark.parametrize("name", PAGE_NAMES)
+def test_links_paths_and_keys_of_a_page_exist(name: str) -> None:
+    text = (ROOT / name).read_text(encoding="utf-8")
+    assert broken_links(ROOT / name, text) == []
+    if name != HISTORY:
+        assert missing_paths(text) == []
+        assert unknown_keys(text) == []
+
+
+def test_every_message_of_the_troubleshooting_page_is_one_of_ours() -> None:
+    quotes = quoted_messages((ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8"))
+    assert len(quotes) > 20
+    assert unsaid(quotes, list(messages(ROOT / "launcher"))) == []
+
+
+def test_the_readme_is_one_screen_and_every_page_is_linked_from_it() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert len(text.splitlines()) <= README_LINES
+    assert [page for page in PAGE_NAMES if page.startswith("docs/") and f"({page})" not in text] == []
+
+
+def test_what_is_not_there_is_found(tmp_path: Path) -> None:
+    assert broken_links(tmp_path / "a.md", "[b](b.md) [c](https://x.org) [d](#words)") == ["b.md"]
+    assert missing_paths("`launcher/nowhere.py` and launcher/cli.py") == ["launcher/nowhere.py"]
+    assert unknown_keys("`train.lerning_rate=1` and `train.lr=1`") == ["train.lerning_rate"]
+    assert unsaid(["the disk is … full", "no such … message"], ["the disk is \0 full"]) == ["no such … message"]
