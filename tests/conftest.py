@@ -1,5 +1,4 @@
-"""Shared by all tests: a two-layer model folder, a recipe on it, one Inductor cache, and a share of the machine for each
-worker of pytest-xdist."""
+"""Shared by all tests: a small model, a recipe on it, one Inductor cache, a share of the machine for each worker."""
 
 import atexit
 import json
