@@ -13,7 +13,7 @@ from launcher.model.packed import nothing_around
 from launcher.train.make_records import start_record
 from launcher.train.step import arguments
 from tests.conftest import TINY, small_config
-from tests.train.test_shapes import ANY, TWO, compiled, documents
+from tests.support.workers import ANY, TWO, compiled, documents, perturb
 
 pytestmark = pytest.mark.usefixtures("clean_dynamo")
 LAYERS = 6
@@ -38,10 +38,7 @@ def worker_of(make_recipe, six_layers):
             model={"name": str(six_layers)}, memory={"activations": activations}, data=data, train={"accumulation": 2}
         )
         worker = compiled(recipe, documents(lengths))
-        generator = torch.Generator().manual_seed(1)
-        with torch.no_grad():
-            for parameter in worker.step.parameters:
-                parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.05)
+        perturb(worker.step.parameters)
         return worker
 
     return make

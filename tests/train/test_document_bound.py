@@ -12,7 +12,7 @@ from launcher.ops import document_attention as ops
 from launcher.train.planned import rows_of
 from launcher.train.setup import prepare
 from tests.conftest import TINY, request_for
-from tests.train.test_shapes import compiled, documents
+from tests.support.workers import compiled, documents
 
 pytestmark = pytest.mark.usefixtures("clean_dynamo")
 LAYERS = 2

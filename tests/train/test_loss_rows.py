@@ -15,7 +15,7 @@ from launcher.train.make_records import start_record
 from launcher.train.planned import rows_of
 from launcher.train.setup import prepare
 from tests.conftest import request_for
-from tests.train.test_shapes import compiled, documents
+from tests.support.workers import compiled, documents
 
 pytestmark = pytest.mark.usefixtures("clean_dynamo")
 
