@@ -11,6 +11,7 @@ from launcher.data.documents import Documents
 from launcher.data.pack.buckets import lay_out
 from launcher.data.prepare import PreparedData
 from launcher.model.source import load_config
+from launcher.train.request import Request
 from launcher.train.setup import Clock, Prepared, Worker, prepare
 from tests.conftest import request_for
 
@@ -31,7 +32,7 @@ def built(recipe: Any, data: Documents | None = None, *, device: str = "cpu") ->
     """A worker with its model, not yet compiled. `data`: validated on the first 20 documents, trained on the others,
     on `device`; without it the recipe's data, on the device that training would choose."""
     request = request_for(recipe)
-    prepared = prepare(request) if data is None else _prepared(recipe, data, torch.device(device))
+    prepared = prepare(request) if data is None else _prepared(request, data, torch.device(device))
     worker = Worker(request, prepared, clock=Clock())
     worker.build()
     return worker
@@ -52,11 +53,13 @@ def perturb(parameters: Iterable[nn.Parameter]) -> None:
             parameter.add_(torch.randn(parameter.shape, generator=generator).to(parameter.device) * 0.05)
 
 
-def _prepared(recipe: Any, data: Documents, device: torch.device) -> Prepared:
+def _prepared(request: Request, data: Documents, device: torch.device) -> Prepared:
     numbers = np.arange(len(data.lengths))
-    train, validation = lay_out(data, numbers[VALIDATION:], numbers[:VALIDATION], data=recipe.data, pad_id=0, seed=0)
+    train, validation = lay_out(
+        data, numbers[VALIDATION:], numbers[:VALIDATION], data=request.recipe.data, pad_id=0, seed=0
+    )
     prepared = PreparedData(
         train=train, validation=validation, counts={}, example=None, train_rows=len(numbers) - VALIDATION,
         validation_rows=VALIDATION, loss_on={}, template="none", identity="random",
     )  # fmt: skip
-    return Prepared(load_config(recipe.model.name, recipe.model), None, prepared, device)
+    return Prepared(load_config(request.source, request.recipe.model), None, prepared, device)

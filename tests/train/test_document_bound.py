@@ -47,7 +47,7 @@ def test_variable_length_attention_gets_the_bound_and_the_sample_its_own(
 
     monkeypatch.setattr(paths, "fused_missing", lambda *args, **rest: None)
     monkeypatch.setattr(ops, "varlen_attn", kernel)
-    monkeypatch.setattr(ops, "_TAKES_GROUPED_HEADS", True)
+    monkeypatch.setattr(ops, "TAKES_GROUPED_HEADS", True)
     worker = compiled(recipe_of(make_recipe, attention="varlen"), documents((60, 100)))
     told.clear()
     worker.step(next(worker.batches))
