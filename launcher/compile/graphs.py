@@ -76,7 +76,7 @@ class Graphs:
         try:
             with torch.cuda.stream(self._stream):
                 work()
-                with _waits_are_errors(), _failures_named():
+                with waits_are_errors(), _failures_named():
                     work()
         finally:
             torch.cuda.current_stream(self._device).wait_stream(self._stream)
@@ -114,7 +114,7 @@ class Graphs:
 
 
 @contextmanager
-def _waits_are_errors() -> Iterator[None]:
+def waits_are_errors() -> Iterator[None]:
     before = torch.cuda.get_sync_debug_mode()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that the mode is a prototype: what it does not see, the capture does

@@ -59,17 +59,17 @@ class HostInputs:
     def __init__(self, layers: int, device: torch.device) -> None:
         self._last = layers - 1
         self._device = device
-        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-        self._host: dict[tuple[int, torch.Size], Tensor] = {}
+        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self.buffers: dict[tuple[int, torch.Size], Tensor] = {}
         self._turn = 0
-        self._leaving: dict[int, Copy] = {}
-        self._away: dict[int, Tensor] = {}  # host buffers of this pass whose content was not asked back yet
-        self._coming: dict[int, Copy] = {}
+        self.leaving: dict[int, Copy] = {}
+        self.away: dict[int, Tensor] = {}  # host buffers of this pass whose content was not asked back yet
+        self.coming: dict[int, Copy] = {}
 
     @property
     def host_mib(self) -> float:
         """Of pinned host memory, for the shapes seen so far."""
-        return sum(self._taken(buffer.nbytes) for buffer in self._host.values()) / MIB
+        return sum(self._taken(buffer.nbytes) for buffer in self.buffers.values()) / MIB
 
     @contextmanager
     def around(self, number: int, hidden: Tensor) -> Iterator[None]:
@@ -83,50 +83,50 @@ class HostInputs:
         pack = self._send(number, hidden) if 0 < number < self._last else _as_it_is
         with saved_tensors_hooks(pack, partial(self._unpack, number)):
             yield
-        if leaving := self._leaving.pop(number - 1, None):
-            self._join(leaving)
+        if leaving := self.leaving.pop(number - 1, None):
+            self.join(leaving)
 
     def _begin(self) -> None:
-        if self._stream and (self._leaving or self._coming):  # a pass that ended half-way: its copies may still run
+        if self.stream and (self.leaving or self.coming):  # a pass that ended half-way: its copies may still run
             torch.cuda.synchronize(self._device)
         self._turn += 1
-        for left_over in (self._leaving, self._away, self._coming):
+        for left_over in (self.leaving, self.away, self.coming):
             left_over.clear()
 
     def _send(self, number: int, hidden: Tensor) -> Callable[[Tensor], Any]:
         """Begin the copy to the host; returns the hook that knows `hidden`. Autograd keeps the hook: it knows it by its
         address, as a reference would keep it on the card."""
-        host, source = self._buffer(number, hidden), hidden.detach()
-        self._leaving[number] = Copy(source, self._copied(host, source))
+        host, source = self.buffer_for(number, hidden), hidden.detach()
+        self.leaving[number] = Copy(source, self.start_copy(host, source))
         token, address, dtype = Away(number, self._turn, host), hidden.data_ptr(), hidden.dtype
 
         def pack(saved: Tensor) -> Any:
             if saved.shape != host.shape or saved.dtype != dtype or saved.data_ptr() != address:
                 return saved
-            self._away[number] = host
+            self.away[number] = host
             return token
 
         return pack
 
-    def _buffer(self, number: int, hidden: Tensor) -> Tensor:
+    def buffer_for(self, number: int, hidden: Tensor) -> Tensor:
         """Where the input of layer `number` waits. Made once: in warm-up, as a capture could not. Raises
         MemoryExhausted."""
         key = number, hidden.shape
-        if key not in self._host:
+        if key not in self.buffers:
             try:
-                self._host[key] = torch.empty_like(hidden, device="cpu", pin_memory=self._stream is not None)
+                self.buffers[key] = torch.empty_like(hidden, device="cpu", pin_memory=self.stream is not None)
             except RuntimeError as error:
                 mib = (self._last - 1) * self._taken(hidden.nbytes) / MIB
                 raise MemoryExhausted(
                     f"memory.activations=offload needs {mib:,.0f} MiB of host memory that stays in place for inputs of "
-                    f"{tuple(hidden.shape)}; had {len(self._host)} buffers when: {str(error).splitlines()[0]}\n"
+                    f"{tuple(hidden.shape)}; had {len(self.buffers)} buffers when: {str(error).splitlines()[0]}\n"
                     "Use memory.activations=full, or lower train.micro_batch or data.max_length."
                 ) from error
-        return self._host[key]
+        return self.buffers[key]
 
     def _taken(self, size: int) -> int:
         """Bytes of the host that a buffer of `size` bytes takes: torch rounds pinned memory up to a power of two."""
-        return size if self._stream is None else 1 << (size - 1).bit_length()
+        return size if self.stream is None else 1 << (size - 1).bit_length()
 
     def _unpack(self, number: int, packed: Any) -> Tensor:
         """What layer `number` saved. Its first call has the input of the layer before it come back."""
@@ -136,29 +136,29 @@ class HostInputs:
             return saved
         assert packed.turn == self._turn, "a forward pass with gradients began before the backward pass of the last one"
         self._ask_back(number)
-        copy = self._coming.pop(number, None) or self._fetched(packed.host)  # the latter where it is unpacked again
-        self._join(copy)
+        copy = self.coming.pop(number, None) or self.fetch(packed.host)  # the latter where it is unpacked again
+        self.join(copy)
         return copy.on_device
 
     def _ask_back(self, number: int) -> None:
-        if number in self._away:
-            self._coming[number] = self._fetched(self._away.pop(number))
+        if number in self.away:
+            self.coming[number] = self.fetch(self.away.pop(number))
 
-    def _fetched(self, host: Tensor) -> Copy:
+    def fetch(self, host: Tensor) -> Copy:
         target = torch.empty_like(host, device=self._device)  # of the asking stream's memory
-        return Copy(target, self._copied(target, host))
+        return Copy(target, self.start_copy(target, host))
 
-    def _copied(self, target: Tensor, source: Tensor) -> torch.cuda.Event | None:
+    def start_copy(self, target: Tensor, source: Tensor) -> torch.cuda.Event | None:
         """Copy, once what the current stream has been given is done; returns when."""
-        if self._stream is None:
+        if self.stream is None:
             target.copy_(source)
             return None
-        self._stream.wait_stream(torch.cuda.current_stream(self._device))
-        with torch.cuda.stream(self._stream):
+        self.stream.wait_stream(torch.cuda.current_stream(self._device))
+        with torch.cuda.stream(self.stream):
             target.copy_(source, non_blocking=True)
-        return self._stream.record_event()
+        return self.stream.record_event()
 
-    def _join(self, copy: Copy) -> None:
+    def join(self, copy: Copy) -> None:
         """Let the current stream wait for it: from here on its tensor is as any other of that stream."""
         if copy.done is not None:
             torch.cuda.current_stream(self._device).wait_event(copy.done)

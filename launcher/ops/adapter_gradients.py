@@ -6,11 +6,11 @@ matrices at hand.
     dA = s (dy B)^T x,   dB = s dy^T (x A^T)                    x [N, D], dy [N, O], A [r, D], B [O, r]
 
 Four products, each of which reads x or dy. One of the two is needed for a product that gives r columns a token and one
-that sums over the tokens, and `_tall` makes both in one pass. For n projections with their A stacked:
+that sums over the tokens, and `tall_kernel` makes both in one pass. For n projections with their A stacked:
 
-    _thin    t = x [A A ...]^T        reads x; also clears the sums below
-    _tall    dB = dy^T t, u = dy B    reads dy, for each projection its own columns of t and u
-    _tall    [dA dA ...] = u^T x      reads x
+    thin_kernel    t = x [A A ...]^T        reads x; also clears the sums below
+    tall_kernel    dB = dy^T t, u = dy B    reads dy, for each projection its own columns of t and u
+    tall_kernel    [dA dA ...] = u^T x      reads x
 
 For a single projection with O < D, x and dy, A and B change places: the wider one is read once. Sums over blocks are
 added in memory, in fp32 and in whatever order the blocks end: two runs of one step agree to rounding, as with the
@@ -77,7 +77,7 @@ if HAS_TRITON:
     from launcher.ops.projection_group import member
 
     @triton.jit
-    def _thin(  # type: ignore[no-untyped-def]
+    def thin_kernel(  # type: ignore[no-untyped-def]
         out, sums, x, c, scaling, N, M, R, width, cm, cr, first_cleared, first_size, second_cleared, second_size,
         share, RANK: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr, PIECE: tl.constexpr,
     ):  # fmt: skip
@@ -107,7 +107,7 @@ if HAS_TRITON:
         tl.store(out + row[:, None] * R + k[None, :], (total * scaling).to(out.dtype.element_ty), mask=where)
 
     @triton.jit
-    def _tall(  # type: ignore[no-untyped-def]
+    def tall_kernel(  # type: ignore[no-untyped-def]
         g, gm, gr, x, t, tn, N, M, R, SPAN, u, un, c, cm, cr, scaling, second, third,
         BOTH: tl.constexpr, RANK: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr,
     ):  # fmt: skip
@@ -156,7 +156,7 @@ def _thin_product(
     piece = 1024
     share = triton.cdiv(triton.cdiv(max(t.numel() for t in cleared), blocks), piece) * piece
     first, second = cleared
-    _thin[(blocks,)](
+    thin_kernel[(blocks,)](
         out, sums, x, three(c), scaling, rows, columns, rank, c[0].shape[1], *c[0].stride(),
         first, first.numel(), second, second.numel(), share, RANK=width, BN=block, BM=wide, PIECE=piece,
         num_stages=_stages(x, block * wide * 2 + wide * width * 4, most=3), num_warps=8 if block == 64 else 4,
@@ -182,7 +182,7 @@ def _tall_product(
     c, scaling, sums = thin or ([gradient], 1.0, t)
     block = 64 if thin is None else 256 if columns >= 2048 and rows >= 4096 and rank <= 32 else 128
     width = _padded(rank)
-    while block > 16 and 64 * block * 2 + 64 * width * 4 + block * width * 2 > _shared_memory(x) * 3 // 5:
+    while block > 16 and 64 * block * 2 + 64 * width * 4 + block * width * 2 > shared_memory(x) * 3 // 5:
         block //= 2  # a tile of x, one of t and c's must lie in it together
     second, third = starts(outs or [columns])
     while any(start % block for start in (second, third) if start < columns):
@@ -190,7 +190,7 @@ def _tall_product(
     blocks = triton.cdiv(columns, block)
     parts = min(16, triton.cdiv(128 if block == 256 else 256, blocks))
     span = triton.cdiv(triton.cdiv(rows, parts), 64) * 64  # a multiple of the tile's rows
-    _tall[(blocks, triton.cdiv(rows, span))](
+    tall_kernel[(blocks, triton.cdiv(rows, span))](
         gradient, *gradient.stride(), x, t, t.stride(0), rows, columns, rank, span, sums, sums.stride(0), three(c),
         *c[0].stride(), scaling, second, third, BOTH=thin is not None, RANK=width, BN=64, BM=block,
         num_stages=_stages(x, 64 * block * 2 + 64 * width * t.element_size(), most=3),
@@ -204,10 +204,10 @@ def _padded(rank: int) -> int:
 
 def _stages(x: Tensor, tile_bytes: int, *, most: int) -> int:
     """Tiles that are loaded ahead: as many as two thirds of a multiprocessor's shared memory hold."""
-    return max(1, min(most, _shared_memory(x) * 2 // 3 // tile_bytes))
+    return max(1, min(most, shared_memory(x) * 2 // 3 // tile_bytes))
 
 
-def _shared_memory(x: Tensor) -> int:
+def shared_memory(x: Tensor) -> int:
     """Bytes of one multiprocessor that a program may have."""
     device: Any = torch.cuda.get_device_properties(x.device)
     return int(device.shared_memory_per_block_optin)

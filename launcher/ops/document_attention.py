@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn.attention.varlen import varlen_attn
 
 # Later than torch 2.11.
-_TAKES_GROUPED_HEADS = "enable_gqa" in inspect.signature(varlen_attn).parameters
+TAKES_GROUPED_HEADS = "enable_gqa" in inspect.signature(varlen_attn).parameters
 
 
 def document_mask(document_ids: Tensor) -> Tensor:
@@ -59,7 +59,7 @@ def varlen_attention(query: Tensor, key: Tensor, value: Tensor, boundaries: tupl
     most = min(length, max_seqlen)  # the kernels' grids have blocks for as much of every document
     # [B, H, S, E] -> [B * S, H, E]
     q, k, v = (t.transpose(1, 2).reshape(rows * length, -1, width) for t in (query, key, value))
-    if heads > key.shape[1] and not _TAKES_GROUPED_HEADS:
+    if heads > key.shape[1] and not TAKES_GROUPED_HEADS:
         flash = torch.ops.aten._flash_attention_forward  # it takes grouped heads; 2.11's public form does not let it
         out = flash(q, k, v, cu_seqlens, cu_seqlens, most, most, 0.0, True, False, scale=scale)[0]
     else:

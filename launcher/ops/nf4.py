@@ -13,8 +13,8 @@ than a weight's last bit is therefore seen through the rounding of many weights:
 lie anywhere between two numbers of the dtype, but with the base's own rounding error on it. mode=parity measures both
 orders against fp32. Without an update the result is bit-equal to bitsandbytes' own.
 
-On CUDA one Triton launch for the weights of one product, elsewhere bitsandbytes' kernels and a product (`_plain`, also
-the reference).
+On CUDA, one Triton launch makes the weights of one product. Elsewhere bitsandbytes' kernels and a product do
+(`plain_merged_weight`, also the reference).
 """
 
 from collections.abc import Sequence
@@ -52,11 +52,11 @@ def merged_weights(
         if fused:
             _fused(bases[i : i + 1], a[i : i + 1], b[i : i + 1], scaling, outs[i : i + 1], rows)
         else:
-            rows.copy_(_plain(bases[i], a[i] if a else None, b[i] if b else None, scaling, rows.shape))
+            rows.copy_(plain_merged_weight(bases[i], a[i] if a else None, b[i] if b else None, scaling, rows.shape))
     return out
 
 
-def _plain(base: Nf4, a: Tensor | None, b: Tensor | None, scaling: float, shape: torch.Size) -> Tensor:
+def plain_merged_weight(base: Nf4, a: Tensor | None, b: Tensor | None, scaling: float, shape: torch.Size) -> Tensor:
     """In fp32 with bitsandbytes' kernels."""
     ops = torch.ops.bitsandbytes
     scales = base.absmax
@@ -87,7 +87,7 @@ if HAS_TRITON:
         return b_tile, a_tile
 
     @triton.jit
-    def _merge(  # type: ignore[no-untyped-def]
+    def merge_kernel(  # type: ignore[no-untyped-def]
         out, packed, absmax, code, absmax2, code2, offset, a, b, scaling, O, D, R, second, third,  # noqa: E741
         DOUBLE: tl.constexpr, STEPS: tl.constexpr, RANK: tl.constexpr, BO: tl.constexpr, BD: tl.constexpr,
     ):  # fmt: skip
@@ -151,7 +151,7 @@ def _fused(
     columns = min(64, max(16, triton.next_power_of_2(rank)))  # what a dot product takes at once
     unused = bases[0].code  # a pointer that is not read
     fields = [[unused if t is None else t for t in column] for column in zip(*bases, strict=True)]
-    _merge[(triton.cdiv(in_features, TILE), triton.cdiv(rows, TILE))](
+    merge_kernel[(triton.cdiv(in_features, TILE), triton.cdiv(rows, TILE))](
         out,
         *(three(column) for column in (*fields, a or [unused], b or [unused])),
         scaling,

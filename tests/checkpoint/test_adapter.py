@@ -6,7 +6,7 @@ from safetensors.torch import load_file, save_file
 
 from launcher.checkpoint.adapter import prove_adapter, save_adapter
 from launcher.errors import CheckpointError
-from tests.model.test_build import build
+from tests.support.models import build
 
 
 class Tokenizer:

@@ -1,7 +1,6 @@
-"""Rows without a target left out of the head's product, captured: `pytest -m gpu tests/gpu/test_loss_rows.py`."""
+"""Rows without a target are left out of the head's product in captured steps too."""
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -9,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from launcher.compile.graphs import waits_are_errors
 from launcher.data.loader import sample_batch
 from launcher.ops.linear_ce import (
     IGNORE,
@@ -18,37 +18,28 @@ from launcher.ops.linear_ce import (
 )
 from launcher.train import setup
 from launcher.train.planned import rows_of
-from launcher.train.setup import Clock, Worker, prepare
-from tests.conftest import request_for
+from launcher.train.setup import Worker
+from tests.support.tensors import relative_error
+from tests.support.workers import built, documents, perturb
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("clean_dynamo")]
 
 MICRO_BATCH, WIDTH = 4, 256
-Found = tuple[list[float], list[float], list[Tensor]]
+Measured = tuple[list[float], list[float], list[Tensor]]
 
 
-def built(make_recipe: Callable[..., Any], batching: str = "packed") -> Worker:
-    """Chats of which about half is supervised, bf16, generated kernels, two micro batches a step, captured."""
-    recipe = make_recipe(
-        model={"dtype": "bfloat16"},
-        data={"batching": batching, "max_length": WIDTH},
-        compile={"backend": "inductor", "cuda_graphs": "on"},
-        train={"micro_batch": MICRO_BATCH, "accumulation": 2},
-    )
-    request = request_for(recipe)
-    worker = Worker(request, prepare(request), clock=Clock())
-    worker.build()
-    return worker
+@pytest.fixture
+def recipe_of(recipe_over: Callable[..., Any]) -> Callable[..., Any]:
+    """Recipe factory: two micro batches a step, captured."""
+    train = {"micro_batch": MICRO_BATCH, "accumulation": 2}
+    return recipe_over({"data": {"max_length": WIDTH}, "compile": {"cuda_graphs": "on"}, "train": train})
 
 
-def measured(worker: Worker) -> Found:
-    """Losses and gradients of six steps at the same drawn weights, and losses without gradients."""
+def measured(worker: Worker) -> Measured:
+    """Losses and gradients of six steps at the same perturbed weights, and losses without gradients."""
     worker.compile()
     assert worker.cuda_graphs == "on"
-    generator = torch.Generator("cuda").manual_seed(1)
-    with torch.no_grad():  # B starts at zero, and A would have no gradient
-        for parameter in worker.step.parameters:
-            parameter.add_(torch.randn(parameter.shape, generator=generator, device="cuda") * 0.05)
+    perturb(worker.step.parameters)
     losses, evaluated, gradients = [], [], []
     for _ in range(6):
         batch = next(worker.batches)
@@ -62,36 +53,37 @@ def measured(worker: Worker) -> Found:
 
 @pytest.mark.parametrize("batching", ["packed", "bucketed"])
 def test_captured_steps_have_the_losses_and_gradients_of_the_whole_product(
-    make_recipe: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, batching: str
+    recipe_of: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, batching: str
 ) -> None:
-    worker = built(make_recipe, batching)
+    data = documents((40, 64))  # about half of their tokens are supervised
+    worker = built(recipe_of(data={"batching": batching}), data, device="cuda")
     widths = rows_of(worker.prepared.data, micro_batch=MICRO_BATCH).widths
-    assert (len(widths) > 1) == (batching == "bucketed")
+    assert widths == ((WIDTH,) if batching == "packed" else (64, 40))
     assert all(worker.built.packed.loss_rows(MICRO_BATCH * width) < 0.8 * MICRO_BATCH * width for width in widths)
     losses, evaluated, gradients = measured(worker)
 
     monkeypatch.setattr(setup, "rows_of", lambda *data, **how: replace(rows_of(*data, **how), targets={}))
-    worker = built(make_recipe, batching)
+    worker = built(recipe_of(data={"batching": batching}), data, device="cuda")
     assert all(worker.built.packed.loss_rows(MICRO_BATCH * width) == MICRO_BATCH * width for width in widths)
     whole_losses, whole_evaluated, whole_gradients = measured(worker)
 
     assert losses == pytest.approx(whole_losses, rel=1e-3) and len(set(losses)) == 6
     assert evaluated == pytest.approx(whole_evaluated, rel=1e-3)
     for ours, whole in zip(gradients, whole_gradients, strict=True):
-        assert float((ours - whole).norm() / whole.norm()) < 2e-2
-        assert float((ours - gradients[0]).norm() / whole.norm()) > 0.1 or ours is gradients[0]
+        assert relative_error(ours, whole) < 2e-2
+        assert ours is gradients[0] or relative_error(ours, gradients[0]) > 0.1
 
 
-def test_a_captured_step_with_more_targets_than_promised_reaches_no_weight(
-    make_recipe: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+def test_a_captured_step_with_more_targets_than_the_bound_reaches_no_weight(
+    recipe_of: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def uncounted(*blocks: Any, **how: Any) -> Any:
         return replace(sample_batch(*blocks, **how), supervised_tokens=0)
 
     monkeypatch.setattr(setup, "sample_batch", uncounted)
-    worker = built(make_recipe)
-    rows = worker.built.packed._loss_rows
-    rows.update(dict.fromkeys(rows, 10))
+    worker = built(recipe_of())
+    bounds = worker.built.packed.loss_rows_by_tokens
+    bounds.update(dict.fromkeys(bounds, 10))
     worker.compile()
     assert worker.cuda_graphs == "on"
     before = [parameter.detach().clone() for parameter in worker.step.parameters]
@@ -106,18 +98,9 @@ def test_a_captured_step_with_more_targets_than_promised_reaches_no_weight(
     worker.plan.release()
 
 
-@contextmanager
-def waits_are_errors() -> Iterator[None]:
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        yield
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-
-
 @pytest.mark.parametrize(("rows", "targets", "chunk"), [(4096, 2048, 512), (5000, 2425, 809), (333, 0, 40), (97, 9, 9)])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-def test_rows_are_found_gathered_and_scattered_without_waiting(
+def test_rows_with_a_target_are_selected_and_scattered_back_without_waiting(
     rows: int, targets: int, chunk: int, dtype: torch.dtype
 ) -> None:
     torch.manual_seed(0)

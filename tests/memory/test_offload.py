@@ -13,7 +13,7 @@ from launcher.model.packed import nothing_around
 from launcher.train.make_records import start_record
 from launcher.train.step import arguments
 from tests.conftest import TINY, small_config
-from tests.train.test_shapes import ANY, TWO, compiled, documents
+from tests.support.workers import ANY, TWO, compiled, documents, perturb
 
 pytestmark = pytest.mark.usefixtures("clean_dynamo")
 LAYERS = 6
@@ -38,10 +38,7 @@ def worker_of(make_recipe, six_layers):
             model={"name": str(six_layers)}, memory={"activations": activations}, data=data, train={"accumulation": 2}
         )
         worker = compiled(recipe, documents(lengths))
-        generator = torch.Generator().manual_seed(1)
-        with torch.no_grad():
-            for parameter in worker.step.parameters:
-                parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.05)
+        perturb(worker.step.parameters)
         return worker
 
     return make
@@ -69,14 +66,13 @@ def test_losses_and_gradients_are_bit_for_bit_those_of_full_in_the_same_graphs(w
         found.append((losses, grads, record.graph_hash, start_record(worker).activations))
     (losses, grads, graphs, said), (theirs, their_grads, their_graphs, their_said) = found
     assert losses == theirs and len(set(losses)) == 6
-    assert len(worker.step._calls) == 2
     for ours, others in zip(grads, their_grads, strict=True):
         assert all(torch.equal(a, b) for a, b in zip(ours, others, strict=True))
     assert all(gradient.any() for gradient in grads[0])
     assert graphs == their_graphs
     assert worker.policy.name == "offload" and worker.policy.kept.on_host
     assert worker.host_inputs.host_mib == (LAYERS - 2) * 2 * (8 + 64) * 64 * 4 / MIB  # of two widths, fp32
-    worker.host_inputs._host["more"] = torch.empty(3 * MIB, dtype=torch.uint8)
+    worker.host_inputs.buffers["more"] = torch.empty(3 * MIB, dtype=torch.uint8)
     assert start_record(worker).activations == "offload (as asked, inputs in 3 MiB of the host)"
     assert (said, their_said) == ("full (as asked)", "offload (as asked, inputs in 0 MiB of the host)")
 
@@ -86,7 +82,7 @@ class Watched:
 
     def __init__(self, worker, monkeypatch):
         self.inputs, self.forward, self.backward = [], [], []  # how many were there, each time
-        around, fetched = worker.built.packed.body.around, HostInputs._fetched
+        around, fetched = worker.built.packed.body.around, HostInputs.fetch
 
         def called(number, hidden):
             self.forward.append(self.live_with(hidden))
@@ -98,7 +94,7 @@ class Watched:
             return copy
 
         worker.built.packed.body.around = called
-        monkeypatch.setattr(HostInputs, "_fetched", came_back)
+        monkeypatch.setattr(HostInputs, "fetch", came_back)
 
     def live(self):
         return len({ref.cdata for ref in self.inputs if not ref.expired()})
@@ -131,12 +127,12 @@ class Late(HostInputs):
         super().__init__(LAYERS, torch.device("cpu"))
         self.asked, self.happened, self.waited_for = [], 0, []
 
-    def _copied(self, target, source):
+    def start_copy(self, target, source):
         target.fill_(float("nan"))
         self.asked.append((target, source))
         return len(self.asked)
 
-    def _join(self, copy):
+    def join(self, copy):
         for target, source in self.asked[self.happened : copy.done]:
             target.copy_(source)
         self.happened = max(self.happened, copy.done)
@@ -153,7 +149,7 @@ def test_copies_may_end_as_late_as_they_are_waited_for_and_none_is_left_under_wa
         found.append(gradients(worker))
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
     assert sorted(late.waited_for) == list(range(1, 1 + 2 * len(batch.micro_batches) * (LAYERS - 2)))
-    assert not (late._leaving or late._away or late._coming)
+    assert not (late.leaving or late.away or late.coming)
 
 
 class Stream:
@@ -176,10 +172,10 @@ class Stream:
 def test_each_copy_waits_for_the_stream_that_asks_and_is_waited_for_one_layer_later(monkeypatch):
     told = []
     main, inputs = Stream("main", told), HostInputs(4, torch.device("cpu"))
-    inputs._stream = Stream("copies", told)
+    inputs.stream = Stream("copies", told)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: main)
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
-    monkeypatch.setattr(HostInputs, "_buffer", lambda self, number, hidden: torch.empty_like(hidden))  # not pinned
+    monkeypatch.setattr(HostInputs, "buffer_for", lambda self, number, hidden: torch.empty_like(hidden))  # not pinned
     hidden = torch.randn(2, 3).requires_grad_()
     for number in range(4):
         told.append(f"layer {number}")
@@ -202,7 +198,7 @@ def test_each_copy_waits_for_the_stream_that_asks_and_is_waited_for_one_layer_la
 def test_evaluation_copies_nothing(worker_of, monkeypatch):
     worker = worker_of("offload")
     copied = []
-    monkeypatch.setattr(HostInputs, "_copied", lambda self, target, source: copied.append(target))
+    monkeypatch.setattr(HostInputs, "start_copy", lambda self, target, source: copied.append(target))
     [micro, _] = next(worker.batches).micro_batches
     worker.step.eval_loss(micro)
     assert copied == []
@@ -253,9 +249,9 @@ def test_a_backward_pass_after_another_forward_pass_is_an_error_not_a_wrong_grad
 
 def test_what_pinned_buffers_take_of_the_host_is_said_as_torch_rounds_it():
     inputs = HostInputs(4, torch.device("cpu"))
-    inputs._host = {number: torch.empty(size, dtype=torch.uint8) for number, size in enumerate((3 * MIB, 4 * MIB))}
+    inputs.buffers = {number: torch.empty(size, dtype=torch.uint8) for number, size in enumerate((3 * MIB, 4 * MIB))}
     assert inputs.host_mib == 7
-    inputs._stream = Stream("copies", [])
+    inputs.stream = Stream("copies", [])
     assert inputs.host_mib == 8
 
 

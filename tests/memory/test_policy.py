@@ -6,12 +6,11 @@ import torch._dynamo
 
 from launcher.errors import RecipeError
 from launcher.memory.policy import KEPT, MIB, Kept, Policy, Shapes, applied, check_policy, choose_policy, forecast
-from launcher.model.attention import Rows
-from launcher.model.build import build_model
-from launcher.model.source import load_config
 from launcher.train import setup
 from launcher.train.planned import shapes_of
 from tests.conftest import request_for
+from tests.support.models import build
+from tests.support.tensors import saved_for_backward
 
 CUDA = torch.device("cuda", 0)
 
@@ -21,32 +20,16 @@ LLAMA_1B = Shapes(
 )  # fmt: skip
 
 
-def built_on(recipe):
-    source = recipe.model.name
-    return build_model(
-        recipe, source, load_config(source, recipe.model), device=torch.device("cpu"), rows=Rows((64,), alone=False),
-        phase=lambda _: None,
-    )  # fmt: skip
-
-
 def kept_and_gradients(recipe, policy, *, seed=0):
     """Bytes that a compiled forward pass keeps beside weights, and the gradients after it."""
     torch._dynamo.reset()
-    built = built_on(recipe)
+    built = build(recipe)
     parameters = [p for p in built.packed.parameters() if p.requires_grad]
     with torch.no_grad():
         for parameter in parameters:
             parameter.add_(0.05)
     for layer in built.packed.body.layers:
         layer.compile(fullgraph=True, backend="aot_eager", dynamic=False)
-    weights = {t.untyped_storage().data_ptr() for t in (*built.packed.parameters(), *built.packed.buffers())}
-    kept = {}
-
-    def keep(tensor):
-        if tensor.untyped_storage().data_ptr() not in weights:
-            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-        return tensor
-
     ids = torch.arange(128).view(2, 64)
     positions, documents = torch.arange(64).expand(2, 64), torch.zeros(2, 64, dtype=torch.int32)
     batch = (ids, ids.roll(-1, 1), positions, documents, torch.tensor([0, 64, 128], dtype=torch.int32))
@@ -55,10 +38,10 @@ def kept_and_gradients(recipe, policy, *, seed=0):
         for parameter in parameters:
             parameter.grad = None
         torch.manual_seed(seed)
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        with saved_for_backward(but=[*built.packed.parameters(), *built.packed.buffers()]) as sizes:
             loss = built.packed(*batch)
         loss.backward()
-    return sum(kept.values()), [p.grad.clone() for p in parameters]
+    return sum(sizes.values()), [p.grad.clone() for p in parameters]
 
 
 def test_each_policy_keeps_less_than_the_one_before_and_gives_its_gradients(make_recipe):
@@ -150,7 +133,7 @@ def test_the_forecast_knows_what_dropout_keeps_on_top(make_recipe, name):
     for dropout in (0.0, 0.1):
         recipe = make_recipe(lora={"r": 4, "dropout": dropout})
         kept.append(kept_and_gradients(recipe, Policy(name, KEPT[name], "", None))[0] / MIB)
-        shapes = shapes_of(built_on(recipe), micro_batch=2, width=64)
+        shapes = shapes_of(build(recipe), micro_batch=2, width=64)
         forecasts.append(forecast(shapes, KEPT[name], held_mib=0))
     more, expected = kept[1] - kept[0], forecasts[1] - forecasts[0]
     assert more > 0.4  # MiB; half of what is kept without

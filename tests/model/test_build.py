@@ -7,28 +7,13 @@ from bitsandbytes.nn import Linear4bit, Params4bit
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 
 from launcher.errors import RecipeError
-from launcher.model.attention import Rows
-from launcher.model.build import build_model, choose_dtype, preflight
+from launcher.model.build import choose_dtype
 from launcher.model.source import load_config, load_tokenizer
 from launcher.recipe.locate import locate
-from tests.conftest import ROOT, TINY, small_config
+from tests.conftest import TINY, small_config
+from tests.support.models import ARCHITECTURES, build
 
 CPU = torch.device("cpu")
-ARCHITECTURES = ROOT / "recipes" / "architectures"
-
-
-def build(recipe, phases=None):
-    source = locate(recipe.model, ARCHITECTURES)
-    config = load_config(source, recipe.model)
-    preflight(recipe, source, config, CPU)
-    return build_model(
-        recipe,
-        source,
-        config,
-        device=CPU,
-        rows=Rows((64,), alone=False),
-        phase=(phases if phases is not None else []).append,
-    )
 
 
 def test_a_full_checkpoint_becomes_nf4_with_fp32_adapters_on_seven_projections(make_recipe):

@@ -13,25 +13,7 @@ from launcher.model.families import FAMILIES, family_of
 from launcher.model.packed import PackedCausalLM
 from launcher.recipe.schema import CompileSection
 from tests.conftest import small_config
-
-LENGTHS = (5, 1, 9)  # documents of row 0; the rest of its 20 positions is padding. Row 1 is one document
-
-
-def packed_batch(vocabulary, *, rows=2, length=20, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    ids = torch.randint(vocabulary, (rows, length), generator=generator)
-    labels = torch.full((rows, length), -100)
-    positions, documents = torch.arange(length).repeat(rows, 1), torch.zeros(rows, length, dtype=torch.int32)
-    start = 0
-    for number, size in enumerate((*LENGTHS, length - sum(LENGTHS))):
-        positions[0, start : start + size] = torch.arange(size)
-        documents[0, start : start + size] = number
-        if number < len(LENGTHS):
-            labels[0, start : start + size - 1] = ids[0, start + 1 : start + size]
-        start += size
-    labels[1, :-1] = ids[1, 1:]
-    boundaries = torch.tensor([0, 5, 6, 15, 20, 40], dtype=torch.int32)
-    return ids, labels, positions, documents, boundaries
+from tests.support.models import LENGTHS, packed_batch
 
 
 def build(model_type, **changes):

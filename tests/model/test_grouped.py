@@ -12,7 +12,7 @@ from launcher.model.lora import attach_lora
 from launcher.model.packed import PackedCausalLM
 from launcher.recipe.schema import LoraSection, QuantSection
 from tests.conftest import small_config
-from tests.model.test_families import packed_batch
+from tests.support.models import packed_batch
 
 CPU = torch.device("cpu")
 

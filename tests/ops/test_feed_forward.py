@@ -4,7 +4,8 @@ import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from launcher.ops.feed_forward import gated_feed_forward, gated_feed_forward_reference, plain_swiglu_gradient
-from tests.ops.test_qlora_linear import adapters, quantised
+from tests.support.quantised import adapters, quantised
+from tests.support.tensors import saved_for_backward
 
 SHAPES = [(8, 8, 1), (24, 40, 3), (64, 128, 16)]  # D, F, r
 
@@ -59,17 +60,9 @@ def test_a_compiled_block_keeps_its_input_and_the_pair_and_nothing_of_their_widt
     a, b = ([pair[i].requires_grad_() for pair in drawn] for i in (0, 1))
     torch._dynamo.reset()
     form = torch.compile(lambda x: gated_feed_forward(x, bases, a, b, scaling=1.0) * 2, backend="aot_eager")
-    held: dict[int, int] = {}
-
-    def keep(tensor):
-        held[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+    with saved_for_backward(but=[*(t for base in bases for t in base), *a, *b]) as sizes:
         form(torch.randn(100, 64, requires_grad=True))
-    ours = {t.untyped_storage().data_ptr() for t in (*(t for base in bases for t in base), *a, *b)}
-    kept = sorted(size for address, size in held.items() if address not in ours)
-    assert kept == [100 * 64 * 4, 100 * 256 * 4]
+    assert sorted(sizes.values()) == [100 * 64 * 4, 100 * 256 * 4]
 
 
 def test_the_operators_count_their_products():

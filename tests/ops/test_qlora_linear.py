@@ -1,23 +1,13 @@
-import bitsandbytes.functional as bnb
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from launcher.ops.nf4 import Nf4, merged_weights
+from launcher.ops.nf4 import merged_weights
 from launcher.ops.qlora_linear import frozen_linear, joined_linears, qlora_linear, qlora_linear_reference
+from tests.support.quantised import adapters, quantised
+from tests.support.tensors import saved_for_backward
 
 SHAPES = [(8, 8, 1), (24, 40, 3), (64, 128, 16), (192, 64, 5)]  # D, O, r; of them two with blocks across rows
-
-
-def quantised(features, out, *, double=True, dtype=torch.float32):
-    weight = torch.randn(out, features).to(dtype) / features**0.5
-    packed, state = bnb.quantize_4bit(weight, quant_type="nf4", compress_statistics=double)
-    second = (state.state2.absmax, state.state2.code, state.offset) if double else (None, None, None)
-    return Nf4(packed, state.absmax, state.code, *second), bnb.dequantize_4bit(packed, state)
-
-
-def adapters(features, out, rank):
-    return torch.randn(rank, features) / features**0.5, torch.randn(out, rank) / rank**0.5
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -115,17 +105,9 @@ def test_a_compiled_layer_keeps_its_input_and_no_weight_for_the_backward_pass():
     torch._dynamo.reset()
     form = torch.compile(lambda x: qlora_linear(x, base, a, b, scaling=1.0, dropout=0.0).relu(), backend="aot_eager")
     x = torch.randn(8, 256, requires_grad=True)
-    held: dict[int, int] = {}
-
-    def keep(tensor):
-        held[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+    with saved_for_backward(but=[*base, a, b]) as sizes:
         form(x)
-    ours = {t.untyped_storage().data_ptr() for t in (*base, a, b)}
-    kept = sum(size for address, size in held.items() if address not in ours)
-    assert 0 < kept < 256 * 512 * 2  # the weight would be 512 KiB in fp32, 256 in half precision
+    assert 0 < sum(sizes.values()) < 256 * 512 * 2  # the weight would be 512 KiB in fp32, 256 in half precision
 
 
 def test_the_operators_count_their_products():

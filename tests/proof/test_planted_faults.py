@@ -170,8 +170,8 @@ def wrong_adapter_kernel(patch: pytest.MonkeyPatch) -> None:
 
 def wrong_weight_kernel(patch: pytest.MonkeyPatch) -> None:
     """Weights are dequantised a twentieth too small, in both passes."""
-    plain = nf4._plain
-    patch.setattr(nf4, "_plain", lambda *args: plain(*args) * 0.95)
+    plain = nf4.plain_merged_weight
+    patch.setattr(nf4, "plain_merged_weight", lambda *args: plain(*args) * 0.95)
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from launcher.ops import document_attention as ops
 from launcher.train.planned import rows_of
 from launcher.train.setup import prepare
 from tests.conftest import TINY, request_for
-from tests.train.test_shapes import compiled, documents
+from tests.support.workers import compiled, documents
 
 pytestmark = pytest.mark.usefixtures("clean_dynamo")
 LAYERS = 2
@@ -47,7 +47,7 @@ def test_variable_length_attention_gets_the_bound_and_the_sample_its_own(
 
     monkeypatch.setattr(paths, "fused_missing", lambda *args, **rest: None)
     monkeypatch.setattr(ops, "varlen_attn", kernel)
-    monkeypatch.setattr(ops, "_TAKES_GROUPED_HEADS", True)
+    monkeypatch.setattr(ops, "TAKES_GROUPED_HEADS", True)
     worker = compiled(recipe_of(make_recipe, attention="varlen"), documents((60, 100)))
     told.clear()
     worker.step(next(worker.batches))

@@ -15,7 +15,7 @@ from launcher.train.make_records import start_record
 from launcher.train.planned import rows_of
 from launcher.train.setup import prepare
 from tests.conftest import request_for
-from tests.train.test_shapes import compiled, documents
+from tests.support.workers import compiled, documents
 
 pytestmark = pytest.mark.usefixtures("clean_dynamo")
 
@@ -54,10 +54,10 @@ def test_losses_and_gradients_are_those_of_the_whole_product(make_recipe: Callab
     worker = compiled(recipe, documents((5, 8, 30, 64)))
     packed = worker.built.packed
     assert packed.loss_rows(4 * 64) < 0.8 * 4 * 64
-    bounds = dict(packed._loss_rows)
+    bounds = dict(packed.loss_rows_by_tokens)
     for _ in range(3):
         batch, found = next(worker.batches), []
-        for packed._loss_rows in (bounds, {}):
+        for packed.loss_rows_by_tokens in (bounds, {}):
             loss = float(worker.step.accumulate(batch))
             evaluated = sum(float(worker.step.eval_loss(micro)) for micro in batch.micro_batches)
             assert evaluated == pytest.approx(loss, rel=1e-6)
@@ -82,7 +82,7 @@ def test_a_batch_with_more_targets_than_the_data_had_is_refused_and_what_slips_t
     assert loss_of(next(worker.batches)) > 0 and loss_of(next(worker.batches)) > 0
     batch = next(worker.batches)
     [micro] = batch.micro_batches
-    bounds = worker.built.packed._loss_rows
+    bounds = worker.built.packed.loss_rows_by_tokens
     whole = bounds.copy()
     bounds[micro.labels.numel()] = micro.supervised_tokens - 1
     with pytest.raises(AssertionError, match=f"{micro.supervised_tokens} targets where the data has at most"):

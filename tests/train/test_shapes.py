@@ -3,49 +3,17 @@
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 
-from launcher.data.documents import Documents
 from launcher.data.loader import MicroBatch
-from launcher.data.pack.buckets import lay_out
-from launcher.data.prepare import PreparedData
 from launcher.errors import ContractError
-from launcher.model.source import load_config
-from launcher.train.setup import Clock, Prepared, Worker
 from launcher.train.step import arguments
-from tests.conftest import request_for
+from tests.support.workers import ANY, THREE, TWO, compiled, documents
 
 pytestmark = pytest.mark.usefixtures("clean_dynamo")
 
 MAX_LENGTH = 64
-ANY = tuple(range(1, MAX_LENGTH + 1))
-THREE = (3, 7, 8, 21, 24, 61, 64)  # in rows of 8, 24 and 64
-TWO = (5, 8, 61, 64)
-
-
-def documents(lengths: tuple[int, ...]) -> Documents:
-    """321 of these lengths."""
-    offsets = np.concatenate([[0], np.cumsum(np.random.default_rng(0).choice(lengths, 321))])
-    ids = np.random.default_rng(1).integers(0, 8192, offsets[-1]).astype(np.int32)
-    return Documents(ids, np.random.default_rng(2).random(len(ids)) < 0.5, offsets)
-
-
-def compiled(recipe: Any, found: Documents, *, device: str = "cpu") -> Worker:
-    """A worker past warm-up, on the last 301 of the documents, validated on the first 20."""
-    every = np.arange(321)
-    train, validation = lay_out(found, every[20:], every[:20], data=recipe.data, pad_id=0, seed=0)
-    data = PreparedData(
-        train=train, validation=validation, counts={}, example=None, train_rows=301, validation_rows=20,
-        loss_on={}, template="none", identity="random",
-    )  # fmt: skip
-    request = request_for(recipe)
-    config = load_config(recipe.model.name, recipe.model)
-    worker = Worker(request, Prepared(config, None, data, torch.device(device)), clock=Clock())
-    worker.build()
-    worker.compile()
-    return worker
 
 
 def shape(batch: MicroBatch) -> tuple[int, ...]:

@@ -1,16 +1,16 @@
-"""The Triton kernels against the plain forms beside them, odd shapes included: `pytest -m gpu`."""
+"""The Triton kernels against the plain forms beside them, odd shapes included."""
 
-import bitsandbytes.functional as bnb
 import pytest
 import torch
 
 from launcher.ops import adapter_gradients, nf4
 from launcher.ops.adapter_gradients import gradients, plain_gradients
-from launcher.ops.document_attention import causal_attention, cudnn_attention
 from launcher.ops.feed_forward import plain_swiglu_gradient, swiglu_gradient_
 from launcher.ops.linear_ce import IGNORE, softmax_gradient, softmax_gradient_
-from launcher.ops.nf4 import Nf4, _plain, merged_weights
+from launcher.ops.nf4 import merged_weights, plain_merged_weight
 from launcher.ops.rotary import plain_rotary, plain_rotary_gradient, rotary_gradient
+from tests.support.quantised import quantised
+from tests.support.tensors import relative_error
 
 pytestmark = pytest.mark.gpu
 CASES = [  # O, D, r, dtype, doubly quantised
@@ -23,10 +23,6 @@ CASES = [  # O, D, r, dtype, doubly quantised
     (40, 24, 4, torch.bfloat16, True),  # blocks across rows: not the kernel's
 ]
 ROUNDING = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
-
-
-def error(found, true):
-    return float((found.double() - true.double()).norm() / true.double().norm())
 
 
 class Launched:
@@ -42,15 +38,6 @@ class Launched:
         return launch
 
 
-def quantised(out, features, dtype, double, *, seed=0):
-    torch.manual_seed(seed)
-    packed, state = bnb.quantize_4bit(
-        (torch.randn(out, features, device="cuda") * 0.02).to(dtype), quant_type="nf4", compress_statistics=double
-    )
-    second = (state.state2.absmax, state.state2.code, state.offset) if double else (None, None, None)
-    return Nf4(packed, state.absmax, state.code, *second), bnb.dequantize_4bit(packed, state)
-
-
 def merged(bases, a, b, outs, dtype, *, scaling=2.0):
     features = 2 * bases[0].packed.numel() // outs[0]
     out = torch.empty(sum(outs), features, dtype=dtype, device="cuda")
@@ -58,13 +45,14 @@ def merged(bases, a, b, outs, dtype, *, scaling=2.0):
 
 
 @pytest.mark.parametrize(("out", "features", "rank", "dtype", "double"), CASES)
-def test_one_launch_dequantises_bit_equal_to_bitsandbytes_and_adds_the_update(out, features, rank, dtype, double):
-    base, weight = quantised(out, features, dtype, double)
+def test_one_launch_dequantises_bit_for_bit_as_bitsandbytes_and_adds_the_update(out, features, rank, dtype, double):
+    torch.manual_seed(0)
+    base, weight = quantised(features, out, double=double, dtype=dtype, device="cuda")
     assert torch.equal(merged([base], [], [], [out], dtype), weight)
     a, b = torch.randn(rank, features, device="cuda") * 0.1, torch.randn(out, rank, device="cuda") * 0.1
-    true = _plain(base, a, b, 2.0, weight.shape)
-    assert error(merged([base], [a], [b], [out], dtype), true) < ROUNDING[dtype]
-    assert error(weight, true) > 10 * ROUNDING[dtype]
+    true = plain_merged_weight(base, a, b, 2.0, weight.shape)
+    assert relative_error(merged([base], [a], [b], [out], dtype), true) < ROUNDING[dtype]
+    assert relative_error(weight, true) > 10 * ROUNDING[dtype]
 
 
 @pytest.mark.parametrize(("double", "rank"), [(True, 16), (False, 70)])
@@ -72,10 +60,10 @@ def test_one_launch_dequantises_bit_equal_to_bitsandbytes_and_adds_the_update(ou
     ("outs", "launches"), [((2048, 512, 512), 1), ((192, 40), 1), ((40, 192), 2), ((64, 64, 64, 64), 4)]
 )
 def test_the_weights_of_one_product_are_in_one_launch_what_they_are_alone(monkeypatch, outs, launches, rank, double):
-    kernel = Launched(nf4._merge)
-    monkeypatch.setattr(nf4, "_merge", kernel)
+    kernel = Launched(nf4.merge_kernel)
+    monkeypatch.setattr(nf4, "merge_kernel", kernel)
     torch.manual_seed(0)
-    bases = [quantised(out, 256, torch.bfloat16, double, seed=number)[0] for number, out in enumerate(outs)]
+    bases = [quantised(256, out, double=double, dtype=torch.bfloat16, device="cuda")[0] for out in outs]
     a = [torch.randn(rank, 256, device="cuda") for _ in outs]
     b = [torch.randn(out, rank, device="cuda") * 0.01 for out in outs]
     together = merged(bases, a, b, outs, torch.bfloat16)
@@ -85,7 +73,7 @@ def test_the_weights_of_one_product_are_in_one_launch_what_they_are_alone(monkey
     assert len({float(each.float().std()) for each in alone}) == len(outs)
 
 
-@pytest.mark.parametrize("tokens", [333, 64, 4096])
+@pytest.mark.parametrize("tokens", [333, 4096])
 @pytest.mark.parametrize(("out", "features", "rank", "dtype", "double"), CASES)
 def test_adapter_gradients_are_the_plain_ones(out, features, rank, dtype, double, tokens):
     torch.manual_seed(0)
@@ -96,7 +84,7 @@ def test_adapter_gradients_are_the_plain_ones(out, features, rank, dtype, double
     true = (2 * (wide_dy @ b.double()).T @ wide_x, 2 * wide_dy.T @ (wide_x @ a.double().T))
     for mine, theirs, exact in zip(ours, plain, true, strict=True):
         assert mine.dtype == torch.float32 and mine.shape == theirs.shape
-        assert error(mine, exact) < max(1.2 * error(theirs, exact), ROUNDING[dtype])
+        assert relative_error(mine, exact) < max(1.2 * relative_error(theirs, exact), ROUNDING[dtype])
         assert exact.norm() > 1
 
 
@@ -112,7 +100,7 @@ def test_projections_of_one_input_have_together_the_gradients_they_have_alone(ou
     together = gradients(torch.cat(dy, 1), x, a, b, 0.5)
     alone = zip(*(plain_gradients(*one, 0.5) for one in zip(dy, [x] * len(outs), a, b, strict=True)), strict=True)
     for ours, theirs in zip(together, map(torch.cat, alone), strict=True):
-        assert ours.shape == theirs.shape and error(ours, theirs) < ROUNDING[dtype]
+        assert ours.shape == theirs.shape and relative_error(ours, theirs) < ROUNDING[dtype]
 
 
 @pytest.mark.parametrize(("tokens", "width"), [(300, 8192), (7, 24), (64, 1030)])
@@ -123,7 +111,7 @@ def test_the_gates_gradient_is_the_plain_one(tokens, width, dtype):
     plain = plain_swiglu_gradient(pair.double(), dh.double())
     for ours, true in zip((swiglu_gradient_(pair, dh), dh), plain, strict=True):
         assert ours.shape == true.shape and ours.dtype == dtype
-        assert error(ours, true) < ROUNDING[dtype]
+        assert relative_error(ours, true) < ROUNDING[dtype]
 
 
 @pytest.mark.parametrize(("heads", "kv", "width"), [(32, 8, 64), (3, 1, 6), (28, 4, 128)])
@@ -134,23 +122,23 @@ def test_the_rotary_kernel_is_the_plain_form_both_ways(heads, kv, width, dtype):
     cos, sin = torch.randn(2, 77, width, 2, device="cuda").to(dtype).unbind(-1)
     parts = torch.ops.qlora.rotary(y, cos, sin, heads, kv)
     for ours, plain in zip(parts, plain_rotary(y, cos, sin, heads=(heads, kv)), strict=True):
-        assert ours.shape == plain.shape and error(ours, plain) < ROUNDING[dtype]
+        assert ours.shape == plain.shape and relative_error(ours, plain) < ROUNDING[dtype]
     apart = [part.transpose(1, 2).contiguous().transpose(1, 2) for part in parts]  # as an attention may give them
-    assert error(rotary_gradient(*apart, cos, sin), plain_rotary_gradient(*parts, cos, sin)) < ROUNDING[dtype]
+    assert relative_error(rotary_gradient(*apart, cos, sin), plain_rotary_gradient(*parts, cos, sin)) < ROUNDING[dtype]
 
 
-@pytest.mark.parametrize("tokens", [512, 4096, 16384])
-@pytest.mark.parametrize("rank", [16, 32, 96, 128])
+@pytest.mark.parametrize("tokens", [512, 16384])
+@pytest.mark.parametrize("rank", [16, 32, 128])
 @pytest.mark.parametrize("memory", [64 * 1024, 99 * 1024])
 def test_the_kernels_fit_the_shared_memory_of_smaller_cards(monkeypatch, memory, rank, tokens):
-    kernels = [Launched(adapter_gradients._thin), Launched(adapter_gradients._tall)]
-    monkeypatch.setattr(adapter_gradients, "_shared_memory", lambda x: memory)
-    monkeypatch.setattr(adapter_gradients, "_thin", kernels[0])
-    monkeypatch.setattr(adapter_gradients, "_tall", kernels[1])
+    kernels = [Launched(adapter_gradients.thin_kernel), Launched(adapter_gradients.tall_kernel)]
+    monkeypatch.setattr(adapter_gradients, "shared_memory", lambda x: memory)
+    monkeypatch.setattr(adapter_gradients, "thin_kernel", kernels[0])
+    monkeypatch.setattr(adapter_gradients, "tall_kernel", kernels[1])
     x, dy = (torch.randn(tokens, n, device="cuda").bfloat16() for n in (2048, 8192))
     a, b = torch.randn(rank, 2048, device="cuda"), torch.randn(8192, rank, device="cuda")
     for ours, theirs in zip(gradients(dy, x, [a], [b], 1.0), plain_gradients(dy, x, a, b, 1.0), strict=True):
-        assert error(ours, theirs) < ROUNDING[torch.bfloat16]
+        assert relative_error(ours, theirs) < ROUNDING[torch.bfloat16]
     assert [len(kernel.shared) for kernel in kernels] == [1, 2]
     assert all(0 < used <= memory for kernel in kernels for used in kernel.shared)
 
@@ -159,7 +147,7 @@ def test_few_tokens_and_wide_adapters_are_cleared_in_pieces():
     x, dy = torch.randn(24, 4096, device="cuda").bfloat16(), torch.randn(24, 8192, device="cuda").bfloat16()
     a, b = torch.randn(64, 4096, device="cuda"), torch.randn(8192, 64, device="cuda")
     for ours, theirs in zip(gradients(dy, x, [a], [b], 1.0), plain_gradients(dy, x, a, b, 1.0), strict=True):
-        assert error(ours, theirs) < ROUNDING[torch.bfloat16]
+        assert relative_error(ours, theirs) < ROUNDING[torch.bfloat16]
 
 
 @pytest.mark.parametrize(("rows", "vocabulary"), [(7, 1000), (64, 128256), (33, 5000), (5, 4096)])
@@ -172,7 +160,7 @@ def test_the_gradient_in_the_logits_place_is_the_plain_one(rows, vocabulary, dty
     loss, plain = softmax_gradient(logits, labels)
     losses = softmax_gradient_(logits, labels)
     assert losses.sum().item() == pytest.approx(loss.item(), rel=1e-5)
-    assert error(logits, plain) < ROUNDING[dtype]
+    assert relative_error(logits, plain) < ROUNDING[dtype]
     assert not logits[::3].any() and not losses[::3].any() and logits[1].any()
 
 
@@ -181,18 +169,3 @@ def test_a_logit_that_is_not_finite_makes_its_rows_loss_nan():
     logits[0, 4999], logits[1, 3] = float("nan"), float("inf")
     losses = softmax_gradient_(logits, torch.ones(3, dtype=torch.int64, device="cuda"))
     assert losses.isnan().tolist() == [True, True, False]
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize(("heads", "kv", "length"), [(4, 4, 96), (8, 2, 100), (32, 8, 512)])
-def test_cudnn_attention_is_causal_attention_with_its_gradients(heads, kv, length, dtype):
-    torch.manual_seed(0)
-    shapes = [(2, heads, length, 64), (2, kv, length, 64), (2, kv, length, 64)]
-    inputs = [torch.randn(shape, device="cuda", dtype=dtype).requires_grad_() for shape in shapes]
-    found = []
-    for form in (cudnn_attention, causal_attention):
-        out = form(*inputs, None, 0.125)
-        found.append([out, *torch.autograd.grad(out.float().square().sum(), inputs)])
-    for mine, theirs in zip(*found, strict=True):
-        assert error(mine, theirs) < 1e-2
-        assert theirs.float().norm() > 0.1
