@@ -6,7 +6,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from launcher.recipe.yaml_lines import YamlError, read_value
+from launcher.errors import RecipeError
+from launcher.recipe.yaml_lines import read_value
 
 MODES = {
     "train": "fine-tune (the default)",
@@ -76,7 +77,7 @@ def parse(argv: Sequence[str], *, recipes: Sequence[str]) -> Arguments:
 def _override(arguments: Arguments, key: str, text: str) -> None:
     try:
         arguments.overrides.append((key, read_value(text)))
-    except YamlError as error:
+    except RecipeError as error:
         remedy = "write plain text, [a, b] or {key: value}"
         arguments.refuse(key, f"{bare(key)}: {error}; got {shown(text)}; {remedy}")
 

@@ -5,7 +5,7 @@ Nothing here imports torch: a wrong recipe is answered in a fraction of a second
 """
 
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NoReturn
@@ -17,7 +17,7 @@ from launcher.recipe.command_line import bare, closest, parse, shown
 from launcher.recipe.field_types import recipes_dir
 from launcher.recipe.fields import LEAVES, SECTIONS, accepts, assignment, unknown
 from launcher.recipe.schema import Recipe
-from launcher.recipe.yaml_lines import YamlError, read_file
+from launcher.recipe.yaml_lines import read_file
 
 MAX_LINES = 5  # of a message
 Origin = Literal["default", "file", "command line"]
@@ -55,7 +55,7 @@ def resolve(argv: Sequence[str]) -> Resolved:
     try:
         path = _recipe_path(arguments.recipe, names)
         tree, places = read_file(path)
-    except (RecipeError, YamlError) as error:
+    except RecipeError as error:
         problems[str(error)] = "recipe"
         # The file may have set the end of training: a missing one is not the command line's fault.
         path, tree, places = Path(), {"train.epochs": 1}, {}
@@ -65,7 +65,7 @@ def resolve(argv: Sequence[str]) -> Resolved:
     try:
         recipe = Recipe.model_validate(_nested(from_file | from_line))
     except ValidationError as error:
-        problems |= _problems(error, places | dict.fromkeys(from_line, "command line"))
+        problems |= _problems(error, places, from_line)
     if problems:
         _refuse(problems)
     origins: dict[str, Origin] = dict.fromkeys(LEAVES, "default")
@@ -143,13 +143,13 @@ def _nested(values: Values) -> Values:
     return tree
 
 
-def _problems(error: ValidationError, places: Mapping[str, str]) -> dict[str, str]:
-    """One problem a key, though pydantic reports every branch of a union."""
+def _problems(error: ValidationError, places: dict[str, str], from_line: Values) -> dict[str, str]:
+    """One problem a key, though pydantic reports every branch of a union. `places` are the file's, by dotted key."""
     problems: dict[str, str] = {}
     for detail in error.errors(include_url=False):
         key, leaf = _keys(detail["loc"])
-        got = "got nothing" if detail["type"] == "missing" else f"got {shown(detail['input'])}"
-        got = f"{got} ({places.get(key) or places.get(leaf, 'default')})"
+        place = "command line" if leaf in from_line else places.get(key) or places.get(leaf)
+        got = f"got {'nothing' if detail['type'] == 'missing' else shown(detail['input'])} ({place})"
         if detail["type"] == "value_error":  # a rule between keys
             text = str(detail["ctx"]["error"])
         elif detail["type"] == "extra_forbidden":
@@ -159,9 +159,8 @@ def _problems(error: ValidationError, places: Mapping[str, str]) -> dict[str, st
             text = f"{key} is a section; {got}; try {assignment(first)}"
         else:
             text = f"{key} must be {accepts(key)}; {got}; try {assignment(leaf)}"
-        if bare(key) not in problems.values():
-            problems[text] = bare(key)
-    return problems
+        problems.setdefault(key, text)
+    return {text: bare(key) for key, text in problems.items()}
 
 
 def _keys(location: tuple[int | str, ...]) -> tuple[str, str]:

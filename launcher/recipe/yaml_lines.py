@@ -13,6 +13,8 @@ from typing import Any
 import yaml
 from yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
 
+from launcher.errors import RecipeError
+
 KINDS = ("str", "int", "float", "bool", "null", "timestamp", "map", "seq")
 PLAIN_TAGS = frozenset(f"tag:yaml.org,2002:{kind}" for kind in KINDS)
 PLAIN = re.compile(r"[^\[\]{},:#\"'!&*|>%@`?-][^\[\]{},:#\"']*")  # text that needs no quotes, in a list either
@@ -20,27 +22,23 @@ MAX_DEPTH = 20
 NULLS = frozenset(("", "~", "null", "Null", "NULL"))
 
 
-class YamlError(ValueError):
-    """Text that is no plain YAML; the message is one line that starts with `file:line`."""
-
-
 def read_file(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
     """The mapping in a recipe file, and the place (`file:line`) of each dotted key such as `data.sources[0].path`.
 
     Raises:
-        YamlError: unreadable, not UTF-8, broken, not a mapping, or more than plain data.
+        RecipeError: unreadable, not UTF-8, broken, not a mapping, or more than plain data; one line, `file:line: ...`.
     """
     file = repr(str(path))[1:-1]
     try:
         text = path.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise YamlError(f"{file}: a recipe is UTF-8 text; byte {error.start} is not; save it as UTF-8") from None
+        raise RecipeError(f"{file}: a recipe is UTF-8 text; byte {error.start} is not; save it as UTF-8") from None
     except OSError as error:
-        raise YamlError(f"{file}: cannot be read ({error.strerror})") from None
+        raise RecipeError(f"{file}: cannot be read ({error.strerror})") from None
     walk = _Walk(file)
     tree = walk.parse(text)
     if tree is not None and not isinstance(tree, dict):
-        raise YamlError(f"{walk.places['']}: a recipe is a mapping of sections, such as `train: {{steps: 100}}`")
+        raise RecipeError(f"{walk.places['']}: a recipe is a mapping of sections, such as `train: {{steps: 100}}`")
     return tree or {}, walk.places
 
 
@@ -48,7 +46,7 @@ def read_value(text: str) -> Any:
     """A value of the command line: a YAML list, mapping or quoted text, else the raw text; null and nothing are None.
 
     Raises:
-        YamlError: it starts like YAML and is not, or is tagged.
+        RecipeError: it starts like YAML and is not, or is tagged.
     """
     if not text.startswith(("[", "{", '"', "'", "!")):
         return None if text in NULLS else text
@@ -82,11 +80,11 @@ class _Walk:
             node = yaml.compose(text, Loader=yaml.SafeLoader)
         except yaml.MarkedYAMLError as error:
             problem = " ".join(filter(None, (error.context, error.problem)))
-            raise YamlError(f"{self.file}:{error.problem_mark.line + 1}: not valid YAML ({problem})") from None
+            raise RecipeError(f"{self.file}:{error.problem_mark.line + 1}: not valid YAML ({problem})") from None
         except yaml.YAMLError as error:
-            raise YamlError(f"{self.file}: not valid YAML ({' '.join(str(error).split())})") from None
+            raise RecipeError(f"{self.file}: not valid YAML ({' '.join(str(error).split())})") from None
         except RecursionError:
-            raise YamlError(f"{self.file}: not a recipe (nested too deeply)") from None
+            raise RecipeError(f"{self.file}: not a recipe (nested too deeply)") from None
         return None if node is None else self._value(node, "")
 
     def _value(self, node: Node, path: str) -> Any:
@@ -119,5 +117,5 @@ class _Walk:
     def _place(self, node: Node) -> str:
         return f"{self.file}:{node.start_mark.line + 1}"
 
-    def _error(self, node: Node, problem: str) -> YamlError:
-        return YamlError(f"{self._place(node)}: {problem}")
+    def _error(self, node: Node, problem: str) -> RecipeError:
+        return RecipeError(f"{self._place(node)}: {problem}")
