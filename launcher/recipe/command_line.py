@@ -17,7 +17,7 @@ MODES = {
     "show": "print the resolved recipe and where each value comes from",
     "schema": "print the JSON schema of a recipe",
 }
-BESIDE = ("recipe", "mode", "report", "blocks")  # the keys outside every section
+OPTIONS = ("recipe", "mode", "report", "blocks")  # the keys outside every section
 PREVIEW_BLOCKS = 2  # printed by mode=preview
 
 
@@ -55,7 +55,7 @@ def closest(word: str, names: Iterable[str], likeness: float = 0.6) -> str | Non
 def parse(argv: Sequence[str], *, recipes: Sequence[str]) -> Arguments:
     """Split a command line; `recipes` are the names to suggest where `recipe=` was forgotten."""
     arguments = Arguments()
-    beside: dict[str, str] = {}
+    options: dict[str, str] = {}
     for argument in argv:
         key, equals, text = argument.partition("=")
         key = key.strip()
@@ -63,14 +63,13 @@ def parse(argv: Sequence[str], *, recipes: Sequence[str]) -> Arguments:
             recipe = argument if argument.endswith(".yaml") else closest(argument, recipes)
             remedy = f"did you mean recipe={bare(recipe)}?" if recipe else "try train.steps=100, or --help alone"
             arguments.refuse(argument, f"every argument is key=value; got {shown(argument)}; {remedy}")
-        elif key not in BESIDE:
+        elif key not in OPTIONS:
             _override(arguments, key, text)
-        elif key in beside:
-            arguments.refuse(key, f"{key} is given twice; got {shown(beside[key])} and {shown(text)}; remove one")
+        elif key in options:
+            arguments.refuse(key, f"{key} is given twice; got {shown(options[key])} and {shown(text)}; remove one")
         else:
-            beside[key] = text
-    arguments.recipe = beside.get("recipe", "")
-    _check_beside(arguments, beside.get("mode", "train"), report=beside.get("report"), blocks=beside.get("blocks"))
+            options[key] = text
+    _check_options(arguments, options)
     return arguments
 
 
@@ -82,7 +81,9 @@ def _override(arguments: Arguments, key: str, text: str) -> None:
         arguments.refuse(key, f"{bare(key)}: {error}; got {shown(text)}; {remedy}")
 
 
-def _check_beside(arguments: Arguments, mode: str, *, report: str | None, blocks: str | None) -> None:
+def _check_options(arguments: Arguments, options: dict[str, str]) -> None:
+    arguments.recipe, arguments.report = options.get("recipe", ""), options.get("report", "")
+    mode, report, blocks = options.get("mode", "train"), options.get("report"), options.get("blocks")
     if mode in MODES:
         arguments.mode = mode
     else:
@@ -93,7 +94,6 @@ def _check_beside(arguments: Arguments, mode: str, *, report: str | None, blocks
     elif report and mode == "preview":
         rule = "report is written by mode=train, mode=parity and mode=bench"
         arguments.refuse("report", f"{rule}; got {shown(report)} with mode=preview; remove one")
-    arguments.report = report or ""
     if blocks is not None and mode != "preview":
         got = f"got {shown(blocks)} with mode={bare(mode)}"
         arguments.refuse("blocks", f"blocks belongs to mode=preview; {got}; remove it")

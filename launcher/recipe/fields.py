@@ -64,8 +64,16 @@ def _follow(schema: Json) -> Json:
     return json_schema()["$defs"][reference.rsplit("/", 1)[1]] | schema if reference else schema
 
 
-SECTIONS = tuple(Recipe.model_fields)
-LEAVES = tuple(f"{section}.{name}" for section in SECTIONS for name in field(section)["properties"])
+def names_in(key: str) -> tuple[str, ...]:
+    """The names of the keys in a section, in an entry of a list or, for "", in the recipe; none in anything else."""
+    try:
+        return tuple(field(key).get("properties", ()))
+    except KeyError:
+        return ()
+
+
+SECTIONS = names_in("")
+LEAVES = tuple(f"{section}.{name}" for section in SECTIONS for name in names_in(section))
 
 
 def accepts(key: str) -> str:
@@ -116,17 +124,17 @@ def unknown(key: str, got: str) -> str:
         remedy = f"did you mean {near}{'' if near in SECTIONS else f' ({accepts(near)})'}?"
     else:
         parent = key.rpartition(".")[0]
-        parent = parent if parent in SECTIONS or parent.endswith("]") else ""
-        remedy = f"{parent or 'a recipe'} has {', '.join(field(parent)['properties'])}"
+        parent = parent if names_in(parent) else ""
+        remedy = f"{parent or 'a recipe'} has {', '.join(names_in(parent))}"
     return f"unknown key {bare(key)}; {got}; {remedy}"
 
 
 def nearest(key: str) -> str | None:
     """The existing key that a mistyped one most likely stands for, by spelling or by another trainer's name."""
-    item = re.fullmatch(r"(.+)(\[\d+\])\.([^.\[\]]+)", key)
-    if item and item[1] in LEAVES:
-        name = closest(item[3], field(item[1] + item[2]).get("properties", ()))
-        return f"{item[1]}{item[2]}.{name}" if name else None
+    parent, _, name = key.rpartition(".")
+    if parent.endswith("]") and names_in(parent):
+        near = closest(name, names_in(parent))
+        return f"{parent}.{near}" if near else None
     plain = key.lstrip("+-~").replace("-", "_").lower()
     leaf = ".".join(re.split(r"[.\[]", plain)[:2])
     if leaf in LEAVES:

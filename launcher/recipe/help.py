@@ -29,7 +29,7 @@ def print_request(argv: Sequence[str], *, console: Console) -> bool:
     if {"-h", "--help"} & set(argv) or list(argv) == ["help"]:
         print_help(console)
     elif arguments.mode == "schema":
-        console.out(schema_json(), highlight=False, end="")
+        console.out(json.dumps(json_schema(), indent=2), highlight=False)
     elif arguments.recipe == "list":
         print_recipes(console)
     elif arguments.mode == "show":
@@ -37,11 +37,6 @@ def print_request(argv: Sequence[str], *, console: Console) -> bool:
     else:
         return False
     return True
-
-
-def schema_json() -> str:
-    """The JSON schema of a recipe, as recipes/schema.json ships it to editors."""
-    return json.dumps(json_schema(), indent=2) + "\n"
 
 
 def print_resolved(console: Console, resolved: Resolved) -> None:
@@ -61,7 +56,7 @@ def print_recipes(console: Console) -> None:
     for name in recipe_names():
         description = (recipes_dir() / f"{name}.yaml").read_text(encoding="utf-8").splitlines()[1].removeprefix("# ")
         model = resolve([f"recipe={name}"]).recipe.model.name
-        rows.append((name, description, model.replace(str(recipes_dir()), "recipes", 1)))  # the shipped one is a folder
+        rows.append((name, description, model.replace(str(recipes_dir()), "recipes", 1)))  # tiny's is a folder
     _print_table(("recipe", "description", "model"), rows, console)
 
 

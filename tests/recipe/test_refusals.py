@@ -68,6 +68,7 @@ def test_only_a_whole_number_of_blocks_is_taken(refusal: Refusal, blocks: str) -
         ("max_seq_length=3", "data.max_length"),
         ("data.sources[0].path=x", "data.sources"),
         ("data.sources.0.path=x", "data.sources"),
+        ("train.lr[0].x=1", "train.lr"),
         ("trian={lr: 1}", "train"),
     ],
 )
