@@ -59,6 +59,7 @@ def test_only_a_whole_number_of_blocks_is_taken(refusal: Refusal, blocks: str) -
         ("trian.lr=1", "train.lr"),
         ("train.lrr=1", "train.lr"),
         ("train.max_length=9", "data.max_length"),
+        ("lora.lr=9", "train.lr"),
         ("train.lora_alpha=9", "lora.alpha"),
         ("lr=abc", "train.lr"),
         ("batch=-1", "train.micro_batch"),
