@@ -1,1 +1,1 @@
-"""Recipes: typed sections (schema), layering and validation (load), and how they are shown (show). Never torch."""
+"""Recipes: what a run is asked to do, from the command line to validated sections. Nothing here imports torch."""

@@ -1,12 +1,13 @@
-"""The command line: `recipe=NAME key=value ...`, split and checked for form. What the keys mean is load.py's matter."""
+"""The command line: `recipe=NAME key=value ...`, split and checked for form. load.py checks what the keys mean."""
 
 import difflib
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
-from launcher.recipe.yaml_lines import YamlError, read_value
+from launcher.errors import RecipeError
+from launcher.recipe.yaml_lines import read_value
 
 MODES = {
     "train": "fine-tune (the default)",
@@ -16,30 +17,23 @@ MODES = {
     "show": "print the resolved recipe and where each value comes from",
     "schema": "print the JSON schema of a recipe",
 }
-BESIDE = ("recipe", "mode", "report", "blocks")  # the keys that stand beside the sections
+OPTIONS = ("recipe", "mode", "report", "blocks")  # the keys outside every section
 PREVIEW_BLOCKS = 2  # printed by mode=preview
-
-
-class Problem(NamedTuple):
-    """One thing that is wrong, for the user: rule, value and remedy on one line."""
-
-    key: str
-    text: str
 
 
 @dataclass
 class Arguments:
-    """A command line, split. Whatever is wrong with its form is in `problems`, and the rest goes on to be checked."""
+    """A split command line. Errors of form are in `problems`; the rest is kept, so that it can be checked as well."""
 
     recipe: str = ""
     mode: str = "train"
     report: str = ""
     blocks: int = PREVIEW_BLOCKS
     overrides: list[tuple[str, Any]] = field(default_factory=list)  # key as written, value as plain data
-    problems: list[Problem] = field(default_factory=list)
+    problems: dict[str, str] = field(default_factory=dict)  # rule, value and remedy on one line -> the key
 
-    def refuse(self, key: str, text: str) -> None:
-        self.problems.append(Problem(key, text))
+    def refuse(self, key: str, problem: str) -> None:
+        self.problems[problem] = bare(key)
 
 
 def shown(value: Any) -> str:
@@ -53,65 +47,58 @@ def bare(key: str) -> str:
     return shown(key)[1:-1]
 
 
-def closest(word: str, names: Sequence[str]) -> str | None:
-    return next(iter(difflib.get_close_matches(word, names, n=1)), None)
+def closest(word: str, names: Iterable[str], likeness: float = 0.6) -> str | None:
+    """The name that is spelled most like `word`, if one is at least this much alike (1: equal)."""
+    return next(iter(difflib.get_close_matches(word, list(names), n=1, cutoff=likeness)), None)
 
 
 def parse(argv: Sequence[str], *, recipes: Sequence[str]) -> Arguments:
-    """Split a command line; `recipes` are the names that a forgotten `recipe=` may have meant."""
-    found = Arguments()
-    given: dict[str, str] = {}
+    """Split a command line; `recipes` are the names to suggest where `recipe=` was forgotten."""
+    arguments = Arguments()
+    options: dict[str, str] = {}
     for argument in argv:
         key, equals, text = argument.partition("=")
         key = key.strip()
         if not equals or not key:
-            found.refuse(
-                bare(argument), f"every argument is key=value; got {shown(argument)}; {_meant(argument, recipes)}"
-            )
-        elif "${" in argument:
-            found.refuse(
-                bare(key), f"{bare(key)}: interpolation is not allowed; got {shown(text)}; write the value itself"
-            )
-        elif key in given and key in BESIDE:
-            found.refuse(key, f"{key} is given twice; got {shown(given[key])} and {shown(text)}; remove one")
-        elif key not in BESIDE:
-            _override(found, key, text)
-        given.setdefault(key, text)
-    found.recipe = given.get("recipe", "")
-    _beside(found, mode=given.get("mode", "train"), report=given.get("report"), blocks=given.get("blocks"))
-    return found
+            recipe = argument if argument.endswith(".yaml") else closest(argument, recipes)
+            remedy = f"did you mean recipe={bare(recipe)}?" if recipe else "try train.steps=100, or --help alone"
+            arguments.refuse(argument, f"every argument is key=value; got {shown(argument)}; {remedy}")
+        elif key not in OPTIONS:
+            _override(arguments, key, text)
+        elif key in options:
+            arguments.refuse(key, f"{key} is given twice; got {shown(options[key])} and {shown(text)}; remove one")
+        else:
+            options[key] = text
+    _check_options(arguments, options)
+    return arguments
 
 
-def _override(found: Arguments, key: str, text: str) -> None:
+def _override(arguments: Arguments, key: str, text: str) -> None:
     try:
-        found.overrides.append((key, read_value(text)))
-    except YamlError as error:
-        found.refuse(bare(key), f"{bare(key)}: {error}; got {shown(text)}; write plain text, [a, b] or {{key: value}}")
+        arguments.overrides.append((key, read_value(text)))
+    except RecipeError as error:
+        remedy = "write plain text, [a, b] or {key: value}"
+        arguments.refuse(key, f"{bare(key)}: {error}; got {shown(text)}; {remedy}")
 
 
-def _beside(found: Arguments, *, mode: str, report: str | None, blocks: str | None) -> None:
+def _check_options(arguments: Arguments, options: dict[str, str]) -> None:
+    arguments.recipe, arguments.report = options.get("recipe", ""), options.get("report", "")
+    mode, report, blocks = options.get("mode", "train"), options.get("report"), options.get("blocks")
     if mode in MODES:
-        found.mode = mode
+        arguments.mode = mode
     else:
-        meant = closest(mode, list(MODES)) or "show"
-        found.refuse("mode", f"mode must be one of {', '.join(MODES)}; got {shown(mode)}; try mode={meant}")
+        remedy = f"try mode={closest(mode, MODES) or 'show'}"
+        arguments.refuse("mode", f"mode must be one of {', '.join(MODES)}; got {shown(mode)}; {remedy}")
     if report == "":
-        found.refuse("report", "report must be a path; got nothing; try report=./report.json")
+        arguments.refuse("report", "report must be a path; got nothing; try report=./report.json")
     elif report and mode == "preview":
         rule = "report is written by mode=train, mode=parity and mode=bench"
-        found.refuse("report", f"{rule}; got {shown(report)} with mode=preview; remove one")
-    found.report = report or ""
-    if blocks is None:
-        return
-    if mode != "preview":
-        found.refuse("blocks", f"blocks belongs to mode=preview; got {shown(blocks)} with mode={bare(mode)}; remove it")
-    elif not re.fullmatch("[0-9]{1,9}", blocks):
+        arguments.refuse("report", f"{rule}; got {shown(report)} with mode=preview; remove one")
+    if blocks is not None and mode != "preview":
+        got = f"got {shown(blocks)} with mode={bare(mode)}"
+        arguments.refuse("blocks", f"blocks belongs to mode=preview; {got}; remove it")
+    elif blocks is not None and not re.fullmatch("[0-9]{1,9}", blocks):
         rule = "blocks must be a whole number >= 0"
-        found.refuse("blocks", f"{rule}; got {shown(blocks)}; try blocks={PREVIEW_BLOCKS}")
-    else:
-        found.blocks = int(blocks)
-
-
-def _meant(argument: str, recipes: Sequence[str]) -> str:
-    recipe = argument if argument.endswith(".yaml") else closest(argument, recipes)
-    return f"did you mean recipe={bare(recipe)}?" if recipe else "try train.steps=100, or --help alone"
+        arguments.refuse("blocks", f"{rule}; got {shown(blocks)}; try blocks={PREVIEW_BLOCKS}")
+    elif blocks is not None:
+        arguments.blocks = int(blocks)

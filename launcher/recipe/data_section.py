@@ -3,9 +3,8 @@
 from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field, ValidationInfo, field_validator
-from pydantic_core import PydanticCustomError
 
-from launcher.recipe.field_types import RULE, Choice, Section, Text, number_before_path, off_is, recipes_dir
+from launcher.recipe.field_types import Section, Text, number_before_path, off_is, recipes_dir
 
 
 class Source(Section):
@@ -15,8 +14,8 @@ class Source(Section):
         description="File (.jsonl, .json, .csv, .parquet, .txt), folder of such files, or dataset id on the hub.",
         examples=["./my.jsonl"],
     )
-    format: Annotated[Literal["auto", "messages", "sharegpt", "alpaca", "prompt_completion", "text"], Choice] = Field(
-        "auto", description="Columns of the rows; auto: told by the first row."
+    format: Literal["auto", "messages", "sharegpt", "alpaca", "prompt_completion", "text"] = Field(
+        "auto", description="Columns of the rows; auto: recognised from the first row."
     )
     weight: float | None = Field(
         None, gt=0, description="Share of an epoch's rows, relative to the other weights; all sources have one or none."
@@ -26,37 +25,35 @@ class Source(Section):
     revision: Text | None = Field(None, description="Branch, tag or commit of a hub dataset.", examples=["main"])
 
 
-def _shipped_sources() -> list[Source]:
-    return [Source(path=str(recipes_dir() / "tiny" / "train.jsonl"))]
-
-
 class DataSection(Section):
     """What is trained on, and how rows become blocks of tokens."""
 
     sources: list[Source] = Field(
-        default_factory=_shipped_sources,
+        default_factory=lambda: [Source(path=str(recipes_dir() / "tiny" / "train.jsonl"))],
         min_length=1,
         description="Training data; giving it replaces the recipe's. Default: the shipped instruction set.",
         examples=[[{"path": "./my.jsonl"}]],
     )
     streaming: bool = Field(
-        False, description="Read while training, for data larger than the disk; needs train.steps and own validation."
+        False,
+        description="Read while training, for data larger than the disk; needs train.steps and separate validation.",
     )
-    template: Annotated[Literal["auto", "llama3", "chatml", "mistral", "gemma", "qwen3"], Choice] = Field(
+    template: Literal["auto", "llama3", "chatml", "mistral", "gemma", "qwen3"] = Field(
         "auto", description="Chat template; auto: the tokenizer's own, others ship here for tokenizers without one."
     )
-    batching: Annotated[Literal["packed", "bucketed", "padded"], Choice] = Field(
-        "packed", description="Documents share rows; or a row each, of one of up to 6 lengths, or of max_length."
+    batching: Literal["packed", "bucketed", "padded"] = Field(
+        "packed",
+        description="Documents share blocks; or each is a block, padded to one of up to 6 lengths or to max_length.",
     )
-    max_length: int = Field(2048, ge=16, le=131072, description="Most tokens of a row and of a document.")
-    loss_on: Annotated[Literal["auto", "assistant", "completion", "all"], Choice] = Field(
+    max_length: int = Field(2048, ge=16, le=131072, description="Tokens of a block, and the most of a document.")
+    loss_on: Literal["auto", "assistant", "completion", "all"] = Field(
         "auto",
         description="Supervised tokens; auto: assistant in chats, completion where there is a prompt, all in texts.",
     )
-    bad_rows: Annotated[Literal["raise", "skip"], Choice] = Field(
+    bad_rows: Literal["raise", "skip"] = Field(
         "raise", description="A row that cannot be read stops the run, or is skipped and counted."
     )
-    too_long: Annotated[Literal["truncate", "split", "drop", "raise"], Choice] = Field(
+    too_long: Literal["truncate", "split", "drop", "raise"] = Field(
         "truncate", description="What happens to a document longer than max_length; counted."
     )
     validation: Annotated[
@@ -67,7 +64,7 @@ class DataSection(Section):
         validate_default=True,
     )
     wait_s: int = Field(
-        3600, ge=1, description="Seconds that the other ranks wait for the first of their machine to prepare the data."
+        3600, ge=1, description="Seconds that a machine's other ranks wait while one of them prepares the data."
     )
 
     @field_validator("sources")
@@ -75,17 +72,17 @@ class DataSection(Section):
     def _all_weights_or_none(cls, sources: list[Source]) -> list[Source]:
         without = [source.path for source in sources if source.weight is None]
         if 0 < len(without) < len(sources):
-            problem = f"data.sources: either all have a weight or none; {without[0][-60:]} has none; give it one"
-            raise PydanticCustomError(RULE, problem.replace("{", "{{").replace("}", "}}"))
+            raise ValueError(
+                f"data.sources: either all have a weight or none; {without[0][-60:]} has none; give it one"
+            )
         return sources
 
     @field_validator("batching")
     @classmethod
     def _lengths_are_known(cls, batching: str, info: ValidationInfo) -> str:
         if batching == "bucketed" and info.data.get("streaming"):
-            raise PydanticCustomError(
-                RULE,
-                "data.batching=bucketed must know all lengths, which data.streaming cannot; try data.batching=packed",
+            raise ValueError(
+                "data.batching=bucketed must know all lengths, which data.streaming cannot; try data.batching=packed"
             )
         return batching
 
@@ -93,7 +90,7 @@ class DataSection(Section):
     @classmethod
     def _rows_are_known(cls, validation: float | str | Source, info: ValidationInfo) -> float | str | Source:
         if info.data.get("streaming") and isinstance(validation, float) and validation:
-            raise PydanticCustomError(
-                RULE, "data.validation must be data of its own, or 0, with data.streaming; try data.validation=0"
+            raise ValueError(
+                "data.validation must be data of its own, or 0, with data.streaming; try data.validation=0"
             )
         return validation

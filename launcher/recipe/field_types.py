@@ -1,61 +1,62 @@
-"""What the sections of a recipe are made of: their base class, types whose values are written in many ways, and where
-the shipped recipes are.
+"""The base class of a recipe's sections, the types of their fields, and the folder of the shipped recipes."""
 
-Imports pydantic alone.
-"""
-
-import re
+from contextlib import suppress
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic_core import PydanticCustomError
 
-RULE = "rule"  # the type of an error between keys: its message is all there is to say
+from launcher.errors import RecipeError
+
+Item = TypeVar("Item", bound=str)
 
 
-def switch(value: Any) -> Any:
-    """YAML reads bare on/off/yes/no as booleans: give back the word, for choices and for fields that can be off."""
+class Section(BaseModel):
+    """A part of a recipe. A rule between keys is a validator that raises ValueError with the whole message."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+def on_or_off(value: Any) -> Any:
+    """The words on/yes/true and off/no/false, and the booleans that YAML reads them as, become "on" and "off"."""
     word = str(value).lower() if isinstance(value, bool | str) else ""
     return "off" if word in ("off", "no", "false") else "on" if word in ("on", "yes", "true") else value
 
 
 def off_is(replacement: Any) -> BeforeValidator:
-    return BeforeValidator(lambda value: replacement if switch(value) == "off" else value)
+    """A field that can be switched off, and then holds `replacement`."""
+    return BeforeValidator(lambda value: replacement if on_or_off(value) == "off" else value)
 
 
 def number_before_path(value: Any) -> Any:
-    """Text that reads as a number is one: '1.5' is a fraction out of range, not the path of a file."""
-    text = re.sub(r"\.(?=(inf|nan)$)", "", value.strip().lower()) if isinstance(value, str) else value
-    try:
+    """Text that reads as a number becomes one: '1.5' is a fraction out of range, not the path of a file."""
+    text = value.lower().replace(".inf", "inf").replace(".nan", "nan") if isinstance(value, str) else value
+    with suppress(TypeError, ValueError):
         return float(text)
-    except (TypeError, ValueError):
-        return value
+    return value
 
 
-def distinct(values: list[str]) -> list[str]:
+def refuse_repeats(values: list[Item]) -> list[Item]:
     if len(set(values)) < len(values):
-        raise ValueError("an entry is given twice")
+        raise PydanticCustomError("repeated", "an entry is given twice")
     return values
 
 
-Choice = BeforeValidator(switch)
-Distinct = AfterValidator(distinct)
+OnOff = BeforeValidator(on_or_off)
 Text = Annotated[str, Field(min_length=1)]
-
-
-class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+Distinct = Annotated[list[Item], AfterValidator(refuse_repeats), Field(json_schema_extra={"uniqueItems": True})]
 
 
 def recipes_dir() -> Path:
     """The folder of the shipped recipes: inside an installed package, or beside it in a checkout.
 
     Raises:
-        FileNotFoundError: neither is there; the installation is broken.
+        RecipeError: neither is there; the installation is broken.
     """
     package = Path(__file__).resolve().parents[1]
     # Inside first: beside an installed package lies site-packages, where another project may have a `recipes`.
     for folder in (package / "recipes", package.parent / "recipes"):
         if (folder / "tiny.yaml").is_file():
             return folder
-    raise FileNotFoundError(f"the shipped recipes are neither in {package} nor beside it: install the package again")
+    raise RecipeError(f"the shipped recipes are neither in {package} nor beside it: install the package again")

@@ -1,19 +1,20 @@
-"""What the schema says about a dotted key: its meaning, what it accepts, an example, and the key that was meant.
+"""What the schema says of a dotted key, in words: what it accepts, an example, and the nearest key to a mistyped one.
 
-Everything is read from schema.py; only the names that other trainers use for our keys stand here.
+All of it is read from schema.py; only the names that other trainers use for our keys are listed here.
 """
 
-import difflib
 import re
+import shlex
 from functools import cache
 from typing import Any
 
-from launcher.recipe.field_types import Section
+from launcher.recipe.command_line import bare, closest
 from launcher.recipe.schema import Recipe
+from launcher.recipe.yaml_lines import inline
 
 Json = dict[str, Any]
 
-OTHER_NAMES = {  # what other trainers call it: what we call it
+OTHER_NAMES = {  # another trainer's name: our key
     "learning_rate": "train.lr",
     "max_steps": "train.steps",
     "num_train_epochs": "train.epochs",
@@ -44,35 +45,35 @@ OTHER_NAMES = {  # what other trainers call it: what we call it
 }
 
 
-def section_of(name: str) -> type[Section]:
-    """The model class of a section."""
-    section = Recipe.model_fields[name].annotation
-    assert isinstance(section, type) and issubclass(section, Section)
-    return section
-
-
-SECTIONS = tuple(Recipe.model_fields)
-LEAVES = tuple(f"{section}.{key}" for section in SECTIONS for key in section_of(section).model_fields)
-
-
 @cache
 def json_schema() -> Json:
-    """The JSON schema of a recipe (draft 2020-12), for editors and for the texts below."""
+    """The JSON schema of a recipe (draft 2020-12)."""
     return {"$schema": "https://json-schema.org/draft/2020-12/schema"} | Recipe.model_json_schema()
 
 
 def field(key: str) -> Json:
-    """The JSON schema of one key, `data.sources[0].path` included. KeyError if there is none."""
-    found = json_schema()
+    """The JSON schema of one key, `data.sources[0].path` included; of the recipe for "". KeyError if there is none."""
+    schema = json_schema()
     for part in re.findall(r"[^.\[\]]+|\[\d+\]", key):
-        found = found["items"] if part.startswith("[") else found["properties"][part]
-        found = _follow(found)
-    return found
+        schema = _follow(schema["items"] if part.startswith("[") else schema["properties"][part])
+    return schema
 
 
-def _follow(found: Json) -> Json:
-    reference = found.get("$ref")
-    return json_schema()["$defs"][reference.rsplit("/", 1)[1]] | found if reference else found
+def _follow(schema: Json) -> Json:
+    reference = schema.get("$ref")
+    return json_schema()["$defs"][reference.rsplit("/", 1)[1]] | schema if reference else schema
+
+
+def names_in(key: str) -> tuple[str, ...]:
+    """The names of the keys in a section, in an entry of a list or, for "", in the recipe; none in anything else."""
+    try:
+        return tuple(field(key).get("properties", ()))
+    except KeyError:
+        return ()
+
+
+SECTIONS = names_in("")
+LEAVES = tuple(f"{section}.{name}" for section in SECTIONS for name in names_in(section))
 
 
 def accepts(key: str) -> str:
@@ -80,73 +81,73 @@ def accepts(key: str) -> str:
     return _words(field(key))
 
 
-def _words(found: Json) -> str:
-    found = _follow(found)
-    if options := found.get("anyOf"):
-        return ", or ".join(_words(option) for option in options)
-    if choices := found.get("enum", [found["const"]] if "const" in found else None):
-        return f"one of {', '.join(choices)}" if len(choices) > 1 else choices[0]
-    match found["type"]:
+def _words(schema: Json) -> str:
+    schema = _follow(schema)
+    if "anyOf" in schema:
+        return ", or ".join(map(_words, schema["anyOf"]))
+    if "enum" in schema:
+        return f"one of {', '.join(schema['enum'])}"
+    if "const" in schema:
+        return str(schema["const"])
+    match schema["type"]:
         case "array":
-            least = f", at least {found['minItems']}" if "minItems" in found else ""
-            return f"a list of {_words(found['items'])}{least}" + (", each once" if "uniqueItems" in found else "")
+            minimum = f", at least {schema['minItems']}" if "minItems" in schema else ""
+            return f"a list of {_words(schema['items'])}{minimum}" + (", each once" if "uniqueItems" in schema else "")
         case "object":
-            return "{" + ", ".join(found["properties"]) + "}"
+            return "{" + ", ".join(schema["properties"]) + "}"
         case "integer":
-            return f"a whole number{_range(found)}"
+            return f"a whole number{_range(schema)}"
         case "number":
-            return f"a number{_range(found)}"
+            return f"a number{_range(schema)}"
         case kind:
             return {"string": "text", "boolean": "true or false", "null": "null"}[kind]
 
 
-def _range(found: Json) -> str:
-    if "minimum" in found and "maximum" in found:
-        return f" from {found['minimum']} to {found['maximum']}"
-    bounds = {"exclusiveMinimum": ">", "minimum": ">=", "exclusiveMaximum": "<", "maximum": "<="}
-    stated = [f"{sign} {found[bound]:g}" for bound, sign in bounds.items() if bound in found]
-    return " " + " and ".join(stated) if stated else ""
+def _range(schema: Json) -> str:
+    if "minimum" in schema and "maximum" in schema:
+        return f" from {schema['minimum']} to {schema['maximum']}"
+    signs = {"exclusiveMinimum": ">", "minimum": ">=", "exclusiveMaximum": "<", "maximum": "<="}
+    bounds = [f"{sign} {schema[bound]:g}" for bound, sign in signs.items() if bound in schema]
+    return " " + " and ".join(bounds) if bounds else ""
 
 
-def example(key: str) -> Any:
-    """A value that the key accepts: its default, else the schema's example."""
-    found = field(key)
-    default = found.get("default")
-    return found["examples"][0] if default in (None, []) and "examples" in found else default
+def assignment(key: str) -> str:
+    """A `key=value` that is accepted, quoted for the shell: the default, else the schema's example."""
+    schema = field(key)
+    default = schema.get("default")
+    return shlex.quote(f"{key}={inline(default if default or 'examples' not in schema else schema['examples'][0])}")
 
 
-def siblings(key: str) -> str:
-    """What there is where an unknown key was looked for: `train has steps, epochs, ...`."""
-    parent = key.rpartition(".")[0]
-    try:
-        names = field(parent)["properties"]
-    except KeyError:
-        parent, names = "", json_schema()["properties"]
-    return f"{parent or 'a recipe'} has {', '.join(names)}"
+def unknown(key: str, got: str) -> str:
+    """The error for a key that does not exist: the nearest key and what that accepts, else the keys there are."""
+    if near := nearest(key):
+        remedy = f"did you mean {near}{'' if near in SECTIONS else f' ({accepts(near)})'}?"
+    else:
+        parent = key.rpartition(".")[0]
+        parent = parent if names_in(parent) else ""
+        remedy = f"{parent or 'a recipe'} has {', '.join(names_in(parent))}"
+    return f"unknown key {bare(key)}; {got}; {remedy}"
 
 
 def nearest(key: str) -> str | None:
-    """The key that was most likely meant by an unknown one, by spelling or by another trainer's name for it."""
-    item = re.fullmatch(r"(.+)\[\d+\]\.([^.\[\]]+)", key)
-    if item and item[1] in LEAVES:
-        close = difflib.get_close_matches(item[2], field(f"{item[1]}[0]").get("properties", ()), n=1)
-        return key[: item.start(2)] + close[0] if close else None
+    """The existing key that a mistyped one most likely stands for, by spelling or by another trainer's name."""
+    parent, _, name = key.rpartition(".")
+    if parent.endswith("]") and names_in(parent):
+        near = closest(name, names_in(parent))
+        return f"{parent}.{near}" if near else None
     plain = key.lstrip("+-~").replace("-", "_").lower()
-    for leaf in LEAVES:
-        if re.match(re.escape(leaf) + r"(\.|\[)", plain):
-            return leaf  # an index into a list or a key below a value
-    return _nearest(plain)
-
-
-def _nearest(plain: str) -> str | None:
-    looked_in, _, name = plain.rpartition(".")
-    section = next(iter(difflib.get_close_matches(looked_in, SECTIONS, n=1)), None)
+    leaf = ".".join(re.split(r"[.\[]", plain)[:2])
+    if leaf in LEAVES:
+        return leaf  # an index into a list, or a key below a value
+    section, _, name = plain.rpartition(".")
     everywhere = {leaf.split(".")[1]: leaf for leaf in reversed(LEAVES)} | OTHER_NAMES
-    here = {word: leaf for word, leaf in everywhere.items() if section == leaf.split(".")[0]}
-    if not looked_in:
-        here = everywhere | {name: name for name in SECTIONS}
-    # The name as it stands, wherever it belongs, goes before a similar one of the section that was looked in.
-    for names, likeness in ((here, 1.0), (everywhere, 1.0), (here, 0.6), (everywhere, 0.75)):
-        if close := difflib.get_close_matches(name, names, n=1, cutoff=likeness):
-            return names[close[0]]
+    if section:
+        section = closest(section, SECTIONS) or section
+        nearby = {word: leaf for word, leaf in everywhere.items() if leaf.startswith(f"{section}.")}
+    else:
+        nearby = everywhere | {word: word for word in SECTIONS}
+    # The exact name in another section is more likely meant than a similar name in the section that was written.
+    for names, likeness in ((nearby, 1.0), (everywhere, 1.0), (nearby, 0.6), (everywhere, 0.75)):
+        if near := closest(name, names, likeness):
+            return names[near]
     return None

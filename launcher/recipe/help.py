@@ -1,4 +1,4 @@
-"""What is answered without a run: mode=show, recipe=list, mode=schema, --help.
+"""Answers that need no run: mode=show, recipe=list, mode=schema, --help.
 
 On a terminal the tables are drawn; elsewhere they are aligned text, one line a row whatever its length, for grep.
 """
@@ -10,9 +10,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from launcher.recipe import fields
 from launcher.recipe.command_line import MODES, PREVIEW_BLOCKS, parse
 from launcher.recipe.field_types import recipes_dir
+from launcher.recipe.fields import LEAVES, accepts, field, json_schema
 from launcher.recipe.load import Resolved, recipe_names, resolve
 from launcher.recipe.yaml_lines import inline
 
@@ -29,7 +29,7 @@ def print_request(argv: Sequence[str], *, console: Console) -> bool:
     if {"-h", "--help"} & set(argv) or list(argv) == ["help"]:
         print_help(console)
     elif arguments.mode == "schema":
-        console.out(schema_json(), highlight=False, end="")
+        console.out(json.dumps(json_schema(), indent=2), highlight=False)
     elif arguments.recipe == "list":
         print_recipes(console)
     elif arguments.mode == "show":
@@ -39,18 +39,13 @@ def print_request(argv: Sequence[str], *, console: Console) -> bool:
     return True
 
 
-def schema_json() -> str:
-    """The JSON schema of a recipe, as recipes/schema.json ships it to editors."""
-    return json.dumps(fields.json_schema(), indent=2) + "\n"
-
-
 def print_resolved(console: Console, resolved: Resolved) -> None:
-    """The resolved recipe: each key, its value, where that came from and what it means."""
-    dump = resolved.recipe.model_dump()
+    """The resolved recipe: each key, its value, where that comes from and what it means."""
+    values = resolved.recipe.model_dump()
     rows = []
     for key, origin in resolved.origins.items():
         section, name = key.split(".")
-        rows.append((key, inline(dump[section][name]), origin, fields.field(key)["description"]))
+        rows.append((key, inline(values[section][name]), origin, field(key)["description"]))
     console.out(f"recipe {resolved.name} ({inline(str(resolved.path))})", highlight=False)
     _print_table(("key", "value", "from", "meaning"), rows, console)
 
@@ -60,13 +55,9 @@ def print_recipes(console: Console) -> None:
     rows = []
     for name in recipe_names():
         description = (recipes_dir() / f"{name}.yaml").read_text(encoding="utf-8").splitlines()[1].removeprefix("# ")
-        rows.append((name, description, _model(resolve([f"recipe={name}"]).recipe.model.name)))
+        model = resolve([f"recipe={name}"]).recipe.model.name
+        rows.append((name, description, model.replace(str(recipes_dir()), "recipes", 1)))  # tiny's is a folder
     _print_table(("recipe", "description", "model"), rows, console)
-
-
-def _model(name: str) -> str:
-    """A shipped model by its place among the recipes, any other by its name."""
-    return name.replace(str(recipes_dir()), "recipes", 1)
 
 
 def print_help(console: Console) -> None:
@@ -83,7 +74,7 @@ def print_help(console: Console) -> None:
     )
     _print_plain(lines, console)
     console.out()
-    rows = [(key, fields.accepts(key), fields.field(key)["description"]) for key in fields.LEAVES]
+    rows = [(key, accepts(key), field(key)["description"]) for key in LEAVES]
     _print_table(("key", "value", "meaning"), rows, console)
 
 

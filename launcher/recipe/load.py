@@ -1,31 +1,32 @@
-"""From a command line to a validated recipe: defaults < the recipe's file < `key=value`, all errors reported together.
+"""From a command line to a validated recipe: defaults < the recipe's file < `key=value`, all errors in one message.
 
-OmegaConf merges the layers, pydantic validates the whole.
+The layers are plain dicts of dotted keys; pydantic validates what they merge to and fills in the defaults.
 Nothing here imports torch: a wrong recipe is answered in a fraction of a second.
 """
 
-from collections.abc import Sequence
+import os
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, Literal, NoReturn
 
-from omegaconf import OmegaConf
 from pydantic import ValidationError
 
 from launcher.errors import RecipeError
-from launcher.recipe import fields
-from launcher.recipe.command_line import Problem, closest, parse, shown
-from launcher.recipe.field_types import RULE, recipes_dir
-from launcher.recipe.layers import Layer, Origin, assignment, flat, unknown
+from launcher.recipe.command_line import bare, closest, parse, shown
+from launcher.recipe.field_types import recipes_dir
+from launcher.recipe.fields import LEAVES, SECTIONS, accepts, assignment, unknown
 from launcher.recipe.schema import Recipe
-from launcher.recipe.yaml_lines import YamlError, read_file
+from launcher.recipe.yaml_lines import read_file
 
 MAX_LINES = 5  # of a message
+Origin = Literal["default", "file", "command line"]
+Values = dict[str, Any]  # by dotted key
 
 
 @dataclass(frozen=True)
 class Resolved:
-    """A command line understood: the recipe to run, and where each of its values came from."""
+    """A command line understood: the recipe to run, and where each of its values comes from."""
 
     recipe: Recipe
     name: str  # the recipe's name; of the user's own file, the file's name without .yaml
@@ -37,15 +38,8 @@ class Resolved:
 
 
 def recipe_names() -> list[str]:
-    """The names of the shipped recipes.
-
-    Raises:
-        RecipeError: the installation lacks them.
-    """
-    try:
-        return sorted(path.stem for path in recipes_dir().glob("*.yaml"))
-    except FileNotFoundError as error:
-        raise RecipeError(str(error)) from None
+    """The names of the shipped recipes."""
+    return sorted(path.stem for path in recipes_dir().glob("*.yaml"))
 
 
 def resolve(argv: Sequence[str]) -> Resolved:
@@ -57,45 +51,39 @@ def resolve(argv: Sequence[str]) -> Resolved:
     """
     names = recipe_names()
     arguments = parse(argv, recipes=names)
-    problems = list(arguments.problems)
-    file = Layer("file", Path.cwd())
+    problems = arguments.problems
     try:
-        path = _find(arguments.recipe, names)
-        file = _read(path)
-    except (RecipeError, YamlError) as error:
-        path = None
-        problems.append(Problem("recipe", str(error)))
-    line = Layer("command line", Path.cwd())
-    line.take(pair for key, value in arguments.overrides for pair in flat({key: value}))
-    recipe, wrong = _validate((file, line))
-    if path is None:  # what only the file could have set is not the command line's fault
-        wrong = [problem for problem in wrong if problem.key != "train.epochs" or "train.epochs" in line.values]
-    problems += file.problems + line.problems + wrong
-    if problems or recipe is None or path is None:
+        path = _recipe_path(arguments.recipe, names)
+        tree, places = read_file(path)
+    except RecipeError as error:
+        problems[str(error)] = "recipe"
+        # The file may have set the end of training: a missing one is not the command line's fault.
+        path, tree, places = Path(), {"train.epochs": 1}, {}
+    from_file = _layer(_flat(tree), path.absolute().parent, problems)
+    overrides = (pair for key, value in arguments.overrides for pair in _flat({key: value}))
+    from_line = _layer(overrides, Path.cwd(), problems)
+    try:
+        recipe = Recipe.model_validate(_nested(from_file | from_line))
+    except ValidationError as error:
+        problems |= _problems(error, places, from_line)
+    if problems:
         _refuse(problems)
+    origins: dict[str, Origin] = dict.fromkeys(LEAVES, "default")
     return Resolved(
         recipe=recipe,
         name=path.stem,
         path=path.absolute(),
         mode=arguments.mode,
-        origins={key: _origin(key, (line, file)) for key in fields.LEAVES},
+        origins=origins | dict.fromkeys(from_file, "file") | dict.fromkeys(from_line, "command line"),
         report=Path(arguments.report).absolute() if arguments.report else None,
         blocks=arguments.blocks,
     )
 
 
-def _refuse(problems: list[Problem]) -> NoReturn:
-    lines = list(dict.fromkeys(problem.text for problem in problems))
-    if len(lines) > MAX_LINES:
-        rest = dict.fromkeys(problem.key for problem in problems if problem.text in lines[MAX_LINES - 1 :])
-        lines[MAX_LINES - 1 :] = [f"and {len(lines) - MAX_LINES + 1} more, in {', '.join(rest)}"]
-    raise RecipeError("\n".join(lines))
-
-
-def _find(recipe: str, names: list[str]) -> Path:
+def _recipe_path(recipe: str, names: list[str]) -> Path:
     listed = f"the recipes are {', '.join(names)}, or a path that ends in .yaml"
-    meant = closest(recipe.removesuffix(".yaml"), names)
-    hint = f"did you mean recipe={meant}? " if meant else ""
+    near = closest(recipe.removesuffix(".yaml"), names)
+    hint = f"did you mean recipe={near}? " if near else ""
     if not recipe:
         raise RecipeError(f"recipe=NAME is required; got none; {listed}")
     if recipe.endswith(".yaml"):
@@ -110,57 +98,83 @@ def _find(recipe: str, names: list[str]) -> Path:
     return recipes_dir() / f"{recipe}.yaml"
 
 
-def _read(path: Path) -> Layer:
-    tree, lines = read_file(path)
-    layer = Layer("file", path.absolute().parent, where=repr(str(path))[1:-1], lines=lines)
-    layer.take(flat(tree))
-    return layer
+def _flat(tree: Values, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted keys and their values; a section left empty gives none."""
+    for name, value in tree.items():
+        key = f"{prefix}{name}"
+        if key in SECTIONS and isinstance(value, dict):
+            yield from _flat(value, f"{key}.")
+        elif key not in SECTIONS or value is not None:
+            yield key, value
 
 
-def _merge(layers: Sequence[Layer]) -> Any:
-    """The defaults with each layer over them, as plain data; lists are replaced."""
-    defaults = {name: fields.section_of(name).model_construct().model_dump() for name in fields.SECTIONS}
-    merged = OmegaConf.create(defaults)
-    for layer in layers:
-        for key, value in layer.values.items():
-            OmegaConf.update(merged, key, value, merge=False)
-    return OmegaConf.to_container(merged, resolve=False)
+def _layer(pairs: Iterable[tuple[str, Any]], folder: Path, problems: dict[str, str]) -> Values:
+    """What one place sets, its relative paths starting from `folder`; keys that it sets twice go to `problems`."""
+    values: Values = {}
+    for key, value in pairs:
+        if key in values:
+            got = f"got {shown(values[key])} and {shown(value)}"
+            problems[f"{bare(key)} is given twice; {got}; remove one"] = bare(key)
+        else:
+            values[key] = _from_folder(value, folder)
+    return values
 
 
-def _validate(layers: Sequence[Layer]) -> tuple[Recipe | None, list[Problem]]:
-    try:
-        return Recipe.model_validate(_merge(layers)), []
-    except ValidationError as error:
-        found: dict[str, Problem] = {}  # one for each key: a union reports each of its branches
-        for detail in error.errors(include_url=False):
-            key = _key(detail["loc"])
-            leaf = ".".join(key.split("[")[0].split(".")[:2])
-            layer = next((layer for layer in reversed(layers) if leaf in layer.values), None)
-            at = layer.at(key if key in layer.lines else leaf) if layer else "default"
-            found.setdefault(key, Problem(key, _complaint(key, leaf, dict(detail), at=at)))
-        return None, list(found.values())
+def _from_folder(value: Any, folder: Path) -> Any:
+    """Texts that begin with ./ or ../ become paths from `folder`, ~/ from the home folder; the rest stays as it is."""
+    if isinstance(value, dict):
+        return {key: _from_folder(item, folder) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_from_folder(item, folder) for item in value]
+    if isinstance(value, str) and value.startswith(("./", "../")):
+        return os.path.normpath(folder / value)
+    return os.path.expanduser(value) if isinstance(value, str) and value.startswith("~/") else value
 
 
-def _key(location: tuple[int | str, ...]) -> str:
-    """`data.sources[0].path` from a location of pydantic's; what names the branch of a union is dropped."""
-    key = ".".join(map(str, location[:2]))
-    for part in location[2:]:
-        step = f"{key}[{part}]" if isinstance(part, int) else f"{key}.{part}"
-        if isinstance(part, str) and not key.endswith("]"):
-            break
-        key = step
-    return key
+def _nested(values: Values) -> Values:
+    """The tree that pydantic validates. It keeps unknown keys, and what is no section in a section's place."""
+    tree: Values = {section: {} for section in SECTIONS}
+    for key in sorted(values, key=SECTIONS.__contains__):  # sections last: they replace their keys
+        section, _, name = key.partition(".")
+        if section in SECTIONS and name:
+            tree[section][name] = values[key]
+        else:
+            tree[key] = values[key]
+    return tree
 
 
-def _complaint(key: str, leaf: str, detail: dict[str, Any], *, at: str) -> str:
-    if detail["type"] == RULE:
-        return str(detail["msg"])
-    got = "got nothing" if detail["type"] == "missing" else f"got {shown(detail['input'])}"
-    got = f"{got} ({at})"
-    if detail["type"] == "extra_forbidden":
-        return unknown(key, got)
-    return f"{key} must be {fields.accepts(key)}; {got}; try {assignment(leaf)}"
+def _problems(error: ValidationError, places: dict[str, str], from_line: Values) -> dict[str, str]:
+    """One problem a key, though pydantic reports every branch of a union. `places` are the file's, by dotted key."""
+    problems: dict[str, str] = {}
+    for detail in error.errors(include_url=False):
+        key, leaf = _keys(detail["loc"])
+        place = "command line" if leaf in from_line else places.get(key) or places.get(leaf)
+        got = f"got {'nothing' if detail['type'] == 'missing' else shown(detail['input'])} ({place})"
+        if detail["type"] == "value_error":  # a rule between keys
+            text = str(detail["ctx"]["error"])
+        elif detail["type"] == "extra_forbidden":
+            text = unknown(key, got)
+        elif key in SECTIONS:
+            first = next(leaf for leaf in LEAVES if leaf.startswith(f"{key}."))
+            text = f"{key} is a section; {got}; try {assignment(first)}"
+        else:
+            text = f"{key} must be {accepts(key)}; {got}; try {assignment(leaf)}"
+        problems.setdefault(key, text)
+    return {text: bare(key) for key, text in problems.items()}
 
 
-def _origin(key: str, layers: Sequence[Layer]) -> Origin:
-    return next((layer.origin for layer in layers if key in layer.values), "default")
+def _keys(location: tuple[int | str, ...]) -> tuple[str, str]:
+    """`data.sources[0].path` and `data.sources` from a location of pydantic's. The branch of a union is left out."""
+    leaf = ".".join(map(str, location[:2]))
+    if len(location) > 2 and isinstance(location[2], int):
+        return f"{leaf}[{location[2]}]" + "".join(f".{name}" for name in location[3:4]), leaf
+    return leaf, leaf
+
+
+def _refuse(problems: dict[str, str]) -> NoReturn:
+    lines = list(problems)
+    if len(lines) > MAX_LINES:
+        rest = lines[MAX_LINES - 1 :]
+        keys = dict.fromkeys(problems[line] for line in rest)
+        lines[MAX_LINES - 1 :] = [f"and {len(rest)} more, in {', '.join(keys)}"]
+    raise RecipeError("\n".join(lines))

@@ -1,7 +1,7 @@
 """Where `model.name` is: a local folder, a hub id, or an architecture that ships with the recipes.
 
-Settled before torch is imported and before weights are read, so that a wrong name ends the run within seconds and
-leaves nothing behind. huggingface_hub itself is imported only for a name that is no folder.
+This is checked before torch is imported and before weights are read: a wrong name ends the run within seconds and
+leaves nothing behind. huggingface_hub is imported only for a name that is no folder.
 """
 
 import re
@@ -11,14 +11,17 @@ from launcher.errors import RecipeError
 from launcher.recipe.schema import ModelSection
 
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
-HUB_TIMEOUT_S = 5.0  # for the one small request that tells whether the hub can be reached
+HUB_TIMEOUT_S = 5.0  # for the one small request that shows whether the hub has the model
 
 
 def locate(model: ModelSection, architectures: Path) -> str:
     """`model.name` -> an absolute folder, or a hub id that is cached or reachable.
 
-    With `model.init=random` only a config is wanted: a folder's, or one shipped under `architectures` whose name is
-    the last part of the hub id. Raises RecipeError with the way out.
+    With `model.init=random` only a config is needed: a folder's, or one shipped under `architectures` whose name is
+    the last part of the hub id.
+
+    Raises:
+        RecipeError: it is nowhere; the message says what to do.
     """
     name = model.name
     folder = Path(name).expanduser()
@@ -41,10 +44,10 @@ def _shipped(name: str, architectures: Path) -> str:
     folder = architectures / name.rsplit("/", 1)[-1]
     if (folder / "config.json").is_file():
         return str(folder.resolve())
-    known = ", ".join(sorted(p.parent.name for p in architectures.glob("*/config.json")))
+    names = ", ".join(sorted(path.parent.name for path in architectures.glob("*/config.json")))
     raise RecipeError(
         f"model.init=random needs a folder with config.json or a shipped architecture; {name!r} is neither.\n"
-        f"Shipped: {known}."
+        f"Shipped: {names}."
     )
 
 
@@ -54,7 +57,7 @@ def _require_hub(name: str, revision: str | None) -> None:
 
     if isinstance(try_to_load_from_cache(name, "config.json", revision=revision), str):
         return
-    try:  # one request, not the client's download, which tries six times for half a minute
+    try:  # one request, not the client's download, which retries six times for half a minute
         get_hf_file_metadata(hf_hub_url(name, "config.json", revision=revision), timeout=HUB_TIMEOUT_S)
     except Exception as error:  # the client has a dozen kinds, from DNS to licence gates; all mean "not to be had"
         reason = next(iter(str(error).strip().splitlines()), "") or type(error).__name__

@@ -1,7 +1,7 @@
-"""YAML as plain data: the node tree is walked, nothing is ever constructed.
+"""YAML as plain data with line numbers: the parsed nodes are walked, no Python object is ever constructed from a tag.
 
-Scalars keep their raw text (the schema knows what each field is: a revision 0123456 stays one, `off` stays a word),
-keys know their line, and what YAML could execute, expand or hide (tags, aliases, repeated keys) is refused.
+A scalar keeps its raw text, because the schema knows what each field is: a revision 0123456 stays one, `off` stays a
+word. Tags, aliases and repeated keys are refused: they could execute, expand or hide something.
 """
 
 import json
@@ -13,6 +13,8 @@ from typing import Any
 import yaml
 from yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
 
+from launcher.errors import RecipeError
+
 KINDS = ("str", "int", "float", "bool", "null", "timestamp", "map", "seq")
 PLAIN_TAGS = frozenset(f"tag:yaml.org,2002:{kind}" for kind in KINDS)
 PLAIN = re.compile(r"[^\[\]{},:#\"'!&*|>%@`?-][^\[\]{},:#\"']*")  # text that needs no quotes, in a list either
@@ -20,93 +22,74 @@ MAX_DEPTH = 20
 NULLS = frozenset(("", "~", "null", "Null", "NULL"))
 
 
-class YamlError(ValueError):
-    """Text that is no plain YAML; the message is one line that starts with `file:line`."""
-
-
-def read_file(path: Path) -> tuple[dict[str, Any], dict[str, int]]:
-    """The mapping in a recipe file, and the line of each key by dotted path (`data.sources[0].path`).
+def read_file(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
+    """The mapping in a recipe file, and the place (`file:line`) of each dotted key such as `data.sources[0].path`.
 
     Raises:
-        YamlError: unreadable, not UTF-8, broken, not a mapping, or more than plain data.
+        RecipeError: unreadable, not UTF-8, broken, not a mapping, or more than plain data; one line, `file:line: ...`.
     """
-    where = repr(str(path))[1:-1]
+    file = repr(str(path))[1:-1]
     try:
         text = path.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise YamlError(f"{where}: a recipe is UTF-8 text; byte {error.start} is not; save it as UTF-8") from None
+        raise RecipeError(f"{file}: a recipe is UTF-8 text; byte {error.start} is not; save it as UTF-8") from None
     except OSError as error:
-        raise YamlError(f"{where}: cannot be read ({error.strerror})") from None
-    node = _compose(text, where)
-    if node is None:
-        return {}, {}
-    if not isinstance(node, MappingNode):
-        raise YamlError(f"{where}:{_line(node)}: a recipe is a mapping of sections, such as `train: {{steps: 100}}`")
-    walk = _Walk(where)
-    return walk.value(node, ""), walk.lines
+        raise RecipeError(f"{file}: cannot be read ({error.strerror})") from None
+    walk = _Walk(file)
+    tree = walk.parse(text)
+    if tree is not None and not isinstance(tree, dict):
+        raise RecipeError(f"{walk.places['']}: a recipe is a mapping of sections, such as `train: {{steps: 100}}`")
+    return tree or {}, walk.places
 
 
 def read_value(text: str) -> Any:
     """A value of the command line: a YAML list, mapping or quoted text, else the raw text; null and nothing are None.
 
     Raises:
-        YamlError: it starts like YAML and is not, or is tagged.
+        RecipeError: it starts like YAML and is not, or is tagged.
     """
     if not text.startswith(("[", "{", '"', "'", "!")):
         return None if text in NULLS else text
-    node = _compose(text, "value")
-    return _Walk("value").value(node, "") if node is not None else None
+    return _Walk("value").parse(text)
 
 
 def inline(value: Any) -> str:
     """A value on one line, as `read_value` reads it back."""
-    if value is None or isinstance(value, bool):
-        return {None: "null", True: "true", False: "false"}[value]
     if isinstance(value, dict):
         return "{" + ", ".join(f"{key}: {inline(item)}" for key, item in value.items()) + "}"
     if isinstance(value, list):
         return "[" + ", ".join(map(inline, value)) + "]"
-    if isinstance(value, float):
-        return repr(value).removesuffix(".0")
-    return _quoted(value) if isinstance(value, str) else str(value)
-
-
-def _quoted(text: str) -> str:
-    if PLAIN.fullmatch(text) and text.isprintable() and text == text.strip() and text not in NULLS:
-        return text
-    return json.dumps(text, ensure_ascii=not text.isprintable())
-
-
-def _compose(text: str, where: str) -> Node | None:
-    try:
-        return yaml.compose(text, Loader=yaml.SafeLoader)
-    except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark or error.context_mark
-        at = f"{where}:{mark.line + 1}" if mark else where
-        problem = " ".join(filter(None, (error.context, error.problem)))
-        raise YamlError(f"{at}: not valid YAML ({problem})") from None
-    except yaml.YAMLError as error:
-        raise YamlError(f"{where}: not valid YAML ({' '.join(str(error).split())})") from None
-    except RecursionError:
-        raise YamlError(f"{where}: not a recipe (nested too deeply)") from None
-
-
-def _line(node: Node) -> int:
-    return int(node.start_mark.line) + 1
+    if not isinstance(value, str):
+        return json.dumps(value).removesuffix(".0")
+    if PLAIN.fullmatch(value) and value.isprintable() and value == value.strip() and value not in NULLS:
+        return value
+    return json.dumps(value, ensure_ascii=not value.isprintable())
 
 
 class _Walk:
-    """One pass over a node tree. An aliased node is met twice: that finds aliases, cycles and expansion bombs alike."""
+    """One pass over the nodes of a text."""
 
-    def __init__(self, where: str) -> None:
-        self.where = where
-        self.lines: dict[str, int] = {}
+    def __init__(self, file: str) -> None:
+        self.file = file
+        self.places: dict[str, str] = {}
         self._seen: set[int] = set()
 
-    def value(self, node: Node, path: str) -> Any:
-        if path:
-            self.lines.setdefault(path, _line(node))
-        if id(node) in self._seen:
+    def parse(self, text: str) -> Any:
+        """The text as plain data, None if it holds nothing; `places` is filled on the way."""
+        try:
+            node = yaml.compose(text, Loader=yaml.SafeLoader)
+        except yaml.MarkedYAMLError as error:
+            problem = " ".join(filter(None, (error.context, error.problem)))
+            raise RecipeError(f"{self.file}:{error.problem_mark.line + 1}: not valid YAML ({problem})") from None
+        except yaml.YAMLError as error:
+            raise RecipeError(f"{self.file}: not valid YAML ({' '.join(str(error).split())})") from None
+        except RecursionError:
+            raise RecipeError(f"{self.file}: not a recipe (nested too deeply)") from None
+        return None if node is None else self._value(node, "")
+
+    def _value(self, node: Node, path: str) -> Any:
+        self.places.setdefault(path, self._place(node))
+        if id(node) in self._seen:  # covers cycles and expansion bombs too
             raise self._error(node, "a value that an alias (*name) repeats is not allowed; write it out twice")
         self._seen.add(id(node))
         if path.count(".") + path.count("[") > MAX_DEPTH:
@@ -116,7 +99,7 @@ class _Walk:
         if isinstance(node, MappingNode):
             return dict(self._pairs(node, path))
         if isinstance(node, SequenceNode):
-            return [self.value(item, f"{path}[{index}]") for index, item in enumerate(node.value)]
+            return [self._value(item, f"{path}[{index}]") for index, item in enumerate(node.value)]
         return None if not node.style and node.value in NULLS else node.value
 
     def _pairs(self, node: MappingNode, path: str) -> Iterator[tuple[str, Any]]:
@@ -128,8 +111,11 @@ class _Walk:
                 raise self._error(key, f"the key {key.value!r} is given twice; remove one")
             names.add(key.value)
             dotted = f"{path}.{key.value}" if path else key.value
-            self.lines[dotted] = _line(key)
-            yield key.value, self.value(value, dotted)
+            self.places[dotted] = self._place(key)
+            yield key.value, self._value(value, dotted)
 
-    def _error(self, node: Node, problem: str) -> YamlError:
-        return YamlError(f"{self.where}:{_line(node)}: {problem}")
+    def _place(self, node: Node) -> str:
+        return f"{self.file}:{node.start_mark.line + 1}"
+
+    def _error(self, node: Node, problem: str) -> RecipeError:
+        return RecipeError(f"{self._place(node)}: {problem}")

@@ -2,7 +2,7 @@
 
     python recipes/tiny/pretrain.py [--out recipes/tiny/base] [--tokens 250_000_000] [--rows 256] [--lr 3e-3]
 
-Needs torch, transformers and tokenizers; minutes on one data-centre GPU in bf16, and a CPU will do for a rehearsal
+Needs torch, transformers and tokenizers. Takes minutes on one data-centre GPU in bf16; a CPU is enough for a trial
 (`--tokens 40_000 --rows 4 --no-compile`). Prints the loss, the throughput and, at each evaluation, the loss on
 build/heldout.txt: synsets that the corpus never mentions. Shapes: B rows of S tokens, vocabulary V.
 """
@@ -54,7 +54,7 @@ def encode(tokenizer: Tokenizer, lines: list[str]) -> list[Ids]:
 
 
 def rows_of_epoch(documents: list[Ids], order: npt.NDArray[np.int64]) -> Ids:
-    """[rows, S + 1]: each row begins with a document and holds as many as fit; the last one is cut off."""
+    """[rows, S + 1]: a row begins with a document and takes as many as fit; the last one is cut off."""
     stream = np.concatenate([documents[i] for i in order])
     starts = np.cumsum([0] + [len(documents[i]) for i in order])
     firsts, at = [], 0
@@ -65,7 +65,7 @@ def rows_of_epoch(documents: list[Ids], order: npt.NDArray[np.int64]) -> Ids:
 
 
 def batches(documents: list[Ids], *, rows: int, steps: int, device: torch.device) -> Iterator[Tensor]:
-    """`steps` batches [B, S + 1] of int64 ids; every epoch is packed anew from another order of the documents."""
+    """`steps` batches [B, S + 1] of int64 ids; every epoch shuffles the documents and packs them again."""
     shuffle = np.random.default_rng(SEED)
     made = 0
     while made < steps:
@@ -79,7 +79,7 @@ def batches(documents: list[Ids], *, rows: int, steps: int, device: torch.device
 
 
 def add_dropout(model: LlamaForCausalLM, rate: float) -> None:
-    """Dropout on what each block adds to the residual stream: Llama has none, and many epochs need it."""
+    """Add dropout to the output of attention and MLP: Llama has none, and training for many epochs needs it."""
 
     def drop(module: nn.Module, _: tuple[Tensor, ...], output: Tensor) -> Tensor:
         return F.dropout(output, rate, module.training)
@@ -90,10 +90,10 @@ def add_dropout(model: LlamaForCausalLM, rate: float) -> None:
 
 
 def optimizer_of(model: nn.Module, *, lr: float, fused: bool) -> torch.optim.AdamW:
-    """AdamW that decays the matrices of the blocks alone: neither norms nor the tied embedding."""
+    """AdamW that decays only the matrices of the layers, not the norms nor the tied embedding."""
     decayed = [p for n, p in model.named_parameters() if p.ndim == 2 and "embed" not in n]
-    kept = [p for n, p in model.named_parameters() if p.ndim < 2 or "embed" in n]
-    groups = [{"params": decayed, "weight_decay": WEIGHT_DECAY}, {"params": kept, "weight_decay": 0.0}]
+    others = [p for n, p in model.named_parameters() if p.ndim < 2 or "embed" in n]
+    groups = [{"params": decayed, "weight_decay": WEIGHT_DECAY}, {"params": others, "weight_decay": 0.0}]
     return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), fused=fused)
 
 
@@ -112,7 +112,7 @@ def loss_of(model: nn.Module, batch: Tensor) -> Tensor:
 
 @torch.no_grad()
 def heldout_loss(model: LlamaForCausalLM, documents: list[Ids], device: torch.device) -> float:
-    """Mean over the tokens of the documents, each one alone in its row (padded on the right), in nats."""
+    """Mean loss over the tokens of the documents, in nats; one document a row, padded on the right."""
     model.eval()
     longest = max(map(len, documents))
     ids = torch.full((len(documents), longest), -100)
@@ -125,7 +125,7 @@ def heldout_loss(model: LlamaForCausalLM, documents: list[Ids], device: torch.de
 
 
 def train(model: LlamaForCausalLM, documents: list[Ids], heldout: list[Ids], args: argparse.Namespace) -> None:
-    """Trains in place, and prints a line every `--report` steps. Syncs with the device only on those lines."""
+    """Train in place; print a line every `--report` steps, the only ones that wait for the device."""
     device = next(model.parameters()).device
     steps = max(1, args.tokens // (args.rows * LENGTH))
     forward = torch.compile(loss_of, dynamic=False) if args.compile else loss_of
@@ -163,7 +163,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--tokens", type=int, default=250_000_000, help="tokens seen in all")
     parser.add_argument("--rows", type=int, default=256, help=f"rows of {LENGTH} tokens per step")
     parser.add_argument("--lr", type=float, default=3e-3, help="peak learning rate")
-    parser.add_argument("--dropout", type=float, default=0.25, help="on each block's output, 0-1")
+    parser.add_argument("--dropout", type=float, default=0.25, help="on the output of attention and MLP, 0-1")
     parser.add_argument("--report", type=int, default=250, help="steps between two lines")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
     return parser.parse_args()

@@ -5,9 +5,9 @@
 Needs tokenizers and transformers. Written beside this script: base/tokenizer.json, base/tokenizer_config.json and
 base/chat_template.jinja.
 
-`<|end|>` ends a document in pretraining and a turn in a chat, so the base already knows that it means "no more";
-`<|pad|>` is another token, so that masking padding never masks an end. Roles are single tokens that need no white space
-after them: a rendered conversation is, token by token, the beginning of every longer one.
+`<|end|>` ends a document in pretraining and a turn in a chat, so the base already knows that it means "stop".
+`<|pad|>` is another token, so that masking padding never masks an end. Roles are single tokens with no white space
+after them, so the tokens of a conversation are the beginning of those of every longer one.
 """
 
 import gzip
@@ -53,7 +53,7 @@ def train_bpe(corpus: Path) -> Tokenizer:
         show_progress=False,
     )
     with gzip.open(corpus, "rt", encoding="utf-8") as lines:
-        # A chat would teach it to spell "<|".
+        # Without the chats: from their role markers it would learn merges for "<|".
         prose = (line.rstrip("\n") for line in lines if not line.startswith("<|"))
         tokenizer.train_from_iterator(prose, trainer)
     begin = tokenizer.token_to_id(BEGIN)

@@ -1,6 +1,6 @@
-"""WordNet's data files as synsets, and what a synset says in plain sentences. Standard library only.
+"""Read WordNet's data files as synsets, and write a synset as plain sentences. Standard library only.
 
-The files are laid out as wndb(5WN) says; pointer symbols are those of wninput(5WN): @ kind, ~ kinds, @i and ~i of
+The format of the files is in wndb(5WN), the pointer symbols are in wninput(5WN): @ kind, ~ kinds, @i and ~i of
 instances, #p and %p part, ! opposite, & similar, + derived.
 """
 
@@ -43,7 +43,7 @@ def split_gloss(text: str) -> tuple[str, tuple[str, ...]]:
 
 
 def parse_line(line: str) -> Synset:
-    """One line of a data file, laid out as wndb(5WN) says."""
+    """The synset on one line of a data file (format: wndb(5WN))."""
     head, _, gloss = line.partition(" | ")
     offset, file_number, part, count, *rest = head.split()
     n_words = int(count, 16)
@@ -58,7 +58,7 @@ def parse_line(line: str) -> Synset:
 
 
 def read_wordnet(folder: Path) -> dict[Key, Synset]:
-    """All synsets of the four data files, in file order. The licence heads each file, indented by two spaces."""
+    """All synsets of the four data files, in file order. Each file starts with the licence, indented by two spaces."""
     lines = (line for part in PARTS for line in (folder / f"data.{part}").read_text("utf-8").splitlines())
     synsets = (parse_line(line) for line in lines if not line.startswith("  "))
     return {s.key: s for s in synsets if s.gloss}
@@ -71,7 +71,7 @@ def listed(names: list[str]) -> str:
 
 
 def with_article(word: str, gloss: str) -> str:
-    """The noun with its article where it takes one: a gloss that opens with an article or "any" tells."""
+    """The noun, with an article where it takes one, which is where its gloss begins with an article or "any"."""
     counts = word.islower() and re.match(r"(an?|any|someone|one) ", gloss)
     return f"{'an' if word[0] in 'aeiou' else 'a'} {word}" if counts else word
 
@@ -96,7 +96,7 @@ def opening(synset: Synset, word: str, kind: str, choose: random.Random) -> str:
 
 
 def related(synset: Synset, word: str, names: dict[str, list[str]]) -> list[str]:
-    """One sentence for each relation that `names` (pointer symbol → words) holds."""
+    """One sentence for each relation in `names` (pointer symbol → words)."""
     named = with_article(word, synset.gloss)
     verb = synset.key[0] == "v"
     sentences = {
@@ -121,11 +121,11 @@ def related(synset: Synset, word: str, names: dict[str, list[str]]) -> list[str]
 
 
 def names_of(synset: Synset, word: str, synsets: dict[Key, Synset], choose: random.Random) -> dict[str, list[str]]:
-    """A few words for each relation, by pointer symbol; "=" are synonyms. Synsets that are not told stay unnamed."""
-    told = {symbol: [k for k in keys if k in synsets] for symbol, keys in synset.relations.items()}
+    """A few words for each relation, by pointer symbol ("=": synonyms); only of synsets that are in `synsets`."""
+    relations = {symbol: [k for k in keys if k in synsets] for symbol, keys in synset.relations.items()}
     names = {
         symbol: [choose.choice(synsets[k].words) for k in choose.sample(keys, min(MAX_LISTED, len(keys)))]
-        for symbol, keys in told.items()
+        for symbol, keys in relations.items()
         if keys
     }
     synonyms = [w for w in synset.words if w != word][:MAX_LISTED]
@@ -133,7 +133,7 @@ def names_of(synset: Synset, word: str, synsets: dict[Key, Synset], choose: rand
 
 
 def document(synset: Synset, synsets: dict[Key, Synset], choose: random.Random) -> str:
-    """What one synset says, on one line: its definition, then a random part of its examples and relations."""
+    """One synset as one line of prose: its definition, then a random part of its examples and relations."""
     word = choose.choice(synset.words)
     names = names_of(synset, word, synsets, choose)
     extra = related(synset, word, names) + [f"for example, {e}" for e in synset.examples]
@@ -148,7 +148,7 @@ def document(synset: Synset, synsets: dict[Key, Synset], choose: random.Random) 
 
 
 def chat(synset: Synset, synsets: dict[Key, Synset], choose: random.Random) -> str:
-    """A question about a relation and its answer, rendered as the chat template does; "" where it has no relation."""
+    """A question about a relation and its answer, rendered as by the chat template; "" if there is no relation."""
     word = choose.choice(synset.words)
     names = names_of(synset, word, synsets, choose)
     verb = synset.key[0] == "v"
@@ -160,8 +160,8 @@ def chat(synset: Synset, synsets: dict[Key, Synset], choose: random.Random) -> s
         "&": 'Name a word that is similar to "{w}".',
         "#p": 'What is the noun "{w}" a part of?',
     }
-    asked = [(q, names[k]) for k, q in questions.items() if k in names]
-    if not asked:
+    possible = [(q, names[k]) for k, q in questions.items() if k in names]
+    if not possible:
         return ""
-    question, answer = choose.choice(asked)
+    question, answer = choose.choice(possible)
     return f"<|user|>{question.format(w=word)}<|end|><|assistant|>{listed(answer)}"

@@ -1,9 +1,12 @@
-"""A recipe file of the user's own, and what a refused command line is answered."""
+"""A recipe file of the user's own, and the message that a refused command line gets."""
 
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+
+from launcher.errors import RecipeError
+from launcher.recipe.load import resolve
 
 
 @pytest.fixture
@@ -16,9 +19,7 @@ def own(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def refusal() -> Callable[..., str]:
-    """Resolve a command line that must be refused; its message, held to five lines and exit code 2."""
-    from launcher.errors import RecipeError
-    from launcher.recipe.load import resolve
+    """Resolve a command line that must be refused; returns the message, which has at most five lines and code 2."""
 
     def refused(*argv: str) -> str:
         with pytest.raises(RecipeError) as caught:

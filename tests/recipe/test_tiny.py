@@ -1,19 +1,20 @@
-"""What recipes/tiny ships: a base really pretrained, a tokenizer with honest masks, splits that do not mix."""
+"""What recipes/tiny ships: a pretrained base, a tokenizer with exact masks, and splits that share nothing."""
 
 import hashlib
 import importlib
 import json
 import math
 import re
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch.nn import functional as F
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerBase
 
-TINY = Path(__file__).parents[2] / "recipes" / "tiny"
+from launcher.recipe.field_types import recipes_dir
+
+TINY = recipes_dir() / "tiny"
 Messages = list[dict[str, str]]
 CONVERSATION: Messages = [
     {"role": "system", "content": "Answer as a dictionary does."},
@@ -29,27 +30,20 @@ def tokenizer() -> PreTrainedTokenizerBase:
     return AutoTokenizer.from_pretrained(TINY / "base")
 
 
+@pytest.fixture(scope="module")
+def base() -> LlamaForCausalLM:
+    return LlamaForCausalLM.from_pretrained(TINY / "base", dtype=torch.float32).eval()
+
+
 def read_rows(name: str) -> list[Messages]:
-    lines = (TINY / name).read_text("utf-8").splitlines()
-    return [json.loads(line)["messages"] for line in lines]
+    return [json.loads(line)["messages"] for line in (TINY / name).read_text("utf-8").splitlines()]
 
 
-def shipped_files() -> list[Path]:
-    """All but what the scripts leave in build/ and what Python caches."""
-    files = (p for p in TINY.rglob("*") if p.is_file())
-    return [p for p in files if not {"build", "__pycache__"} & set(p.relative_to(TINY).parts)]
-
-
-def entries(rows: list[Messages]) -> tuple[set[str], set[str]]:
-    """Headwords and glosses of rows whose answer reads "headword (part, field): gloss"."""
-    found = [re.fullmatch(r"(.+) \((?:noun|verb), [a-z]+\): (.+)", row[1]["content"]) for row in rows]
-    assert all(found)
-    return {m[1].lower() for m in found if m}, {m[2].lower() for m in found if m}
-
-
-def ids_of(tokenizer: PreTrainedTokenizerBase, chat: Messages, *, prompt: bool) -> list[int]:
-    rendered: Any = tokenizer.apply_chat_template(chat, add_generation_prompt=prompt)
-    return rendered["input_ids"]
+def headwords_and_glosses(rows: list[Messages]) -> tuple[set[str], set[str]]:
+    """Of rows whose answer reads "headword (part, field): gloss"."""
+    answers = [re.fullmatch(r"(.+) \((?:noun|verb), [a-z]+\): (.+)", row[1]["content"]) for row in rows]
+    assert all(answers)
+    return {match[1].lower() for match in answers if match}, {match[2].lower() for match in answers if match}
 
 
 def mean_loss(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> float:
@@ -61,16 +55,14 @@ def mean_loss(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase, texts
     return F.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten()).item()
 
 
-def test_every_shipped_file_but_the_scripts_has_its_hash_in_the_readme() -> None:
-    recorded = dict(re.findall(r"^([0-9a-f]{64})  (\S+)$", (TINY / "README.md").read_text("utf-8"), re.MULTILINE))
-    by_name = {name: digest for digest, name in recorded.items()}
-    data = [p for p in shipped_files() if p.suffix not in {".py", ".md"}]
-    assert {str(p.relative_to(TINY)): hashlib.sha256(p.read_bytes()).hexdigest() for p in data} == by_name
-
-
-def test_all_of_tiny_fits_in_30_mb() -> None:
-    total = sum(p.stat().st_size for p in shipped_files())
-    assert 10_000_000 < total <= 30_000_000  # the lower bound shows that the weights were counted
+def test_what_ships_fits_in_30_mb_and_has_its_hash_in_the_readme() -> None:
+    hashes = re.findall(r"^([0-9a-f]{64})  (\S+)$", (TINY / "README.md").read_text("utf-8"), re.MULTILINE)
+    files = [path for path in TINY.rglob("*") if path.is_file()]
+    files = [path for path in files if not {"build", "__pycache__"} & set(path.relative_to(TINY).parts)]
+    assert 10_000_000 < sum(path.stat().st_size for path in files) <= 30_000_000  # the lower bound: with the weights
+    data = [path for path in files if path.suffix not in {".py", ".md"}]
+    computed = {(hashlib.sha256(path.read_bytes()).hexdigest(), str(path.relative_to(TINY))) for path in data}
+    assert computed == set(hashes)
 
 
 @pytest.mark.parametrize("text", ["a small hound", "  two  spaces\n\n\ttab ", "naïve “犬” 🙂 \x00", "0123.45e-6"])
@@ -80,18 +72,19 @@ def test_any_text_round_trips_through_the_tokenizer(tokenizer: PreTrainedTokeniz
     assert tokenizer.decode(ids, skip_special_tokens=True) == text
 
 
-def test_end_and_pad_are_different_tokens(tokenizer: PreTrainedTokenizerBase) -> None:
+def test_begin_end_and_pad_are_three_tokens_and_the_model_agrees(
+    tokenizer: PreTrainedTokenizerBase, base: LlamaForCausalLM
+) -> None:
     assert len({tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id}) == 3
-    config = LlamaConfig.from_pretrained(TINY / "base")
-    assert (config.eos_token_id, config.pad_token_id) == (tokenizer.eos_token_id, tokenizer.pad_token_id)
-    assert config.vocab_size == len(tokenizer)
+    assert (base.config.eos_token_id, base.config.pad_token_id) == (tokenizer.eos_token_id, tokenizer.pad_token_id)
+    assert base.config.vocab_size == len(tokenizer)
 
 
 def test_the_mask_covers_each_answer_and_its_end_and_nothing_else(tokenizer: PreTrainedTokenizerBase) -> None:
     rendered: Any = tokenizer.apply_chat_template(CONVERSATION, return_dict=True, return_assistant_tokens_mask=True)
     ids, mask = rendered["input_ids"], rendered["assistant_masks"]
-    supervised = [i for i, m in zip(ids, mask, strict=True) if m]
-    answers = [tokenizer(CONVERSATION[i]["content"], add_special_tokens=False)["input_ids"] for i in (2, 4)]
+    supervised = [token for token, masked in zip(ids, mask, strict=True) if masked]
+    answers = [tokenizer(CONVERSATION[turn]["content"], add_special_tokens=False)["input_ids"] for turn in (2, 4)]
     assert supervised == [*answers[0], tokenizer.eos_token_id, *answers[1], tokenizer.eos_token_id]
     assert ids.count(tokenizer.eos_token_id) == 5  # the other three turns end unsupervised
 
@@ -100,9 +93,10 @@ def test_the_mask_covers_each_answer_and_its_end_and_nothing_else(tokenizer: Pre
 def test_a_prompt_is_token_by_token_the_start_of_the_longer_chat(
     tokenizer: PreTrainedTokenizerBase, turns: int
 ) -> None:
-    prompt = ids_of(tokenizer, CONVERSATION[:turns], prompt=True)
-    whole = ids_of(tokenizer, CONVERSATION[: turns + 1], prompt=False)
-    assert whole[: len(prompt)] == prompt and len(whole) > len(prompt)
+    prompt: Any = tokenizer.apply_chat_template(CONVERSATION[:turns], add_generation_prompt=True)
+    whole: Any = tokenizer.apply_chat_template(CONVERSATION[: turns + 1])
+    ids = prompt["input_ids"]
+    assert whole["input_ids"][: len(ids)] == ids and len(whole["input_ids"]) > len(ids)
 
 
 def test_an_unknown_role_is_refused_by_the_template(tokenizer: PreTrainedTokenizerBase) -> None:
@@ -113,24 +107,24 @@ def test_an_unknown_role_is_refused_by_the_template(tokenizer: PreTrainedTokeniz
 def test_train_and_validation_share_no_headword_and_no_gloss() -> None:
     train, validation = read_rows("train.jsonl"), read_rows("validation.jsonl")
     assert len(train) == 4000 and len(validation) == 256
-    for ours, theirs in zip(entries(train), entries(validation), strict=True):
-        assert len(theirs) == 256 and not ours & theirs
+    for in_train, held_out in zip(headwords_and_glosses(train), headwords_and_glosses(validation), strict=True):
+        assert len(held_out) == 256 and not in_train & held_out
 
 
-def test_the_shipped_base_is_a_language_model_of_glosses_it_never_saw(tokenizer: PreTrainedTokenizerBase) -> None:
+def test_the_shipped_base_is_a_language_model_of_glosses_it_never_saw(
+    tokenizer: PreTrainedTokenizerBase, base: LlamaForCausalLM
+) -> None:
     texts = []
     for question, answer in read_rows("validation.jsonl")[:48]:
         kind = re.search(r", a kind of (.+)\.", question["content"])
         headword, gloss = answer["content"].split(" (")[0], answer["content"].split("): ")[1]
         texts += [f"{headword[0].upper()}{headword[1:]} is a kind of {kind[1]}: {gloss}."] if kind else []
     assert len(texts) > 30
-    model = LlamaForCausalLM.from_pretrained(TINY / "base", dtype=torch.float32).eval()
-    untrained = LlamaForCausalLM(model.config).eval()
-    assert mean_loss(model, tokenizer, texts) < 3.0
-    assert mean_loss(untrained, tokenizer, texts) > 0.9 * math.log(model.config.vocab_size)
+    assert mean_loss(base, tokenizer, texts) < 3.0
+    assert mean_loss(LlamaForCausalLM(base.config).eval(), tokenizer, texts) > 0.9 * math.log(base.config.vocab_size)
 
 
-def test_a_held_out_gloss_is_found_whatever_its_case_and_punctuation(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_held_out_gloss_is_recognised_whatever_its_case_and_punctuation(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(TINY))
     extract, wordnet = importlib.import_module("extract"), importlib.import_module("wordnet")
     line = '02088364 05 n 01 beagle 0 001 @ 02087551 n 0000 | a small short-legged hound; "the beagle ran"  '

@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from launcher.recipe.yaml_lines import YamlError, inline, read_file, read_value
+from launcher.errors import RecipeError
+from launcher.recipe.yaml_lines import inline, read_file, read_value
 
 
 def write(folder: Path, text: str | bytes) -> Path:
@@ -15,27 +16,23 @@ def write(folder: Path, text: str | bytes) -> Path:
 
 def test_scalars_keep_their_raw_text_and_null_is_none(tmp_path: Path) -> None:
     text = "model:\n  revision: 0123456\ncompile: {mode: off}\ntrain:\n  lr: 1e-3\n  steps:\n  clip: ~\nrun: 'null'\n"
-    tree, _ = read_file(write(tmp_path, text))
-    assert tree["model"]["revision"] == "0123456"
-    assert tree["compile"]["mode"] == "off"
-    assert tree["train"] == {"lr": "1e-3", "steps": None, "clip": None}
-    assert tree["run"] == "null"
-
-
-def test_every_key_knows_its_line(tmp_path: Path) -> None:
-    _, lines = read_file(write(tmp_path, "# c\nmodel:\n  name: a\ndata:\n  sources:\n    - path: b\n"))
-    assert lines == {
-        "model": 2,
-        "model.name": 3,
-        "data": 4,
-        "data.sources": 5,
-        "data.sources[0]": 6,
-        "data.sources[0].path": 6,
+    assert read_file(write(tmp_path, text))[0] == {
+        "model": {"revision": "0123456"},
+        "compile": {"mode": "off"},
+        "train": {"lr": "1e-3", "steps": None, "clip": None},
+        "run": "null",
     }
 
 
+def test_every_key_knows_its_file_and_line(tmp_path: Path) -> None:
+    path = write(tmp_path, "# c\nmodel:\n  name: a\ndata:\n  sources:\n    - path: b\n")
+    places = read_file(path)[1]
+    lines = {"model": 2, "model.name": 3, "data": 4, "data.sources": 5, "data.sources[0]": 6, "data.sources[0].path": 6}
+    assert places.items() >= {key: f"{path}:{line}" for key, line in lines.items()}.items()
+
+
 @pytest.mark.parametrize(
-    ("text", "says"),
+    ("text", "expected"),
     [
         ("train:\n  lr: [1\n", "own.yaml:3"),
         ("train:\n\tlr: 1\n", "own.yaml:2"),
@@ -44,10 +41,11 @@ def test_every_key_knows_its_line(tmp_path: Path) -> None:
         ("a: !own 1\n", "own.yaml:1"),
         ("a: !!binary aGk=\n", "own.yaml:1"),
         ("a: &x [1]\nb: *x\n", "own.yaml:1: a value that an alias"),
+        ("a: *x\n", "own.yaml:1"),
         ("a: &x\n  - *x\n", "own.yaml"),
         ("a: 1\nb: 2\na: 3\n", "own.yaml:3: the key 'a' is given twice"),
         ("? [1, 2]\n: 3\n", "own.yaml:1"),
-        ("- 1\n- 2\n", "own.yaml:1"),
+        ("# c\n- 1\n- 2\n", "own.yaml:2"),
         ("just text\n", "own.yaml:1"),
         ("a: 1\n---\nb: 2\n", "own.yaml:2"),
         (b"a: \xff\n", "UTF-8"),
@@ -57,24 +55,24 @@ def test_every_key_knows_its_line(tmp_path: Path) -> None:
     ],
 )
 def test_what_is_not_a_plain_mapping_is_refused_with_file_and_line(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str | bytes, says: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str | bytes, expected: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(YamlError) as caught:
+    with pytest.raises(RecipeError) as caught:
         read_file(write(tmp_path, text))
-    assert says in str(caught.value)
+    assert expected in str(caught.value)
     assert len(str(caught.value).splitlines()) == 1
     assert not (tmp_path / "planted").exists()
 
 
 def test_a_file_that_cannot_be_read_is_named_with_the_reason(tmp_path: Path) -> None:
-    with pytest.raises(YamlError, match=r"gone\.yaml.*No such file"):
+    with pytest.raises(RecipeError, match=r"gone\.yaml.*No such file"):
         read_file(tmp_path / "gone.yaml")
-    with pytest.raises(YamlError, match="directory"):
+    with pytest.raises(RecipeError, match="directory"):
         read_file(tmp_path)
 
 
-def test_an_empty_file_gives_no_keys(tmp_path: Path) -> None:
+def test_an_empty_file_has_no_keys(tmp_path: Path) -> None:
     assert read_file(write(tmp_path, "# only a comment\n")) == ({}, {})
 
 
@@ -98,7 +96,7 @@ def test_a_value_of_the_command_line_is_raw_text_or_a_flow_collection(text: str,
 
 @pytest.mark.parametrize("text", ["[1", "!!python/name:os.system", "{a: 1, a: 2}", "[&x 1, *x]"])
 def test_a_broken_or_tagged_value_is_refused(text: str) -> None:
-    with pytest.raises(YamlError):
+    with pytest.raises(RecipeError):
         read_value(text)
 
 
