@@ -1,6 +1,7 @@
 """Shared by all tests: a small model, a recipe on it, one Inductor cache, a share of the machine for each worker."""
 
 import atexit
+import glob
 import json
 import os
 import shutil
@@ -14,12 +15,10 @@ from typing import Any
 import pytest
 
 from launcher.compile.inductor_cache import OPS, TAG, key_tag
-from tests.support.gpus import pin_worker_to_one_gpu
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = ROOT / "recipes" / "tiny"
 
-pin_worker_to_one_gpu()
 os.environ.setdefault(
     "TORCHINDUCTOR_CACHE_DIR", str(Path(tempfile.gettempdir()) / f"qlora-launcher-tests-{os.getuid()}")
 )
@@ -31,27 +30,32 @@ os.environ.setdefault("GOMP_SPINCOUNT", "2000")  # as launcher/runtime/environme
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 MAX_WORKERS = 8  # each imports torch: about a GiB
+GPU_WORKER_BYTES = 18 * 2**30  # what a test of the 1B shape may hold, its naive side included
 
 
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
-    """Workers of `-n auto`: one a GPU for the GPU tests, else one a core."""
-    if config.option.markexpr == "gpu":
-        import torch
+    """Workers of `-n auto`: one a core; for the GPU tests up to four a GPU, which mostly wait for the compiler."""
+    cores = len(os.sched_getaffinity(0))
+    if config.option.markexpr != "gpu":
+        return min(MAX_WORKERS, cores)
+    import torch
 
-        return max(1, torch.cuda.device_count())
-    return min(MAX_WORKERS, len(os.sched_getaffinity(0)))
+    gpus = range(torch.cuda.device_count())
+    room = [torch.cuda.get_device_properties(gpu).total_memory // GPU_WORKER_BYTES for gpu in gpus]
+    return max(1, sum(min(4, cores // (4 * len(gpus)), most) for most in room))
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Give each worker cores of its own, and a GPU of its own: tests of speed and memory do not disturb one another."""
+    """Give each worker its share of the cores, and one GPU."""
     worker = os.environ.get("PYTEST_XDIST_WORKER", "")
     if not worker:
         return
     index, count = int(worker.removeprefix("gw")), int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
     cores = sorted(os.sched_getaffinity(0))
     os.sched_setaffinity(0, cores[index::count] or cores)
-    if config.option.markexpr == "gpu" and count > 1:
-        os.environ["CUDA_VISIBLE_DEVICES"] = str(index)
+    gpus = len(glob.glob("/dev/nvidia[0-9]*"))  # torch must not be asked before the choice is made
+    if config.option.markexpr == "gpu" and gpus > 1:
+        os.environ["CUDA_VISIBLE_DEVICES"] = str(index % gpus)
 
 
 WIDTH = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "head_dim": 16, "vocab_size": 8192}

@@ -1,10 +1,14 @@
 """Recipes of the GPU tests, which are left out unless asked for.
 
-pytest -m gpu                           whole, on one GPU
-pytest -m gpu -n 2 --dist loadfile      split over two (pytest-xdist): each worker sees one of them
+pytest -m gpu          on every GPU there is, up to four workers each (tests/conftest.py); -n 0 for one test at a time
+
+Workers of one GPU run side by side. A test marked `alone` measures time: it waits until no other test uses the GPU.
 """
 
-from collections.abc import Callable
+import fcntl
+import os
+import tempfile
+from collections.abc import Callable, Iterator
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -21,6 +25,15 @@ LLAMA_1B: Sections = {
     "data": {"sources": [{"path": str(TINY / "train.jsonl")}], "max_length": 1024, "validation": 0},
     "train": {"steps": 1},
 }
+
+
+@pytest.fixture(autouse=True)
+def _share_of_the_gpu(request: pytest.FixtureRequest) -> Iterator[None]:
+    gpu = os.environ.get("CUDA_VISIBLE_DEVICES", "0")
+    lock = Path(tempfile.gettempdir()) / f"qlora-launcher-tests-{os.getuid()}-gpu-{gpu}"
+    with open(lock, "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX if request.node.get_closest_marker("alone") else fcntl.LOCK_SH)
+        yield
 
 
 def merged(*layers: Sections) -> Sections:

@@ -47,6 +47,7 @@ def tokens_per_s(worker: Worker) -> float:
     return statistics.median(rates[3:])
 
 
+@pytest.mark.alone
 def test_packed_text_trains_at_nine_tenths_of_the_rate_of_full_random_rows(recipe_1b: Callable[..., Any]) -> None:
     """Each in a worker built for its own data, with the same attention; half of the random tokens are supervised, as in
     the chats."""
