@@ -10,6 +10,8 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
+HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")  # "name" or "owner/name", of a model or a dataset; a full match
+HUB_TIMEOUT_S = 5.0  # for one small request to the hub, to see whether it answers
 RULE = "rule"  # the type of an error between keys: its message is all there is to say
 
 
