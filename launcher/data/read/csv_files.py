@@ -18,7 +18,7 @@ SEPARATORS = {";": "semicolons", "\t": "tabs", "|": "bars"}  # that files named 
 MAX_CELL_CHARACTERS = 2**27  # so that a quote that is never closed does not read the whole file into memory
 
 
-def read_csv(path: Path, name: str) -> Iterator[RawRow]:
+def read_csv(path: Path, name: str) -> Iterator[RawRow | RowFault]:
     """Raises DataError when the header cannot be read."""
     csv.field_size_limit(MAX_CELL_CHARACTERS)
     faults: list[RowFault] = []  # of the row that is being read
@@ -36,7 +36,7 @@ def read_csv(path: Path, name: str) -> Iterator[RawRow]:
                 faults.append(_fault(where, rule, f"{len(cells)} cells, on line {table.line_num}"))
         except csv.Error as error:
             faults.append(_fault(where, "cells are divided by commas, or quoted.", f"{error}, line {table.line_num}"))
-        yield RawRow(where, faults[0] if faults else dict(zip(columns, cells, strict=True)))
+        yield faults[0] if faults else RawRow(where, dict(zip(columns, cells, strict=True)))
         faults.clear()
 
 

@@ -33,8 +33,8 @@ def read_rows(feed: Feed, *, bad_rows: str, counts: Counter[str]) -> Iterator[Ro
     for raw in feed.raw_rows():
         counts["rows_read"] += 1
         try:
-            if isinstance(raw.fields, RowFault):
-                raise raw.fields
+            if isinstance(raw, RowFault):
+                raise raw
             parse = parse or _detected(raw.fields, raw.where)
             row = parse(raw.fields, raw.where)
         except RowFault as fault:

@@ -5,7 +5,6 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from functools import partial
 from threading import Thread
-from types import ModuleType
 from typing import Any
 
 from launcher.data.read.rows import Feed, RawRow
@@ -73,7 +72,8 @@ def _cached_commit(source: Source, error: Exception) -> str:
     if not revision or commit.startswith(revision):
         return commit
     with suppress(Exception):
-        known = HfApi().resolve_revision(source.path, repo_type="dataset", revision=revision, local_files_only=True)
+        noted = HfApi().resolve_revision(source.path, repo_type="dataset", revision=revision, local_files_only=True)
+        known = noted.resolved
     if commit != known:
         reason = f"no answer; the cache holds commit {commit}, and {revision!r} was {known}"
         raise _not_found(source, ConnectionError(reason))
@@ -82,14 +82,21 @@ def _cached_commit(source: Source, error: Exception) -> str:
 
 def _builder(source: Source, commit: str | None = None) -> Any:
     """The builder of `datasets` for that commit; without one, for whichever is cached."""
-    datasets = quiet_datasets()
+    import datasets  # here, as it takes over a second
+    import huggingface_hub
+
+    datasets.disable_progress_bars()
+    huggingface_hub.utils.disable_progress_bars()
+    datasets.logging.set_verbosity(logging.CRITICAL)  # `unreadable` reports what it would log
+    # Else a request counts each load: https://github.com/huggingface/datasets/blob/5.2.0/src/datasets/load.py#L189
+    datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False
     offline = datasets.config.HF_HUB_OFFLINE
-    datasets.config.HF_HUB_OFFLINE = offline or commit is None  # offline, `datasets` ignores the revision
+    datasets.config.HF_HUB_OFFLINE = offline or commit is None  # offline, it ignores the revision
     try:
         builder = datasets.load_dataset_builder(source.path, source.config, revision=commit)
     finally:
         datasets.config.HF_HUB_OFFLINE = offline
-    if commit and builder.hash != commit:  # the connection was lost, and `datasets` took what is cached
+    if commit and builder.hash != commit:  # the connection was lost, and it took what is cached
         raise ConnectionError(f"the hub cannot be reached any more, and the cache holds commit {builder.hash}")
     return builder
 
@@ -125,19 +132,3 @@ def _batches(builder: Any, *, split: str, streaming: bool) -> Iterator[dict[str,
     splits = builder.info.splits
     if split not in splits or splits[split].num_examples:  # `datasets` refuses to open a split without rows
         yield from builder.as_dataset(split).iter(batch_size=BATCH_ROWS)
-
-
-def quiet_datasets() -> ModuleType:
-    """`datasets`, imported only when it is needed, as that takes over a second.
-
-    Without progress bars, log lines (`unreadable` reports what they would) and the request that counts each load:
-    https://github.com/huggingface/datasets/blob/5.2.0/src/datasets/load.py#L189.
-    """
-    import datasets
-    import huggingface_hub
-
-    datasets.disable_progress_bars()
-    huggingface_hub.utils.disable_progress_bars()
-    datasets.logging.set_verbosity(logging.CRITICAL)
-    datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False
-    return datasets

@@ -19,7 +19,7 @@ NO_SKIP = "Correct the file there. It is read as a whole, so data.bad_rows=skip 
 _OBJECT_LINES = re.compile(rb"\s*\{.*\}[ \t\r]*\n\s*\{")  # no single JSON value begins like this
 
 
-def read_json(path: Path, name: str) -> Iterator[RawRow]:
+def read_json(path: Path, name: str) -> Iterator[RawRow | RowFault]:
     """Raises DataError when the file is not UTF-8, not JSON, too large, or has no list of objects or several."""
     with opened(path, name) as stream:
         if (size := path.stat().st_size) > MAX_BYTES:
@@ -34,18 +34,18 @@ def read_json(path: Path, name: str) -> Iterator[RawRow]:
         yield from _rows(Passage(raw, name, 1, offset, NO_SKIP))
 
 
-def _rows(file: Passage) -> Iterator[RawRow]:
+def _rows(file: Passage) -> Iterator[RawRow | RowFault]:
     values = _list_of_objects(file.parsed("a .json file is one JSON document."), file.name)
     surrogate_at = lone_surrogate(file.raw)
     for number, value in enumerate(values, start=1):
         where = f"{file.name} row {number}"
-        fields: dict[str, Any] | RowFault = value
         if not isinstance(value, dict):
             rule = "every element of the list is one JSON object."
-            fields = RowFault("wrong_type", where=where, rule=rule, found=shown(value))
+            yield RowFault("wrong_type", where=where, rule=rule, found=shown(value))
         elif surrogate_at >= 0 and lone_surrogate(json.dumps(value).encode()) >= 0:
-            fields = not_unicode(f"{LONE_SURROGATE} first", file.offset + surrogate_at, where=where)
-        yield RawRow(where, fields)
+            yield not_unicode(f"{LONE_SURROGATE} first", file.offset + surrogate_at, where=where)
+        else:
+            yield RawRow(where, value)
 
 
 def _list_of_objects(document: Any, name: str) -> list[Any]:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 READ_AHEAD_BYTES = 2**20  # per column; without a limit, the columns of a row group are read whole
 
 
-def read_parquet(path: Path, name: str) -> Iterator[RawRow]:
+def read_parquet(path: Path, name: str) -> Iterator[RawRow | RowFault]:
     """Cells become plain Python values. Raises DataError where the file cannot be read."""
     number = 0
     for batch in _batches(path, name):
@@ -30,7 +30,7 @@ def read_parquet(path: Path, name: str) -> Iterator[RawRow]:
         for index, fields in enumerate(rows):
             number += 1
             where = f"{name} row {number}"
-            yield RawRow(where, _cell_by_cell(batch, index, where) if fields is None else fields)
+            yield RawRow(where, fields) if fields is not None else _cell_by_cell(batch, index, where)
 
 
 def _batches(path: Path, name: str) -> "Iterator[pyarrow.RecordBatch]":
@@ -50,7 +50,7 @@ def _batches(path: Path, name: str) -> "Iterator[pyarrow.RecordBatch]":
             raise unreadable(name, error, after=number, remedy="Write the file anew") from error
 
 
-def _cell_by_cell(batch: "pyarrow.RecordBatch", index: int, where: str) -> dict[str, Any] | RowFault:
+def _cell_by_cell(batch: "pyarrow.RecordBatch", index: int, where: str) -> RawRow | RowFault:
     """One row; a fault if Python cannot hold a cell, such as a date after the year 9999 or text that is not UTF-8."""
     fields = {}
     for column, array in zip(batch.schema.names, batch.columns, strict=True):
@@ -61,4 +61,4 @@ def _cell_by_cell(batch: "pyarrow.RecordBatch", index: int, where: str) -> dict[
             rule = f"the column {shown(column)} holds values that can be read."
             found = f"a value of type {one_line(array.type)}: {one_line(error)}"
             return RowFault(reason, where=where, rule=rule, found=found)
-    return fields
+    return RawRow(where, fields)

@@ -1,12 +1,12 @@
 """What a row is: a conversation or a text, whatever its source and format. Later stages know neither.
 
-source -> Feed -> RawRow (columns as they were read) -> Row (a Conversation or a Text) or RowFault
+source -> Feed -> RawRow (columns as they were read) -> Row (a Conversation or a Text); RowFault where one fails
 """
 
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from launcher.errors import DataError
 
@@ -45,12 +45,11 @@ class RowFault(DataError):
         self.reason = reason
 
 
-@dataclass(frozen=True)
-class RawRow:
+class RawRow(NamedTuple):
     """A row as its source holds it, before its format is known."""
 
     where: str
-    fields: dict[str, Any] | RowFault  # values by column, or why the row could not be read
+    fields: dict[str, Any]  # values by column
 
 
 @dataclass(frozen=True)
@@ -64,7 +63,7 @@ class Feed:
     name: str  # of the file or dataset, in messages
     format: str  # Source.format
     identity: str
-    raw_rows: Callable[[], Iterator[RawRow]]  # each call starts at the first row
+    raw_rows: Callable[[], Iterator[RawRow | RowFault]]  # each call starts at the first row
 
 
 def shown(value: Any) -> str:

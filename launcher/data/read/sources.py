@@ -9,7 +9,7 @@ from launcher.data.read.csv_files import read_csv
 from launcher.data.read.hub import open_dataset
 from launcher.data.read.json_files import read_json
 from launcher.data.read.parquet_files import read_parquet
-from launcher.data.read.rows import Feed, RawRow
+from launcher.data.read.rows import Feed, RawRow, RowFault
 from launcher.data.read.text_files import opened, read_jsonl, read_text
 from launcher.errors import DataError
 from launcher.recipe.data_section import Source
@@ -17,7 +17,7 @@ from launcher.recipe.field_types import HUB_ID
 
 __all__ = ["Feed", "open_source"]
 
-FileReader = Callable[[Path, str], Iterator[RawRow]]  # (path, its name in messages) -> its rows
+FileReader = Callable[[Path, str], Iterator[RawRow | RowFault]]  # (path, its name in messages) -> its rows
 FILE_READERS: dict[str, FileReader] = {
     ".jsonl": read_jsonl,
     ".json": read_json,

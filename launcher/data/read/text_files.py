@@ -97,24 +97,23 @@ def lines(path: Path, name: str) -> Iterator[Passage]:
             offset += len(raw)
 
 
-def read_jsonl(path: Path, name: str) -> Iterator[RawRow]:
+def read_jsonl(path: Path, name: str) -> Iterator[RawRow | RowFault]:
     return _rows_of_lines(path, name, _object)
 
 
-def read_text(path: Path, name: str) -> Iterator[RawRow]:
+def read_text(path: Path, name: str) -> Iterator[RawRow | RowFault]:
     """Each line becomes the column "text"."""
     return _rows_of_lines(path, name, lambda line: {"text": line.decoded().rstrip("\r\n")})
 
 
-def _rows_of_lines(path: Path, name: str, parse: Callable[[Passage], dict[str, Any]]) -> Iterator[RawRow]:
+def _rows_of_lines(path: Path, name: str, parse: Callable[[Passage], dict[str, Any]]) -> Iterator[RawRow | RowFault]:
     for line in lines(path, name):
         if line.raw.isspace():
             continue
         try:
-            fields: dict[str, Any] | RowFault = parse(line)
+            yield RawRow(line.where(), parse(line))
         except RowFault as fault:
-            fields = fault
-        yield RawRow(line.where(), fields)
+            yield fault
 
 
 def _object(line: Passage) -> dict[str, Any]:
