@@ -65,6 +65,7 @@ def test_texts_stay_as_they_are_and_mark_where_a_completion_begins(
     ("good", "bad", "reason", "expected"),
     [
         (CHAT, b"{broken", "broken_json", "one JSON object"),
+        (CHAT, b'{"messages": [', "broken_json", "one JSON object"),
         (CHAT, b"[" * 100_000, "broken_json", "one JSON object"),
         (CHAT, b'{"text": ' + b"9" * 5000 + b"}", "broken_json", "one JSON object"),
         (CHAT, [1, 2], "wrong_type", "a list"),
