@@ -1,7 +1,7 @@
 """Datasets of the Hugging Face hub: one short request resolves the commit, the rows come through `datasets`' cache."""
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import suppress
 from functools import partial
 from threading import Thread
@@ -21,18 +21,15 @@ def open_dataset(source: Source, *, streaming: bool) -> Feed:
 
     Raises DataError within seconds if it is in neither place.
     """
-    answer, note = _current_commit(source), ""
-    if isinstance(answer, str):
-        commit, get_builder = answer, partial(_builder, source, answer)
-    else:
-        commit, get_builder = _cached_commit(source, answer), partial(_builder, source)
-        note = ", from the cache: the hub cannot be reached"
-    split = source.split or "train"
+    answer, split = _current_commit(source), source.split or "train"
+    online = isinstance(answer, str)
+    commit = answer if isinstance(answer, str) else _cached_commit(source, answer)
+    note = "" if online else ", from the cache: the hub cannot be reached"
     return Feed(
         name=f"{source.path} (commit {commit[:12]}{note})",
         format=source.format,
         identity=f"hub:{source.path}:{source.config or ''}:{split}:{commit}",
-        raw_rows=partial(_raw_rows, get_builder, source.path, split=split, streaming=streaming),
+        raw_rows=partial(_raw_rows, source, commit if online else None, split=split, streaming=streaming),
     )
 
 
@@ -65,7 +62,7 @@ def _cached_commit(source: Source, error: Exception) -> str:
     if getattr(getattr(error, "response", None), "status_code", 0) in REFUSED:
         raise _not_found(source, error)
     try:
-        commit = str(_builder(source).hash)
+        commit = str(_builder(source, None).hash)
     except Exception as missing:  # its kind depends on the cause and the version
         raise _not_found(source, error) from missing
     revision, known = source.revision, "never asked for"
@@ -80,8 +77,8 @@ def _cached_commit(source: Source, error: Exception) -> str:
     return commit
 
 
-def _builder(source: Source, commit: str | None = None) -> Any:
-    """The builder of `datasets` for that commit; without one, for whichever is cached."""
+def _builder(source: Source, commit: str | None) -> Any:
+    """The builder of `datasets` for that commit; None: for whichever is cached."""
     import datasets  # here, as it takes over a second
     import huggingface_hub
 
@@ -111,17 +108,17 @@ def _not_found(source: Source, error: Exception) -> DataError:
     )
 
 
-def _raw_rows(get_builder: Callable[[], Any], name: str, *, split: str, streaming: bool) -> Iterator[RawRow]:
+def _raw_rows(source: Source, commit: str | None, *, split: str, streaming: bool) -> Iterator[RawRow]:
     """The rows of a split. Raises DataError with the reason when `datasets` cannot give them."""
     number = 0
     try:
-        for batch in _batches(get_builder(), split=split, streaming=streaming):
+        for batch in _batches(_builder(source, commit), split=split, streaming=streaming):
             for values in zip(*batch.values(), strict=True):
                 number += 1
-                yield RawRow(f"{name} row {number}", dict(zip(batch, values, strict=True)))
+                yield RawRow(f"{source.path} row {number}", dict(zip(batch, values, strict=True)))
     except Exception as error:  # kinds of `datasets`, Arrow, the hub and the network
         remedy = "Correct the source or its config, split and revision"
-        raise unreadable(name, error, after=number, remedy=remedy) from error
+        raise unreadable(source.path, error, after=number, remedy=remedy) from error
 
 
 def _batches(builder: Any, *, split: str, streaming: bool) -> Iterator[dict[str, list[Any]]]:
