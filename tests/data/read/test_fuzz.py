@@ -28,24 +28,8 @@ GOOD: dict[str, dict[str, Any]] = {
     "prompt_completion": {"prompt": "1 + 1 = ", "completion": "2"},
     "text": {"text": "A river flows."},
 }
-ODD: list[Any] = [
-    "",
-    " ",
-    "é漢😀",
-    "\0",
-    "\x1b[31m",
-    "user",
-    "tool",
-    "human",
-    None,
-    True,
-    0,
-    10**400,
-    float("nan"),
-    [],
-    {},
-]
-ODD += [[None], ["a", 1], [[]], {"text": {}}, [{"type": "text"}], [{"role": "user"}], [{"from": "gpt", "value": 0.5}]]
+ODD: list[Any] = ["", " ", "é漢😀", "\0", "\x1b[31m", "user", "tool", "human", None, True, 0, 10**400, float("nan")]
+ODD += [[], {}, [None], ["a", 1], [[]], {"text": {}}, [{"type": "text"}], [{"role": "user"}], [{"from": "gpt"}]]
 
 
 def replaced(rng: random.Random, whole: Any) -> Any:
