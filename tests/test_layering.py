@@ -23,7 +23,7 @@ ALLOWED = {  # package or module: what of ours it may import, itself and all it 
     "proof": {"train", *WORK},
     "checkpoint": {"model", *BASE},
     "model": {"ops", *BASE},
-    "data": {"runtime", *BASE},
+    "data": {"runtime", "recipe.field_types", *BASE},
     "data.preview": {"data", "model", *BASE},
     "compile": {"runtime", *BASE},
     "memory": BASE,

@@ -1,5 +1,6 @@
 """The base class of a recipe's sections, the types of their fields, and the folder of the shipped recipes."""
 
+import re
 from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
@@ -8,6 +9,9 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from pydantic_core import PydanticCustomError
 
 from launcher.errors import RecipeError
+
+HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")  # "name" or "owner/name", of a model or a dataset; a full match
+HUB_TIMEOUT_S = 5.0  # for one small request to the hub, to see whether it answers
 
 Item = TypeVar("Item", bound=str)
 

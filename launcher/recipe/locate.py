@@ -4,14 +4,11 @@ This is checked before torch is imported and before weights are read: a wrong na
 leaves nothing behind. huggingface_hub is imported only for a name that is no folder.
 """
 
-import re
 from pathlib import Path
 
 from launcher.errors import RecipeError
+from launcher.recipe.field_types import HUB_ID, HUB_TIMEOUT_S
 from launcher.recipe.schema import ModelSection
-
-HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
-HUB_TIMEOUT_S = 5.0  # for the one small request that shows whether the hub has the model
 
 
 def locate(model: ModelSection, architectures: Path) -> str:

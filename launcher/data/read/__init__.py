@@ -1,1 +1,1 @@
-"""Sources become rows: one module for each kind of file, one for the formats of their columns."""
+"""Reads sources into rows: one module per kind of source, and formats.py for the columns of their rows."""

@@ -1,16 +1,17 @@
-"""What a row of data is, whatever format it came in: a conversation or a text. Nothing downstream knows a format.
+"""What a row is: a conversation or a text, whatever its source and format. Later stages know neither.
 
-`answer` is where the completion begins, in rows that say so (prompt-completion, alpaca): an index into the messages, or
-a character of the text. None in rows that do not: plain chats and plain text.
+source -> Feed -> RawRow (columns as they were read) -> Row (a Conversation or a Text); RowFault where one fails
 """
 
 import json
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from launcher.errors import DataError
 
 ROLES = ("system", "user", "assistant")
+SKIP = "Fix the row, or set data.bad_rows=skip to drop such rows and count them."
 
 
 @dataclass(frozen=True)
@@ -22,35 +23,53 @@ class Message:
 @dataclass(frozen=True)
 class Conversation:
     messages: tuple[Message, ...]
-    where: str  # as errors name it: "file:line", or "file row 7"
-    answer: int | None = None
+    where: str  # its place in messages: "file:line" or "file row 7"
+    answer: int | None = None  # index of the first message of the completion, in formats that mark one
 
 
 @dataclass(frozen=True)
 class Text:
     text: str
     where: str
-    answer: int | None = None
+    answer: int | None = None  # index of the first character of the completion, in formats that mark one
 
 
 Row = Conversation | Text
 
 
-SKIP = "Fix the row, or set data.bad_rows=skip to drop such rows and count them."
-
-
 class RowFault(DataError):
-    """One row that cannot be used. `reason` names the count `rows_dropped_<reason>` when data.bad_rows=skip."""
+    """One row that cannot be used. With data.bad_rows=skip it is counted as `rows_dropped_<reason>`."""
 
     def __init__(self, reason: str, *, where: str, rule: str, found: str, remedy: str = SKIP) -> None:
         super().__init__(f"{where}: {rule}\nFound: {found}\n{remedy}")
         self.reason = reason
 
 
-def shown(value: Any) -> str:
-    """A value of the data as JSON for a message: short, on one line, in ASCII (a terminal must not obey it).
+class RawRow(NamedTuple):
+    """A row as its source holds it, before its format is known."""
 
-    What JSON does not know (the dates, bytes and decimals of typed tables) goes by the name of its type.
+    where: str
+    fields: dict[str, Any]  # values by column
+
+
+@dataclass(frozen=True)
+class Feed:
+    """The rows of one file or one hub dataset, all in one format.
+
+    `identity` changes with the content: it holds a hash of the file's bytes, or the commit of the dataset. A streamed
+    file may be too large to be read twice: its path, size and modification time are used instead of its bytes.
+    """
+
+    name: str  # of the file or dataset, in messages
+    format: str  # Source.format
+    identity: str
+    raw_rows: Callable[[], Iterator[RawRow | RowFault]]  # each call starts at the first row
+
+
+def shown(value: Any) -> str:
+    """A value as JSON for a message: at most 80 characters, one line, ASCII only (no control codes for the terminal).
+
+    Values that JSON cannot hold (dates, bytes, decimals) are shown as the name of their type.
     """
     if isinstance(value, list | tuple):
         return "a list"
@@ -58,13 +77,13 @@ def shown(value: Any) -> str:
         return "an object"
     try:
         text = json.dumps(value)
-    except (TypeError, ValueError):  # ValueError: an integer of more digits than Python writes out
+    except (TypeError, ValueError):  # ValueError: an integer with more digits than Python prints
         return f"a value of type {type(value).__name__}"
     return text if len(text) <= 80 else text[:77] + "..."
 
 
 def shown_under(key: str, fields: dict[str, Any]) -> str:
-    """What an object has under a key, for a message; where it lacks the key, those that it has."""
+    """The value of a key, for a message; if the key is missing, the keys that are there."""
     if key in fields:
         return shown(fields[key])
     return f'no "{key}"; the keys are {shown(", ".join(map(str, fields)))}' if fields else f'no "{key}"; it is empty'

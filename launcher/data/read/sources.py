@@ -1,82 +1,81 @@
-"""What a recipe names as a source becomes feeds: one for a file or a dataset of the hub, several for a folder."""
+"""Opens what a recipe names as a source: one feed for a file or a dataset of the hub, several for a folder."""
 
 import hashlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from launcher.data.read.hub import HUB_ID, find
-from launcher.data.read.json_files import json_records
-from launcher.data.read.tables import csv_records, parquet_records
-from launcher.data.read.text_files import Record, jsonl_records, opened, text_records
+from launcher.data.read.csv_files import read_csv
+from launcher.data.read.hub import open_dataset
+from launcher.data.read.json_files import read_json
+from launcher.data.read.parquet_files import read_parquet
+from launcher.data.read.rows import Feed, RawRow, RowFault
+from launcher.data.read.text_files import opened, read_jsonl, read_text
 from launcher.errors import DataError
 from launcher.recipe.data_section import Source
+from launcher.recipe.field_types import HUB_ID
 
-__all__ = ["Feed", "Record", "open_source"]
+__all__ = ["Feed", "open_source"]
 
-READERS: dict[str, Callable[[Path, str], Iterator[Record]]] = {
-    ".jsonl": jsonl_records,
-    ".json": json_records,
-    ".csv": csv_records,
-    ".parquet": parquet_records,
-    ".txt": text_records,
+FileReader = Callable[[Path, str], Iterator[RawRow | RowFault]]  # (path, its name in messages) -> its rows
+FILE_READERS: dict[str, FileReader] = {
+    ".jsonl": read_jsonl,
+    ".json": read_json,
+    ".csv": read_csv,
+    ".parquet": read_parquet,
+    ".txt": read_text,
 }
-SUPPORTED = ", ".join(READERS)
-
-
-@dataclass(frozen=True)
-class Feed:
-    """Rows of one file or one hub dataset, all of one format.
-
-    `identity` changes when the content does: a hash of the file's bytes, or the dataset's commit. A streamed file may
-    be too large to be read twice: path, size and time of change stand for its bytes.
-    """
-
-    name: str
-    format: str  # Source.format
-    identity: str
-    records: Callable[[], Iterator[Record]]  # from the first row at each call
+SUPPORTED = ", ".join(FILE_READERS)
 
 
 def open_source(source: Source, *, streaming: bool) -> list[Feed]:
-    """The feeds of a source, those of a folder in the order of their paths. No row is read yet.
+    """The feeds of a source, those of a folder sorted by path. No row is read yet.
 
-    Streaming: no feed is ever held as a whole, and a hub dataset is not downloaded as a whole.
+    Streaming: no feed is read before training, and a hub dataset is not downloaded as a whole.
 
     Raises DataError: there is no such file, folder or dataset, a folder has no file of a supported kind, a file cannot
-    be read, or config, split or revision is given for what is local.
+    be read, or config, split or revision is given for a local path.
     """
     try:
-        files = _files(source)
-    except (OSError, RuntimeError) as error:  # the latter of a home that is not known
+        files = _local_files(source)
+    except (OSError, RuntimeError) as error:  # RuntimeError: "~user" of a user without a home
         raise _refused(source, f"{error}") from error
-    if files is None:
-        dataset = find(source)
-        records = partial(dataset.records, streaming=streaming)
-        return [Feed(dataset.name, source.format, dataset.identity, records)]
+    if not files:
+        return [open_dataset(source, streaming=streaming)]
     for key in ("config", "split", "revision"):
         if (value := getattr(source, key)) is not None:
             raise DataError(
                 f"{source.path}: {key} belongs to a dataset of the hub.\nFound: {key}: {value!r} beside a local path.\n"
                 f"Remove it from the source, or name the file of that {key}."
             )
-    return [_feed(file, source, streaming=streaming) for file in files]
+    return [_file_feed(file, source, streaming=streaming) for file in files]
 
 
-def _files(source: Source) -> list[Path] | None:
-    """The local files of a source; None for what can only be a dataset of the hub."""
+def _local_files(source: Source) -> list[Path]:
+    """The local files of a source; none if it can only be a dataset of the hub."""
     path = Path(source.path).expanduser()
     if path.is_dir():
-        return _files_within(path)
+        return _files_in(path)
     if path.exists():
-        if path.is_file() and path.suffix.lower() in READERS:
+        if path.is_file() and path.suffix.lower() in FILE_READERS:
             return [path]
         raise _refused(source, f"a {path.suffix or 'nameless'} file" if path.is_file() else "no regular file")
-    local = source.path.startswith((".", "/", "~")) or path.suffix.lower() in READERS
-    if local or not HUB_ID.fullmatch(source.path):
+    is_local = source.path.startswith((".", "/", "~")) or path.suffix.lower() in FILE_READERS
+    if is_local or not HUB_ID.fullmatch(source.path):
         raise _refused(source, f"no such file or folder; looked for {path.absolute()}")
-    return None
+    return []
+
+
+def _files_in(folder: Path) -> list[Path]:
+    paths = [path.relative_to(folder) for path in sorted(folder.rglob("*")) if path.is_file()]
+    files = [path for path in paths if not any(part.startswith(".") for part in path.parts)]
+    if supported := [folder / path for path in files if path.suffix.lower() in FILE_READERS]:
+        return supported
+    names = ", ".join([str(path) for path in files[:5]] + ["…"] * (len(files) > 5)) or "nothing that is not hidden"
+    raise DataError(
+        f"{folder}: a folder holds files of the kinds {SUPPORTED}.\nFound: {names}.\n"
+        "Name another folder, or convert the data."
+    )
 
 
 def _refused(source: Source, found: str) -> DataError:
@@ -86,31 +85,12 @@ def _refused(source: Source, found: str) -> DataError:
     )
 
 
-def _files_within(folder: Path) -> list[Path]:
-    inside = [path.relative_to(folder) for path in sorted(folder.rglob("*"))]
-    seen = [path for path in inside if not any(part.startswith(".") for part in path.parts)]
-    files = [path for path in seen if (folder / path).is_file()]
-    usable = [folder / path for path in files if path.suffix.lower() in READERS]
-    if usable:
-        return usable
-    kinds = ", ".join([str(path) for path in files[:5]] + ["…"] * (len(files) > 5)) or "nothing that is not hidden"
-    raise DataError(
-        f"{folder}: a folder holds files of the kinds {SUPPORTED}.\nFound: {kinds}.\n"
-        "Name another folder, or convert the data."
-    )
-
-
-def _feed(file: Path, source: Source, *, streaming: bool) -> Feed:
+def _file_feed(file: Path, source: Source, *, streaming: bool) -> Feed:
     suffix, name = file.suffix.lower(), str(file)
-    with opened(file, name):
+    with opened(file, name) as stream:
         if streaming:
             status = file.stat()
-            identity = f"{file.absolute()}:{status.st_size}:{status.st_mtime_ns}"
+            identity = f"{suffix}:{file.absolute()}:{status.st_size}:{status.st_mtime_ns}"
         else:
-            identity = _digest(file)
-    return Feed(name, source.format, f"{suffix}:{identity}", partial(READERS[suffix], file, name))
-
-
-def _digest(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
+            identity = f"{suffix}:{hashlib.file_digest(stream, 'blake2b').hexdigest()[:32]}"
+    return Feed(name, source.format, identity, partial(FILE_READERS[suffix], file, name))

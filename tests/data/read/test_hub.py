@@ -3,39 +3,41 @@ import json
 import logging
 import shutil
 import time
-from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import datasets
+import huggingface_hub
 import pytest
 
 from launcher.data.read import hub
-from launcher.data.read.formats import read_rows
-from launcher.data.read.rows import RowFault
-from launcher.data.read.sources import Feed, open_source
-from launcher.errors import DataError
-from launcher.recipe.data_section import Source
+from launcher.data.read.rows import Feed
+from tests.support import reading
+from tests.support.reading import fields, refusal
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
+OTHER = COMMIT[::-1]
 ROWS = [{"text": "one"}, {"text": "two"}]
+NAME = "owner/rows"
+Answer = Callable[..., list[tuple[str, str | None]]]
 
 
-class Refusal(Exception):
-    response = SimpleNamespace(status_code=404)
+def open_hub(**keys: Any) -> Feed:
+    [feed] = reading.feeds(NAME, **keys)
+    return feed
 
 
 @pytest.fixture
-def answer(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Sets what the hub answers when it is asked for a dataset: a commit, or an exception."""
-    import huggingface_hub
-
+def answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Answer:
+    """Sets what the hub answers when it is asked for a dataset: a commit or an exception. Returns what it was asked."""
     asked: list[tuple[str, str | None]] = []
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
 
     def set_answer(value: str | Exception, after_s: float = 0) -> list[tuple[str, str | None]]:
-        def dataset_info(self: Any, name: str, revision: str | None, timeout: float) -> Any:
+        def dataset_info(self: Any, name: str, revision: str | None = None, **_: Any) -> Any:
             asked.append((name, revision))
-            assert timeout <= 5
             time.sleep(after_s)
             if isinstance(value, Exception):
                 raise value
@@ -48,10 +50,8 @@ def answer(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 @pytest.fixture
-def cached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """What an earlier run with owner/rows leaves in the cache of `datasets`."""
-    import datasets
-
+def cached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What an earlier run with owner/rows leaves in the cache of `datasets`, at COMMIT."""
     datasets.disable_progress_bars()
     datasets.Dataset.from_list(ROWS).to_parquet(tmp_path / "rows.parquet")
     files = {"train": str(tmp_path / "rows.parquet")}
@@ -63,36 +63,31 @@ def cached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (folder / "parquet-train.arrow").rename(folder / "rows-train.arrow")
     info = json.loads((folder / "dataset_info.json").read_text())
     (folder / "dataset_info.json").write_text(json.dumps({**info, "config_name": "default", "dataset_name": "rows"}))
-    return folder
 
 
-def open_hub(path: str = "owner/rows", *, streaming: bool = False, **keys: str) -> Feed:
-    [feed] = open_source(Source.model_validate({"path": path, **keys}), streaming=streaming)
-    return feed
+@pytest.fixture
+def loads(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
+    """What `datasets` is asked to load; whatever the revision, it loads what is cached."""
+    load, asked = datasets.load_dataset_builder, []
+
+    def load_builder(path: str, name: str | None = None, revision: str | None = None) -> Any:
+        asked.append((path, name, revision))
+        return load(path, name)
+
+    monkeypatch.setattr(datasets, "load_dataset_builder", load_builder)
+    return asked
 
 
-def refusal(path: str = "owner/rows", **keys: str) -> str:
-    with pytest.raises(DataError) as caught:
-        open_hub(path, **keys)
-    message = str(caught.value)
-    assert len(message.splitlines()) <= 5 and path in message
-    return message
-
-
-def texts(feed: Feed) -> list[str]:
-    rows = [record.fields for record in feed.records()]
-    return [row["text"] for row in rows if not isinstance(row, RowFault)]
-
-
-@pytest.mark.parametrize("path", ["owner/rows", "rows"])
-def test_an_unreachable_hub_is_said_within_seconds_with_the_offline_way(path: str) -> None:
+@pytest.mark.parametrize("path", [NAME, "rows"])
+def test_an_unreachable_hub_is_reported_within_seconds_with_the_offline_way(path: str) -> None:
     start = time.monotonic()
     message = refusal(path)  # the suite runs offline
     assert time.monotonic() - start < 10
-    assert "data.sources=[{path: ./folder}]" in message and "Online: " in message
+    assert repr(path) in message and "data.sources=[{path: ./folder}]" in message and "Online: " in message
 
 
-def test_a_hub_that_does_not_answer_is_not_waited_for(answer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_hub_that_does_not_answer_is_not_waited_for(answer: Answer, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert hub.HUB_TIMEOUT_S <= 5
     monkeypatch.setattr(hub, "HUB_TIMEOUT_S", 0.2)
     answer(COMMIT, after_s=5)
     start = time.monotonic()
@@ -100,133 +95,94 @@ def test_a_hub_that_does_not_answer_is_not_waited_for(answer: Any, monkeypatch: 
     assert time.monotonic() - start < 4
 
 
-def test_a_dataset_that_the_hub_refuses_is_not_taken_from_the_cache(answer: Any, cached: Path) -> None:
-    answer(Refusal("404 Client Error.\nRepository Not Found"))
-    assert "404 Client Error." in refusal()
+def test_a_dataset_that_the_hub_refuses_is_not_taken_from_the_cache(answer: Answer, cached: None) -> None:
+    refused = Exception("404 Client Error.\nRepository Not Found")
+    refused.response = SimpleNamespace(status_code=404)  # type: ignore[attr-defined]
+    answer(refused)
+    assert "404 Client Error." in refusal(NAME)
+    refused.response.status_code = 503  # type: ignore[attr-defined]
+    assert fields(open_hub()) == ROWS
 
 
-def test_the_commit_is_resolved_once_and_is_the_identity(answer: Any) -> None:
+def test_the_commit_is_in_the_name_and_with_the_split_the_identity(answer: Answer) -> None:
     asked = answer(COMMIT)
     feed = open_hub(revision="main", split="test")
-    assert asked == [("owner/rows", "main")]
-    assert COMMIT[:12] in feed.name and COMMIT in feed.identity and "test" in feed.identity
-    answer(COMMIT[::-1])
-    assert open_hub(revision="main", split="test").identity != feed.identity
+    assert set(asked) == {(NAME, "main")}
+    assert COMMIT[:12] in feed.name and COMMIT in feed.identity
+    identities = {feed.identity, open_hub(split="test").identity, open_hub().identity, open_hub(config="a").identity}
+    answer(OTHER)
+    assert len(identities) == 3 and open_hub(split="test").identity not in identities
+
+
+def test_rows_are_of_the_commit_that_was_resolved(answer: Answer, cached: None, loads: list[tuple[Any, ...]]) -> None:
     answer(COMMIT)
-    assert open_hub(revision="main").identity != feed.identity
-
-
-def test_rows_are_of_the_commit_that_was_resolved(answer: Any, cached: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import datasets
-
-    load, asked = datasets.load_dataset_builder, []
-
-    def load_builder(path: str, name: str | None = None, revision: str | None = None) -> Any:
-        asked.append((path, name, revision))
-        return load(path, name)  # offline: that of the cache
-
-    monkeypatch.setattr(datasets, "load_dataset_builder", load_builder)
-    answer(COMMIT)
-    assert texts(open_hub(config="default")) == ["one", "two"]
-    assert asked == [("owner/rows", "default", COMMIT)]
-    answer(COMMIT[::-1])
-    feed = open_hub()
-    with pytest.raises(DataError, match=f"the cache holds commit {COMMIT}"):
-        texts(feed)
+    feed = open_hub(config="default")
+    assert not loads and fields(feed) == ROWS
+    assert loads == [(NAME, "default", COMMIT)]
+    answer(OTHER)
+    assert f"the cache holds commit {COMMIT}" in refusal(NAME)
 
 
 @pytest.mark.parametrize("streaming", [False, True])
-def test_without_the_hub_the_cache_serves_and_it_is_said(cached: Path, streaming: bool) -> None:
-    import datasets
-
+def test_without_the_hub_the_cache_serves_and_the_name_says_so(
+    cached: None, streaming: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     feed = open_hub(streaming=streaming)
     assert "from the cache: the hub cannot be reached" in feed.name and feed.identity.endswith(COMMIT)
-    assert texts(feed) == texts(feed) == ["one", "two"]
-    assert next(iter(feed.records())).where == "owner/rows row 1"
-    datasets.config.HF_HUB_OFFLINE = False
-    try:
-        texts(feed)
-        assert not datasets.config.HF_HUB_OFFLINE, "offline for the cache's builder alone"
-    finally:
-        datasets.config.HF_HUB_OFFLINE = True
+    assert fields(feed) == fields(feed) == ROWS
+    assert next(iter(feed.raw_rows())).where == f"{NAME} row 1"
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
+    assert fields(feed) == ROWS
+    assert not datasets.config.HF_HUB_OFFLINE, "offline for the cache's builder alone"
 
 
-def test_without_the_hub_a_revision_must_be_the_cached_commit(cached: Path) -> None:
-    assert texts(open_hub(revision=COMMIT[:8])) == ["one", "two"]
+def test_without_the_hub_a_revision_must_be_the_cached_commit(cached: None) -> None:
+    assert fields(open_hub(revision=COMMIT[:8])) == ROWS
     for revision in ("main", "ffff", "../../x"):
-        message = refusal(revision=revision)
-        assert f"the cache holds commit {COMMIT}, and not which commit '{revision}' is" in message
+        message = refusal(NAME, revision=revision)
+        assert f"the cache holds commit {COMMIT}, and '{revision}' was never asked for" in message
 
 
+@pytest.mark.parametrize("revision", ["main", "refs/pr/1"])
 def test_without_the_hub_a_branch_is_the_commit_that_it_last_was(
-    answer: Any, cached: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    answer: Answer, cached: None, loads: list[tuple[Any, ...]], revision: str
 ) -> None:
-    import datasets
-    import huggingface_hub
-
-    asked: list[tuple[Any, ...]] = []
-    refs = tmp_path / "hub" / "datasets--owner--rows" / "refs"
-
-    def download(repo_id: str, filename: str, *, repo_type: str, revision: str) -> str:
-        """As the hub's client does it: the card, and beside it the commit of the branch."""
-        asked.append((repo_id, filename, repo_type))
-        (refs / revision).parent.mkdir(parents=True, exist_ok=True)
-        (refs / revision).write_text(COMMIT)
-        return "README.md"
-
-    load = datasets.load_dataset_builder
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
-    monkeypatch.setattr(datasets, "load_dataset_builder", lambda path, name=None, **_: load(path, name))
-    answer(COMMIT)
-    assert texts(open_hub()) == ["one", "two"] and not asked
-    for revision in ("main", "refs/pr/1"):
-        answer(COMMIT)
-        assert texts(open_hub(revision=revision)) == ["one", "two"]
+    for commit in (COMMIT, OTHER):
+        answer(commit)
+        open_hub(revision=revision)
         answer(ConnectionError("no route"))
-        assert texts(open_hub(revision=revision)) == ["one", "two"]
-        (refs / revision).write_text(COMMIT[::-1])
-        assert f"'{revision}' was {COMMIT[::-1][:12]}" in refusal(revision=revision)
-    assert asked == [("owner/rows", "README.md", "dataset")] * 2
+        if commit == COMMIT:
+            assert fields(open_hub(revision=revision)) == ROWS
+        else:
+            assert f"'{revision}' was {OTHER}" in refusal(NAME, revision=revision)
 
 
-def test_the_clients_own_cache_is_where_a_branch_is_looked_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import huggingface_hub
-    from huggingface_hub import file_download
-
-    folder = tmp_path / file_download.repo_folder_name(repo_id="owner/rows", repo_type="dataset")
-    (folder / "snapshots" / COMMIT).mkdir(parents=True)
-    file_download._cache_commit_hash_for_specific_revision(str(folder), "main", COMMIT)
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
-    assert hub._remembered(Source(path="owner/rows", revision="main")) == COMMIT
-    assert hub._remembered(Source(path="owner/rows", revision="dev")) is None
-
-
-def test_datasets_is_quiet_and_its_loads_are_not_counted(cached: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import datasets
-
+def test_datasets_is_quiet_and_its_loads_are_not_counted(cached: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(datasets.config, "HF_UPDATE_DOWNLOAD_COUNTS", True)
     datasets.logging.set_verbosity_warning()
     datasets.enable_progress_bars()
-    assert texts(open_hub()) == ["one", "two"]
+    assert fields(open_hub()) == ROWS
     assert datasets.logging.get_verbosity() == logging.CRITICAL  # its handler writes to a stream of its own
     assert datasets.are_progress_bars_disabled() and not datasets.config.HF_UPDATE_DOWNLOAD_COUNTS
 
 
-def test_a_typed_cell_of_the_hub_is_a_fault_that_names_its_type(cached: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import datasets
+def test_a_typed_cell_is_a_fault_that_names_its_type_and_an_empty_split_has_no_rows(
+    cached: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def as_dataset(split: str) -> Any:
+        if split != "train":
+            raise ValueError(f'Instruction "{split}" corresponds to no data!')  # as `datasets` does
+        return datasets.Dataset.from_list([{"text": datetime.date(2020, 1, 1)}])
 
-    day = datasets.Dataset.from_list([{"text": datetime.date(2020, 1, 1)}])
-    builder = SimpleNamespace(
-        info=SimpleNamespace(splits={}), download_and_prepare=lambda: None, as_dataset=lambda split: day, hash=COMMIT
-    )
+    info = SimpleNamespace(splits={"test": SimpleNamespace(num_examples=0)})
+    builder = SimpleNamespace(info=info, download_and_prepare=lambda: None, as_dataset=as_dataset, hash=COMMIT)
     monkeypatch.setattr(datasets, "load_dataset_builder", lambda *_, **__: builder)
-    with pytest.raises(RowFault, match="owner/rows row 1: (.|\n)*a value of type date"):
-        list(read_rows(open_hub(), bad_rows="raise", counts=Counter()))
+    message = refusal(NAME)
+    assert message.startswith(f"{NAME} row 1: ") and "a value of type date" in message
+    assert fields(open_hub(split="test")) == []
 
 
-def test_an_unknown_split_or_config_names_those_there_are(cached: Path) -> None:
-    with pytest.raises(DataError, match="Should be one of") as caught:
-        texts(open_hub(split="test"))
-    assert "train" in str(caught.value) and len(str(caught.value).splitlines()) <= 5
-    assert "'owner/rows'" in refusal(config="other")
+def test_an_unknown_split_or_config_names_those_there_are(cached: None) -> None:
+    message = refusal(NAME, split="test")
+    assert "Should be one of" in message and "train" in message
+    assert f"'{NAME}'" in refusal(NAME, config="other")

@@ -1,5 +1,4 @@
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -9,10 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from launcher.data.read.rows import RowFault
-from launcher.data.read.sources import Feed, open_source
-from launcher.errors import DataError
-from launcher.recipe.data_section import Source
+from tests.support.reading import feeds, fields, refusal
 
 ROW = {"text": "a river"}
 CONTENT = {
@@ -30,33 +26,19 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def feeds(path: Path | str, *, streaming: bool = False, **keys: Any) -> list[Feed]:
-    return open_source(Source.model_validate({"path": str(path), **keys}), streaming=streaming)
-
-
-def rows(feed: Feed) -> list[Any]:
-    return [record.fields for record in feed.records()]
-
-
-def refusal(path: Path | str, **keys: Any) -> str:
-    with pytest.raises(DataError) as caught:
-        feeds(path, **keys)
-    message = str(caught.value)
-    assert caught.value.code == 3 and len(message.splitlines()) <= 5
-    return message
-
-
 @pytest.mark.parametrize("streaming", [False, True])
 @pytest.mark.parametrize("name", CONTENT)
-def test_every_kind_of_file_gives_its_rows_at_each_call(folder: Path, name: str, streaming: bool) -> None:
+def test_every_kind_of_file_gives_its_rows_from_the_first_at_each_call(
+    folder: Path, name: str, streaming: bool
+) -> None:
     [feed] = feeds(folder / name, streaming=streaming, format="text", weight=2.0)
     assert (feed.name, feed.format) == (str(folder / name), "text")
-    assert rows(feed) == rows(feed) == [ROW, ROW]
-    first, second = (record.where for record in feed.records())
+    assert fields(feed) == fields(feed) == [ROW, ROW]
+    first, second = (raw.where for raw in feed.raw_rows())
     assert first != second and all(where.startswith(f"{folder / name}") for where in (first, second))
 
 
-def test_a_folder_gives_a_feed_for_each_file_in_the_order_of_paths(
+def test_a_folder_gives_a_feed_per_file_sorted_by_path_without_hidden_ones(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     listed = Path.rglob  # in the order of the file system, whatever that is
@@ -67,7 +49,7 @@ def test_a_folder_gives_a_feed_for_each_file_in_the_order_of_paths(
         (folder / name).write_text(CONTENT["a.jsonl"])
     names = [str(Path(feed.name).relative_to(folder)) for feed in feeds(folder)]
     assert names == ["a.jsonl", "b.json", "c.csv", "d.txt", "deep/er/E.JSONL"]
-    assert all(rows(feed) == [ROW, ROW] for feed in feeds(folder))
+    assert all(fields(feed) == [ROW, ROW] for feed in feeds(folder))
 
 
 def test_a_folder_without_data_says_what_it_holds(tmp_path: Path) -> None:
@@ -79,7 +61,7 @@ def test_a_folder_without_data_says_what_it_holds(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "path", ["./owner/rows", "../rows", "/owner/rows", "~/rows", "owner/rows.jsonl", "a b", "a/b/c"]
+    "path", ["./owner/rows", "../rows", "/owner/rows", "~/rows", "owner/rows.jsonl", "a b", "a/b/c", "owner/.rows"]
 )
 def test_what_can_only_be_a_path_is_not_looked_for_on_the_hub(
     path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -103,8 +85,7 @@ def test_a_file_of_another_kind_is_refused_with_what_is_supported(tmp_path: Path
 @pytest.mark.parametrize("key", ["config", "split", "revision"])
 def test_what_belongs_to_the_hub_is_refused_beside_a_local_path(folder: Path, key: str) -> None:
     for path in (folder, folder / "a.jsonl"):
-        message = refusal(path, **{key: "main"})
-        assert f"{key}: 'main'" in message
+        assert f"{key}: 'main'" in refusal(path, **{key: "main"})
 
 
 def test_a_local_folder_goes_before_a_dataset_of_that_name(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -113,7 +94,7 @@ def test_a_local_folder_goes_before_a_dataset_of_that_name(folder: Path, monkeyp
     assert len(feeds(folder.name)) == len(feeds(f"~/{folder.name}")) == len(CONTENT)
 
 
-def test_the_identity_of_a_file_is_that_of_its_bytes_and_streamed_of_its_state(folder: Path) -> None:
+def test_a_file_is_identified_by_its_bytes_and_streamed_by_its_modification(folder: Path) -> None:
     file = folder / "a.jsonl"
 
     def identities() -> list[str]:
@@ -129,31 +110,10 @@ def test_the_identity_of_a_file_is_that_of_its_bytes_and_streamed_of_its_state(f
     assert feeds(folder / "a.txt")[0].identity != before[0], "the same bytes are other rows as .txt"
 
 
-def test_the_rows_of_a_parquet_file_change_with_its_identity(tmp_path: Path) -> None:
-    path, seen = tmp_path / "rows.parquet", set()
-    for text in ("one", "two"):
-        pq.write_table(pa.table({"text": [text]}), path)
-        os.utime(path, ns=(10**18, 10**18))
-        [feed] = feeds(path)
-        seen.add(feed.identity)
-        assert rows(feed) == [{"text": text}]
-    assert len(seen) == 2
-
-
 def test_a_file_without_bytes_has_no_rows(tmp_path: Path) -> None:
     for suffix in ("jsonl", "json", "csv", "parquet", "txt"):
         (tmp_path / f"rows.{suffix}").touch()
-    assert [rows(feed) for feed in feeds(tmp_path)] == [[]] * 5
-
-
-def test_a_text_file_is_read_by_the_line_and_its_faults_are_rows(tmp_path: Path) -> None:
-    file = tmp_path / "rows.txt"
-    file.write_bytes(b"\xef\xbb\xbf  one\\ud83d \r\n \ncaf\xe9\nt\0wo\nthree")
-    first, latin, zero, last = rows(feeds(file)[0])
-    assert (first, last) == ({"text": "  one\\ud83d "}, {"text": "three"})
-    for fault, line, at in ((latin, 3, 22), (zero, 4, 25)):
-        assert isinstance(fault, RowFault) and fault.reason == "encoding"
-        assert f"rows.txt:{line}: " in str(fault) and f"byte offset {at} " in str(fault)
+    assert [fields(feed) for feed in feeds(tmp_path)] == [[]] * 5
 
 
 def test_a_file_that_may_not_be_read_is_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -170,7 +130,7 @@ def test_local_files_need_neither_datasets_nor_the_hub(folder: Path) -> None:
         "import sys\nfrom launcher.data.read.sources import open_source\n"
         "from launcher.recipe.data_section import Source\n"
         f"source = Source(path={str(folder)!r})\n"
-        "read = [len([*feed.records()]) for s in (False, True) for feed in open_source(source, streaming=s)]\n"
+        "read = [len([*feed.raw_rows()]) for s in (False, True) for feed in open_source(source, streaming=s)]\n"
         "assert read == [2, 2, 2, 2, 1] * 2\n"
         "print([m for m in ('datasets', 'huggingface_hub', 'torch', 'pandas') if m in sys.modules])"
     )
