@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from safetensors.numpy import save_file
 
 from launcher.data import cache
@@ -22,6 +23,7 @@ from launcher.data.cache import Entry, fingerprint, load, save
 from launcher.data.documents import Documents
 from launcher.data.pack.blocks import Blocks
 from launcher.data.pack.buckets import bucket
+from launcher.data.pack.micro_batch import micro_batch_of
 from launcher.recipe.data_section import DataSection
 from tests.support.documents import documents_of
 
@@ -74,7 +76,8 @@ def test_what_is_loaded_is_what_was_saved(folder, validation):
     assert load(NAME) is None
     assert save(entry, NAME) is None
     assert_equal(loaded(NAME), entry)
-    assert loaded(NAME).train.documents.input_ids.any() and loaded(NAME).train.documents.supervised.any()
+    batches = [micro_batch_of(blocks, [0, 1]) for blocks in (loaded(NAME).train, entry.train)]
+    assert torch.equal(batches[0].labels, batches[1].labels) and batches[0].supervised_tokens > 0
     assert names(folder) == [NAME]
     assert folder.stat().st_mode & 0o777 == 0o700
 

@@ -1,4 +1,4 @@
-"""What packing promises: a document in a row, compiled, learns what it would learn alone, in stock transformers."""
+"""What packing promises: a document in a block, compiled, learns what it would learn alone, in stock transformers."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,8 +14,8 @@ from torch import Tensor
 from launcher.compile.observe import Observer
 from launcher.compile.plan import Plan
 from launcher.data.documents import Document, Documents
-from launcher.data.loader import MicroBatch, micro_batch_of
-from launcher.data.pack.blocks import IGNORE, Blocks
+from launcher.data.pack.blocks import Blocks
+from launcher.data.pack.micro_batch import IGNORE, MicroBatch, micro_batch_of
 from launcher.data.pack.packing import pack
 from launcher.model.attention import Rows
 from launcher.model.build import BuiltModel, build_model
@@ -45,17 +45,13 @@ class Bench:
     batch: MicroBatch
 
     def loss_of(self, document: int, batch: MicroBatch) -> Tensor:
-        """Of that document alone, with all others in their rows."""
-        row = int(np.searchsorted(self.blocks.row_offsets, self._place(document), "right")) - 1
-        number = self._place(document) - int(self.blocks.row_offsets[row])
+        """Of that document alone, with all others in their blocks."""
+        block, number = next((b, d.tolist().index(document)) for b, d in enumerate(self.blocks) if document in d)
         own = torch.zeros_like(batch.document_ids, dtype=torch.bool)
-        own[row] = batch.document_ids[row] == number
+        own[block] = batch.document_ids[block] == number
         only = replace(batch, labels=torch.where(own, batch.labels, IGNORE))
         loss: Tensor = self.plan.call(self.packed.packed, *arguments(only))
         return loss
-
-    def _place(self, document: int) -> int:
-        return int(np.flatnonzero(self.blocks.row_documents == document)[0])
 
 
 def perturb(built: BuiltModel) -> None:
@@ -89,7 +85,7 @@ def bench_on(device: str, *, model: Path, dtype: str, backend: str) -> Iterator[
         perturb(built)
     stock.peft.base_model.model.set_attn_implementation("eager")
     blocks = pack(Documents.of(random_documents(0)), np.arange(len(LENGTHS)), max_length=64, pad_id=0, seed=0)
-    assert blocks.rows == 3
+    assert len(blocks) == 3
     batch = micro_batch_of(blocks, np.array([0, 1, 2, -1])).to(where)
     plan = Plan(regions_of(packed, shapes=1), compile=recipe.compile, observer=Observer())
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from launcher.data.documents import Documents
-from launcher.data.loader import MicroBatch
 from launcher.data.pack.buckets import lay_out
+from launcher.data.pack.micro_batch import MicroBatch
 from launcher.data.prepare import PreparedData
 from launcher.errors import ContractError
 from launcher.model.source import load_config
@@ -104,4 +104,4 @@ def test_the_probe_of_the_saved_adapter_has_tokens_to_learn(make_recipe: Callabl
         make_recipe(data={"batching": "bucketed", "max_length": MAX_LENGTH}, compile={"mode": "off"}), documents(THREE)
     )
     assert worker.probe.supervised_tokens > 10
-    assert worker.batches.state() == {"epoch": 0, "offset": 0}
+    assert worker.batches.state_dict() == {"epoch": 0, "offset": 0}
