@@ -7,8 +7,7 @@ One width (packed, padded):    the shuffled blocks, cut into steps of accumulati
                                steps, 8 x 1 and 2 x 4 see the same blocks in the same step.
 Several widths (bucketed):     the shuffled blocks of each width, cut into micro batches of B; then these, shuffled, cut
                                into steps, and ordered by width in a step: ranks that work at once have equal work.
-Blank blocks fill the last micro batch of each width and the last step: every block is seen once an epoch, in few
-shapes.
+Blank blocks fill the last micro batch of each width and the last step: an epoch shows every block once, in few shapes.
 """
 
 from collections.abc import Iterator
@@ -123,13 +122,9 @@ def sample_batch(blocks: Blocks, width: int, *, micro_batch: int) -> MicroBatch:
 
 def _cut(order: Longs, widths: Ints, micro_batch: int) -> Longs:
     """The blocks `order` in micro batches of one width each, [micro batches, B], the least width first."""
-    ordered_widths = widths[order]
-    return np.concatenate(
-        [
-            _filled(order[ordered_widths == width], micro_batch).reshape(-1, micro_batch)
-            for width in np.unique(ordered_widths)
-        ]
-    )
+    ordered = widths[order]
+    by_width = (order[ordered == width] for width in np.unique(ordered))
+    return np.concatenate([_filled(numbers, micro_batch).reshape(-1, micro_batch) for numbers in by_width])
 
 
 def _filled(numbers: Longs, multiple: int) -> Longs:

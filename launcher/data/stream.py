@@ -112,7 +112,7 @@ class Stream:
             blocks = bucket(documents, every, widths=(width,), pad_id=self.pad_id)
         else:
             most = self.max_documents - 1 if self.max_documents else None
-            blocks = pack(documents, every, max_length=width, pad_id=self.pad_id, seed=seed, documents_per_block=most)
+            blocks = pack(documents, every, max_length=width, pad_id=self.pad_id, seed=seed, limit=most)
         return replace(blocks, max_documents=self.max_documents or blocks.max_documents)
 
 

@@ -24,25 +24,19 @@ MAX_CANDIDATES = 32  # different lengths whose sums are considered for one block
 
 
 def pack(
-    documents: Documents,
-    indices: Longs,
-    *,
-    max_length: int,
-    pad_id: int,
-    seed: int,
-    documents_per_block: int | None = None,
+    documents: Documents, indices: Longs, *, max_length: int, pad_id: int, seed: int, limit: int | None = None
 ) -> Blocks:
     """Blocks of `max_length` positions from the documents `indices`, which may name one twice; none is split.
 
     `indices` is not empty, and each document has 1 to `max_length` tokens. The seed decides which of equally long ones
-    meet. `documents_per_block`: an upper bound, for a stream, which must know it before it has read all documents.
+    meet. `limit`: most documents of a block, for a stream, which must know it before it has read all of them.
     """
     shuffled = np.random.default_rng(seed).permutation(indices)
     longest_first = shuffled[np.argsort(-documents.lengths[shuffled], kind="stable")]
     lengths = documents.lengths[longest_first].tolist()
     assert lengths[0] <= max_length, "documents are cut to max_length before they are packed"
-    limit = documents_per_block or len(lengths)
-    blocks = min((way(lengths, capacity=max_length, limit=limit) for way in (_by_sums, _by_best_fit)), key=len)
+    ways = (way(lengths, capacity=max_length, limit=limit or len(lengths)) for way in (_by_sums, _by_best_fit))
+    blocks = min(ways, key=len)
     # The ways place lengths, not documents: the n-th longest placed length is the n-th longest document.
     placed = np.fromiter(chain.from_iterable(blocks), np.int64, len(lengths))
     block_documents = np.empty_like(shuffled)

@@ -12,18 +12,9 @@ from launcher.data.pack.packing import pack
 from tests.support.documents import documents_of
 
 
-def packed(
-    lengths: Sequence[int] | Longs, *, max_length: int, seed: int = 0, documents_per_block: int | None = None
-) -> Blocks:
+def packed(lengths: Sequence[int] | Longs, *, max_length: int, seed: int = 0, limit: int | None = None) -> Blocks:
     indices = np.arange(len(lengths))
-    return pack(
-        documents_of(lengths),
-        indices,
-        max_length=max_length,
-        pad_id=0,
-        seed=seed,
-        documents_per_block=documents_per_block,
-    )
+    return pack(documents_of(lengths), indices, max_length=max_length, pad_id=0, seed=seed, limit=limit)
 
 
 def best_fit_by_search(lengths: list[int], capacity: int) -> list[int]:
@@ -58,7 +49,7 @@ def test_the_blocks_of_the_drawing() -> None:
 
 
 def test_a_block_with_the_most_documents_it_may_hold_is_closed() -> None:
-    free, bounded = (packed([5] * 40, max_length=100, documents_per_block=limit) for limit in (None, 7))
+    free, bounded = (packed([5] * 40, max_length=100, limit=limit) for limit in (None, 7))
     assert max(len(documents) for documents in free) == 20
     assert max(len(documents) for documents in bounded) == 7
     assert bounded.max_documents == 8  # and the padding
