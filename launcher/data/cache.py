@@ -1,7 +1,7 @@
 """Prepared data on disk, so that a second start reads what an earlier one prepared.
 
 An entry is one safetensors file, `<cache>/data/<fingerprint>.safetensors`: the arrays of the documents and of the
-blocks; in its metadata the fingerprint and the caller's meta (JSON), and a checksum of these and of every array.
+blocks; in its metadata the caller's meta (JSON), and a checksum of the fingerprint, the meta and every array.
 It is written under a temporary name and renamed, so it is whole or absent, and never changes. Its arrays are
 memory-mapped: the ranks of a machine share one copy. The fingerprint covers this package's source code, so an entry is
 read only by the code that would prepare the same.
@@ -84,7 +84,7 @@ def _code_digest() -> str:
 def load(identity: str) -> Entry | None:
     """The entry of this fingerprint, its arrays read-only and memory-mapped; None without one that is whole.
 
-    Every byte is checked. An entry that is damaged, or that has another fingerprint inside, is removed.
+    Every byte is checked. An entry that is damaged, or was saved under another fingerprint, is removed.
     """
     path, unusable = _place(identity)
     if unusable:
@@ -122,19 +122,20 @@ def _place(identity: str) -> tuple[Path, str | None]:
 
 def _write(entry: Entry, identity: str, path: Path) -> None:
     documents = entry.train.documents
-    assert entry.validation is None or entry.validation.documents is documents, "both parts have the same documents"
-    parts = {"documents": documents, "train": entry.train, "validation": entry.validation}
+    parts = {"documents": vars(documents), "train": vars(entry.train)}
+    if entry.validation is not None:
+        assert entry.validation.documents is documents, "both parts are made of the same documents"
+        parts["validation"] = vars(entry.validation)
     arrays = {
         f"{part}.{name}": np.asarray(value, order="C")
-        for part, owner in parts.items()
-        if owner is not None
-        for name, value in vars(owner).items()
+        for part, fields in parts.items()
+        for name, value in fields.items()
         if value is not documents
     }
-    content = json.dumps({"fingerprint": identity, "meta": entry.meta}, default=int)
+    meta = json.dumps(entry.meta, default=int)
     temporary = path.with_name(f".{secrets.token_hex(8)}")
     try:
-        save_file(arrays, temporary, metadata={"content": content, "checksum": _checksum(content, arrays)})
+        save_file(arrays, temporary, metadata={"meta": meta, "checksum": _checksum(identity, meta, arrays)})
         _sync(temporary)
         temporary.replace(path)
         _sync(path.parent)
@@ -147,8 +148,7 @@ def _read(path: Path, identity: str) -> Entry:
     # As tensors of torch, which are views of the mapped file: with framework="np", safetensors copies every array.
     with safe_open(path, framework="pt") as file:
         metadata, arrays = file.metadata(), {name: file.get_tensor(name).numpy() for name in file.keys()}  # noqa: SIM118
-    content = json.loads(metadata["content"])
-    if _checksum(metadata["content"], arrays) != metadata["checksum"] or content["fingerprint"] != identity:
+    if _checksum(identity, metadata["meta"], arrays) != metadata["checksum"]:
         raise ValueError(f"{path} is damaged, or another entry")
     parts: dict[str, dict[str, Any]] = defaultdict(dict)
     for name, array in arrays.items():
@@ -157,11 +157,11 @@ def _read(path: Path, identity: str) -> Entry:
         parts[part][field] = array if array.ndim else int(array)
     documents = Documents(**parts.pop("documents"))
     blocks = {part: Blocks(documents, **fields) for part, fields in parts.items()}
-    return Entry(blocks["train"], blocks.get("validation"), content["meta"])
+    return Entry(blocks["train"], blocks.get("validation"), json.loads(metadata["meta"]))
 
 
-def _checksum(content: str, arrays: Mapping[str, NDArray[Any]]) -> str:
-    digest = hashlib.blake2b(content.encode())
+def _checksum(identity: str, meta: str, arrays: Mapping[str, NDArray[Any]]) -> str:
+    digest = hashlib.blake2b((identity + meta).encode())
     for name, array in sorted(arrays.items()):
         digest.update(f"{name} {array.dtype} {array.shape} ".encode())
         digest.update(array.data)

@@ -215,17 +215,23 @@ def test_a_hundred_thousand_documents_load_in_less_than_a_second():
 
 
 IDENTITIES = [["one", "two"], ["three"]]
-CHANGES: dict[str, Any] = {
-    "sources": [{"path": "rows.jsonl", "format": "text"}],
-    "streaming": True,
-    "template": "chatml",
-    "batching": "padded",
-    "max_length": 1024,
-    "loss_on": "all",
-    "bad_rows": "skip",
-    "too_long": "drop",
-    "validation": 0.1,
-}
+SECTIONS: list[dict[str, Any]] = [
+    {},
+    {"sources": [{"path": "rows.jsonl", "format": "text"}]},
+    {"sources": [{"path": "rows.jsonl", "weight": 2}]},
+    {"sources": [{"path": "rows.txt"}]},  # the same bytes, read in another way
+    {"streaming": True},
+    {"template": "chatml"},
+    {"batching": "padded"},
+    {"max_length": 1024},
+    {"loss_on": "all"},
+    {"bad_rows": "skip"},
+    {"too_long": "drop"},
+    {"validation": 0.1},
+    {"validation": "rows.jsonl"},
+    {"validation": "rows.csv"},
+    {"validation": {"path": "rows.csv"}},
+]
 
 
 def name_of(tokenizer: Any, section: dict[str, Any] | None = None, **changes: Any) -> str:
@@ -235,24 +241,20 @@ def name_of(tokenizer: Any, section: dict[str, Any] | None = None, **changes: An
 
 
 def test_every_field_of_the_data_section_but_the_waiting_changes_the_fingerprint(tokenizer):
-    assert {*CHANGES, "wait_s"} == set(DataSection.model_fields)
-    all_names = [name_of(tokenizer), *(name_of(tokenizer, {field: value}) for field, value in CHANGES.items())]
-    assert len(set(all_names)) == len(all_names)
-    assert name_of(tokenizer, {"wait_s": 7}) == all_names[0]
+    assert {field for section in SECTIONS for field in section} | {"wait_s"} == set(DataSection.model_fields)
+    assert len({name_of(tokenizer, section) for section in SECTIONS}) == len(SECTIONS)
+    assert name_of(tokenizer, {"wait_s": 7}) == name_of(tokenizer)
 
 
 def test_the_content_of_sources_and_not_their_place_decides(tokenizer):
-    usual = name_of(tokenizer)
-    assert name_of(tokenizer, {"sources": [{"path": "/else/where.jsonl"}]}) == usual
-    others = [[["one"], ["two", "three"]], [["one", "two"], ["4"]], [["two", "one"], ["three"]]]
-    all_names = [usual, *(name_of(tokenizer, identities=identities) for identities in others)]
-    all_names += [name_of(tokenizer, {"sources": [{"path": "rows.jsonl", "weight": 2}]})]
-    all_names += [name_of(tokenizer, {"sources": [{"path": "rows.txt"}]})]  # the same bytes, read in another way
-    validations = ["rows.jsonl", "rows.csv", {"path": "rows.csv"}]
-    all_names += [name_of(tokenizer, {"validation": validation}) for validation in validations]
-    assert len(set(all_names)) == len(all_names)
-    assert name_of(tokenizer, {"validation": "/else/where.csv"}) == all_names[-2]
-    assert name_of(tokenizer, {"validation": {"path": "/else/where.csv"}}) == all_names[-1]
+    for here, elsewhere in (
+        ({"sources": [{"path": "rows.csv"}]}, {"sources": [{"path": "/else/where.csv"}]}),
+        ({"validation": "rows.csv"}, {"validation": "/else/where.csv"}),
+        ({"validation": {"path": "rows.csv"}}, {"validation": {"path": "/else/where.csv"}}),
+    ):
+        assert name_of(tokenizer, here) == name_of(tokenizer, elsewhere)
+    others = [IDENTITIES, [["one"], ["two", "three"]], [["one", "two"], ["4"]], [["two", "one"], ["three"]]]
+    assert len({name_of(tokenizer, identities=identities) for identities in others}) == len(others)
 
 
 def test_the_tokenizer_the_template_and_the_seed_decide(tokenizer, make_tokenizer):
@@ -260,8 +262,7 @@ def test_the_tokenizer_the_template_and_the_seed_decide(tokenizer, make_tokenize
     with_word.add_tokens(["<new>"])
     with_pad.pad_token = "<|eot|>"
     all_names = [name_of(t) for t in (tokenizer, make_tokenizer("chatml"), with_word, with_pad)]
-    all_names += [name_of(tokenizer, seed=1)]
-    assert len(set(all_names)) == len(all_names)
+    assert len({*all_names, name_of(tokenizer, seed=1)}) == 5
     assert name_of(make_tokenizer("llama3")) == all_names[0]
 
 
