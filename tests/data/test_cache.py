@@ -102,12 +102,12 @@ def test_arrays_without_an_element_and_numbers_of_numpy_survive():
 
 
 def damages(content: bytes) -> Iterator[bytes]:
-    """A file with one bit of every byte flipped, cut at every length, or longer."""
+    """A file with one bit of every byte flipped, cut at every length, longer, or with another type of the same size."""
     for place in range(len(content)):
         yield content[:place] + bytes([content[place] ^ 1 << place % 8]) + content[place + 1 :]
         yield content[:place]
-    yield content + b"\0"
     yield content + content
+    yield content.replace(b'"I32"', b'"F32"')
 
 
 def test_damage_of_any_byte_is_noticed_and_the_entry_is_removed_and_made_anew(folder):
