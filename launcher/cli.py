@@ -97,9 +97,18 @@ def _preview(resolved: Resolved, here: RankInfo, console: Console) -> int:
     with Screen(console) as screen:
         screen.show("preparing the data")
         with quick_imports():
-            from launcher.data.preview import preview
+            from launcher.data.prepare import prepare
+            from launcher.data.preview import preview_record
+            from launcher.model.families import family_of
+            from launcher.model.source import load_config, load_tokenizer
 
-        record = preview(resolved.recipe, name=resolved.name, source=source, shipped=shipped, blocks=resolved.blocks)
+        recipe = resolved.recipe
+        family_of(load_config(source, recipe.model), max_length=recipe.data.max_length)  # refuses what training refuses
+        tokenizer = load_tokenizer(source, recipe.model, stand_in=shipped / "tiny" / "base")
+        data = prepare(recipe.data, tokenizer, seed=recipe.train.seed)
+        record = preview_record(
+            data, tokenizer, recipe=recipe, name=resolved.name, source=source, blocks=resolved.blocks
+        )
     preview_page(console, record)
     return 0
 

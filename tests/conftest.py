@@ -129,10 +129,12 @@ def request_for(recipe: Any) -> Any:
 
 def stock_loss(progress: Any, folder: Path, *, dtype: str, device: str) -> float:
     """The validation loss that stock PEFT gives to a finished run's adapter, in another process and folder."""
+    from launcher.data.pack.micro_batch import micro_batch_of
+
     validation = progress.worker.prepared.data.validation
     documents = []
-    arrays = validation.arrays(range(validation.rows))
-    for ids, labels, numbers in zip(arrays.input_ids, arrays.labels, arrays.document_ids, strict=True):
+    batch = micro_batch_of(validation, range(len(validation)))
+    for ids, labels, numbers in zip(batch.input_ids, batch.labels, batch.document_ids, strict=True):
         for where in (numbers == number for number in set(numbers.tolist())):
             if (labels[where] != -100).any():
                 documents.append([ids[where].tolist(), labels[where].tolist()])

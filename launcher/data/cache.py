@@ -1,25 +1,21 @@
-"""Prepared data on disk, so that a second start reads what the first one made. An entry is a folder:
+"""Prepared data on disk, so that a second start reads what an earlier one prepared.
 
-    <cache>/data/<fingerprint>/
-        documents.{input_ids,supervised,offsets}.npy
-        train.{row_offsets,row_documents,widths}.npy          and validation's, where there is one
-        meta.json                                             fingerprint, scalars of the blocks, the caller's meta
-        checksums                                             "<BLAKE2b>  <file>" of all others, as b2sum prints them
-
-It appears by one rename and is never written again. The arrays are memory-mapped: the ranks of a machine share them.
-A fingerprint covers this package's own source too, so an entry is read only by the code that would make it alike.
-Whatever is wrong with an entry or the folder costs a second preparation, never the run.
+An entry is one safetensors file, `<cache>/data/<fingerprint>.safetensors`: the arrays of the documents and of the
+blocks; in its metadata the caller's meta (JSON), and a checksum of the fingerprint, the meta and every array.
+It is written under a temporary name and renamed, so it is whole or absent, and never changes. Its arrays are
+memory-mapped: the ranks of a machine share one copy. The fingerprint covers this package's source code, so an entry is
+read only by the code that would prepare the same.
+Whatever is wrong with an entry or with the folder costs a second preparation, never the run.
 """
 
-import errno
 import hashlib
 import json
 import os
 import secrets
 import shutil
-import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -28,26 +24,24 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
 
 from launcher.data.documents import Documents
 from launcher.data.pack.blocks import Blocks
-from launcher.recipe.data_section import DataSection, Source
+from launcher.recipe.data_section import DataSection
 from launcher.runtime.private_cache import private_cache
 
 MAX_BYTES = 20 * 2**30  # of all entries together
 MAX_ENTRIES = 32
-ABANDONED_S = 86_400.0  # a staging folder this old belongs to no living process
-STAGING = ".staging-"
-
-OF_DOCUMENTS = ("input_ids", "supervised", "offsets")
-OF_BLOCKS = ("row_offsets", "row_documents", "widths")
-SCALARS = ("pad_id", "max_documents", "max_seqlen")
-DECIDING = ("tokenizers", "transformers", "jinja2", "datasets", "numpy")  # packages that decide what is prepared
+LEFTOVER_S = 86_400.0  # a temporary file of this age was left by a process that was killed
+SUFFIX = ".safetensors"
+DECIDING_PACKAGES = ("tokenizers", "transformers", "jinja2", "datasets", "numpy")
 
 
 @dataclass(frozen=True)
 class Entry:
-    """What a preparation leaves: rows over one Documents, and what the caller wants to know of them, as JSON has it."""
+    """The result of a preparation: blocks over the same Documents, and what else the caller needs, as JSON has it."""
 
     train: Blocks
     validation: Blocks | None
@@ -55,21 +49,20 @@ class Entry:
 
 
 def fingerprint(data: DataSection, *, identities: Sequence[Sequence[str]], tokenizer: Any, seed: int) -> str:
-    """A name for everything that decides the prepared arrays; 40 hexadecimal digits.
+    """A name for everything that decides the prepared arrays: 40 hexadecimal digits.
 
-    `identities`: of each source's feeds, in the order of data.sources, those of a validation source last. They stand
-    for the paths, of which only the suffix counts. `tokenizer` has the chat template that is used.
+    `identities`: of the feeds of each source, in the order of data.sources, a validation source last. They stand for
+    the paths, of which only the suffix counts. `tokenizer` has the chat template that is used.
     """
     section = data.model_dump(mode="json", exclude={"wait_s"})
-    for source in section["sources"]:
-        source["path"] = Path(source["path"]).suffix
     if isinstance(data.validation, str):
-        section["validation"] = ["path", Path(data.validation).suffix]
-    elif isinstance(data.validation, Source):
-        section["validation"]["path"] = Path(data.validation.path).suffix
-    decided = {
-        "code": _own_code(),
-        "versions": [version(name) for name in DECIDING],
+        section["validation"] = {"path": data.validation}
+    for source in (*section["sources"], section["validation"]):
+        if isinstance(source, dict):
+            source["path"] = Path(source["path"]).suffix
+    deciding = {
+        "code": _code_digest(),
+        "versions": [version(package) for package in DECIDING_PACKAGES],
         "data": section,
         "identities": identities,
         "tokenizer": hashlib.blake2b(tokenizer.backend_tokenizer.to_str().encode()).hexdigest(),
@@ -77,10 +70,10 @@ def fingerprint(data: DataSection, *, identities: Sequence[Sequence[str]], token
         "template": tokenizer.chat_template,
         "seed": seed,
     }
-    return hashlib.blake2b(json.dumps(decided, sort_keys=True).encode(), digest_size=20).hexdigest()
+    return hashlib.blake2b(json.dumps(deciding, sort_keys=True).encode(), digest_size=20).hexdigest()
 
 
-def _own_code() -> str:
+def _code_digest() -> str:
     package, digest = Path(__file__).parent, hashlib.blake2b()
     for path in sorted(p for p in package.rglob("*") if p.suffix in (".py", ".jinja")):
         content = path.read_bytes()
@@ -88,150 +81,119 @@ def _own_code() -> str:
     return digest.hexdigest()
 
 
-def load(fingerprint: str) -> Entry | None:
-    """The entry of this name, its arrays read-only and on disk still; None when there is none that is whole.
+def load(identity: str) -> Entry | None:
+    """The entry of this fingerprint, its arrays read-only and memory-mapped; None without one that is whole.
 
-    Every byte is compared with its checksum. An entry that is not whole, or is another's, is removed.
+    Every byte is checked. An entry that is damaged, or was saved under another fingerprint, is removed.
     """
-    folder, unusable = private_cache("data")
-    path = folder / fingerprint
-    if unusable or not os.path.lexists(path):
+    path, unusable = _place(identity)
+    if unusable:
         return None
     try:
-        entry = _read(path, fingerprint)
-        os.utime(path)  # used just now: evicted last
+        entry = _read(path, identity)
+        os.utime(path)  # most recently used: evicted last
         return entry
-    except (OSError, ValueError, KeyError, TypeError):
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError):
         _remove(path)
         return None
 
 
-def save(entry: Entry, fingerprint: str) -> str | None:
-    """Keep an entry under this name, evict the least recently used ones. A note for the report when it could not."""
-    folder, unusable = private_cache("data")
+def save(entry: Entry, identity: str) -> str | None:
+    """Keep an entry under this fingerprint and evict the least recently used. A note for the report if that fails."""
+    path, unusable = _place(identity)
     if unusable is None:
         try:
-            _write(entry, fingerprint, folder)
-            _evict(folder, keep=fingerprint)
+            _write(entry, identity, path)
+            with suppress(FileNotFoundError):  # another process evicts the same
+                _evict(path.parent, keep=path)
             return None
-        except OSError as error:
-            unusable = f"cannot be written ({error.strerror or error})"
-    return f"data cache {folder} {unusable}: the next run prepares the data again"
+        except (OSError, SafetensorError) as error:
+            unusable = f"cannot be written ({getattr(error, 'strerror', None) or error})"
+    return f"data cache {path.parent} {unusable}: the next run prepares the data again"
 
 
-def _write(entry: Entry, fingerprint: str, folder: Path) -> None:
-    """An entry by that name that somebody else wrote meanwhile stays: it is the same."""
-    staging = Path(tempfile.mkdtemp(prefix=STAGING, dir=folder))
-    try:
-        checksums = {}
-        for name, array in _arrays(entry).items():
-            with open(staging / f"{name}.npy", "wb") as file:
-                np.save(file, array, allow_pickle=False)
-                _settle(file)
-            checksums[f"{name}.npy"] = _checksum(staging / f"{name}.npy")
-        _write_text(staging / "meta.json", json.dumps({"fingerprint": fingerprint, **_scalars(entry)}, default=int))
-        checksums["meta.json"] = _checksum(staging / "meta.json")
-        _write_text(staging / "checksums", "".join(f"{digest}  {name}\n" for name, digest in checksums.items()))
-        _settle_folder(staging)
-        staging.rename(folder / fingerprint)
-        _settle_folder(folder)
-    except OSError as error:
-        if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
-            raise
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
+def _place(identity: str) -> tuple[Path, str | None]:
+    """The file of this fingerprint, and why the cache cannot be used, if it cannot."""
+    folder, unusable = private_cache("data")
+    return folder / f"{identity}{SUFFIX}", unusable
 
 
-def _parts(entry: Entry) -> Iterator[tuple[str, Blocks]]:
-    yield "train", entry.train
+def _write(entry: Entry, identity: str, path: Path) -> None:
+    documents = entry.train.documents
+    parts = {"documents": vars(documents), "train": vars(entry.train)}
     if entry.validation is not None:
-        yield "validation", entry.validation
-
-
-def _arrays(entry: Entry) -> dict[str, NDArray[Any]]:
-    arrays = {f"documents.{name}": getattr(entry.train.documents, name) for name in OF_DOCUMENTS}
-    for part, blocks in _parts(entry):
-        assert blocks.documents is entry.train.documents, "training and validation rows lie in the same documents"
-        arrays.update({f"{part}.{name}": getattr(blocks, name) for name in OF_BLOCKS})
-    return arrays
-
-
-def _scalars(entry: Entry) -> dict[str, Any]:
-    parts = {part: {name: int(getattr(blocks, name)) for name in SCALARS} for part, blocks in _parts(entry)}
-    return {"parts": parts, "meta": entry.meta}
-
-
-def _read(path: Path, fingerprint: str) -> Entry:
-    """Raises OSError, ValueError, KeyError or TypeError when the entry is not what `_write` wrote."""
-    lines = (path / "checksums").read_text(encoding="ascii").splitlines()
-    checksums = {name: digest for digest, name in (line.split("  ") for line in lines)}
-
-    def checked(name: str) -> Path:
-        if _checksum(path / name) != checksums[name]:
-            raise ValueError(f"{path / name} is damaged")
-        return path / name
-
-    def array(name: str) -> Any:
-        # A plain array over the map: slices of np.memmap cost several times those of an array, and rows are slices.
-        return np.asarray(np.load(checked(f"{name}.npy"), mmap_mode="r", allow_pickle=False))
-
-    stored = json.loads(checked("meta.json").read_text(encoding="utf-8"))
-    if stored["fingerprint"] != fingerprint:
-        raise ValueError(f"{path} holds another entry")
-    documents = Documents(*(array(f"documents.{name}") for name in OF_DOCUMENTS))
-    parts = {
-        part: Blocks(documents, **{name: array(f"{part}.{name}") for name in OF_BLOCKS}, **scalars)
-        for part, scalars in stored["parts"].items()
+        assert entry.validation.documents is documents, "both parts are made of the same documents"
+        parts["validation"] = vars(entry.validation)
+    arrays = {
+        f"{part}.{name}": np.asarray(value, order="C")
+        for part, fields in parts.items()
+        for name, value in fields.items()
+        if value is not documents
     }
-    return Entry(parts["train"], parts.get("validation"), stored["meta"])
+    meta = json.dumps(entry.meta, default=int)
+    temporary = path.with_name(f".{secrets.token_hex(8)}")
+    try:
+        save_file(arrays, temporary, metadata={"meta": meta, "checksum": _checksum(identity, meta, arrays)})
+        _sync(temporary)
+        temporary.replace(path)
+        _sync(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
-def _evict(folder: Path, *, keep: str) -> None:
-    """Remove what is too much, least recently used first, and what a process left that was killed while it wrote."""
-    entries = []
+def _read(path: Path, identity: str) -> Entry:
+    """Raises OSError, ValueError, KeyError, TypeError or SafetensorError if this is not what `_write` wrote."""
+    # As tensors of torch, which are views of the mapped file: with framework="np", safetensors copies every array.
+    with safe_open(path, framework="pt") as file:
+        metadata, arrays = file.metadata(), {name: file.get_tensor(name).numpy() for name in file.keys()}  # noqa: SIM118
+    if _checksum(identity, metadata["meta"], arrays) != metadata["checksum"]:
+        raise ValueError(f"{path} is damaged, or another entry")
+    parts: dict[str, dict[str, Any]] = defaultdict(dict)
+    for name, array in arrays.items():
+        array.flags.writeable = False
+        part, field = name.split(".")
+        parts[part][field] = array if array.ndim else int(array)
+    documents = Documents(**parts.pop("documents"))
+    blocks = {part: Blocks(documents, **fields) for part, fields in parts.items()}
+    return Entry(blocks["train"], blocks.get("validation"), json.loads(metadata["meta"]))
+
+
+def _checksum(identity: str, meta: str, arrays: Mapping[str, NDArray[Any]]) -> str:
+    digest = hashlib.blake2b((identity + meta).encode())
+    for name, array in sorted(arrays.items()):
+        digest.update(f"{name} {array.dtype} {array.shape} ".encode())
+        digest.update(array.data)
+    return digest.hexdigest()
+
+
+def _evict(folder: Path, *, keep: Path) -> None:
+    """Remove the least recently used entries above the limits, temporary files that killed processes left, and folders,
+    which were the entries of earlier versions."""
     for path in folder.iterdir():
-        with suppress(OSError):  # somebody else removes it
-            used, size = path.stat().st_mtime, sum(file.stat().st_size for file in path.iterdir())
-            if not path.name.startswith(STAGING):
-                entries.append((path.name == keep, used, size, path))
-            elif time.time() - used > ABANDONED_S:
-                shutil.rmtree(path, ignore_errors=True)
+        left = path.name.startswith(".") and time.time() - path.lstat().st_mtime > LEFTOVER_S
+        if left or path.is_dir():
+            _remove(path)
+    entries = sorted(folder.glob(f"*{SUFFIX}"), key=lambda path: (path == keep, path.lstat().st_mtime), reverse=True)
     total = 0
-    for count, (kept, _, size, path) in enumerate(sorted(entries, reverse=True), start=1):
-        total += size
-        if not kept and (count > MAX_ENTRIES or total > MAX_BYTES):
+    for count, path in enumerate(entries, start=1):
+        total += path.lstat().st_size
+        if path != keep and (count > MAX_ENTRIES or total > MAX_BYTES):
             _remove(path)
 
 
 def _remove(path: Path) -> None:
-    """At once for everybody who looks for it; its files go one by one."""
-    grave = path.with_name(STAGING + secrets.token_hex(8))
-    with suppress(OSError):  # somebody else removed it, or it cannot be: then saving says so
-        path.rename(grave)
-        if grave.is_dir() and not grave.is_symlink():
-            shutil.rmtree(grave, ignore_errors=True)
+    with suppress(OSError):  # another process removed it, or it cannot be removed: then saving says so
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
         else:
-            grave.unlink()
+            path.unlink()
 
 
-def _checksum(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "blake2b").hexdigest()
-
-
-def _write_text(path: Path, text: str) -> None:
-    with open(path, "w", encoding="utf-8") as file:
-        file.write(text)
-        _settle(file)
-
-
-def _settle(file: Any) -> None:
-    file.flush()
-    os.fsync(file.fileno())
-
-
-def _settle_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
+def _sync(path: Path) -> None:
+    """Wait until a file, or the names in a folder, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

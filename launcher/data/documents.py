@@ -2,13 +2,13 @@
 
 document          0           1       2
 input_ids    a0 a1 a2 a3 | b0 b1 | c0 c1 c2      int32 [T]
-supervised    .  .  x  x |  .  x |  x  x  x      bool [T]: the loss sees this token as a target
+supervised    .  .  x  x |  .  x |  x  x  x      bool [T]: the token is a target of the loss
 offsets       0             4       6        9   int64 [D + 1]
 
 T tokens    D documents
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,7 +21,7 @@ Bools = NDArray[np.bool_]
 
 @dataclass(frozen=True)
 class Document:
-    """One conversation or text. `supervised[t]`: token t is a target. Equally long."""
+    """The tokens of one conversation or text, and for each of them whether it is a target of the loss."""
 
     input_ids: Ints
     supervised: Bools
@@ -29,32 +29,28 @@ class Document:
     def __len__(self) -> int:
         return len(self.input_ids)
 
+    @property
+    def lengths(self) -> Longs:
+        """As of Documents, int64 [1]."""
+        return np.array([len(self)])
+
 
 @dataclass(frozen=True)
 class Documents:
-    """D documents in flat arrays, as the module draws them, none empty; they may be memory-mapped and read-only."""
+    """D documents in flat arrays, as the module draws them. None is empty. The arrays may be read-only."""
 
     input_ids: Ints
     supervised: Bools
     offsets: Longs
 
     @classmethod
-    def of(cls, documents: Iterable[Document]) -> "Documents":
-        listed = list(documents)
+    def of(cls, parts: Iterable["Document | Documents"]) -> "Documents":
+        """All documents of the parts, in order."""
+        listed = list(parts)
         return cls(
-            np.concatenate([np.zeros(0, np.int32), *(d.input_ids for d in listed)], dtype=np.int32),
-            np.concatenate([np.zeros(0, np.bool_), *(d.supervised for d in listed)], dtype=np.bool_),
-            np.cumsum([0, *(len(d) for d in listed)], dtype=np.int64),
-        )
-
-    @classmethod
-    def joined(cls, parts: Sequence["Documents"]) -> "Documents":
-        """The documents of all parts, in order."""
-        lengths = np.concatenate([np.zeros(1, np.int64), *(part.lengths for part in parts)])
-        return cls(
-            np.concatenate([np.zeros(0, np.int32), *(part.input_ids for part in parts)]),
-            np.concatenate([np.zeros(0, np.bool_), *(part.supervised for part in parts)]),
-            np.cumsum(lengths),
+            np.concatenate([np.zeros(0, np.int32), *(part.input_ids for part in listed)], dtype=np.int32),
+            np.concatenate([np.zeros(0, np.bool_), *(part.supervised for part in listed)], dtype=np.bool_),
+            np.concatenate([np.zeros(1, np.int64), *(part.lengths for part in listed)]).cumsum(),
         )
 
     def __len__(self) -> int:
@@ -71,7 +67,7 @@ class Documents:
 
     @property
     def targets(self) -> Longs:
-        """Supervised tokens of each document, int64 [D]; its first token is never one: nothing predicts it."""
+        """Supervised tokens of each document, int64 [D]. Its first token never counts: nothing predicts it."""
         starts = self.offsets[:-1]
         if not len(starts):
             return np.zeros(0, np.int64)

@@ -1,63 +1,32 @@
-"""Rows become the micro batches of one rank, in an order that does not depend on how many ranks there are.
+"""Blocks become the micro batches of one rank, in an order that does not depend on how many ranks there are.
 
-A plan is an array of row numbers [steps, accumulation, world, B]: in optimizer step s and micro step a, rank r takes
-the rows plan[s, a, r], all of one width. -1 stands for a blank row (padding without labels).
+A plan is an array of block numbers [steps, accumulation, world, B]: in optimizer step s and micro step a, rank r takes
+the blocks plan[s, a, r], all of one width. -1 stands for a blank block (padding without labels).
 
-One width (packed, padded):    the shuffled rows, cut into steps of accumulation * world * B. So 1 rank x 8 micro steps,
-                               8 x 1 and 2 x 4 see the same rows in the same step.
-Several widths (bucketed):     the shuffled rows of each width, cut into micro batches of B; then these, shuffled, cut
+One width (packed, padded):    the shuffled blocks, cut into steps of accumulation * world * B. So 1 rank x 8 micro
+                               steps, 8 x 1 and 2 x 4 see the same blocks in the same step.
+Several widths (bucketed):     the shuffled blocks of each width, cut into micro batches of B; then these, shuffled, cut
                                into steps, and ordered by width in a step: ranks that work at once have equal work.
-Blank rows fill the last micro batch of each width and the last step: every row is seen once an epoch, in few shapes.
-
-    B micro batch    S positions    D max_documents
+Blank blocks fill the last micro batch of each width and the last step: an epoch shows every block once, in few shapes.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TypedDict
 
 import numpy as np
-import torch
 
 from launcher.data.documents import Ints, Longs
-from launcher.data.pack.blocks import IGNORE, Blocks, RowArrays
+from launcher.data.pack.blocks import Blocks
+from launcher.data.pack.micro_batch import MicroBatch, micro_batch_of
 from launcher.errors import CheckpointError
-
-
-@dataclass(frozen=True)
-class MicroBatch:
-    """B rows of S positions for one forward pass. S is one of the run's planned widths, all else is alike in a run."""
-
-    input_ids: torch.Tensor  # int64 [B, S]
-    labels: torch.Tensor  # int64 [B, S], already shifted, IGNORE where there is no loss
-    position_ids: torch.Tensor  # int64 [B, S], from 0 in each document
-    document_ids: torch.Tensor  # int32 [B, S], from 0 in each row
-    cu_seqlens: torch.Tensor  # int32 [B*D + 1], over the flattened B*S, tails cut to Blocks.max_seqlen, B*S as filler
-    tokens: int  # non-padding
-    supervised_tokens: int
-
-    def to(self, device: torch.device | str) -> "MicroBatch":
-        """The batch on `device`. For CUDA through pinned memory, so that the host does not wait for the copy."""
-        cuda = torch.device(device).type == "cuda"
-
-        def moved(tensor: torch.Tensor) -> torch.Tensor:
-            return (tensor.pin_memory() if cuda else tensor).to(device, non_blocking=cuda)
-
-        return replace(
-            self,
-            input_ids=moved(self.input_ids),
-            labels=moved(self.labels),
-            position_ids=moved(self.position_ids),
-            document_ids=moved(self.document_ids),
-            cu_seqlens=moved(self.cu_seqlens),
-        )
 
 
 @dataclass(frozen=True)
 class StepBatch:
     """One optimizer step: this rank's micro batches, and the counts of all ranks and micro batches together.
 
-    The rows are the same on every rank, so the global counts need no collective.
+    Every rank has all the blocks, so the global counts need no collective.
     """
 
     micro_batches: tuple[MicroBatch, ...]
@@ -74,7 +43,7 @@ class LoaderState(TypedDict):
 
 
 class TrainLoader(Iterator[StepBatch]):
-    """Endless optimizer steps over the rows, reshuffled every epoch by (seed, epoch)."""
+    """Endless optimizer steps over the blocks, reshuffled every epoch by (seed, epoch)."""
 
     def __init__(
         self, blocks: Blocks, *, micro_batch: int, accumulation: int, rank: int, world_size: int, seed: int
@@ -84,9 +53,8 @@ class TrainLoader(Iterator[StepBatch]):
         self._rank = rank
         self._seed = seed
         self._lengths, self._targets = blocks.lengths, blocks.targets
-        self._state = LoaderState(epoch=0, offset=0)
-        self._plan = self._planned(0)
-        self.steps_per_epoch = len(self._plan)  # whatever the order, each width has so many micro batches
+        self._state, self._plan = LoaderState(epoch=0, offset=0), self._plan_of(epoch=0)
+        self.steps_per_epoch = len(self._plan)  # in every order, each width has as many micro batches
 
     def __next__(self) -> StepBatch:
         epoch, offset = self._state["epoch"], self._state["offset"]
@@ -97,95 +65,68 @@ class TrainLoader(Iterator[StepBatch]):
             self._enter(LoaderState(epoch=epoch + 1, offset=0))
         real = plan[plan >= 0]
         return StepBatch(
-            micro_batches=tuple(micro_batch_of(self._blocks, rows) for rows in plan[:, self._rank]),
+            micro_batches=tuple(micro_batch_of(self._blocks, numbers) for numbers in plan[:, self._rank]),
             tokens=int(self._lengths[real].sum()),
             supervised_tokens=int(self._targets[real].sum()),
             epoch=epoch,
         )
 
-    def state(self) -> LoaderState:
-        """For `restore`, in a loader of the same rows, seed and step size; plain JSON."""
+    def state_dict(self) -> LoaderState:
+        """For `load_state_dict`, in a loader of the same blocks, seed and step size; plain JSON."""
         return self._state.copy()
 
-    def restore(self, state: LoaderState) -> None:
-        """Go on as the loader would have that gave this state; none of the rows before are touched.
+    def load_state_dict(self, state: LoaderState) -> None:
+        """Go on as the loader that gave this state would have; no earlier block is read.
 
-        Raises CheckpointError for a state that no loader of these rows can give.
+        Raises CheckpointError for a state that no loader of these blocks can give.
         """
         numbers = [state.get(key) for key in ("epoch", "offset")]
         if not all(type(n) is int and n >= 0 for n in numbers) or state["offset"] >= self.steps_per_epoch:
             raise CheckpointError(
                 "a loader state must name an epoch from 0 and a step of it; "
-                f"with these rows and this step size an epoch has the steps 0 to {self.steps_per_epoch - 1}.\n"
+                f"with these blocks and this step size an epoch has the steps 0 to {self.steps_per_epoch - 1}.\n"
                 f"Found: {state}.\n"
                 "Resume with the data, data.batching, train.micro_batch and accumulation of the checkpoint."
             )
         self._enter(LoaderState(epoch=state["epoch"], offset=state["offset"]))
 
     def _enter(self, state: LoaderState) -> None:
-        self._state, self._plan = state, self._planned(state["epoch"])
+        self._state, self._plan = state, self._plan_of(state["epoch"])
 
-    def _planned(self, epoch: int) -> Longs:
+    def _plan_of(self, epoch: int) -> Longs:
         """The epoch's plan, [steps, accumulation, world, B]."""
         rng = np.random.default_rng((self._seed, epoch))
         accumulation, world_size, micro_batch = self._step_shape
-        micro_batches = _cut(rng.permutation(self._blocks.rows), self._blocks.widths, micro_batch)
+        micro_batches = _cut(rng.permutation(len(self._blocks)), self._blocks.widths, micro_batch)
         if len(self._blocks.shapes) > 1:
-            rng.shuffle(micro_batches)  # rows of one width are in a random order already
-        filled = _filled(micro_batches, accumulation * world_size)
-        widths = np.where(filled[:, 0] < 0, 0, self._blocks.widths[filled[:, 0]]).reshape(-1, accumulation * world_size)
+            rng.shuffle(micro_batches)  # blocks of one width are in a random order already
+        micro_batches = _filled(micro_batches, accumulation * world_size)
+        first = micro_batches[:, 0]
+        widths = np.where(first < 0, 0, self._blocks.widths[first]).reshape(-1, accumulation * world_size)
         widest_first = np.argsort(-widths, axis=1, kind="stable")[:, :, None]
-        steps = np.take_along_axis(filled.reshape(*widths.shape, micro_batch), widest_first, axis=1)
+        steps = np.take_along_axis(micro_batches.reshape(*widths.shape, micro_batch), widest_first, axis=1)
         return steps.reshape(-1, *self._step_shape)
 
 
 def eval_batches(blocks: Blocks, *, micro_batch: int, rank: int, world_size: int) -> list[MicroBatch]:
-    """This rank's share of all rows: disjoint, exhaustive over the ranks, and equally many batches on each of them."""
-    plan = _filled(_cut(np.arange(blocks.rows), blocks.widths, micro_batch), world_size)
-    return [micro_batch_of(blocks, rows) for rows in plan[rank::world_size]]
+    """This rank's share of all blocks: disjoint, exhaustive over the ranks, and as many batches on each of them."""
+    plan = _filled(_cut(np.arange(len(blocks)), blocks.widths, micro_batch), world_size)
+    return [micro_batch_of(blocks, numbers) for numbers in plan[rank::world_size]]
 
 
 def sample_batch(blocks: Blocks, width: int, *, micro_batch: int) -> MicroBatch:
-    """A micro batch of the first rows of this width, of which there is at least one; for warm-up."""
-    rows = np.flatnonzero(blocks.widths == width)[:micro_batch]
-    return micro_batch_of(blocks, _filled(rows, micro_batch))
-
-
-def micro_batch_of(blocks: Blocks, rows: Longs) -> MicroBatch:
-    """Rows of one width, -1 for a blank one."""
-    arrays = blocks.arrays(rows)
-    return MicroBatch(
-        input_ids=torch.from_numpy(arrays.input_ids.astype(np.int64)),
-        labels=torch.from_numpy(arrays.labels.astype(np.int64)),
-        position_ids=torch.from_numpy(arrays.position_ids.astype(np.int64)),
-        document_ids=torch.from_numpy(arrays.document_ids),
-        cu_seqlens=torch.from_numpy(_cu_seqlens(arrays, blocks.max_seqlen, len(rows) * blocks.max_documents + 1)),
-        tokens=int(arrays.lengths.sum()),
-        supervised_tokens=int(np.count_nonzero(arrays.labels != IGNORE)),
-    )
+    """A micro batch of the first blocks of this width, of which there is at least one; for warm-up."""
+    numbers = np.flatnonzero(blocks.widths == width)[:micro_batch]
+    return micro_batch_of(blocks, _filled(numbers, micro_batch))
 
 
 def _cut(order: Longs, widths: Ints, micro_batch: int) -> Longs:
-    """The rows `order` as micro batches of one width each, [micro batches, B], those of the least width first."""
-    found = widths[order]
-    return np.concatenate(
-        [_filled(order[found == width], micro_batch).reshape(-1, micro_batch) for width in np.unique(found)]
-    )
+    """The blocks `order` in micro batches of one width each, [micro batches, B], the least width first."""
+    ordered = widths[order]
+    by_width = (order[ordered == width] for width in np.unique(ordered))
+    return np.concatenate([_filled(numbers, micro_batch).reshape(-1, micro_batch) for numbers in by_width])
 
 
-def _filled(rows: Longs, multiple: int) -> Longs:
-    """`rows` ([n] or [n, B]) with as many blank ones behind as make n a multiple."""
-    return np.concatenate([rows, np.full((-len(rows) % multiple, *rows.shape[1:]), -1)])
-
-
-def _cu_seqlens(arrays: RowArrays, max_seqlen: int, size: int) -> Ints:
-    """The padding tail as documents of at most `max_seqlen` positions."""
-    document_ids = arrays.document_ids
-    starts = np.ones_like(document_ids, dtype=bool)  # a row's first position always starts a document
-    starts[:, 1:] = document_ids[:, 1:] != document_ids[:, :-1]
-    tail = np.arange(document_ids.shape[1]) - arrays.lengths[:, None]
-    starts |= (tail > 0) & (tail % max_seqlen == 0)
-    cu_seqlens = np.full(size, document_ids.size, np.int32)
-    found = np.flatnonzero(starts)
-    cu_seqlens[: len(found)] = found
-    return cu_seqlens
+def _filled(numbers: Longs, multiple: int) -> Longs:
+    """`numbers` ([n] or [n, B]), followed by as many blank blocks as make n a multiple."""
+    return np.concatenate([numbers, np.full((-len(numbers) % multiple, *numbers.shape[1:]), -1)])

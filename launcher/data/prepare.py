@@ -170,7 +170,7 @@ def _make(job: _Job, identity: str) -> PreparedData:
     else:
         train_rows, validation_rows = np.arange(len(encoded.digests)), np.arange(len(own.digests))
         first = len(documents)
-        documents = Documents.joined([documents, own.flat()])
+        documents = Documents.of([documents, own.flat()])
         validation_documents = np.arange(first, len(documents))
     epoch = _epoch(train_rows, encoded, job, counts)
     if len(job.train) > 1:

@@ -1,4 +1,4 @@
-"""Which rows validate, and how often each row of a weighted source is seen in an epoch."""
+"""Which rows validate, and how often an epoch repeats each row of a weighted source."""
 
 import hashlib
 import json
@@ -13,7 +13,7 @@ _quoted = json.JSONEncoder().encode  # of a string; json.dumps of the lists take
 
 
 def digest(row: Row, *, seed: int) -> bytes:
-    """16 bytes, equal for equal rows under the same seed, wherever they stand."""
+    """16 bytes that depend on the row's content and the seed only, not on its place."""
     if isinstance(row, Conversation):
         content = f"[{', '.join([f'[{_quoted(m.role)}, {_quoted(m.content)}]' for m in row.messages])}]"
     else:
@@ -22,25 +22,25 @@ def digest(row: Row, *, seed: int) -> bytes:
 
 
 def held_out(digests: Sequence[bytes], *, fraction: float) -> Bools:
-    """True for the rows that validate. Equal rows go to the same side, which does not depend on the file's order.
+    """True for the rows that validate. Equal rows are on the same side, which does not depend on the file's order.
 
-    At least one row validates if two differ and fraction > 0; validation grows to round(fraction * rows), rarely beyond
-    (when every group of equal rows is larger than that).
+    With fraction > 0 and two different rows, at least one row validates. Validation has at most round(fraction * rows)
+    rows, unless every group of equal rows is larger than that: then it is the smallest group.
     """
     chosen = np.zeros(len(digests), np.bool_)
     groups: dict[bytes, list[int]] = {}
-    for index, found in enumerate(digests):
-        groups.setdefault(found, []).append(index)
+    for row, row_digest in enumerate(digests):
+        groups.setdefault(row_digest, []).append(row)
     if fraction == 0 or len(groups) < 2:
         return chosen
-    wanted, taken = min(round(fraction * len(digests)), len(digests) - 1), 0
-    in_order = sorted(groups)
-    for found in in_order:
-        if taken + len(groups[found]) <= wanted:
-            chosen[groups[found]] = True
-            taken += len(groups[found])
-    if not taken:
-        chosen[groups[min(in_order, key=lambda found: len(groups[found]))]] = True
+    room = min(round(fraction * len(digests)), len(digests) - 1)
+    by_digest = [groups[row_digest] for row_digest in sorted(groups)]
+    for rows in by_digest:
+        if len(rows) <= room:
+            chosen[rows] = True
+            room -= len(rows)
+    if not chosen.any():
+        chosen[min(by_digest, key=len)] = True
     return chosen
 
 
@@ -50,15 +50,15 @@ def weighted(sources: Sequence[Longs], weights: Sequence[float], *, seed: int) -
     An epoch is as long as all the sources together. A source with too few rows for its share is repeated, whole passes
     first; of one with too many a seeded choice is taken. -> (rows, how many are repetitions, how many are left out).
     """
-    total, whole = sum(len(rows) for rows in sources), sum(weights)
+    epoch_rows, total_weight = sum(len(rows) for rows in sources), sum(weights)
     random = np.random.default_rng(seed)
     chosen, repeated, left_out = [], 0, 0
     for rows, weight in zip(sources, weights, strict=True):
         if not len(rows):
             continue
-        wanted = max(1, round(total * weight / whole))
-        passes, rest = divmod(wanted, len(rows))
+        share = max(1, round(epoch_rows * weight / total_weight))
+        passes, rest = divmod(share, len(rows))
         chosen += [np.tile(rows, passes), np.sort(random.permutation(rows)[:rest])]
-        repeated += max(0, wanted - len(rows))
-        left_out += max(0, len(rows) - wanted)
+        repeated += max(0, share - len(rows))
+        left_out += max(0, len(rows) - share)
     return np.concatenate(chosen), repeated, left_out

@@ -16,7 +16,7 @@ Where it is known beforehand that at most M < N rows are supervised, only M rows
 gathered chunk by chunk, their gradient scattered into zeros. M is a constant of the shape, and the rows are found
 without asking the device: a stable sort puts the supervised ones first, in their order; unsupervised ones fill up.
 
-    labels    .  .  5  7  .  .  .  3      N = 8, M = 4, a dot is IGNORE
+    labels    .  .  5  7  .  .  .  3      N = 8, M = 4, a dot is a negative label
     rows      2  3  7  0                  labels[rows] = 5 7 3 .
 """
 
@@ -30,7 +30,6 @@ from torch import Tensor
 
 from launcher.ops.projection_group import HAS_TRITON
 
-IGNORE = -100  # a label that is not supervised; the value that torch's own cross-entropy uses
 CHUNK_COST = 128  # rows whose time a chunk costs on top: it reads the whole head, and launches its kernels
 TILE = 8  # rows of a chunk come in as many, which products of half precision are aligned to
 LEAST_SAVED = 0.05  # of the rows, for fewer of which none are left out; `product_rows` says why
@@ -39,7 +38,7 @@ LEAST_SAVED = 0.05  # of the rows, for fewer of which none are left out; `produc
 def chunk_loss(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
     """Summed loss of one chunk. hidden [R, D], weight [V, D], labels [R] -> scalar, fp32."""
     logits = (hidden @ weight.T).float()
-    supervised = labels != IGNORE
+    supervised = labels >= 0
     target_logit = logits.gather(1, labels.clamp_min(0)[:, None]).squeeze(1)
     return ((torch.logsumexp(logits, dim=1) - target_logit) * supervised).sum()
 
@@ -57,7 +56,7 @@ def chunk_loss_and_grad(hidden: Tensor, weight: Tensor, labels: Tensor) -> tuple
 def softmax_gradient(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """The plain form. logits [R, V], labels [R] -> summed loss and its gradient with respect to the logits, fp32."""
     logits = logits.float()
-    supervised = labels != IGNORE
+    supervised = labels >= 0
     targets = labels.clamp_min(0)[:, None]
     target_logit = logits.gather(1, targets).squeeze(1)
     log_sum = torch.logsumexp(logits, dim=1)
@@ -104,7 +103,7 @@ if HAS_TRITON:
             total = total * tl.exp(top - higher) + tl.exp(z - higher)
             top = higher
         log_sum = top + tl.log(tl.sum(total, 0))
-        supervised = tl.where(label == -100, 0.0, 1.0)  # IGNORE
+        supervised = tl.where(label >= 0, 1.0, 0.0)
         tl.store(losses + row, (log_sum - target) * supervised)
         for first in range(0, V, BV):
             column = first + tl.arange(0, BV)
@@ -149,10 +148,10 @@ def chunk_rows(rows: Collection[int], vocabulary: int, budget_mib: int, *, items
 def linear_cross_entropy(
     hidden: Tensor, weight: Tensor, labels: Tensor, *, chunk: int, functions: ChunkFunctions, most: int | None = None
 ) -> Tensor:
-    """Summed cross-entropy of `hidden @ weight.T` against `labels`, over the labels that are not IGNORE.
+    """Summed cross-entropy of `hidden @ weight.T` against `labels`, of which negative ones have no loss.
 
     hidden [N, D], weight [V, D] (frozen: it gets no gradient), labels [N] already shifted -> scalar, fp32. At most
-    `most` (M) labels are not IGNORE, by the caller's promise: where there are more, the loss is NaN. None: all may be.
+    `most` (M) labels have a loss, by the caller's promise: where there are more, the loss is NaN. None: all may be.
     """
     assert not weight.requires_grad, "the head is frozen in QLoRA; this loss gives it no gradient"
     if torch.is_grad_enabled() and hidden.requires_grad:
@@ -197,7 +196,7 @@ def _beginning(labels: Tensor, most: int | None) -> tuple[Tensor, Tensor | None]
     total = torch.zeros((), dtype=torch.float32, device=labels.device)
     if most is None or most >= len(labels):
         return total, None
-    unsupervised = labels == IGNORE
+    unsupervised = labels < 0
     rows = torch.argsort(unsupervised, stable=True)[:most]
     return total.masked_fill_((~unsupervised).sum() > most, float("nan")), rows
 
@@ -214,11 +213,11 @@ def _chunks(
         h, y = hidden[where], labels[where]
         missing = start + chunk - place.stop
         if missing:
-            h, y = F.pad(h, (0, 0, 0, missing)), F.pad(y, (0, missing), value=IGNORE)
+            h, y = F.pad(h, (0, 0, 0, missing)), F.pad(y, (0, missing), value=-1)
         yield h, y, place
 
 
 def linear_cross_entropy_reference(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
-    """The plain form: all logits at once, torch's own cross-entropy. Same arguments and result."""
+    """The plain form: all logits at once, torch's own cross-entropy, which ignores -100. Same result."""
     logits = (hidden @ weight.T).float()
-    return F.cross_entropy(logits, labels, ignore_index=IGNORE, reduction="sum")
+    return F.cross_entropy(logits, labels, reduction="sum")

@@ -22,7 +22,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from launcher.data.loader import StepBatch
-from launcher.data.pack.blocks import IGNORE
+from launcher.data.pack.micro_batch import IGNORE
 from launcher.errors import NonFiniteError
 from launcher.proof.gate import Comparison, Measured, gate_of
 from launcher.proof.stock import grouped, stock_loss, stock_model, supervised_documents

@@ -23,9 +23,9 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
+from launcher.data.pack.micro_batch import IGNORE
 from launcher.model.build import build_base
 from launcher.model.lora import stock_lora
-from launcher.ops.linear_ce import IGNORE
 from launcher.recipe.schema import Recipe
 
 Document = tuple[Tensor, Tensor]  # ids and labels, [L] each

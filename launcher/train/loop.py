@@ -11,7 +11,7 @@ from typing import Any, cast
 import torch
 
 from launcher.checkpoint.adapter import prove_adapter, save_adapter
-from launcher.data.loader import MicroBatch
+from launcher.data.pack.micro_batch import MicroBatch
 from launcher.errors import CheckpointError, ContractError, LauncherError, NonFiniteError
 from launcher.records.run import EvalRecord, RunRecord, StartRecord, StepRecord, Verdict
 from launcher.runtime.ranks import broadcast, gather

@@ -42,7 +42,7 @@ def start_record(worker: Worker) -> StartRecord:
         template=data.template,
         loss_on=data.loss_on,
         train_rows=data.train_rows,
-        train_blocks=data.first_blocks.rows,
+        train_blocks=len(data.first_blocks),
         validation_rows=data.validation_rows,
         fill=data.first_blocks.fill,
         run_dir=str(worker.folder.path),
@@ -62,7 +62,7 @@ def _activations(worker: Worker) -> str:
 
 def _short(worker: Worker) -> tuple[str, ...]:
     """A note when a step is larger than an epoch: the rest of it is blank."""
-    train, blocks = worker.recipe.train, worker.prepared.data.first_blocks.rows
+    train, blocks = worker.recipe.train, len(worker.prepared.data.first_blocks)
     rows = train.micro_batch * train.accumulation * worker.rank_info.world_size
     if blocks >= rows:
         return ()

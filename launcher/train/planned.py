@@ -36,10 +36,10 @@ def rows_of(data: PreparedData, *, micro_batch: int) -> Rows:
     sets = [data.first_blocks] + ([data.validation] if data.validation else [])
     widths, streamed = planned_widths(data), isinstance(data.train, Stream)
     packs = isinstance(data.train, Stream) and data.train.data.batching == "packed"
-    bounds = [] if streamed else [blocks.most_targets(micro_batch) for blocks in sets]
+    bounds = [] if streamed else [blocks.max_targets(micro_batch) for blocks in sets]
     return Rows(
         tuple(widths),
-        alone=not packs and all(blocks.alone for blocks in sets),
+        alone=not packs and all(blocks.single_documents for blocks in sets),
         targets={width: max(bound.get(width, 0) for bound in bounds) for width in widths if bounds},
         max_seqlen=max(blocks.max_seqlen for blocks in sets),
     )

@@ -23,7 +23,8 @@ from launcher.checkpoint.folder import RunFolder, default_folder
 from launcher.compile.graphs import CaptureFailed, check_graphs, outcome
 from launcher.compile.observe import Observer
 from launcher.compile.plan import Plan
-from launcher.data.loader import MicroBatch, eval_batches, sample_batch
+from launcher.data.loader import eval_batches, sample_batch
+from launcher.data.pack.micro_batch import MicroBatch
 from launcher.data.prepare import PreparedData
 from launcher.data.prepare import prepare as prepare_data
 from launcher.data.stream import train_loader

@@ -31,7 +31,8 @@ from torch import Tensor
 
 from launcher.compile.graphs import Graphs, Work
 from launcher.compile.plan import Plan
-from launcher.data.loader import MicroBatch, StepBatch
+from launcher.data.loader import StepBatch
+from launcher.data.pack.micro_batch import MicroBatch
 from launcher.model.packed import PackedCausalLM
 from launcher.recipe.schema import TrainSection
 from launcher.train.gradients import FlatGradients

@@ -1,47 +1,59 @@
-import time
+"""The order of blocks: an epoch shows each once, however many ranks there are, and a state gives the same order on."""
+
+import json
+from collections.abc import Sequence
 from itertools import islice
 
 import numpy as np
 import pytest
-import torch
 
-from launcher.data.documents import Document, Documents
-from launcher.data.loader import MicroBatch, StepBatch, TrainLoader, eval_batches, micro_batch_of, sample_batch
-from launcher.data.pack.blocks import IGNORE, Blocks
-from launcher.data.pack.buckets import bucket, lay_out
+from launcher.data import loader as module
+from launcher.data.documents import Documents
+from launcher.data.loader import LoaderState, StepBatch, TrainLoader, eval_batches, sample_batch
+from launcher.data.pack.blocks import Blocks
+from launcher.data.pack.buckets import bucket
+from launcher.data.pack.micro_batch import MicroBatch
 from launcher.data.pack.packing import pack
-from launcher.recipe.data_section import DataSection
+from launcher.errors import CheckpointError
+from tests.support.documents import documents_of
 
-ROWS = 21  # not divisible by 8
-PAD = 0
+NAMES = range(101, 122)  # of 21 blocks: the first token of one of their documents. No step size here divides 21
+WIDTHS = {"packed": (16,), "bucketed": (8, 16, 24)}
 
 
-def documents_of(parts: list[tuple[list[int], list[bool]]]) -> Documents:
-    return Documents.of(Document(np.array(ids, np.int32), np.array(supervised)) for ids, supervised in parts)
+def named(lengths: Sequence[int]) -> Documents:
+    """The first documents begin with the names, all other tokens are 5."""
+    documents = documents_of(lengths)
+    documents.input_ids[:] = 5
+    documents.input_ids[documents.offsets[: len(NAMES)]] = NAMES
+    return documents
+
+
+def blocks_of(batching: str) -> Blocks:
+    """Packed: blocks of 16 positions, each with a document of 9 tokens and one or two more. Bucketed: blocks of three
+    widths, 11, 7 and 3 of them."""
+    order = np.random.default_rng(0).permutation(21)
+    if batching == "packed":
+        blocks = pack(named([9] * 21 + [4] * 21 + [3] * 10), np.arange(52), max_length=16, pad_id=0, seed=0)
+    else:
+        blocks = bucket(named([8] * 11 + [16] * 7 + [21] * 3), order, widths=WIDTHS["bucketed"], pad_id=0)
+    assert len(blocks) == 21 and blocks.shapes == WIDTHS[batching]
+    return blocks
+
+
+@pytest.fixture(scope="module", params=["packed", "bucketed"])
+def blocks(request: pytest.FixtureRequest) -> Blocks:
+    return blocks_of(request.param)
 
 
 @pytest.fixture(scope="module")
 def packed() -> Blocks:
-    """Rows of 16 positions, each with a document of 9 tokens that begins with 100 + its number and one or two more."""
-    parts = [([100 + i] + [5] * 8, [True] * 9) for i in range(ROWS)]
-    parts += [([6] * 4, [True] * 4) for _ in range(ROWS)]
-    parts += [([7] * 3, [False, True, True]) for _ in range(ROWS // 2)]
-    made = pack(documents_of(parts), np.arange(len(parts)), max_length=16, pad_id=PAD, seed=0)
-    assert made.rows == ROWS
-    return made
+    return blocks_of("packed")
 
 
 @pytest.fixture(scope="module")
 def bucketed() -> Blocks:
-    """Rows of three widths, 11, 7 and 3 of them; a document begins with 100 + its number."""
-    lengths = [8] * 11 + [16] * 7 + [21] * 3
-    parts = [([100 + i] + [5] * (n - 1), [True] * n) for i, n in enumerate(lengths)]
-    data = DataSection(batching="bucketed", max_length=32)
-    indices = np.random.default_rng(0).permutation(ROWS)
-    made, _ = lay_out(documents_of(parts), indices, indices[:0], data=data, pad_id=PAD, seed=0)
-    assert made.rows == ROWS
-    assert made.shapes == (8, 16, 24)
-    return made
+    return blocks_of("bucketed")
 
 
 def loader(
@@ -52,222 +64,144 @@ def loader(
     )
 
 
-def epoch_of(packed: Blocks, *, world: int, accumulation: int, seed: int = 0) -> list[list[StepBatch]]:
+def epoch_of(blocks: Blocks, *, world: int, accumulation: int, micro_batch: int) -> list[tuple[StepBatch, ...]]:
     """[step][rank] of the first epoch."""
-    loaders = [loader(packed, world=world, rank=r, accumulation=accumulation, seed=seed) for r in range(world)]
-    return [list(ranks) for ranks in zip(*(islice(one, one.steps_per_epoch) for one in loaders), strict=True)]
-
-
-def names(batches: list[MicroBatch] | tuple[MicroBatch, ...]) -> list[int]:
-    """The numbers of the rows in the batches; -1 for a blank one."""
-    rows = [row for batch in batches for row in batch.input_ids]
-    return [next((int(t) - 100 for t in row if t >= 100), -1) for row in rows]
-
-
-def names_of(ranks: list[StepBatch]) -> list[int]:
-    return sorted(name for step in ranks for name in names(step.micro_batches))
-
-
-SPLITS = [(1, 8), (8, 1), (2, 4)]
-
-
-@pytest.mark.parametrize(("world", "accumulation"), SPLITS[1:])
-def test_each_step_sees_the_same_rows_however_they_are_spread(packed: Blocks, world: int, accumulation: int) -> None:
-    reference = epoch_of(packed, world=1, accumulation=8)
-    spread = epoch_of(packed, world=world, accumulation=accumulation)
-    assert [names_of(ranks) for ranks in spread] == [names_of(ranks) for ranks in reference]
-    for ranks, [single] in zip(spread, reference, strict=True):
-        counts = (single.tokens, single.supervised_tokens, single.epoch)
-        assert [(rank.tokens, rank.supervised_tokens, rank.epoch) for rank in ranks] == [counts] * world
-    assert names_of(reference[0]) != names_of(reference[1])
-
-
-@pytest.mark.parametrize(("world", "accumulation"), SPLITS)
-def test_an_epoch_shows_every_row_once_and_blanks_only_in_its_last_step(
-    packed: Blocks, world: int, accumulation: int
-) -> None:
-    steps = [names_of(ranks) for ranks in epoch_of(packed, world=world, accumulation=accumulation)]
-    assert [len(step) for step in steps] == [8, 8, 8]
-    assert sorted(name for step in steps for name in step if name >= 0) == list(range(ROWS))
-    assert [step.count(-1) for step in steps] == [0, 0, 3]
-
-
-def test_global_counts_are_the_sum_over_ranks_and_micro_batches(packed: Blocks) -> None:
-    total = 0
-    for ranks in epoch_of(packed, world=2, accumulation=4):
-        batches = [batch for step in ranks for batch in step.micro_batches]
-        assert ranks[0].tokens == sum(int((b.input_ids != PAD).sum()) for b in batches)
-        assert ranks[0].tokens == sum(b.tokens for b in batches)
-        assert ranks[0].supervised_tokens == sum(int((b.labels != IGNORE).sum()) for b in batches)
-        total += ranks[0].supervised_tokens
-    assert total == packed.supervised_tokens
-
-
-def test_epochs_follow_one_another_in_new_orders(packed: Blocks) -> None:
-    steps = list(islice(loader(packed), 6))
-    assert [step.epoch for step in steps] == [0, 0, 0, 1, 1, 1]
-    first, second = ([n for s in steps if s.epoch == e for n in names(s.micro_batches)] for e in (0, 1))
-    assert sorted(first) == sorted(second)
-    assert first != second
-
-
-def test_one_seed_gives_one_order_and_another_seed_another(packed: Blocks) -> None:
-    runs = [[names(s.micro_batches) for s in islice(loader(packed, seed=seed), 6)] for seed in (1, 1, 2)]
-    assert runs[0] == runs[1]
-    assert runs[0] != runs[2]
-
-
-def test_cu_seqlens_are_the_document_boundaries_in_a_static_shape(packed: Blocks) -> None:
-    loader_of_pairs = TrainLoader(packed, micro_batch=2, accumulation=2, rank=0, world_size=1, seed=0)
-    boundaries_seen = set()
-    for step in islice(loader_of_pairs, loader_of_pairs.steps_per_epoch):
-        for batch in step.micro_batches:
-            starts = [
-                row * 16 + position
-                for row in range(2)
-                for position in range(16)
-                if position == 0 or batch.document_ids[row, position] != batch.document_ids[row, position - 1]
-            ]
-            filler = 2 * packed.max_documents + 1 - len(starts)
-            assert batch.cu_seqlens.tolist() == starts + [32] * filler
-            assert all(batch.position_ids.flatten()[start] == 0 for start in starts)
-            boundaries_seen.add(len(starts))
-    assert len(boundaries_seen) > 1  # the static shape covered batches that differ
-
-
-def test_the_padding_is_documents_that_keep_to_the_bound() -> None:
-    documents = documents_of([([1] * 4, [True] * 4), ([2] * 14, [True] * 14)])
-    blocks = bucket(documents, np.arange(2), widths=(16,), pad_id=PAD).bounded(14)
-    small = bucket(documents, np.arange(1), widths=(16,), pad_id=PAD).bounded(5)
-    batches = [(blocks, [0, 1, -1]), (small, [0, -1])]
-    assert [micro_batch_of(b, np.array(rows)).cu_seqlens.tolist() for b, rows in batches] == [
-        [0, 4, 16, 30, 32, 46, 48],
-        [0, 4, 9, 14, 16, 21, 26, 31, 32],
-    ]
-    assert micro_batch_of(small, np.array([0])).document_ids.tolist() == [[0] * 4 + [1] * 12]
-
-
-def test_every_batch_has_the_declared_types_and_shapes(packed: Blocks) -> None:
-    for step in islice(loader(packed), 3):
-        for batch in step.micro_batches:
-            for name in ("input_ids", "labels", "position_ids"):
-                assert getattr(batch, name).dtype == torch.int64
-            assert batch.document_ids.dtype == batch.cu_seqlens.dtype == torch.int32
-            for name in ("input_ids", "labels", "position_ids", "document_ids"):
-                assert getattr(batch, name).shape == (1, 16)
-            assert batch.cu_seqlens.shape == (packed.max_documents + 1,)
-
-
-def test_a_blank_row_is_one_unsupervised_document_of_padding(packed: Blocks) -> None:
-    blank = list(islice(loader(packed), 3))[-1].micro_batches[-1]
-    assert (blank.tokens, blank.supervised_tokens) == (0, 0)
-    assert blank.input_ids.eq(PAD).all() and blank.labels.eq(IGNORE).all() and blank.document_ids.eq(0).all()
-    assert blank.position_ids[0].tolist() == list(range(16))
-    assert blank.cu_seqlens.tolist() == [0] + [16] * packed.max_documents
-
-
-@pytest.mark.parametrize("world", [1, 2, 4])
-def test_eval_batches_are_disjoint_exhaustive_and_equally_many_on_every_rank(packed: Blocks, world: int) -> None:
-    shares = [eval_batches(packed, micro_batch=3, rank=rank, world_size=world) for rank in range(world)]
-    assert len({len(share) for share in shares}) == 1
-    assert sorted(n for share in shares for n in names(share) if n >= 0) == list(range(ROWS))
-    assert sum(b.supervised_tokens for share in shares for b in share) == packed.supervised_tokens
-    assert {tuple(b.input_ids.shape) for share in shares for b in share} == {(3, 16)}
-
-
-WORLDS = [(1, 4), (2, 2), (4, 1)]
-
-
-def steps_of(blocks: Blocks, *, world: int, accumulation: int, micro_batch: int) -> list[list[StepBatch]]:
-    """[rank][step] of the first epoch."""
-    ranks = [
+    loaders = [
         loader(blocks, world=world, rank=rank, accumulation=accumulation, micro_batch=micro_batch)
         for rank in range(world)
     ]
-    return [list(islice(one, one.steps_per_epoch)) for one in ranks]
+    return list(zip(*(islice(one, one.steps_per_epoch) for one in loaders), strict=True))
 
 
-@pytest.mark.parametrize(("world", "accumulation"), WORLDS)
+def batches_of(*steps: StepBatch) -> list[MicroBatch]:
+    return [batch for step in steps for batch in step.micro_batches]
+
+
+def names_in(batches: Sequence[MicroBatch]) -> list[int]:
+    """The names of the blocks in these batches; 0 for a blank one."""
+    return [next((n for n in ids.tolist() if n > 100), 0) for batch in batches for ids in batch.input_ids]
+
+
+def names_of(*steps: StepBatch) -> list[int]:
+    return sorted(names_in(batches_of(*steps)))
+
+
+@pytest.mark.parametrize(("world", "accumulation"), [(2, 2), (4, 1)])
+def test_each_step_sees_the_same_blocks_and_counts_however_they_are_spread(
+    blocks: Blocks, world: int, accumulation: int
+) -> None:
+    reference = epoch_of(blocks, world=1, accumulation=4, micro_batch=2)
+    spread = epoch_of(blocks, world=world, accumulation=accumulation, micro_batch=2)
+    for ranks, [single] in zip(spread, reference, strict=True):
+        assert names_of(*ranks) == names_of(single)
+        counts = (single.tokens, single.supervised_tokens, single.epoch)
+        assert {(rank.tokens, rank.supervised_tokens, rank.epoch) for rank in ranks} == {counts}
+        batches = batches_of(*ranks)
+        assert counts[:2] == (sum(b.tokens for b in batches), sum(b.supervised_tokens for b in batches))
+    assert sum(single.supervised_tokens for [single] in reference) == blocks.supervised_tokens
+    assert names_of(*reference[0]) != names_of(*reference[1])
+
+
+@pytest.mark.parametrize(("world", "accumulation"), [(1, 4), (2, 2), (4, 1)])
 @pytest.mark.parametrize("micro_batch", [1, 2, 3])
-def test_a_bucketed_epoch_shows_every_row_once_in_micro_batches_of_one_planned_shape(
-    bucketed: Blocks, world: int, accumulation: int, micro_batch: int
+def test_an_epoch_shows_every_block_once_in_micro_batches_of_the_planned_shapes(
+    blocks: Blocks, world: int, accumulation: int, micro_batch: int
 ) -> None:
-    ranks = steps_of(bucketed, world=world, accumulation=accumulation, micro_batch=micro_batch)
-    batches = [batch for steps in ranks for step in steps for batch in step.micro_batches]
-    assert sorted(n for n in names(batches) if n >= 0) == list(range(ROWS))
-    assert {tuple(b.input_ids.shape) for b in batches} == {(micro_batch, width) for width in (8, 16, 24)}
-    assert {tuple(b.cu_seqlens.shape) for b in batches} == {(micro_batch * 2 + 1,)}
-    for batch in batches:  # the width is the least that fits, so equal documents meet
-        assert all(batch.input_ids.shape[1] - 8 < int((row != PAD).sum()) for row in batch.input_ids if row[0] != PAD)
-    assert names(batches).count(-1) > 0 or micro_batch == 1
+    steps = epoch_of(blocks, world=world, accumulation=accumulation, micro_batch=micro_batch)
+    batches = [batch for ranks in steps for batch in batches_of(*ranks)]
+    names = names_in(batches)
+    assert sorted(name for name in names if name) == list(NAMES)
+    assert {tuple(b.input_ids.shape) for b in batches} == {(micro_batch, width) for width in blocks.shapes}
+    assert {tuple(b.cu_seqlens.shape) for b in batches} == {(micro_batch * blocks.max_documents + 1,)}
+    assert 0 in names
+    if len(blocks.shapes) == 1:
+        assert not any(0 in names_of(*ranks) for ranks in steps[:-1])
 
 
-@pytest.mark.parametrize(("world", "accumulation"), WORLDS)
-def test_a_bucketed_step_sees_the_same_rows_and_counts_however_they_are_spread(
-    bucketed: Blocks, world: int, accumulation: int
-) -> None:
-    [reference] = steps_of(bucketed, world=1, accumulation=4, micro_batch=2)
-    ranks = steps_of(bucketed, world=world, accumulation=accumulation, micro_batch=2)
-    for index, single in enumerate(reference):
-        spread = [steps[index] for steps in ranks]
-        assert names_of(spread) == names_of([single])
-        assert {(s.tokens, s.supervised_tokens) for s in spread} == {(single.tokens, single.supervised_tokens)}
-        assert single.tokens == sum(b.tokens for s in spread for b in s.micro_batches)
-    assert names_of(reference[:1]) != names_of(reference[1:2])
-
-
-def test_bucketed_widths_are_mixed_over_the_epoch_and_alike_at_once(bucketed: Blocks) -> None:
-    ranks = steps_of(bucketed, world=2, accumulation=2, micro_batch=1)
-    widths = [[[b.input_ids.shape[1] for b in step.micro_batches] for step in steps] for steps in ranks]
-    sizes = [sum(own) + sum(other) for own, other in zip(*widths, strict=True)][:-1]  # the last step has blanks
+def test_bucketed_widths_are_mixed_over_the_epoch_and_ranks_have_equal_work_at_once(bucketed: Blocks) -> None:
+    steps = epoch_of(bucketed, world=2, accumulation=2, micro_batch=1)
+    widths = [[[b.input_ids.shape[1] for b in rank.micro_batches] for rank in ranks] for ranks in steps]
+    sizes = [sum(one) + sum(other) for one, other in widths][:-1]  # the last step has blanks
     assert sizes != sorted(sizes) and sizes != sorted(sizes, reverse=True)
-    for own, other in zip(*widths, strict=True):
-        assert own[0] >= other[0] >= own[1] >= other[1]  # in order of width over [accumulation, world]
+    for one, other in widths:
+        assert one[0] >= other[0] >= one[1] >= other[1]  # in order of width over [accumulation, world]
 
 
-def test_bucketed_epochs_differ_and_are_the_seeds(bucketed: Blocks) -> None:
+def test_epochs_follow_one_another_in_new_orders_that_are_the_seeds(blocks: Blocks) -> None:
     def order(seed: int) -> list[list[int]]:
-        one = loader(bucketed, accumulation=2, seed=seed)
-        return [names(step.micro_batches) for step in islice(one, 2 * one.steps_per_epoch)]
+        one = loader(blocks, accumulation=2, seed=seed)
+        steps = list(islice(one, 2 * one.steps_per_epoch))
+        assert [step.epoch for step in steps] == [0] * one.steps_per_epoch + [1] * one.steps_per_epoch
+        return [[n for n in names_in(batches_of(*steps)) if n] for steps in np.split(np.array(steps), 2)]
 
     assert order(1) == order(1) != order(2)
-    half = len(order(1)) // 2
-    assert order(1)[:half] != order(1)[half:]
+    first, second = order(1)
+    assert first != second and sorted(first) == sorted(second) == list(NAMES)
 
 
-@pytest.mark.parametrize("world", [1, 2, 3])
-def test_bucketed_evaluation_has_each_row_once_and_planned_shapes_only(bucketed: Blocks, world: int) -> None:
-    shares = [eval_batches(bucketed, micro_batch=2, rank=rank, world_size=world) for rank in range(world)]
+@pytest.mark.parametrize("world", [1, 2, 3, 4])
+def test_evaluation_has_every_block_once_in_equally_many_batches_on_each_rank(blocks: Blocks, world: int) -> None:
+    shares = [eval_batches(blocks, micro_batch=3, rank=rank, world_size=world) for rank in range(world)]
+    batches = [batch for share in shares for batch in share]
     assert len({len(share) for share in shares}) == 1
-    assert sorted(n for share in shares for n in names(share) if n >= 0) == list(range(ROWS))
-    assert {tuple(b.input_ids.shape) for share in shares for b in share} == {(2, 8), (2, 16), (2, 24)}
+    assert sorted(name for name in names_in(batches) if name) == list(NAMES)
+    assert sum(b.supervised_tokens for b in batches) == blocks.supervised_tokens
+    assert {tuple(b.input_ids.shape) for b in batches} == {(3, width) for width in blocks.shapes}
 
 
 def test_a_sample_has_the_width_asked_for_and_is_filled_up_with_blanks(bucketed: Blocks) -> None:
     sample = sample_batch(bucketed, 24, micro_batch=5)
     assert tuple(sample.input_ids.shape) == (5, 24)
-    assert sorted(names([sample])) == [-1, -1, 18, 19, 20]
+    assert sorted(names_in([sample])) == [0, 0, *NAMES[-3:]]
 
 
-def test_a_micro_batch_of_packed_text_is_made_in_two_milliseconds() -> None:
-    lengths = np.random.default_rng(0).integers(60, 220, 3000)
-    offsets = np.concatenate([[0], np.cumsum(lengths)])
-    documents = Documents(np.zeros(offsets[-1], np.int32), np.ones(offsets[-1], np.bool_), offsets)
-    blocks = pack(documents, np.arange(3000), max_length=2048, pad_id=PAD, seed=0)
-    assert 10 < 3000 / blocks.rows < 20
-    one = loader(blocks, accumulation=1, micro_batch=2)
-    next(one)
-    times = []
-    for _ in range(50):
-        start = time.perf_counter()
-        next(one)
-        times.append(time.perf_counter() - start)
-    assert sorted(times)[25] < 2e-3  # 0.3 ms where this was written
+@pytest.mark.parametrize(("world", "accumulation"), [(1, 4), (2, 2), (4, 1)])
+def test_a_state_gives_the_exact_next_steps_from_anywhere(blocks: Blocks, world: int, accumulation: int) -> None:
+    def shown(step: StepBatch) -> list[object]:
+        return [names_in(step.micro_batches), step.tokens, step.supervised_tokens, step.epoch]
+
+    for rank in range(world):
+        place = {"world": world, "rank": rank, "accumulation": accumulation, "micro_batch": 2}
+        whole = loader(blocks, **place)
+        states, steps = [], []
+        for _ in range(2 * whole.steps_per_epoch + 1):
+            states.append(json.dumps(whole.state_dict()))
+            steps.append(shown(next(whole)))
+        assert [json.loads(state)["offset"] for state in states[:2]] == [0, 1]
+        for offset, state in enumerate(states):
+            resumed = loader(blocks, **place)
+            resumed.load_state_dict(json.loads(state))
+            assert json.dumps(resumed.state_dict()) == state
+            assert [shown(step) for step in islice(resumed, len(steps) - offset)] == steps[offset:]
+        assert steps[0] != steps[whole.steps_per_epoch]
 
 
-def test_a_batch_moves_whole(packed: Blocks) -> None:
-    batch = next(iter(loader(packed))).micro_batches[0]
-    moved = batch.to("meta")
-    tensors = [value for value in vars(moved).values() if isinstance(value, torch.Tensor)]
-    assert [t.device.type for t in tensors] == ["meta"] * 5
-    assert moved.tokens == batch.tokens > 0
+def test_resuming_reads_no_earlier_block(packed: Blocks, monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[int] = []
+    original = module.micro_batch_of
+    monkeypatch.setattr(module, "micro_batch_of", lambda b, numbers: read.append(len(numbers)) or original(b, numbers))
+    one = loader(packed, accumulation=4)
+    one.load_state_dict({"epoch": 1000, "offset": one.steps_per_epoch - 1})
+    assert read == []
+    assert next(one).epoch == 1000
+    assert read == [1] * 4
+    assert one.state_dict() == {"epoch": 1001, "offset": 0}
+
+
+@pytest.mark.parametrize(
+    "state",
+    [{"epoch": 0, "offset": 3}, {"epoch": -1, "offset": 0}, {"epoch": 0, "offset": 0.5}, {"epoch": 0}, {"offset": "1"}],
+)
+def test_a_state_that_cannot_be_is_refused(packed: Blocks, state: LoaderState) -> None:
+    one = loader(packed)
+    assert one.steps_per_epoch == 3
+    with pytest.raises(CheckpointError, match=r"(?s)steps 0 to 2.*Found: .*micro_batch") as caught:
+        one.load_state_dict(state)
+    assert len(str(caught.value).splitlines()) <= 5
+    assert one.state_dict() == {"epoch": 0, "offset": 0}
+
+
+def test_a_state_is_a_copy(packed: Blocks) -> None:
+    one = loader(packed)
+    one.state_dict()["offset"] = 2
+    assert one.state_dict() == {"epoch": 0, "offset": 0}

@@ -7,6 +7,7 @@ from transformers import PreTrainedTokenizerFast
 
 from launcher.data import prepare as prepare_module
 from launcher.data.pack.blocks import Blocks
+from launcher.data.pack.micro_batch import micro_batch_of
 from launcher.data.prepare import PreparedData, prepare
 from launcher.errors import DataError
 from launcher.recipe.data_section import DataSection
@@ -28,11 +29,11 @@ def section(*paths: str, **options: Any) -> DataSection:
 def texts(blocks: Blocks | None, tokenizer: PreTrainedTokenizerFast) -> list[str]:
     if blocks is None:
         return []
-    return [str(tokenizer.decode(blocks.documents[index].input_ids)) for index in blocks.row_documents]
+    return [str(tokenizer.decode(blocks.documents[index].input_ids)) for index in blocks.block_documents]
 
 
 def ids(prepared: PreparedData) -> np.ndarray[Any, Any]:
-    return prepared.train.arrays(range(prepared.train.rows)).input_ids
+    return micro_batch_of(prepared.train, range(len(prepared.train))).input_ids.numpy()
 
 
 def test_rows_become_packed_blocks_with_counts_that_add_up(write: Write, tokenizer: PreTrainedTokenizerFast) -> None:

@@ -1,7 +1,6 @@
-"""mode=preview, the record: what is shown is what the step is handed, and as it reads. No model is needed."""
+"""The record of mode=preview: it shows what a step is given, as readable text. No model is needed."""
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,16 +13,16 @@ from launcher.data.pack.blocks import Blocks
 from launcher.data.prepare import PreparedData
 from launcher.data.preview import block_preview, histogram, preview_record, special_ids, text_parts
 from launcher.recipe.schema import Recipe
-from launcher.records.preview import DocumentPreview, TextPart
+from launcher.records.preview import DocumentPreview, PreviewRecord, TextPart
+from tests.conftest import TINY
 
-TINY = Path(__file__).resolve().parents[2] / "recipes" / "tiny" / "base"
 MIXED = "Say 你好 and 👍🏽, é, \ufffd or nothing at all. "
 
 
 @pytest.fixture(scope="module")
 def tokenizer() -> Any:
     """The shipped one: byte level, so that most characters beyond ASCII are several tokens."""
-    return AutoTokenizer.from_pretrained(TINY)
+    return AutoTokenizer.from_pretrained(TINY / "base")
 
 
 @pytest.fixture(scope="module")
@@ -42,36 +41,34 @@ def sentencepiece_like() -> PreTrainedTokenizerFast:
 
 def document(tokenizer: Any, *pieces: tuple[str, bool]) -> Document:
     """A document of (text, supervised) pieces, tokenised one by one."""
-    ids: list[int] = []
-    supervised: list[bool] = []
-    for text, learned in pieces:
-        found = tokenizer(text, add_special_tokens=False).input_ids
-        ids += found
-        supervised += [learned] * len(found)
-    return Document(np.array(ids, np.int32), np.array(supervised))
-
-
-def in_blocks(*documents: Document, rows: Sequence[Sequence[int]], width: int = 128) -> Blocks:
-    offsets = np.cumsum([0, *(len(row) for row in rows)])
-    placed = np.concatenate([np.array(row, np.int64) for row in rows])
-    return Blocks(
-        Documents.of(documents), offsets, placed, np.full(len(rows), width, np.int32), 0, len(documents) + 1, width
-    )
-
-
-def parts_of(tokenizer: Any, *pieces: tuple[str, bool]) -> list[TextPart]:
-    made = document(tokenizer, *pieces)
-    special = special_ids(tokenizer)
-    return list(text_parts(made.input_ids.tolist(), made.supervised, tokenizer=tokenizer, special=special))
+    ids = [tokenizer(text, add_special_tokens=False).input_ids for text, _ in pieces]
+    supervised = [np.full(len(piece), learned) for piece, (_, learned) in zip(ids, pieces, strict=True)]
+    return Document(np.concatenate(ids).astype(np.int32), np.concatenate(supervised))
 
 
 def chat(tokenizer: Any, question: str, answer: str) -> Document:
     return document(tokenizer, (f"<|user|>{question}<|end|><|assistant|>", False), (f"{answer}<|end|>", True))
 
 
+def blocks_of(*documents: Document, blocks: Sequence[Sequence[int]]) -> Blocks:
+    """Blocks of 128 positions with these documents."""
+    sizes, placed = np.array([len(block) for block in blocks]), np.concatenate(blocks).astype(np.int64)
+    widths = np.full(len(blocks), 128, np.int32)
+    return Blocks.of(Documents.of(documents), placed, block_sizes=sizes, widths=widths, pad_id=0)
+
+
+def parts_of(tokenizer: Any, ids: Sequence[int], targets: Sequence[bool]) -> list[TextPart]:
+    return list(text_parts(ids, targets, tokenizer=tokenizer, special=special_ids(tokenizer)))
+
+
+def parts_of_pieces(tokenizer: Any, *pieces: tuple[str, bool]) -> list[TextPart]:
+    whole = document(tokenizer, *pieces)
+    return parts_of(tokenizer, whole.input_ids.tolist(), whole.supervised.tolist())
+
+
 def test_a_document_reads_as_runs_of_equal_supervision_and_special_tokens_by_name(tokenizer: Any) -> None:
-    parts = parts_of(tokenizer, ("<|user|>A word?<|end|><|assistant|>", False), ("An answer.<|end|>", True))
-    assert parts == [
+    pieces = ("<|user|>A word?<|end|><|assistant|>", False), ("An answer.<|end|>", True)
+    assert parts_of_pieces(tokenizer, *pieces) == [
         TextPart("<|user|>", False, special=True),
         TextPart("A word?", False),
         TextPart("<|end|>", False, special=True),
@@ -82,32 +79,30 @@ def test_a_document_reads_as_runs_of_equal_supervision_and_special_tokens_by_nam
 
 
 def test_the_name_of_a_special_token_written_in_the_data_stays_text(tokenizer: Any) -> None:
-    backend = Tokenizer.from_file(str(TINY / "tokenizer.json"))
+    backend = Tokenizer.from_file(str(TINY / "base" / "tokenizer.json"))
     backend.encode_special_tokens = True
     ids = backend.encode("a <|end|> b", add_special_tokens=False).ids
-    targets = np.ones(len(ids), np.bool_)
-    parts = list(text_parts(ids, targets, tokenizer=tokenizer, special=special_ids(tokenizer)))
-    assert parts == [TextPart("a <|end|> b", True)]
+    assert parts_of(tokenizer, ids, [True] * len(ids)) == [TextPart("a <|end|> b", True)]
 
 
-def test_control_tokens_without_a_role_are_special_and_ordinary_added_words_are_not(tokenizer: Any) -> None:
-    own = AutoTokenizer.from_pretrained(TINY)
-    own.add_tokens([AddedToken("<|header|>", special=True), AddedToken("<think>", special=False)])
-    found = special_ids(own)
-    assert own.convert_tokens_to_ids("<|header|>") in found
-    assert own.convert_tokens_to_ids("<think>") not in found
-    assert set(tokenizer.all_special_ids) <= found
+def test_control_tokens_without_a_role_are_special_and_ordinary_added_words_are_not() -> None:
+    tokenizer = AutoTokenizer.from_pretrained(TINY / "base")
+    tokenizer.add_tokens([AddedToken("<|header|>", special=True), AddedToken("<think>", special=False)])
+    special = special_ids(tokenizer)
+    assert tokenizer.convert_tokens_to_ids("<|header|>") in special
+    assert tokenizer.convert_tokens_to_ids("<think>") not in special
+    assert set(tokenizer.all_special_ids) <= special
 
 
 @pytest.mark.parametrize("kind", ["tokenizer", "sentencepiece_like"])
 def test_whatever_the_mask_the_parts_together_are_the_text(kind: str, request: pytest.FixtureRequest) -> None:
-    found = request.getfixturevalue(kind)
-    ids = found(MIXED * 2, add_special_tokens=False).input_ids
-    whole = found.decode(ids)
+    tokenizer = request.getfixturevalue(kind)
+    ids = tokenizer(MIXED * 2, add_special_tokens=False).input_ids
+    whole = tokenizer.decode(ids)
     assert "你好" in whole and len(ids) > len(MIXED.split()) * 2
     for seed in range(60):
         targets = np.repeat(np.random.default_rng(seed).random(len(ids)) < 0.5, 1 + seed % 7)[: len(ids)]
-        parts = list(text_parts(ids, targets, tokenizer=found, special=frozenset()))
+        parts = parts_of(tokenizer, ids, targets.tolist())
         assert "".join(part.text for part in parts) == whole
         assert len(parts) > 1
 
@@ -116,68 +111,61 @@ def test_a_character_is_never_torn_where_supervision_begins_within_it(tokenizer:
     ids = tokenizer("你好", add_special_tokens=False).input_ids
     assert len(ids) == 6, "a token for each byte, or the test shows nothing"
     for first in range(1, 6):
-        targets = np.arange(6) >= first
-        parts = list(text_parts(ids, targets, tokenizer=tokenizer, special=frozenset()))
+        parts = parts_of(tokenizer, ids, [position >= first for position in range(6)])
         both = [TextPart("你", False), TextPart("好", True)]
         assert parts == ([TextPart("你好", True)] if first < 3 else both)
 
 
 def test_a_replacement_character_of_the_data_does_not_take_the_next_word_along(tokenizer: Any) -> None:
-    assert parts_of(tokenizer, ("a\ufffd", False), (" word", True)) == [
-        TextPart("a\ufffd", False),
-        TextPart(" word", True),
-    ]
+    parts = parts_of_pieces(tokenizer, ("a\ufffd", False), (" word", True))
+    assert parts == [TextPart("a\ufffd", False), TextPart(" word", True)]
 
 
 def test_half_a_character_at_the_end_of_a_cut_document_is_shown_as_such(tokenizer: Any) -> None:
     ids = tokenizer("a👍", add_special_tokens=False).input_ids[:-1]
-    parts = list(text_parts(ids, np.ones(len(ids), np.bool_), tokenizer=tokenizer, special=frozenset()))
-    assert [part.text for part in parts] == ["a\ufffd"]
+    assert [part.text for part in parts_of(tokenizer, ids, [True] * len(ids))] == ["a\ufffd"]
 
 
-def text_of(shown: DocumentPreview, *, supervised: bool) -> str:
-    return "".join(part.text for part in shown.parts if part.supervised is supervised)
+def supervised_text(shown: DocumentPreview) -> str:
+    return "".join(part.text for part in shown.parts if part.supervised)
 
 
 def test_a_block_shows_its_documents_in_their_order_with_targets_and_padding(tokenizer: Any) -> None:
-    made = [chat(tokenizer, f"Question {n}", f"Answer {n}.") for n in range(3)]
-    block = block_preview(in_blocks(*made, rows=[[1], [2, 0]]), 1, tokenizer=tokenizer)
+    chats = [chat(tokenizer, f"Question {n}", f"Answer {n}.") for n in range(3)]
+    block = block_preview(blocks_of(*chats, blocks=[[1], [2, 0]]), 1, tokenizer=tokenizer)
     assert [shown.number for shown in block.documents] == [3, 1]
-    assert [text_of(shown, supervised=True) for shown in block.documents] == ["Answer 2.<|end|>", "Answer 0.<|end|>"]
-    assert [shown.tokens for shown in block.documents] == [len(made[2]), len(made[0])]
-    assert [shown.targets for shown in block.documents] == [made[2].supervised.sum(), made[0].supervised.sum()]
-    assert (block.width, block.padding) == (128, 128 - len(made[2]) - len(made[0]))
+    assert [supervised_text(shown) for shown in block.documents] == ["Answer 2.<|end|>", "Answer 0.<|end|>"]
+    figures = [(len(chats[index]), chats[index].supervised.sum()) for index in (2, 0)]
+    assert [(shown.tokens, shown.targets) for shown in block.documents] == figures
+    assert (block.width, block.padding) == (128, 128 - len(chats[2]) - len(chats[0]))
 
 
 def test_a_token_that_nothing_predicts_is_not_shown_as_supervised(tokenizer: Any) -> None:
     text = document(tokenizer, ("<|begin|>some text<|end|>", True))
-    blocks = in_blocks(text, text, rows=[[0, 1]])
+    blocks = blocks_of(text, text, blocks=[[0, 1]])
     for shown in block_preview(blocks, 0, tokenizer=tokenizer).documents:
         assert shown.parts[0] == TextPart("<|begin|>", False, special=True)
         assert shown.targets == shown.tokens - 1
-        assert text_of(shown, supervised=True) == "some text<|end|>"
+        assert supervised_text(shown) == "some text<|end|>"
     assert blocks.supervised_tokens == 2 * (len(text) - 1)
 
 
-def prepared(blocks: Blocks, **changes: Any) -> PreparedData:
-    fields = {
+def record_of(blocks: Blocks, tokenizer: Any, *, shown: int = 2, **changes: Any) -> PreviewRecord:
+    fields: dict[str, Any] = {
         "train": blocks, "validation": None, "counts": {"rows_read": 4, "rows_dropped_empty": 1}, "example": None,
         "train_rows": 3, "validation_rows": 0, "loss_on": {"assistant": 3}, "template": "the tokenizer's",
         "identity": "0", "notes": ("a note",),
     }  # fmt: skip
-    return PreparedData(**(fields | changes))
-
-
-def record_of(data: PreparedData, tokenizer: Any, *, blocks: int = 2) -> Any:
     recipe = Recipe.model_validate({"train": {"steps": 1}, "data": {"max_length": 128}})
-    return preview_record(data, tokenizer, recipe=recipe, name="own", source="/models/base", blocks=blocks)
+    data = PreparedData(**(fields | changes))
+    return preview_record(data, tokenizer, recipe=recipe, name="own", source="/models/base", blocks=shown)
 
 
 def test_the_record_holds_the_figures_of_the_blocks(tokenizer: Any) -> None:
-    made = [chat(tokenizer, "Q" * n, f"Answer {n}.") for n in (1, 5, 40)]
-    blocks = in_blocks(*made, rows=[[0, 1], [2], [2]])  # a weight repeats document 2
-    record = record_of(prepared(blocks), tokenizer)
-    lengths = [len(made[index]) for index in (0, 1, 2, 2)]
+    chats = [chat(tokenizer, "Q" * n, f"Answer {n}.") for n in (1, 5, 40)]
+    blocks = blocks_of(*chats, blocks=[[0, 1], [2], [2]])  # a weight repeats document 2
+    record = record_of(blocks, tokenizer)
+    lengths = [len(chats[index]) for index in (0, 1, 2, 2)]
     assert (record.documents, record.tokens) == (4, sum(lengths)) == (4, blocks.tokens)
     assert record.supervised_tokens == blocks.supervised_tokens > 0
     assert record.fill == pytest.approx(sum(lengths) / (3 * 128))
@@ -186,14 +174,9 @@ def test_the_record_holds_the_figures_of_the_blocks(tokenizer: Any) -> None:
     assert (len(record.blocks), record.total_blocks, record.widths) == (2, 3, ((128, 3),))
     assert (record.counts, record.notes) == ({"rows_read": 4, "rows_dropped_empty": 1}, ("a note",))
     assert (record.validation_rows, record.validation_blocks) == (0, 0)
-    validated = record_of(prepared(blocks, validation=blocks, validation_rows=3), tokenizer)
+    validated = record_of(blocks, tokenizer, validation=blocks, validation_rows=3)
     assert (validated.validation_rows, validated.validation_blocks) == (3, 3)
-
-
-@pytest.mark.parametrize(("wanted", "shown"), [(0, 0), (1, 1), (2, 2), (99, 2)])
-def test_as_many_blocks_are_shown_as_asked_for_and_there_are(tokenizer: Any, wanted: int, shown: int) -> None:
-    made = [chat(tokenizer, "Q", "A"), chat(tokenizer, "R", "B")]
-    assert len(record_of(prepared(in_blocks(*made, rows=[[0], [1]])), tokenizer, blocks=wanted).blocks) == shown
+    assert [len(record_of(blocks, tokenizer, shown=shown).blocks) for shown in (0, 1, 99)] == [0, 1, 3]
 
 
 @pytest.mark.parametrize(

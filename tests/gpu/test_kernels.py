@@ -3,10 +3,11 @@
 import pytest
 import torch
 
+from launcher.data.pack.micro_batch import IGNORE
 from launcher.ops import adapter_gradients, nf4
 from launcher.ops.adapter_gradients import gradients, plain_gradients
 from launcher.ops.feed_forward import plain_swiglu_gradient, swiglu_gradient_
-from launcher.ops.linear_ce import IGNORE, softmax_gradient, softmax_gradient_
+from launcher.ops.linear_ce import softmax_gradient, softmax_gradient_
 from launcher.ops.nf4 import merged_weights, plain_merged_weight
 from launcher.ops.rotary import plain_rotary, plain_rotary_gradient, rotary_gradient
 from tests.support.quantised import quantised

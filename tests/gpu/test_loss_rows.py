@@ -10,8 +10,8 @@ from torch import Tensor
 
 from launcher.compile.graphs import waits_are_errors
 from launcher.data.loader import sample_batch
+from launcher.data.pack.micro_batch import IGNORE
 from launcher.ops.linear_ce import (
-    IGNORE,
     ChunkFunctions,
     linear_cross_entropy,
     linear_cross_entropy_reference,

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from launcher.data.documents import Document, Documents
-from launcher.data.loader import micro_batch_of
+from launcher.data.pack.micro_batch import micro_batch_of
 from tests.support.packed_and_alone import (
     LENGTHS,
     PackedAndAlone,

@@ -2,8 +2,8 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from launcher.data.pack.micro_batch import IGNORE
 from launcher.ops.linear_ce import (
-    IGNORE,
     ChunkFunctions,
     chunk_rows,
     linear_cross_entropy,
@@ -164,7 +164,7 @@ def test_only_so_many_rows_reach_the_head_and_those_with_a_target_in_their_order
     loss_and_gradient(hidden, weight, labels, chunk=7, most=13, functions=functions)
     assert [len(y) for _, y in seen] == [7, 7]  # 13 rows, one of padding
     asked = torch.cat([y for _, y in seen])
-    assert asked.tolist() == [*labels[labels != IGNORE].tolist(), IGNORE, IGNORE, IGNORE]
+    assert asked.tolist() == [*labels[labels != IGNORE].tolist(), IGNORE, IGNORE, -1]
     assert torch.equal(torch.cat([h for h, _ in seen])[:11], hidden[labels != IGNORE])
     seen.clear()
     loss_and_gradient(hidden, weight, labels, chunk=7, functions=functions)

@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch._dynamo
 
-from launcher.ops.linear_ce import IGNORE
+from launcher.data.pack.micro_batch import IGNORE
 from launcher.proof import parity as measure
 from launcher.proof.parity import parity
 from launcher.proof.stock import grouped, supervised_documents

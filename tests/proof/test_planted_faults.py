@@ -10,10 +10,11 @@ import torch
 import torch._dynamo
 from torch import Tensor
 
-from launcher.data.loader import MicroBatch, StepBatch
+from launcher.data.loader import StepBatch
+from launcher.data.pack.micro_batch import IGNORE, MicroBatch
 from launcher.model import lora, packed
 from launcher.ops import adapter_gradients, feed_forward, nf4, rotary
-from launcher.ops.linear_ce import IGNORE, chunk_loss_and_grad
+from launcher.ops.linear_ce import chunk_loss_and_grad
 from launcher.ops.qlora_linear import qlora_linear
 from launcher.proof.gate import HALF, Comparison, Measured, gate_of
 from launcher.proof.parity import compiled_worker, measure_compiled, measure_stock, perturb, release

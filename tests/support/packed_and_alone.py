@@ -13,8 +13,8 @@ from torch import Tensor
 from launcher.compile.observe import Observer
 from launcher.compile.plan import Plan
 from launcher.data.documents import Document, Documents
-from launcher.data.loader import MicroBatch, micro_batch_of
-from launcher.data.pack.blocks import IGNORE, Blocks
+from launcher.data.pack.blocks import Blocks
+from launcher.data.pack.micro_batch import IGNORE, MicroBatch, micro_batch_of
 from launcher.data.pack.packing import pack
 from launcher.model.build import BuiltModel
 from launcher.recipe.schema import Recipe
@@ -46,10 +46,9 @@ class PackedAndAlone:
 
     def loss_of(self, document: int, batch: MicroBatch) -> Tensor:
         """The loss of that document alone, with all others in their blocks."""
-        place = int(np.flatnonzero(self.blocks.row_documents == document)[0])
-        block = int(np.searchsorted(self.blocks.row_offsets, place, "right")) - 1
+        block, number = next((b, d.tolist().index(document)) for b, d in enumerate(self.blocks) if document in d)
         in_document = torch.zeros_like(batch.document_ids, dtype=torch.bool)
-        in_document[block] = batch.document_ids[block] == place - int(self.blocks.row_offsets[block])
+        in_document[block] = batch.document_ids[block] == number
         only = replace(batch, labels=torch.where(in_document, batch.labels, IGNORE))
         loss: Tensor = self.plan.call(self.packed.packed, *arguments(only))
         return loss
@@ -91,7 +90,7 @@ def packed_and_alone(device: str, *, model: Path, dtype: str, backend: str) -> I
         perturb(parameter for parameter in model_of.packed.parameters() if parameter.requires_grad)
     stock.peft.base_model.model.set_attn_implementation("eager")
     blocks = pack(Documents.of(random_documents(0)), np.arange(len(LENGTHS)), max_length=64, pad_id=0, seed=0)
-    assert blocks.rows == 3
+    assert len(blocks) == 3
     batch = micro_batch_of(blocks, np.array([0, 1, 2, -1])).to(torch.device(device))
     plan = Plan(regions_of(packed, shapes=1), compile=recipe.compile, observer=Observer())
 

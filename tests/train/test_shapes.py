@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from launcher.data.loader import MicroBatch
+from launcher.data.pack.micro_batch import MicroBatch
 from launcher.errors import ContractError
 from launcher.train.step import arguments
 from tests.support.workers import ANY, THREE, TWO, compiled, documents

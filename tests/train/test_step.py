@@ -12,7 +12,8 @@ from transformers import get_scheduler
 from launcher.compile.graphs import CaptureFailed
 from launcher.compile.observe import Observer
 from launcher.compile.plan import Plan
-from launcher.data.loader import MicroBatch, StepBatch
+from launcher.data.loader import StepBatch
+from launcher.data.pack.micro_batch import MicroBatch
 from launcher.errors import RecipeError
 from launcher.recipe.schema import CompileSection, TrainSection
 from launcher.train import loss_scale

@@ -106,7 +106,7 @@ class Encoded:
         """All documents, in order; what they were collected in is given up."""
         self._flush()
         parts, self.parts = self.parts, []
-        return Documents.joined(parts)
+        return Documents.of(parts)
 
     def _flush(self) -> None:
         self.parts.append(Documents.of(self.pending))

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from launcher.data.loader import StepBatch
+from launcher.data.pack.micro_batch import IGNORE
 from launcher.model.build import choose_dtype
-from launcher.ops.linear_ce import IGNORE
 from launcher.proof.stock import grouped, stock_loss, stock_model, supervised_documents
 from launcher.train.optim import make_optimizer, schedule
 from launcher.train.request import Request

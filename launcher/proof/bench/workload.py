@@ -45,9 +45,9 @@ def bench_data(request: Request) -> Prepared:
         train=rows,
         validation=None,
         counts={},
-        train_rows=rows.rows,
+        train_rows=len(rows),
         validation_rows=0,
-        loss_on={"all": rows.rows},
+        loss_on={"all": len(rows)},
         notes=(
             f"random rows of {request.recipe.data.max_length:,} tokens, all of them targets, not the recipe's data",
             "each row is one document: attention may take another path than it does with packed rows",
@@ -63,7 +63,7 @@ def random_rows(recipe: Recipe, *, vocabulary: int) -> Blocks:
     ids = np.random.default_rng(recipe.train.seed).integers(0, vocabulary, rows * width).astype(np.int32)
     documents = Documents(ids, np.ones(len(ids), np.bool_), np.arange(rows + 1, dtype=np.int64) * width)
     sizes, widths = np.ones(rows, np.int64), np.full(rows, width, np.int32)
-    return Blocks.of(documents, np.arange(rows, dtype=np.int64), row_sizes=sizes, widths=widths, pad_id=0)
+    return Blocks.of(documents, np.arange(rows, dtype=np.int64), block_sizes=sizes, widths=widths, pad_id=0)
 
 
 def step_batches(request: Request, prepared: Prepared) -> list[StepBatch]:

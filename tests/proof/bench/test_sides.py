@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from launcher.data.pack.micro_batch import IGNORE
 from launcher.errors import MemoryExhausted
-from launcher.ops.linear_ce import IGNORE, chunk_loss_and_grad
+from launcher.ops.linear_ce import chunk_loss_and_grad
 from launcher.proof.bench import side
 from launcher.proof.bench.ceiling import matmul_ceiling
 from launcher.proof.bench.naive import NaiveStep, collate
@@ -133,7 +134,7 @@ def test_random_rows_are_full_and_both_sides_see_them_in_the_same_shape(make_rec
         assert (batch.tokens, batch.supervised_tokens) == (64, 62)  # nothing follows the last of a row
         assert bool((labels[:, :-1] == ids[:, 1:]).all())
     assert len(np.unique(np.concatenate([b.micro_batches[0].input_ids for b in batches]), axis=0)) == 2 * len(batches)
-    assert prepared.data.train.rows == 2 * len(batches)  # type: ignore[union-attr]
+    assert len(prepared.data.train) == 2 * len(batches)  # type: ignore[union-attr]
 
 
 def test_a_digest_sees_one_token_one_label_and_one_boundary(make_recipe: Callable[..., Any]) -> None:
