@@ -1,4 +1,4 @@
-"""What mode=bench measured: plain frozen records, shown by report/bench.py, written to report=PATH. Stdlib only.
+"""What mode=bench measured: plain frozen records. Shown by report/pages/bench.py, written to report=PATH.
 
 proof/bench/figures.py computes what is derived. Memory is resident memory on a CPU.
 """

@@ -1,4 +1,4 @@
-"""What mode=parity measured: plain frozen records, shown by report/parity.py, written to report=PATH. Stdlib only.
+"""What mode=parity measured: plain frozen records. Shown by report/pages/parity.py, written to report=PATH.
 
 A difference of two figures is relative to the second: |a - b| / |b|.
 """

@@ -31,12 +31,12 @@ def flagged(text: str, holds: bool) -> Value:
 
 @dataclass(frozen=True)
 class Column:
-    """One column: its header (a line break folds it), and cells from the first row down to its last."""
+    """One column: its header (a line break folds it), and a cell for each row; missing last cells are empty."""
 
     header: str
     cells: Sequence[Value]
     priority: int = 0  # 0 is always shown; where room is short, the highest numbers are left out first
-    numeric: bool = True  # to the right, and never wrapped
+    numeric: bool = True  # aligned to the right, and never wrapped
 
 
 @dataclass(frozen=True)
@@ -44,12 +44,12 @@ class Table:
     """Columns side by side."""
 
     columns: Sequence[Column]
-    footer_rows: int = 0  # so many of the last rows are set apart
+    footer_rows: int = 0  # number of last rows that are set apart
 
 
 @dataclass(frozen=True)
 class Facts:
-    """Rows of a label and what is said of it, without a header. A label that has no style gets "label"."""
+    """Rows of a label and values, without a header. A label that has no style gets "label"."""
 
     rows: Sequence[tuple[Value, ...]]
 
@@ -63,7 +63,7 @@ class Tokens:
 
 @dataclass(frozen=True)
 class Section:
-    """A title with a note, and the items under it; a Value is a line. Without items a page leaves its section out."""
+    """A title with a note, and the items under it; a Value is a line. A page does not show a section without items."""
 
     title: str
     items: Sequence["Item"] = ()

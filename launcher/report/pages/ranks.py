@@ -1,11 +1,10 @@
 """One row per rank, an alarm where ranks differ that must not, and the reasons behind each count."""
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
 
 from launcher.records.run import CompileRecord, RankRecord
 from launcher.report.pages.formatting import counted, on_cpu
-from launcher.report.pages.page import Column, Facts, Item, Section, Styled, Table, flagged
+from launcher.report.pages.page import Column, Facts, Item, Section, Styled, Table, Value, flagged
 
 DEVICE_SHOWN = 22  # characters of a device's name; the start panel has the whole
 HASH_SHOWN = 8  # characters of a graph hash; where ranks differ the whole is shown
@@ -46,12 +45,13 @@ def event_sections(ranks: Sequence[RankRecord]) -> Iterator[Section]:
 def _columns(ranks: Sequence[RankRecord]) -> list[Column]:
     memory = "RSS" if on_cpu(ranks[0].device) else "VRAM"
     compiled = [r.compile for r in ranks]
+    planned = [c.planned_graphs for c in compiled]
     extremes = ("min", "max") if len(ranks) > 1 else ()
     devices = [r.device if len(r.device) <= DEVICE_SHOWN else r.device[: DEVICE_SHOWN - 1] + "…" for r in ranks]
     return [
         Column("rank", [*(str(r.rank) for r in ranks), *extremes]),
         Column("device", devices, priority=4, numeric=False),
-        _planned_graphs(compiled),
+        Column("planned\ngraphs", [*map(_planned, compiled), *map(str, _extremes(planned))]),
         _figures("breaks", [c.graph_breaks for c in compiled], event=True),
         _figures("recom-\npiles", [c.recompiles for c in compiled], event=True),
         _figures("compile\nfwd s", [c.forward_s for c in compiled], priority=2, decimals=1),
@@ -69,19 +69,18 @@ def _figures(
     header: str, values: Sequence[float], priority: int = 0, *, decimals: int = 0, event: bool = False
 ) -> Column:
     """A figure of each rank and, of several, the least and the greatest. An `event` is bad unless it is 0."""
-    with_extremes = [*values, min(values), max(values)] if len(values) > 1 else values
-    return Column(header, [flagged(f"{v:,.{decimals}f}", not (event and v)) for v in with_extremes], priority)
+    texts = [f"{value:,.{decimals}f}" for value in (*values, *_extremes(values))]
+    return Column(header, [flagged(text, not event or text == "0") for text in texts], priority)
 
 
-def _planned_graphs(compiled: Sequence[CompileRecord]) -> Column:
+def _extremes(values: Sequence[float]) -> list[float]:
+    return [min(values), max(values)] if len(values) > 1 else []
+
+
+def _planned(compiled: CompileRecord) -> Value:
     """The graphs compiled in warm-up; "2 of 3" where the plan asked for another number."""
-    column = _figures("planned\ngraphs", [c.planned_graphs for c in compiled])
-    wrong = {
-        index: Styled(f"{c.planned_graphs} of {c.expected_graphs}", "bad")
-        for index, c in enumerate(compiled)
-        if c.planned_graphs != c.expected_graphs
-    }
-    return replace(column, cells=[wrong.get(index, cell) for index, cell in enumerate(column.cells)])
+    planned, expected = compiled.planned_graphs, compiled.expected_graphs
+    return str(planned) if planned == expected else Styled(f"{planned} of {expected}", "bad")
 
 
 def _reasons(title: str, events: Sequence[tuple[int, int, Sequence[str]]]) -> Section:

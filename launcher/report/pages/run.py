@@ -32,8 +32,8 @@ def _sections(run: RunRecord) -> Iterator[Section]:
 
 
 def _memory(ranks: Sequence[RankRecord], forecast_mib: float | None) -> Section:
-    """Memory at the end of each phase, of the rank with the highest peak: the one that runs out first. Under it, how
-    near the forecast was by which the activation policy was chosen."""
+    """Memory at the end of each phase, of the rank with the highest peak: the one that runs out first. Under it, the
+    forecast that chose the activation policy, and how near it was."""
     rank = max(ranks, key=lambda r: r.vram_peak_mib)
     cpu = on_cpu(rank.device)
     columns = [
@@ -45,8 +45,8 @@ def _memory(ranks: Sequence[RankRecord], forecast_mib: float | None) -> Section:
     ]
     if cpu:
         del columns[2]  # the same figure as the resident memory
-    items: list[Item] = [Table(columns)] if rank.vram else []
-    if rank.vram and forecast_mib is not None:
+    items: list[Item] = [Table(columns)]
+    if forecast_mib is not None:
         peaks = f"peak forecast {whole(forecast_mib)} MiB, measured {whole(rank.vram_peak_mib)} MiB"
         items.append(f"{peaks} ({100 * (rank.vram_peak_mib / forecast_mib - 1):+.1f} %)")
     of_several = f", the highest peak of {len(ranks)} ranks" if len(ranks) > 1 else ""
