@@ -42,6 +42,8 @@ def test_elsewhere_every_step_of_a_short_run_is_printed_and_about_twenty_of_a_lo
     assert "\x1b" not in text and "loading the model" in text and "eval loss 2.9134 before the first update" in text
     lines = [line for line in text.splitlines() if re.search(r"^ +\d+\.\d s +step +[\d,]+/[\d,]+ ", line)]
     assert least <= len(lines) <= most
+    stamps = [float(stamp) for stamp in re.findall(r"^ +(\d+\.\d) s  ", text, re.M)]
+    assert len(stamps) == len(lines) + 2 and max(stamps) < 60, "seconds since the start"
     assert all(word in line for line in lines for word in ("loss", "lr", "tok/s", "VRAM", "eta"))
     assert f"{total - total % every:,}/{total:,}" in lines[-1], "the last step is never left out"
     assert max(map(len, text.splitlines())) <= 120

@@ -1,7 +1,8 @@
 """Records of every kind as runs make them, and what a plain console shows of them."""
 
 import io
-from dataclasses import replace
+from collections.abc import Iterator
+from dataclasses import is_dataclass, replace
 from typing import Any
 
 from rich.console import Console
@@ -22,6 +23,7 @@ from launcher.records.run import (
     VramRecord,
 )
 from launcher.report.pages import page_of
+from launcher.report.pages.page import Styled
 from launcher.report.render import print_page
 
 GPU = "NVIDIA H200"
@@ -44,6 +46,19 @@ def section(text: str, title: str) -> list[str]:
     assert f"\n─ {title}" in f"\n{text}", f"no section {title}"
     part = f"\n{text}".split(f"\n─ {title}", 1)[1].split("\n─ ")[0]
     return [" ".join(line.split()) for line in f"{title}{part}".splitlines()]
+
+
+def parts_of(item: Any) -> Iterator[Any]:
+    """Everything that a page is made of, the page included."""
+    if not isinstance(item, list | tuple):
+        yield item
+    for part in item if isinstance(item, list | tuple) else vars(item).values() if is_dataclass(item) else ():
+        yield from parts_of(part)
+
+
+def bad(record: object) -> list[str]:
+    """The texts that the page of a record shows as bad."""
+    return [part.text for part in parts_of(page_of(record)) if isinstance(part, Styled) and part.style == "bad"]
 
 
 def start_record(**changes: Any) -> StartRecord:

@@ -4,7 +4,7 @@ import math
 from dataclasses import replace
 
 from launcher.records.bench import Ceiling, SideRecord
-from tests.support.records import bench_of, bench_side, section, shown
+from tests.support.records import bad, bench_of, bench_side, section, shown
 
 
 def test_each_figure_stands_beside_that_of_the_other_side_with_the_ratio() -> None:
@@ -71,6 +71,7 @@ def test_a_naive_side_that_died_has_no_figure_at_all() -> None:
 
 def test_a_first_loss_that_differs_is_a_failed_verdict() -> None:
     text = shown(bench_of(bench_side(loss=math.nan)))
+    assert bad(bench_of(bench_side(loss=math.nan))) == ["inf"] and bad(bench_of()) == []
     assert "1 nan 2.5000 inf" in section(text, "Loss") and "✗ FAIL" in text and "✗ FAIL" not in shown(bench_of())
 
 

@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 from launcher.records.run import Verdict
-from tests.support.records import parity_batch, parity_record, section, shown
+from tests.support.records import bad, parity_batch, parity_record, section, shown
 
 
 def test_each_batch_and_each_adapter_kind_has_its_row() -> None:
@@ -32,6 +32,13 @@ def test_of_many_batches_a_sample_is_shown_with_the_first_and_the_last() -> None
     numbers = [line.split(" ")[0] for line in lines if " 1,234 " in line]
     assert len(numbers) == 16 and (numbers[0], numbers[-1]) == ("1", "100")
     assert "16 of" not in shown(parity_record()) and ", 16 of 100 batches" in lines[0]
+
+
+def test_figures_that_close_the_gate_are_shown_as_bad() -> None:
+    batches = (parity_batch(1), replace(parity_batch(2), loss_difference=2.1e-3, least_cosine=0.9949))
+    adapters = (replace(parity_record().adapters[0], least_cosine=0.9948), parity_record().adapters[1])
+    assert bad(parity_record(batches=batches, adapters=adapters)) == ["2.1e-03", "0.99490", "0.99480"]
+    assert bad(parity_record()) == []
 
 
 def test_a_closed_gate_is_a_failed_verdict_and_in_the_json() -> None:

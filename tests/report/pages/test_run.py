@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from launcher.records.run import EvalRecord, Verdict
-from tests.support.records import PHASES, rank_record, run_record, section, shown, start_record, step_record
+from tests.support.records import PHASES, bad, rank_record, run_record, section, shown, start_record, step_record
 
 REASON = "Dynamo cannot trace [bold]print[/bold] of builtins[0], user line model.py:12 [/]"
 
@@ -74,6 +74,7 @@ def test_reasons_are_verbatim_and_name_their_ranks() -> None:
     assert section(text, "Recompiles")[1] == "rank 0, 1 a guard"
     assert section(text, "Runs uncompiled")[1] == "rank 1 mlp"
     assert section(text, "Recompile limit hits")[1] == "rank 1 4 hits"
+    assert bad(run_record(rank_record(0, graph_breaks=3))) == ["3", "rank 0"] and bad(run_record()) == []
     quiet = shown(run_record())
     assert not any(f"─ {title}" in quiet for title in ("Graph breaks", "Recompile", "Runs uncompiled"))
 
@@ -100,7 +101,9 @@ def test_the_loss_table_holds_the_eval_losses_and_each_steps_figures() -> None:
 
 def test_skipped_steps_are_named_and_a_missing_figure_does_not_break_the_table() -> None:
     steps = (step_record(1, skipped=True, grad_norm=float("inf")), step_record(2, loss=float("nan"), step_s=0.0))
-    lines = section(shown(replace(run_record(evals=()), steps=steps)), "Loss")
+    record = replace(run_record(evals=()), steps=steps)
+    lines = section(shown(record), "Loss")
+    assert bad(record) == ["nan", "inf"]
     assert lines[3:5] == ["1 2.3810 2.00e-04 inf 75,327 423.1", "2 nan 2.00e-04 0.731 - 0.0"]
     assert "1 step skipped by the fp16 loss scaler (overflow): 1" in lines
 

@@ -42,7 +42,11 @@ def started(**changes: Any) -> str:
             "assistant in 3,000 rows, all in 1 row · template: chatml",
             "3,000 row,",
         ),
-        ({"loss_tokens": (2425,)}, "in 3,412 rows · computed for at most 2,425 of 4,096 tokens · template", "%  of"),
+        (
+            {"loss_tokens": (2425,)},
+            "in 3,412 rows · computed for at most 2,425 of 4,096 tokens · template",
+            "% of the tokens",
+        ),
         (
             {"widths": (64, 512, 2048), "loss_tokens": (128, 500, 2048)},
             "· computed for at most 49 to 100 % of the tokens · template",
