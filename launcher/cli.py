@@ -26,7 +26,7 @@ from launcher.recipe.locate import locate
 from launcher.records.bench import BenchRecord
 from launcher.records.parity import ParityRecord
 from launcher.records.run import RunRecord
-from launcher.report import Screen, bench_page, make_console, parity_page, preview_page
+from launcher.report import Screen, make_console
 from launcher.report import error as print_error
 from launcher.runtime.quick_imports import quick_imports
 from launcher.runtime.ranks import RankInfo, end_with_parent, rank_info
@@ -106,10 +106,8 @@ def _preview(resolved: Resolved, here: RankInfo, console: Console) -> int:
         family_of(load_config(source, recipe.model), max_length=recipe.data.max_length)  # refuses what training refuses
         tokenizer = load_tokenizer(source, recipe.model, stand_in=shipped / "tiny" / "base")
         data = prepare(recipe.data, tokenizer, seed=recipe.train.seed)
-        record = preview_record(
-            data, tokenizer, recipe=recipe, name=resolved.name, source=source, blocks=resolved.blocks
-        )
-    preview_page(console, record)
+        name, blocks = resolved.name, resolved.blocks
+        screen.show(preview_record(data, tokenizer, recipe=recipe, name=name, source=source, blocks=blocks))
     return 0
 
 
@@ -124,14 +122,12 @@ def _parity(resolved: Resolved, here: RankInfo, console: Console) -> int:
 
         try:
             for event in parity(Request(resolved.recipe, resolved.name, source, shipped, here, notes)):
-                if isinstance(event, str):
-                    screen.show(event)
+                screen.show(event)
             record = cast(ParityRecord, event)
             if resolved.report:
                 write_json(resolved.report, record.as_report())
         except BaseException as error:
             _fail(error, Progress(), here)
-    parity_page(console, record)
     if not record.holds:
         raise ContractError(record.failure)
     return 0
@@ -142,8 +138,7 @@ def _bench(resolved: Resolved, here: RankInfo, console: Console) -> int:
     notes, shipped, source = _prepared(resolved, here)
     with Screen(console) as screen:
         for event in bench(Request(resolved.recipe, resolved.name, source, shipped, here, notes)):
-            if isinstance(event, str):
-                screen.show(event)
+            screen.show(event)
         record = cast(BenchRecord, event)
         try:
             if resolved.report:
@@ -152,7 +147,6 @@ def _bench(resolved: Resolved, here: RankInfo, console: Console) -> int:
             from launcher.train.loop import Progress
 
             _fail(error, Progress(), here)
-    bench_page(console, record)
     if not record.holds:
         raise ContractError(record.failure)
     if record.naive and record.naive.failure and not record.naive.out_of_memory:

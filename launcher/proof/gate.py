@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from launcher.proof.difference import difference
 from launcher.records.parity import AdapterParity, Gate, Pair, ParityBatch
 from launcher.records.run import Verdict
 
@@ -36,13 +37,6 @@ class Measured:
 
 def gate_of(dtype: torch.dtype) -> Gate:
     return FULL if dtype == torch.float32 else HALF
-
-
-def difference(value: float, base: float) -> float:
-    """|value - base| relative to base; 0 where both are 0, infinite where base alone is."""
-    if value == base:
-        return 0.0
-    return abs(value - base) / abs(base) if base else float("inf")
 
 
 @dataclass

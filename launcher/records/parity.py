@@ -1,12 +1,11 @@
-"""What mode=parity measured: plain frozen records, rendered by report/parity.py, written to report=PATH. Stdlib only.
+"""What mode=parity measured: plain frozen records. Shown by report/pages/parity.py, written to report=PATH.
 
 A difference of two figures is relative to the second: |a - b| / |b|.
 """
 
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
-from launcher.records.run import REPORT_SCHEMA, CompileRecord, StartRecord, Verdict
+from launcher.records.proof import ProofRecord
 
 
 @dataclass(frozen=True)
@@ -15,10 +14,10 @@ class Gate:
 
     loss: float  # largest relative difference of a batch's loss, compiled and eager
     cosine: float  # least cosine of an adapter's gradients, compiled and eager
-    error_ratio: float  # the compiled error against fp32 may be so many times the eager one
-    error_floor: float  # plus this: where both errors are rounding noise, their ratio says nothing
-    eager_error: float  # of eager's own gradients against fp32, at most: beyond it the reference is not to be trusted
-    loss_batches: int  # fewer batches than this scatter too much for the mean loss error to be judged
+    error_ratio: float  # largest compiled error against fp32, as a multiple of the eager one
+    error_floor: float  # added to that: where both errors are rounding noise, their ratio says nothing
+    eager_error: float  # largest error of eager's own gradients against fp32: beyond it the reference is not trusted
+    loss_batches: int  # with fewer batches the mean loss error scatters too much to be judged
 
 
 @dataclass(frozen=True)
@@ -45,49 +44,28 @@ class ParityBatch:
 
 @dataclass(frozen=True)
 class AdapterParity:
-    """One kind of adapter matrix, over its modules and all batches."""
+    """One kind of adapter matrix: the worst over its modules and all batches."""
 
     kind: str  # "q", "k", "v", "o", "gate", "up", "down"
     matrix: str  # "A" or "B"
     modules: int
     least_cosine: float  # of the gradients, compiled and eager
-    where: str  # of that least one: "layer 3, batch 2"
-    norm_difference: float  # of the gradients' norms, compiled and eager: the largest
+    where: str  # the least cosine is: "layer 3, batch 2"
+    norm_difference: float  # largest, of the gradients' norms, compiled and eager
     eager_cosine: float  # least cosine of eager and reference: how far stock code itself is from fp32
 
 
-@dataclass(frozen=True)
-class ParityRecord:
+@dataclass(frozen=True, kw_only=True)
+class ParityRecord(ProofRecord):
     """The whole comparison. The weights are never updated: each batch is one measurement at the same weights."""
 
-    recipe: dict[str, Any]  # resolved
-    start: StartRecord
-    compile: CompileRecord
+    mode = "parity"
+    rule = "the compiled path must compute what stock code computes; it does not where it says:"
+    remedy = "Do not train with it: compile.mode=off or another compile.scope may tell which part differs."
+
     gate: Gate
     batches: tuple[ParityBatch, ...]
     adapters: tuple[AdapterParity, ...]
     loss_error: Pair  # means over the batches
     gradient_error: Pair
-    verdicts: tuple[Verdict, ...]
     elapsed_s: dict[str, float]  # by phase, in order
-    notes: tuple[str, ...] = ()
-
-    @property
-    def holds(self) -> bool:
-        return all(verdict.holds for verdict in self.verdicts)
-
-    @property
-    def failure(self) -> str:
-        """What the error of a closed gate says: rule, figures, remedy."""
-        broken = [f"{verdict.claim}: {verdict.evidence}"[:300] for verdict in self.verdicts if not verdict.holds]
-        return "\n".join(
-            [
-                "the compiled path must compute what stock code computes; it does not where it says:",
-                *broken[:3],
-                "Do not train with it: compile.mode=off or another compile.scope may tell which part differs.",
-            ]
-        )
-
-    def as_report(self) -> dict[str, Any]:
-        """The JSON of report=PATH (its keys are public: add, never rename)."""
-        return {"schema": REPORT_SCHEMA, "mode": "parity", "holds": self.holds, **asdict(self)}

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class TextPart:
-    """Consecutive tokens alike, as text; or one special token, by its name."""
+    """The text of consecutive tokens that are all supervised or all not; or one special token, by its name."""
 
     text: str  # of the data: unescaped
     supervised: bool  # the loss sees these tokens as targets
@@ -14,7 +14,7 @@ class TextPart:
 
 @dataclass(frozen=True)
 class DocumentPreview:
-    """One document as it lies in a block."""
+    """One document of a block."""
 
     number: int  # 1-based, in the order of the sources; a repeated document keeps its number
     tokens: int
@@ -24,7 +24,7 @@ class DocumentPreview:
 
 @dataclass(frozen=True)
 class BlockPreview:
-    """One packed row: its documents in their order, then `padding` positions without any."""
+    """One packed block: its documents in order, then `padding` positions without any."""
 
     width: int
     documents: tuple[DocumentPreview, ...]
@@ -49,19 +49,19 @@ class PreviewRecord:
     tokenizer: str
     template: str  # the chat template in use
     loss_on: str  # as the recipe asks for it
-    loss_on_found: dict[str, int]  # what that came to: rows by the kind of their targets
+    loss_on_found: dict[str, int]  # rows by what the loss sees of them
     batching: str
     max_length: int
     widths: tuple[tuple[int, int], ...]  # (positions, blocks of this width), ascending
     blocks: tuple[BlockPreview, ...]  # the first of them
     total_blocks: int
-    part: str  # what these and the following figures are of: "an epoch", "the first window of the stream"
-    train_rows: int  # of the sources; 0: not known, they are streamed
-    documents: int  # one that a weight repeats counts each time
+    part: str  # what these and the following figures cover: "an epoch", "the first window of the stream"
+    train_rows: int  # of the sources; 0 where they are streamed: not known
+    documents: int  # a document that a source's weight repeats counts each time
     tokens: int  # padding not counted
     supervised_tokens: int
     fill: float  # 0-1: share of positions that hold a token
-    lengths: tuple[LengthBin, ...]  # of these documents, ascending
+    lengths: tuple[LengthBin, ...]  # of the documents, ascending
     validation_rows: int
     validation_blocks: int
     counts: dict[str, int]  # rows read, dropped by reason, cut

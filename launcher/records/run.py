@@ -1,4 +1,4 @@
-"""What a run says about itself: plain frozen records, made on every rank, rendered on rank 0, written to report.json.
+"""The records of a run: plain frozen data, made on every rank, shown on rank 0, written to report.json.
 
 Stdlib only. Units are in the names: `_mib` is 2**20 bytes, `_s` seconds, `_ms` milliseconds. Counts are per process.
 """
@@ -11,7 +11,7 @@ REPORT_SCHEMA = 1
 
 @dataclass(frozen=True)
 class StartRecord:
-    """What is about to run: the start panel. Made on rank 0 once the model is built."""
+    """What is about to run, shown as the start panel. Made on rank 0 once the model is built."""
 
     recipe: str  # its name or path
     model: str  # hub id or folder
@@ -24,7 +24,7 @@ class StartRecord:
     quantization: str  # e.g. "nf4, double quantised"
     attention: str  # the attention path chosen, and why
     micro_batch: int
-    widths: tuple[int, ...]  # positions of a row: one length, or the few of data.batching=bucketed
+    widths: tuple[int, ...]  # positions of a block: one width, or the few of data.batching=bucketed
     accumulation: int
     steps: int
     epochs: float | None  # passes over the blocks; None of a stream
@@ -32,18 +32,18 @@ class StartRecord:
     compile: str  # e.g. "strict, scope layer, inductor"
     batching: str
     streamed: bool  # train_blocks and fill are then of the first window, and train_rows is not known
-    template: str  # whose chat template
+    template: str  # the chat template in use
     loss_on: dict[str, int]  # training rows by what the loss sees of them
     train_rows: int
-    train_blocks: int  # rows of those widths
+    train_blocks: int  # blocks of those widths
     validation_rows: int
     fill: float  # 0-1: share of positions that hold a token
     run_dir: str
     notes: tuple[str, ...] = ()  # anything chosen automatically that the user should know
     cuda_graphs: str = "off"  # "on", or "off (the reason)"
     activations: str = "none"  # the policy, and why
-    forecast_mib: float | None = None  # peak of allocated memory that the policy was chosen by; None on a CPU
-    loss_tokens: tuple[int, ...] = ()  # by width: for how many tokens of a micro batch the loss is computed
+    forecast_mib: float | None = None  # peak of allocated memory forecast for that policy; None on a CPU
+    loss_tokens: tuple[int, ...] = ()  # by width: tokens of a micro batch for which the loss is computed
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ class EvalRecord:
 
 @dataclass(frozen=True)
 class CompileRecord:
-    """What torch.compile did in this process. `planned_graphs` were all compiled in warm-up."""
+    """What torch.compile did in this process."""
 
     planned_graphs: int  # graphs compiled in warm-up that the plan asked for
     expected_graphs: int  # graphs the plan asks for
@@ -104,7 +104,7 @@ class VramRecord:
 
 @dataclass(frozen=True)
 class RankRecord:
-    """Everything one process knows about its run; rank 0 gathers one from each rank."""
+    """What one process measured of its run. Rank 0 gathers one from each rank."""
 
     rank: int
     device: str
@@ -138,7 +138,7 @@ class RankRecord:
 
 @dataclass(frozen=True)
 class Verdict:
-    """One claim about the run, decided from counters: what was claimed, whether it holds, and the figures."""
+    """One claim, whether it holds, and the figures that decided it."""
 
     claim: str
     holds: bool

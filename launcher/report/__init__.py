@@ -1,26 +1,9 @@
-"""The console: records in, text out. Imports launcher.records.run and rich, never torch; nothing here decides anything.
+"""What people see of a run: pages are made from records (pages/) and drawn on a console (render.py, screen.py).
 
-Every text that is not ours (paths, model output, reasons, error messages) goes through `figures.literal`, so that
-neither rich's markup nor a terminal's control codes are obeyed.
+Imports records and rich, never torch; nothing here decides anything.
 """
 
-from launcher.report.bench import bench_page
 from launcher.report.console import error, make_console
-from launcher.report.parity import parity_page
-from launcher.report.preview import preview_page
-from launcher.report.progress import Progress
-from launcher.report.run_summary import summary
 from launcher.report.screen import Screen
-from launcher.report.start import start_panel
 
-__all__ = [
-    "Progress",
-    "Screen",
-    "bench_page",
-    "error",
-    "make_console",
-    "parity_page",
-    "preview_page",
-    "start_panel",
-    "summary",
-]
+__all__ = ["Screen", "error", "make_console"]

@@ -3,15 +3,19 @@
 import codecs
 import os
 import sys
+import unicodedata
+from io import TextIOWrapper
 from typing import IO
 
 from rich.console import Console
 from rich.text import Text
 
-from launcher.report.figures import literal
-
+PAGE_WIDTH = 120  # columns at most: longer lines are hard to follow
 PLAIN_WIDTH = 120  # columns when there is no terminal to ask and COLUMNS is not set
 NEAREST_ASCII = {"×": "x", "·": "|", "→": ">", "✓": "+", "✗": "x", "─": "-", "━": "=", "…": "."}
+# Controls, lone surrogates, line and paragraph separators, and format characters: these reorder the text beside them,
+# or have no width and are not seen.
+ESCAPED_CATEGORIES = ("Cc", "Cf", "Cs", "Zl", "Zp")
 
 
 def make_console(file: IO[str] | None = None) -> Console:
@@ -22,15 +26,25 @@ def make_console(file: IO[str] | None = None) -> Console:
     character gets its nearest ASCII form or its escape: a report must not die of a log file's encoding.
     """
     stream = sys.stdout if file is None else file
-    reconfigure = getattr(stream, "reconfigure", None)
-    if reconfigure is not None:
-        reconfigure(errors=ENCODING_ERRORS)
+    if isinstance(stream, TextIOWrapper):
+        stream.reconfigure(errors=ENCODING_ERRORS)
     if stream.isatty() and not _in_notebook():
         return Console(file=file, markup=False, highlight=False, emoji=False)
+    columns = os.environ.get("COLUMNS", "")
     return Console(
-        file=file, force_terminal=False, force_jupyter=False, color_system=None, width=_plain_width(),
-        markup=False, highlight=False, emoji=False,
+        file=file, force_terminal=False, force_jupyter=False, color_system=None, markup=False, highlight=False,
+        emoji=False, width=int(columns) if columns.isdecimal() and int(columns) else PLAIN_WIDTH,
     )  # fmt: skip
+
+
+def page_width(console: Console) -> int:
+    return min(console.width, PAGE_WIDTH)
+
+
+def literal(text: str, style: str = "") -> Text:
+    """Text of a user, a model or a library, exactly as it is: no markup is read in it, and what a terminal would obey
+    is shown as its escape. Line breaks and tabs stay."""
+    return Text("".join(map(_visible, text)), style)
 
 
 def error(console: Console, message: str, code: int) -> None:
@@ -39,17 +53,18 @@ def error(console: Console, message: str, code: int) -> None:
     console.print(line, soft_wrap=True, highlight=False)
 
 
+def _visible(char: str) -> str:
+    if char in "\n\t" or unicodedata.category(char) not in ESCAPED_CATEGORIES:
+        return char
+    return char.encode("unicode_escape").decode("ascii")
+
+
 def _in_notebook() -> bool:
-    """In a kernel, or in a command that a cell started: that one has a pseudo-terminal which shows no live display.
-    jupyter_client sets JPY_PARENT_PID for each kernel it starts, and the kernel's commands inherit it."""
+    """In a kernel, or in a command that a cell started: its pseudo-terminal shows no live display. jupyter_client sets
+    JPY_PARENT_PID for each kernel it starts, and the kernel's commands inherit it."""
     ipython = sys.modules.get("IPython")
     shell = ipython.get_ipython() if ipython is not None else None
     return "JPY_PARENT_PID" in os.environ or hasattr(shell, "kernel")
-
-
-def _plain_width() -> int:
-    columns = os.environ.get("COLUMNS", "")
-    return int(columns) if columns.isdecimal() and int(columns) > 0 else PLAIN_WIDTH
 
 
 def _nearest(failure: UnicodeError) -> tuple[str | bytes, int]:

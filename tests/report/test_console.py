@@ -1,4 +1,4 @@
-"""Where the console prints and how progress reads: terminals, pipes, notebooks; errors; nothing heavy imported."""
+"""Where the console prints: terminals, pipes and notebooks, poor encodings, errors; and that it is quick to import."""
 
 import io
 import json
@@ -6,13 +6,19 @@ import re
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 from rich.console import Console
 
-from launcher.records.run import EvalRecord, StepRecord
-from launcher.report import Progress, error, make_console
+from launcher.report import error, make_console
+from launcher.report.pages import page_of
+from launcher.report.render import print_page
+from tests.support.records import preview_record, run_record, start_record
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
 
 
 @pytest.fixture(autouse=True)
@@ -23,31 +29,13 @@ def colour_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TERM", "xterm-256color")
 
 
-def step_record(step: int, **changes: Any) -> StepRecord:
-    figures: dict[str, Any] = {
-        "loss": 1.5, "lr": 2e-4, "grad_norm": 0.731, "tokens": 31_871, "supervised_tokens": 9_120, "step_s": 0.4231,
-        "vram_mib": 7_491.3,
-    }  # fmt: skip
-    return StepRecord(step=step, **(figures | changes))
-
-
-def printed(console: Console) -> str:
-    assert isinstance(console.file, io.StringIO)
-    return console.file.getvalue()
-
-
 def test_an_error_is_printed_verbatim_and_ends_with_the_exit_code() -> None:
     message = "unknown key [train.lerning_rate] [/b]\nvalue: 1\n" + "did you mean train.lr? " * 12
-    for console in (make_console(io.StringIO()), Console(file=io.StringIO(), width=40, force_terminal=True)):
-        error(console, message, 2)
-        plain = re.sub(r"\x1b\[[\d;]*m", "", printed(console))
-        assert plain == f"error: {message} (exit code 2)\n"
-    assert "\x1b[" in printed(console), "red on a terminal"
-
-
-class Terminal(io.StringIO):
-    def isatty(self) -> bool:
-        return True
+    plain, coloured = io.StringIO(), io.StringIO()
+    error(make_console(plain), message, 2)
+    error(Console(file=coloured, width=40, force_terminal=True), message, 2)
+    assert plain.getvalue() == re.sub(r"\x1b\[[\d;]*m", "", coloured.getvalue()) == f"error: {message} (exit code 2)\n"
+    assert "\x1b[" in coloured.getvalue(), "red on a terminal"
 
 
 def test_a_terminal_has_colour_unless_no_color_or_a_notebook_says_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -58,51 +46,35 @@ def test_a_terminal_has_colour_unless_no_color_or_a_notebook_says_otherwise(monk
     assert not make_console(Terminal()).is_terminal and make_console(Terminal()).width == 120
 
 
-def progress_lines(total: int, *, every: int = 1) -> list[str]:
-    console = make_console(io.StringIO())
-    with Progress(console, total, device="NVIDIA H200") as progress:
-        progress.phase("loading the model")
-        progress.evaluation(EvalRecord(0, 2.9134))
-        for step in range(every, total + 1, every):
-            progress.step(step_record(step))
-    text = printed(console)
-    assert "\x1b" not in text and "loading the model" in text and "2.9134" in text
-    return [line for line in text.splitlines() if re.search(r"step +[\d,]+/[\d,]+ ", line)]
+@pytest.mark.parametrize(("columns", "width"), [(None, 120), ("77", 77), ("0", 120), ("wide", 120)])
+def test_a_console_that_is_no_terminal_is_plain_and_of_fixed_width(
+    monkeypatch: pytest.MonkeyPatch, columns: str | None, width: int
+) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    if columns:
+        monkeypatch.setenv("COLUMNS", columns)
+    stream = io.StringIO()
+    console = make_console(stream)
+    assert console.width == width and not console.is_terminal and not console.is_jupyter
+    for record in (start_record(), run_record()):
+        print_page(console, page_of(record))  # type: ignore[arg-type]
+    error(console, "message", 2)
+    assert "\x1b" not in stream.getvalue() and "PASS" in stream.getvalue()
 
 
-def test_progress_without_a_terminal_prints_every_step_of_a_short_run_and_about_twenty_of_a_long_one() -> None:
-    assert len(progress_lines(20)) == 20
-    for total, every in ((1000, 1), (1000, 7), (21, 1)):
-        lines = progress_lines(total, every=every)
-        assert 9 <= len(lines) <= 23
-        assert all(word in line for line in lines for word in ("loss", "lr", "tok/s", "VRAM", "eta"))
-        assert f"{total - total % every:,}/{total:,}" in lines[-1], "the last step is never left out"
-
-
-def test_a_skipped_step_is_always_said() -> None:
-    console = make_console(io.StringIO())
-    with Progress(console, 1000) as progress:
-        for step in range(1, 30):
-            progress.step(step_record(step, skipped=step == 29))
-    assert "step 29 skipped" in printed(console)
-
-
-@pytest.mark.parametrize("width", [40, 80, 120])
-def test_progress_on_a_terminal_is_one_live_line_that_fits(width: int) -> None:
-    console = Console(file=io.StringIO(), width=width, force_terminal=True, color_system=None)
-    with Progress(console, 100, device="NVIDIA H200") as progress:
-        progress.phase("compiling")
-        for step in range(1, 38):
-            progress.step(step_record(step))
-    plain = re.sub(r"\x1b\[[?\d;]*[A-Za-z]", "", printed(console))
-    last = [line for line in re.split(r"[\r\n]", plain) if "37/100" in line][-1]
-    assert "loss" in last and "eta" in last and ("7,491 MiB" in last) is (width >= 80) and len(last) <= width
-    assert "compiling" in plain
+def test_an_output_that_is_not_unicode_gets_readable_text_and_no_crash() -> None:
+    raw = io.BytesIO()
+    console = make_console(io.TextIOWrapper(raw, encoding="ascii"))
+    for record in (start_record(model="modèle"), run_record(), preview_record()):
+        print_page(console, page_of(record))  # type: ignore[arg-type]
+    text = raw.getvalue().decode("ascii")
+    assert "2 x 2,048" in text and "PASS" in text and "mod\\xe8le" in text
+    assert "[[<|assistant|>]]<<Hello \\U0001f44d[[<|end|>]]>>" in text and "line end\\n" in text
 
 
 def test_nothing_heavy_is_imported_for_the_console() -> None:
     code = "import json, sys, launcher.report; print(json.dumps(sorted(m.split('.')[0] for m in sys.modules)))"
     root = Path(__file__).parents[2]
-    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=root).stdout
-    assert "rich" in json.loads(found)
-    assert not {"torch", "transformers", "numpy", "pydantic", "IPython"} & set(json.loads(found))
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=root)
+    modules = set(json.loads(done.stdout))
+    assert "rich" in modules and not {"torch", "transformers", "numpy", "pydantic", "IPython"} & modules

@@ -8,8 +8,9 @@ from collections.abc import Generator, Iterator
 from typing import Any
 
 from launcher.errors import LauncherError
+from launcher.proof.bench.figures import bench_record
 from launcher.proof.bench.processes import ChildFailed, run_child
-from launcher.records.bench import BenchRecord, OursRecord, SideRecord, Workload, failed
+from launcher.records.bench import BenchRecord, OursRecord, SideRecord, Workload
 from launcher.runtime.quick_imports import quick_imports
 from launcher.train.request import Request
 
@@ -30,9 +31,9 @@ def bench(request: Request) -> Iterator[str | BenchRecord]:
         try:
             naive = yield from _last(run_child(_naive, request))
         except LauncherError as error:
-            naive = failed(str(error))
-    yield BenchRecord(
-        recipe=request.recipe.model_dump(mode="json"),
+            naive = SideRecord(failure=str(error))
+    yield bench_record(
+        request.recipe.model_dump(mode="json"),
         rows=proof.bench_rows,
         workload=workload,
         ours=ours,

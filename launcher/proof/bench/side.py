@@ -17,14 +17,16 @@ from launcher.errors import LESS_MEMORY, MemoryExhausted
 from launcher.memory.ledger import MIB, Ledger
 from launcher.proof.bench.ceiling import matmul_ceiling, synchronise
 from launcher.proof.bench.naive import NaiveStep, collate
-from launcher.proof.bench.workload import bench_data, bench_request, digest, step_batches, steps_of
+from launcher.proof.bench.workload import WARM_UP_STEPS, bench_data, bench_request, digest, step_batches, steps_of
 from launcher.proof.gate import gate_of
-from launcher.records.bench import BEFORE, WARM_UP_STEPS, OursRecord, SideRecord
+from launcher.records.bench import OursRecord, SideRecord
 from launcher.train.make_records import start_record
 from launcher.train.request import Request
 from launcher.train.setup import Clock, Worker
 
 T = TypeVar("T")
+
+BEFORE = "before first step"  # a phase of memory
 
 
 @dataclass
@@ -70,6 +72,7 @@ class Log:
             batches=self.batches,
             failure=failure,
             out_of_memory=out_of_memory,
+            before_mib=next((v.allocated_mib for v in self.ledger.phases if v.phase == BEFORE), None),
         )
 
 

@@ -13,9 +13,11 @@ from launcher.data.stream import train_loader
 from launcher.proof.bench.flops import model_flops
 from launcher.proof.stock import supervised_documents
 from launcher.recipe.schema import Recipe
-from launcher.records.bench import WARM_UP_STEPS, Workload
+from launcher.records.bench import Workload
 from launcher.train.request import Request
 from launcher.train.setup import Prepared, prepare
+
+WARM_UP_STEPS = 3  # after the first step and before the measured ones: allocators fill, graphs are captured
 
 
 def steps_of(recipe: Recipe) -> int:

@@ -4,16 +4,15 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from launcher import cli
 from launcher.errors import RecipeError
-from launcher.records.bench import BenchRecord, failed
+from launcher.records.bench import BenchRecord, SideRecord
 from tests.conftest import ROOT
-from tests.records.test_bench import record, side
+from tests.support.records import bench_of, bench_side
 
 MAIN = [sys.executable, str(ROOT / "launcher" / "main.py")]
 
@@ -38,7 +37,7 @@ def test_both_sides_run_in_processes_of_their_own_and_all_that_is_left_is_the_js
     report = json.loads((tmp_path / "b.json").read_text())
     assert report.keys() == {
         "schema", "mode", "holds", "recipe", "rows", "start", "compile", "ceiling", "workload", "ours", "naive",
-        "speed_up", "memory_ratio", "pay_back_steps", "loss_tolerance", "verdicts", "notes",
+        "speed_up", "memory_ratio", "pay_back_steps", "loss_differences", "loss_tolerance", "verdicts", "notes",
     }  # fmt: skip
     assert report["ours"].keys() == report["naive"].keys() == {
         "phases_s", "first_step_s", "losses", "steps_s", "vram", "peak_allocated_mib", "peak_reserved_mib", "batches",
@@ -68,7 +67,7 @@ def main(arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 def test_losses_that_differ_are_code_9_after_the_tables_and_the_json(
     main: Callable[[BenchRecord], int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(record(naive=side(0.5, first_s=5.0, loss=2.6))) == 9
+    assert main(bench_of(bench_side(loss=2.6))) == 9
     said = capsys.readouterr()
     assert "✗ FAIL" in said.out and "of the matmul ceiling" in said.out
     assert "both sides must train on the same" in said.err and "(exit code 9)" in said.err
@@ -78,9 +77,9 @@ def test_losses_that_differ_are_code_9_after_the_tables_and_the_json(
 def test_a_naive_side_that_failed_is_code_1_after_the_tables_and_one_out_of_memory_is_none(
     main: Callable[[BenchRecord], int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    full = replace(side(0.5, first_s=5.0), steps_s=(), failure="out of memory", out_of_memory=True)
-    assert main(record(naive=full)) == 0
-    assert main(record(naive=failed("its process failed: ZeroDivisionError"))) == 1
+    full = bench_side(steps_s=(), failure="out of memory", out_of_memory=True)
+    assert main(bench_of(full)) == 0
+    assert main(bench_of(SideRecord(failure="its process failed: ZeroDivisionError"))) == 1
     said = capsys.readouterr()
     assert said.out.count("of the matmul ceiling") == 2
     assert "naive must come to its end" in said.err and "ZeroDivisionError" in said.err
@@ -95,6 +94,6 @@ def test_several_processes_are_refused_before_anything_is_loaded(
 ) -> None:
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "2")
-    assert main(record()) == RecipeError.code
+    assert main(bench_of()) == RecipeError.code
     assert "mode=bench runs in one process; 2 were started" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []

@@ -14,18 +14,15 @@ from launcher.records.bench import BenchRecord
 from launcher.runtime.ranks import RankInfo
 from launcher.train.request import Request
 from tests.conftest import ROOT
-from tests.records.test_bench import record, side
-
-WHOLE = record()
-NAIVE = side(0.5, first_s=5.0)
+from tests.support.records import NAIVE, OURS, WORKLOAD
 
 
 @pytest.fixture
 def played(make_recipe: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[Any]]:
     """The events of a bench whose processes end as given; an error is raised in place of the record."""
 
-    def play(*, naive: Any = NAIVE, ours: Any = WHOLE.ours, **sections: dict[str, Any]) -> list[Any]:
-        ends = {compare._workload: WHOLE.workload, compare._ours: ours, compare._naive: naive}
+    def play(*, naive: Any = NAIVE, ours: Any = OURS, **sections: dict[str, Any]) -> list[Any]:
+        ends = {compare._workload: WORKLOAD, compare._ours: ours, compare._naive: naive}
 
         def run_child(task: Any, request: Request) -> Iterator[Any]:
             yield task.__name__
@@ -55,7 +52,7 @@ def test_a_naive_side_out_of_memory_loses_none_of_our_figures(played: Callable[.
     full = replace(NAIVE, failure="out of memory after 2 steps", out_of_memory=True, steps_s=())
     found = played(naive=full)[-1]
     assert found.naive == full and found.notes == ("naive: out of memory after 2 steps",)
-    assert found.ours == WHOLE.ours and found.speed_up is None
+    assert found.ours.steps_s == OURS.side.steps_s and found.ours.tokens_per_s and found.speed_up is None
 
 
 @pytest.mark.parametrize("error", [ChildFailed("its process was ended by SIGKILL"), LauncherError("no such")])
@@ -64,7 +61,7 @@ def test_a_naive_side_that_dies_loses_none_of_our_figures(
 ) -> None:
     found = played(naive=error)[-1]
     assert found.naive.failure == str(error) and not found.naive.out_of_memory
-    assert found.ours == WHOLE.ours and str(error) in found.notes[0]
+    assert found.ours.steps_s == OURS.side.steps_s and found.ours.tokens_per_s and str(error) in found.notes[0]
 
 
 @pytest.mark.parametrize("error", [ContractError("a graph break"), MemoryExhausted("full")])
@@ -79,6 +76,6 @@ def test_a_crash_of_our_side_says_whose_it_was(played: Callable[..., list[Any]])
 
 
 def test_what_ran_uncompiled_is_a_note(played: Callable[..., list[Any]]) -> None:
-    fell_back = replace(WHOLE.ours, compile=replace(WHOLE.ours.compile, fallbacks=("all regions run uncompiled",)))
+    fell_back = replace(OURS, compile=replace(OURS.compile, fallbacks=("all regions run uncompiled",)))
     assert played(ours=fell_back)[-1].notes == ("all regions run uncompiled",)
     assert "not compiled" in played(compile={"mode": "off"})[-1].notes[0]

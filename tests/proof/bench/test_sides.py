@@ -14,10 +14,18 @@ from launcher.errors import MemoryExhausted
 from launcher.ops.linear_ce import chunk_loss_and_grad
 from launcher.proof.bench import side
 from launcher.proof.bench.ceiling import matmul_ceiling
+from launcher.proof.bench.figures import bench_record
 from launcher.proof.bench.naive import NaiveStep, collate
-from launcher.proof.bench.workload import bench_data, bench_request, digest, step_batches, workload
+from launcher.proof.bench.workload import (
+    WARM_UP_STEPS,
+    bench_data,
+    bench_request,
+    digest,
+    step_batches,
+    workload,
+)
 from launcher.proof.stock import supervised_documents
-from launcher.records.bench import WARM_UP_STEPS, BenchRecord, OursRecord, SideRecord
+from launcher.records.bench import BenchRecord, OursRecord, SideRecord
 from launcher.train import planned
 from launcher.train.step import TrainStep
 from tests.conftest import request_for
@@ -48,7 +56,7 @@ def benched(recipe: Any) -> BenchRecord:
     request = request_for(recipe)
     work = workload(bench_request(request))
     ours, naive = last(side.ours(request)), last(side.naive(request))
-    return BenchRecord({}, recipe.proof.bench_rows, work, ours, naive)
+    return bench_record({}, rows=recipe.proof.bench_rows, workload=work, ours=ours, naive=naive)
 
 
 @pytest.mark.parametrize(
@@ -64,11 +72,11 @@ def test_both_sides_train_on_the_same_and_every_step_is_accounted_for(
     make_recipe: Callable[..., Any], sections: dict[str, Any], widths: int
 ) -> None:
     found = benched(small(make_recipe, **sections))
-    ours, naive = found.ours.side, found.naive
+    ours, naive = found.ours, found.naive
     assert isinstance(naive, SideRecord)
     assert found.holds, found.verdicts
     assert ours.batches == naive.batches == found.workload.batches
-    assert len(found.ours.start.widths) >= min(widths, 2)
+    assert len(found.start.widths) >= min(widths, 2)
     for measured in (ours, naive):
         assert len(measured.losses) == 1 + WARM_UP_STEPS + STEPS and len(measured.steps_s) == STEPS
         assert measured.losses[0] != measured.losses[1] and not measured.failure
@@ -76,7 +84,7 @@ def test_both_sides_train_on_the_same_and_every_step_is_accounted_for(
     assert list(ours.phases_s) == ["imports", "data", "load", "compile", "first step"]
     assert list(naive.phases_s) == ["imports", "data", "load", "first step"]
     assert found.speed_up and found.memory_ratio
-    assert (found.ceiling_share(naive) or 0) > 0 and (found.tokens_per_s(ours) or 0) > 0
+    assert (naive.ceiling_share or 0) > 0 and (ours.tokens_per_s or 0) > 0
 
 
 def test_a_wrong_loss_of_one_side_is_found_at_the_first_step(
@@ -167,7 +175,7 @@ def test_where_the_naive_side_runs_out_of_memory_it_says_what_it_held(
     monkeypatch.setattr(side, "NaiveStep", OutOfMemoryAtStep)
     found = last(side.naive(request_for(small(make_recipe))))
     assert found.out_of_memory and "out of memory after 2 steps; held by phase: after load " in found.failure
-    assert len(found.losses) == 2 and found.step_ms is None
+    assert len(found.losses) == 2 and found.steps_s == ()
     assert found.peak_allocated_mib > 0 and found.before_mib and found.first_step_s
 
 

@@ -1,0 +1,29 @@
+"""Page builders: a record in, a page of titles, tables and texts out. They know no medium; a renderer draws it."""
+
+from collections.abc import Callable
+from typing import Any
+
+from launcher.records.bench import BenchRecord
+from launcher.records.parity import ParityRecord
+from launcher.records.preview import PreviewRecord
+from launcher.records.run import RunRecord, StartRecord
+from launcher.report.pages.bench import bench_page
+from launcher.report.pages.page import Page
+from launcher.report.pages.parity import parity_page
+from launcher.report.pages.preview import preview_page
+from launcher.report.pages.run import run_page
+from launcher.report.pages.start import start_page
+
+BUILDERS: dict[type, Callable[[Any], Page]] = {
+    StartRecord: start_page,
+    RunRecord: run_page,
+    ParityRecord: parity_page,
+    BenchRecord: bench_page,
+    PreviewRecord: preview_page,
+}
+
+
+def page_of(record: object) -> Page | None:
+    """The page of a record; None for anything that has no page."""
+    builder = BUILDERS.get(type(record))
+    return builder(record) if builder else None

@@ -1,0 +1,121 @@
+"""The summary of a run: what each rank did, what it cost, how the loss went, and whether each claim holds."""
+
+from collections.abc import Iterator, Sequence
+
+from launcher.records.run import EvalRecord, RankRecord, RunRecord, Sample, StepRecord
+from launcher.report.pages import formatting
+from launcher.report.pages.formatting import counted, extent, on_cpu, whole
+from launcher.report.pages.page import Column, Facts, Item, Page, Section, Styled, Table, Value, flagged
+from launcher.report.pages.ranks import event_sections, rank_sections
+from launcher.report.pages.sections import elapsed, sampled, verdicts
+
+STEPS_SHOWN = 12  # rows of the loss table that are steps; longer runs are sampled, first and last step included
+EVALS_SHOWN = 6
+SAMPLE_SHOWN = 1200  # characters of a sample's text; of a longer one the beginning and the end
+
+
+def run_page(run: RunRecord) -> Page:
+    """The whole run. The verdicts and the total stand last: where the eye is when it ends."""
+    return Page(list(_sections(run)))
+
+
+def _sections(run: RunRecord) -> Iterator[Section]:
+    yield from rank_sections(run.ranks)
+    yield _memory(run.ranks, run.start.forecast_mib)
+    yield elapsed(run.elapsed_s)
+    yield _losses(run.steps, run.evals)
+    yield from event_sections(run.ranks)
+    if run.sample is not None:
+        yield _sample(run.sample)
+    yield verdicts(run.verdicts)
+    yield Section("", [Styled(_total(run.ranks), "strong"), f"run folder {run.start.run_dir}"])
+
+
+def _memory(ranks: Sequence[RankRecord], forecast_mib: float | None) -> Section:
+    """Memory at the end of each phase, of the rank with the highest peak: the one that runs out first. Under it, the
+    forecast that chose the activation policy, and how near it was."""
+    rank = max(ranks, key=lambda r: r.vram_peak_mib)
+    cpu = on_cpu(rank.device)
+    columns = [
+        Column("phase", [v.phase for v in rank.vram], numeric=False),
+        Column("resident\nMiB" if cpu else "allocated\nMiB", [whole(v.allocated_mib) for v in rank.vram]),
+        Column("reserved\nMiB", [whole(v.reserved_mib) for v in rank.vram]),
+        Column("peak\nMiB", [whole(v.peak_mib) for v in rank.vram]),
+        Column("machine total\nMiB" if cpu else "device total\nMiB", [whole(v.total_mib) for v in rank.vram]),
+    ]
+    if cpu:
+        del columns[2]  # the same figure as the resident memory
+    items: list[Item] = [Table(columns)]
+    if forecast_mib is not None:
+        peaks = f"peak forecast {whole(forecast_mib)} MiB, measured {whole(rank.vram_peak_mib)} MiB"
+        items.append(f"{peaks} ({100 * (rank.vram_peak_mib / forecast_mib - 1):+.1f} %)")
+    of_several = f", the highest peak of {len(ranks)} ranks" if len(ranks) > 1 else ""
+    return Section("Resident memory by phase" if cpu else "VRAM by phase", items, f"rank {rank.rank}{of_several}")
+
+
+def _losses(steps: Sequence[StepRecord], evals: Sequence[EvalRecord]) -> Section:
+    """A row for each step (a sample of a long run), with the eval loss measured after it."""
+    shown_steps, shown_evals = sampled(steps, STEPS_SHOWN), sampled(evals, EVALS_SHOWN)
+    items: list[Item] = [Table(_loss_columns(shown_steps, shown_evals))] if steps or evals else []
+    changes = [("loss", [s.loss for s in steps]), ("eval loss", [e.eval_loss for e in evals])]
+    texts = [f"{name} {_change(values[0], values[-1])}" for name, values in changes if len(values) > 1]
+    if texts:
+        items.append(" · ".join(texts))
+    if skipped := [f"{s.step:,}" for s in steps if s.skipped]:
+        names = ", ".join([*skipped[:STEPS_SHOWN], *(["…"] if len(skipped) > STEPS_SHOWN else [])])
+        text = f"{counted(len(skipped), 'step')} skipped by the fp16 loss scaler (overflow): {names}"
+        items.append(Styled(text, "warning"))
+    is_sample = len(shown_steps) < len(steps) or len(shown_evals) < len(evals)
+    note = f"{len(shown_steps)} of {counted(len(steps), 'step')}; all are in metrics.jsonl" if is_sample else ""
+    return Section("Loss", items, note)
+
+
+def _loss_columns(steps: Sequence[StepRecord], evals: Sequence[EvalRecord]) -> list[Column]:
+    eval_losses = {e.step: e.eval_loss for e in evals}
+    rows = sorted({*(s.step for s in steps), *eval_losses})
+
+    def column(header: str, texts: dict[int, str], priority: int = 0) -> Column:
+        cells = [texts.get(n, "") for n in rows]
+        return Column(header, [flagged(text, text not in ("nan", "inf", "-inf")) for text in cells], priority)
+
+    return [
+        Column("step", [f"{n:,}" for n in rows]),
+        column("loss", {s.step: formatting.loss(s.loss) for s in steps}),
+        column("lr", {s.step: f"{s.lr:.2e}" for s in steps}),
+        column("grad norm", {s.step: formatting.norm(s.grad_norm) for s in steps}, priority=1),
+        column("tok/s", {s.step: formatting.rate(s.tokens, s.step_s) for s in steps}),
+        column("step ms", {s.step: f"{s.step_s * 1000:,.1f}" for s in steps}, priority=2),
+        column("eval loss", {n: formatting.loss(value) for n, value in eval_losses.items()}),
+    ]
+
+
+def _change(first: float, last: float) -> str:
+    """From the first to the last value, with the relative change: "2.9134 → 1.4711 (-49.5 %)"."""
+    relative = f" ({100 * (last - first) / first:+.1f} %)" if first else ""
+    return f"{formatting.loss(first)} → {formatting.loss(last)}{relative}"
+
+
+def _sample(sample: Sample) -> Section:
+    rows: list[tuple[Value, Value]] = [
+        ("prompt", _shortened(sample.prompt)),
+        ("expected", _shortened(sample.expected)),
+        ("generated", Styled(_shortened(sample.generated), "strong")),
+    ]
+    return Section("Sample", [Facts(rows)], "validation prompt, greedy answer of the trained model")
+
+
+def _shortened(text: str) -> str:
+    text, half = text.strip("\n"), SAMPLE_SHOWN // 2
+    left_out = len(text) - 2 * half
+    if left_out > 0:
+        return f"{text[:half]} … ({left_out:,} characters left out) … {text[-half:]}"
+    return text or "(nothing)"
+
+
+def _total(ranks: Sequence[RankRecord]) -> str:
+    """Compilations, tokens per second of all ranks together, and the highest peak."""
+    process = "in this process" if len(ranks) == 1 else "per process"
+    compilations = f"{extent([r.compile.compilations for r in ranks])} compilations {process}"
+    speed = f"{whole(sum(r.tokens_per_s for r in ranks))} tokens/s"
+    memory = "resident" if on_cpu(ranks[0].device) else "VRAM"
+    return f"{compilations} · {speed} · peak {whole(max(r.vram_peak_mib for r in ranks))} MiB {memory}"
