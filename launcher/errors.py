@@ -17,6 +17,7 @@ class LauncherError(Exception):
     def __init__(self, message: str, *, step: int | None = None) -> None:
         super().__init__(message)
         self.step = step  # of the optimizer, where it is not the last one recorded
+        self.reporter: int | None = None  # the local rank that prints it, where the others only repeat it
 
 
 class RecipeError(LauncherError):
@@ -56,7 +57,7 @@ class DiskError(LauncherError):
 
 
 class LostRank(LauncherError):
-    """Another rank ended first; what it met is its own error."""
+    """Another rank ended first, or keeps this one waiting too long."""
 
     code = 8
 

@@ -12,7 +12,7 @@ import time
 import pytest
 
 from launcher import cli
-from launcher.errors import ContractError
+from launcher.errors import ContractError, DataError
 from tests.conftest import ROOT
 
 MAIN = [sys.executable, str(ROOT / "launcher" / "main.py")]
@@ -23,12 +23,15 @@ def launch(*arguments, cwd):
 
 
 @pytest.fixture
-def small(small_model, rows_file, tmp_path):
+def small(small_arguments):
     """Arguments of a run that would succeed."""
-    return [
-        "recipe=tiny", f"model.name={small_model}", f"data.sources=[{{path: {rows_file}}}]", "data.validation=0.1",
-        "data.max_length=64", "compile.backend=aot_eager", "train.steps=2", "run.sample_tokens=4", "run.output_dir=out",
-    ]  # fmt: skip
+    return [*small_arguments, "run.output_dir=out"]
+
+
+def replaced(arguments, argument):
+    """The arguments with another value for one key."""
+    key = argument.split("=")[0]
+    return [*(a for a in arguments if a.split("=")[0] != key), argument]
 
 
 @pytest.mark.parametrize(
@@ -47,8 +50,7 @@ def test_bad_input_is_a_short_message_with_its_code_and_leaves_nothing(small, tm
     (tmp_path / "empty.jsonl").write_text("")
     (tmp_path / "broken.jsonl").write_text('{"text": "fine"}\n{"text": \n')
     before = sorted(tmp_path.rglob("*"))
-    key = wrong.split("=")[0]
-    done = launch(*(a for a in small if a.split("=")[0] != key), wrong, cwd=tmp_path)
+    done = launch(*replaced(small, wrong), cwd=tmp_path)
     assert done.returncode == code, done.stderr
     assert "Traceback" not in done.stderr
     assert says in done.stderr
@@ -65,9 +67,7 @@ def test_a_run_ends_with_0_prints_plain_text_and_leaves_its_files(small, tmp_pat
     assert "FAIL" not in done.stdout
     assert {p.name for p in (tmp_path / "out").iterdir()} == {"adapter", "metrics.jsonl", "report.json", "status.json"}
     assert json.loads((tmp_path / "out" / "status.json").read_text())["code"] == 0
-    assert json.loads((tmp_path / "copy.json").read_text()) == json.loads(
-        (tmp_path / "out" / "report.json").read_text()
-    )
+    assert (tmp_path / "copy.json").read_text() == (tmp_path / "out" / "report.json").read_text()
     again = launch(*small, cwd=tmp_path)
     assert again.returncode == 4
     assert "must not hold another run" in again.stderr
@@ -75,9 +75,8 @@ def test_a_run_ends_with_0_prints_plain_text_and_leaves_its_files(small, tmp_pat
 
 @pytest.mark.parametrize(("signum", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_signal_ends_the_run_with_its_code_and_says_so(small, tmp_path, signum, code):
-    arguments = [a for a in small if not a.startswith("train.steps")]
     process = subprocess.Popen(
-        [*MAIN, *arguments, "train.steps=100000"],
+        [*MAIN, *replaced(small, "train.steps=100000")],
         cwd=tmp_path,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
@@ -93,9 +92,9 @@ def test_a_signal_ends_the_run_with_its_code_and_says_so(small, tmp_path, signum
     finally:
         process.kill()
     assert json.loads((tmp_path / "out" / "status.json").read_text())["code"] == code
-    said = process.stderr.read().decode()
-    assert "nothing was saved" in said
-    assert "Traceback" not in said
+    message = process.stderr.read().decode()
+    assert "nothing was saved" in message
+    assert "Traceback" not in message
 
 
 @pytest.fixture
@@ -103,7 +102,7 @@ def previewed(small, small_model, tmp_path):
     """Arguments of a preview; the model's folder holds no weights."""
     ignored = shutil.ignore_patterns("*.safetensors")
     shutil.copytree(small_model, tmp_path / "bare", ignore=ignored)
-    return ["mode=preview", "model.name=./bare", *(a for a in small if not a.startswith("model.name"))]
+    return [*replaced(small, "model.name=./bare"), "mode=preview"]
 
 
 def test_a_preview_shows_the_blocks_without_weights_and_leaves_nothing(previewed, tmp_path):
@@ -138,8 +137,7 @@ def test_a_preview_that_nobody_reads_to_its_end_has_no_traceback(previewed, tmp_
 )
 def test_a_preview_refuses_what_training_refuses(previewed, tmp_path, wrong, code, says):
     (tmp_path / "broken.jsonl").write_text('{"text": "fine"}\n{"text": \n')
-    key = wrong.split("=")[0]
-    done = launch(*(a for a in previewed if a.split("=")[0] != key), wrong, cwd=tmp_path)
+    done = launch(*replaced(previewed, wrong), cwd=tmp_path)
     assert done.returncode == code, done.stderr
     assert says in done.stderr and "Traceback" not in done.stderr
     assert 1 <= len(done.stderr.strip().splitlines()) <= 5
@@ -152,8 +150,24 @@ def test_of_several_processes_one_previews(previewed, tmp_path, monkeypatch):
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
-def test_a_rank_names_itself_in_an_error_that_is_its_own(monkeypatch, capsys):
-    monkeypatch.setenv("RANK", "1")
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    cli._print_error(ContractError("broken"), cli.rank_info())
-    assert capsys.readouterr().err.startswith("error: rank 1: broken (exit code 9)")
+@pytest.mark.parametrize(
+    ("error", "reporter", "printed"),
+    [
+        (ContractError("broken"), None, "error: rank 1: broken (exit code 9)\n"),
+        (DataError("0 rows"), None, ""),  # every rank finds it: local rank 0 prints it
+        (DataError("0 rows"), 1, "error: 0 rows (exit code 3)\n"),  # this rank prepared the data
+        (DataError("0 rows"), 0, ""),
+    ],
+)
+def test_an_error_is_printed_once_and_by_a_rank_that_names_itself_where_it_is_its_own(
+    monkeypatch, capsys, error, reporter, printed
+):
+    def fail(*arguments):
+        error.reporter = reporter
+        raise error
+
+    for name, value in {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setitem(cli.COMMANDS, "train", fail)
+    assert cli.main(["recipe=tiny"]) == error.code
+    assert capsys.readouterr().err == printed

@@ -5,12 +5,10 @@ from typing import Self
 
 from rich.console import Console
 
-from launcher.records.run import EvalRecord, RunRecord, StartRecord, StepRecord
+from launcher.records.run import EvalRecord, Event, RunRecord, StartRecord, StepRecord
 from launcher.report.progress import Progress
 from launcher.report.run_summary import summary
 from launcher.report.start import start_panel
-
-Event = str | StartRecord | StepRecord | EvalRecord | RunRecord
 
 
 class Screen:
@@ -42,7 +40,7 @@ class Screen:
             start_panel(self._console, event)
             self._progress = Progress(self._console, event.steps, device=event.device)
             self._progress.__enter__()
-        else:
+        elif isinstance(event, RunRecord):
             self._progress.__exit__(None, None, None)
             summary(self._console, event)
             self._progress = Progress(self._console, 0)

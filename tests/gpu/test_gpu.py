@@ -20,7 +20,7 @@ from launcher.ops.document_attention import (
 )
 from launcher.proof.parity import parity
 from launcher.records.run import RunRecord, StepRecord
-from launcher.train.loop import Progress, run
+from launcher.train.loop import RunHistory, run
 from launcher.train.setup import Clock, Worker, prepare
 from tests.conftest import TINY, request_for, stock_loss
 from tests.model.test_packed_equals_unpacked import bench_on, both_gradients, losses
@@ -70,7 +70,7 @@ def test_the_sample_may_be_longer_than_any_document_of_the_run(make_recipe):
 
 
 def train(recipe):
-    events = list(run(request_for(recipe), Progress()))
+    events = list(run(request_for(recipe), RunHistory()))
     return [e for e in events if isinstance(e, StepRecord)], next(e for e in events if isinstance(e, RunRecord))
 
 
@@ -119,7 +119,7 @@ def test_every_optimizer_trains(make_recipe, optimizer):
 
 
 def test_stock_peft_gives_the_trained_loss_in_bfloat16(make_recipe, tmp_path):
-    progress = Progress()
+    progress = RunHistory()
     list(run(request_for(make_recipe(model={"dtype": "bfloat16"}, train={"steps": 8, "lr": 5e-3})), progress))
     stock = stock_loss(progress, tmp_path, dtype="bfloat16", device="cuda")
     assert stock == pytest.approx(progress.evals[-1].eval_loss, rel=1e-3)

@@ -1,0 +1,43 @@
+import errno
+import signal
+
+import pytest
+import torch
+
+from launcher.errors import DataError, DiskError, LauncherError, LostRank, MemoryExhausted
+from launcher.runtime.failures import classified, code_and_reason
+from launcher.runtime.ranks import RankInfo
+from launcher.runtime.signals import Terminated
+
+ALONE, ONE_OF_TWO = RankInfo(0, 0, 1, 1), RankInfo(1, 1, 2, 2)
+
+
+@pytest.mark.parametrize(
+    ("error", "info", "kind", "says"),
+    [
+        (torch.OutOfMemoryError("2 GiB"), ONE_OF_TWO, MemoryExhausted, "on rank 1; held by phase: after load 9 MiB"),
+        (OSError(errno.ENOSPC, "full", "a.json"), ALONE, DiskError, "a.json could not be written"),
+        (RuntimeError("[gloo/pair.cc] Connection closed by peer"), ONE_OF_TWO, LostRank, "another rank ended first"),
+        (RuntimeError("[gloo/pair.cc] Connection closed by peer"), ALONE, RuntimeError, "gloo"),
+        (RuntimeError("a bug"), ONE_OF_TWO, RuntimeError, "a bug"),
+        (OSError(errno.EACCES, "denied"), ALONE, OSError, "denied"),
+        (DataError("0 rows"), ONE_OF_TWO, DataError, "0 rows"),
+    ],
+)
+def test_an_exception_becomes_the_error_that_names_its_remedy_and_a_bug_stays_itself(error, info, kind, says):
+    with pytest.raises(kind, match=says) as caught, classified(info, lambda: "after load 9 MiB"):
+        raise error
+    assert isinstance(caught.value, LauncherError) or caught.value is error
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "reason"),
+    [
+        (DataError("0 rows"), 3, "0 rows"),
+        (KeyboardInterrupt(), 128 + signal.SIGINT, "interrupted"),
+        (Terminated(), 128 + signal.SIGTERM, "terminated"),
+        (ValueError("a bug"), 1, "ValueError: a bug"),
+    ],
+)
+def test_every_end_has_an_exit_code_and_a_reason(error, code, reason):
+    assert code_and_reason(error) == (code, reason)
