@@ -87,6 +87,6 @@ def train(request: Request, console: Console, *, report_copy: Path | None) -> Ru
             with suppress(OSError):  # a full disk must not hide what ended the run
                 files.end(code=code, reason=reason, step=getattr(failure, "step", None))
             raise
-    files.end(code=0, reason="done")
+        files.end(code=0, reason="done")
     assert isinstance(event, RunRecord), "a run's last event is its record"
     return event

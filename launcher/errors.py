@@ -1,6 +1,6 @@
-"""Every way a run may end, each with the exit code it carries (README, "Exit codes"). Stdlib only.
+"""Every way a run may fail, each with its exit code (README, "Exit codes"). Stdlib only.
 
-A message says the rule, the value and the remedy, in that order; `cli` prints it without a traceback.
+A message gives the rule, the value and the remedy, in that order; `cli` prints it without a traceback.
 """
 
 LESS_MEMORY = (
@@ -21,7 +21,7 @@ class LauncherError(Exception):
 
 
 class RecipeError(LauncherError):
-    """The recipe or the command line is wrong, or names a model that cannot be had."""
+    """The recipe or the command line is wrong, or names a model that is not available."""
 
     code = 2
 

@@ -14,6 +14,7 @@ import pytest
 from launcher import cli
 from launcher.errors import ContractError, DataError
 from tests.conftest import ROOT
+from tests.support.arguments import replaced
 
 MAIN = [sys.executable, str(ROOT / "launcher" / "main.py")]
 
@@ -48,12 +49,6 @@ def previewed(small, small_model, tmp_path):
     """Arguments of a preview; the model's folder holds no weights."""
     shutil.copytree(small_model, tmp_path / "bare", ignore=shutil.ignore_patterns("*.safetensors"))
     return [*replaced(small, "model.name=./bare"), "mode=preview"]
-
-
-def replaced(arguments, argument):
-    """The arguments with another value for one key."""
-    key = argument.split("=")[0]
-    return [*(a for a in arguments if a.split("=")[0] != key), argument]
 
 
 @pytest.mark.parametrize(

@@ -43,22 +43,29 @@ def prove_adapter(model: PeftModel, folder: Path, *, loss: Callable[[], float]) 
     In between they are set to NaN, so that a tensor missing from the files cannot pass unnoticed. Raises
     CheckpointError where keys, settings, weights or the loss differ; the trained weights are then restored.
     """
-    trained = {name: p.detach().clone() for name, p in trained_parameters(model).items()}
+    parameters = trained_parameters(model)
+    trained = {name: parameter.detach().clone() for name, parameter in parameters.items()}
     before = loss()
     try:
-        _fill(model, float("nan"))
+        _overwrite(parameters, {name: torch.full_like(tensor, torch.nan) for name, tensor in trained.items()})
         _load(model, folder)
         after = loss()
-        different = [name for name, p in trained_parameters(model).items() if not torch.equal(p, trained[name])]
+        different = [name for name, parameter in parameters.items() if not torch.equal(parameter, trained[name])]
         if different or not abs(after - before) <= TOLERANCE * max(1.0, abs(before)):
             raise CheckpointError(
                 f"the saved adapter must give back what was trained; loss {before:.6f} became {after:.6f}, "
                 f"{len(different)} of {len(trained)} tensors differ. It was removed."
             )
     except Exception:
-        _restore(model, trained)
+        _overwrite(parameters, trained)
         raise
     return before, after
+
+
+@torch.no_grad()
+def _overwrite(parameters: dict[str, nn.Parameter], values: dict[str, torch.Tensor]) -> None:
+    for name, parameter in parameters.items():
+        parameter.copy_(values[name])
 
 
 def adapter_digest(model: nn.Module) -> str:
@@ -89,15 +96,3 @@ def _load(model: PeftModel, folder: Path) -> None:
         raise CheckpointError(
             f"{folder} holds {len(unexpected)} tensors that no adapter of this model has: {unexpected[0]}"
         )
-
-
-@torch.no_grad()
-def _fill(model: PeftModel, value: float) -> None:
-    for parameter in trained_parameters(model).values():
-        parameter.fill_(value)
-
-
-@torch.no_grad()
-def _restore(model: PeftModel, trained: dict[str, torch.Tensor]) -> None:
-    for name, parameter in trained_parameters(model).items():
-        parameter.copy_(trained[name])

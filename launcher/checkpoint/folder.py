@@ -64,7 +64,7 @@ class RunFiles:
 
     def __init__(self, rank: int, *, report_copy: Path | None = None) -> None:
         self._rank, self._report_copy = rank, report_copy
-        self._folder: RunFolder | None = None  # before it is this run's, another run's folder is left alone
+        self._folder: RunFolder | None = None  # None until it is this run's: another run's is left alone
         self._step = 0
 
     def show(self, event: Event) -> None:

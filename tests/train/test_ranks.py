@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from tests.conftest import ROOT
+from tests.support.arguments import replaced
 
 pytestmark = pytest.mark.slow
 MAIN = ROOT / "launcher" / "main.py"
@@ -51,12 +52,6 @@ def succeeded(*command, cwd):
 @pytest.fixture
 def arguments(small_arguments, tmp_path):
     return [*small_arguments, f"run.output_dir={tmp_path / 'run'}"]
-
-
-def replaced(arguments, *others):
-    """The arguments with other values for some keys."""
-    keys = {argument.split("=")[0] for argument in others}
-    return [*(argument for argument in arguments if argument.split("=")[0] not in keys), *others]
 
 
 def test_two_ranks_make_the_gradients_of_one_process_on_the_same_global_batch(arguments, tmp_path):
