@@ -1,6 +1,6 @@
-"""Every way a run may end, each with the exit code it carries (README, "Exit codes"). Stdlib only.
+"""Every way a run may fail, each with its exit code (README, "Exit codes"). Stdlib only.
 
-A message says the rule, the value and the remedy, in that order; `cli` prints it without a traceback.
+A message gives the rule, the value and the remedy, in that order; `cli` prints it without a traceback.
 """
 
 LESS_MEMORY = (
@@ -17,10 +17,11 @@ class LauncherError(Exception):
     def __init__(self, message: str, *, step: int | None = None) -> None:
         super().__init__(message)
         self.step = step  # of the optimizer, where it is not the last one recorded
+        self.reporter: int | None = None  # the local rank that prints it, where the others only repeat it
 
 
 class RecipeError(LauncherError):
-    """The recipe or the command line is wrong, or names a model that cannot be had."""
+    """The recipe or the command line is wrong, or names a model that is not available."""
 
     code = 2
 
@@ -56,7 +57,7 @@ class DiskError(LauncherError):
 
 
 class LostRank(LauncherError):
-    """Another rank ended first; what it met is its own error."""
+    """Another rank ended first, or keeps this one waiting too long."""
 
     code = 8
 

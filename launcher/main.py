@@ -5,10 +5,10 @@ from pathlib import Path
 
 
 def import_from_root(folder: Path) -> None:
-    """Make the repository root importable, and this file's own folder not.
+    """Put the repository root first on sys.path, and remove this file's own folder.
 
-    Python puts a script's folder first on sys.path: `import launcher` would fail, and a module of ours could hide a
-    package of the same name.
+    Python puts a script's folder first: `import launcher` would fail, and a module of ours could hide a package of the
+    same name.
     """
     sys.path[:] = [str(folder.parent), *(entry for entry in sys.path if Path(entry).resolve() != folder)]
 

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -96,25 +97,37 @@ def rows_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return file
 
 
-@pytest.fixture
-def make_recipe(small_model: Path, rows_file: Path, tmp_path: Path) -> Callable[..., Any]:
-    """Recipe factory: the small model, aot_eager, four steps; sections given are merged over that."""
+def small_recipe(small_model: Path, rows_file: Path, folder: Path, **sections: dict[str, Any]) -> Any:
+    """A recipe on the small model with aot_eager, four steps and `folder`/run; sections are merged over that."""
     from launcher.recipe.schema import Recipe
 
-    def make(**sections: dict[str, Any]) -> Recipe:
-        base: dict[str, dict[str, Any]] = {
-            "model": {"name": str(small_model)},
-            "lora": {"r": 4},
-            "data": {"sources": [{"path": str(rows_file)}], "max_length": 64, "validation": 0.1},
-            "compile": {"backend": "aot_eager"},
-            "train": {"steps": 4, "micro_batch": 2, "lr": 1e-3},
-            "run": {"output_dir": str(tmp_path / "run"), "sample_tokens": 4},
-        }
-        for name, values in sections.items():
-            base[name] = {**base.get(name, {}), **values}
-        return Recipe.model_validate(base)
+    base: dict[str, dict[str, Any]] = {
+        "model": {"name": str(small_model)},
+        "lora": {"r": 4},
+        "data": {"sources": [{"path": str(rows_file)}], "max_length": 64, "validation": 0.1},
+        "compile": {"backend": "aot_eager"},
+        "train": {"steps": 4, "micro_batch": 2, "lr": 1e-3},
+        "run": {"output_dir": str(folder / "run"), "sample_tokens": 4},
+    }
+    for name, values in sections.items():
+        base[name] = {**base.get(name, {}), **values}
+    return Recipe.model_validate(base)
 
-    return make
+
+@pytest.fixture
+def make_recipe(small_model: Path, rows_file: Path, tmp_path: Path) -> Callable[..., Any]:
+    """`small_recipe`, in the test's own folder."""
+    return lambda **sections: small_recipe(small_model, rows_file, tmp_path, **sections)
+
+
+@pytest.fixture(scope="session")
+def small_arguments(small_model: Path, rows_file: Path) -> tuple[str, ...]:
+    """Command-line arguments of a run on the small model."""
+    return (
+        "recipe=tiny", f"model.name={small_model}", f"data.sources=[{{path: {rows_file}}}]", "data.validation=0.1",
+        "data.max_length=64", "compile.backend=aot_eager", "lora.r=4", "train.lr=1e-3", "train.steps=2",
+        "run.sample_tokens=4",
+    )  # fmt: skip
 
 
 def request_for(recipe: Any) -> Any:
@@ -127,11 +140,11 @@ def request_for(recipe: Any) -> Any:
     return Request(recipe, "test", locate(recipe.model, shipped / "architectures"), shipped, RankInfo(0, 0, 1, 1))
 
 
-def stock_loss(progress: Any, folder: Path, *, dtype: str, device: str) -> float:
+def stock_loss(history: Any, folder: Path, *, dtype: str, device: str) -> float:
     """The validation loss that stock PEFT gives to a finished run's adapter, in another process and folder."""
     from launcher.data.pack.micro_batch import micro_batch_of
 
-    validation = progress.worker.prepared.data.validation
+    validation = history.worker.prepared.data.validation
     documents = []
     batch = micro_batch_of(validation, range(len(validation)))
     for ids, labels, numbers in zip(batch.input_ids, batch.labels, batch.document_ids, strict=True):
@@ -142,15 +155,15 @@ def stock_loss(progress: Any, folder: Path, *, dtype: str, device: str) -> float
     probe.write_text(json.dumps(documents), encoding="utf-8")
     elsewhere.mkdir()
     script = str(ROOT / "tests" / "train" / "stock_peft.py")
-    command = [sys.executable, script, str(progress.worker.folder.adapter), str(probe), dtype, device]
+    command = [sys.executable, script, str(history.worker.folder.adapter), str(probe), dtype, device]
     done = subprocess.run(command, cwd=elsewhere, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
     return float(done.stdout)
 
 
-@pytest.fixture
-def clean_dynamo() -> Iterator[None]:
-    """Leave dynamo as it was found: no cached frames, no armed guard."""
+@contextmanager
+def fresh_dynamo() -> Iterator[None]:
+    """No cached frames and no armed guard, before and after."""
     import torch
     import torch._dynamo
 
@@ -158,3 +171,10 @@ def clean_dynamo() -> Iterator[None]:
     yield
     torch._dynamo.reset()
     torch._dynamo.config.error_on_recompile = False
+
+
+@pytest.fixture
+def clean_dynamo() -> Iterator[None]:
+    """`fresh_dynamo` around a test."""
+    with fresh_dynamo():
+        yield

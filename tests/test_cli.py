@@ -12,8 +12,9 @@ import time
 import pytest
 
 from launcher import cli
-from launcher.errors import ContractError
+from launcher.errors import ContractError, DataError
 from tests.conftest import ROOT
+from tests.support.arguments import replaced
 
 MAIN = [sys.executable, str(ROOT / "launcher" / "main.py")]
 
@@ -23,41 +24,65 @@ def launch(*arguments, cwd):
 
 
 @pytest.fixture
-def small(small_model, rows_file, tmp_path):
+def main(monkeypatch, tmp_path, capsys):
+    """The command in this process, in the test's folder: a function of its arguments -> (code, stdout, stderr)."""
+    monkeypatch.chdir(tmp_path)
+    handlers = {signum: signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)}
+
+    def run(*arguments):
+        code = cli.main(arguments)
+        return (code, *capsys.readouterr())
+
+    yield run
+    for signum, handler in handlers.items():
+        signal.signal(signum, handler)
+
+
+@pytest.fixture
+def small(small_arguments):
     """Arguments of a run that would succeed."""
-    return [
-        "recipe=tiny", f"model.name={small_model}", f"data.sources=[{{path: {rows_file}}}]", "data.validation=0.1",
-        "data.max_length=64", "compile.backend=aot_eager", "train.steps=2", "run.sample_tokens=4", "run.output_dir=out",
-    ]  # fmt: skip
+    return [*small_arguments, "run.output_dir=out"]
+
+
+@pytest.fixture
+def previewed(small, small_model, tmp_path):
+    """Arguments of a preview; the model's folder holds no weights."""
+    shutil.copytree(small_model, tmp_path / "bare", ignore=shutil.ignore_patterns("*.safetensors"))
+    return [*replaced(small, "model.name=./bare"), "mode=preview"]
 
 
 @pytest.mark.parametrize(
-    ("wrong", "code", "says"),
+    ("mode", "wrong", "code", "says"),
     [
-        ("recipe=nope", 2, "tiny"),
-        ("lerning_rate=1", 2, "train.lr"),
-        ("train.lr=abc", 2, "train.lr"),
-        ("model.name=./nowhere", 2, "model.name"),
-        ("lora.targets=[nothing]", 2, "q_proj"),
-        ("data.sources=[{path: empty.jsonl}]", 3, "0 usable rows"),
-        ("data.sources=[{path: broken.jsonl}]", 3, "broken.jsonl:2"),
+        ("small", "recipe=nope", 2, "tiny"),
+        ("small", "lerning_rate=1", 2, "train.lr"),
+        ("small", "train.lr=abc", 2, "train.lr"),
+        ("small", "model.name=./nowhere", 2, "model.name"),
+        ("small", "lora.targets=[nothing]", 2, "q_proj"),
+        ("small", "report=./nowhere/report.json", 2, "a folder that can be written"),
+        ("small", "data.sources=[{path: empty.jsonl}]", 3, "0 usable rows"),
+        ("small", "data.sources=[{path: broken.jsonl}]", 3, "broken.jsonl:2"),
+        ("previewed", "data.max_length=4096", 2, "data.max_length"),
+        ("previewed", "data.sources=[{path: broken.jsonl}]", 3, "broken.jsonl:2"),
+        ("previewed", "blocks=none", 2, "a whole number >= 0"),
     ],
 )
-def test_bad_input_is_a_short_message_with_its_code_and_leaves_nothing(small, tmp_path, wrong, code, says):
+def test_bad_input_is_a_short_message_with_its_code_and_leaves_nothing(
+    main, request, tmp_path, mode, wrong, code, says
+):
+    arguments = request.getfixturevalue(mode)
     (tmp_path / "empty.jsonl").write_text("")
     (tmp_path / "broken.jsonl").write_text('{"text": "fine"}\n{"text": \n')
     before = sorted(tmp_path.rglob("*"))
-    key = wrong.split("=")[0]
-    done = launch(*(a for a in small if a.split("=")[0] != key), wrong, cwd=tmp_path)
-    assert done.returncode == code, done.stderr
-    assert "Traceback" not in done.stderr
-    assert says in done.stderr
-    assert 1 <= len(done.stderr.strip().splitlines()) <= 5
-    assert f"(exit code {code})" in done.stderr
+    returned, _, err = main(*replaced(arguments, wrong))
+    assert returned == code, err
+    assert says in err
+    assert 1 <= len(err.strip().splitlines()) <= 5
+    assert f"(exit code {code})" in err
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_a_run_ends_with_0_prints_plain_text_and_leaves_its_files(small, tmp_path):
+def test_a_run_ends_with_0_prints_plain_text_and_leaves_its_files_and_a_second_one_is_refused(small, tmp_path):
     done = launch(*small, "report=copy.json", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "\x1b" not in done.stdout
@@ -65,19 +90,16 @@ def test_a_run_ends_with_0_prints_plain_text_and_leaves_its_files(small, tmp_pat
     assert "FAIL" not in done.stdout
     assert {p.name for p in (tmp_path / "out").iterdir()} == {"adapter", "metrics.jsonl", "report.json", "status.json"}
     assert json.loads((tmp_path / "out" / "status.json").read_text())["code"] == 0
-    assert json.loads((tmp_path / "copy.json").read_text()) == json.loads(
-        (tmp_path / "out" / "report.json").read_text()
-    )
+    assert (tmp_path / "copy.json").read_text() == (tmp_path / "out" / "report.json").read_text()
     again = launch(*small, cwd=tmp_path)
     assert again.returncode == 4
-    assert "must not hold another run" in again.stderr
+    assert "must not hold another run" in again.stderr and "Traceback" not in again.stderr
 
 
 @pytest.mark.parametrize(("signum", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_signal_ends_the_run_with_its_code_and_says_so(small, tmp_path, signum, code):
-    arguments = [a for a in small if not a.startswith("train.steps")]
     process = subprocess.Popen(
-        [*MAIN, *arguments, "train.steps=100000"],
+        [*MAIN, *replaced(small, "train.steps=100000")],
         cwd=tmp_path,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
@@ -93,31 +115,22 @@ def test_a_signal_ends_the_run_with_its_code_and_says_so(small, tmp_path, signum
     finally:
         process.kill()
     assert json.loads((tmp_path / "out" / "status.json").read_text())["code"] == code
-    said = process.stderr.read().decode()
-    assert "nothing was saved" in said
-    assert "Traceback" not in said
+    message = process.stderr.read().decode()
+    assert "nothing was saved" in message
+    assert "Traceback" not in message
 
 
-@pytest.fixture
-def previewed(small, small_model, tmp_path):
-    """Arguments of a preview; the model's folder holds no weights."""
-    ignored = shutil.ignore_patterns("*.safetensors")
-    shutil.copytree(small_model, tmp_path / "bare", ignore=ignored)
-    return ["mode=preview", "model.name=./bare", *(a for a in small if not a.startswith("model.name"))]
-
-
-def test_a_preview_shows_the_blocks_without_weights_and_leaves_nothing(previewed, tmp_path):
+def test_a_preview_shows_the_blocks_without_weights_and_leaves_nothing(main, previewed, tmp_path):
     before = sorted(tmp_path.rglob("*"))
-    done = launch(*previewed, "blocks=3", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert "\x1b" not in done.stdout
-    assert [line.split("  ")[0] for line in done.stdout.splitlines() if line.startswith("─ Block")] == [
+    code, out, err = main(*previewed, "blocks=3")
+    assert code == 0, err
+    assert "\x1b" not in out
+    assert [line.split("  ")[0] for line in out.splitlines() if line.startswith("─ Block")] == [
         "─ Block 1", "─ Block 2", "─ Block 3"
     ]  # fmt: skip
-    assert "⟦<|assistant|>⟧«" in done.stdout
-    read = re.search(r"rows read +(\d+)", done.stdout)
-    assert read and read[1] == "60"
-    assert "auto → assistant in 54 rows" in done.stdout  # of the 60, six validate
+    assert "⟦<|assistant|>⟧«" in out
+    assert re.search(r"rows read +60\b", out)
+    assert "auto → assistant in 54 rows" in out  # of the 60, six validate
     assert sorted(tmp_path.rglob("*")) == before
 
 
@@ -128,32 +141,33 @@ def test_a_preview_that_nobody_reads_to_its_end_has_no_traceback(previewed, tmp_
     assert done.stderr == ""
 
 
+@pytest.fixture
+def second_of_two(monkeypatch):
+    for name, value in {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+
+
+def test_of_several_processes_one_previews_and_none_compares(second_of_two, main, previewed):
+    assert main(*previewed) == (0, "", "")
+    code, _, _ = main(*replaced(previewed, "mode=parity"))
+    assert code == 2
+
+
 @pytest.mark.parametrize(
-    ("wrong", "code", "says"),
+    ("error", "reporter", "printed"),
     [
-        ("data.max_length=4096", 2, "data.max_length"),
-        ("data.sources=[{path: broken.jsonl}]", 3, "broken.jsonl:2"),
-        ("blocks=none", 2, "a whole number >= 0"),
+        (ContractError("broken"), None, "error: rank 1: broken (exit code 9)\n"),
+        (DataError("0 rows"), None, ""),  # every rank finds it: local rank 0 prints it
+        (DataError("0 rows"), 1, "error: 0 rows (exit code 3)\n"),  # this rank prepared the data
+        (DataError("0 rows"), 0, ""),
     ],
 )
-def test_a_preview_refuses_what_training_refuses(previewed, tmp_path, wrong, code, says):
-    (tmp_path / "broken.jsonl").write_text('{"text": "fine"}\n{"text": \n')
-    key = wrong.split("=")[0]
-    done = launch(*(a for a in previewed if a.split("=")[0] != key), wrong, cwd=tmp_path)
-    assert done.returncode == code, done.stderr
-    assert says in done.stderr and "Traceback" not in done.stderr
-    assert 1 <= len(done.stderr.strip().splitlines()) <= 5
+def test_an_error_is_printed_once_and_by_a_rank_that_names_itself_where_it_is_its_own(
+    second_of_two, main, monkeypatch, error, reporter, printed
+):
+    def fail(*arguments):
+        error.reporter = reporter
+        raise error
 
-
-def test_of_several_processes_one_previews(previewed, tmp_path, monkeypatch):
-    monkeypatch.setenv("RANK", "1")
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    done = launch(*previewed, cwd=tmp_path)
-    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
-
-
-def test_a_rank_names_itself_in_an_error_that_is_its_own(monkeypatch, capsys):
-    monkeypatch.setenv("RANK", "1")
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    cli._print_error(ContractError("broken"), cli.rank_info())
-    assert capsys.readouterr().err.startswith("error: rank 1: broken (exit code 9)")
+    monkeypatch.setitem(cli.COMMANDS, "train", fail)
+    assert main("recipe=tiny") == (error.code, "", printed)

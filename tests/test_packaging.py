@@ -11,11 +11,12 @@ from importlib.metadata import distribution
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
 ROOT = Path(__file__).resolve().parents[1]
 BUILD = "import sys; from setuptools import build_meta; print(getattr(build_meta, sys.argv[1])(sys.argv[2]))"
-# With -S, so that an editable install of the environment that runs the tests does not answer in place of the one
-# tested; what that environment holds is appended as plain folders, whose .pth files are not read.
+# With -S, and the environment's packages appended as plain folders, whose .pth files are not read: an editable install
+# in the environment of the tests would hide the one under test.
 FIND = (
     "import site, sys; site.addsitedir(sys.argv[1]); sys.path += sys.argv[2:]; "
     "from launcher.recipe import load; print(load.recipes_dir())"
@@ -61,6 +62,7 @@ def run(*arguments: str, cwd: Path) -> str:
     return done.stdout.strip()
 
 
+@pytest.mark.slow
 def test_a_plain_install_carries_every_recipe_file_and_finds_them(checkout: Path, tmp_path: Path) -> None:
     installed = install(checkout, "build_wheel")
     packed = [path.relative_to(installed).as_posix() for path in installed.rglob("*") if path.is_file()]
@@ -77,6 +79,7 @@ def test_a_plain_install_carries_every_recipe_file_and_finds_them(checkout: Path
     assert "qlora-launcher = launcher.cli:main" in entry_points
 
 
+@pytest.mark.slow
 def test_an_editable_install_finds_the_recipes_of_the_checkout(checkout: Path, tmp_path: Path) -> None:
     installed = install(checkout, "build_editable")
     assert not (installed / "launcher").exists()
@@ -95,30 +98,28 @@ def test_the_constraints_pin_everything_that_is_needed_and_nothing_of_a_machine(
     pinned = {normal(line.split("==")[0]) for line in lines}
     config = setup_cfg()
     required = [config["options"]["install_requires"], *config["options.extras_require"].values()]
-    todo = [line for line in "\n".join(required).splitlines() if line.strip() and not line.strip().startswith("#")]
-    seen: set[str] = set()
-    while todo:
-        requirement = todo.pop()
-        name = normal(re.match(r"\s*([\w.-]+)", requirement)[1])  # type: ignore[index]
-        if name in seen or not applies(requirement):
-            continue
-        seen.add(name)
-        todo += distribution(name).requires or []
-    assert len(seen) > 40
-    assert seen <= pinned, sorted(seen - pinned)
+    requirements = [
+        line for line in "\n".join(required).splitlines() if line.strip() and not line.strip().startswith("#")
+    ]
+    needed: set[str] = set()
+    while requirements:
+        requirement = Requirement(requirements.pop())
+        name = normal(requirement.name)
+        if name not in needed and applies(requirement):
+            needed.add(name)
+            requirements += distribution(name).requires or []
+    assert len(needed) > 40
+    assert needed <= pinned, sorted(needed - pinned)
 
 
 def normal(name: str) -> str:
     return re.sub(r"[-_.]+", "-", name).lower()
 
 
-def applies(requirement: str) -> bool:
+def applies(requirement: Requirement) -> bool:
     """Whether a requirement holds here and without extras. What torch needs for CUDA differs by index: not pinned."""
-    from packaging.requirements import Requirement
-
-    parsed = Requirement(requirement)
-    ours = not normal(parsed.name).startswith(("nvidia-", "cuda-", "triton"))
-    return ours and (parsed.marker is None or parsed.marker.evaluate({"extra": ""}))
+    pinnable = not normal(requirement.name).startswith(("nvidia-", "cuda-", "triton"))
+    return pinnable and (requirement.marker is None or requirement.marker.evaluate({"extra": ""}))
 
 
 def test_both_entry_scripts_work_from_any_folder_and_hide_no_package(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
-"""Saves the adapter in PEFT's layout, and proves from the files that they give back what was trained."""
+"""Saves the adapter in PEFT's layout, and proves from the files that they restore what was trained."""
 
+import hashlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -7,11 +8,27 @@ from typing import Any
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, set_peft_model_state_dict
 from safetensors.torch import load_file
+from torch import nn
 
+from launcher.checkpoint.folder import RunFolder
 from launcher.errors import CheckpointError
 from launcher.model.lora import ADAPTER
+from launcher.records.run import Verdict
 
-TOLERANCE = 1e-5  # the same graph on the same batch: only a differing weight can move the loss
+TOLERANCE = 1e-5  # the same graph on the same batch: only a weight that differs can move the loss
+
+
+def save_proven(model: PeftModel, tokenizer: Any, folder: RunFolder, *, loss: Callable[[], float]) -> Verdict:
+    """Save the adapter to a staging folder, prove it there, then rename it to `adapter`. An adapter whose proof fails
+    is not renamed, and the verdict says why."""
+    save_adapter(model, tokenizer, folder.adapter_staging)
+    claim = "saved adapter reloads"
+    try:
+        before, after = prove_adapter(model, folder.adapter_staging, loss=loss)
+    except CheckpointError as error:
+        return Verdict(claim, False, str(error))
+    folder.adapter_staging.rename(folder.adapter)
+    return Verdict(claim, True, f"loss {before:.6f} trained, {after:.6f} reloaded from disk")
 
 
 def save_adapter(model: PeftModel, tokenizer: Any, folder: Path) -> None:
@@ -21,28 +38,47 @@ def save_adapter(model: PeftModel, tokenizer: Any, folder: Path) -> None:
 
 
 def prove_adapter(model: PeftModel, folder: Path, *, loss: Callable[[], float]) -> tuple[float, float]:
-    """Overwrite the trained LoRA weights with those on disk; returns `loss()` before and after, equal weights assured.
+    """Overwrite the trained LoRA weights with those on disk; returns `loss()` before and after. The weights are equal.
 
-    Between the two the weights are set to NaN, so that a tensor the files lack cannot pass unnoticed. Raises
-    CheckpointError when keys, settings or the loss differ; the trained weights are then put back.
+    In between they are set to NaN, so that a tensor missing from the files cannot pass unnoticed. Raises
+    CheckpointError where keys, settings, weights or the loss differ; the trained weights are then restored.
     """
-    trained = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+    parameters = trained_parameters(model)
+    trained = {name: parameter.detach().clone() for name, parameter in parameters.items()}
     before = loss()
     try:
-        _overwrite(model, float("nan"))
+        _overwrite(parameters, {name: torch.full_like(tensor, torch.nan) for name, tensor in trained.items()})
         _load(model, folder)
         after = loss()
+        different = [name for name, parameter in parameters.items() if not torch.equal(parameter, trained[name])]
+        if different or not abs(after - before) <= TOLERANCE * max(1.0, abs(before)):
+            raise CheckpointError(
+                f"the saved adapter must give back what was trained; loss {before:.6f} became {after:.6f}, "
+                f"{len(different)} of {len(trained)} tensors differ. It was removed."
+            )
     except Exception:
-        _restore(model, trained)
+        _overwrite(parameters, trained)
         raise
-    wrong = [n for n, p in model.named_parameters() if n in trained and not torch.equal(p, trained[n])]
-    if wrong or not abs(after - before) <= TOLERANCE * max(1.0, abs(before)):
-        _restore(model, trained)
-        raise CheckpointError(
-            f"the saved adapter must give back what was trained; loss {before:.6f} became {after:.6f}, "
-            f"{len(wrong)} of {len(trained)} tensors differ. It was removed."
-        )
     return before, after
+
+
+@torch.no_grad()
+def _overwrite(parameters: dict[str, nn.Parameter], values: dict[str, torch.Tensor]) -> None:
+    for name, parameter in parameters.items():
+        parameter.copy_(values[name])
+
+
+def adapter_digest(model: nn.Module) -> str:
+    """A digest of the trained parameters: names and bits."""
+    digest = hashlib.sha256()
+    for name, parameter in trained_parameters(model).items():
+        digest.update(name.encode())
+        digest.update(parameter.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
 def _load(model: PeftModel, folder: Path) -> None:
@@ -60,17 +96,3 @@ def _load(model: PeftModel, folder: Path) -> None:
         raise CheckpointError(
             f"{folder} holds {len(unexpected)} tensors that no adapter of this model has: {unexpected[0]}"
         )
-
-
-@torch.no_grad()
-def _overwrite(model: PeftModel, value: float) -> None:
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            parameter.fill_(value)
-
-
-@torch.no_grad()
-def _restore(model: PeftModel, trained: dict[str, torch.Tensor]) -> None:
-    for name, parameter in model.named_parameters():
-        if name in trained:
-            parameter.copy_(trained[name])

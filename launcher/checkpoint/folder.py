@@ -1,4 +1,4 @@
-"""The files of a run, all in its folder: metrics.jsonl and report.json by rank 0, status.json by whoever failed."""
+"""The files of a run, all in its folder: rank 0's metrics.jsonl and report.json, and status.json: how the run ended."""
 
 import json
 import math
@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from launcher.errors import CheckpointError, RecipeError
-from launcher.records.run import EvalRecord, RunRecord, StepRecord
+from launcher.records.run import EvalRecord, Event, RunOpened, RunRecord, StepRecord
 
-ECHOES = (1, 8, 130, 143)  # ends that another rank's failure may bring about
+FOLLOWING_CODES = (1, 8, 130, 143)  # a rank may end with these because another one failed
 
 
 class RunFolder:
@@ -20,24 +20,19 @@ class RunFolder:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.is_ours = False  # until it has been created for this run: another run's folder is left alone
-
-    @property
-    def adapter(self) -> Path:
-        return self.path / "adapter"
-
-    @property
-    def adapter_staging(self) -> Path:
-        """Where the adapter is until it is proved."""
-        return self.path / "adapter.part"
+        self.metrics, self.report, self.status = (
+            path / name for name in ("metrics.jsonl", "report.json", "status.json")
+        )
+        self.adapter = path / "adapter"
+        self.adapter_staging = path / "adapter.part"  # until the adapter is proved
 
     def create(self) -> None:
         """Make the folder. Raises CheckpointError if it holds a run already, RecipeError if it cannot be made."""
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            if any((self.path / name).exists() for name in ("status.json", "report.json", "adapter")):
+            if any(path.exists() for path in (self.status, self.report, self.adapter)):
                 raise FileExistsError
-            open(self.path / "metrics.jsonl", "x").close()  # of two runs that start together one gets it
+            open(self.metrics, "x").close()  # of two runs that start together one gets it
         except FileExistsError:
             raise CheckpointError(
                 f"run.output_dir must not hold another run; {self.path} does. Choose another folder or remove it."
@@ -47,62 +42,86 @@ class RunFolder:
                 f"run.output_dir must be a folder that can be written; {self.path}: {error.strerror}. Choose another."
             ) from None
 
-    def metric(self, record: StepRecord | EvalRecord) -> None:
-        """Append one line to metrics.jsonl."""
-        with open(self.path / "metrics.jsonl", "a", encoding="utf-8") as file:
-            file.write(json.dumps(_finite(asdict(record))) + "\n")
-
-    def report(self, run: RunRecord) -> None:
-        """Write report.json."""
-        write_json(self.path / "report.json", run.as_report())
-
-    def status(self, *, code: int, reason: str, rank: int, step: int) -> None:
-        """Write status.json; the launcher masks worker exit codes, so this is where they can be read.
-
-        When one rank fails the others fail after it, of a closed connection or a signal: what they say never replaces
-        the cause. A run that never got to its first line (codes 2 and 3) leaves no folder.
-        """
-        if not self.is_ours or (code in ECHOES and self._cause() not in (None, *ECHOES)):
-            return
-        shutil.rmtree(self.adapter_staging, ignore_errors=True)
-        if code in (2, 3) and not (self.path / "metrics.jsonl").stat().st_size:
-            (self.path / "metrics.jsonl").unlink()
-            if not any(self.path.iterdir()):  # the user may keep other things there
-                self.path.rmdir()
-            return
-        found = {"code": code, "reason": reason, "rank": rank, "step": step, "resumable": False}
-        write_json(self.path / "status.json", found)
-
-    def _cause(self) -> int | None:
-        """The code that status.json has, None without one."""
+    def status_code(self) -> int | None:
+        """The code in status.json, None without one."""
         try:
-            return int(json.loads((self.path / "status.json").read_text(encoding="utf-8"))["code"])
+            return int(json.loads(self.status.read_text(encoding="utf-8"))["code"])
         except FileNotFoundError:
             return None
+
+    def discard(self) -> None:
+        """Remove what `create` made, if nothing was measured yet; other files in the folder are the user's."""
+        self.metrics.unlink()
+        if not any(self.path.iterdir()):
+            self.path.rmdir()
+
+
+class RunFiles:
+    """A sink of a run's events: rank 0 writes metrics.jsonl and report.json, the rank that ends it status.json.
+
+    `report_copy` is where else the report is written.
+    """
+
+    def __init__(self, rank: int, *, report_copy: Path | None = None) -> None:
+        self._rank, self._report_copy = rank, report_copy
+        self._folder: RunFolder | None = None  # None until it is this run's: another run's is left alone
+        self._step = 0
+
+    def show(self, event: Event) -> None:
+        if isinstance(event, RunOpened):
+            self._folder = RunFolder(event.path)
+        if isinstance(event, StepRecord):
+            self._step = event.step
+        if self._rank or self._folder is None:
+            return
+        if isinstance(event, StepRecord | EvalRecord):
+            with open(self._folder.metrics, "a", encoding="utf-8") as file:
+                file.write(json.dumps(_finite(asdict(event))) + "\n")
+        elif isinstance(event, RunRecord):
+            write_json(self._folder.report, event.as_report())
+            if self._report_copy:
+                shutil.copyfile(self._folder.report, self._report_copy)
+
+    def end(self, *, code: int, reason: str, step: int | None = None) -> None:
+        """Write status.json: on success rank 0's, else the failed rank's. The launcher masks exit codes as 1.
+
+        When one rank fails the others fail after it, of a closed connection or a signal: their status never replaces
+        the cause. A run that fails with code 2 or 3 before its first metric leaves no folder.
+        """
+        folder = self._folder
+        if folder is None or (self._rank and not code):
+            return
+        if code in FOLLOWING_CODES and folder.status_code() not in (None, *FOLLOWING_CODES):
+            return
+        shutil.rmtree(folder.adapter_staging, ignore_errors=True)
+        if code in (2, 3) and not folder.metrics.stat().st_size:
+            folder.discard()
+            return
+        status = {"code": code, "reason": reason, "rank": self._rank, "step": step or self._step, "resumable": False}
+        write_json(folder.status, status)
 
 
 def default_folder(recipe: str) -> str:
     """runs/<recipe>-<time>, with a counter where two runs start within a second. Absolute."""
-    name = Path(recipe).stem
-    base = Path.cwd() / "runs" / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
-    candidate, n = base, 1
-    while candidate.exists():
-        n += 1
-        candidate = base.with_name(f"{base.name}-{n}")
-    return str(candidate)
+    base = Path.cwd() / "runs" / f"{Path(recipe).stem}-{time.strftime('%Y%m%d-%H%M%S')}"
+    path, count = base, 1
+    while path.exists():
+        count += 1
+        path = base.with_name(f"{base.name}-{count}")
+    return str(path)
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write whole or not at all: a reader never sees half a file. What is no finite number becomes null."""
+    """Write whole or not at all: a reader never sees half a file. NaN and infinity become null."""
     staging = path.with_name(f"{path.name}.{os.getpid()}.part")  # several ranks may report one failure
     staging.write_text(json.dumps(_finite(content), indent=2) + "\n", encoding="utf-8")
     os.replace(staging, path)
 
 
 def _finite(value: Any) -> Any:
-    """JSON has no NaN or infinity: they become null."""
+    """The value with null for NaN and infinity, which JSON lacks."""
     if isinstance(value, dict):
-        return {k: _finite(v) for k, v in value.items()}
+        return {key: _finite(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_finite(v) for v in value]
+        return [_finite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -4,9 +4,17 @@ Stdlib only. Units are in the names: `_mib` is 2**20 bytes, `_s` seconds, `_ms` 
 """
 
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 REPORT_SCHEMA = 1
+
+
+@dataclass(frozen=True)
+class RunOpened:
+    """The run has its folder: from here on its files may be written."""
+
+    path: Path  # absolute, the same on every rank
 
 
 @dataclass(frozen=True)
@@ -188,3 +196,7 @@ class RunRecord:
             "ranks": [r.as_report() for r in self.ranks],
             "sample": asdict(self.sample) if self.sample else None,
         }
+
+
+# What a run yields and a sink is shown, in this order; the text is the name of the phase that begins.
+Event = str | RunOpened | StartRecord | StepRecord | EvalRecord | RunRecord

@@ -1,11 +1,12 @@
-"""What must be settled in the environment before torch is imported. Imports no torch."""
+"""What is set up before torch is imported. Imports no torch."""
 
+import gc
 import logging
 import os
+import sys
 import warnings
-
-from launcher.compile.inductor_cache import prepare_cache
-from launcher.runtime.ranks import RankInfo
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 # Turns that an idle OpenMP thread (GNU's) spins before it sleeps. The default spins for so long that one busy neighbour
 # on a two-core machine made a step of recipe=tiny 2.9 times slower (1,441 against 490 ms); with this it is 1.5 times
@@ -13,14 +14,35 @@ from launcher.runtime.ranks import RankInfo
 SPIN_COUNT = "2000"
 
 
-def prepare_environment(rank_info: RankInfo) -> tuple[str, ...]:
-    """Private compile cache, capped compile workers, quiet libraries. Returns notes for the report."""
-    note = prepare_cache(workers=rank_info.cores)
+def prepare_environment() -> None:
+    """Make the libraries quiet and idle threads sleep. Variables that the user has set are kept."""
     os.environ.setdefault("GOMP_SPINCOUNT", SPIN_COUNT)
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # set, it does not warn about forks
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # once set, it does not warn about forks
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     logging.getLogger("torch.distributed").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning)
-    return (note,) if note else ()
+
+
+@contextmanager
+def quick_imports() -> Iterator[None]:
+    """Around the imports of torch and transformers: the garbage collector pauses, and what was imported is frozen.
+
+    These imports make millions of objects that all stay. The collector would walk them again and again, a sixth of the
+    imports' CPU time (6.2 s with it, 5.1 without; medians of four, CPU). Frozen, they are skipped by every later
+    collection, such as the full one before a capture. Whatever else is made inside is never collected. Does nothing
+    where torch has been imported: little is left to import, and a notebook's own objects must not be frozen.
+    """
+    if "torch" in sys.modules:
+        yield
+        return
+    was_enabled = gc.isenabled()
+    gc.collect()  # garbage of before must not be frozen
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        if was_enabled:
+            gc.enable()

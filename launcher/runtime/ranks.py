@@ -1,5 +1,4 @@
-"""Who am I, how many are we, who goes first, and one record from each. torch is imported only where the group is
-spoken to."""
+"""This process's rank, and how ranks exchange and compare values. torch is imported only to use the process group."""
 
 import atexit
 import ctypes
@@ -7,21 +6,22 @@ import gc
 import os
 import signal
 import sys
-from collections.abc import Callable
+import time
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
-from launcher.runtime.rendezvous import Rendezvous
-
-T = TypeVar("T")
+from launcher.errors import LauncherError
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 LAUNCHER_VARIABLES = ("TORCHELASTIC_RUN_ID", "ACCELERATE_MIXED_PRECISION")  # torchrun's; accelerate's for one process
 
 
+STARTED_S = time.monotonic()  # when this process began, nearly: the command line imports this module before torch
+
+
 @dataclass(frozen=True)
 class RankInfo:
-    """This process among the run's processes, as the launcher's environment tells it."""
+    """This process among the run's processes."""
 
     rank: int
     local_rank: int
@@ -40,7 +40,7 @@ class RankInfo:
 
 
 def rank_info() -> RankInfo:
-    """Read from the variables that torchrun and `accelerate launch` set; alone without them."""
+    """Read the variables that torchrun and `accelerate launch` set; without them the process is the only one."""
 
     def number(name: str, default: int) -> int:
         return int(os.environ.get(name, default))
@@ -50,42 +50,45 @@ def rank_info() -> RankInfo:
 
 
 def end_with_parent() -> None:
-    """Under a launcher, ask the kernel to send SIGTERM here when it dies (Linux): `accelerate launch` with one process
-    would otherwise leave its trainer running. Without one the parent is a shell, which may end before its job."""
+    """Under a launcher, ask the kernel to send SIGTERM to this process when the launcher dies (Linux).
+
+    `accelerate launch` with one process would otherwise leave its trainer running. Without a launcher the parent is a
+    shell, which may end before its job.
+    """
     if sys.platform == "linux" and any(name in os.environ for name in LAUNCHER_VARIABLES):
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
-_held: list[Any] = []  # the process group, until the interpreter ends
+_process_group: list[Any] = []  # kept until the interpreter ends
 
 
 def hold_process_group() -> None:
-    """Keep the process group, where there is one, until the interpreter ends; then let it go, last of all.
+    """Keep a reference to the process group, if there is one, until the interpreter ends.
 
-    Objects of torch may share gloo's group, as DDP's reducer does. Were theirs the last reference, its destructor would
-    join gloo's threads with the GIL held while one of them waits for the GIL, to free the tensors of its last
+    Objects of torch may share gloo's group, as DDP's reducer does. If theirs were the last reference, its destructor
+    would join gloo's threads with the GIL held while one of them waits for the GIL, to free the tensors of its last
     collective: the process never ends (torch 2.13; seen twice in ten launches with DDP). Python's own reference is
     dropped with the GIL released.
     """
     from torch import distributed
 
     if distributed.is_available() and distributed.is_initialized():
-        if not _held:
-            atexit.register(let_go)
-        _held.append(distributed.group.WORLD)
+        if not _process_group:
+            atexit.register(release_process_group)
+        _process_group.append(distributed.group.WORLD)
 
 
-def let_go() -> None:
-    """Free what may still share the process group, then the group."""
+def release_process_group() -> None:
+    """Free what may still share the process group, then drop the reference that `hold_process_group` keeps."""
     gc.collect()
-    _held.clear()
+    _process_group.clear()
 
 
-def gather(record: Any) -> list[Any]:
-    """One object from every rank, in rank order, on every rank."""
+def gather(value: Any) -> list[Any]:
+    """The values of all ranks, in rank order, on every rank."""
     from accelerate.utils import gather_object
 
-    return list(gather_object([record]))
+    return list(gather_object([value]))
 
 
 def broadcast(value: Any) -> Any:
@@ -95,30 +98,12 @@ def broadcast(value: Any) -> Any:
     return broadcast_object_list([value])[0]
 
 
-def local_rank_0_first(here: RankInfo, work: Callable[[], T], *, wait_s: float) -> T:
-    """`work` in local rank 0 of each machine; when it is done there, in the machine's other ranks.
+def check_same_on_all_ranks(rule: str, digest: str, *, error: type[LauncherError], remedy: str) -> None:
+    """Compare the digests of all ranks. `rule` completes "every rank must ...".
 
-    For work that leaves in a cache what the second to do it finds there. Needs no process group: what became of the
-    first is a file in a private temporary folder. Every local rank must come here, equally often.
-
-    Raises what `work` raises. The other ranks raise local rank 0's error (the nearest class of launcher/errors.py, the
-    same message), LostRank when it has ended without a word or `wait_s` seconds are over, and DiskError when the
-    folder is not this user's own.
+    Raises `error` on every rank where two digests differ; the message has a line for each rank.
     """
-    if here.local_world_size == 1:
-        return work()
-    rendezvous = Rendezvous(here.local_rank, of=here.local_world_size)
-    if here.local_rank:
-        try:
-            rendezvous.await_first(wait_s)
-        finally:
-            rendezvous.leave()
-        return work()
-    rendezvous.open()
-    try:
-        value = work()
-    except BaseException as error:
-        rendezvous.tell_failed(error)
-        raise
-    rendezvous.tell_done()
-    return value
+    digests = gather(digest[:16])
+    if len(set(digests)) > 1:
+        lines = "\n".join(f"rank {rank}: {digest}" for rank, digest in enumerate(digests))
+        raise error(f"every rank must {rule}; they differ:\n{lines}\n{remedy}")

@@ -1,37 +1,37 @@
-"""The signals that end a run, and that no code on the way may swallow.
+"""The signals that end a run, and that no code in between may swallow.
 
-Python raises KeyboardInterrupt wherever the main thread happens to be. Where that is a callback whose errors are
-dropped, nobody hears of it: 1 of 50 interrupted runs went on training, what dropped it is not known. So a signal is
-raised at once and remembered, and the training loop asks at every step.
+Python raises KeyboardInterrupt wherever the main thread happens to be. If that is a callback whose errors are dropped,
+the exception is lost: 1 of 50 interrupted runs went on training. So a signal is raised at once and also remembered, and
+the training loop asks at every step.
 """
 
 import signal
 from types import FrameType
 from typing import NoReturn
 
-_arrived: list[type[BaseException]] = []
+_received: list[type[BaseException]] = []
 
 
 class Terminated(BaseException):
-    """SIGTERM arrived."""
+    """SIGTERM was received."""
 
 
 def listen() -> None:
-    """From here on SIGTERM raises Terminated and SIGINT KeyboardInterrupt; an ignored SIGINT stays so."""
-    _arrived.clear()
+    """From now on SIGTERM raises Terminated and SIGINT KeyboardInterrupt; a SIGINT that is ignored stays ignored."""
+    _received.clear()
     signal.signal(signal.SIGTERM, _stop)
     if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
         signal.signal(signal.SIGINT, _stop)
 
 
 def raise_if_stopped() -> None:
-    """Raise what has arrived and did not come through."""
-    if _arrived:
-        raise _arrived[-1]
+    """Raise the last signal's exception again, in case it was swallowed."""
+    if _received:
+        raise _received[-1]
 
 
 def _stop(signum: int, frame: FrameType | None) -> NoReturn:
     if signum == signal.SIGTERM:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a second one must not interrupt the ending
-    _arrived.append(Terminated if signum == signal.SIGTERM else KeyboardInterrupt)
-    raise _arrived[-1]
+    _received.append(Terminated if signum == signal.SIGTERM else KeyboardInterrupt)
+    raise _received[-1]

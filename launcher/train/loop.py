@@ -1,19 +1,17 @@
-"""The run: a generator of records on every rank. It never prints; the console and the exit code are the caller's.
-
-Yields, in order: phase names (str), one StartRecord, StepRecords and EvalRecords as they come, one RunRecord.
+"""The run: a generator of events on every rank. It knows no console, file of metrics, tracker or exit code: those are
+sinks of its events (api.py). Only the adapter is saved here, since its proof needs the model.
 """
 
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import cast
 
 import torch
 
-from launcher.checkpoint.adapter import prove_adapter, save_adapter
-from launcher.data.pack.micro_batch import MicroBatch
+from launcher.checkpoint.adapter import save_proven
 from launcher.errors import CheckpointError, ContractError, LauncherError, NonFiniteError
-from launcher.records.run import EvalRecord, RunRecord, StartRecord, StepRecord, Verdict
+from launcher.records.run import EvalRecord, Event, RankRecord, RunOpened, RunRecord, Sample, StepRecord, Verdict
 from launcher.runtime.ranks import broadcast, gather
 from launcher.runtime.signals import raise_if_stopped
 from launcher.train.make_records import rank_record, start_record
@@ -23,24 +21,24 @@ from launcher.train.sample import generate
 from launcher.train.setup import Clock, Worker, prepare
 from launcher.train.verdicts import compile_verdicts, loss_verdict
 
-Event = str | StartRecord | StepRecord | EvalRecord | RunRecord
 SKIPS_IN_A_ROW = 20  # fp16: a scale that halves this often without one good step will not recover
 
 
 @dataclass
-class Progress:
-    """What the run has so far; also what a failure can still tell."""
+class RunHistory:
+    """What the run has done so far, filled as it goes: also for whoever reports a failure."""
 
     steps: list[StepRecord] = field(default_factory=list)
     evals: list[EvalRecord] = field(default_factory=list)
-    own_tokens: list[tuple[int, int]] = field(default_factory=list)  # this rank's (all, supervised) by step
+    rank_tokens: list[tuple[int, int]] = field(default_factory=list)  # this rank's (all, supervised) by step
     worker: Worker | None = None
     skipped_in_a_row: int = 0
     first_read: int = 0  # steps that were read together with the first one
 
     @property
-    def step(self) -> int:
-        return self.steps[-1].step if self.steps else 0
+    def ledger(self) -> str:
+        """What holds memory, by phase."""
+        return self.worker.ledger.as_text() if self.worker else "nothing yet"
 
     @property
     def steady(self) -> slice:
@@ -49,10 +47,10 @@ class Progress:
         return slice(self.first_read if len(self.steps) > self.first_read else 0, None)
 
 
-def run(request: Request, progress: Progress) -> Iterator[Event]:
-    """Train as the request says. `progress` is filled as the run goes, for whoever has to report a failure.
+def run(request: Request, history: RunHistory) -> Iterator[Event]:
+    """Train as the request says; yields events in the order of records/run.py and fills `history`.
 
-    Raises the errors of launcher/errors.py; the folder, once there, then holds everything up to the last good step.
+    Raises the errors of launcher/errors.py, after the events of all good steps.
     """
     clock, recipe = Clock(), request.recipe
     yield "reading data"
@@ -60,8 +58,9 @@ def run(request: Request, progress: Progress) -> Iterator[Event]:
         prepared = prepare(request)
     yield "starting processes"
     with clock.phase("start"):
-        worker = progress.worker = Worker(request, prepared, clock=clock)
+        worker = history.worker = Worker(request, prepared, clock=clock)
         worker.open_folder()
+    yield RunOpened(worker.folder.path)
     yield "loading model"
     with clock.phase("load"):
         worker.build()
@@ -69,28 +68,13 @@ def run(request: Request, progress: Progress) -> Iterator[Event]:
     with clock.phase("compile"):
         worker.compile()
     yield start_record(worker)
-    yield from _train(worker, progress)
+    yield from _train(worker, history)
     yield "saving adapter"
     with clock.phase("save"):
         saved = _save(worker)
     with clock.phase("sample"):
         sample = _sample(worker)
-    step_s = [step.step_s for step in progress.steps]
-    steady = progress.steady
-    ranks = tuple(gather(rank_record(worker, step_s=step_s[steady], tokens=progress.own_tokens[steady])))
-    record = RunRecord(
-        recipe=recipe.model_dump(mode="json"),
-        start=start_record(worker),
-        steps=tuple(progress.steps),
-        evals=tuple(progress.evals),
-        elapsed_s=clock.elapsed_s,
-        ranks=ranks,
-        verdicts=tuple(_verdicts(worker, progress, ranks, saved)),
-        data=dict(prepared.data.counts),
-        sample=sample,
-    )
-    if worker.rank_info.is_main:
-        worker.folder.report(record)
+    record = _run_record(worker, history, saved, sample)
     worker.accelerator.end_training()
     worker.plan.release()
     yield record
@@ -101,40 +85,40 @@ def run(request: Request, progress: Progress) -> Iterator[Event]:
         raise ContractError("; ".join(f"{v.claim}: {v.evidence}" for v in broken))
 
 
-def _train(worker: Worker, progress: Progress) -> Iterator[StepRecord | EvalRecord]:
+def _train(worker: Worker, history: RunHistory) -> Iterator[StepRecord | EvalRecord]:
     recipe, clock = worker.recipe.train, worker.clock
-    yield from _evaluate(worker, progress, step=0)
+    yield from _evaluate(worker, history, step=0)
     pending = Pending()
     for number in range(1, worker.steps + 1):
         last = number == worker.steps
         evaluates = last or bool(recipe.eval_every and number % recipe.eval_every == 0)
-        with clock.phase("train"):
-            try:
+        try:
+            with clock.phase("train"):
                 raise_if_stopped()
                 batch = next(worker.batches)  # while the device works on the step before
                 pending.add(worker.step(batch), batch)
-            except (LauncherError, KeyboardInterrupt):
-                _records(worker, progress, pending.read(all=True))  # the steps before it are good
-                raise
-            if not evaluates and number % recipe.log_every:
-                continue
-            records = _records(worker, progress, pending.read(all=evaluates))
-            worker.plan.check()
-        yield from records
+        except (LauncherError, KeyboardInterrupt):
+            yield from _step_records(worker, history, pending.read(all=True))  # the steps before it are good
+            raise
+        if not evaluates and number % recipe.log_every:
+            continue
+        with clock.phase("train"):
+            readings = pending.read(all=evaluates)
+        yield from _step_records(worker, history, readings)
+        worker.plan.check()
         if evaluates:
-            yield from _evaluate(worker, progress, step=number)
+            yield from _evaluate(worker, history, step=number)
             pending.restart()
     worker.ledger.mark("after training")
 
 
-def _records(worker: Worker, progress: Progress, readings: Sequence[Reading]) -> list[StepRecord]:
-    """Note and log what was read. Raises NonFiniteError naming the first step whose loss or gradient is not finite."""
-    progress.first_read = progress.first_read or len(readings)
-    records = []
+def _step_records(worker: Worker, history: RunHistory, readings: Sequence[Reading]) -> Iterator[StepRecord]:
+    """Raises NonFiniteError naming the first step whose loss or gradient is not finite, after the records before it."""
+    history.first_read = history.first_read or len(readings)
     for reading in readings:
         batch = reading.batch
         record = StepRecord(
-            step=progress.step + 1,
+            step=len(history.steps) + 1,
             loss=reading.loss_sum / max(1, batch.supervised_tokens),
             lr=reading.lr,
             grad_norm=reading.grad_norm,
@@ -144,14 +128,14 @@ def _records(worker: Worker, progress: Progress, readings: Sequence[Reading]) ->
             vram_mib=worker.ledger.used_mib(),
             skipped=reading.skipped,
         )
-        progress.skipped_in_a_row = progress.skipped_in_a_row + 1 if record.skipped else 0
-        _check_finite(record, progress.skipped_in_a_row)
-        progress.steps.append(record)
-        own = [(m.tokens, m.supervised_tokens) for m in batch.micro_batches]
-        progress.own_tokens.append((sum(t for t, _ in own), sum(s for _, s in own)))
-        _log(worker, record, {"loss": record.loss, "lr": record.lr, "grad_norm": record.grad_norm})
-        records.append(record)
-    return records
+        history.skipped_in_a_row = history.skipped_in_a_row + 1 if record.skipped else 0
+        _check_finite(record, history.skipped_in_a_row)
+        history.steps.append(record)
+        micro_batches = batch.micro_batches
+        history.rank_tokens.append(
+            (sum(m.tokens for m in micro_batches), sum(m.supervised_tokens for m in micro_batches))
+        )
+        yield record
 
 
 def _check_finite(record: StepRecord, skipped_in_a_row: int) -> None:
@@ -168,7 +152,7 @@ def _check_finite(record: StepRecord, skipped_in_a_row: int) -> None:
     )
 
 
-def _evaluate(worker: Worker, progress: Progress, *, step: int) -> Iterator[EvalRecord]:
+def _evaluate(worker: Worker, history: RunHistory, *, step: int) -> Iterator[EvalRecord]:
     if not worker.eval_batches:
         return
     with worker.clock.phase("evaluate"), torch.no_grad():
@@ -180,51 +164,53 @@ def _evaluate(worker: Worker, progress: Progress, *, step: int) -> Iterator[Eval
     record = EvalRecord(step, total / max(1.0, supervised))
     if not math.isfinite(record.eval_loss):
         raise NonFiniteError(f"eval loss must be finite; after step {step} it is {record.eval_loss}.", step=step)
-    progress.evals.append(record)
-    _log(worker, record, {"eval_loss": record.eval_loss})
+    history.evals.append(record)
     yield record
 
 
-def _log(worker: Worker, record: StepRecord | EvalRecord, values: dict[str, float]) -> None:
-    if worker.rank_info.is_main:
-        worker.folder.metric(record)
-    if worker.recipe.run.trackers:
-        worker.accelerator.log(values, step=record.step)
-
-
 def _save(worker: Worker) -> Verdict:
-    """Save on rank 0, prove the files, and only then give them their name; all ranks get the verdict."""
+    """Save and prove the adapter on rank 0; every rank gets the verdict."""
     verdict = None
     if worker.rank_info.is_main:
-        folder, model, probe = worker.folder, worker.built.peft, worker.probe
-        save_adapter(model, worker.prepared.tokenizer, folder.adapter_staging)
-        try:
-            before, after = prove_adapter(model, folder.adapter_staging, loss=lambda: _probe_loss(worker, probe))
-            said = f"loss {before:.6f} trained, {after:.6f} reloaded from disk"
-            verdict = Verdict("saved adapter reloads", True, said)
-            folder.adapter_staging.rename(folder.adapter)
-        except CheckpointError as error:
-            verdict = Verdict("saved adapter reloads", False, str(error))
+        verdict = save_proven(
+            worker.built.peft, worker.prepared.tokenizer, worker.folder, loss=lambda: _probe_loss(worker)
+        )
     return cast(Verdict, broadcast(verdict))
 
 
-def _probe_loss(worker: Worker, probe: MicroBatch) -> float:
+def _probe_loss(worker: Worker) -> float:
+    probe = worker.probe
     return float(worker.plan.call(worker.step.eval_loss, probe)) / max(1, probe.supervised_tokens)
 
 
-def _sample(worker: Worker) -> Any:
-    example, tokens = worker.prepared.data.example, worker.recipe.run.sample_tokens
-    if not (worker.rank_info.is_main and example and tokens):
+def _sample(worker: Worker) -> Sample | None:
+    example, recipe = worker.prepared.data.example, worker.recipe
+    if not (worker.rank_info.is_main and example and recipe.run.sample_tokens):
         return None
     return generate(
         worker.built.packed,
         worker.prepared.tokenizer,
         example,
-        tokens=tokens,
-        max_length=worker.recipe.data.max_length,
+        tokens=recipe.run.sample_tokens,
+        max_length=recipe.data.max_length,
     )
 
 
-def _verdicts(worker: Worker, progress: Progress, ranks: Any, saved: Verdict) -> list[Verdict]:
+def _run_record(worker: Worker, history: RunHistory, saved: Verdict, sample: Sample | None) -> RunRecord:
+    steady = history.steady
+    step_s = [step.step_s for step in history.steps[steady]]
+    ranks: tuple[RankRecord, ...] = tuple(
+        gather(rank_record(worker, step_s=step_s, tokens=history.rank_tokens[steady]))
+    )
     compiled = [] if worker.recipe.compile.mode == "off" else compile_verdicts(ranks)
-    return [*compiled, loss_verdict(progress.steps, progress.evals), saved]
+    return RunRecord(
+        recipe=worker.recipe.model_dump(mode="json"),
+        start=start_record(worker),
+        steps=tuple(history.steps),
+        evals=tuple(history.evals),
+        elapsed_s=worker.clock.elapsed_s,
+        ranks=ranks,
+        verdicts=(*compiled, loss_verdict(history.steps, history.evals), saved),
+        data=dict(worker.prepared.data.counts),
+        sample=sample,
+    )

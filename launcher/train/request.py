@@ -1,4 +1,4 @@
-"""What is asked of a run, a comparison or a bench. Imports no torch."""
+"""What the command line asks of a run, a comparison or a benchmark. Imports no torch."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,7 +9,7 @@ from launcher.runtime.ranks import RankInfo
 
 @dataclass(frozen=True)
 class Request:
-    """What is asked for: a recipe whose model has been located, in one process among the run's."""
+    """A recipe whose model has been located, and the process that is to run it."""
 
     recipe: Recipe
     name: str  # the recipe's

@@ -6,7 +6,6 @@ process group, the run folder or the weights exist. `Worker` then builds the mod
 
 import gc
 import hashlib
-import importlib.util
 import os
 import time
 from collections.abc import Iterator
@@ -19,6 +18,7 @@ import psutil
 import torch
 from accelerate import Accelerator, PartialState
 
+from launcher.checkpoint.adapter import adapter_digest
 from launcher.checkpoint.folder import RunFolder, default_folder
 from launcher.compile.graphs import CaptureFailed, check_graphs, outcome
 from launcher.compile.observe import Observer
@@ -34,9 +34,8 @@ from launcher.memory.offload import HostInputs
 from launcher.memory.policy import Policy, applied, check_policy, choose_policy
 from launcher.model.build import BuiltModel, build_model, preflight
 from launcher.model.source import load_config, load_tokenizer
-from launcher.recipe.schema import RunSection
-from launcher.runtime.agreement import check_alike, digest_of
-from launcher.runtime.ranks import broadcast, gather, hold_process_group, local_rank_0_first
+from launcher.runtime.first_rank import one_rank_first
+from launcher.runtime.ranks import broadcast, check_same_on_all_ranks, gather, hold_process_group
 from launcher.train.optim import check_optimizer, gates_on_device
 from launcher.train.planned import planned_widths, regions_of, rows_of, shapes_of, total_steps
 from launcher.train.request import Request
@@ -74,7 +73,7 @@ class Prepared:
 
 
 def prepare(request: Request) -> Prepared:
-    """Check what the recipe asks of the model; prepare the data, local rank 0 first, the others from its cache.
+    """Check what the recipe asks of the model; prepare the data, one process of each machine first.
 
     Raises RecipeError (2) and DataError (3); writes nothing.
     """
@@ -93,21 +92,13 @@ def prepare(request: Request) -> Prepared:
     check_optimizer(recipe.train, device)
     check_graphs(recipe.compile, device)
     check_policy(recipe, device)
-    check_trackers(recipe.run)
     tokenizer = load_tokenizer(source, recipe.model, stand_in=request.shipped / "tiny" / "base")
-    data = local_rank_0_first(
+    data = one_rank_first(
         request.rank_info,
         lambda: prepare_data(recipe.data, tokenizer, seed=recipe.train.seed),
         wait_s=recipe.data.wait_s,
     )
     return Prepared(config, tokenizer, data, device)
-
-
-def check_trackers(run: RunSection) -> None:
-    """Raise RecipeError for a tracker that is not installed: Accelerate would leave it out without a word."""
-    missing = [name for name in run.trackers if importlib.util.find_spec(name) is None]
-    if missing:
-        raise RecipeError(f"run.trackers must be installed; {', '.join(missing)} is not. pip install '.[trackers]'")
 
 
 class Worker:
@@ -119,19 +110,17 @@ class Worker:
         # Before the first compile: the thread count is guarded on, and launchers set it to 1 on CPUs.
         torch.set_num_threads(place.cores)
         cpu = prepared.device.type == "cpu"
-        PartialState(cpu=cpu)  # the process group first: trackers want a folder, and its name is rank 0's
+        PartialState(cpu=cpu)  # the process group first: the run folder's name is rank 0's
         hold_process_group()
         self.folder = RunFolder(Path(broadcast(recipe.run.output_dir or default_folder(request.name))).absolute())
         self.accelerator = Accelerator(
             cpu=cpu,
             mixed_precision="no",  # casts are explicit
             dynamo_backend="no",  # compile/plan.py is the one owner
-            log_with=list(recipe.run.trackers) or None,
-            project_dir=str(self.folder.path),
         )
         # Token counts and steps are not exchanged but known, as every rank packs the same data: make sure of it.
         known = recipe.train.model_dump_json() + prepared.data.identity
-        check_alike(
+        check_same_on_all_ranks(
             "read the same data and recipe",
             hashlib.sha256(known.encode()).hexdigest(),
             error=DataError,
@@ -152,9 +141,9 @@ class Worker:
             phase=self.ledger.mark,
         )
         if self.rank_info.world_size > 1:  # only gradients are exchanged: ranks that begin apart stay apart
-            check_alike(
+            check_same_on_all_ranks(
                 "start from the same adapter",
-                digest_of(self.built.packed),
+                adapter_digest(self.built.packed),
                 error=ContractError,
                 remedy="Run the same versions of torch and peft on the same kind of device on every rank.",
             )
@@ -209,7 +198,7 @@ class Worker:
         return choose_policy(self.recipe, shapes, held_mib=self.ledger.used_mib(), free_mib=least)
 
     def open_folder(self) -> None:
-        """Create the run folder (rank 0) and start the trackers. Every rank raises what rank 0 met."""
+        """Create the run folder, on rank 0. Every rank raises rank 0's error."""
         problem: LauncherError | None = None
         if self.rank_info.is_main:
             try:
@@ -219,9 +208,6 @@ class Worker:
         problem = broadcast(problem)
         if problem is not None:
             raise problem
-        self.folder.is_ours = True
-        if self.recipe.run.trackers:
-            self.accelerator.init_trackers("trackers")
 
     def _eval_batches(self) -> list[MicroBatch]:
         validation = self.prepared.data.validation

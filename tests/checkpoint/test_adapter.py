@@ -2,11 +2,14 @@ import json
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import AutoModelForCausalLM
 
-from launcher.checkpoint.adapter import prove_adapter, save_adapter
+from launcher.checkpoint.adapter import adapter_digest, prove_adapter, save_adapter, save_proven, trained_parameters
+from launcher.checkpoint.folder import RunFolder
 from launcher.errors import CheckpointError
-from tests.support.models import build
 
 
 class Tokenizer:
@@ -15,41 +18,35 @@ class Tokenizer:
 
 
 @pytest.fixture
-def trained(make_recipe, tmp_path):
+def trained(small_model, tmp_path):
     """A model whose adapter has been moved, its saved folder, and a function that gives its loss."""
-    built = build(make_recipe())
+    settings = LoraConfig(r=4, target_modules=["q_proj", "down_proj"])
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(small_model), settings)
     torch.manual_seed(1)
     with torch.no_grad():
-        for parameter in built.peft.parameters():
-            if parameter.requires_grad:
-                parameter.add_(torch.randn_like(parameter) * 0.1)
+        for parameter in trained_parameters(model).values():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
     ids = torch.arange(20)[None] + 5
-    documents, boundaries = torch.zeros(1, 20, dtype=torch.int32), torch.tensor([0, 20], dtype=torch.int32)
 
     def loss():
         with torch.no_grad():
-            return float(built.packed(ids, ids.roll(-1, 1), torch.arange(20)[None], documents, boundaries)) / 20
+            return float(model(input_ids=ids, labels=ids).loss)
 
-    folder = tmp_path / "adapter"
-    save_adapter(built.peft, Tokenizer(), folder)
-    return built.peft, folder, loss
-
-
-def test_a_good_adapter_gives_back_its_loss_and_its_weights(trained):
-    model, folder, loss = trained
-    weights = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
-    before, after = prove_adapter(model, folder, loss=loss)
-    assert before == after
-    assert all(torch.equal(p, weights[n]) for n, p in model.named_parameters() if n in weights)
+    save_adapter(model, Tokenizer(), tmp_path / "saved")
+    return model, tmp_path / "saved", loss
 
 
-def rewrite(folder, change):
-    file = folder / "adapter_model.safetensors"
-    save_file(change(load_file(file)), file)
+def test_a_good_adapter_restores_its_loss_and_its_weights_and_gets_its_name(trained, tmp_path):
+    model, _, loss = trained
+    digest, folder = adapter_digest(model), RunFolder(tmp_path)
+    verdict = save_proven(model, Tokenizer(), folder, loss=loss)
+    assert verdict.holds and verdict.evidence == f"loss {loss():.6f} trained, {loss():.6f} reloaded from disk"
+    assert adapter_digest(model) == digest
+    assert (folder.adapter / "adapter_model.safetensors").exists() and not folder.adapter_staging.exists()
 
 
 @pytest.mark.parametrize(
-    "change",
+    "damage",
     [
         lambda tensors: dict(list(tensors.items())[1:]),
         lambda tensors: {name: tensor * 0 for name, tensor in tensors.items()},
@@ -57,17 +54,17 @@ def rewrite(folder, change):
     ],
     ids=["a tensor is missing", "all zeros", "names of a compile wrapper"],
 )
-def test_a_damaged_adapter_is_refused_and_the_trained_weights_stay(trained, change):
+def test_a_damaged_adapter_is_refused_and_the_trained_weights_stay(trained, damage):
     model, folder, loss = trained
-    before = loss()
-    rewrite(folder, change)
+    digest, file = adapter_digest(model), folder / "adapter_model.safetensors"
+    save_file(damage(load_file(file)), file)
     with pytest.raises(CheckpointError) as caught:
         prove_adapter(model, folder, loss=loss)
     assert caught.value.code == 4
-    assert loss() == before
+    assert adapter_digest(model) == digest
 
 
-def test_an_adapter_config_that_says_something_else_is_refused(trained):
+def test_an_adapter_config_with_another_setting_is_refused(trained):
     model, folder, loss = trained
     config = json.loads((folder / "adapter_config.json").read_text())
     (folder / "adapter_config.json").write_text(json.dumps({**config, "lora_alpha": 1}))
@@ -75,6 +72,13 @@ def test_an_adapter_config_that_says_something_else_is_refused(trained):
         prove_adapter(model, folder, loss=loss)
 
 
-def test_the_base_is_named_by_an_absolute_path(trained, small_model):
-    _, folder, _ = trained
-    assert json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"] == str(small_model)
+def test_a_digest_changes_with_any_bit_of_a_trained_weight_and_with_no_other():
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    model[0].requires_grad_(False)
+    digest = adapter_digest(model)
+    with torch.no_grad():
+        model[0].weight.add_(1)
+    assert adapter_digest(model) == digest
+    with torch.no_grad():
+        model[1].bias[2] = torch.nextafter(model[1].bias[2], torch.tensor(9.0))
+    assert adapter_digest(model) != digest

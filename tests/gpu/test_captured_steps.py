@@ -10,7 +10,7 @@ from launcher.compile import graphs
 from launcher.errors import ContractError, NonFiniteError
 from launcher.memory.ledger import MIB
 from launcher.records.run import EvalRecord, RunRecord, StepRecord
-from launcher.train.loop import Progress, run
+from launcher.train.loop import RunHistory, run
 from launcher.train.step import arguments
 from tests.conftest import request_for
 from tests.support.workers import built, compiled, perturb
@@ -30,7 +30,7 @@ def recipe_of(recipe_over):
 
 
 def run_through(recipe):
-    events = list(run(request_for(recipe), Progress()))
+    events = list(run(request_for(recipe), RunHistory()))
     steps, evals, [record] = (
         [e for e in events if isinstance(e, kind)] for kind in (StepRecord, EvalRecord, RunRecord)
     )
@@ -214,7 +214,7 @@ def test_bitsandbytes_updates_stay_uncaptured_beside_captured_micro_steps(recipe
 
 
 def test_a_weight_that_turns_nan_ends_a_captured_run_at_its_step_with_the_figures_of_all_before(recipe_of):
-    progress = Progress()
+    progress = RunHistory()
     with pytest.raises(NonFiniteError, match="step 5 has loss nan") as caught:
         for event in run(request_for(recipe_of(train={"steps": 20})), progress):
             if isinstance(event, StepRecord) and event.step == 3:  # read while step 4 is under way

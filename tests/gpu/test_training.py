@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from launcher.records.run import RunRecord, StepRecord
-from launcher.train.loop import Progress, run
+from launcher.train.loop import RunHistory, run
 from tests.conftest import request_for, stock_loss
 from tests.support.packed_and_alone import packed_and_alone
 from tests.support.workers import ANY, TWO, compiled, documents
@@ -13,10 +13,10 @@ pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("clean_dynamo")]
 
 
 def train(recipe):
-    progress = Progress()
-    events = list(run(request_for(recipe), progress))
+    history = RunHistory()
+    events = list(run(request_for(recipe), history))
     record = next(event for event in events if isinstance(event, RunRecord))
-    return progress, [event for event in events if isinstance(event, StepRecord)], record
+    return history, [event for event in events if isinstance(event, StepRecord)], record
 
 
 @pytest.mark.parametrize(
@@ -61,10 +61,10 @@ def test_every_optimizer_trains_and_the_ledger_counts_what_the_card_holds(recipe
 
 
 def test_stock_peft_gives_the_trained_loss_in_bfloat16(recipe_of, tmp_path):
-    progress, *_ = train(recipe_of(compile={"backend": "aot_eager"}, train={"steps": 8, "lr": 5e-3}))
-    stock = stock_loss(progress, tmp_path, dtype="bfloat16", device="cuda")
-    assert stock == pytest.approx(progress.evals[-1].eval_loss, rel=1e-3)
-    assert progress.evals[-1].eval_loss < 0.99 * progress.evals[0].eval_loss
+    history, *_ = train(recipe_of(compile={"backend": "aot_eager"}, train={"steps": 8, "lr": 5e-3}))
+    stock = stock_loss(history, tmp_path, dtype="bfloat16", device="cuda")
+    assert stock == pytest.approx(history.evals[-1].eval_loss, rel=1e-3)
+    assert history.evals[-1].eval_loss < 0.99 * history.evals[0].eval_loss
 
 
 def test_packed_documents_have_in_bfloat16_the_losses_and_gradients_they_have_alone(small_model):

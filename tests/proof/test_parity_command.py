@@ -53,8 +53,7 @@ def test_beyond_the_gate_the_code_is_9_after_the_tables_and_the_json(
         return qlora_linear(x, base, a, b, scaling=scaling * 1.5, dropout=dropout)
 
     monkeypatch.setattr(lora, "qlora_linear", planted)
-    monkeypatch.setattr(cli, "end_with_parent", lambda: None)
-    monkeypatch.setattr(cli.signal, "signal", lambda *_: None)
+    monkeypatch.setattr("signal.signal", lambda *_: None)
     monkeypatch.chdir(tmp_path)
     assert cli.main(arguments) == 9
     said = capsys.readouterr()
@@ -70,7 +69,7 @@ def test_several_processes_are_refused_before_anything_is_loaded(
 ) -> None:
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setattr(cli.signal, "signal", lambda *_: None)
+    monkeypatch.setattr("signal.signal", lambda *_: None)
     monkeypatch.chdir(tmp_path)
     assert cli.main(arguments) == RecipeError.code
     assert "one process; 2 were started" in capsys.readouterr().err

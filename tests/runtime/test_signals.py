@@ -1,4 +1,4 @@
-"""A signal ends the run even where the exception that it raised never came through."""
+"""A signal ends the run even where the exception that it raised was swallowed."""
 
 import os
 import signal
@@ -7,9 +7,9 @@ from contextlib import suppress
 import pytest
 import torch
 
-from launcher.model import build as model_build
-from launcher.runtime import signals as stopping
-from launcher.train.loop import Progress, run
+from launcher.model.packed import PackedCausalLM
+from launcher.runtime.signals import Terminated, listen, raise_if_stopped
+from launcher.train.loop import RunHistory, run
 from tests.conftest import request_for
 
 pytestmark = pytest.mark.usefixtures("clean_dynamo")
@@ -17,49 +17,50 @@ pytestmark = pytest.mark.usefixtures("clean_dynamo")
 
 @pytest.fixture(autouse=True)
 def handlers():
-    before = {each: signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)}
+    before = {signum: signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)}
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
-    for each, handler in before.items():
-        signal.signal(each, handler)
-    stopping._arrived.clear()
+    listen()  # forgets what was received
+    for signum, handler in before.items():
+        signal.signal(signum, handler)
 
 
-@pytest.mark.parametrize(
-    ("signum", "error"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, stopping.Terminated)]
-)
+@pytest.mark.parametrize(("signum", "error"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, Terminated)])
 def test_a_signal_that_is_swallowed_ends_the_run_at_the_next_step(make_recipe, monkeypatch, signum, error):
-    original, calls = model_build.PackedCausalLM.forward, []
+    original, training_calls = PackedCausalLM.forward, []
 
     def forward(self, *inputs):
-        calls.append(torch.is_grad_enabled())
-        if sum(calls) == 3:  # the first is the warm-up's: step 2
+        training_calls.extend([1] if torch.is_grad_enabled() else [])
+        if torch.is_grad_enabled() and len(training_calls) == 3:  # the first is the warm-up's: step 2
             with suppress(BaseException):  # as C code does that clears errors
                 os.kill(os.getpid(), signum)
         return original(self, *inputs)
 
-    monkeypatch.setattr(model_build.PackedCausalLM, "forward", forward)
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    stopping.listen()
-    progress = Progress()
+    monkeypatch.setattr(PackedCausalLM, "forward", forward)
+    listen()
+    history = RunHistory()
     with pytest.raises(error):
-        for _ in run(request_for(make_recipe(train={"steps": 6}, compile={"mode": "off"})), progress):
-            pass
-    assert sum(calls) == 3
-    assert [step.step for step in progress.steps] == [1, 2]
+        list(run(request_for(make_recipe(train={"steps": 6}, compile={"mode": "off"})), history))
+    assert len(training_calls) == 3
+    assert [step.step for step in history.steps] == [1, 2]
 
 
-def test_in_a_background_job_sigint_stays_ignored_and_nothing_is_remembered_from_before():
-    stopping._arrived.append(KeyboardInterrupt)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    stopping.listen()
+def test_listening_forgets_what_was_received_before_and_an_ignored_sigint_stays_ignored():
+    listen()
+    with suppress(KeyboardInterrupt):
+        os.kill(os.getpid(), signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        raise_if_stopped()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # as a shell does for a job in the background
+    listen()
     os.kill(os.getpid(), signal.SIGINT)
-    stopping.raise_if_stopped()
+    raise_if_stopped()
 
 
 def test_a_second_sigterm_does_not_interrupt_the_ending():
-    stopping.listen()
-    with pytest.raises(stopping.Terminated):
+    listen()
+    with pytest.raises(Terminated):
         os.kill(os.getpid(), signal.SIGTERM)
     os.kill(os.getpid(), signal.SIGTERM)
-    with pytest.raises(stopping.Terminated):
-        stopping.raise_if_stopped()
+    with pytest.raises(Terminated):
+        raise_if_stopped()

@@ -1,7 +1,7 @@
 """Run by test_ranks.py under a two-process launch: the command line, with a fault planted on rank 1.
 
-First argument: nan (the loss of step 2 is NaN there), shape (it is given a batch that was not planned) or adapter (it
-begins with another).
+First argument: nan (the loss of step 2), shape (of a batch of step 2, which was not planned) or adapter (the one it
+starts from).
 """
 
 import os

@@ -15,13 +15,13 @@ from launcher.runtime.ranks import rank_info  # noqa: E402
 
 def main() -> None:
     target, *argv = sys.argv[1:]
-    here = rank_info()
-    prepare_environment(here)
+    info = rank_info()
+    prepare_environment()
     from launcher.train.request import Request
     from launcher.train.setup import Clock, Worker, prepare
 
     recipe = resolve(argv).recipe
-    request = Request(recipe, "test", recipe.model.name, ROOT / "recipes", here)
+    request = Request(recipe, "test", recipe.model.name, ROOT / "recipes", info)
     worker = Worker(request, prepare(request), clock=Clock())
     worker.build()
     worker.compile()
@@ -30,7 +30,7 @@ def main() -> None:
         for parameter in worker.step.parameters:
             parameter.add_(torch.randn(parameter.shape) * 0.05)
     loss = worker.step.accumulate(next(worker.batches))
-    if here.is_main:
+    if info.is_main:
         torch.save({"loss": loss.clone(), "gradients": [p.grad.clone() for p in worker.step.parameters]}, target)
     worker.accelerator.end_training()
 

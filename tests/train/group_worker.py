@@ -1,4 +1,4 @@
-"""Run by test_ranks.py: many short lives of a gloo group that DDP shares; each ends right after a collective."""
+"""Run by test_ranks.py: many short lives of a gloo group that DDP shares. Each ends right after a collective."""
 
 import gc
 import sys
@@ -10,7 +10,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 sys.path[0] = str(Path(__file__).resolve().parents[2])
 
-from launcher.runtime.ranks import hold_process_group, let_go  # noqa: E402
+from launcher.runtime.ranks import hold_process_group, release_process_group  # noqa: E402
 
 
 def main(lives: int) -> None:
@@ -27,9 +27,9 @@ def main(lives: int) -> None:
         del tensors
         distributed.destroy_process_group()
         del wrapped
-        let_go()
+        release_process_group()
         if life == 0:
-            gc.freeze()  # let_go collects garbage: what torch's modules hold need not be looked through each time
+            gc.freeze()  # release_process_group collects garbage: torch's own objects need not be walked each time
 
 
 main(int(sys.argv[1]))

@@ -6,7 +6,7 @@ import torch
 from launcher.errors import ContractError
 from launcher.model.packed import PackedCausalLM
 from launcher.train import metrics as readings
-from launcher.train.loop import Progress, run
+from launcher.train.loop import RunHistory, run
 from launcher.train.metrics import Pending
 from launcher.train.step import StepResult
 from tests.conftest import request_for
@@ -89,7 +89,7 @@ def test_the_good_steps_before_a_broken_contract_are_read_though_they_were_not_d
         return original(self, *inputs)
 
     monkeypatch.setattr(PackedCausalLM, "forward", forward)
-    progress = Progress()
+    progress = RunHistory()
     recipe = make_recipe(train={"steps": 6, "log_every": 4}, data={"validation": 0})
     with pytest.raises(ContractError, match="no recompile is allowed"):
         list(run(request_for(recipe), progress))

@@ -11,126 +11,107 @@ import pytest
 import torch
 
 from tests.conftest import ROOT
+from tests.support.arguments import replaced
 
+pytestmark = pytest.mark.slow
+MAIN = ROOT / "launcher" / "main.py"
+WORKERS = ROOT / "tests" / "train"
+# --main_process_port 0 takes a free port, so that two suites on one machine do not meet.
 LAUNCH = [
-    sys.executable,
-    "-m",
-    "accelerate.commands.launch",
-    "--config_file",
-    str(ROOT / "accelerate_configs" / "cpu2.yaml"),
-]
+    sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(ROOT / "accelerate_configs" / "cpu2.yaml"),
+    "--main_process_port", "0",
+]  # fmt: skip
 
 
-def finished(command, tmp_path, *, timeout_s=180):
-    """Run to its end. `--main_process_port 0` takes a free port, so that two suites on one machine do not meet.
-    What hangs is ended with all its processes, and the assertion shows where each of them stood."""
-    environment = {
-        **os.environ,
-        "ACCELERATE_DISABLE_RICH": "1",
-        "HF_HOME": str(tmp_path / "hf"),
-        "PYTHONFAULTHANDLER": "1",
-    }
+def finished(*command, cwd, timeout_s=180):
+    """Run to its end. After the timeout it is ended with all its processes, and the assertion shows where each was."""
+    variables = {"ACCELERATE_DISABLE_RICH": "1", "HF_HOME": str(cwd / "hf"), "PYTHONFAULTHANDLER": "1"}
     process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, cwd=tmp_path,
-        start_new_session=True,
+        [str(word) for word in command], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=cwd,
+        env={**os.environ, **variables}, start_new_session=True,
     )  # fmt: skip
     try:
         out, err = process.communicate(timeout=timeout_s)
     except subprocess.TimeoutExpired:
-        for pid in sorted(children(process.pid), reverse=True):
-            os.kill(pid, signal.SIGABRT)
+        # torch's launcher gives each worker a session of its own, so the group is not enough.
+        for child in psutil.Process(process.pid).children(recursive=True):
+            child.send_signal(signal.SIGABRT)
+        process.send_signal(signal.SIGABRT)
         out, err = process.communicate()
         raise AssertionError(f"not done after {timeout_s} s\n{out[-2000:]}{err[-8000:]}") from None
     return subprocess.CompletedProcess(command, process.returncode, out, err)
 
 
-def children(pid):
-    """A process and all that descend from it; torch's launcher puts each worker in a session of its own."""
-    process = psutil.Process(pid)
-    return [pid, *(child.pid for child in process.children(recursive=True))]
-
-
-def launched(command, tmp_path):
+def succeeded(*command, cwd):
     """Run to its good end; its stdout."""
-    done = finished(command, tmp_path)
+    done = finished(*command, cwd=cwd)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return done.stdout
 
 
 @pytest.fixture
-def arguments(small_model, rows_file):
-    return [
-        "recipe=tiny", f"model.name={small_model}", f"data.sources=[{{path: {rows_file}}}]", "data.max_length=64",
-        "data.validation=0.1", "compile.backend=aot_eager", "train.lr=1e-3", "lora.r=4", "run.sample_tokens=0",
-    ]  # fmt: skip
+def arguments(small_arguments, tmp_path):
+    return [*small_arguments, f"run.output_dir={tmp_path / 'run'}"]
 
 
 def test_two_ranks_make_the_gradients_of_one_process_on_the_same_global_batch(arguments, tmp_path):
-    worker = str(ROOT / "tests" / "train" / "gradients_worker.py")
     layouts = {
         "alone": ([sys.executable], ["train.micro_batch=8"]),
-        "ranks": ([*LAUNCH, "--main_process_port", "0"], ["train.micro_batch=2", "train.accumulation=2"]),
+        "ranks": (LAUNCH, ["train.micro_batch=2", "train.accumulation=2"]),
     }
     results = {}
     for name, (launcher, shape) in layouts.items():
-        argv = [str(tmp_path / f"{name}.pt"), *arguments, "compile.mode=off", *shape]
-        launched([*launcher, worker, *argv], tmp_path)
-        results[name] = torch.load(tmp_path / f"{name}.pt", weights_only=True)
-    alone = torch.cat([g.flatten() for g in results["alone"]["gradients"]])
+        file = tmp_path / f"{name}.pt"
+        worker = [WORKERS / "gradients_worker.py", file, *replaced(arguments, "compile.mode=off", *shape)]
+        succeeded(*launcher, *worker, cwd=tmp_path)
+        results[name] = torch.load(file, weights_only=True)
+    alone, ranks = (torch.cat([g.flatten() for g in results[name]["gradients"]]) for name in layouts)
     assert alone.norm() > 1e-3
-    other = torch.cat([g.flatten() for g in results["ranks"]["gradients"]])
-    assert (other - alone).norm() / alone.norm() < 1e-6
+    assert (ranks - alone).norm() / alone.norm() < 1e-6
     torch.testing.assert_close(results["ranks"]["loss"], results["alone"]["loss"], rtol=1e-6, atol=0)
 
 
-def test_a_run_on_two_ranks_reports_both_with_equal_graph_hashes(arguments, tmp_path):
-    main = str(ROOT / "launcher" / "main.py")
-    shape = ["train.steps=2", "train.micro_batch=2", f"run.output_dir={tmp_path / 'run'}", "run.trackers=[tensorboard]"]
-    out = launched([*LAUNCH, "--main_process_port", "0", main, *arguments, *shape], tmp_path)
+def test_a_run_on_two_ranks_reports_both_with_equal_graph_hashes_and_writes_its_files_once(arguments, tmp_path):
+    shape = ["train.micro_batch=2", "run.trackers=[tensorboard]"]
+    out = succeeded(*LAUNCH, MAIN, *replaced(arguments, *shape), cwd=tmp_path)
     report = json.loads((tmp_path / "run" / "report.json").read_text())
     assert [rank["rank"] for rank in report["ranks"]] == [0, 1]
     hashes = {rank["compile"]["graph_hash"] for rank in report["ranks"]}
-    assert len(hashes) == 1
-    assert "-" not in hashes
+    assert len(hashes) == 1 and "-" not in hashes
     assert all(verdict["holds"] for verdict in report["verdicts"])
     assert "every rank compiled the same graphs" in out
-    assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 4  # two steps, two evaluations, once
+    assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 4  # two steps, two evaluations
+    assert len(list((tmp_path / "run" / "trackers").iterdir())) == 1
     assert json.loads((tmp_path / "run" / "status.json").read_text())["code"] == 0
 
 
-@pytest.mark.parametrize(("fault", "code", "says"), [("nan", 5, "step 2 has loss nan"), ("shape", 9, "no recompile")])
-def test_a_fault_on_one_rank_ends_both_and_status_json_names_the_cause(arguments, tmp_path, fault, code, says):
-    worker = str(ROOT / "tests" / "train" / "failing_worker.py")
-    shape = ["train.steps=6", "train.micro_batch=1", "train.accumulation=2", f"run.output_dir={tmp_path / 'run'}"]
-    done = finished([*LAUNCH, "--main_process_port", "0", worker, fault, *arguments, *shape], tmp_path)
+@pytest.mark.parametrize(
+    ("fault", "code", "says", "step", "steps"),
+    [
+        ("nan", 5, "step 2 has loss nan", 2, [1]),
+        ("shape", 9, "no recompile", 1, [1]),
+        ("adapter", 9, "every rank must start from the same adapter; they differ:", 0, []),
+    ],
+)
+def test_a_fault_on_one_rank_ends_both_and_status_json_names_the_cause(
+    arguments, tmp_path, fault, code, says, step, steps
+):
+    shape = ["train.steps=6", "train.micro_batch=1", "train.accumulation=2"]
+    worker = [WORKERS / "failing_worker.py", fault, *replaced(arguments, *shape)]
+    done = finished(*LAUNCH, *worker, cwd=tmp_path)
     assert done.returncode != 0
-    status = json.loads((tmp_path / "run" / "status.json").read_text())
-    assert (status["code"], says in status["reason"]) == (code, True), status
-    assert status["step"] == (2 if fault == "nan" else 1)
     assert says in done.stderr
-    steps = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in steps if "loss" in line] == [1]
+    status = json.loads((tmp_path / "run" / "status.json").read_text())
+    assert (status["code"], status["step"], says in status["reason"]) == (code, step, True), status
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "loss" in line] == steps
     assert not (tmp_path / "run" / "adapter").exists()
 
 
-def test_a_rank_that_begins_with_another_adapter_ends_the_run_before_it_trains(arguments, tmp_path):
-    worker = str(ROOT / "tests" / "train" / "failing_worker.py")
-    shape = ["train.steps=1", "train.micro_batch=1", f"run.output_dir={tmp_path / 'run'}"]
-    done = finished([*LAUNCH, "--main_process_port", "0", worker, "adapter", *arguments, *shape], tmp_path)
-    assert done.returncode != 0
-    assert "every rank must start from the same adapter; they differ:" in done.stderr
-    status = json.loads((tmp_path / "run" / "status.json").read_text())
-    assert (status["code"], status["step"]) == (9, 0)
-    assert (tmp_path / "run" / "metrics.jsonl").read_text() == ""
-
-
-def test_a_fault_in_the_data_is_met_by_both_ranks_and_said_once(arguments, tmp_path):
+def test_a_fault_in_the_data_ends_both_ranks_and_is_printed_once(arguments, tmp_path):
     broken = tmp_path / "broken.jsonl"
     broken.write_text('{"text": "a river"}\n{"text": \n')
-    main = str(ROOT / "launcher" / "main.py")
-    others = [argument for argument in arguments if not argument.startswith("data.sources")]
-    more = [f"data.sources=[{{path: {broken}}}]", f"run.output_dir={tmp_path / 'run'}"]
-    done = finished([*LAUNCH, "--main_process_port", "0", main, *others, *more], tmp_path)
+    done = finished(*LAUNCH, MAIN, *replaced(arguments, f"data.sources=[{{path: {broken}}}]"), cwd=tmp_path)
     assert done.returncode != 0
     assert done.stderr.count(f"{broken}:2: every line is one JSON object.") == 1
     assert "exit code 3" in done.stderr
@@ -138,8 +119,7 @@ def test_a_fault_in_the_data_is_met_by_both_ranks_and_said_once(arguments, tmp_p
     assert "LostRank" not in done.stderr and "another rank" not in done.stderr
 
 
-def test_a_process_ends_though_its_last_collective_is_still_being_put_away(tmp_path):
+def test_a_process_ends_though_its_last_collective_is_still_being_freed(tmp_path):
     """Without ranks.hold_process_group this hangs within a few dozen of these lives."""
-    worker = str(ROOT / "tests" / "train" / "group_worker.py")
-    done = finished([sys.executable, worker, "300"], tmp_path, timeout_s=90)
+    done = finished(sys.executable, WORKERS / "group_worker.py", "300", cwd=tmp_path, timeout_s=90)
     assert done.returncode == 0, done.stderr[-3000:]

@@ -11,7 +11,7 @@ from launcher.errors import LauncherError
 from launcher.proof.bench.figures import bench_record
 from launcher.proof.bench.processes import ChildFailed, run_child
 from launcher.records.bench import BenchRecord, OursRecord, SideRecord, Workload
-from launcher.runtime.quick_imports import quick_imports
+from launcher.runtime.environment import prepare_environment, quick_imports
 from launcher.train.request import Request
 
 
@@ -93,7 +93,5 @@ def _naive(request: Request) -> Iterator[Any]:
 
 def _prepare(request: Request) -> Request:
     """Settle the environment of this child process; the variables are inherited."""
-    from launcher.runtime.environment import prepare_environment
-
-    prepare_environment(request.rank_info)
+    prepare_environment()
     return request

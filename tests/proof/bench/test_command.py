@@ -53,8 +53,7 @@ def test_both_sides_run_in_processes_of_their_own_and_all_that_is_left_is_the_js
 @pytest.fixture
 def main(arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[BenchRecord], int]:
     """The command line's exit code when the measurement gave a record."""
-    monkeypatch.setattr(cli, "end_with_parent", lambda: None)
-    monkeypatch.setattr(cli.signal, "signal", lambda *_: None)
+    monkeypatch.setattr("signal.signal", lambda *_: None)
     monkeypatch.chdir(tmp_path)
 
     def run(found: BenchRecord) -> int:

@@ -1,0 +1,92 @@
+"""Training from Python, as in a notebook. The command line trains through the same functions.
+
+from launcher.api import run
+record = run("tiny", "train.steps=5")
+record.evals[-1].eval_loss, record.start.run_dir
+"""
+
+import os
+from contextlib import suppress
+from pathlib import Path
+from typing import Protocol
+
+from rich.console import Console
+
+from launcher.checkpoint.folder import RunFiles
+from launcher.compile.inductor_cache import prepare_cache
+from launcher.errors import RecipeError
+from launcher.recipe.field_types import recipes_dir
+from launcher.recipe.load import Resolved, resolve
+from launcher.recipe.locate import locate
+from launcher.records.run import Event, RunRecord
+from launcher.report import Screen, make_console
+from launcher.report.trackers import make_trackers
+from launcher.runtime.environment import prepare_environment, quick_imports
+from launcher.runtime.failures import classified, code_and_reason
+from launcher.runtime.ranks import RankInfo, end_with_parent, rank_info
+from launcher.train.request import Request
+
+
+class Sink(Protocol):
+    """Something that a run's events are shown to, each as it comes: the console, files, a tracker."""
+
+    def show(self, event: Event) -> None: ...
+
+
+def run(recipe: str, *overrides: str, quiet: bool = False) -> RunRecord:
+    """Train, as the command line does with `recipe=RECIPE OVERRIDE ...`; returns what report.json is written from.
+
+    `recipe` is the name of a shipped recipe or a path that ends in .yaml, an override is a text like "train.steps=5".
+    The run folder is the same as the command line's, and so is what is printed, unless `quiet`.
+
+    Raises:
+        LauncherError: the run failed; its class and `code` say how (launcher/errors.py).
+    """
+    resolved, info = resolve([f"recipe={recipe}", *overrides]), rank_info()
+    if resolved.mode != "train":
+        raise RecipeError(f"run() trains; got mode={resolved.mode}; give that to the command line: qlora-launcher")
+    with open(os.devnull, "w") as devnull:
+        console = make_console(devnull if quiet or not info.is_main else None)
+        return train(make_request(resolved, info), console, report_copy=resolved.report)
+
+
+def make_request(resolved: Resolved, info: RankInfo) -> Request:
+    """Settle the process's environment and locate the model. Raises RecipeError where there is no such model, or where
+    report=PATH cannot be written: a run must not find that at its end."""
+    end_with_parent()
+    target = resolved.report
+    if target and (target.is_dir() or not os.access(target.parent, os.W_OK)):
+        raise RecipeError(f"report=PATH must be a file in a folder that can be written; {target} is not.")
+    prepare_environment()
+    note, shipped = prepare_cache(workers=info.cores), recipes_dir()
+    source = locate(resolved.recipe.model, shipped / "architectures")
+    return Request(resolved.recipe, resolved.name, source, shipped, info, notes=(note,) if note else ())
+
+
+def train(request: Request, console: Console, *, report_copy: Path | None) -> RunRecord:
+    """Run `request`; every event goes to the files, the trackers and `console`. status.json says how the run ended.
+
+    `report_copy` is where else the report is written. Raises the errors of launcher/errors.py.
+    """
+    info = request.rank_info
+    files, trackers = RunFiles(info.rank, report_copy=report_copy), make_trackers(request.recipe.run.trackers)
+    with Screen(console) as screen:
+        screen.show("importing torch")
+        with quick_imports():
+            from launcher.train import loop
+
+        sinks: list[Sink] = [files, *(trackers if info.is_main else []), screen]
+        history = loop.RunHistory()
+        try:
+            with classified(info, lambda: history.ledger):
+                for event in loop.run(request, history):
+                    for sink in sinks:
+                        sink.show(event)
+        except BaseException as failure:
+            code, reason = code_and_reason(failure)
+            with suppress(OSError):  # a full disk must not hide what ended the run
+                files.end(code=code, reason=reason, step=getattr(failure, "step", None))
+            raise
+        files.end(code=0, reason="done")
+    assert isinstance(event, RunRecord), "a run's last event is its record"
+    return event

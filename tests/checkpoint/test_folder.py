@@ -1,0 +1,103 @@
+import json
+import math
+
+import pytest
+
+from launcher.checkpoint.folder import RunFiles, RunFolder, default_folder, write_json
+from launcher.errors import CheckpointError, RecipeError
+from launcher.records.run import EvalRecord, RunOpened, StepRecord
+
+STEP = StepRecord(1, 2.5, 1e-3, math.inf, 9, 9, 1.0, 1.0, skipped=True)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    made = RunFolder(tmp_path / "run")
+    made.create()
+    return made
+
+
+def files_of(folder, *, rank=0, events=(STEP,)):
+    """The sink of a rank that was shown `events`."""
+    files = RunFiles(rank)
+    for event in (RunOpened(folder.path), *events):
+        files.show(event)
+    return files
+
+
+def status_of(folder):
+    return json.loads(folder.status.read_text())
+
+
+def test_rank_0_writes_a_line_for_each_metric_and_null_for_what_json_lacks(folder):
+    files_of(folder, events=(EvalRecord(0, 3.0), STEP))
+    files_of(folder, rank=1, events=(EvalRecord(0, 3.0), STEP))
+    evaluation, step = (json.loads(line) for line in folder.metrics.read_text().splitlines())
+    assert evaluation == {"step": 0, "eval_loss": 3.0}
+    assert (step["step"], step["loss"], step["grad_norm"], step["skipped"]) == (1, 2.5, None, True)
+
+
+@pytest.mark.parametrize("name", ["status.json", "report.json", "adapter", "metrics.jsonl"])
+def test_a_folder_that_holds_a_run_is_refused_and_left_alone(tmp_path, name):
+    (tmp_path / name).write_text("theirs")
+    with pytest.raises(CheckpointError, match="must not hold another run"):
+        RunFolder(tmp_path).create()
+    RunFiles(0).end(code=4, reason="another run's folder")  # its folder was never opened
+    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [(name, "theirs")]
+
+
+def test_a_folder_that_cannot_be_made_is_the_recipes_fault(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(RecipeError, match="run.output_dir must be a folder that can be written"):
+        RunFolder(tmp_path / "file" / "run").create()
+
+
+def test_default_folders_of_one_second_differ(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("time.strftime", lambda form: "20260101-000000")
+    first = default_folder("mine.yaml")
+    RunFolder(tmp_path / first).create()
+    assert [first, default_folder("mine.yaml")] == [
+        str(tmp_path / "runs" / f"mine-20260101-000000{suffix}") for suffix in ("", "-2")
+    ]
+
+
+@pytest.mark.parametrize(("rank", "code", "written"), [(0, 0, True), (1, 0, False), (1, 5, True)])
+def test_status_json_is_rank_0s_on_success_and_else_that_of_the_rank_that_failed(folder, rank, code, written):
+    folder.adapter_staging.mkdir()
+    files_of(folder, rank=rank).end(code=code, reason="why")
+    assert folder.status.exists() == written
+    if written:
+        assert status_of(folder) == {"code": code, "reason": "why", "rank": rank, "step": 1, "resumable": False}
+        assert not folder.adapter_staging.exists()
+
+
+def test_a_failure_that_follows_another_never_replaces_the_cause(folder):
+    files_of(folder, rank=1).end(code=8, reason="another rank ended first")
+    files_of(folder, rank=0).end(code=5, reason="nan", step=7)
+    for code in (1, 8, 130, 143):
+        files_of(folder, rank=1).end(code=code, reason="follows")
+    assert (status_of(folder)["code"], status_of(folder)["step"]) == (5, 7)
+
+
+@pytest.mark.parametrize("others_file", [False, True])
+def test_a_recipe_or_data_fault_before_the_first_metric_leaves_no_folder(folder, others_file):
+    if others_file:
+        (folder.path / "notes.txt").touch()
+    files_of(folder, events=()).end(code=3, reason="the data differs by rank")
+    assert folder.path.exists() == others_file
+    assert not folder.metrics.exists() and not folder.status.exists()
+
+
+def test_the_same_fault_after_a_metric_leaves_its_status(folder):
+    files_of(folder).end(code=3, reason="row 7 of the stream")
+    assert status_of(folder)["code"] == 3
+
+
+def test_a_json_file_is_written_whole_or_not_at_all(tmp_path):
+    file = tmp_path / "report.json"
+    write_json(file, {"old": [math.nan, 1.0]})
+    with pytest.raises(TypeError):
+        write_json(file, {"new": object()})
+    assert json.loads(file.read_text()) == {"old": [None, 1.0]}
+    assert list(tmp_path.iterdir()) == [file]

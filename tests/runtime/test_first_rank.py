@@ -1,0 +1,156 @@
+"""one_rank_first among real processes, all children of this one as a launch's ranks are children of its launcher."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from launcher.runtime.first_rank import STALE_S, one_rank_first
+from launcher.runtime.ranks import RankInfo
+from tests.conftest import ROOT
+
+REMEDY = "Fix the row, or set data.bad_rows=skip to drop such rows and count them."
+WORKER = """
+import json, os, sys, time
+from launcher.data.read.rows import RowFault
+from launcher.errors import DataError
+from launcher.runtime.first_rank import one_rank_first
+from launcher.runtime.ranks import rank_info
+
+def work():
+    report["work_at"] = time.time()
+    exec(sys.argv[1])
+    report["done_at"] = time.time()
+    return "value"
+
+report = {}
+print("ready", file=sys.stderr, flush=True)
+try:
+    report["value"] = one_rank_first(rank_info(), work, wait_s=float(sys.argv[2]))
+except BaseException as error:
+    report["error"], report["reporter"] = [type(error).__name__, str(error)], getattr(error, "reporter", None)
+print(json.dumps({**report, "torch": "torch" in sys.modules}))
+"""
+
+
+class Launch:
+    """Ranks that do `work`, with the user's cache in `cache`."""
+
+    def __init__(self, cache: Path, work: str = "pass", *, of: int = 2, wait_s: float = 60.0, port: int = 1) -> None:
+        self.command = [sys.executable, "-c", WORKER, work, str(wait_s)]
+        self.environment = {**os.environ, "XDG_CACHE_HOME": str(cache), "PYTHONPATH": str(ROOT)}
+        self.environment |= {"MASTER_PORT": str(port), "WORLD_SIZE": str(of), "LOCAL_WORLD_SIZE": str(of)}
+        self.files = cache / "qlora-launcher" / "launches"
+        self.ranks: dict[int, subprocess.Popen[str]] = {}
+
+    def start(self, *ranks: int) -> "Launch":
+        for rank in ranks:
+            environment = {**self.environment, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+            self.ranks[rank] = subprocess.Popen(
+                self.command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+            )
+        assert all(self.ranks[rank].stderr.readline() == "ready\n" for rank in ranks)
+        return self
+
+    def wait_for_work(self) -> "Launch":
+        """Until a rank has begun to work."""
+        for _ in range(600):
+            if list(self.files.glob("*.json")):
+                return self
+            time.sleep(0.05)
+        raise AssertionError("no rank has begun")
+
+    def kill(self, rank: int) -> None:
+        self.ranks[rank].kill()
+        assert self.ranks.pop(rank).wait() == -signal.SIGKILL
+
+    def reports(self) -> list[dict[str, Any]]:
+        """What each rank reports, in the order in which they did the work."""
+        reports = [json.loads(process.communicate(timeout=60)[0]) for process in self.ranks.values()]
+        return sorted(reports, key=lambda report: report.get("work_at", float("inf")))
+
+
+@pytest.mark.parametrize("info", [RankInfo(3, 0, 4, 1), RankInfo(1, 1, 2, 2)], ids=["alone", "without a cache"])
+def test_where_nothing_can_be_shared_a_rank_works_at_once(monkeypatch, tmp_path, info):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    assert one_rank_first(info, lambda: "value", wait_s=0.0) == "value"
+
+
+def test_one_rank_works_and_the_others_after_it_at_the_same_time(tmp_path):
+    first, *others = Launch(tmp_path, "time.sleep(1)", of=3).start(1, 2, 0).reports()
+    assert all(report["value"] == "value" and not report["torch"] for report in (first, *others))
+    assert all(report["work_at"] >= first["done_at"] for report in others)
+    assert others[1]["work_at"] < others[0]["done_at"]
+
+
+@pytest.mark.parametrize(
+    ("fault", "error", "repeated"),
+    [
+        ("raise DataError('0 rows\\nGive some.')", ["DataError", "0 rows\nGive some."], "DataError"),
+        (
+            "raise RowFault('null', where='rows.jsonl:7', rule='a rule', found='null')",
+            ["RowFault", f"rows.jsonl:7: a rule\nFound: null\n{REMEDY}"],
+            "DataError",
+        ),
+    ],
+)
+def test_the_error_of_the_first_rank_is_that_of_the_others_and_one_rank_reports_it(tmp_path, fault, error, repeated):
+    go = tmp_path / "go"
+    wait = f"while not os.path.exists({str(go)!r}): time.sleep(0.05)"
+    launch = Launch(tmp_path, f"{wait}\n{fault}", of=3).start(2).wait_for_work().start(0, 1)
+    go.touch()
+    first, *others = launch.reports()
+    assert first["error"] == error
+    assert [report["error"] for report in others] == [[repeated, error[1]]] * 2
+    assert not any("work_at" in report for report in others)
+    assert [report["reporter"] for report in (first, *others)] == [2, 2, 2]
+
+
+def test_when_the_working_rank_is_killed_the_next_one_works(tmp_path):
+    launch = Launch(tmp_path, "time.sleep(3)").start(0).wait_for_work().start(1)
+    launch.kill(0)
+    assert [report["value"] for report in launch.reports()] == ["value"]
+
+
+def test_waiting_ends_after_wait_s_and_names_the_process_that_works(tmp_path):
+    launch = Launch(tmp_path, "time.sleep(5)", wait_s=1.0).start(0).wait_for_work().start(1)
+    first, other = launch.reports()
+    kind, message = other["error"]
+    assert kind == "LostRank"
+    assert f"within data.wait_s=1 seconds; process {launch.ranks[0].pid} is still at it" in message
+    assert "Raise data.wait_s, or run mode=preview first" in message
+    assert first["value"] == "value"
+
+
+def test_launches_do_not_see_each_other(tmp_path):
+    good = Launch(tmp_path, "time.sleep(1)", port=1).start(0, 1)
+    bad = Launch(tmp_path, "raise DataError('0 rows')", port=2).start(0, 1)
+    assert [report["error"] for report in bad.reports()] == [["DataError", "0 rows"]] * 2
+    assert [report["value"] for report in good.reports()] == ["value"] * 2
+
+
+def test_a_later_launch_believes_nothing_of_the_former(tmp_path):
+    """Both have this process as launcher, and all else that names a launch."""
+    assert Launch(tmp_path, "raise DataError('0 rows')").start(0).reports()[0]["error"] == ["DataError", "0 rows"]
+    later = Launch(tmp_path).start(0, 1)
+    assert [report["value"] for report in later.reports()] == ["value"] * 2
+    assert len(list(later.files.glob("*.json"))) == 1
+
+
+def test_files_of_launches_that_have_long_ended_are_removed(tmp_path):
+    old = Launch(tmp_path).start(0)
+    old.reports()
+    former = set(old.files.iterdir())
+    assert len(former) == 2
+    for file in former:
+        os.utime(file, (0, time.time() - STALE_S - 60))
+    new = Launch(tmp_path, port=2).start(0)
+    new.reports()
+    assert not former & set(new.files.iterdir()) and len(list(new.files.iterdir())) == 2

@@ -1,0 +1,88 @@
+"""Training from Python: the record, the files and the console of one run, and how a run may fail."""
+
+import json
+
+import pytest
+
+from launcher import api
+from launcher.errors import CheckpointError, DiskError, RecipeError
+from launcher.model.packed import PackedCausalLM
+from launcher.records.run import RunRecord
+from tests.conftest import fresh_dynamo
+
+
+@pytest.fixture(scope="module")
+def finished(small_arguments, tmp_path_factory):
+    """A run's record, its folder, a copy of its report, and its arguments."""
+    folder = tmp_path_factory.mktemp("api")
+    recipe, *overrides = small_arguments
+    overrides += [f"run.output_dir={folder / 'run'}", "run.trackers=[tensorboard]", "train.eval_every=1"]
+    arguments = (recipe.removeprefix("recipe="), *overrides, f"report={folder / 'copy.json'}")
+    with fresh_dynamo():
+        record = api.run(*arguments, quiet=True)
+    return record, folder / "run", folder / "copy.json", arguments
+
+
+def test_a_run_returns_the_record_that_its_report_is_written_from(finished, small_model):
+    record, folder, copy, _ = finished
+    assert isinstance(record, RunRecord) and record.start.run_dir == str(folder)
+    assert json.loads((folder / "report.json").read_text()) == json.loads(json.dumps(record.as_report()))
+    assert copy.read_text() == (folder / "report.json").read_text()
+    assert {path.name for path in folder.iterdir()} == {
+        "adapter", "metrics.jsonl", "report.json", "status.json", "trackers",
+    }  # fmt: skip
+    assert json.loads((folder / "status.json").read_text()) == {
+        "code": 0, "reason": "done", "rank": 0, "step": 2, "resumable": False,
+    }  # fmt: skip
+    adapter = json.loads((folder / "adapter" / "adapter_config.json").read_text())
+    assert adapter["base_model_name_or_path"] == str(small_model)  # absolute: it loads from any folder
+    assert [path.name.split(".tfevents")[0] for path in (folder / "trackers").iterdir()] == ["events.out"]
+
+
+def test_the_files_of_a_run_hold_the_public_keys(finished):
+    _, folder, _, _ = finished
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [(line["step"], "eval_loss" in line) for line in lines] == [
+        (0, True), (1, False), (1, True), (2, False), (2, True),
+    ]  # fmt: skip
+    assert {"step", "loss", "lr", "grad_norm", "tokens", "supervised_tokens", "step_s", "vram_mib"} <= set(lines[1])
+    report = json.loads((folder / "report.json").read_text())
+    assert {"schema", "recipe", "loss", "elapsed_s", "verdicts", "ranks"} <= set(report)
+    assert set(report["loss"]) == {"first", "last", "eval_first", "eval_last"}
+    rank = report["ranks"][0]
+    assert {"rank", "device", "compile", "vram", "tokens_per_s", "supervised_tokens_per_s", "step_ms"} <= set(rank)
+    assert {
+        "planned_graphs", "graph_breaks", "recompiles", "limit_hits", "forward_s", "backward_s", "cache_hits",
+        "graph_hash", "graph_break_reasons", "recompile_reasons",
+    } <= set(rank["compile"])  # fmt: skip
+    assert {"before_mib", "after_mib", "peak_mib", "phases"} <= set(rank["vram"])
+    assert {"median", "p90"} == set(rank["step_ms"])
+    assert report["recipe"]["train"]["steps"] == 2
+
+
+@pytest.mark.usefixtures("clean_dynamo")
+@pytest.mark.parametrize("quiet", [True, False])
+def test_a_run_prints_its_phases_unless_it_is_quiet_and_a_failure_is_raised(finished, capsys, quiet):
+    _, folder, _, arguments = finished
+    before = {path: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+    with pytest.raises(CheckpointError, match="must not hold another run"):
+        api.run(*arguments, quiet=quiet)
+    assert {path: path.read_bytes() for path in folder.iterdir() if path.is_file()} == before
+    assert ("reading data" in capsys.readouterr().out) != quiet
+
+
+@pytest.mark.usefixtures("clean_dynamo")
+def test_a_run_that_fails_leaves_its_status(small_arguments, tmp_path, monkeypatch):
+    def full(self, *inputs):
+        raise OSError(28, "no space left", "a.json")
+
+    monkeypatch.setattr(PackedCausalLM, "forward", full)
+    with pytest.raises(DiskError, match="the disk is full: a.json") as caught:
+        api.run("tiny", *small_arguments[1:], f"run.output_dir={tmp_path / 'run'}", "compile.mode=off", quiet=True)
+    status = json.loads((tmp_path / "run" / "status.json").read_text())
+    assert (status["code"], status["reason"]) == (7, str(caught.value))
+
+
+def test_another_mode_is_refused():
+    with pytest.raises(RecipeError, match=r"run\(\) trains; got mode=preview"):
+        api.run("tiny", "mode=preview")
