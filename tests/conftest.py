@@ -14,12 +14,10 @@ from typing import Any
 import pytest
 
 from launcher.compile.inductor_cache import OPS, TAG, key_tag
-from tests.support.gpus import pin_worker_to_one_gpu
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = ROOT / "recipes" / "tiny"
 
-pin_worker_to_one_gpu()
 os.environ.setdefault(
     "TORCHINDUCTOR_CACHE_DIR", str(Path(tempfile.gettempdir()) / f"qlora-launcher-tests-{os.getuid()}")
 )

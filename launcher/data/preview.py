@@ -15,7 +15,7 @@ from launcher.data.documents import Bools, Longs
 from launcher.data.pack.blocks import IGNORE, Blocks
 from launcher.data.prepare import PreparedData, prepare
 from launcher.model.families import family_of
-from launcher.model.source import load_config, load_tokenizer
+from launcher.model.load import load_config, load_tokenizer
 from launcher.recipe.schema import Recipe
 from launcher.records.preview import BlockPreview, DocumentPreview, LengthBin, PreviewRecord, TextPart
 

@@ -32,7 +32,7 @@ from launcher.memory.ledger import Ledger
 from launcher.memory.offload import HostInputs
 from launcher.memory.policy import Policy, applied, check_policy, choose_policy
 from launcher.model.build import BuiltModel, build_model, preflight
-from launcher.model.source import load_config, load_tokenizer
+from launcher.model.load import load_config, load_tokenizer
 from launcher.recipe.schema import RunSection
 from launcher.runtime.agreement import check_alike, digest_of
 from launcher.runtime.ranks import broadcast, gather, hold_process_group, local_rank_0_first

@@ -92,7 +92,7 @@ def test_fp16_overflows_skip_halve_and_recover_as_in_uncaptured_steps(recipe_of)
 
 def test_what_is_replayed_reads_the_new_batch(recipe_of):
     worker = compiled(recipe_of())
-    perturb(worker.step.parameters)
+    perturb(worker)
     replayed, direct = [], []
     for _ in range(8):
         batch = next(worker.batches)
@@ -110,7 +110,7 @@ def test_what_is_replayed_reads_the_new_batch(recipe_of):
 
 def test_each_replay_draws_a_new_dropout_mask_and_a_seed_repeats_them(recipe_of):
     worker = compiled(recipe_of(**DROPOUT))
-    perturb(worker.step.parameters)
+    perturb(worker)
     batch = next(worker.batches)
     torch.manual_seed(5)
     first = [float(worker.step.accumulate(batch)) for _ in range(4)]

@@ -39,7 +39,7 @@ def measured(worker: Worker) -> Measured:
     """Losses and gradients of six steps at the same perturbed weights, and losses without gradients."""
     worker.compile()
     assert worker.cuda_graphs == "on"
-    perturb(worker.step.parameters)
+    perturb(worker)
     losses, evaluated, gradients = [], [], []
     for _ in range(6):
         batch = next(worker.batches)

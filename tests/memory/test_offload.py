@@ -8,7 +8,8 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from launcher.errors import MemoryExhausted
-from launcher.memory.offload import INPUTS_ON_DEVICE, MIB, HostInputs
+from launcher.memory.ledger import MIB
+from launcher.memory.offload import INPUTS_ON_DEVICE, HostInputs
 from launcher.model.packed import nothing_around
 from launcher.train.make_records import start_record
 from launcher.train.step import arguments
@@ -38,7 +39,7 @@ def worker_of(make_recipe, six_layers):
             model={"name": str(six_layers)}, memory={"activations": activations}, data=data, train={"accumulation": 2}
         )
         worker = compiled(recipe, documents(lengths))
-        perturb(worker.step.parameters)
+        perturb(worker)
         return worker
 
     return make
@@ -132,7 +133,7 @@ class Late(HostInputs):
         self.asked.append((target, source))
         return len(self.asked)
 
-    def join(self, copy):
+    def wait_for(self, copy):
         for target, source in self.asked[self.happened : copy.done]:
             target.copy_(source)
         self.happened = max(self.happened, copy.done)
@@ -149,7 +150,7 @@ def test_copies_may_end_as_late_as_they_are_waited_for_and_none_is_left_under_wa
         found.append(gradients(worker))
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
     assert sorted(late.waited_for) == list(range(1, 1 + 2 * len(batch.micro_batches) * (LAYERS - 2)))
-    assert not (late.leaving or late.away or late.coming)
+    assert not (late.to_host or late.on_host or late.to_device)
 
 
 class Stream:

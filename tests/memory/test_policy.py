@@ -5,7 +5,8 @@ import torch
 import torch._dynamo
 
 from launcher.errors import RecipeError
-from launcher.memory.policy import KEPT, MIB, Kept, Policy, Shapes, applied, check_policy, choose_policy, forecast
+from launcher.memory.ledger import MIB
+from launcher.memory.policy import KEPT, Kept, Policy, Shapes, applied, check_policy, choose_policy, forecast
 from launcher.train import setup
 from launcher.train.planned import shapes_of
 from tests.conftest import request_for

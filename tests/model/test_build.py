@@ -8,7 +8,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 
 from launcher.errors import RecipeError
 from launcher.model.build import choose_dtype
-from launcher.model.source import load_config, load_tokenizer
+from launcher.model.load import load_config, load_tokenizer
 from launcher.recipe.locate import locate
 from tests.conftest import TINY, small_config
 from tests.support.models import ARCHITECTURES, build

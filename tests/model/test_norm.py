@@ -3,7 +3,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from launcher.model.families import FAMILIES
-from launcher.model.norm import use_native_kernel
+from launcher.model.packed import use_native_norm
 from tests.conftest import small_config
 
 
@@ -17,7 +17,7 @@ def test_the_native_norm_is_at_least_as_exact_as_the_familys_own(model_type, dty
     kind = type(norm)
     exact = results(lambda x: rms_norm(x, norm), x.double(), upstream.double())
     stock = results(norm, x, upstream)
-    use_native_kernel(norm)
+    use_native_norm(norm)
     native = results(norm, x, upstream)
     assert isinstance(norm, kind) and type(norm) is not kind
     for found, theirs, true in zip(native, stock, exact, strict=True):

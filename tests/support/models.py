@@ -7,7 +7,7 @@ from torch import Tensor
 
 from launcher.model.attention import Rows
 from launcher.model.build import BuiltModel, build_model, preflight
-from launcher.model.source import load_config
+from launcher.model.load import load_config
 from launcher.recipe.locate import locate
 from tests.conftest import ROOT
 

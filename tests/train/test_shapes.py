@@ -9,11 +9,9 @@ import torch
 from launcher.data.loader import MicroBatch
 from launcher.errors import ContractError
 from launcher.train.step import arguments
-from tests.support.workers import ANY, THREE, TWO, compiled, documents
+from tests.support.workers import ANY, MAX_LENGTH, THREE, TWO, compiled, documents
 
 pytestmark = pytest.mark.usefixtures("clean_dynamo")
-
-MAX_LENGTH = 64
 
 
 def shape(batch: MicroBatch) -> tuple[int, ...]:
