@@ -1,16 +1,17 @@
-"""The products of one input with frozen NF4 linears and their LoRA updates, with a backward written by hand.
+"""Products of one input with frozen NF4 linears and their LoRA updates, with a hand-written backward pass.
 
-Letters: N tokens, D in-features, O out-features, r rank; projections of one input (query, key and value; gate and up)
-go through one operator together: one product, and adapter gradients that read x once.
+Letters: N tokens, D in-features, O out-features, r rank. Projections of one input (query, key and value; gate and up)
+share one operator: one product, and adapter gradients that read x once.
 
     y = x W^T,   W = dequantised base + s B A                    A [r, D], B [O, r]      (LoRA, arXiv:2106.09685, eq. 3)
     dx = dy W,   dA = s (dy B)^T x,   dB = s dy^T (x A^T)        dx summed over the projections
 
-A and B are fp32 masters and get fp32 gradients, made in x's dtype where there is dropout; products run in x's dtype. No
-autocast is involved.
+A and B are fp32 masters with fp32 gradients, which dropout computes in x's dtype; products run in x's dtype, without
+autocast.
 
-Three opaque operators. Opaque, because a partitioner that sees the dequantisation keeps its result for the backward
-pass: seven full weights a layer. Forward saves x alone, which the layer can recompute, and each W is made once a pass.
+The three operators are opaque to the compiler: a partitioner that sees the dequantisation keeps its result for the
+backward pass, seven full weights per layer. The forward pass saves only x, which the layer can recompute, and each W is
+computed once per pass.
 """
 
 from collections.abc import Sequence
@@ -28,15 +29,15 @@ from launcher.ops.nf4 import Nf4, merged_weights
 def joined_linears(
     x: Tensor, bases: Sequence[Nf4], a: Sequence[Tensor], b: Sequence[Tensor], *, scaling: float
 ) -> Tensor:
-    """x [..., D], for each projection its base, A and B -> y side by side [..., sum of O], in x's dtype."""
-    outs = [each.shape[0] for each in b]
+    """x [..., D] and the base, A and B of each projection -> y side by side [..., sum of O], in x's dtype."""
+    outs = [q.shape[0] for q in b]
     y: Tensor = torch.ops.qlora.linears(x, *columns_of(bases), list(a), list(b), scaling, outs)
     return y
 
 
 def qlora_linear(x: Tensor, base: Nf4, a: Tensor, b: Tensor, *, scaling: float, dropout: float) -> Tensor:
-    """x [..., D] -> [..., O] in x's dtype. Dropout acts where gradients are recorded, so that evaluation is exact."""
-    if dropout > 0 and torch.is_grad_enabled():  # the update sees other inputs than the base: two products
+    """x [..., D] -> [..., O] in x's dtype. Dropout acts only where gradients are recorded, so evaluation is exact."""
+    if dropout > 0 and torch.is_grad_enabled():  # base and update have different inputs: two products
         dropped = F.dropout(x, dropout, training=True)
         return frozen_linear(x, base, out_features=b.shape[0]) + lora_update(dropped, a, b, scaling=scaling)
     return joined_linears(x, [base], [a], [b], scaling=scaling)
@@ -54,7 +55,7 @@ def lora_update(x: Tensor, a: Tensor, b: Tensor, *, scaling: float) -> Tensor:
 
 
 def qlora_linear_reference(x: Tensor, weight: Tensor, a: Tensor, b: Tensor, *, scaling: float) -> Tensor:
-    """The plain form on a dequantised weight [O, D], everything in fp32: one merged matrix."""
+    """The plain form, with a dequantised weight [O, D]: one merged matrix in fp32."""
     merged = weight.float() + scaling * (b.float() @ a.float())
     return F.linear(x.float(), merged)
 
@@ -131,7 +132,7 @@ def _(dy: Tensor, *rest: Any) -> Tensor:
 
 @torch.library.custom_op("qlora::adapter_gradients", mutates_args=())
 def adapter_gradients(dy: Tensor, x: Tensor, a: list[Tensor], b: list[Tensor], scaling: float) -> tuple[Tensor, Tensor]:
-    """dy [..., sum of O], x [..., D], a [r, D] each, b [O, r] each -> dA and dB, fp32, stacked over the projections."""
+    """dy [..., sum of O], x [..., D], a: [r, D] and b: [O, r] of each projection -> stacked dA and dB, fp32."""
     return gradients(flat(dy), flat(x), a, b, scaling)
 
 
@@ -173,7 +174,7 @@ _linears.register_autograd(_backward, setup_context=_save)
 
 @register_flop_formula(torch.ops.qlora.linears)
 def _flops(x_shape: torch.Size, *rest: Any, out_shape: torch.Size, **kwargs: Any) -> int:
-    """Of the large products: what the activation budget weighs against memory (memory/policy.py)."""
+    """Flops of the large product, which the activation budget weighs against memory (memory/policy.py)."""
     return 2 * x_shape[-1] * out_shape.numel()
 
 
