@@ -10,7 +10,7 @@ Dynamo's counters live as long as the process: all numbers are differences from 
 
 import hashlib
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable
 from typing import Any
 
@@ -63,17 +63,20 @@ class Observer:
 
     def record(self) -> CompileRecord:
         """All counts so far."""
-        attempts, now = self._forward_metrics(), _flat_counters()
-        failed = {
-            kind: [m for m in attempts if _kind(m) == kind] for kind in ("break", "recompile", "limit", "backend")
-        }
+        attempts, new = self._forward_metrics(), _flat_counters() - self._counters
         done = [m for m in attempts if m.fail_type is None]
+        failed: dict[str, list[Any]] = defaultdict(list)
+        for metric in attempts:
+            if metric.fail_type is not None:
+                failed[failure_kind(metric.fail_type)].append(metric)
         # In warm-up the second graph of a region may be planned (train, eval): only those in excess are recompiles.
         warm = Counter(region for region, _ in self._graphs[: self._planned])
         excess = sum((warm - Counter(self.expected)).values())
         late = self._after_warm_up()
         unplanned = [m for m in done if m.recompile_reason and m not in late][-excess:] if excess else []
-        breaks = [_reason(m) for m in failed["break"]] + self._counted_breaks(now)
+        # Breaks that raised nothing, which is only possible where something is compiled without fullgraph.
+        silent = [key.removeprefix("graph_break.") for key in new.elements() if key.startswith("graph_break.")]
+        breaks = [_reason(m) for m in failed["break"]] + silent
         return CompileRecord(
             planned_graphs=sum((warm & Counter(self.expected)).values()),
             expected_graphs=sum(self.expected.values()),
@@ -84,7 +87,7 @@ class Observer:
             backend_errors=len(failed["backend"]),
             forward_s=sum(m.entire_frame_compile_time_s or 0.0 for m in attempts),
             backward_s=sum((m.duration_us or 0) / 1e6 for m in self._metrics() if m.is_forward is False),
-            cache_hits=self._since(now, "inductor.fxgraph_cache_hit"),
+            cache_hits=new["inductor.fxgraph_cache_hit"],
             graph_hash=self._hash(),
             graph_break_reasons=tuple(breaks),
             recompile_reasons=tuple(_recompile(m) for m in failed["recompile"] + unplanned + late),
@@ -104,14 +107,6 @@ class Observer:
 
     def _forward_metrics(self, since: int | None = None) -> list[Any]:
         return [m for m in self._metrics(since) if m.is_forward is not False and not m.is_runtime]
-
-    def _since(self, now: Counter[str], key: str) -> int:
-        return now[key] - self._counters[key]
-
-    def _counted_breaks(self, now: Counter[str]) -> list[str]:
-        """Breaks that raised nothing: only possible where something is compiled without fullgraph."""
-        new = now - self._counters
-        return [key.split(".", 1)[1] for key, n in new.items() if key.startswith("graph_break.") for _ in range(n)]
 
     def _hash(self) -> str:
         if not self._graphs:
@@ -139,19 +134,19 @@ def without_device_index(code: str) -> str:
     return re.sub(r"(?<=')(cuda)(?:', index=\d+|:\d+')", r"\1'", code)
 
 
-def _kind(metric: Any) -> str:
-    """Why an attempt failed: limit, recompile, backend or break; "" where it succeeded."""
-    failure = metric.fail_type or ""
-    if "LimitHit" in failure:
+def failure_kind(error_type: str) -> str:
+    """The kind of a failed compilation (limit, recompile, backend or break) by the name of dynamo's exception."""
+    if "LimitHit" in error_type:
         return "limit"
-    kinds = {"": "", "RecompileError": "recompile", "BackendCompilerFailed": "backend", "InductorError": "backend"}
-    return kinds.get(failure, "break")
+    kinds = {"RecompileError": "recompile", "BackendCompilerFailed": "backend", "InductorError": "backend"}
+    return kinds.get(error_type, "break")
 
 
 def _reason(metric: Any) -> str:
     """The line of the error that says why, and the place in the user's code."""
     lines = (metric.fail_reason or metric.fail_type).strip().splitlines()
-    why = lines[1] if _kind(metric) == "backend" and len(lines) > 1 else lines[0]  # line 0 only names the backend
+    names_backend = failure_kind(metric.fail_type) == "backend" and len(lines) > 1  # its first line says no more
+    why = lines[1] if names_backend else lines[0]
     where = f" ({metric.fail_user_frame_filename}:{metric.fail_user_frame_lineno})"
     return why + (where if metric.fail_user_frame_filename else "")
 

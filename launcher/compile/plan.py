@@ -12,14 +12,18 @@ from typing import Any
 import torch
 import torch._dynamo
 import torch._inductor.config
-from torch._dynamo.exc import BackendCompilerFailed, FailOnRecompileLimitHit, RecompileError
-from torch._inductor.exc import InductorError
 
-from launcher.compile.observe import COMPILE_ERRORS, Observer
+from launcher.compile.observe import COMPILE_ERRORS, Observer, failure_kind
 from launcher.compile.regions import Region, select
 from launcher.errors import ContractError
 from launcher.recipe.schema import CompileSection
 
+RULES = {  # by observe.failure_kind
+    "recompile": "no recompile is allowed after warm-up",
+    "limit": "dynamo's recompile limit may not be reached",
+    "backend": "the compile backend must accept the graph",
+    "break": "no graph break is allowed",
+}
 REMEDIES = {
     "recompile": "Every shape must be planned: keep batch and length fixed, or run with compile.mode=warn.",
     "limit": "The same code was compiled too often. Look at the recompile reasons above it; compile.mode=warn goes on.",
@@ -129,21 +133,11 @@ class Plan:
 
 def explain(error: BaseException) -> str:
     """The rule, what happened (with the guard or the line), and the remedy, in at most five lines."""
-    kind, rule = _classify(error)
+    kind = failure_kind(type(error).__name__)
     message = [line.strip() for line in str(error).strip().splitlines() if line.strip()]
     relevant = {"recompile": 3, "backend": 2}.get(kind, 1)  # lines of dynamo's message that say something
     lines = [*message[:relevant], *(_user_line(error) if kind == "break" else [])]
-    return "\n".join([f"{rule}: {lines[0][:300]}", *(line[:300] for line in lines[1:]), REMEDIES[kind]])
-
-
-def _classify(error: BaseException) -> tuple[str, str]:
-    if isinstance(error, RecompileError):
-        return "recompile", "no recompile is allowed after warm-up"
-    if isinstance(error, FailOnRecompileLimitHit):
-        return "limit", "dynamo's recompile limit may not be reached"
-    if isinstance(error, BackendCompilerFailed | InductorError):
-        return "backend", "the compile backend must accept the graph"
-    return "break", "no graph break is allowed"
+    return "\n".join([f"{RULES[kind]}: {lines[0][:300]}", *(line[:300] for line in lines[1:]), REMEDIES[kind]])
 
 
 def _user_line(error: BaseException) -> list[str]:

@@ -67,9 +67,8 @@ def nf4_of(linear: Linear4bit) -> Nf4:
     packed = weight.data if weight.dtype == torch.uint8 else weight.data.view(torch.uint8)  # may be stored as bf16
     state = weight.quant_state
     second = state.state2
-    if second is None:
-        return Nf4(packed, state.absmax, state.code, None, None, None)
-    return Nf4(packed, state.absmax, state.code, second.absmax, second.code, state.offset)
+    scales = () if second is None else (second.absmax, second.code, state.offset)
+    return Nf4(packed, state.absmax, state.code, *scales)
 
 
 def stock_lora(model: PreTrainedModel, lora: LoraSection, *, seed: int) -> PeftModel:

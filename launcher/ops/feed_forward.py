@@ -21,7 +21,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from launcher.ops.nf4 import Nf4
 from launcher.ops.projection_group import HAS_TRITON
-from launcher.ops.qlora_linear import adapter_gradients, columns_of, joined_linears, joined_weight
+from launcher.ops.qlora_linear import adapter_gradients, fields_of, joined_linears, joined_weight
 
 
 def gated_feed_forward(
@@ -31,7 +31,7 @@ def gated_feed_forward(
     pair = joined_linears(x, bases[:2], a[:2], b[:2], scaling=scaling)
     gate, up = pair.chunk(2, -1)
     h = (F.silu(gate) * up).detach()  # the operator gives the gradient of pair
-    out: Tensor = torch.ops.qlora.gated_down(h, pair, *columns_of(bases[2:]), [a[2]], [b[2]], scaling)
+    out: Tensor = torch.ops.qlora.gated_down(h, pair, fields_of(bases[2:]), a[2], b[2], scaling)
     return out
 
 
@@ -44,26 +44,13 @@ def gated_feed_forward_reference(
 
 
 @torch.library.custom_op("qlora::gated_down", mutates_args=())
-def _gated_down(
-    h: Tensor,
-    pair: Tensor,
-    packed: list[Tensor],
-    absmax: list[Tensor],
-    code: list[Tensor],
-    absmax2: list[Tensor],
-    code2: list[Tensor],
-    offset: list[Tensor],
-    a: list[Tensor],
-    b: list[Tensor],
-    scaling: float,
-) -> Tensor:
-    columns, shape = (packed, absmax, code, absmax2, code2, offset), ([b[0].shape[0]], h.shape[-1])
-    return F.linear(h, joined_weight(h, columns, a, b, scaling=scaling, shape=shape))
+def _gated_down(h: Tensor, pair: Tensor, base: list[Tensor], a: Tensor, b: Tensor, scaling: float) -> Tensor:
+    return F.linear(h, joined_weight(h, base, [a], [b], scaling=scaling, shape=([b.shape[0]], h.shape[-1])))
 
 
 @_gated_down.register_fake
-def _(h: Tensor, *rest: Any) -> Tensor:
-    return h.new_empty((*h.shape[:-1], rest[-2][0].shape[0]))
+def _(h: Tensor, pair: Tensor, base: list[Tensor], a: Tensor, b: Tensor, scaling: float) -> Tensor:
+    return h.new_empty((*h.shape[:-1], b.shape[0]))
 
 
 @torch.library.custom_op("qlora::swiglu_gradient_", mutates_args=("dh",))
@@ -95,19 +82,16 @@ def plain_swiglu_gradient(pair: Tensor, dh: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    _, pair, *lists, ctx.scaling = inputs
-    ctx.lengths = [len(each) for each in lists]
-    ctx.save_for_backward(pair, *(tensor for each in lists for tensor in each))
+    _, pair, base, a, b, ctx.scaling = inputs
+    ctx.save_for_backward(pair, a, b, *base)
 
 
 def _backward(ctx: Any, dout: Tensor) -> tuple[Any, ...]:
-    pair, *saved = ctx.saved_tensors
-    *columns, a, b = ([saved.pop(0) for _ in range(length)] for length in ctx.lengths)
-    dh = torch.ops.qlora.linears_dx(dout, *columns, a, b, ctx.scaling, [b[0].shape[0]], a[0].shape[1])
+    pair, a, b, *base = ctx.saved_tensors
+    dh = torch.ops.qlora.linears_dx(dout, base, [a], [b], ctx.scaling, [b.shape[0]], a.shape[1])
     dpair = swiglu_gradient_(pair, dh)  # from here on dh holds h
-    da, db = adapter_gradients(dout, dh, a, b, ctx.scaling)
-    nothing: list[Any] = [[None] * length for length in ctx.lengths[:-2]]
-    return None, dpair, *nothing, [da], [db], None
+    da, db = adapter_gradients(dout, dh, [a], [b], ctx.scaling)
+    return None, dpair, [None] * len(base), da, db, None
 
 
 _gated_down.register_autograd(_backward, setup_context=_save)

@@ -35,9 +35,9 @@ class Nf4(NamedTuple):
     packed: Tensor  # uint8 [O * D / 2, 1], the first of two elements in the high nibble
     absmax: Tensor  # uint8 [blocks] when doubly quantised, else fp32
     code: Tensor  # fp32 [16], the NF4 values
-    absmax2: Tensor | None  # fp32 [blocks / 256, rounded up]
-    code2: Tensor | None  # fp32 [256]
-    offset: Tensor | None  # fp32 scalar
+    absmax2: Tensor | None = None  # fp32 [blocks / 256, rounded up]
+    code2: Tensor | None = None  # fp32 [256]
+    offset: Tensor | None = None  # fp32 scalar
 
 
 def merged_weights(
