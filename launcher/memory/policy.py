@@ -12,49 +12,20 @@ layer leaves out what its backward pass does not need (its last product); a chec
 Given a budget, torch's partitioner recomputes dropout with another mask: the gradients would be wrong without any sign
 of it (seen with torch 2.13, both backends; a test holds it). So a budget, `full` and `offload` are refused together
 with LoRA dropout.
-
-Letters: N tokens of a micro batch, D model width, F feed-forward width, V vocabulary.
 """
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 import torch._functorch.config
 
 from launcher.errors import RecipeError
-from launcher.memory.ledger import MIB
-from launcher.memory.offload import INPUTS_ON_DEVICE
+from launcher.memory.forecast import Kept, Shapes, forecast
 from launcher.recipe.schema import Recipe
 
 USABLE = 0.92  # share of the memory free before training that a forecast may fill
-
-
-@dataclass(frozen=True)
-class Shapes:
-    """The sizes that decide how much memory a micro batch takes."""
-
-    layers: int
-    tokens: int  # N
-    hidden: int  # D
-    query: int  # query heads times head width
-    key_value: int  # key-value heads times head width
-    intermediate: int  # F
-    vocabulary: int  # V
-    loss_chunk: int  # tokens whose logits live at once
-    itemsize: int  # bytes of the compute dtype
-    trainable: int  # parameters
-    dropped: int = 0  # sum of in-features of a layer's adapters, where dropout gives each an input of its own
-
-
-class Kept(NamedTuple):
-    """What is kept for the backward pass: the partitioner's settings, and where the layers' inputs wait."""
-
-    budget: float  # fraction of what the partitioner would keep by default
-    elementwise: bool  # whether it keeps elementwise results that the backward pass reads
-    on_host: bool = False
 
 
 KEPT = {  # fastest first
@@ -123,27 +94,6 @@ def choose_policy(recipe: Recipe, shapes: Shapes, *, held_mib: float, free_mib: 
     fitting = [candidate for candidate in policies if (candidate.forecast_mib or 0.0) <= limit]
     least = policy(names[-1], KEPT[names[-1]], "auto: nothing is forecast to fit, this is the least")
     return (fitting or [least])[0]
-
-
-def forecast(shapes: Shapes, kept: Kept, *, held_mib: float) -> float:
-    """Peak MiB of a training step: the `held_mib` of weights and adapters, gradients and two moments of the adapters,
-    what the layers keep on the device, and the temporaries of the loss or of one layer's backward pass, whichever are
-    larger."""
-    s = shapes
-    column = s.itemsize * s.tokens / MIB  # MiB of one number per token
-    # A layer's input, the sum after attention, attention's inputs and output, gate and up; then the norms' outputs.
-    selective = (2 * s.hidden + 2 * s.query + 2 * s.key_value + 2 * s.intermediate + s.dropped) * column
-    everything = selective + 2 * s.hidden * column
-    least = s.hidden * column
-    layer = least + kept.budget * ((everything if kept.elementwise else selective) - least)
-    # The feed-forward block: its input's gradient, h, incoming and outgoing gradients; gate and up dequantised.
-    work = (3 * s.intermediate + 2 * s.hidden) * column + 2 * s.intermediate * s.hidden * s.itemsize / MIB
-    if kept.budget < 1:
-        work += everything - layer  # of the layer that is being recomputed
-    loss = s.loss_chunk * s.vocabulary * s.itemsize / MIB + 3 * s.hidden * column
-    adapters = 4 * 4 * s.trainable / MIB  # summed gradients, those of this pass, two moments; fp32
-    layers = min(s.layers, INPUTS_ON_DEVICE) if kept.on_host else s.layers
-    return held_mib + adapters + layers * layer + max(work, loss)
 
 
 @contextmanager

@@ -6,7 +6,7 @@ from launcher.compile.regions import Region
 from launcher.data.loader import TrainLoader
 from launcher.data.prepare import PreparedData
 from launcher.data.stream import Stream, StreamLoader
-from launcher.memory.policy import Shapes
+from launcher.memory.forecast import Shapes
 from launcher.model.attention import CORES, Rows, register_attention
 from launcher.model.build import BuiltModel
 from launcher.model.families import head_width, layer_mlps, layer_norms

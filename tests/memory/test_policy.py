@@ -5,8 +5,9 @@ import torch
 import torch._dynamo
 
 from launcher.errors import RecipeError
+from launcher.memory.forecast import Kept, Shapes, forecast
 from launcher.memory.ledger import MIB
-from launcher.memory.policy import KEPT, Kept, Policy, Shapes, applied, check_policy, choose_policy, forecast
+from launcher.memory.policy import KEPT, Policy, applied, check_policy, choose_policy
 from launcher.train import setup
 from launcher.train.planned import shapes_of
 from tests.conftest import request_for
