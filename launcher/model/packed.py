@@ -119,7 +119,7 @@ class PackedCausalLM(nn.Module):
             labels.flatten(),
             chunk=self.loss_chunk,
             functions=self.loss_functions,
-            most=self.loss_rows(labels.numel()),
+            max_targets=self.loss_rows(labels.numel()),
         )
 
     @torch.no_grad()

@@ -122,13 +122,13 @@ class ChunkFunctions:
     loss_and_grad: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]] = chunk_loss_and_grad
 
 
-def product_rows(tokens: int, most: int) -> int:
-    """M, the rows of the product, for `tokens` (N) of which at most `most` are supervised."""
+def product_rows(tokens: int, max_targets: int) -> int:
+    """M, the rows of the product, for `tokens` (N) of which at most `max_targets` are supervised."""
     # Each row left out saves 2 * D * V multiply-adds and the passes over its V logits. Selecting, gathering and
     # scattering rows costs about ten small kernels and five passes over [N, D]: an estimated 90 us for 4,096 rows on an
     # H200, where Llama 1B's head takes 1.6 us per row. So leaving out a twentieth pays at that size, and breaks even at
     # a quarter of it. Full blocks, whose every token but the first is a target, keep the path without indices.
-    return max(1, most) if most <= (1 - MIN_SAVED) * tokens else tokens
+    return max(1, max_targets) if max_targets <= (1 - MIN_SAVED) * tokens else tokens
 
 
 def chunk_rows(rows: Collection[int], vocabulary: int, budget_mib: int, *, itemsize: int = 4) -> int:
@@ -139,25 +139,33 @@ def chunk_rows(rows: Collection[int], vocabulary: int, budget_mib: int, *, items
     computed, padding included, plus CHUNK_COST per chunk) among those that divide a shape into equal chunks. For a
     single shape that gives the fewest equal chunks of a multiple of TILE rows.
     """
-    most = max(1, budget_mib * 2**20 // (itemsize * vocabulary))
-    step = TILE if most >= TILE else 1
-    most -= most % step
-    sizes = {-(-n // (chunks * step)) * step for n in rows for chunks in range(-(-n // most), 2 * -(-n // most) + 1)}
+    max_rows = max(1, budget_mib * 2**20 // (itemsize * vocabulary))
+    step = TILE if max_rows >= TILE else 1
+    max_rows -= max_rows % step
+    fewest = [-(-n // max_rows) for n in rows]  # chunks of each shape
+    pairs = ((n, chunks) for n, least in zip(rows, fewest, strict=True) for chunks in range(least, 2 * least + 1))
+    sizes = {-(-n // (chunks * step)) * step for n, chunks in pairs}
     return min(sorted(sizes, reverse=True), key=lambda size: sum(-(-n // size) * (size + CHUNK_COST) for n in rows))
 
 
 def linear_cross_entropy(
-    hidden: Tensor, weight: Tensor, labels: Tensor, *, chunk: int, functions: ChunkFunctions, most: int | None = None
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    chunk: int,
+    functions: ChunkFunctions,
+    max_targets: int | None = None,
 ) -> Tensor:
     """Summed cross-entropy of `hidden @ weight.T` against `labels`, over the labels that are not IGNORE.
 
     hidden [N, D], weight [V, D] (frozen: it gets no gradient), labels [N] already shifted -> scalar, fp32. At most
-    `most` (M) labels are not IGNORE, by the caller's promise: where there are more, the loss is NaN. None: all may be.
+    `max_targets` (M) labels are not IGNORE, as the caller promises: with more, the loss is NaN. None: all may be.
     """
     assert not weight.requires_grad, "the head is frozen in QLoRA; this loss gives it no gradient"
     if torch.is_grad_enabled() and hidden.requires_grad:
-        return _LinearCrossEntropy.apply(hidden, weight, labels, chunk, functions, most)
-    total, rows = _total_and_rows(labels, most)
+        return _LinearCrossEntropy.apply(hidden, weight, labels, chunk, functions, max_targets)
+    total, rows = _total_and_rows(labels, max_targets)
     for h, y, _ in _chunks(hidden, labels, rows, chunk=chunk):
         total = total + functions.loss(h, weight, y)
     return total
@@ -166,9 +174,9 @@ def linear_cross_entropy(
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, chunk: int, fns: ChunkFunctions, most: int | None
+        ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, chunk: int, fns: ChunkFunctions, bound: int | None
     ) -> Tensor:
-        total, rows = _total_and_rows(labels, most)
+        total, rows = _total_and_rows(labels, bound)
         grad = hidden.new_empty(hidden.shape if rows is None else (len(rows), hidden.shape[1]))
         for h, y, place in _chunks(hidden.detach(), labels, rows, chunk=chunk):
             loss, grad_h = fns.loss_and_grad(h, weight, y)
@@ -189,17 +197,17 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return grad, None, None, None, None, None
 
 
-def _total_and_rows(labels: Tensor, most: int | None) -> tuple[Tensor, Tensor | None]:
+def _total_and_rows(labels: Tensor, max_targets: int | None) -> tuple[Tensor, Tensor | None]:
     """The initial total, and the rows of the product [M] as drawn at the top; None: all rows in order.
 
     The total is 0, or NaN where rows with a target would be left out: decided on the device, for the step's gate.
     """
     total = torch.zeros((), dtype=torch.float32, device=labels.device)
-    if most is None or most >= len(labels):
+    if max_targets is None or max_targets >= len(labels):
         return total, None
     unsupervised = labels == IGNORE
-    rows = torch.argsort(unsupervised, stable=True)[:most]
-    return total.masked_fill_((~unsupervised).sum() > most, float("nan")), rows
+    rows = torch.argsort(unsupervised, stable=True)[:max_targets]
+    return total.masked_fill_((~unsupervised).sum() > max_targets, float("nan")), rows
 
 
 def _chunks(

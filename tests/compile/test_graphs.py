@@ -1,4 +1,4 @@
-"""What becomes of compile.cuda_graphs where there is no CUDA device; tests/gpu has the rest."""
+"""compile.cuda_graphs without a CUDA device; tests/gpu has the rest."""
 
 import pytest
 import torch
@@ -40,7 +40,7 @@ def test_the_start_record_says_why_nothing_is_captured(make_recipe, asked, said)
     assert [phase.phase for phase in worker.ledger.phases][-1] == "after compile"
 
 
-def test_a_capture_that_failed_is_told_or_ends_the_run_as_the_recipe_wants():
+def test_a_failed_capture_is_reported_or_ends_the_run_as_the_recipe_asks():
     assert outcome([None, None], wanted="on") == "on"
     assert outcome(["it waits"], wanted="auto") == "off (capture failed: it waits)"
     assert "on 1 of 2 ranks, rank 1: it waits" in outcome([None, "it waits"], wanted="auto")

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -10,12 +11,7 @@ from torch import Tensor
 
 from launcher.compile.graphs import waits_are_errors
 from launcher.data.loader import sample_batch
-from launcher.ops.linear_ce import (
-    IGNORE,
-    ChunkFunctions,
-    linear_cross_entropy,
-    linear_cross_entropy_reference,
-)
+from launcher.ops.linear_ce import IGNORE, ChunkFunctions, linear_cross_entropy, linear_cross_entropy_reference
 from launcher.train import setup
 from launcher.train.planned import rows_of
 from launcher.train.setup import Worker
@@ -108,12 +104,13 @@ def test_rows_with_a_target_are_selected_and_scattered_back_without_waiting(
     weight = (torch.randn(1000, 64, device="cuda") / 8).to(dtype)
     labels = torch.full((rows,), IGNORE, device="cuda")
     labels[torch.randperm(rows, device="cuda")[:targets]] = torch.randint(1000, (targets,), device="cuda")
-    most = max(1, targets)
-    linear_cross_entropy(hidden, weight, labels, chunk=chunk, most=most, functions=ChunkFunctions())  # kernels compile
+    max_targets = max(1, targets)
+    loss_of = partial(linear_cross_entropy, hidden, weight, labels, chunk=chunk, functions=ChunkFunctions())
+    loss_of(max_targets=max_targets)  # kernels compile
     with waits_are_errors():
-        loss = linear_cross_entropy(hidden, weight, labels, chunk=chunk, most=most, functions=ChunkFunctions())
+        loss = loss_of(max_targets=max_targets)
         [gradient] = torch.autograd.grad(loss, hidden)
-        broken = linear_cross_entropy(hidden, weight, labels, chunk=chunk, most=most - 1, functions=ChunkFunctions())
+        broken = loss_of(max_targets=max_targets - 1)
     exact = hidden.detach().double().requires_grad_()
     true = linear_cross_entropy_reference(exact, weight.double(), labels)
     [true_gradient] = torch.autograd.grad(true, exact)
