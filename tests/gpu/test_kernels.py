@@ -22,6 +22,10 @@ CASES = [  # O, D, r, dtype, doubly quantised
     (200, 64, 100, torch.bfloat16, True),
     (40, 24, 4, torch.bfloat16, True),  # a block of scales lies in two rows: not for the kernel
 ]
+GRADIENT_CASES = [
+    *((*case[:4], tokens) for case in CASES for tokens in (333, 4096)),
+    (8192, 4096, 64, torch.bfloat16, 24),  # few tokens and wide adapters: the sums are zeroed in pieces
+]
 ROUNDING = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
 
 
@@ -73,9 +77,8 @@ def test_one_launch_for_several_weights_gives_what_each_gives_alone(monkeypatch,
     assert len({float(weight.float().std()) for weight in alone}) == len(outs)
 
 
-@pytest.mark.parametrize("tokens", [333, 4096])
-@pytest.mark.parametrize(("out", "features", "rank", "dtype", "double"), CASES)
-def test_adapter_gradients_are_the_plain_ones(out, features, rank, dtype, double, tokens):
+@pytest.mark.parametrize(("out", "features", "rank", "dtype", "tokens"), GRADIENT_CASES)
+def test_adapter_gradients_are_the_plain_ones(out, features, rank, dtype, tokens):
     torch.manual_seed(0)
     x, dy = (torch.randn(tokens, n, device="cuda").to(dtype) for n in (features, out))
     a, b = torch.randn(rank, features, device="cuda"), torch.randn(out, rank, device="cuda")
@@ -141,13 +144,6 @@ def test_the_kernels_fit_the_shared_memory_of_smaller_gpus(monkeypatch, memory, 
         assert relative_error(ours, theirs) < ROUNDING[torch.bfloat16]
     assert [len(kernel.shared) for kernel in kernels] == [1, 2]
     assert all(0 < used <= memory for kernel in kernels for used in kernel.shared)
-
-
-def test_the_sums_of_few_tokens_and_wide_adapters_are_zeroed_in_pieces():
-    x, dy = torch.randn(24, 4096, device="cuda").bfloat16(), torch.randn(24, 8192, device="cuda").bfloat16()
-    a, b = torch.randn(64, 4096, device="cuda"), torch.randn(8192, 64, device="cuda")
-    for ours, theirs in zip(gradients(dy, x, [a], [b], 1.0), plain_gradients(dy, x, a, b, 1.0), strict=True):
-        assert relative_error(ours, theirs) < ROUNDING[torch.bfloat16]
 
 
 @pytest.mark.parametrize(("rows", "vocabulary"), [(7, 1000), (64, 128256), (33, 5000), (5, 4096)])
