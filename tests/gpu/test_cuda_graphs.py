@@ -10,9 +10,9 @@ from launcher.errors import ContractError, NonFiniteError
 from launcher.proof.parity import parity
 from launcher.records.run import EvalRecord, RunRecord, StepRecord
 from launcher.train.loop import Progress, run
-from launcher.train.setup import Clock, Worker, prepare
 from launcher.train.step import arguments
 from tests.conftest import request_for
+from tests.support.workers import built, compiled, perturb
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("clean_dynamo")]
 
@@ -33,27 +33,6 @@ def recipe_of(make_recipe, tmp_path):
         return make_recipe(**{**merged, "run": {"output_dir": str(tmp_path / f"run-{len(made)}"), "sample_tokens": 0}})
 
     return make
-
-
-def built(recipe):
-    request = request_for(recipe)
-    worker = Worker(request, prepare(request), clock=Clock())
-    worker.build()
-    return worker
-
-
-def compiled(recipe):
-    worker = built(recipe)
-    worker.compile()
-    return worker
-
-
-def perturb(worker):
-    """B starts at zero, and then neither A nor its dropout shows in the loss."""
-    generator = torch.Generator("cuda").manual_seed(1)
-    with torch.no_grad():
-        for parameter in worker.step.parameters:
-            parameter.add_(torch.randn(parameter.shape, generator=generator, device="cuda") * 0.05)
 
 
 def run_through(recipe):

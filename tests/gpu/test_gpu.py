@@ -21,10 +21,9 @@ from launcher.ops.document_attention import (
 from launcher.proof.parity import parity
 from launcher.records.run import RunRecord, StepRecord
 from launcher.train.loop import Progress, run
-from launcher.train.setup import Clock, Worker, prepare
 from tests.conftest import TINY, request_for, stock_loss
 from tests.model.test_packed_equals_unpacked import bench_on, both_gradients, losses
-from tests.train.test_shapes import ANY, THREE, compiled, documents
+from tests.support.workers import ANY, THREE, built, compiled, documents
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("clean_dynamo")]
 
@@ -95,10 +94,7 @@ def test_compiled_kernels_give_the_uncompiled_losses(make_recipe, tmp_path, dtyp
 @pytest.mark.parametrize("attention", ["varlen", "sdpa"])
 def test_forward_and_backward_never_wait_for_the_device(make_recipe, attention):
     recipe = make_recipe(model={"dtype": "bfloat16", "attention": attention}, compile={"backend": "inductor"})
-    request = request_for(recipe)
-    worker = Worker(request, prepare(request), clock=Clock())
-    worker.build()
-    worker.compile()
+    worker = compiled(recipe)
     batch = next(worker.batches)
     worker.step(batch)
     torch.cuda.synchronize()
@@ -171,13 +167,10 @@ def test_packed_text_trains_at_nine_tenths_of_the_rate_of_full_random_rows(make_
         compile={"backend": "inductor"},
         train={"steps": 50, "micro_batch": 2},
     )
-    request = request_for(recipe)
-    worker = Worker(request, prepare(request), clock=Clock())
-    worker.build()
-    worker.compile()
+    worker = compiled(recipe)
     train, rng = worker.prepared.data.train, np.random.default_rng(0)
     ids = rng.integers(0, 8192, 64 * 2048).astype(np.int32)
-    # Half of the tokens are supervised, as in the chats: the loss has room for no more (train/planned.py).
+    # Half of the tokens are supervised, as in the chats: the loss has room for no more (block_facts of train/setup.py).
     documents = Documents(ids, rng.random(len(ids)) < 0.5, np.arange(65) * 2048)
     full = replace(bucket(documents, np.arange(64), widths=(2048,), pad_id=0), max_documents=train.max_documents)
     loaders = [worker.batches, TrainLoader(full, micro_batch=2, accumulation=1, rank=0, world_size=1, seed=0)]
@@ -208,9 +201,7 @@ def test_packed_chats_of_the_1b_shape_peak_at_the_forecast_compiling_included(ma
         memory={"activations": "selective"},
         train={"steps": 10, "micro_batch": micro_batch},
     )
-    request = request_for(recipe)
-    worker = Worker(request, prepare(request), clock=Clock())
-    worker.build()
+    worker = built(recipe)
     torch.cuda.reset_peak_memory_stats()
     worker.compile()
     for _ in range(3):

@@ -17,9 +17,9 @@ from launcher.ops.linear_ce import (
     linear_cross_entropy_reference,
 )
 from launcher.train import setup
-from launcher.train.planned import rows_of
-from launcher.train.setup import Clock, Worker, prepare
-from tests.conftest import request_for
+from launcher.train.setup import Worker, block_facts
+from tests.support.workers import built as built_worker
+from tests.support.workers import perturb
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("clean_dynamo")]
 
@@ -35,20 +35,14 @@ def built(make_recipe: Callable[..., Any], batching: str = "packed") -> Worker:
         compile={"backend": "inductor", "cuda_graphs": "on"},
         train={"micro_batch": MICRO_BATCH, "accumulation": 2},
     )
-    request = request_for(recipe)
-    worker = Worker(request, prepare(request), clock=Clock())
-    worker.build()
-    return worker
+    return built_worker(recipe)
 
 
 def measured(worker: Worker) -> Found:
     """Losses and gradients of six steps at the same drawn weights, and losses without gradients."""
     worker.compile()
     assert worker.cuda_graphs == "on"
-    generator = torch.Generator("cuda").manual_seed(1)
-    with torch.no_grad():  # B starts at zero, and A would have no gradient
-        for parameter in worker.step.parameters:
-            parameter.add_(torch.randn(parameter.shape, generator=generator, device="cuda") * 0.05)
+    perturb(worker)
     losses, evaluated, gradients = [], [], []
     for _ in range(6):
         batch = next(worker.batches)
@@ -65,12 +59,12 @@ def test_captured_steps_have_the_losses_and_gradients_of_the_whole_product(
     make_recipe: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, batching: str
 ) -> None:
     worker = built(make_recipe, batching)
-    widths = rows_of(worker.prepared.data, micro_batch=MICRO_BATCH).widths
+    widths = worker.prepared.data.widths
     assert (len(widths) > 1) == (batching == "bucketed")
     assert all(worker.built.packed.loss_rows(MICRO_BATCH * width) < 0.8 * MICRO_BATCH * width for width in widths)
     losses, evaluated, gradients = measured(worker)
 
-    monkeypatch.setattr(setup, "rows_of", lambda *data, **how: replace(rows_of(*data, **how), targets={}))
+    monkeypatch.setattr(setup, "block_facts", lambda *data, **how: replace(block_facts(*data, **how), targets={}))
     worker = built(make_recipe, batching)
     assert all(worker.built.packed.loss_rows(MICRO_BATCH * width) == MICRO_BATCH * width for width in widths)
     whole_losses, whole_evaluated, whole_gradients = measured(worker)
@@ -90,8 +84,7 @@ def test_a_captured_step_with_more_targets_than_promised_reaches_no_weight(
 
     monkeypatch.setattr(setup, "sample_batch", uncounted)
     worker = built(make_recipe)
-    rows = worker.built.packed._loss_rows
-    rows.update(dict.fromkeys(rows, 10))
+    monkeypatch.setattr(worker.built.packed, "loss_rows", lambda tokens: 10)
     worker.compile()
     assert worker.cuda_graphs == "on"
     before = [parameter.detach().clone() for parameter in worker.step.parameters]

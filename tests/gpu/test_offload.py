@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from launcher.compile import graphs
 from launcher.proof.parity import free, release
 from tests.conftest import TINY, small_config
-from tests.gpu.test_cuda_graphs import built, compiled, perturb
+from tests.support.workers import built, compiled, perturb
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("clean_dynamo")]
 MIB = 2**20

@@ -10,10 +10,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from launcher.errors import MemoryExhausted
 from launcher.memory.offload import INPUTS_ON_DEVICE, MIB, HostInputs
 from launcher.model.packed import nothing_around
-from launcher.train.make_records import start_record
+from launcher.train.describe import start_record
 from launcher.train.step import arguments
 from tests.conftest import TINY, small_config
-from tests.train.test_shapes import ANY, TWO, compiled, documents
+from tests.support.workers import ANY, TWO, compiled, documents
 
 pytestmark = pytest.mark.usefixtures("clean_dynamo")
 LAYERS = 6

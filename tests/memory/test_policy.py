@@ -6,11 +6,10 @@ import torch._dynamo
 
 from launcher.errors import RecipeError
 from launcher.memory.policy import KEPT, MIB, Kept, Policy, Shapes, applied, check_policy, choose_policy, forecast
-from launcher.model.attention import Rows
+from launcher.model.attention import BlockFacts
 from launcher.model.build import build_model
 from launcher.model.source import load_config
 from launcher.train import setup
-from launcher.train.planned import shapes_of
 from tests.conftest import request_for
 
 CUDA = torch.device("cuda", 0)
@@ -24,8 +23,8 @@ LLAMA_1B = Shapes(
 def built_on(recipe):
     source = recipe.model.name
     return build_model(
-        recipe, source, load_config(source, recipe.model), device=torch.device("cpu"), rows=Rows((64,), alone=False),
-        phase=lambda _: None,
+        recipe, source, load_config(source, recipe.model), device=torch.device("cpu"),
+        blocks=BlockFacts((64,), alone=False), phase=lambda _: None,
     )  # fmt: skip
 
 
@@ -106,7 +105,7 @@ def test_offload_is_refused_on_a_cpu_before_data_is_read(make_recipe, monkeypatc
     monkeypatch.setattr(setup, "prepare_data", lambda *_, **__: pytest.fail("data was read"))
     recipe = make_recipe(memory={"activations": "offload"})
     with pytest.raises(RecipeError, match="the device is cpu, its memory is the host's.\nUse memory.activations=full"):
-        setup.prepare(request_for(recipe))
+        setup.prepare_inputs(request_for(recipe))
     check_policy(recipe, CUDA)
 
 
@@ -150,7 +149,7 @@ def test_the_forecast_knows_what_dropout_keeps_on_top(make_recipe, name):
     for dropout in (0.0, 0.1):
         recipe = make_recipe(lora={"r": 4, "dropout": dropout})
         kept.append(kept_and_gradients(recipe, Policy(name, KEPT[name], "", None))[0] / MIB)
-        shapes = shapes_of(built_on(recipe), micro_batch=2, width=64)
+        shapes = Shapes(tokens=2 * 64, **built_on(recipe).sizes())
         forecasts.append(forecast(shapes, KEPT[name], held_mib=0))
     more, expected = kept[1] - kept[0], forecasts[1] - forecasts[0]
     assert more > 0.4  # MiB; half of what is kept without

@@ -7,7 +7,7 @@ from bitsandbytes.nn import Linear4bit, Params4bit
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 
 from launcher.errors import RecipeError
-from launcher.model.attention import Rows
+from launcher.model.attention import BlockFacts
 from launcher.model.build import build_model, choose_dtype, preflight
 from launcher.model.source import load_config, load_tokenizer
 from launcher.recipe.locate import locate
@@ -26,7 +26,7 @@ def build(recipe, phases=None):
         source,
         config,
         device=CPU,
-        rows=Rows((64,), alone=False),
+        blocks=BlockFacts((64,), alone=False),
         phase=(phases if phases is not None else []).append,
     )
 

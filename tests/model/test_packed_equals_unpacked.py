@@ -17,11 +17,11 @@ from launcher.data.documents import Document, Documents
 from launcher.data.loader import MicroBatch, micro_batch_of
 from launcher.data.pack.blocks import IGNORE, Blocks
 from launcher.data.pack.packing import pack
-from launcher.model.attention import Rows
+from launcher.model.attention import BlockFacts
 from launcher.model.build import BuiltModel, build_model
 from launcher.model.source import load_config
 from launcher.recipe.schema import Recipe
-from launcher.train.planned import regions_of
+from launcher.train.regions import regions_of
 from launcher.train.step import arguments
 from tests.conftest import WIDTH
 
@@ -82,7 +82,9 @@ def bench_on(device: str, *, model: Path, dtype: str, backend: str) -> Iterator[
     )
     config, where = load_config(str(model), recipe.model), torch.device(device)
     packed, stock = (
-        build_model(recipe, str(model), config, device=where, rows=Rows((64,), alone=False), phase=lambda _: None)
+        build_model(
+            recipe, str(model), config, device=where, blocks=BlockFacts((64,), alone=False), phase=lambda _: None
+        )
         for _ in range(2)
     )
     for built in (packed, stock):
