@@ -240,13 +240,8 @@ class Worker:
             accelerator=self.accelerator,
             fp16=built.dtype == torch.float16,
         )
-        identity = run_identity(
-            self.recipe,
-            data_identity=data.identity,
-            steps=self.steps,
-            dtype=built.dtype,
-            world_size=self.rank_info.world_size,
-        )
+        dtype, processes = str(built.dtype).removeprefix("torch."), self.rank_info.world_size
+        identity = run_identity(self.recipe, data=data.identity, steps=self.steps, dtype=dtype, processes=processes)
         self.state = TrainState(self.step, self.batches, identity=identity, rank=self.rank_info.rank)
 
     def _sample(self, width: int) -> MicroBatch:

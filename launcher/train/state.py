@@ -64,7 +64,7 @@ class TrainState:
         self._wait()
         random_states = gather(random_state(self._step.device))
         return {
-            "identity": self._identity,
+            "identity": dict(self._identity),
             "step": self.step,
             "training": _copied(self._step.live_state()),
             "random": {str(rank): state for rank, state in enumerate(random_states)},
@@ -109,12 +109,11 @@ class TrainState:
             torch.cuda.synchronize(self._step.device)
 
 
-def run_identity(
-    recipe: Recipe, *, data_identity: str, steps: int, dtype: torch.dtype, world_size: int
-) -> dict[str, Any]:
+def run_identity(recipe: Recipe, **resolved: str | int) -> dict[str, Any]:
     """What decides the numbers of a run and the shapes of its state, by the recipe's keys: JSON values.
 
-    Sources are compared by content (`data_identity`), not by path; compile and memory change no result.
+    `resolved`: what the recipe does not say by itself. That includes the identity of the prepared data, since sources
+    are compared by content, not by path. The sections compile and memory change no state.
     """
     sections = {
         "model": recipe.model.model_dump(mode="json", include={"name", "revision", "init"}),
@@ -124,23 +123,16 @@ def run_identity(
         "train": recipe.train.model_dump(mode="json", exclude={"steps", "epochs", "eval_every", "log_every"}),
     }
     values = {f"{section}.{key}": value for section, keys in sections.items() for key, value in keys.items()}
-    known = {key: value for key, value in values.items() if value is not None}
-    resolved = {"steps": steps, "dtype": str(dtype).removeprefix("torch."), "processes": world_size}
-    return {**known, **resolved, "data": data_identity}
+    return {key: value for key, value in values.items() if value is not None} | resolved
 
 
 def random_state(device: torch.device) -> dict[str, Any]:
     """The states of this process's random generators: Python, numpy, torch, and torch on a CUDA device."""
     version, words, gauss = random.getstate()
-    _, key, position, has_gauss, normal = np.random.get_state()
+    _, key, *rest = np.random.get_state(legacy=True)
     state = {
-        "python": {"version": version, "words": torch.tensor(words), "gauss": [] if gauss is None else [gauss]},
-        "numpy": {
-            "key": torch.from_numpy(np.asarray(key).astype(np.int64)),
-            "position": position,
-            "has_gauss": has_gauss,
-            "gauss": normal,
-        },
+        "python": {"words": torch.tensor(words), "rest": [version] if gauss is None else [version, gauss]},
+        "numpy": {"key": torch.from_numpy(np.asarray(key).astype(np.int64)), "rest": rest},
         "torch": torch.get_rng_state(),
     }
     return {**state, "cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else state
@@ -148,12 +140,9 @@ def random_state(device: torch.device) -> dict[str, Any]:
 
 def set_random_state(state: dict[str, Any], device: torch.device) -> None:
     """Put back what `random_state` gave."""
-    python, numpy = state["python"], state["numpy"]
-    random.setstate(
-        (python["version"], tuple(python["words"].tolist()), python["gauss"][0] if python["gauss"] else None)
-    )
-    key = numpy["key"].numpy().astype(np.uint32)
-    np.random.set_state(("MT19937", key, numpy["position"], numpy["has_gauss"], numpy["gauss"]))
+    version, *gauss = state["python"]["rest"]
+    random.setstate((version, tuple(state["python"]["words"].tolist()), gauss[0] if gauss else None))
+    np.random.set_state(("MT19937", state["numpy"]["key"].numpy().astype(np.uint32), *state["numpy"]["rest"]))
     torch.set_rng_state(state["torch"])
     if device.type == "cuda":
         torch.cuda.set_rng_state(state["cuda"], device)
