@@ -12,6 +12,7 @@ from torch import Tensor
 
 from launcher.data import stream
 from launcher.errors import CheckpointError
+from launcher.train import loss_scale
 from launcher.train import state as state_module
 from launcher.train.setup import Worker
 from launcher.train.state import EarlyStop
@@ -82,27 +83,35 @@ def flat_tensors(state: dict[str, Any]) -> Iterator[tuple[str, Tensor]]:
     return ((name, value) for name, value in leaves(state) if isinstance(value, Tensor))
 
 
-def test_the_loss_scale_and_the_updates_done_are_part_of_the_state(make_recipe: MakeRecipe) -> None:
+def test_the_loss_scale_its_good_steps_and_the_updates_done_are_kept(
+    make_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loss_scale, "INTERVAL", 4)
     recipe = make_recipe(model={"dtype": "float16"}, compile=OFF, train={"steps": 6, "warmup": 2})
     worker = compiled(recipe)
     worker.step.scaler.update(2.0**40)  # overflows: halved, and the schedule is held
     train(worker, 3)
     again = resumed(recipe, worker.state.state_dict())
     assert again.step.scaler.get_scale() == worker.step.scaler.get_scale() == 2.0**37
-    again.step.scaler.update(1.0)
-    assert float(again.step(next(again.batches)).lr) == 0  # no update was made yet: the warm-up's first rate
+    worker.step.scaler.update(1.0)
+    [first, second] = train(worker, 2)
+    assert first[2] == 0 < second[2]  # only now is the first update made, at the warm-up's first rate
+    again.state.load_state_dict(through_files(worker.state.state_dict()))
+    train(again, 1)
+    assert again.step.scaler.get_scale() == 1
+    train(again, 1)
+    assert again.step.scaler.get_scale() == 2  # after four good steps, two of them before the interruption
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "adamw_8bit"])
 def test_a_state_of_before_the_first_step_is_the_beginning(make_recipe: MakeRecipe, optimizer: str) -> None:
     recipe = make_recipe(compile=OFF, train={"optimizer": optimizer})
+    expected = train(compiled(recipe), 3)
     worker = compiled(recipe)
     beginning = worker.state.state_dict()
-    expected = train(worker, 2)
-    other = compiled(recipe)
-    train(other, 3)
-    other.state.load_state_dict(beginning)
-    assert train(other, 2) == expected
+    assert train(worker, 3) == expected
+    worker.state.load_state_dict(through_files(beginning))
+    assert train(worker, 3) == expected
 
 
 def test_a_run_that_met_a_nan_stays_stopped_after_a_resume(make_recipe: MakeRecipe) -> None:
