@@ -103,11 +103,11 @@ class TrainLoader(Iterator[StepBatch]):
             epoch=epoch,
         )
 
-    def state(self) -> LoaderState:
-        """For `restore`, in a loader of the same rows, seed and step size; plain JSON."""
+    def state_dict(self) -> LoaderState:
+        """For `load_state_dict`, in a loader of the same rows, seed and step size; plain JSON."""
         return self._state.copy()
 
-    def restore(self, state: LoaderState) -> None:
+    def load_state_dict(self, state: LoaderState) -> None:
         """Go on as the loader would have that gave this state; none of the rows before are touched.
 
         Raises CheckpointError for a state that no loader of these rows can give.

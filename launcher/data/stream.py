@@ -192,14 +192,14 @@ class StreamLoader(Iterator[StepBatch]):
         self._read_ahead()
         return replace(next(self._loader), epoch=self._number)
 
-    def state(self) -> StreamState:
-        """For `restore`, in a loader of the same stream and step size; plain JSON."""
+    def state_dict(self) -> StreamState:
+        """For `load_state_dict`, in a loader of the same stream and step size; plain JSON."""
         if self._used_up:
             return StreamState(epoch=self._number + 1, offset=0, places=self._behind, counts=dict(self._stream.counts))
-        offset = self._loader.state()["offset"]
+        offset = self._loader.state_dict()["offset"]
         return StreamState(epoch=self._number, offset=offset, places=self._places, counts=dict(self._counted_before))
 
-    def restore(self, state: StreamState) -> None:
+    def load_state_dict(self, state: StreamState) -> None:
         """Go on as the loader would have that gave this state: rows before its window are read over, not tokenised.
 
         Raises CheckpointError for a state that no loader of this stream can give.
@@ -216,7 +216,7 @@ class StreamLoader(Iterator[StepBatch]):
         self._stream.counts.clear()
         self._stream.counts.update(state["counts"])
         self._begin(window, number=number, places=places)
-        self._loader.restore({"epoch": 0, "offset": state["offset"]})
+        self._loader.load_state_dict({"epoch": 0, "offset": state["offset"]})
 
     def _checked(self, state: StreamState) -> list[Place]:
         try:
@@ -234,7 +234,7 @@ class StreamLoader(Iterator[StepBatch]):
 
     @property
     def _used_up(self) -> bool:
-        return self._loader.state()["epoch"] > 0
+        return self._loader.state_dict()["epoch"] > 0
 
     def _read_ahead(self) -> Future[Window]:
         """The window behind this one, which the thread reads while this one is trained on."""

@@ -29,10 +29,13 @@ CUDNN_WINS = 9  # the major compute capability where cuDNN is fastest: measured 
 
 
 @dataclass(frozen=True)
-class Rows:
-    """What is known of a run's rows before the first: their planned widths, whether each is one document, by width how
-    many tokens of a micro batch are supervised at most (one that `targets` lacks may have all of them so), and how long
-    a document may be (None: as a row)."""
+class BlockFacts:
+    """What the model knows of a run's blocks (packed sequences) before the first one.
+
+    `widths`: their planned lengths in positions. `alone`: whether every block holds one document. `targets`: by width,
+    the most supervised tokens of a micro batch; of a width that it lacks, all may be. `max_seqlen`: upper bound on
+    document length; None: the width of a block.
+    """
 
     widths: tuple[int, ...]
     alone: bool

@@ -9,7 +9,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from launcher.errors import RecipeError
-from launcher.model.attention import Rows, attention_name, check_attention, choose_attention, register_attention
+from launcher.model.attention import BlockFacts, attention_name, check_attention, choose_attention, register_attention
 from launcher.model.families import Family, family_of, head_width
 from launcher.model.grouped import group_projections
 from launcher.model.load import (
@@ -20,7 +20,7 @@ from launcher.model.load import (
     load_base,
     random_base,
 )
-from launcher.model.lora import attach_lora, check_targets
+from launcher.model.lora import ADAPTER, attach_lora, check_targets
 from launcher.model.packed import PackedCausalLM, use_native_norm
 from launcher.ops.linear_ce import chunk_rows, product_rows
 from launcher.recipe.schema import Recipe
@@ -41,6 +41,25 @@ class BuiltModel:
     parameters: int
     trainable: int
     quantization: str
+
+    def sizes(self) -> dict[str, int]:
+        """What decides how much memory a token of a micro batch takes, as memory/forecast.py's Shapes names it."""
+        config: Any = self.peft.config
+        lora: Any = self.peft.peft_config[ADAPTER]
+        head = head_width(config)
+        adapted: list[Any] = [module for module in self.packed.body.layers[0].modules() if hasattr(module, "lora_A")]
+        return {
+            "layers": config.num_hidden_layers,
+            "hidden": config.hidden_size,
+            "query": config.num_attention_heads * head,
+            "key_value": config.num_key_value_heads * head,
+            "intermediate": config.intermediate_size,
+            "vocabulary": config.vocab_size,
+            "loss_chunk": self.packed.loss_chunk,
+            "itemsize": self.dtype.itemsize,
+            "trainable": self.trainable,
+            "dropped": sum(module.in_features for module in adapted) if lora.lora_dropout else 0,
+        }
 
 
 def choose_dtype(wanted: str, device: torch.device) -> torch.dtype:
@@ -73,17 +92,17 @@ def build_model(
     config: Any,
     *,
     device: torch.device,
-    rows: Rows,
+    blocks: BlockFacts,
     phase: Callable[[str], object],
 ) -> BuiltModel:
     """Build from a located `source` and its config, which have passed `preflight`.
 
-    The loss works in chunks of one size that suits all widths of `rows`, and of as many rows as may have a target.
+    The loss works in chunks of one size that suits all widths of `blocks`, over as many positions as may have a target.
     `phase(name)` is called after each phase that takes memory.
     """
     family = family_of(config, max_length=recipe.data.max_length)
     dtype = choose_dtype(recipe.model.dtype, device)
-    path, why = choose_attention(recipe.model.attention, device, dtype, alone=rows.alone, head=head_width(config))
+    path, why = choose_attention(recipe.model.attention, device, dtype, alone=blocks.alone, head=head_width(config))
     base = build_base(recipe, source, config, dtype=dtype, device=device)
     register_attention(path)
     base.set_attn_implementation(attention_name(path))
@@ -93,8 +112,8 @@ def build_model(
     # What another process must load to use the adapter: a hub id, or a path that does not depend on its folder.
     peft.peft_config["default"].base_model_name_or_path = source
     peft.peft_config["default"].revision = recipe.model.revision
-    tokens = {width: recipe.train.micro_batch * width for width in rows.widths}
-    loss_rows = {n: product_rows(n, rows.targets.get(width, n)) for width, n in tokens.items()}
+    tokens = {width: recipe.train.micro_batch * width for width in blocks.widths}
+    loss_rows = {n: product_rows(n, blocks.targets.get(width, n)) for width, n in tokens.items()}
     vocabulary, budget = base.lm_head.weight.shape[0], recipe.memory.loss_chunk_mib
     chunk = chunk_rows(loss_rows.values(), vocabulary, budget, itemsize=dtype.itemsize)
     if recipe.compile.scope == "layer":  # the other scopes compile it
@@ -105,7 +124,7 @@ def build_model(
         max_length=recipe.data.max_length,
         loss_chunk=chunk,
         loss_rows=loss_rows,
-        max_seqlen=rows.max_seqlen,
+        max_seqlen=blocks.max_seqlen,
     )
     phase("after adapters")
     parameters, trainable = count_parameters(peft)

@@ -80,7 +80,7 @@ class PackedCausalLM(nn.Module):
         self.attention = attention
         self.loss_chunk = loss_chunk
         self.max_seqlen = max_seqlen or max_length
-        self.loss_rows_by_tokens = dict(loss_rows or {})
+        self._loss_rows = dict(loss_rows or {})
         self.loss_functions = ChunkFunctions()
         weight = self.embed.weight
         positions = torch.arange(max_length, device=weight.device)[None]
@@ -91,7 +91,7 @@ class PackedCausalLM(nn.Module):
 
     def loss_rows(self, tokens: int) -> int:
         """The most supervised ones among a micro batch's `tokens`."""
-        return self.loss_rows_by_tokens.get(tokens, tokens)
+        return self._loss_rows.get(tokens, tokens)
 
     def hidden_states(
         self, input_ids: Tensor, position_ids: Tensor, document_ids: Tensor, cu_seqlens: Tensor, *, max_seqlen: int = 0

@@ -14,13 +14,14 @@ from launcher.checkpoint.adapter import prove_adapter, save_adapter
 from launcher.data.loader import MicroBatch
 from launcher.errors import CheckpointError, ContractError, LauncherError, NonFiniteError
 from launcher.records.run import EvalRecord, RunRecord, StartRecord, StepRecord, Verdict
+from launcher.runtime.clock import Clock
 from launcher.runtime.ranks import broadcast, gather
 from launcher.runtime.signals import raise_if_stopped
-from launcher.train.make_records import rank_record, start_record
-from launcher.train.metrics import Pending, Reading
+from launcher.train.describe import rank_record, start_record
+from launcher.train.metrics import MetricsReader, StepMetrics
 from launcher.train.request import Request
 from launcher.train.sample import generate
-from launcher.train.setup import Clock, Worker, prepare
+from launcher.train.setup import Worker, prepare_inputs
 from launcher.train.verdicts import compile_verdicts, loss_verdict
 
 Event = str | StartRecord | StepRecord | EvalRecord | RunRecord
@@ -57,7 +58,7 @@ def run(request: Request, progress: Progress) -> Iterator[Event]:
     clock, recipe = Clock(), request.recipe
     yield "reading data"
     with clock.phase("data"):
-        prepared = prepare(request)
+        prepared = prepare_inputs(request)
     yield "starting processes"
     with clock.phase("start"):
         worker = progress.worker = Worker(request, prepared, clock=clock)
@@ -104,7 +105,7 @@ def run(request: Request, progress: Progress) -> Iterator[Event]:
 def _train(worker: Worker, progress: Progress) -> Iterator[StepRecord | EvalRecord]:
     recipe, clock = worker.recipe.train, worker.clock
     yield from _evaluate(worker, progress, step=0)
-    pending = Pending()
+    pending = MetricsReader()
     for number in range(1, worker.steps + 1):
         last = number == worker.steps
         evaluates = last or bool(recipe.eval_every and number % recipe.eval_every == 0)
@@ -127,7 +128,7 @@ def _train(worker: Worker, progress: Progress) -> Iterator[StepRecord | EvalReco
     worker.ledger.mark("after training")
 
 
-def _records(worker: Worker, progress: Progress, readings: Sequence[Reading]) -> list[StepRecord]:
+def _records(worker: Worker, progress: Progress, readings: Sequence[StepMetrics]) -> list[StepRecord]:
     """Note and log what was read. Raises NonFiniteError naming the first step whose loss or gradient is not finite."""
     progress.first_read = progress.first_read or len(readings)
     records = []
@@ -181,6 +182,7 @@ def _evaluate(worker: Worker, progress: Progress, *, step: int) -> Iterator[Eval
     if not math.isfinite(record.eval_loss):
         raise NonFiniteError(f"eval loss must be finite; after step {step} it is {record.eval_loss}.", step=step)
     progress.evals.append(record)
+    worker.state.early_stop.update(record.eval_loss)
     _log(worker, record, {"eval_loss": record.eval_loss})
     yield record
 

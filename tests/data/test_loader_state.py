@@ -52,13 +52,13 @@ def test_a_state_restores_the_exact_next_step_from_anywhere(batching: str, world
         number = 2 * whole.steps_per_epoch + 1
         states, steps = [], []
         for _ in range(number):
-            states.append(json.dumps(whole.state()))
+            states.append(json.dumps(whole.state_dict()))
             steps.append(shown(next(whole)))
         assert [json.loads(state)["offset"] for state in states[:2]] == [0, 1]
         for offset, state in enumerate(states):
             restored = make()
-            restored.restore(json.loads(state))
-            assert json.dumps(restored.state()) == state
+            restored.load_state_dict(json.loads(state))
+            assert json.dumps(restored.state_dict()) == state
             assert [shown(step) for step in islice(restored, number - offset)] == steps[offset:]
         assert steps[0] != steps[whole.steps_per_epoch]
 
@@ -68,11 +68,11 @@ def test_a_restored_loader_touches_none_of_the_rows_before(packed: Blocks, monke
     original = Blocks.arrays
     monkeypatch.setattr(Blocks, "arrays", lambda self, rows: made.append(len(rows)) or original(self, rows))
     one = loader(packed)
-    one.restore({"epoch": 1000, "offset": one.steps_per_epoch - 1})
+    one.load_state_dict({"epoch": 1000, "offset": one.steps_per_epoch - 1})
     assert made == []
     assert next(one).epoch == 1000
     assert len(made) == 4
-    assert one.state() == {"epoch": 1001, "offset": 0}
+    assert one.state_dict() == {"epoch": 1001, "offset": 0}
 
 
 @pytest.mark.parametrize(
@@ -83,12 +83,12 @@ def test_a_state_that_cannot_be_is_refused(packed: Blocks, state: LoaderState) -
     one = loader(packed)
     assert one.steps_per_epoch == 3
     with pytest.raises(CheckpointError, match=r"(?s)steps 0 to 2.*Found: .*micro_batch") as caught:
-        one.restore(state)
+        one.load_state_dict(state)
     assert len(str(caught.value).splitlines()) <= 5
-    assert one.state() == {"epoch": 0, "offset": 0}
+    assert one.state_dict() == {"epoch": 0, "offset": 0}
 
 
 def test_a_state_is_a_copy(packed: Blocks) -> None:
     one = loader(packed)
-    one.state()["offset"] = 2
-    assert one.state() == {"epoch": 0, "offset": 0}
+    one.state_dict()["offset"] = 2
+    assert one.state_dict() == {"epoch": 0, "offset": 0}

@@ -13,8 +13,7 @@ from launcher.compile.graphs import waits_are_errors
 from launcher.data.loader import sample_batch
 from launcher.ops.linear_ce import IGNORE, ChunkFunctions, linear_cross_entropy, linear_cross_entropy_reference
 from launcher.train import setup
-from launcher.train.planned import rows_of
-from launcher.train.setup import Worker
+from launcher.train.setup import Worker, block_facts
 from tests.support.tensors import relative_error
 from tests.support.workers import built, documents, perturb
 
@@ -53,12 +52,12 @@ def test_captured_steps_have_the_losses_and_gradients_of_the_whole_product(
 ) -> None:
     data = documents((40, 64))  # about half of their tokens are supervised
     worker = built(recipe_of(data={"batching": batching}), data, device="cuda")
-    widths = rows_of(worker.prepared.data, micro_batch=MICRO_BATCH).widths
+    widths = block_facts(worker.prepared.data, micro_batch=MICRO_BATCH).widths
     assert widths == ((WIDTH,) if batching == "packed" else (64, 40))
     assert all(worker.built.packed.loss_rows(MICRO_BATCH * width) < 0.8 * MICRO_BATCH * width for width in widths)
     losses, evaluated, gradients = measured(worker)
 
-    monkeypatch.setattr(setup, "rows_of", lambda *data, **how: replace(rows_of(*data, **how), targets={}))
+    monkeypatch.setattr(setup, "block_facts", lambda *data, **how: replace(block_facts(*data, **how), targets={}))
     worker = built(recipe_of(data={"batching": batching}), data, device="cuda")
     assert all(worker.built.packed.loss_rows(MICRO_BATCH * width) == MICRO_BATCH * width for width in widths)
     whole_losses, whole_evaluated, whole_gradients = measured(worker)
@@ -78,8 +77,7 @@ def test_a_captured_step_with_more_targets_than_the_bound_reaches_no_weight(
 
     monkeypatch.setattr(setup, "sample_batch", uncounted)
     worker = built(recipe_of())
-    bounds = worker.built.packed.loss_rows_by_tokens
-    bounds.update(dict.fromkeys(bounds, 10))
+    monkeypatch.setattr(worker.built.packed, "loss_rows", lambda tokens: 10)
     worker.compile()
     assert worker.cuda_graphs == "on"
     before = [parameter.detach().clone() for parameter in worker.step.parameters]

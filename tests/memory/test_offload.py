@@ -11,7 +11,7 @@ from launcher.errors import MemoryExhausted
 from launcher.memory.ledger import MIB
 from launcher.memory.offload import INPUTS_ON_DEVICE, HostInputs
 from launcher.model.packed import nothing_around
-from launcher.train.make_records import start_record
+from launcher.train.describe import start_record
 from launcher.train.step import arguments
 from tests.conftest import TINY, small_config
 from tests.support.workers import ANY, TWO, compiled, documents, perturb

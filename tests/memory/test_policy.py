@@ -9,7 +9,6 @@ from launcher.memory.forecast import Kept, Shapes, forecast
 from launcher.memory.ledger import MIB
 from launcher.memory.policy import KEPT, Policy, applied, check_policy, choose_policy
 from launcher.train import setup
-from launcher.train.planned import shapes_of
 from tests.conftest import request_for
 from tests.support.models import build
 from tests.support.tensors import saved_for_backward
@@ -91,7 +90,7 @@ def test_offload_is_refused_on_a_cpu_before_data_is_read(make_recipe, monkeypatc
     monkeypatch.setattr(setup, "prepare_data", lambda *_, **__: pytest.fail("data was read"))
     recipe = make_recipe(memory={"activations": "offload"})
     with pytest.raises(RecipeError, match="the device is cpu, its memory is the host's.\nUse memory.activations=full"):
-        setup.prepare(request_for(recipe))
+        setup.prepare_inputs(request_for(recipe))
     check_policy(recipe, CUDA)
 
 
@@ -135,7 +134,7 @@ def test_the_forecast_includes_what_dropout_keeps(make_recipe, name):
     for dropout in (0.0, 0.1):
         recipe = make_recipe(lora={"r": 4, "dropout": dropout})
         kept.append(kept_and_gradients(recipe, Policy(name, KEPT[name], "", None))[0] / MIB)
-        shapes = shapes_of(build(recipe), micro_batch=2, width=64)
+        shapes = Shapes(tokens=2 * 64, **build(recipe).sizes())
         forecasts.append(forecast(shapes, KEPT[name], held_mib=0))
     more, expected = kept[1] - kept[0], forecasts[1] - forecasts[0]
     assert more > 0.4  # MiB: half of what is kept without dropout

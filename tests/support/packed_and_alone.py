@@ -18,7 +18,7 @@ from launcher.data.pack.blocks import IGNORE, Blocks
 from launcher.data.pack.packing import pack
 from launcher.model.build import BuiltModel
 from launcher.recipe.schema import Recipe
-from launcher.train.planned import regions_of
+from launcher.train.regions import regions_of
 from launcher.train.step import arguments
 from tests.conftest import WIDTH
 from tests.support.models import build

@@ -9,8 +9,9 @@ from launcher.data.documents import Documents
 from launcher.data.pack.buckets import lay_out
 from launcher.data.prepare import PreparedData
 from launcher.model.load import load_config
+from launcher.runtime.clock import Clock
 from launcher.train.request import Request
-from launcher.train.setup import Clock, Prepared, Worker, prepare
+from launcher.train.setup import Prepared, Worker, prepare_inputs
 from tests.conftest import request_for
 from tests.support.tensors import add_noise
 
@@ -32,7 +33,7 @@ def built(recipe: Any, data: Documents | None = None, *, device: str = "cpu") ->
     """A worker with its model, not yet compiled. `data`: validated on the first 20 documents, trained on the others,
     on `device`; without it the recipe's data, on the device that training would choose."""
     request = request_for(recipe)
-    prepared = prepare(request) if data is None else _prepared(request, data, torch.device(device))
+    prepared = prepare_inputs(request) if data is None else _prepared(request, data, torch.device(device))
     worker = Worker(request, prepared, clock=Clock())
     worker.build()
     return worker
