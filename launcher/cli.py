@@ -63,7 +63,7 @@ def _preview(resolved: Resolved, info: RankInfo, console: Console) -> None:
             from launcher.data.prepare import prepare
             from launcher.data.preview import preview_record
             from launcher.model.families import family_of
-            from launcher.model.source import load_config, load_tokenizer
+            from launcher.model.load import load_config, load_tokenizer
 
         recipe, name, source = resolved.recipe, resolved.name, request.source
         family_of(load_config(source, recipe.model), max_length=recipe.data.max_length)  # refuses what training refuses

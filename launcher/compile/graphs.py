@@ -1,12 +1,13 @@
-"""CUDA graphs: work is recorded once and then replayed by one launch, where the host had thousands to make.
+"""CUDA graphs: the kernels of a step are recorded once and replayed by one launch instead of thousands.
 
-What is captured reads and writes tensors that stay where they are, must not wait for the device, and returns nothing.
-All graphs of a run share one memory pool: nothing in it outlives a replay, so they may run in any order. The largest
-is captured first, and the others fit into what it left.
+Captured work reads and writes tensors whose addresses stay the same, never waits for the device, and returns nothing.
+All graphs of a run share one memory pool. Nothing in the pool outlives a replay, so they may run in any order; the
+largest is captured first, and the others reuse its memory.
 
-A rehearsal on the capturing stream comes before: once freely, as libraries and lazily made state want, and once with
-every wait for the device an error. So that what cannot be captured is found while nothing is broken by it: a capture
-that fails half-way leaves torch's allocator and generator in capture, which `_recover` puts right as far as it can.
+Before the capture, the work is rehearsed twice on the capturing stream: once freely, because libraries and lazy state
+need a first call, and once with every wait for the device turned into an error. What cannot be captured is thus found
+while it does no harm: a capture that fails half-way leaves torch's allocator and random generator in capture mode, and
+`_recover` can only partly undo that.
 """
 
 import gc
@@ -21,17 +22,17 @@ from launcher.errors import LESS_MEMORY, ContractError, MemoryExhausted, RecipeE
 from launcher.recipe.schema import CompileSection
 
 Work = Callable[[], None]
-OUT_OF_MEMORY = "out of memory"  # in what torch says of it
+OUT_OF_MEMORY = "out of memory"  # part of torch's message
 
-_failed: list[Any] = []  # torch's host allocator may still ask a failed graph which stream it captured
+_failed: list[Any] = []  # kept alive: torch's host allocator may still ask a failed graph for its stream
 
 
 class CaptureFailed(Exception):
-    """The message is the first line of what torch raised; nothing was replaced, all can go on uncaptured."""
+    """The work could not be captured, and can go on uncaptured. The message is the first line of torch's error."""
 
 
 def check_graphs(compile: CompileSection, device: torch.device) -> None:
-    """Raise RecipeError where the recipe insists on CUDA graphs and the device has none."""
+    """Raise RecipeError where the recipe requires CUDA graphs and the device is not a GPU."""
     if compile.cuda_graphs == "on" and device.type != "cuda":
         raise RecipeError(
             f"compile.cuda_graphs=on needs a CUDA device, the device is {device.type}. Use compile.cuda_graphs=auto."
@@ -39,8 +40,8 @@ def check_graphs(compile: CompileSection, device: torch.device) -> None:
 
 
 def outcome(failures: Sequence[str | None], *, wanted: str) -> str:
-    """What the report says of the ranks' captures, None where one succeeded. Raises ContractError where wanted is "on"
-    and one did not."""
+    """What the report says of the ranks' captures. `failures`: the error of each rank, None where it succeeded. With
+    wanted="on" a failure is raised, as MemoryExhausted where memory ran out, else as ContractError."""
     failed = {rank: failure for rank, failure in enumerate(failures) if failure is not None}
     if not failed:
         return "on"
@@ -67,57 +68,59 @@ class Graphs:
         self._pool = torch.cuda.graph_pool_handle()
 
     def rehearse(self, work: Work) -> None:
-        """Run `work` twice on the capturing stream. Raises CaptureFailed when it waits for the device."""
-        gc.collect()  # an earlier run's tensors must not be freed in the midst of a capture
+        """Run `work` twice on the capturing stream. Raises CaptureFailed where it waits for the device."""
+        gc.collect()  # tensors of an earlier run must not be freed during a capture
         _release_caches()
-        cast(Any, torch._C)._cuda_clearCublasWorkspaces()  # of the stream that is left: 32 MiB on an H200
+        cast(Any, torch._C)._cuda_clearCublasWorkspaces()  # of the usual stream: 32 MiB on an H200
         torch.cuda.empty_cache()
         self._stream.wait_stream(torch.cuda.current_stream(self._device))
         try:
             with torch.cuda.stream(self._stream):
                 work()
-                with waits_are_errors(), _failures_named():
+                with waits_are_errors(), _as_capture_failed():
                     work()
         finally:
             torch.cuda.current_stream(self._device).wait_stream(self._stream)
             _release_caches()
 
     def capture(self, work: Sequence[Work]) -> list[Work]:
-        """The replay of each of `work`. Raises CaptureFailed; every replay must run on one stream."""
-        with _failures_named():
+        """Capture each of `work`; returns their replays, all of which must run on one stream. Raises CaptureFailed."""
+        with _as_capture_failed():
             return [self._captured(one) for one in work]
 
     def _captured(self, work: Work) -> Work:
         graph, current = torch.cuda.CUDAGraph(), torch.cuda.current_stream(self._device)
         try:
-            # thread_local: what NCCL's watchdog asks of the device in its own thread is no part of the capture.
+            # thread_local: NCCL's watchdog queries the device from its own thread, and must not break the capture.
             with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
                 work()
         except Exception:
-            torch.cuda.set_stream(current)  # torch leaves it at the capturing one when ending the capture fails
+            torch.cuda.set_stream(current)  # torch stays on the capturing stream when ending the capture fails
             self._recover(graph)
             raise
         replay: Work = graph.replay
         return replay
 
     def _recover(self, graph: torch.cuda.CUDAGraph) -> None:
-        """End what torch has not: its allocator would keep the pool, its generator refuse random numbers."""
+        """End the capture in torch's allocator, which would keep the pool, and in its random generator, which would
+        refuse to draw."""
         device, native = torch.cuda.current_device(), cast(Any, torch._C)
-        with suppress(RuntimeError, AttributeError):  # torch has ended it by itself, or calls it otherwise
+        with suppress(RuntimeError, AttributeError):  # torch has already ended it, or has renamed these functions
             native._cuda_endAllocateToPool(device, self._pool)
             _failed.append(graph)
             native._cuda_releasePool(device, self._pool)
         with suppress(RuntimeError):
-            something = torch.zeros((), device=self._device)
+            scalar = torch.zeros((), device=self._device)
             with torch.cuda.graph(torch.cuda.CUDAGraph(), stream=torch.cuda.Stream(self._device)):
-                something.zero_()  # a capture that succeeds tells the generator that capturing is over
+                scalar.zero_()  # a capture that succeeds tells the generator that capturing is over
 
 
 @contextmanager
 def waits_are_errors() -> Iterator[None]:
+    """Inside, an operation that waits for the device raises RuntimeError."""
     before = torch.cuda.get_sync_debug_mode()
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that the mode is a prototype: what it does not see, the capture does
+        warnings.simplefilter("ignore")  # "a prototype": the capture finds what it misses
         torch.cuda.set_sync_debug_mode("error")
     try:
         yield
@@ -126,7 +129,8 @@ def waits_are_errors() -> Iterator[None]:
 
 
 @contextmanager
-def _failures_named() -> Iterator[None]:
+def _as_capture_failed() -> Iterator[None]:
+    """Turn a RuntimeError of torch into CaptureFailed."""
     try:
         yield
     except RuntimeError as error:
@@ -134,7 +138,7 @@ def _failures_named() -> Iterator[None]:
 
 
 def _first_line(error: BaseException) -> str:
-    """Of the first error: that of ending a capture only says that there was one before."""
+    """The first line of the first error in the chain: the last one only says that the capture had failed before."""
     while isinstance(error.__context__, RuntimeError):
         error = error.__context__
     lines = str(error).strip().splitlines()
@@ -142,6 +146,6 @@ def _first_line(error: BaseException) -> str:
 
 
 def _release_caches() -> None:
-    """What calls needed on one stream is needed again on another, and in the graphs' pool: do not hold it twice."""
+    """Free what the allocator caches for one stream: another stream and the graphs' pool would need it again."""
     torch.cuda.synchronize()
     torch.cuda.empty_cache()

@@ -1,4 +1,4 @@
-"""Where compiled code is cached, and how many workers compile it. Compile caches hold executable data, so the folder is
+"""Where compiled code is cached, and how many workers compile it. The cache holds executable code, so its folder is
 private to its owner (0700). Stdlib only: the environment must be set before torch's compiler is imported.
 """
 
@@ -18,8 +18,8 @@ OPS = Path(__file__).resolve().parents[1] / "ops"
 def prepare_cache(*, workers: int) -> str | None:
     """Point Inductor, and Triton for the kernels of launcher/ops, at a private cache folder; cap the compile workers.
 
-    Folders set by the user in TORCHINDUCTOR_CACHE_DIR, TRITON_CACHE_DIR are kept. Returns a note for the report where
-    the usual folder could not be used (read-only, or another user's) and a temporary one took its place; else None.
+    Folders that the user has set in TORCHINDUCTOR_CACHE_DIR or TRITON_CACHE_DIR stay. Returns a note for the report
+    where the usual folder cannot be used (read-only, or another user's) and a temporary one replaces it; else None.
     """
     note = _point_inductor()
     os.environ.setdefault(TRITON, os.path.join(os.environ[VARIABLE], "triton"))
@@ -40,8 +40,8 @@ def _point_inductor() -> str | None:
 
 
 def key_tag(folder: Path) -> str:
-    """A digest of the operators' sources, part of the key of everything cached. torch's own key of a graph names an
-    operator and not its backward formula, which is compiled into the graph: a changed one would not be seen."""
+    """A digest of the operators' sources, which becomes part of every cache key. torch's own key of a graph names an
+    operator but not its backward formula, which is compiled into the graph: a change of it would go unnoticed."""
     digest = hashlib.sha256()
     for file in sorted(folder.glob("*.py")):
         digest.update(file.name.encode() + b"\0" + file.read_bytes())

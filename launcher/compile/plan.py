@@ -1,6 +1,6 @@
-"""Applies a compile plan: in place, in one graph or not at all, warmed up, counted, then armed.
+"""Compiles regions in place and without graph breaks, warms them up, counts their graphs, then refuses any recompile.
 
-`module.compile(fullgraph=True)` changes how a module is called and nothing else: a wrapper would leave `_orig_mod.` in
+`module.compile(fullgraph=True)` only changes how a module is called. A wrapper would put `_orig_mod.` into the names of
 state dicts, and an adapter saved under such names loads as zeros without an error.
 """
 
@@ -12,28 +12,30 @@ from typing import Any
 import torch
 import torch._dynamo
 import torch._inductor.config
-from torch._dynamo.exc import BackendCompilerFailed, FailOnRecompileLimitHit, RecompileError
-from torch._inductor.exc import InductorError
 
-from launcher.compile.observe import COMPILE_ERRORS, Observer
+from launcher.compile.observe import COMPILE_ERRORS, Observer, failure_kind
 from launcher.compile.regions import Region, select
 from launcher.errors import ContractError
 from launcher.recipe.schema import CompileSection
 
+RULES = {  # by observe.failure_kind
+    "recompile": "no recompile is allowed after warm-up",
+    "limit": "dynamo's recompile limit may not be reached",
+    "backend": "the compile backend must accept the graph",
+    "break": "no graph break is allowed",
+}
 REMEDIES = {
     "recompile": "Every shape must be planned: keep batch and length fixed, or run with compile.mode=warn.",
     "limit": "The same code was compiled too often. Look at the recompile reasons above it; compile.mode=warn goes on.",
     "backend": "Try another compile.backend or compile.scope=regions; compile.mode=warn goes on uncompiled.",
     "break": "Change the line, take the region out with compile.scope=regions, or run with compile.mode=warn.",
 }
-
-
-# torch 2.13 and later raise this as a plain RuntimeError; before, the graph count of the warm-up tells.
+# torch 2.13 and later raise this as a plain RuntimeError; before that, the graph count after warm-up shows it.
 NOTHING_COMPILED = "fullgraph=True found no compiled frames"
 
 
 class Plan:
-    """The compiled regions of one process. One plan at a time: it starts from a reset dynamo."""
+    """The compiled regions of one process. One plan at a time: a new one resets dynamo."""
 
     def __init__(self, regions: Sequence[Region], *, compile: CompileSection, observer: Observer) -> None:
         self.mode = compile.mode
@@ -47,13 +49,13 @@ class Plan:
             expected[region.name] += region.graphs
             self._apply(region)
         observer.expected = dict(expected)
-        # A planned graph is an entry of the code it was compiled from; dynamo's own limit may be lower than the plan.
-        most = max((region.graphs for region in self._chosen), default=0)
-        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, most)
+        # Dynamo limits the graphs of one piece of code; the plan may need more.
+        graphs = max((region.graphs for region in self._chosen), default=0)
+        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, graphs)
 
     @contextmanager
     def enforced(self) -> Iterator[None]:
-        """Around anything that runs compiled code: a compile error becomes a ContractError with its remedy."""
+        """Context for running compiled code: a compile error becomes a ContractError with its remedy."""
         try:
             yield
         except COMPILE_ERRORS as error:
@@ -67,23 +69,23 @@ class Plan:
         """Call `run`, which passes every planned shape through forward and backward, then check the graphs.
 
         strict: any compile error, and any difference from the expected graphs, is a ContractError.
-        warn: if anything cannot be compiled everything runs uncompiled, and the record says so.
+        warn: if anything cannot be compiled, everything runs uncompiled, and the record says so.
         """
-        # Inductor would try products padded to whole tiles, and perhaps keep them: with a copy of the head.
+        # Inductor would try padded matrix products, and where it kept them, a padded copy of the head.
         with torch._inductor.config.patch(shape_padding=False):
             self.call(run)
-        found = self.observer.graphs_by_region()
-        if self.mode == "strict" and found != self.observer.expected:
-            raise ContractError(_count_message(self.observer.expected, found))
+        compiled = self.observer.graphs_by_region()
+        if self.mode == "strict" and compiled != self.observer.expected:
+            raise ContractError(_count_message(self.observer.expected, compiled))
 
     def arm(self) -> None:
-        """Warm-up is over, on every rank: from here a compilation is unplanned, and in strict mode an error."""
+        """Warm-up is over on every rank: from now on any compilation is unplanned, and in strict mode an error."""
         self.observer.arm()
         torch._dynamo.config.error_on_recompile = self.mode == "strict"
 
     def call(self, function: Callable[..., Any], *arguments: Any) -> Any:
-        """Call what runs compiled code. In warn mode a compile error falls back to uncompiled code and calls again,
-        so `function` must be one that can be repeated from its start."""
+        """Call a function that runs compiled code. In warn mode, after a compile error, everything runs uncompiled and
+        the function is called again; so it must be repeatable."""
         try:
             with self.enforced():
                 return function(*arguments)
@@ -94,7 +96,7 @@ class Plan:
             return function(*arguments)
 
     def check(self) -> None:
-        """Raise ContractError in strict mode if anything was compiled since warm-up, new frames included."""
+        """In strict mode, raise ContractError if anything was compiled after warm-up, new frames included."""
         if self.mode == "strict" and self.observer.unplanned:
             record = self.observer.record()
             raise ContractError(
@@ -103,7 +105,7 @@ class Plan:
             )
 
     def fall_back(self, why: str) -> None:
-        """Run every region uncompiled from here on (compile.mode=warn), and say so in the record."""
+        """Run every region uncompiled from now on (compile.mode=warn), and say so in the record."""
         for region in self._chosen:
             for module in region.modules:
                 module._compiled_call_impl = None
@@ -112,7 +114,7 @@ class Plan:
         self.observer.fallbacks.append(f"all regions run uncompiled: {why}")
 
     def release(self) -> None:
-        """Disarm, so that other code of this process may compile again."""
+        """Allow other code of this process to compile again."""
         torch._dynamo.config.error_on_recompile = False
 
     def _apply(self, region: Region) -> None:
@@ -125,27 +127,17 @@ class Plan:
         for module in region.modules:
             module.compile(**options)
         if region.function is not None:
-            assert region.install is not None, "a function is compiled by putting its compiled form in its place"
+            assert region.install is not None, "a function is replaced by its compiled form"
             region.install(torch.compile(region.function, **options))
 
 
 def explain(error: BaseException) -> str:
-    """Rule, what happened with its guard or line, remedy: at most five lines."""
-    kind, rule = _classify(error)
-    detail = [line.strip() for line in str(error).strip().splitlines() if line.strip()]
-    shown = {"recompile": 3, "backend": 2}.get(kind, 1)  # dynamo's own wording: what matters is in these lines
-    lines = [*detail[:shown], *(_user_line(error) if kind == "break" else [])]
-    return "\n".join([f"{rule}: {lines[0][:300]}", *(line[:300] for line in lines[1:]), REMEDIES[kind]])
-
-
-def _classify(error: BaseException) -> tuple[str, str]:
-    if isinstance(error, RecompileError):
-        return "recompile", "no recompile is allowed after warm-up"
-    if isinstance(error, FailOnRecompileLimitHit):
-        return "limit", "dynamo's recompile limit may not be reached"
-    if isinstance(error, BackendCompilerFailed | InductorError):
-        return "backend", "the compile backend must accept the graph"
-    return "break", "no graph break is allowed"
+    """The rule, what happened (with the guard or the line), and the remedy, in at most five lines."""
+    kind = failure_kind(type(error).__name__)
+    message = [line.strip() for line in str(error).strip().splitlines() if line.strip()]
+    relevant = {"recompile": 3, "backend": 2}.get(kind, 1)  # lines of dynamo's message that say something
+    lines = [*message[:relevant], *(_user_line(error) if kind == "break" else [])]
+    return "\n".join([f"{RULES[kind]}: {lines[0][:300]}", *(line[:300] for line in lines[1:]), REMEDIES[kind]])
 
 
 def _user_line(error: BaseException) -> list[str]:
@@ -153,12 +145,12 @@ def _user_line(error: BaseException) -> list[str]:
     return [f"at {stack[-1].filename}:{stack[-1].lineno} in {stack[-1].name}"] if stack else []
 
 
-def _count_message(expected: dict[str, int], found: dict[str, int]) -> str:
+def _count_message(expected: dict[str, int], compiled: dict[str, int]) -> str:
     def show(counts: dict[str, int]) -> str:
         return ", ".join(f"{name} {n}" for name, n in sorted(counts.items())) or "none"
 
     return (
-        f"warm-up must compile exactly the planned graphs ({show(expected)}); it compiled {show(found)}.\n"
-        "More than planned: calls that should be alike differ (TORCH_LOGS=recompiles names the guard).\n"
+        f"warm-up must compile exactly the planned graphs ({show(expected)}); it compiled {show(compiled)}.\n"
+        "More than planned: calls that should be equal differ (TORCH_LOGS=recompiles names the guard).\n"
         "Fewer: part of the model was skipped by the compiler. compile.mode=warn goes on regardless."
     )

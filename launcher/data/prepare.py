@@ -57,6 +57,12 @@ class PreparedData:
         """What training begins with: all its rows, or the first window of a stream."""
         return self.train.first if isinstance(self.train, Stream) else self.train
 
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """The block widths of training and validation, widest first. Each is a planned shape."""
+        validation = self.validation.shapes if self.validation else ()
+        return tuple(sorted({*self.first_blocks.shapes, *validation}, reverse=True))
+
 
 @dataclass(frozen=True)
 class _Job:
@@ -91,14 +97,8 @@ def prepare(data: DataSection, tokenizer: PreTrainedTokenizerBase, *, seed: int)
     encoder = Encoder(tokenizer, data=data)
     # Any id will do: padding is a document of its own, without loss.
     pad_id = next(i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if i is not None)
-    job = _Job(
-        data,
-        encoder,
-        [open_source(source, streaming=data.streaming) for source in data.sources],
-        _opened_validation(data),
-        pad_id,
-        seed,
-    )
+    train = [open_source(source, streaming=data.streaming) for source in data.sources]
+    job = _Job(data, encoder, train, _opened_validation(data), pad_id, seed)
     opened = [*job.train, *([job.validation] if job.validation is not None else [])]
     identity = cache.fingerprint(
         data,

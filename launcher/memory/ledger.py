@@ -1,6 +1,6 @@
-"""The memory ledger: what this process holds at the end of each phase. MiB is 2**20 bytes.
+"""The memory ledger: what this process holds at the end of each phase.
 
-On a GPU: PyTorch's allocated and reserved bytes, the card's total. On a CPU: resident memory, the machine's total.
+On a GPU: what PyTorch has allocated and reserved, and the GPU's total. On a CPU: resident memory, the machine's total.
 """
 
 import resource
@@ -10,7 +10,7 @@ import torch
 
 from launcher.records.run import VramRecord
 
-MIB = 2**20
+MIB = 2**20  # bytes
 
 
 class Ledger:
@@ -39,18 +39,18 @@ class Ledger:
         return float(psutil.Process().memory_info().rss) / MIB
 
     def free_mib(self) -> float | None:
-        """What this process may still allocate on its GPU; None on a CPU."""
+        """What this process can still allocate on its GPU; None on a CPU."""
         if self.device.type != "cuda":
             return None
         cached = torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
         return float(torch.cuda.mem_get_info(self.device)[0] + cached) / MIB
 
     def peak_mib(self) -> float:
-        """The most ever allocated by this process (highest resident memory on a CPU)."""
+        """The most that this process has ever allocated (highest resident memory on a CPU)."""
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated(self.device) / MIB
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024  # Linux counts it in KiB
 
     def as_text(self) -> str:
-        """One line: the phases so far, for an out-of-memory message."""
+        """The phases so far in one line, for an out-of-memory message."""
         return ", ".join(f"{p.phase} {p.allocated_mib:,.0f} MiB" for p in self.phases) or "nothing yet"

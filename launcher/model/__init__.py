@@ -1,1 +1,1 @@
-"""The model that is trained: loading, LoRA, attention, the packed forward."""
+"""The model that is trained: loading, LoRA, attention, the forward pass over packed blocks."""

@@ -1,4 +1,4 @@
-"""Chooses the attention path for a device and hands it to transformers through its public AttentionInterface."""
+"""Chooses the attention path for a device and registers it with transformers' public AttentionInterface."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -24,15 +24,18 @@ CORES: dict[str, Core] = {
     "causal": causal_attention,
     "cudnn": cudnn_attention,
 }
-FUSED = {"varlen": (8, 0), "cudnn": (8, 0)}  # half-precision kernels of CUDA, and the compute capability they need
-CUDNN_WINS = 9  # major compute capability: measured on an H200, and on nothing newer
+FUSED = {"varlen": (8, 0), "cudnn": (8, 0)}  # half-precision CUDA kernels, and the compute capability they need
+CUDNN_WINS = 9  # the major compute capability where cuDNN is fastest: measured on an H200, and on nothing newer
 
 
 @dataclass(frozen=True)
-class Rows:
-    """What is known of a run's rows before the first: their planned widths, whether each is one document, by width how
-    many tokens of a micro batch are supervised at most (one that `targets` lacks may have all of them so), and how long
-    a document may be (None: as a row)."""
+class BlockFacts:
+    """What the model knows of a run's blocks (packed sequences) before the first one.
+
+    `widths`: their planned lengths in positions. `alone`: whether every block holds one document. `targets`: by width,
+    the most supervised tokens of a micro batch; of a width that it lacks, all may be. `max_seqlen`: upper bound on
+    document length; None: the width of a block.
+    """
 
     widths: tuple[int, ...]
     alone: bool
@@ -41,31 +44,31 @@ class Rows:
 
 
 def cudnn_missing(device: torch.device, dtype: torch.dtype, *, head: int) -> str | None:
-    """Why cuDNN's attention cannot run here with heads of this width; None when it can."""
-    missing = fused_missing(device, dtype, capability=FUSED["cudnn"])
-    if missing is None and (head % 8 or head > 128):
+    """Why cuDNN's attention cannot run on this device with heads of this width; None when it can."""
+    reason = fused_missing(device, dtype, capability=FUSED["cudnn"])
+    if reason is None and (head % 8 or head > 128):
         return f"needs a head width that is a multiple of 8 and at most 128, not {head}"
-    return missing
+    return reason
 
 
 def check_attention(wanted: str, device: torch.device, dtype: torch.dtype) -> None:
     """Raise RecipeError when the path `model.attention` asks for cannot run on this device in this dtype."""
     if wanted in FUSED:
-        missing = fused_missing(device, dtype, capability=FUSED[wanted])
-        if missing is not None:
-            raise RecipeError(f"model.attention={wanted} {missing}. Use model.attention=auto.")
+        reason = fused_missing(device, dtype, capability=FUSED[wanted])
+        if reason is not None:
+            raise RecipeError(f"model.attention={wanted} {reason}. Use model.attention=auto.")
 
 
 def choose_attention(
     wanted: str, device: torch.device, dtype: torch.dtype, *, alone: bool, head: int
 ) -> tuple[str, str]:
-    """`model.attention` -> (path, why). `alone`: every row is one document; `head`: the width of an attention head.
+    """`model.attention` -> (path, why). `alone`: every block holds one document; `head`: width of an attention head.
 
-    Raises RecipeError as `check_attention`, and for a path without boundaries where rows hold several documents."""
+    Raises RecipeError like `check_attention`, and for a path without boundaries where blocks hold several documents."""
     check_attention(wanted, device, dtype)
     if wanted in ("causal", "cudnn") and not alone:
         raise RecipeError(
-            f"model.attention={wanted} needs rows of one document each; these hold several. "
+            f"model.attention={wanted} needs blocks of one document each; these hold several. "
             "Use model.attention=auto, or data.batching=bucketed."
         )
     no_cudnn = cudnn_missing(device, dtype, head=head)
@@ -74,27 +77,27 @@ def choose_attention(
     if wanted != "auto":
         return wanted, "as asked"
     if alone and no_cudnn is None and torch.cuda.get_device_capability(device)[0] == CUDNN_WINS:
-        return "cudnn", "fastest here for rows of one document"
-    missing = fused_missing(device, dtype, capability=FUSED["varlen"])
-    if missing is None:
+        return "cudnn", "fastest here for blocks of one document"
+    no_varlen = fused_missing(device, dtype, capability=FUSED["varlen"])
+    if no_varlen is None:
         return "varlen", "fastest here"
-    return ("causal", "rows of one document") if alone else ("sdpa", f"variable-length attention {missing}")
+    return ("causal", "blocks of one document") if alone else ("sdpa", f"variable-length attention {no_varlen}")
 
 
 def attention_name(path: str) -> str:
-    """The name under which transformers knows the path; a model is set to it once."""
+    """The name of the path in transformers' AttentionInterface."""
     return f"packed_{path}"
 
 
 def register_attention(path: str, core: Core | None = None) -> None:
-    """Register the path's core, or `core`, its compiled form, with transformers in place of what was there."""
+    """Register with transformers the path's core, or its compiled form `core`; it replaces what was registered."""
     attend_packed = core or CORES[path]
 
     def attend(
         module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
     ) -> tuple[Tensor, None]:
         boundaries = {"sdpa": attention_mask, "varlen": (kwargs["cu_seqlens"], kwargs["max_seqlen"])}.get(path)
-        assert boundaries is not None or path != "sdpa", "PackedCausalLM passes what the path reads"
+        assert boundaries is not None or path != "sdpa", "PackedCausalLM passes the mask to this path"
         return attend_packed(query, key, value, boundaries, kwargs["scaling"]), None
 
     AttentionInterface.register(attention_name(path), attend)

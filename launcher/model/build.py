@@ -1,4 +1,4 @@
-"""Builds, in each process and on its own device, the model that a run trains: NF4 base, LoRA, packed forward."""
+"""Builds the model that a run trains, in each process on its own device: NF4 base, LoRA, forward over packed blocks."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -9,14 +9,19 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from launcher.errors import RecipeError
-from launcher.model.attention import Rows, attention_name, check_attention, choose_attention, register_attention
+from launcher.model.attention import BlockFacts, attention_name, check_attention, choose_attention, register_attention
 from launcher.model.families import Family, family_of, head_width
 from launcher.model.grouped import group_projections
-from launcher.model.load import bnb_config, check_prequantized, count_parameters, load_base, random_base
-from launcher.model.lora import attach_lora, check_targets
-from launcher.model.norm import use_native_kernel
-from launcher.model.packed import PackedCausalLM
-from launcher.model.source import check_weights
+from launcher.model.load import (
+    bnb_config,
+    check_prequantized,
+    check_weights,
+    count_parameters,
+    load_base,
+    random_base,
+)
+from launcher.model.lora import ADAPTER, attach_lora, check_targets
+from launcher.model.packed import PackedCausalLM, use_native_norm
 from launcher.ops.linear_ce import chunk_rows, product_rows
 from launcher.recipe.schema import Recipe
 
@@ -25,7 +30,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 @dataclass(frozen=True)
 class BuiltModel:
-    """One process's model. `packed` trains; `peft` saves, and shares every module with it."""
+    """One process's model. `packed` is trained; `peft` saves its adapters and shares every module with it."""
 
     peft: PeftModel
     packed: PackedCausalLM
@@ -37,9 +42,28 @@ class BuiltModel:
     trainable: int
     quantization: str
 
+    def sizes(self) -> dict[str, int]:
+        """What decides how much memory a token of a micro batch takes, as memory/forecast.py's Shapes names it."""
+        config: Any = self.peft.config
+        lora: Any = self.peft.peft_config[ADAPTER]
+        head = head_width(config)
+        adapted: list[Any] = [module for module in self.packed.body.layers[0].modules() if hasattr(module, "lora_A")]
+        return {
+            "layers": config.num_hidden_layers,
+            "hidden": config.hidden_size,
+            "query": config.num_attention_heads * head,
+            "key_value": config.num_key_value_heads * head,
+            "intermediate": config.intermediate_size,
+            "vocabulary": config.vocab_size,
+            "loss_chunk": self.packed.loss_chunk,
+            "itemsize": self.dtype.itemsize,
+            "trainable": self.trainable,
+            "dropped": sum(module.in_features for module in adapted) if lora.lora_dropout else 0,
+        }
+
 
 def choose_dtype(wanted: str, device: torch.device) -> torch.dtype:
-    """`model.dtype` -> dtype. auto: bfloat16 where the device computes in it, float16 on older GPUs, float32 on CPU."""
+    """`model.dtype` -> dtype. auto: bfloat16 where the device supports it, float16 on older GPUs, float32 on a CPU."""
     if wanted != "auto":
         dtype = DTYPES[wanted]
         if dtype == torch.bfloat16 and device.type == "cuda" and not _computes_bf16(device):
@@ -51,7 +75,7 @@ def choose_dtype(wanted: str, device: torch.device) -> torch.dtype:
 
 
 def preflight(recipe: Recipe, source: str, config: Any, device: torch.device) -> None:
-    """Check, before any weight is read, that this model and device can do what the recipe asks. Raises RecipeError."""
+    """Check, before any weight is read, that model and device can do what the recipe asks. Raises RecipeError."""
     family_of(config, max_length=recipe.data.max_length)
     check_attention(recipe.model.attention, device, choose_dtype(recipe.model.dtype, device))
     if recipe.model.init == "pretrained":
@@ -68,39 +92,39 @@ def build_model(
     config: Any,
     *,
     device: torch.device,
-    rows: Rows,
+    blocks: BlockFacts,
     phase: Callable[[str], object],
 ) -> BuiltModel:
-    """Build from a located `source` and its config, both past `preflight`.
+    """Build from a located `source` and its config, which have passed `preflight`.
 
-    The loss works in chunks of one size that suits all widths of `rows`, and of as many rows as may have a target.
+    The loss works in chunks of one size that suits all widths of `blocks`, over as many positions as may have a target.
     `phase(name)` is called after each phase that takes memory.
     """
     family = family_of(config, max_length=recipe.data.max_length)
     dtype = choose_dtype(recipe.model.dtype, device)
-    path, why = choose_attention(recipe.model.attention, device, dtype, alone=rows.alone, head=head_width(config))
+    path, why = choose_attention(recipe.model.attention, device, dtype, alone=blocks.alone, head=head_width(config))
     base = build_base(recipe, source, config, dtype=dtype, device=device)
     register_attention(path)
     base.set_attn_implementation(attention_name(path))
     phase("after load")
     peft = attach_lora(base, recipe.lora, seed=recipe.train.seed)
     group_projections(base.model.layers, mlp=family.mlp)
-    # What another process must load to use the adapter: a hub id, or a path that does not depend on where it starts.
+    # What another process must load to use the adapter: a hub id, or a path that does not depend on its folder.
     peft.peft_config["default"].base_model_name_or_path = source
     peft.peft_config["default"].revision = recipe.model.revision
-    tokens = {width: recipe.train.micro_batch * width for width in rows.widths}
-    loss_rows = {n: product_rows(n, rows.targets.get(width, n)) for width, n in tokens.items()}
+    tokens = {width: recipe.train.micro_batch * width for width in blocks.widths}
+    loss_rows = {n: product_rows(n, blocks.targets.get(width, n)) for width, n in tokens.items()}
     vocabulary, budget = base.lm_head.weight.shape[0], recipe.memory.loss_chunk_mib
     chunk = chunk_rows(loss_rows.values(), vocabulary, budget, itemsize=dtype.itemsize)
     if recipe.compile.scope == "layer":  # the other scopes compile it
-        use_native_kernel(base.model.norm)
+        use_native_norm(base.model.norm)
     packed = PackedCausalLM(
         base,
         attention=path,
         max_length=recipe.data.max_length,
         loss_chunk=chunk,
         loss_rows=loss_rows,
-        max_seqlen=rows.max_seqlen,
+        max_seqlen=blocks.max_seqlen,
     )
     phase("after adapters")
     parameters, trainable = count_parameters(peft)
@@ -112,7 +136,7 @@ def build_model(
 def build_base(
     recipe: Recipe, source: str, config: Any, *, dtype: torch.dtype, device: torch.device
 ) -> PreTrainedModel:
-    """The frozen base as the recipe asks for it, on `device`: loaded or random, the same at each call."""
+    """The frozen base that the recipe asks for, on `device`: loaded or random, the same at each call."""
     if recipe.model.init == "random":
         base = random_base(config, quant=recipe.quant, dtype=dtype, device=device, seed=recipe.train.seed)
     else:
@@ -125,10 +149,10 @@ def _describe(config: Any, recipe: Recipe, dtype: torch.dtype) -> str:
     wanted = bnb_config(recipe.quant, dtype)
     if wanted is None:
         return "none"
-    found = getattr(config, "quantization_config", None)
-    settings = found if isinstance(found, dict) else (found or wanted).to_dict()
+    own = getattr(config, "quantization_config", None)  # of a checkpoint that is already quantised
+    settings = own if isinstance(own, dict) else (own or wanted).to_dict()
     double = ", double quantised" if settings.get("bnb_4bit_use_double_quant") else ""
-    return f"{settings['bnb_4bit_quant_type']}{double}{', as the checkpoint came' if found else ''}"
+    return f"{settings['bnb_4bit_quant_type']}{double}{', as the checkpoint came' if own else ''}"
 
 
 def _computes_bf16(device: torch.device) -> bool:

@@ -1,7 +1,7 @@
-"""One row per architecture: what the compiled path must know of it. Adding a family is adding a row, a recipe and a
-line in the families test (`pytest -k families`); CONTRIBUTING.md walks through it.
+"""The supported architectures, one entry each, with what differs between them. To add one, add an entry, a recipe and
+a test config (`pytest -k families`); CONTRIBUTING.md walks through it.
 
-Every family here shares the shape `CausalLM.model.{embed_tokens, layers, norm, rotary_emb}` + `CausalLM.lm_head`, and
+All of them have the modules `CausalLM.model.{embed_tokens, layers, norm, rotary_emb}` and `CausalLM.lm_head`, and
 decoder layers that are called with (hidden, attention_mask=, position_embeddings=, **kwargs).
 """
 
@@ -13,13 +13,13 @@ from torch import nn
 from launcher.errors import RecipeError
 from launcher.model.packed import Body
 
-# Rotary tables of these kinds do not depend on the length that happens to be seen, so one table serves the run.
+# Rotary tables of these kinds do not depend on the length of the input, so one table serves the whole run.
 STATIC_ROPE = ("default", "linear", "llama3", "yarn")
 
 
 @dataclass(frozen=True)
 class Family:
-    """One architecture, by its `config.model_type`; names are attributes of a decoder layer."""
+    """One architecture, known by its `config.model_type`; norms and mlp are attributes of a decoder layer."""
 
     model_type: str
     norms: tuple[str, ...] = ("input_layernorm", "post_attention_layernorm")
@@ -28,8 +28,8 @@ class Family:
 
 
 FAMILIES = {
-    row.model_type: row
-    for row in (
+    family.model_type: family
+    for family in (
         Family("llama"),
         Family("mistral", windowed=True),
         Family("qwen3", windowed=True),
@@ -38,7 +38,7 @@ FAMILIES = {
 
 
 def family_of(config: Any, *, max_length: int) -> Family:
-    """The row for a transformers config, after checking that the compiled forward computes what this config means.
+    """The family of a transformers config, after checking that the compiled forward computes what the config says.
 
     Raises RecipeError for an unknown family, attention dropout, a length-dependent rotary table, a length beyond the
     model's positions, or a sliding window shorter than `max_length` tokens.
@@ -76,9 +76,9 @@ def head_width(config: Any) -> int:
 
 
 def _window(config: Any) -> int | None:
-    """Tokens of the sliding window, None when no layer uses one."""
-    kinds = getattr(config, "layer_types", None)
-    if kinds is not None and "sliding_attention" not in kinds:
+    """Tokens of the sliding window; None when no layer uses one."""
+    layer_types = getattr(config, "layer_types", None)
+    if layer_types is not None and "sliding_attention" not in layer_types:
         return None
     window: int | None = getattr(config, "sliding_window", None)
     return window

@@ -1,12 +1,13 @@
-"""Attention and feed-forward blocks that send the projections of one input through one operator (ops/qlora_linear.py),
-or all of a feed-forward block (ops/feed_forward.py).
+"""Attention and feed-forward modules that pass several projections to one operator: those of one input
+(ops/qlora_linear.py), or all three of a feed-forward module (ops/feed_forward.py).
 
-The blocks are transformers' own but for that: same modules, same names, same order of operations. Each becomes an
-instance of a subclass with another forward, where all projections of a group are NF4 with an adapter of one rank and
-scale, and no dropout or bias; elsewhere it stays as it is.
+Otherwise they are transformers' own: same submodules, same names, same order of operations. A module becomes an
+instance of a subclass with another forward where all its grouped projections are NF4, have adapters of one rank and
+scale, and neither dropout nor bias. Where they are not, it stays as it is.
 """
 
 from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
 from torch import Tensor, nn
@@ -25,31 +26,31 @@ FEED_FORWARD = ("gate_proj", "up_proj", "down_proj")
 
 
 def group_projections(layers: nn.ModuleList, *, mlp: str) -> int:
-    """Let the attention and the block named `mlp` of each layer group their projections, in place; returns how many of
-    these blocks do."""
+    """Group the projections of every layer's attention, and of its feed-forward module named `mlp`, in place; returns
+    how many of these modules were changed."""
     grouped = 0
     for layer in layers:
-        for name, forward_of in (("self_attn", _attention_forward), (mlp, _feed_forward_forward)):
-            block = getattr(layer, name)
-            forward = forward_of(block)
+        for name, choose_forward in (("self_attn", _attention_forward), (mlp, _feed_forward_forward)):
+            module = getattr(layer, name)
+            forward = choose_forward(module)
             if forward is not None:
-                block.__class__ = _subclass(type(block), forward)
+                module.__class__ = _subclass(module.__class__, forward)
                 grouped += 1
     return grouped
 
 
-def _attention_forward(block: Any) -> Any:
-    return _attention if _are_alike(block, ATTENTION) else None
+def _attention_forward(module: Any) -> Any:
+    return _attention if _can_be_grouped(module, ATTENTION) else None
 
 
-def _feed_forward_forward(block: Any) -> Any:
-    if isinstance(block.act_fn, nn.SiLU | SiLUActivation) and _are_alike(block, FEED_FORWARD):
+def _feed_forward_forward(module: Any) -> Any:
+    if isinstance(module.act_fn, nn.SiLU | SiLUActivation) and _can_be_grouped(module, FEED_FORWARD):
         return _gated_feed_forward
-    return _feed_forward if _are_alike(block, FEED_FORWARD[:2]) else None
+    return _feed_forward if _can_be_grouped(module, FEED_FORWARD[:2]) else None
 
 
-def _are_alike(block: Any, names: Sequence[str]) -> bool:
-    projections = [getattr(block, name) for name in names]
+def _can_be_grouped(module: Any, names: Sequence[str]) -> bool:
+    projections = [getattr(module, name) for name in names]
     if not all(isinstance(p, QLoraLinear4bit) for p in projections):
         return False
     if any(p.base_layer.bias is not None or getattr(p.lora_dropout[ADAPTER], "p", 0.0) for p in projections):
@@ -57,16 +58,12 @@ def _are_alike(block: Any, names: Sequence[str]) -> bool:
     return len({(p.scaling[ADAPTER], p.lora_A[ADAPTER].weight.shape[0]) for p in projections}) == 1
 
 
-_made: dict[tuple[type, Any], type] = {}  # one class for all layers: torch.compile guards on it
+@cache  # one class for all layers: torch.compile guards on it
+def _subclass(module_type: type, forward: Any) -> type:
+    return type(f"Grouped{module_type.__name__}", (module_type,), {"forward": forward})
 
 
-def _subclass(block: type, forward: Any) -> type:
-    if (block, forward) not in _made:
-        _made[block, forward] = type(f"Grouped{block.__name__}", (block,), {"forward": forward})
-    return _made[block, forward]
-
-
-def _columns(projections: list[Any]) -> tuple[list[Nf4], list[Tensor], list[Tensor]]:
+def _weights(projections: list[Any]) -> tuple[list[Nf4], list[Tensor], list[Tensor]]:
     """Bases, A and B of the projections."""
     return (
         [nf4_of(p.base_layer) for p in projections],
@@ -77,7 +74,7 @@ def _columns(projections: list[Any]) -> tuple[list[Nf4], list[Tensor], list[Tens
 
 def _joined(x: Tensor, projections: list[Any]) -> Tensor:
     """x [..., D] -> [..., sum of O]."""
-    return joined_linears(x, *_columns(projections), scaling=projections[0].scaling[ADAPTER])
+    return joined_linears(x, *_weights(projections), scaling=projections[0].scaling[ADAPTER])
 
 
 def _attention(
@@ -90,7 +87,7 @@ def _attention(
 ) -> tuple[Tensor, None]:
     """hidden_states [B, S, D] -> [B, S, D]."""
     query, key, value = (y.transpose(1, 2) for y in _query_key_value(self, hidden_states, position_embeddings))
-    if past_key_values is not None:  # never in training; a caller's own generation may have one
+    if past_key_values is not None:  # never in training; a user's own generation may pass one
         key, value = past_key_values.update(key, value, self.layer_idx)
     name = self.config._attn_implementation
     attend = eager_attention_forward if name == "eager" else ALL_ATTENTION_FUNCTIONS[name]
@@ -98,16 +95,16 @@ def _attention(
     return self.o_proj(out.reshape(hidden_states.shape[:-1] + (-1,))), None
 
 
-def _query_key_value(block: Any, x: Tensor, position_embeddings: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
+def _query_key_value(module: Any, x: Tensor, position_embeddings: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
     """x [B, S, D] -> [B, S, heads, E] each, query and key rotated."""
-    projections = [block.q_proj, block.k_proj, block.v_proj]
+    projections = [module.q_proj, module.k_proj, module.v_proj]
     y = _joined(x, projections)
     outs = [projection.out_features for projection in projections]
-    if not hasattr(block, "q_norm"):
-        return rotary(y, *position_embeddings, heads=(outs[0] // block.head_dim, outs[1] // block.head_dim))
-    query, key, value = (part.unflatten(-1, (-1, block.head_dim)) for part in y.split(outs, -1))  # qwen3
+    if not hasattr(module, "q_norm"):
+        return rotary(y, *position_embeddings, heads=(outs[0] // module.head_dim, outs[1] // module.head_dim))
+    query, key, value = (part.unflatten(-1, (-1, module.head_dim)) for part in y.split(outs, -1))  # qwen3
     query, key = apply_rotary_pos_emb(
-        block.q_norm(query).transpose(1, 2), block.k_norm(key).transpose(1, 2), *position_embeddings
+        module.q_norm(query).transpose(1, 2), module.k_norm(key).transpose(1, 2), *position_embeddings
     )
     return query.transpose(1, 2), key.transpose(1, 2), value.contiguous()  # a view would keep y for the backward pass
 
@@ -122,4 +119,4 @@ def _feed_forward(self: Any, x: Tensor) -> Tensor:
 def _gated_feed_forward(self: Any, x: Tensor) -> Tensor:
     """x [B, S, D] -> [B, S, D]."""
     projections = [self.gate_proj, self.up_proj, self.down_proj]
-    return gated_feed_forward(x, *_columns(projections), scaling=self.down_proj.scaling[ADAPTER])
+    return gated_feed_forward(x, *_weights(projections), scaling=self.down_proj.scaling[ADAPTER])

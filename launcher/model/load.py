@@ -1,22 +1,68 @@
-"""The frozen base in NF4 (bitsandbytes): from a full checkpoint, from one already quantised, or random.
+"""Reads a model: config and tokenizer first, without running any code that comes with it, then the frozen base in NF4.
 
-Quantised are the linears inside the decoder layers; embedding, norms and head stay in the compute dtype.
+The base (bitsandbytes) comes from a full checkpoint, from one that is already quantised, or is random. The linears
+inside the decoder layers are quantised; embedding, norms and head stay in the compute dtype.
 """
 
+import os
+from pathlib import Path
 from typing import Any
 
 import torch
 from bitsandbytes.nn import Linear4bit, Params4bit
+from safetensors import SafetensorError, safe_open
 from torch import nn
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
 from transformers.integrations import replace_with_bnb_linear
 
 from launcher.errors import RecipeError
-from launcher.recipe.schema import QuantSection
+from launcher.recipe.schema import ModelSection, QuantSection
+
+
+def load_config(source: str, model: ModelSection) -> Any:
+    """The transformers config at `source`. Raises RecipeError for a model that needs its own code to run."""
+    try:
+        return AutoConfig.from_pretrained(source, revision=_revision(source, model), trust_remote_code=False)
+    except (ValueError, OSError, KeyError) as error:
+        raise RecipeError(
+            f"model {source!r} must load without remote code and with a config transformers knows:\n"
+            f"{_first_line(error)}"
+        ) from None
+
+
+def load_tokenizer(source: str, model: ModelSection, *, stand_in: Path) -> Any:
+    """The model's tokenizer; for random weights without a tokenizer beside the config, the one at `stand_in`."""
+    if model.init == "random" and os.path.isdir(source) and not (Path(source) / "tokenizer_config.json").is_file():
+        source = str(stand_in)
+    try:
+        return AutoTokenizer.from_pretrained(source, revision=_revision(source, model), trust_remote_code=False)
+    except (ValueError, OSError, KeyError) as error:
+        raise RecipeError(
+            f"model {source!r} must come with a tokenizer: {_first_line(error)}\n"
+            "Put its tokenizer files into the folder."
+        ) from None
+
+
+def check_weights(source: str) -> None:
+    """Raise RecipeError unless a local folder holds safetensors files that open. The download checks a hub id."""
+    if not os.path.isdir(source):
+        return
+    files = sorted(Path(source).glob("*.safetensors"))
+    if not files:
+        raise RecipeError(
+            f"a model folder must hold its weights as safetensors; {source} has none.\n"
+            "Complete the checkpoint, or try the architecture alone with model.init=random."
+        )
+    for file in files:
+        try:
+            with safe_open(file, framework="pt"):
+                pass
+        except (SafetensorError, OSError) as error:
+            raise RecipeError(f"weights must be whole; {file} is not: {error}\nCopy or download it again.") from None
 
 
 def bnb_config(quant: QuantSection, dtype: torch.dtype) -> BitsAndBytesConfig | None:
-    """The BitsAndBytesConfig that a user needs to load the base as it was trained; None when nothing is quantised."""
+    """The BitsAndBytesConfig that loads the base as it is trained; None when nothing is quantised."""
     if quant.type == "none":
         return None
     return BitsAndBytesConfig(
@@ -30,7 +76,7 @@ def bnb_config(quant: QuantSection, dtype: torch.dtype) -> BitsAndBytesConfig | 
 def load_base(
     source: str, config: Any, *, quant: QuantSection, dtype: torch.dtype, device: torch.device, revision: str | None
 ) -> PreTrainedModel:
-    """The checkpoint at `source` (folder or hub id) on `device`, quantised unless it already is."""
+    """Load the checkpoint at `source` (folder or hub id) to `device`, and quantise it unless it already is."""
     ready = getattr(config, "quantization_config", None) is not None
     wanted = None if ready else bnb_config(quant, dtype)
     model = AutoModelForCausalLM.from_pretrained(
@@ -40,16 +86,16 @@ def load_base(
         device_map={"": device},
         trust_remote_code=False,
         use_safetensors=True,
-        # An explicit None would switch off the quantisation that the checkpoint brings.
+        # An explicit None would switch off the quantisation of the checkpoint itself.
         **({"quantization_config": wanted} if wanted else {}),
     )
-    # A checkpoint quantised for bf16 may run on a card without it: this run's dtype computes. transformers leaves what
-    # such a checkpoint has not quantised (embeddings, norms, head) in the dtype that it was saved in.
+    # A checkpoint quantised for bf16 may run on a GPU without it, so compute in this run's dtype. transformers leaves
+    # what such a checkpoint has not quantised (embeddings, norms, head) in the dtype that it was saved in.
     for module in model.modules():
         if isinstance(module, Linear4bit):
             module.compute_dtype, module.compute_type_is_set = dtype, True
     for parameter in model.parameters():
-        if parameter.is_floating_point() and not isinstance(parameter, Params4bit):  # may be stored as bf16, not be it
+        if parameter.is_floating_point() and not isinstance(parameter, Params4bit):  # NF4 may be stored as bf16
             parameter.data = parameter.data.to(dtype)
     return model
 
@@ -57,10 +103,8 @@ def load_base(
 def random_base(
     config: Any, *, quant: QuantSection, dtype: torch.dtype, device: torch.device, seed: int
 ) -> PreTrainedModel:
-    """An untrained model of this architecture, made and quantised on `device` one weight at a time.
-
-    The full-precision model never exists, so that an 8B architecture fits wherever its NF4 form does.
-    """
+    """An untrained model of this architecture, drawn and quantised on `device` one weight at a time: the whole model
+    never exists in full precision, so an 8B architecture fits wherever its NF4 form does."""
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
     quantization = bnb_config(quant, dtype)
@@ -82,18 +126,18 @@ def random_base(
                 setattr(module, name, nn.Parameter(value(parameter.shape, dtype=dtype, device=device)))
             else:
                 setattr(module, name, nn.Parameter(draw(parameter.shape)))
-    with torch.device(device):  # its frequencies are buffers, computed rather than loaded
+    with torch.device(device):  # its frequencies are buffers that are computed, not loaded
         model.model.rotary_emb = type(model.model.rotary_emb)(config=config)
     model.tie_weights()
     return model
 
 
 def check_prequantized(config: Any, quant: QuantSection) -> None:
-    """Raise RecipeError unless a checkpoint that is already quantised is what `quant` asks for."""
-    found = getattr(config, "quantization_config", None)
-    if found is None:
+    """Raise RecipeError where a checkpoint is already quantised, and not as `quant` asks."""
+    quantized_as = getattr(config, "quantization_config", None)
+    if quantized_as is None:
         return
-    settings = found if isinstance(found, dict) else found.to_dict()
+    settings = quantized_as if isinstance(quantized_as, dict) else quantized_as.to_dict()
     kind = settings.get("bnb_4bit_quant_type") if settings.get("load_in_4bit") else settings.get("quant_method")
     if kind != quant.type:
         raise RecipeError(
@@ -120,8 +164,16 @@ def count_parameters(model: nn.Module) -> tuple[int, int]:
 
 
 def _quantized(weight: torch.Tensor, module: Linear4bit, quant: QuantSection, device: torch.device) -> Params4bit:
-    made: Any = Params4bit(
+    parameter: Any = Params4bit(
         weight, requires_grad=False, compress_statistics=quant.double, quant_type=quant.type, module=module
     )
-    quantised: Params4bit = made.to(device)  # moving a full-precision Params4bit quantises it
-    return quantised
+    quantized: Params4bit = parameter.to(device)  # moving a full-precision Params4bit quantises it
+    return quantized
+
+
+def _revision(source: str, model: ModelSection) -> str | None:
+    return None if os.path.isdir(source) else model.revision
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0][:200]

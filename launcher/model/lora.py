@@ -1,9 +1,9 @@
-"""LoRA adapters through PEFT: its layers, its file layout, with the forward of ops/qlora_linear.py.
+"""LoRA adapters with PEFT's layers and file layout, and the forward of ops/qlora_linear.py.
 
-PEFT's own forward casts activations to the adapters' fp32 and multiplies there, or relies on autocast. Each adapted
-layer, and each 4-bit linear without an adapter, therefore becomes an instance of a subclass here. A subclass, not a
-replaced method: PEFT's saving and loading, isinstance checks and torch.compile's guards see one ordinary class for
-every layer.
+PEFT's own forward casts activations to the adapters' fp32 and multiplies there, or relies on autocast. So each adapted
+layer, and each 4-bit linear without an adapter, becomes an instance of a subclass from here. Subclasses rather than
+replaced methods: PEFT's saving and loading, isinstance checks and torch.compile's guards see one ordinary class for all
+layers.
 """
 
 from typing import Any
@@ -30,9 +30,9 @@ class QLoraLinear(PeftLinear):
 
     def forward(self: Any, x: Tensor) -> Tensor:
         dropout = getattr(self.lora_dropout[ADAPTER], "p", 0.0)
-        update = F.dropout(x, dropout, training=True) if dropout > 0 and torch.is_grad_enabled() else x
+        dropped = F.dropout(x, dropout, training=True) if dropout > 0 and torch.is_grad_enabled() else x
         a, b = self.lora_A[ADAPTER].weight, self.lora_B[ADAPTER].weight
-        return self.base_layer(x) + lora_update(update, a, b, scaling=self.scaling[ADAPTER])
+        return self.base_layer(x) + lora_update(dropped, a, b, scaling=self.scaling[ADAPTER])
 
 
 class QLoraLinear4bit(PeftLinear4bit):
@@ -64,16 +64,15 @@ OURS: dict[type, type] = {PeftLinear: QLoraLinear, PeftLinear4bit: QLoraLinear4b
 def nf4_of(linear: Linear4bit) -> Nf4:
     """The tensors of a quantised linear, shared with it."""
     weight: Any = linear.weight
-    packed = weight.data if weight.dtype == torch.uint8 else weight.data.view(torch.uint8)  # it may be stored as bf16
+    packed = weight.data if weight.dtype == torch.uint8 else weight.data.view(torch.uint8)  # may be stored as bf16
     state = weight.quant_state
     second = state.state2
-    if second is None:
-        return Nf4(packed, state.absmax, state.code, None, None, None)
-    return Nf4(packed, state.absmax, state.code, second.absmax, second.code, state.offset)
+    scales = () if second is None else (second.absmax, second.code, state.offset)
+    return Nf4(packed, state.absmax, state.code, *scales)
 
 
 def stock_lora(model: PreTrainedModel, lora: LoraSection, *, seed: int) -> PeftModel:
-    """Freeze the base and add PEFT's own adapters, drawn from `seed`. The targets have passed `check_targets`."""
+    """Freeze the base and add PEFT's own adapters, drawn from `seed`. Targets have passed `check_targets`."""
     torch.manual_seed(seed)
     return get_peft_model(
         model,
@@ -89,7 +88,7 @@ def stock_lora(model: PreTrainedModel, lora: LoraSection, *, seed: int) -> PeftM
 
 
 def attach_lora(model: PreTrainedModel, lora: LoraSection, *, seed: int) -> PeftModel:
-    """Freeze the base and add fp32 adapters with explicit casts, drawn from `seed`. See `stock_lora`."""
+    """As `stock_lora`, but with this module's forward: fp32 adapters and explicit casts."""
     adapted = stock_lora(model, lora, seed=seed)
     for name, module in adapted.named_modules():
         if hasattr(module, "lora_A"):
@@ -101,13 +100,13 @@ def attach_lora(model: PreTrainedModel, lora: LoraSection, *, seed: int) -> Peft
     for name, parameter in adapted.named_parameters():
         if parameter.requires_grad and parameter.dtype != torch.float32:
             raise AssertionError(f"{name} is {parameter.dtype}: LoRA masters are fp32")
-    # One mode for the run: train() and eval() are guarded on, and bitsandbytes repacks weights in eval on some CPUs.
+    # Train mode throughout: torch.compile guards on the mode, and bitsandbytes repacks weights in eval on some CPUs.
     # Dropout follows the gradient mode instead (ops/qlora_linear.py).
     return adapted.train()
 
 
 def check_blocks(name: str, linear: Linear4bit) -> None:
-    """Raise RecipeError for a checkpoint quantised in blocks of another size than the one that is computed with."""
+    """Raise RecipeError for a checkpoint whose blocks are not of the size that the operators use."""
     weight: Any = linear.weight
     state = weight.quant_state
     if state.blocksize != BLOCK:

@@ -1,4 +1,4 @@
-"""The gated feed-forward block: gate and up as one product, and a down projection that remakes its input.
+"""The gated feed-forward module: gate and up as one product, and a down projection that recomputes its input.
 
 Letters: N tokens, D model width, F feed-forward width; g = x Wg^T and u = x Wu^T lie side by side in `pair` [N, 2F]; σ
 is the logistic function (SwiGLU: arXiv:2002.05202).
@@ -6,9 +6,9 @@ is the logistic function (SwiGLU: arXiv:2002.05202).
     h = g σ(g) * u,   out = h Wd^T
     dh = dout Wd,   du = dh * g σ(g),   dg = dh * u * σ(g) (1 + g (1 - σ(g)))
 
-The adapter of the down projection wants h in the backward pass. It is made there by the pass over `pair` that makes dg
-and du, so that no policy keeps it: F numbers a token and layer. dg and du are written side by side, as the product
-that follows reads them.
+The adapter of the down projection needs h in the backward pass. The pass over `pair` that computes dg and du recomputes
+h as well, so it is never kept: F numbers per token and layer. dg and du are written side by side, as the next product
+reads them.
 """
 
 from collections.abc import Sequence
@@ -21,7 +21,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from launcher.ops.nf4 import Nf4
 from launcher.ops.projection_group import HAS_TRITON
-from launcher.ops.qlora_linear import adapter_gradients, columns_of, joined_linears, joined_weight
+from launcher.ops.qlora_linear import adapter_gradients, fields_of, joined_linears, joined_weight
 
 
 def gated_feed_forward(
@@ -30,8 +30,8 @@ def gated_feed_forward(
     """x [..., D]; bases, A [r, D or F] and B [F or D, r] of gate, up and down -> out [..., D]."""
     pair = joined_linears(x, bases[:2], a[:2], b[:2], scaling=scaling)
     gate, up = pair.chunk(2, -1)
-    h = (F.silu(gate) * up).detach()  # the gradient of pair comes from the operator
-    out: Tensor = torch.ops.qlora.gated_down(h, pair, *columns_of(bases[2:]), [a[2]], [b[2]], scaling)
+    h = (F.silu(gate) * up).detach()  # the operator gives the gradient of pair
+    out: Tensor = torch.ops.qlora.gated_down(h, pair, fields_of(bases[2:]), a[2], b[2], scaling)
     return out
 
 
@@ -44,36 +44,23 @@ def gated_feed_forward_reference(
 
 
 @torch.library.custom_op("qlora::gated_down", mutates_args=())
-def _gated_down(
-    h: Tensor,
-    pair: Tensor,
-    packed: list[Tensor],
-    absmax: list[Tensor],
-    code: list[Tensor],
-    absmax2: list[Tensor],
-    code2: list[Tensor],
-    offset: list[Tensor],
-    a: list[Tensor],
-    b: list[Tensor],
-    scaling: float,
-) -> Tensor:
-    columns, shape = (packed, absmax, code, absmax2, code2, offset), ([b[0].shape[0]], h.shape[-1])
-    return F.linear(h, joined_weight(h, columns, a, b, scaling=scaling, shape=shape))
+def _gated_down(h: Tensor, pair: Tensor, base: list[Tensor], a: Tensor, b: Tensor, scaling: float) -> Tensor:
+    return F.linear(h, joined_weight(h, base, [a], [b], scaling=scaling, shape=([b.shape[0]], h.shape[-1])))
 
 
 @_gated_down.register_fake
-def _(h: Tensor, *rest: Any) -> Tensor:
-    return h.new_empty((*h.shape[:-1], rest[-2][0].shape[0]))
+def _(h: Tensor, pair: Tensor, base: list[Tensor], a: Tensor, b: Tensor, scaling: float) -> Tensor:
+    return h.new_empty((*h.shape[:-1], b.shape[0]))
 
 
 @torch.library.custom_op("qlora::swiglu_gradient_", mutates_args=("dh",))
 def swiglu_gradient_(pair: Tensor, dh: Tensor) -> Tensor:
-    """pair [..., 2F], dh [..., F] -> the gradient of pair, in its dtype, computed in fp32; h takes the place of dh."""
+    """pair [..., 2F], dh [..., F] -> the gradient of pair, in its dtype, computed in fp32. Overwrites dh by h."""
     if not (pair.is_cuda and HAS_TRITON):
         gradient, h = plain_swiglu_gradient(pair, dh)
         dh.copy_(h)
         return gradient
-    assert dh.is_contiguous()  # it comes from a product
+    assert dh.is_contiguous()  # it is the result of a product
     pair = pair.contiguous()
     gradient, width = torch.empty_like(pair), dh.shape[-1]
     blocks = triton.cdiv(width, WIDE)
@@ -95,19 +82,16 @@ def plain_swiglu_gradient(pair: Tensor, dh: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    _, pair, *lists, ctx.scaling = inputs
-    ctx.lengths = [len(each) for each in lists]
-    ctx.save_for_backward(pair, *(tensor for each in lists for tensor in each))
+    _, pair, base, a, b, ctx.scaling = inputs
+    ctx.save_for_backward(pair, a, b, *base)
 
 
 def _backward(ctx: Any, dout: Tensor) -> tuple[Any, ...]:
-    pair, *saved = ctx.saved_tensors
-    *columns, a, b = ([saved.pop(0) for _ in range(length)] for length in ctx.lengths)
-    dh = torch.ops.qlora.linears_dx(dout, *columns, a, b, ctx.scaling, [b[0].shape[0]], a[0].shape[1])
-    dpair = swiglu_gradient_(pair, dh)  # dh is h from here on
-    da, db = adapter_gradients(dout, dh, a, b, ctx.scaling)
-    nothing: list[Any] = [[None] * length for length in ctx.lengths[:-2]]
-    return None, dpair, *nothing, [da], [db], None
+    pair, a, b, *base = ctx.saved_tensors
+    dh = torch.ops.qlora.linears_dx(dout, base, [a], [b], ctx.scaling, [b.shape[0]], a.shape[1])
+    dpair = swiglu_gradient_(pair, dh)  # from here on dh holds h
+    da, db = adapter_gradients(dout, dh, [a], [b], ctx.scaling)
+    return None, dpair, [None] * len(base), da, db, None
 
 
 _gated_down.register_autograd(_backward, setup_context=_save)
@@ -118,7 +102,7 @@ def _flops(h_shape: torch.Size, *rest: Any, out_shape: torch.Size, **kwargs: Any
     return 2 * h_shape[-1] * out_shape.numel()
 
 
-WIDE = 1024  # columns that a program takes: 16 bytes a thread of each matrix
+WIDE = 1024  # columns per program: each thread reads 16 bytes of each matrix
 
 if HAS_TRITON:
     import triton
@@ -126,7 +110,7 @@ if HAS_TRITON:
 
     @triton.jit
     def _swiglu_gradient(gradient, pair, dh, F, blocks, WIDE: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: N803
-        """WIDE columns of one row of both results."""
+        """Computes WIDE columns of one row of both results."""
         row = (tl.program_id(0) // blocks).to(tl.int64)
         column = (tl.program_id(0) % blocks) * WIDE + tl.arange(0, WIDE)
         inside, of_pair, of_h = column < F, 2 * row * F + column, dh + row * F + column

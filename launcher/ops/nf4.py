@@ -1,4 +1,4 @@
-"""The weight that a QLoRA linear multiplies by: NF4 dequantised and the LoRA update added, in one pass.
+"""The weight of a QLoRA linear: NF4 dequantised and the LoRA update added, in one pass.
 
 Letters: D in-features, O out-features, r rank. Blocks of 64 consecutive elements of the [O, D] weight share a scale.
 
@@ -6,15 +6,15 @@ Letters: D in-features, O out-features, r rank. Blocks of 64 consecutive element
     scale[block] = code2[absmax[block]] * absmax2[block // 256] + offset       (double quantisation; QLoRA,
                                                                                 arXiv:2305.14314, section 3)
 
-One [O, D] matrix in the compute dtype is made, used for one product and forgotten: neither pass needs a product with A
-or B on the way of the activations. A and s B are rounded to the compute dtype, the sum is made in fp32 and
-rounded once; the stock order rounds the base weight and the update's two products each on their own. An update smaller
-than a weight's last bit is therefore seen through the rounding of many weights: without bias, since dequantised values
-lie anywhere between two numbers of the dtype, but with the base's own rounding error on it. mode=parity measures both
-orders against fp32. Without an update the result is bit-equal to bitsandbytes' own.
+It is one [O, D] matrix in the compute dtype, used for one product and then freed: activations need no products with A
+or B in either pass. A and s B are rounded to the compute dtype, the sum is computed in fp32 and rounded once; the stock
+order rounds the base weight and both products of the update separately. An update smaller than a weight's last bit
+still shows, through the rounding of many weights: without bias, because dequantised values lie anywhere between two
+numbers of the dtype, but with the base's rounding error added. mode=parity measures both orders against fp32. Without
+an update the result is bit-equal to bitsandbytes' own.
 
-On CUDA, one Triton launch makes the weights of one product. Elsewhere bitsandbytes' kernels and a product do
-(`plain_merged_weight`, also the reference).
+On CUDA one Triton launch computes all weights of a product. Elsewhere bitsandbytes' kernels and a matrix product do it
+(`plain_merged_weight`, which is also the reference).
 """
 
 from collections.abc import Sequence
@@ -23,28 +23,28 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from launcher.ops.projection_group import HAS_TRITON, MOST, starts, three
+from launcher.ops.projection_group import HAS_TRITON, MAX_PROJECTIONS, starts, three
 
 BLOCK = 64  # elements that share a scale
 BLOCK2 = 256  # scales that share a second-level scale
 
 
 class Nf4(NamedTuple):
-    """A quantised [O, D] weight. The last three are None where the scales are not quantised themselves."""
+    """A quantised [O, D] weight. The last three are None where the scales are not quantised."""
 
     packed: Tensor  # uint8 [O * D / 2, 1], the first of two elements in the high nibble
     absmax: Tensor  # uint8 [blocks] when doubly quantised, else fp32
     code: Tensor  # fp32 [16], the NF4 values
-    absmax2: Tensor | None  # fp32 [blocks / 256, rounded up]
-    code2: Tensor | None  # fp32 [256]
-    offset: Tensor | None  # fp32 scalar
+    absmax2: Tensor | None = None  # fp32 [blocks / 256, rounded up]
+    code2: Tensor | None = None  # fp32 [256]
+    offset: Tensor | None = None  # fp32 scalar
 
 
 def merged_weights(
     bases: Sequence[Nf4], a: Sequence[Tensor], b: Sequence[Tensor], *, scaling: float, outs: Sequence[int], out: Tensor
 ) -> Tensor:
-    """Puts the W of each base, one below the other, into out [sum of O, D], contiguous, in its dtype, and returns it;
-    a [r, D] and b [O, r] each, fp32, or none for the bases alone."""
+    """Write W of each base, stacked, into out [sum of O, D] (contiguous, any dtype); returns out. a: [r, D] and b:
+    [O, r] for each base, fp32; or none of them for the bases without an update."""
     fused = out.is_cuda and out.shape[1] % BLOCK == 0 and HAS_TRITON
     if fused and out.numel() < 2**31 and _in_one_launch(bases, a, outs):
         return _fused(bases, a, b, scaling, outs, out)
@@ -57,7 +57,7 @@ def merged_weights(
 
 
 def plain_merged_weight(base: Nf4, a: Tensor | None, b: Tensor | None, scaling: float, shape: torch.Size) -> Tensor:
-    """In fp32 with bitsandbytes' kernels."""
+    """The plain form of one weight [O, D], in fp32 with bitsandbytes' kernels."""
     ops = torch.ops.bitsandbytes
     scales = base.absmax
     if base.offset is not None:
@@ -76,7 +76,7 @@ if HAS_TRITON:
 
     @triton.jit
     def _update(a, b, which, rows, columns, inside, k, D, R):  # type: ignore[no-untyped-def]
-        """Columns k of the rows `inside` of B and rows k of A."""
+        """Loads columns k of B, for its rows where `inside`, and rows k of A."""
         b_tile = tl.load(
             member(b, which) + rows[:, None] * R + k[None, :], mask=inside[:, None] & (k < R)[None, :], other=0.0
         )
@@ -91,10 +91,10 @@ if HAS_TRITON:
         out, packed, absmax, code, absmax2, code2, offset, a, b, scaling, O, D, R, second, third,  # noqa: E741
         DOUBLE: tl.constexpr, STEPS: tl.constexpr, RANK: tl.constexpr, BO: tl.constexpr, BD: tl.constexpr,
     ):  # fmt: skip
-        """A [BO, BD] tile of up to three W below each other, the second and third from rows of these numbers on. The
-        update is added RANK columns of B at a time in STEPS, 0 without one.
+        """Computes a [BO, BD] tile of up to three stacked W, of which the second and third start at these rows. The
+        update is added in STEPS of RANK columns of B; without an update STEPS is 0.
 
-        What is loaded comes first: no load is begun behind a barrier, and a tile waits for memory once."""
+        All loads come first: none starts after a barrier, so a tile waits for memory once."""
         top = tl.program_id(1) * BO
         which = (top >= second).to(tl.int32) + (top >= third).to(tl.int32)
         rows, k = top + tl.arange(0, BO), tl.arange(0, RANK)
@@ -115,7 +115,7 @@ if HAS_TRITON:
             b_tile, a_tile = _update(a, b, which, mine, columns, rows < O, k, D, R)
         if DOUBLE:
             level = tl.load(member(code2, which) + level) * level2 + tl.load(member(offset, which))
-        # A gather within the tile: 16 values in as many banks of shared memory, where loads would queue for one line.
+        # A gather within the tile: the 16 values lie in 16 banks of shared memory; loads would queue for one line.
         pairs = pairs.to(tl.int32)
         both = tl.gather(values, tl.reshape(tl.join(pairs >> 4, pairs & 15), (BO * BD,)), 0)
         weight = tl.reshape(tl.reshape(both, (BO, BD // 64, 64)) * level[:, :, None], (BO, BD))
@@ -134,13 +134,13 @@ if HAS_TRITON:
         )
 
 
-TILE = 64  # rows and columns of a program
+TILE = 64  # rows and columns of a program's tile
 
 
 def _in_one_launch(bases: Sequence[Nf4], a: Sequence[Tensor], outs: Sequence[int]) -> bool:
-    """Whether one launch serves them all: no tile lies in two of them, and they are of one kind."""
-    kinds = {(base.offset is None, *(each.shape[0] for each in a[i : i + 1])) for i, base in enumerate(bases)}
-    return len(outs) <= MOST and len(kinds) == 1 and not any(rows % TILE for rows in outs[:-1])
+    """Whether one launch can do them all: they are of one kind, and no tile lies in two of them."""
+    kinds = {(base.offset is None, *(p.shape[0] for p in a[i : i + 1])) for i, base in enumerate(bases)}
+    return len(outs) <= MAX_PROJECTIONS and len(kinds) == 1 and not any(rows % TILE for rows in outs[:-1])
 
 
 def _fused(
@@ -148,8 +148,8 @@ def _fused(
 ) -> Tensor:
     rows, in_features = out.shape
     rank = a[0].shape[0] if a else 0
-    columns = min(64, max(16, triton.next_power_of_2(rank)))  # what a dot product takes at once
-    unused = bases[0].code  # a pointer that is not read
+    columns = min(64, max(16, triton.next_power_of_2(rank)))  # of B in one dot product
+    unused = bases[0].code  # any pointer: it is not read
     fields = [[unused if t is None else t for t in column] for column in zip(*bases, strict=True)]
     merge_kernel[(triton.cdiv(in_features, TILE), triton.cdiv(rows, TILE))](
         out,

@@ -1,11 +1,11 @@
-"""What kernels share that serve up to three projections of one input in one launch."""
+"""Helpers of the kernels that handle up to three projections of one input in one launch."""
 
 import importlib.util
 from collections.abc import Sequence
 
 from torch import Tensor
 
-MOST = 3  # projections in a launch: query, key and value
+MAX_PROJECTIONS = 3  # in one launch: query, key and value
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 
@@ -14,17 +14,17 @@ if HAS_TRITON:
     import triton.language as tl
 
     @triton.jit
-    def member(of_each, which):  # type: ignore[no-untyped-def]
-        """The pointer at `which` of three."""
-        return tl.where(which == 0, of_each[0], tl.where(which == 1, of_each[1], of_each[2]))
+    def member(pointers, which):  # type: ignore[no-untyped-def]
+        """The pointer with number `which` of three."""
+        return tl.where(which == 0, pointers[0], tl.where(which == 1, pointers[1], pointers[2]))
 
 
 def three(tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """One to three tensors as the three that `member` chooses from; the last stands for those that are not there."""
-    return (*tensors, *[tensors[-1]] * (MOST - len(tensors)))
+    """One to three tensors as the three that `member` chooses from; the last one is repeated."""
+    return (*tensors, *[tensors[-1]] * (MAX_PROJECTIONS - len(tensors)))
 
 
 def starts(sizes: Sequence[int]) -> tuple[int, int]:
-    """Of up to three pieces side by side, where the second and the third begin; the end where there is none."""
+    """Offsets of the second and the third of up to three adjacent pieces; the end where there is none."""
     second = sizes[0]
     return second, sum(sizes[:2])

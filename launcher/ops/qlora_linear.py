@@ -1,19 +1,21 @@
-"""The products of one input with frozen NF4 linears and their LoRA updates, with a backward written by hand.
+"""Products of one input with frozen NF4 linears and their LoRA updates, with a hand-written backward pass.
 
-Letters: N tokens, D in-features, O out-features, r rank; projections of one input (query, key and value; gate and up)
-go through one operator together: one product, and adapter gradients that read x once.
+Letters: N tokens, D in-features, O out-features, r rank. Projections of one input (query, key and value; gate and up)
+share one operator: one product, and adapter gradients that read x once.
 
     y = x W^T,   W = dequantised base + s B A                    A [r, D], B [O, r]      (LoRA, arXiv:2106.09685, eq. 3)
     dx = dy W,   dA = s (dy B)^T x,   dB = s dy^T (x A^T)        dx summed over the projections
 
-A and B are fp32 masters and get fp32 gradients, made in x's dtype where there is dropout; products run in x's dtype. No
-autocast is involved.
+A and B are fp32 masters with fp32 gradients, which dropout computes in x's dtype; products run in x's dtype, without
+autocast.
 
-Three opaque operators. Opaque, because a partitioner that sees the dequantisation keeps its result for the backward
-pass: seven full weights a layer. Forward saves x alone, which the layer can recompute, and each W is made once a pass.
+The three operators are opaque to the compiler: a partitioner that sees the dequantisation keeps its result for the
+backward pass, seven full weights per layer. The forward pass saves only x, which the layer can recompute, and each W is
+computed once per pass.
 """
 
 from collections.abc import Sequence
+from itertools import islice
 from typing import Any
 
 import torch
@@ -28,15 +30,15 @@ from launcher.ops.nf4 import Nf4, merged_weights
 def joined_linears(
     x: Tensor, bases: Sequence[Nf4], a: Sequence[Tensor], b: Sequence[Tensor], *, scaling: float
 ) -> Tensor:
-    """x [..., D], for each projection its base, A and B -> y side by side [..., sum of O], in x's dtype."""
-    outs = [each.shape[0] for each in b]
-    y: Tensor = torch.ops.qlora.linears(x, *columns_of(bases), list(a), list(b), scaling, outs)
+    """x [..., D] and the base, A and B of each projection -> y side by side [..., sum of O], in x's dtype."""
+    outs = [q.shape[0] for q in b]
+    y: Tensor = torch.ops.qlora.linears(x, fields_of(bases), list(a), list(b), scaling, outs)
     return y
 
 
 def qlora_linear(x: Tensor, base: Nf4, a: Tensor, b: Tensor, *, scaling: float, dropout: float) -> Tensor:
-    """x [..., D] -> [..., O] in x's dtype. Dropout acts where gradients are recorded, so that evaluation is exact."""
-    if dropout > 0 and torch.is_grad_enabled():  # the update sees other inputs than the base: two products
+    """x [..., D] -> [..., O] in x's dtype. Dropout acts only where gradients are recorded, so evaluation is exact."""
+    if dropout > 0 and torch.is_grad_enabled():  # base and update have different inputs: two products
         dropped = F.dropout(x, dropout, training=True)
         return frozen_linear(x, base, out_features=b.shape[0]) + lora_update(dropped, a, b, scaling=scaling)
     return joined_linears(x, [base], [a], [b], scaling=scaling)
@@ -44,7 +46,7 @@ def qlora_linear(x: Tensor, base: Nf4, a: Tensor, b: Tensor, *, scaling: float, 
 
 def frozen_linear(x: Tensor, base: Nf4, *, out_features: int) -> Tensor:
     """x [..., D] times the base alone -> [..., O]."""
-    y: Tensor = torch.ops.qlora.linears(x, *columns_of([base]), [], [], 0.0, [out_features])
+    y: Tensor = torch.ops.qlora.linears(x, fields_of([base]), [], [], 0.0, [out_features])
     return y
 
 
@@ -54,50 +56,38 @@ def lora_update(x: Tensor, a: Tensor, b: Tensor, *, scaling: float) -> Tensor:
 
 
 def qlora_linear_reference(x: Tensor, weight: Tensor, a: Tensor, b: Tensor, *, scaling: float) -> Tensor:
-    """The plain form on a dequantised weight [O, D], everything in fp32: one merged matrix."""
+    """The plain form, with a dequantised weight [O, D]: one merged matrix in fp32."""
     merged = weight.float() + scaling * (b.float() @ a.float())
     return F.linear(x.float(), merged)
 
 
-def columns_of(bases: Sequence[Nf4]) -> list[list[Tensor]]:
-    """The bases by field: an operator takes lists of tensors. A field that is None has an empty list."""
-    return [[t for t in column if t is not None] for column in zip(*bases, strict=True)]
+def fields_of(bases: Sequence[Nf4]) -> list[Tensor]:
+    """The tensors of one base after another, as an operator takes them; fields that are None are left out."""
+    return [field for base in bases for field in base if field is not None]
 
 
 def joined_weight(
     like: Tensor,
-    columns: Sequence[Sequence[Tensor]],
+    fields: Sequence[Tensor],
     a: Sequence[Tensor],
     b: Sequence[Tensor],
     *,
     scaling: float,
     shape: tuple[Sequence[int], int],
 ) -> Tensor:
-    """The projections' W one below the other [sum of O, D], in dtype and on the device of `like`; shape (each O, D)."""
+    """The stacked W of the projections [sum of O, D], in dtype and on the device of `like`; shape: (every O, D)."""
     outs, in_features = shape
-    bases = [
-        Nf4(*(column[i] if column else None for column in columns))  # type: ignore[arg-type]
-        for i in range(len(outs))
-    ]
+    size = len(fields) // len(outs)
+    assert size in (3, 6), "the bases of one product all have quantised scales, or none has"
+    bases = [Nf4(*fields[start : start + size]) for start in range(0, len(fields), size)]
     return merged_weights(bases, a, b, scaling=scaling, outs=outs, out=like.new_empty(sum(outs), in_features))
 
 
 @torch.library.custom_op("qlora::linears", mutates_args=())
 def _linears(
-    x: Tensor,
-    packed: list[Tensor],
-    absmax: list[Tensor],
-    code: list[Tensor],
-    absmax2: list[Tensor],
-    code2: list[Tensor],
-    offset: list[Tensor],
-    a: list[Tensor],
-    b: list[Tensor],
-    scaling: float,
-    outs: list[int],
+    x: Tensor, bases: list[Tensor], a: list[Tensor], b: list[Tensor], scaling: float, outs: list[int]
 ) -> Tensor:
-    columns = (packed, absmax, code, absmax2, code2, offset)
-    return F.linear(x, joined_weight(x, columns, a, b, scaling=scaling, shape=(outs, x.shape[-1])))
+    return F.linear(x, joined_weight(x, bases, a, b, scaling=scaling, shape=(outs, x.shape[-1])))
 
 
 @_linears.register_fake
@@ -108,20 +98,14 @@ def _(x: Tensor, *rest: Any) -> Tensor:
 @torch.library.custom_op("qlora::linears_dx", mutates_args=())
 def _linears_dx(
     dy: Tensor,
-    packed: list[Tensor],
-    absmax: list[Tensor],
-    code: list[Tensor],
-    absmax2: list[Tensor],
-    code2: list[Tensor],
-    offset: list[Tensor],
+    bases: list[Tensor],
     a: list[Tensor],
     b: list[Tensor],
     scaling: float,
     outs: list[int],
     in_features: int,
 ) -> Tensor:
-    columns = (packed, absmax, code, absmax2, code2, offset)
-    return dy @ joined_weight(dy, columns, a, b, scaling=scaling, shape=(outs, in_features))
+    return dy @ joined_weight(dy, bases, a, b, scaling=scaling, shape=(outs, in_features))
 
 
 @_linears_dx.register_fake
@@ -131,7 +115,7 @@ def _(dy: Tensor, *rest: Any) -> Tensor:
 
 @torch.library.custom_op("qlora::adapter_gradients", mutates_args=())
 def adapter_gradients(dy: Tensor, x: Tensor, a: list[Tensor], b: list[Tensor], scaling: float) -> tuple[Tensor, Tensor]:
-    """dy [..., sum of O], x [..., D], a [r, D] each, b [O, r] each -> dA and dB, fp32, stacked over the projections."""
+    """dy [..., sum of O], x [..., D], a: [r, D] and b: [O, r] of each projection -> stacked dA and dB, fp32."""
     return gradients(flat(dy), flat(x), a, b, scaling)
 
 
@@ -147,25 +131,22 @@ def flat(t: Tensor) -> Tensor:
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, *lists, ctx.scaling, ctx.outs = inputs
-    ctx.in_features, ctx.lengths = x.shape[-1], [len(each) for each in lists]
-    ctx.save_for_backward(*(tensor for each in lists for tensor in each), *([x] if lists[-1] else []))
+    x, bases, a, b, ctx.scaling, ctx.outs = inputs
+    ctx.in_features, ctx.lengths = x.shape[-1], (len(bases), len(a), len(b))
+    ctx.save_for_backward(*bases, *a, *b, *([x] if b else []))
 
 
 def _backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
-    saved = list(ctx.saved_tensors)
-    lists = [[saved.pop(0) for _ in range(length)] for length in ctx.lengths]
-    *columns, a, b = lists
-    nothing: list[Any] = [[None] * length for length in ctx.lengths]
+    saved = iter(ctx.saved_tensors)
+    bases, a, b = (list(islice(saved, length)) for length in ctx.lengths)
     dx = None
     if ctx.needs_input_grad[0]:
-        dx = torch.ops.qlora.linears_dx(dy, *columns, a, b, ctx.scaling, ctx.outs, ctx.in_features)
+        dx = torch.ops.qlora.linears_dx(dy, bases, a, b, ctx.scaling, ctx.outs, ctx.in_features)
     if not a:
-        return dx, *nothing, None, None
-    da, db = adapter_gradients(dy, saved[0], a, b, ctx.scaling)
-    return (
-        dx, *nothing[:-2], list(da.split(a[0].shape[0])), list(db.split(list(ctx.outs))), None, None,
-    )  # fmt: skip
+        return dx, [None] * len(bases), [], [], None, None
+    da, db = adapter_gradients(dy, next(saved), a, b, ctx.scaling)
+    da_list, db_list = list(da.split(a[0].shape[0])), list(db.split(list(ctx.outs)))
+    return dx, [None] * len(bases), da_list, db_list, None, None
 
 
 _linears.register_autograd(_backward, setup_context=_save)
@@ -173,7 +154,7 @@ _linears.register_autograd(_backward, setup_context=_save)
 
 @register_flop_formula(torch.ops.qlora.linears)
 def _flops(x_shape: torch.Size, *rest: Any, out_shape: torch.Size, **kwargs: Any) -> int:
-    """Of the large products: what the activation budget weighs against memory (memory/policy.py)."""
+    """Flops of the large product, which the activation budget weighs against memory (memory/policy.py)."""
     return 2 * x_shape[-1] * out_shape.numel()
 
 

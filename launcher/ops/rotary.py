@@ -1,13 +1,13 @@
-"""Rotary position embedding of the joined projections query | key | value, which leaves them apart.
+"""Rotary position embedding of the joined projections query | key | value, which also separates them.
 
-Letters: B rows, S positions, E head width, H query heads, K key-value heads; y [B, S, (H + 2K) E]. With x = (x1, x2)
-the halves of a head, and those of cos and sin likewise (RoFormer, arXiv:2104.09864, in Llama's half-split form):
+Letters: B blocks, S positions, E head width, H query heads, K key-value heads; y [B, S, (H + 2K) E]. With x = (x1, x2)
+the halves of a head, and cos and sin split the same way (RoFormer, arXiv:2104.09864, in Llama's half-split form):
 
     out = (x1 cos1 - x2 sin1,  x2 cos2 + x1 sin2)
     dx  = (d1 cos1 + d2 sin2,  d2 cos2 - d1 sin1)
 
-One pass each way. Left to the compiler, the backward pass joins three gradients under masks (111 us for 43 us of memory
-traffic at 16,384 tokens of Llama 1B, one H200), and value would be a view that keeps all of y for it.
+One pass in each direction. The compiler's own backward pass joins three gradients under masks (111 us for 43 us of
+memory traffic at 16,384 tokens of Llama 1B, one H200), and its value is a view that keeps all of y.
 """
 
 from typing import Any
@@ -21,10 +21,10 @@ from launcher.ops.projection_group import HAS_TRITON
 def rotary(y: Tensor, cos: Tensor, sin: Tensor, *, heads: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:
     """y [B, S, (H + 2K) E], cos and sin [B or 1, S, E], heads (H, K) -> query [B, S, H, E], key and value [B, S, K, E].
 
-    One table for all rows is what transformers' own model forward makes.
+    transformers' own model forward makes one table for all blocks.
     """
-    rows = y.shape[0]
-    query, key, value = torch.ops.qlora.rotary(y, cos.expand(rows, -1, -1), sin.expand(rows, -1, -1), *heads)
+    blocks = y.shape[0]
+    query, key, value = torch.ops.qlora.rotary(y, cos.expand(blocks, -1, -1), sin.expand(blocks, -1, -1), *heads)
     return query, key, value
 
 
@@ -46,7 +46,7 @@ def _(y: Tensor, cos: Tensor, sin: Tensor, heads: int, kv: int) -> tuple[Tensor,
 
 @torch.library.custom_op("qlora::rotary_gradient", mutates_args=())
 def rotary_gradient(dq: Tensor, dk: Tensor, dv: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Gradients of query [B, S, H, E], key and value [B, S, K, E] -> that of y [B, S, (H + 2K) E]."""
+    """Gradients of query [B, S, H, E], key and value [B, S, K, E] -> gradient of y [B, S, (H + 2K) E]."""
     if not (dq.is_cuda and HAS_TRITON):
         return plain_rotary_gradient(dq, dk, dv, cos, sin)
     parts = [d.contiguous() for d in (dq, dk, dv)]
@@ -61,7 +61,7 @@ def _(dq: Tensor, dk: Tensor, dv: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def plain_rotary(y: Tensor, cos: Tensor, sin: Tensor, *, heads: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:
-    """The plain form; computed in fp32, rounded once."""
+    """The plain form, computed in fp32 and rounded once."""
     parts = y.view(*cos.shape[:2], -1, cos.shape[2]).split([heads[0], heads[1], heads[1]], 2)
     cos, sin = cos.float()[:, :, None], sin.float()[:, :, None]
     query, key = ((x * cos + _turned(x.float()) * sin).to(y.dtype) for x in parts[:2])
@@ -99,13 +99,13 @@ if HAS_TRITON:
     def _rotate(  # type: ignore[no-untyped-def]
         y, query, key, value, cos, sin, H, K, E, BACK: tl.constexpr, HEADS: tl.constexpr, HALF: tl.constexpr,
     ):  # fmt: skip
-        """One token: from y to query, key and value, or BACK."""
+        """One token, from y to query, key and value; with BACK from their gradients to that of y."""
         token = tl.program_id(0).to(tl.int64)
         head, k = tl.arange(0, HEADS)[:, None], tl.arange(0, HALF)[None, :]
         half = E // 2
         inside = (head < H + 2 * K) & (k < half)
         of_y = y + token * (H + 2 * K) * E + head * E + k
-        # Each head has its place in one of the three; the pointer of a head that is in another is not followed.
+        # Each head lies in one of the three; masks keep the other two pointers from being followed.
         of_q = query + token * H * E + head * E + k
         of_k = key + token * K * E + (head - H) * E + k
         of_v = value + token * K * E + (head - H - K) * E + k
@@ -136,7 +136,7 @@ if HAS_TRITON:
 
 
 def _turn(y: Tensor, parts: list[Tensor], cos: Tensor, sin: Tensor, *, back: bool) -> None:
-    """Fills the parts from y, or y from the parts."""
+    """Fill the parts from y, or with `back` y from the parts."""
     (batch, length, width), heads, kv = cos.shape, parts[0].shape[2], parts[1].shape[2]
     _rotate[(batch * length,)](
         y, *parts, cos.contiguous(), sin.contiguous(), heads, kv, width, BACK=back,

@@ -28,10 +28,11 @@ from launcher.proof.gate import Comparison, Measured, gate_of
 from launcher.proof.stock import grouped, stock_loss, stock_model, supervised_documents
 from launcher.records.parity import ParityRecord
 from launcher.records.run import CompileRecord, StartRecord, Verdict
+from launcher.runtime.clock import Clock
+from launcher.train.describe import start_record
 from launcher.train.loss_scale import LossScale
-from launcher.train.make_records import start_record
 from launcher.train.request import Request
-from launcher.train.setup import Clock, Prepared, Worker, prepare
+from launcher.train.setup import Prepared, Worker, prepare_inputs
 
 B_STD = 0.02  # of the drawn LoRA B: as large as a base weight, the update a few percent of the base's output
 POSITIONS = 4096  # that a stock model sees at once, but for a longer document: it makes all their logits, in fp32
@@ -49,7 +50,7 @@ def parity(request: Request) -> Iterator[str | ParityRecord]:
     recipe = request.recipe
     yield "reading data"
     with clock.phase("data"):
-        prepared = prepare(request)
+        prepared = prepare_inputs(request)
     yield "compiled model: loading and compiling"
     with clock.phase("compile"):
         worker = compiled_worker(request, prepared, clock=clock)

@@ -1,10 +1,10 @@
-"""The gradients of a step and its loss in one flat fp32 buffer: one collective, one norm, one product for all of them.
+"""The gradients of a step and its loss in one flat fp32 buffer: one collective, one norm and one product for all.
 
     [ gradient of parameter 0 | pad | gradient of parameter 1 | pad | ... | loss | pad ]
 
-Every `parameter.grad` is a view into it, so that optimizers find their gradients where they look for them. Each begins
-at a multiple of 16 bytes, which vectorised kernels load at once; the padding stays zero and adds nothing to the norm.
-The ranks' buffers are summed, not averaged: the micro step has divided by the global count of tokens already.
+Every `parameter.grad` is a view into the buffer, so optimizers find their gradients as usual. Each gradient begins at
+a multiple of 16 bytes, for vectorised loads. The padding stays zero and adds nothing to the norm. The ranks' buffers
+are summed, not averaged: each micro batch has already divided by the global count of tokens.
 """
 
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ ALIGNMENT = 4  # fp32 values in 16 bytes
 
 
 class FlatGradients:
-    """Gives each of `parameters` (fp32, one device) its `.grad`. `loss_sum` is a scalar view into the same buffer."""
+    """Sets the `.grad` of each of `parameters` (fp32, one device). `loss_sum` is a scalar view into the same buffer."""
 
     def __init__(self, parameters: Sequence[nn.Parameter]) -> None:
         assert all(p.dtype == torch.float32 for p in parameters), "LoRA masters are fp32"
@@ -33,17 +33,17 @@ class FlatGradients:
         self._flat.zero_()
 
     def add(self, gradients: Sequence[Tensor], loss: Tensor) -> None:
-        """Add a micro batch's gradients, in the order of the parameters, and its summed loss."""
+        """Add the gradients of a micro batch, in the order of the parameters, and its summed loss."""
         torch._foreach_add_(self._views, list(gradients))
         self.loss_sum += loss
 
     def reduce(self) -> None:
-        """Sum over the ranks, in place, where there are several."""
+        """Sum over the ranks, in place, if there are several."""
         if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
             distributed.all_reduce(self._flat)
 
     def norm(self) -> Tensor:
-        """Euclidean norm of all gradients together; not finite if one of them is not."""
+        """Euclidean norm of all gradients together; not finite if any gradient is not."""
         return torch.linalg.vector_norm(self._gradients)
 
     def multiply(self, factor: Tensor) -> None:

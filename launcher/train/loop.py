@@ -12,13 +12,14 @@ import torch
 from launcher.checkpoint.adapter import save_proven
 from launcher.errors import CheckpointError, ContractError, LauncherError, NonFiniteError
 from launcher.records.run import EvalRecord, Event, RankRecord, RunOpened, RunRecord, Sample, StepRecord, Verdict
+from launcher.runtime.clock import Clock
 from launcher.runtime.ranks import broadcast, gather
 from launcher.runtime.signals import raise_if_stopped
-from launcher.train.make_records import rank_record, start_record
-from launcher.train.metrics import Pending, Reading
+from launcher.train.describe import rank_record, start_record
+from launcher.train.metrics import MetricsReader, StepMetrics
 from launcher.train.request import Request
 from launcher.train.sample import generate
-from launcher.train.setup import Clock, Worker, prepare
+from launcher.train.setup import Worker, prepare_inputs
 from launcher.train.verdicts import compile_verdicts, loss_verdict
 
 SKIPS_IN_A_ROW = 20  # fp16: a scale that halves this often without one good step will not recover
@@ -55,7 +56,7 @@ def run(request: Request, history: RunHistory) -> Iterator[Event]:
     clock, recipe = Clock(), request.recipe
     yield "reading data"
     with clock.phase("data"):
-        prepared = prepare(request)
+        prepared = prepare_inputs(request)
     yield "starting processes"
     with clock.phase("start"):
         worker = history.worker = Worker(request, prepared, clock=clock)
@@ -88,7 +89,7 @@ def run(request: Request, history: RunHistory) -> Iterator[Event]:
 def _train(worker: Worker, history: RunHistory) -> Iterator[StepRecord | EvalRecord]:
     recipe, clock = worker.recipe.train, worker.clock
     yield from _evaluate(worker, history, step=0)
-    pending = Pending()
+    pending = MetricsReader()
     for number in range(1, worker.steps + 1):
         last = number == worker.steps
         evaluates = last or bool(recipe.eval_every and number % recipe.eval_every == 0)
@@ -112,7 +113,7 @@ def _train(worker: Worker, history: RunHistory) -> Iterator[StepRecord | EvalRec
     worker.ledger.mark("after training")
 
 
-def _step_records(worker: Worker, history: RunHistory, readings: Sequence[Reading]) -> Iterator[StepRecord]:
+def _step_records(worker: Worker, history: RunHistory, readings: Sequence[StepMetrics]) -> Iterator[StepRecord]:
     """Raises NonFiniteError naming the first step whose loss or gradient is not finite, after the records before it."""
     history.first_read = history.first_read or len(readings)
     for reading in readings:
@@ -165,6 +166,7 @@ def _evaluate(worker: Worker, history: RunHistory, *, step: int) -> Iterator[Eva
     if not math.isfinite(record.eval_loss):
         raise NonFiniteError(f"eval loss must be finite; after step {step} it is {record.eval_loss}.", step=step)
     history.evals.append(record)
+    worker.state.early_stop.update(record.eval_loss)
     yield record
 
 

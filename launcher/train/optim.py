@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,7 +15,7 @@ from launcher.recipe.schema import TrainSection
 
 
 def check_optimizer(train: TrainSection, device: torch.device) -> None:
-    """Raise RecipeError for an optimizer that would silently be another one on `device`."""
+    """Raise RecipeError for an optimizer that `device` cannot run as asked: bitsandbytes would silently use another."""
     if train.optimizer.startswith("paged") and device.type != "cuda":
         plain = train.optimizer.removeprefix("paged_")
         raise RecipeError(
@@ -24,14 +25,14 @@ def check_optimizer(train: TrainSection, device: torch.device) -> None:
 
 
 def make_optimizer(parameters: Sequence[torch.nn.Parameter], train: TrainSection, *, lr: Tensor | float) -> Optimizer:
-    """AdamW over the LoRA masters: torch's fused one, which reads its rate from `lr` where that is a tensor, or
-    bitsandbytes' 8-bit and paged forms, which want it in their `param_groups` before each step."""
+    """AdamW over the LoRA masters: torch's fused one, which reads the rate from the tensor `lr`, or bitsandbytes' 8-bit
+    and paged ones, which read it from their `param_groups`."""
     if train.optimizer == "adamw":
         return torch.optim.AdamW(parameters, lr=lr, weight_decay=train.weight_decay, fused=True)
     from bitsandbytes import optim
 
-    made = {"adamw_8bit": optim.AdamW8bit, "paged_adamw": optim.PagedAdamW, "paged_adamw_8bit": optim.PagedAdamW8bit}
-    return made[train.optimizer](parameters, lr=train.lr, weight_decay=train.weight_decay)
+    kinds = {"adamw_8bit": optim.AdamW8bit, "paged_adamw": optim.PagedAdamW, "paged_adamw_8bit": optim.PagedAdamW8bit}
+    return kinds[train.optimizer](parameters, lr=train.lr, weight_decay=train.weight_decay)
 
 
 def gates_on_device(optimizer: Optimizer) -> bool:
@@ -39,10 +40,23 @@ def gates_on_device(optimizer: Optimizer) -> bool:
     return bool(optimizer.defaults.get("fused"))
 
 
+def init_state(optimizer: Any) -> None:
+    """Make the state that an optimizer makes in its first step, all zeros, without changing a parameter."""
+    if optimizer.state:
+        return
+    if gates_on_device(optimizer):
+        optimizer.found_inf.fill_(1.0)  # each update sets it anew
+        optimizer.step()
+        return
+    for group_index, group in enumerate(optimizer.param_groups):
+        for index, parameter in enumerate(group["params"]):
+            optimizer.init_state(group, parameter, group_index, index)
+
+
 @contextmanager
 def capturable(optimizer: Optimizer) -> Iterator[None]:
-    """While it is captured, and only then: torch refuses to capture an optimizer that is not marked so, and warns of
-    one that is marked and runs uncaptured. The fused one computes the same either way."""
+    """Mark the optimizer as capturable inside, and only there: torch refuses to capture one without the mark, and warns
+    of one that has it and runs uncaptured. The fused optimizer computes the same either way."""
     for group in optimizer.param_groups:
         group["capturable"] = True
     try:
@@ -53,40 +67,40 @@ def capturable(optimizer: Optimizer) -> Iterator[None]:
 
 
 class Rates:
-    """The schedule as a table on the device, and the update that is next: a skipped one does not advance it.
+    """The learning-rate schedule as a table on the device. A skipped update does not advance it.
 
-    `lr` (fp32 scalar) is what the optimizer reads.
+    `lr` (fp32 scalar) is what the optimizer reads; `updates` (int64 [1]) counts the updates that were applied.
     """
 
     def __init__(self, train: TrainSection, *, steps: int, device: torch.device) -> None:
-        # fp64, so that what is reported is the schedule's own figure.
+        # fp64, so that the report shows the schedule's own numbers.
         self._table = torch.tensor(schedule(train, steps=steps), dtype=torch.float64, device=device)
-        self._updates = torch.zeros(1, dtype=torch.int64, device=device)
+        self.updates = torch.zeros(1, dtype=torch.int64, device=device)
         self.lr = torch.zeros((), device=device)
 
     def load(self) -> Tensor:
         """Set `lr` for this update; returns it in fp64."""
-        now = self._table.index_select(0, self._updates).squeeze(0)
-        self.lr.copy_(now)
-        return now
+        rate = self._table.index_select(0, self.updates).squeeze(0)
+        self.lr.copy_(rate)
+        return rate
 
-    def advance(self, done: Tensor) -> None:
-        """`done`: bool scalar, whether the update was applied. The last rate of the table stays."""
-        self._updates.add_(done).clamp_(max=len(self._table) - 1)
+    def advance(self, applied: Tensor) -> None:
+        """`applied`: bool scalar, whether the update was made. The last rate of the table stays."""
+        self.updates.add_(applied).clamp_(max=len(self._table) - 1)
 
 
 def schedule(train: TrainSection, *, steps: int) -> list[float]:
-    """The rates of a run's updates and the one after them, [steps + 1]: cosine, linear or constant, each with a linear
-    warm-up, as transformers makes them."""
+    """The learning rates of a run's updates and one more, [steps + 1]: transformers' cosine, linear or constant
+    schedule, each with a linear warm-up."""
     name = "constant_with_warmup" if train.schedule == "constant" else train.schedule
     unused = torch.optim.SGD([torch.zeros(1)], lr=train.lr)
     warmup = warmup_steps(train.warmup, steps)
-    made = get_scheduler(name, unused, num_warmup_steps=warmup, num_training_steps=steps)
-    assert isinstance(made, LambdaLR), "a rate is a function of the step alone"
-    return [train.lr * float(made.lr_lambdas[0](step)) for step in range(steps + 1)]
+    scheduler = get_scheduler(name, unused, num_warmup_steps=warmup, num_training_steps=steps)
+    assert isinstance(scheduler, LambdaLR), "a rate depends on the step alone"
+    return [train.lr * float(scheduler.lr_lambdas[0](step)) for step in range(steps + 1)]
 
 
 def warmup_steps(warmup: float, steps: int) -> int:
-    """`train.warmup`: steps when it is 1 or more, else a fraction of the run. Warm-up starts from a rate of zero, so it
-    is cut to leave the run at least one step at the full rate."""
+    """`train.warmup` in steps: it is steps when it is 1 or more, else a fraction of the run. Warm-up starts from a rate
+    of zero, so it is cut to leave at least one step at the full rate."""
     return min(steps - 1, int(warmup) if warmup >= 1 else int(warmup * steps))

@@ -1,29 +1,30 @@
 """One optimizer step: accumulate, normalise by the global count of supervised tokens, clip, gate, update.
 
-The gradient wanted is that of (sum of token losses over all micro batches and ranks) / N, with N their supervised
-tokens. Each micro batch contributes loss_sum / N, and the ranks' gradients are summed. N is known on the host before
-the step, since the packing is the same on every rank: no collective, no wait.
+The gradient is that of (sum of token losses over all micro batches and ranks) / N, where N is the number of their
+supervised tokens. Each micro batch contributes its loss sum / N, and the ranks' gradients are summed. The host knows N
+before the step, because the packing is the same on every rank: no collective, no wait.
 
-A step is the same few calls whether or not they are captured in CUDA graphs (graphs.py):
+A step makes the same few calls whether or not they are captured in CUDA graphs (compile/graphs.py):
 
-    clear      gradients and loss of the step, one fill
-    train      for each micro batch, of its shape: forward, backward, accumulation; reads staging.py's buffer
-    reduce     over the ranks, one collective; never captured
-    update     norm, clipping, gate, optimizer, loss scale, learning rate; writes the step's metrics
+    clear      zero the gradients and the loss of the step, one fill
+    train      for each micro batch, by its shape: forward, backward, accumulate; reads the buffer of staging.py
+    reduce     sum over the ranks, one collective; never captured
+    update     norm, clipping, gate, optimizer, loss scale, learning rate; writes the metrics of the step
 
-`train`, `update` and the evaluation's forward read and write tensors that stay where they are.
+`train`, `update` and the forward of an evaluation read and write tensors whose addresses never change.
 
 A non-finite step must not reach the weights, and the host must not have to ask. So:
-- the update is gated on the device by `found_inf`, set from the gradient norm (reduced already: alike on all ranks);
-- the first non-finite loss or gradient raises a flag that turns every later loss into NaN, which closes the gate on all
-  ranks until the host reads the figures and stops: the weights are those of the last good step.
-fp16 differs: an overflowing gradient is ordinary there; it skips the update, halves the scale and holds the schedule,
-all on the device too. bitsandbytes' optimizers have no gate and want a rate from the host, which asks for both.
+- the device gates the update by `found_inf`, set from the gradient norm (already reduced: the same on all ranks);
+- the first non-finite loss or gradient raises a flag that turns every later loss into NaN. That closes the gate on all
+  ranks until the host reads the metrics and stops: the weights are those of the last good step.
+fp16 differs: an overflowing gradient is ordinary there. It skips the update, halves the scale and holds the schedule,
+all on the device. bitsandbytes' optimizers have no gate and take the learning rate from the host, which waits for both.
 """
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -37,13 +38,13 @@ from launcher.model.packed import PackedCausalLM
 from launcher.recipe.schema import TrainSection
 from launcher.train.gradients import FlatGradients
 from launcher.train.loss_scale import LossScale
-from launcher.train.optim import Rates, capturable, gates_on_device, make_optimizer
+from launcher.train.optim import Rates, capturable, gates_on_device, init_state, make_optimizer
 from launcher.train.staging import Staging
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """What the device knows of one step, fp64 [4]; reading it waits for the device."""
+    """The metrics of one step on the device, fp64 [4]; reading them waits for the device."""
 
     metrics: Tensor
 
@@ -69,7 +70,7 @@ class StepResult:
 
 @dataclass
 class Calls:
-    """What is done with a micro batch of one shape, once it lies in `staging`."""
+    """The work on a micro batch of one shape, once it is in `staging`."""
 
     staging: Staging
     train: Work
@@ -77,7 +78,7 @@ class Calls:
 
 
 class TrainStep:
-    """Owns gradients, optimizer, schedule over `steps` and fp16 loss scale of `model`, the packed one."""
+    """The training step of `model`: owns its gradients, optimizer, learning rates over `steps`, and fp16 loss scale."""
 
     def __init__(
         self,
@@ -89,9 +90,10 @@ class TrainStep:
         accelerator: Accelerator,
         fp16: bool,
     ) -> None:
-        device = self._device = accelerator.device
+        device = self.device = accelerator.device
         self.model = model
         self.plan = plan
+        self.steps_done = 0
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self._gradients = FlatGradients(self.parameters)
         self._rates = Rates(train, steps=steps, device=device)
@@ -109,15 +111,16 @@ class TrainStep:
         self._update: Work = self._run_update
 
     def __call__(self, batch: StepBatch) -> StepResult:
-        """Run the step. Raises ContractError (strict) from a compile error; never waits for the device but with
-        bitsandbytes' optimizers."""
+        """Run the step. Never waits for the device, except with bitsandbytes' optimizers. Raises ContractError (strict)
+        for a compile error."""
         self.plan.call(self.accumulate, batch)
         self._update()
+        self.steps_done += 1
         return StepResult(self._metrics.clone())
 
     def accumulate(self, batch: StepBatch) -> Tensor:
-        """Gradients of the step batch, over all ranks, into `.grad`, times the loss scale; returns its summed loss,
-        fp32 scalar. Both are overwritten by the next step."""
+        """Compute the gradients of the step batch over all ranks, times the loss scale, into `.grad`; returns its
+        summed loss, fp32 scalar. The next step overwrites both."""
         self._gradients.clear()
         factor = 1 / max(1, batch.supervised_tokens)
         for micro in batch.micro_batches:
@@ -126,26 +129,26 @@ class TrainStep:
         return self._gradients.loss_sum
 
     def eval_loss(self, micro: MicroBatch) -> Tensor:
-        """This rank's summed loss of one micro batch without gradients, fp32 scalar; overwritten by the next call."""
+        """This rank's summed loss of one micro batch, without gradients, fp32 scalar; the next call overwrites it."""
         self._loaded(micro).evaluate()
         return self._eval_loss
 
     def rehearse(self, samples: Sequence[MicroBatch]) -> None:
-        """Train and evaluate once with each of `samples`; leaves no trace but compiled code."""
-        with self._no_trace():
+        """Train and evaluate once with each of `samples`; leaves compiled code and changes nothing else."""
+        with self._gate_closed():
             for sample in samples:
                 calls = self._loaded(sample)
                 calls.train()
                 calls.evaluate()
 
     def capture(self, samples: Sequence[MicroBatch]) -> Work:
-        """Record the calls for the shapes of `samples` (largest first), and the update, in CUDA graphs; returns what
-        puts these in their place.
+        """Capture the calls for the shapes of `samples` (largest first), and the update, in CUDA graphs; returns the
+        function that puts the graphs in their place.
 
-        Leaves no trace in weights, optimizer or loss scale, and random numbers drawn where there is dropout. Raises
-        CaptureFailed, and goes on uncaptured; ContractError for a compilation.
+        Changes neither weights nor optimizer nor loss scale; draws random numbers where there is dropout. Raises
+        CaptureFailed, after which training can go on uncaptured, and ContractError for a compilation.
         """
-        graphs = Graphs(self._device)
+        graphs = Graphs(self.device)
         calls = [self._loaded(sample) for sample in samples]
         update = [self._run_update] if gates_on_device(self.optimizer) else []
         work = [*(one for call in calls for one in (call.train, call.evaluate)), *update]
@@ -154,7 +157,7 @@ class TrainStep:
             for one in work:
                 one()
 
-        with self._no_trace():
+        with self._gate_closed():
             graphs.rehearse(lambda: self.plan.call(all_work))
             with capturable(self.optimizer):
                 replays = graphs.capture(work)
@@ -167,29 +170,49 @@ class TrainStep:
 
         return install
 
+    def live_state(self) -> dict[str, Any]:
+        """Everything that a step leaves for the next one, by name: the very tensors that training, captured or not,
+        reads and writes. Optimizer state that the first step would make is made now."""
+        init_state(self.optimizer)
+        named = [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
+        return {
+            "adapters": {name: parameter.detach() for name, parameter in named},
+            "optimizer": {name: self.optimizer.state[parameter] for name, parameter in named},
+            "rates": {"updates": self._rates.updates},
+            "loss_scale": {"value": self.scaler.value, "good_steps": self.scaler.good_steps},
+            "non_finite": self._bad,
+        }
+
     @contextmanager
-    def _no_trace(self) -> Iterator[None]:
-        """Inside, the gate is closed: updates change nothing, the optimizer's state is made and stays at its zeros."""
-        scale = self.scaler.saved()
+    def _gate_closed(self) -> Iterator[None]:
+        """Inside, updates change nothing; the optimizer's state may be made, and stays zero."""
+        scale, good_steps = self.scaler.value.clone(), self.scaler.good_steps.clone()
         self._bad.fill_(True)
         try:
             yield
         finally:
             self._bad.fill_(False)
-            self.scaler.restore(scale)
+            self.scaler.value.copy_(scale)
+            self.scaler.good_steps.copy_(good_steps)
             self._gradients.clear()
 
-    def _loaded(self, micro: MicroBatch, *, factor: float = 0.0) -> Calls:
-        """The calls for the shape of `micro`, which is sent to the device."""
-        most = self.model.loss_rows(micro.labels.numel())
+    def _check_bounds(self, micro: MicroBatch) -> None:
+        """Assert what the compiled model relies on: at most so many targets, and so many tokens of a document."""
+        max_targets = self.model.loss_rows(micro.labels.numel())
         # The loss sees it too, but only on the device and as a NaN.
-        assert micro.supervised_tokens <= most, f"{micro.supervised_tokens} targets where the data has at most {most}"
-        most, found = self.model.max_seqlen, int(micro.cu_seqlens.diff().max())
-        assert found <= most, f"{found} tokens of a document where attention is told that none has more than {most}"
+        assert micro.supervised_tokens <= max_targets, (
+            f"{micro.supervised_tokens} targets where the data has at most {max_targets}"
+        )
+        longest, max_seqlen = int(micro.cu_seqlens.diff().max()), self.model.max_seqlen
+        assert longest <= max_seqlen, f"a document of {longest} tokens, where max_seqlen of attention is {max_seqlen}"
+
+    def _loaded(self, micro: MicroBatch, *, factor: float = 0.0) -> Calls:
+        """Send `micro` to the device; returns the calls for its shape."""
+        self._check_bounds(micro)
         fields = arguments(micro)
         shape = tuple(field.shape for field in fields)
         if shape not in self._calls:
-            staging = Staging(fields, self._device)
+            staging = Staging(fields, self.device)
             self._calls[shape] = Calls(staging, lambda: self._train(staging), lambda: self._evaluate(staging))
         calls = self._calls[shape]
         calls.staging.fill(fields, factor=factor)
@@ -197,10 +220,10 @@ class TrainStep:
 
     def _train(self, staging: Staging) -> None:
         loss = self.model(*staging.inputs())
-        seen = loss.detach()
-        factor = torch.where(self._bad | ~torch.isfinite(seen), self._nan, staging.factor * self.scaler.value)
-        # Not backward(): it would add each parameter's gradient with a kernel of its own.
-        self._gradients.add(torch.autograd.grad(loss, self.parameters, grad_outputs=factor), seen)
+        value = loss.detach()
+        factor = torch.where(self._bad | ~torch.isfinite(value), self._nan, staging.factor * self.scaler.value)
+        # Not backward(): it would launch one kernel for each parameter's gradient.
+        self._gradients.add(torch.autograd.grad(loss, self.parameters, grad_outputs=factor), value)
 
     @torch.no_grad()
     def _evaluate(self, staging: Staging) -> None:
@@ -208,26 +231,26 @@ class TrainStep:
 
     @torch.no_grad()
     def _run_update(self) -> None:
-        """Apply the update unless it is not finite; everything that follows from that is decided on the device."""
+        """Apply the update if it is finite; the device decides."""
         loss, norm = self._gradients.loss_sum, self._gradients.norm() / self.scaler.value
         overflow = ~torch.isfinite(norm)
         fp16 = self.scaler.is_enabled()
-        # In fp16 an overflowing gradient is ordinary, such a loss is not. A non-finite loss on any rank has made every
-        # rank's loss and norm non-finite.
+        # In fp16 an overflowing gradient is ordinary, a non-finite loss is not. A non-finite loss of one rank makes the
+        # loss and norm of every rank non-finite.
         self._bad |= ~torch.isfinite(loss) if fp16 else overflow
-        stays = self._bad | overflow
-        self._found_inf.copy_(stays)
+        blocked = self._bad | overflow
+        self._found_inf.copy_(blocked)
         lr = self._rates.load()
         skipped = overflow if fp16 else torch.zeros_like(overflow)
         self._metrics.copy_(torch.stack([loss.double(), norm.double(), lr, skipped.double()]))
         self._scale_and_clip(norm)
         self._step_optimizer()
         self.scaler.follow(overflow.float())
-        self._rates.advance(~stays)
+        self._rates.advance(~blocked)
 
     def _scale_and_clip(self, norm: Tensor) -> None:
-        """One factor for both: 1 / loss scale, and clip / norm where the norm is larger
-        (torch.nn.utils.clip_grad_norm_'s rule, its 1e-6 included)."""
+        """Multiply by one factor for both: 1 / loss scale, and clip / norm where the norm is larger than clip
+        (the rule of torch.nn.utils.clip_grad_norm_, its 1e-6 included)."""
         if self._clip is None and not self.scaler.is_enabled():
             return
         shrink = torch.ones_like(norm) if self._clip is None else (self._clip / (norm + 1e-6)).clamp(max=1.0)

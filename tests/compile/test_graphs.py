@@ -1,4 +1,4 @@
-"""What becomes of compile.cuda_graphs where there is no CUDA device; tests/gpu has the rest."""
+"""compile.cuda_graphs without a CUDA device; tests/gpu has the rest."""
 
 import pytest
 import torch
@@ -9,8 +9,8 @@ from launcher.recipe.load import resolve
 from launcher.recipe.schema import CompileSection
 from launcher.train import setup
 from launcher.train.loop import RunHistory, run
-from launcher.train.setup import Clock, Worker, prepare
 from tests.conftest import request_for
+from tests.support.workers import compiled
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 
@@ -32,30 +32,15 @@ def test_graphs_are_refused_on_a_cpu_before_any_weight_is_read(make_recipe, monk
 @pytest.mark.usefixtures("clean_dynamo")
 @pytest.mark.parametrize(("asked", "said"), [("auto", "off (the device is CPU)"), ("off", "off (as asked)")])
 def test_the_start_record_says_why_nothing_is_captured(make_recipe, asked, said):
-    request = request_for(make_recipe(compile={"cuda_graphs": asked, "mode": "off"}))
-    worker = Worker(request, prepare(request), clock=Clock())
-    worker.build()
-    worker.compile()
+    worker = compiled(make_recipe(compile={"cuda_graphs": asked, "mode": "off"}))
     assert worker.cuda_graphs == said
     assert [phase.phase for phase in worker.ledger.phases][-1] == "after compile"
 
 
-def test_a_capture_that_failed_is_told_or_ends_the_run_as_the_recipe_wants():
+def test_a_failed_capture_is_reported_or_ends_the_run_as_the_recipe_asks():
     assert outcome([None, None], wanted="on") == "on"
     assert outcome(["it waits"], wanted="auto") == "off (capture failed: it waits)"
     assert "on 1 of 2 ranks, rank 1: it waits" in outcome([None, "it waits"], wanted="auto")
     with pytest.raises(ContractError, match="must be captured; it failed: it waits") as caught:
         outcome(["it waits"], wanted="on")
     assert caught.value.code == 9
-
-
-def test_a_phase_within_another_is_counted_once(monkeypatch):
-    now = iter([0.0, 1.0, 4.0, 10.0, 20.0, 21.0])
-    monkeypatch.setattr(setup.time, "perf_counter", lambda: next(now))
-    clock = Clock()
-    with clock.phase("compile"), clock.phase("capture"):
-        pass
-    with clock.phase("compile"):
-        pass
-    assert list(clock.elapsed_s) == ["imports", "compile", "capture"]
-    assert (clock.elapsed_s["compile"], clock.elapsed_s["capture"]) == (7.0 + 1.0, 3.0)

@@ -1,70 +1,60 @@
-"""Several planned shapes: each is a graph of its own, however many there are, and no other is let through."""
+"""What a plan compiles: in place, every planned shape, however many, and nothing else."""
 
 import pytest
 import torch
 import torch._dynamo
-from torch import nn
 
-from launcher.compile.observe import Observer
-from launcher.compile.plan import Plan
-from launcher.compile.regions import Region
 from launcher.errors import ContractError
-from launcher.recipe.schema import CompileSection
+from tests.support.plans import Block, call, plan_for
 
 pytestmark = pytest.mark.usefixtures("clean_dynamo")
 
 SHAPES = range(2, 14)  # more than dynamo's own limit of compilations for one piece of code
 
 
-class Block(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.linear = nn.Linear(4, 4)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return torch.relu(self.linear(x))
-
-
-def planned_for(block: Block, graphs: int) -> tuple[Plan, Observer]:
-    observer = Observer()
-    compile = CompileSection(scope="layer", regions=[], backend="aot_eager")
-    return Plan([Region("layer", graphs, modules=(block,))], compile=compile, observer=observer), observer
-
-
-def call(block: Block) -> None:
-    for rows in SHAPES:
-        block(torch.ones(rows, 4))
-
-
 def test_more_planned_shapes_than_dynamos_own_limit_are_compiled_and_nothing_after_them() -> None:
     with torch._dynamo.config.patch(recompile_limit=8):
         assert len(SHAPES) > torch._dynamo.config.recompile_limit
         block = Block()
-        plan, observer = planned_for(block, len(SHAPES))
-        plan.warm_up(lambda: call(block))
+        plan, observer = plan_for(block, graphs=len(SHAPES))
+        plan.warm_up(lambda: call(block, *SHAPES))
         plan.arm()
-        plan.call(call, block)
+        plan.call(call, block, *SHAPES)
         record = observer.record()
         assert record.planned_graphs == record.expected_graphs == record.compilations == len(SHAPES)
         assert (record.recompiles, record.limit_hits) == (0, 0)
         with pytest.raises(ContractError, match="no recompile is allowed after warm-up"):
-            plan.call(block, torch.ones(max(SHAPES) + 1, 4))
+            plan.call(call, block, max(SHAPES) + 1)
 
 
-def test_products_are_compiled_without_padding_and_the_compilers_setting_is_given_back() -> None:
-    block, seen = Block(), []
+def test_products_are_compiled_without_padding_and_the_compilers_setting_is_restored() -> None:
+    block, settings = Block(), []
 
     def run() -> None:
-        seen.append(torch._inductor.config.shape_padding)
-        call(block)
+        settings.append(torch._inductor.config.shape_padding)
+        call(block, 2)
 
-    planned_for(block, len(SHAPES))[0].warm_up(run)
-    assert seen == [False] and torch._inductor.config.shape_padding
+    plan_for(block)[0].warm_up(run)
+    assert settings == [False] and torch._inductor.config.shape_padding
 
 
 @pytest.mark.parametrize("difference", [-1, 1])
 def test_one_shape_more_or_fewer_than_planned_is_refused_in_warm_up(difference: int) -> None:
     block = Block()
-    plan, _ = planned_for(block, len(SHAPES) + difference)
+    plan, _ = plan_for(block, graphs=len(SHAPES) + difference)
     with pytest.raises(ContractError, match=r"exactly the planned graphs|recompile limit"):
-        plan.warm_up(lambda: call(block))
+        plan.warm_up(lambda: call(block, *SHAPES))
+
+
+def test_compiling_in_place_leaves_state_dict_names_alone() -> None:
+    block = Block()
+    plan_for(block)
+    assert list(block.state_dict()) == ["linear.weight", "linear.bias"]
+
+
+def test_mode_off_compiles_nothing() -> None:
+    block = Block()
+    plan, observer = plan_for(block, mode="off")
+    plan.warm_up(lambda: call(block, 2))
+    record = observer.record()
+    assert (record.compilations, record.expected_graphs, record.graph_hash) == (0, 0, "-")

@@ -90,9 +90,9 @@ def test_fp16_overflows_skip_halve_and_recover_as_in_uncaptured_steps(recipe_of)
     assert rates[0] == rates[1]
 
 
-def test_what_is_replayed_reads_the_new_batch(recipe_of):
+def test_a_replay_reads_the_new_batch(recipe_of):
     worker = compiled(recipe_of())
-    perturb(worker.step.parameters)
+    perturb(worker)
     replayed, direct = [], []
     for _ in range(8):
         batch = next(worker.batches)
@@ -110,7 +110,7 @@ def test_what_is_replayed_reads_the_new_batch(recipe_of):
 
 def test_each_replay_draws_a_new_dropout_mask_and_a_seed_repeats_them(recipe_of):
     worker = compiled(recipe_of(**DROPOUT))
-    perturb(worker.step.parameters)
+    perturb(worker)
     batch = next(worker.batches)
     torch.manual_seed(5)
     first = [float(worker.step.accumulate(batch)) for _ in range(4)]
@@ -175,7 +175,7 @@ def test_a_model_that_waits_for_the_device_is_trained_uncaptured_and_the_report_
     later.plan.release()
 
 
-def test_where_graphs_are_insisted_on_a_failed_capture_ends_the_run(recipe_of):
+def test_a_failed_capture_ends_a_run_that_requires_graphs(recipe_of):
     worker = built(recipe_of())
     waiting(worker)
     with pytest.raises(ContractError, match="must be captured; it failed: ") as caught:
@@ -200,7 +200,7 @@ def test_memory_does_not_grow_over_two_hundred_steps(recipe_of):
     worker.plan.release()
 
 
-def test_bitsandbytes_updates_stay_uncaptured_beside_captured_micro_steps(recipe_of):
+def test_updates_of_bitsandbytes_stay_uncaptured_while_micro_steps_are_captured(recipe_of):
     last_losses = []
     for mode in ("on", "off"):
         train = {"optimizer": "paged_adamw_8bit", "lr": 5e-3, "steps": 12}
@@ -213,7 +213,7 @@ def test_bitsandbytes_updates_stay_uncaptured_beside_captured_micro_steps(recipe
     assert last_losses[0] == pytest.approx(last_losses[1], rel=5e-3)
 
 
-def test_a_weight_that_turns_nan_ends_a_captured_run_at_its_step_with_the_figures_of_all_before(recipe_of):
+def test_a_weight_that_becomes_nan_ends_a_captured_run_at_its_step_with_the_metrics_of_all_before(recipe_of):
     progress = RunHistory()
     with pytest.raises(NonFiniteError, match="step 5 has loss nan") as caught:
         for event in run(request_for(recipe_of(train={"steps": 20})), progress):

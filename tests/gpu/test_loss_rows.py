@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -17,8 +18,7 @@ from launcher.ops.linear_ce import (
     linear_cross_entropy_reference,
 )
 from launcher.train import setup
-from launcher.train.planned import rows_of
-from launcher.train.setup import Worker
+from launcher.train.setup import Worker, block_facts
 from tests.support.tensors import relative_error
 from tests.support.workers import built, documents, perturb
 
@@ -39,7 +39,7 @@ def measured(worker: Worker) -> Measured:
     """Losses and gradients of six steps at the same perturbed weights, and losses without gradients."""
     worker.compile()
     assert worker.cuda_graphs == "on"
-    perturb(worker.step.parameters)
+    perturb(worker)
     losses, evaluated, gradients = [], [], []
     for _ in range(6):
         batch = next(worker.batches)
@@ -57,12 +57,12 @@ def test_captured_steps_have_the_losses_and_gradients_of_the_whole_product(
 ) -> None:
     data = documents((40, 64))  # about half of their tokens are supervised
     worker = built(recipe_of(data={"batching": batching}), data, device="cuda")
-    widths = rows_of(worker.prepared.data, micro_batch=MICRO_BATCH).widths
+    widths = block_facts(worker.prepared.data, micro_batch=MICRO_BATCH).widths
     assert widths == ((WIDTH,) if batching == "packed" else (64, 40))
     assert all(worker.built.packed.loss_rows(MICRO_BATCH * width) < 0.8 * MICRO_BATCH * width for width in widths)
     losses, evaluated, gradients = measured(worker)
 
-    monkeypatch.setattr(setup, "rows_of", lambda *data, **how: replace(rows_of(*data, **how), targets={}))
+    monkeypatch.setattr(setup, "block_facts", lambda *data, **how: replace(block_facts(*data, **how), targets={}))
     worker = built(recipe_of(data={"batching": batching}), data, device="cuda")
     assert all(worker.built.packed.loss_rows(MICRO_BATCH * width) == MICRO_BATCH * width for width in widths)
     whole_losses, whole_evaluated, whole_gradients = measured(worker)
@@ -82,8 +82,7 @@ def test_a_captured_step_with_more_targets_than_the_bound_reaches_no_weight(
 
     monkeypatch.setattr(setup, "sample_batch", uncounted)
     worker = built(recipe_of())
-    bounds = worker.built.packed.loss_rows_by_tokens
-    bounds.update(dict.fromkeys(bounds, 10))
+    monkeypatch.setattr(worker.built.packed, "loss_rows", lambda tokens: 10)
     worker.compile()
     assert worker.cuda_graphs == "on"
     before = [parameter.detach().clone() for parameter in worker.step.parameters]
@@ -108,12 +107,13 @@ def test_rows_with_a_target_are_selected_and_scattered_back_without_waiting(
     weight = (torch.randn(1000, 64, device="cuda") / 8).to(dtype)
     labels = torch.full((rows,), IGNORE, device="cuda")
     labels[torch.randperm(rows, device="cuda")[:targets]] = torch.randint(1000, (targets,), device="cuda")
-    most = max(1, targets)
-    linear_cross_entropy(hidden, weight, labels, chunk=chunk, most=most, functions=ChunkFunctions())  # kernels compile
+    max_targets = max(1, targets)
+    loss_of = partial(linear_cross_entropy, hidden, weight, labels, chunk=chunk, functions=ChunkFunctions())
+    loss_of(max_targets=max_targets)  # kernels compile
     with waits_are_errors():
-        loss = linear_cross_entropy(hidden, weight, labels, chunk=chunk, most=most, functions=ChunkFunctions())
+        loss = loss_of(max_targets=max_targets)
         [gradient] = torch.autograd.grad(loss, hidden)
-        broken = linear_cross_entropy(hidden, weight, labels, chunk=chunk, most=most - 1, functions=ChunkFunctions())
+        broken = loss_of(max_targets=max_targets - 1)
     exact = hidden.detach().double().requires_grad_()
     true = linear_cross_entropy_reference(exact, weight.double(), labels)
     [true_gradient] = torch.autograd.grad(true, exact)

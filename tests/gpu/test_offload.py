@@ -51,7 +51,7 @@ def measured(recipe, data=None):
     before = torch.cuda.memory_allocated()
     worker = compiled(recipe, data, device="cuda")
     peak = (torch.cuda.max_memory_allocated() - before) / MIB
-    perturb(worker.step.parameters)
+    perturb(worker)
     batch, gradients = next(worker.batches), []
     for _ in range(10):
         worker.step.accumulate(batch)

@@ -1,4 +1,4 @@
-"""The layers' inputs on the host, on a CPU: everything but the streams. tests/gpu has these."""
+"""Offload of the layers' inputs to the host, on a CPU: everything except real streams, which tests/gpu has."""
 
 from contextlib import nullcontext
 
@@ -8,9 +8,10 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from launcher.errors import MemoryExhausted
-from launcher.memory.offload import INPUTS_ON_DEVICE, MIB, HostInputs
+from launcher.memory.ledger import MIB
+from launcher.memory.offload import INPUTS_ON_DEVICE, HostInputs
 from launcher.model.packed import nothing_around
-from launcher.train.make_records import start_record
+from launcher.train.describe import start_record
 from launcher.train.step import arguments
 from tests.conftest import TINY, small_config
 from tests.support.workers import ANY, TWO, compiled, documents, perturb
@@ -21,7 +22,7 @@ LAYERS = 6
 
 @pytest.fixture(scope="module")
 def six_layers(tmp_path_factory):
-    """A model folder: the small one of the suite, deeper."""
+    """A folder with a small model of six layers."""
     folder = tmp_path_factory.mktemp("six-layers")
     torch.manual_seed(0)
     AutoModelForCausalLM.from_config(small_config(num_hidden_layers=LAYERS)).save_pretrained(folder)
@@ -31,14 +32,14 @@ def six_layers(tmp_path_factory):
 
 @pytest.fixture
 def worker_of(make_recipe, six_layers):
-    """Factory of workers past warm-up, with adapters that matter, and what compiles nothing more."""
+    """Factory of workers past warm-up, with perturbed adapters."""
 
     def make(activations, lengths=ANY, **data):
         recipe = make_recipe(
             model={"name": str(six_layers)}, memory={"activations": activations}, data=data, train={"accumulation": 2}
         )
         worker = compiled(recipe, documents(lengths))
-        perturb(worker.step.parameters)
+        perturb(worker)
         return worker
 
     return make
@@ -49,7 +50,7 @@ def gradients(worker):
 
 
 def test_losses_and_gradients_are_bit_for_bit_those_of_full_in_the_same_graphs(worker_of):
-    found = []
+    runs = []
     for activations in ("full", "offload"):
         worker = worker_of(activations, TWO, batching="bucketed")
         losses, grads = [], []
@@ -63,38 +64,38 @@ def test_losses_and_gradients_are_bit_for_bit_those_of_full_in_the_same_graphs(w
         record = worker.observer.record()
         assert record.graphs_by_region == {"layer": 4, "loss": 2}  # two widths
         assert (record.recompiles, record.graph_breaks, record.limit_hits) == (0, 0, 0)
-        found.append((losses, grads, record.graph_hash, start_record(worker).activations))
-    (losses, grads, graphs, said), (theirs, their_grads, their_graphs, their_said) = found
-    assert losses == theirs and len(set(losses)) == 6
-    for ours, others in zip(grads, their_grads, strict=True):
-        assert all(torch.equal(a, b) for a, b in zip(ours, others, strict=True))
+        runs.append((losses, grads, record.graph_hash, start_record(worker).activations))
+    (losses, grads, graphs, reported), (full_losses, full_grads, full_graphs, full_reported) = reversed(runs)
+    assert losses == full_losses and len(set(losses)) == 6
+    for ours, full in zip(grads, full_grads, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(ours, full, strict=True))
     assert all(gradient.any() for gradient in grads[0])
-    assert graphs == their_graphs
+    assert graphs == full_graphs
     assert worker.policy.name == "offload" and worker.policy.kept.on_host
     assert worker.host_inputs.host_mib == (LAYERS - 2) * 2 * (8 + 64) * 64 * 4 / MIB  # of two widths, fp32
     worker.host_inputs.buffers["more"] = torch.empty(3 * MIB, dtype=torch.uint8)
     assert start_record(worker).activations == "offload (as asked, inputs in 3 MiB of the host)"
-    assert (said, their_said) == ("full (as asked)", "offload (as asked, inputs in 0 MiB of the host)")
+    assert (full_reported, reported) == ("full (as asked)", "offload (as asked, inputs in 0 MiB of the host)")
 
 
 class Watched:
-    """Counts the inputs that are on the device whenever a layer is called and an input has come back."""
+    """Counts the inputs on the device whenever a layer is called and whenever an input is fetched back."""
 
     def __init__(self, worker, monkeypatch):
-        self.inputs, self.forward, self.backward = [], [], []  # how many were there, each time
-        around, fetched = worker.built.packed.body.around, HostInputs.fetch
+        self.inputs, self.forward, self.backward = [], [], []  # of the last two: counts
+        around, fetch = worker.built.packed.body.around, HostInputs.fetch
 
-        def called(number, hidden):
+        def counting_around(number, hidden):
             self.forward.append(self.live_with(hidden))
             return around(number, hidden)
 
-        def came_back(self_, host):
-            copy = fetched(self_, host)
+        def counting_fetch(self_, host):
+            copy = fetch(self_, host)
             self.backward.append(self.live_with(copy.on_device))
             return copy
 
-        worker.built.packed.body.around = called
-        monkeypatch.setattr(HostInputs, "fetch", came_back)
+        worker.built.packed.body.around = counting_around
+        monkeypatch.setattr(HostInputs, "fetch", counting_fetch)
 
     def live(self):
         return len({ref.cdata for ref in self.inputs if not ref.expired()})
@@ -116,74 +117,74 @@ def test_three_inputs_are_on_the_device_at_a_time(worker_of, monkeypatch, activa
         assert watched.backward == []
     else:
         assert watched.forward == [1, 2, 3, 3, 3, 3] * passes
-        assert watched.backward == [INPUTS_ON_DEVICE] * (LAYERS - 2) * passes  # each while another layer's is read
+        assert watched.backward == [INPUTS_ON_DEVICE] * (LAYERS - 2) * passes  # while another layer's input is read
     assert watched.live() == 0
 
 
 class Late(HostInputs):
-    """Whose copies happen only when they are waited for, in the order in which they were asked for."""
+    """Makes each copy only when it is waited for, in the order in which copies were started."""
 
     def __init__(self):
         super().__init__(LAYERS, torch.device("cpu"))
-        self.asked, self.happened, self.waited_for = [], 0, []
+        self.started, self.done, self.waited_for = [], 0, []
 
     def start_copy(self, target, source):
         target.fill_(float("nan"))
-        self.asked.append((target, source))
-        return len(self.asked)
+        self.started.append((target, source))
+        return len(self.started)
 
-    def join(self, copy):
-        for target, source in self.asked[self.happened : copy.done]:
+    def wait_for(self, copy):
+        for target, source in self.started[self.done : copy.done]:
             target.copy_(source)
-        self.happened = max(self.happened, copy.done)
+        self.done = max(self.done, copy.done)
         self.waited_for.append(copy.done)
 
 
-def test_copies_may_end_as_late_as_they_are_waited_for_and_none_is_left_under_way(worker_of):
+def test_copies_may_end_as_late_as_they_are_waited_for_and_all_are_waited_for(worker_of):
     worker = worker_of("offload")
-    batch, found = next(worker.batches), []
+    batch, runs = next(worker.batches), []
     late = Late()
     for around in (worker.built.packed.body.around, late.around):
         worker.built.packed.body.around = around
         worker.step.accumulate(batch)
-        found.append(gradients(worker))
-    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+        runs.append(gradients(worker))
+    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
     assert sorted(late.waited_for) == list(range(1, 1 + 2 * len(batch.micro_batches) * (LAYERS - 2)))
-    assert not (late.leaving or late.away or late.coming)
+    assert not (late.to_host or late.on_host or late.to_device)
 
 
 class Stream:
-    """Stands for a CUDA stream: writes down what it is told."""
+    """Stands for a CUDA stream: logs what it waits for."""
 
-    def __init__(self, name, told):
-        self.name, self.told, self.events = name, told, 0
+    def __init__(self, name, log):
+        self.name, self.log, self.events = name, log, 0
 
     def record_event(self):
         self.events += 1
         return f"{self.name}{self.events}"
 
     def wait_event(self, event):
-        self.told.append(f"{self.name} waits for {event}")
+        self.log.append(f"{self.name} waits for {event}")
 
     def wait_stream(self, other):
         self.wait_event(other.record_event())
 
 
-def test_each_copy_waits_for_the_stream_that_asks_and_is_waited_for_one_layer_later(monkeypatch):
-    told = []
-    main, inputs = Stream("main", told), HostInputs(4, torch.device("cpu"))
-    inputs.stream = Stream("copies", told)
+def test_each_copy_waits_for_the_stream_that_starts_it_and_is_waited_for_one_layer_later(monkeypatch):
+    log = []
+    main, inputs = Stream("main", log), HostInputs(4, torch.device("cpu"))
+    inputs.stream = Stream("copies", log)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: main)
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
     monkeypatch.setattr(HostInputs, "buffer_for", lambda self, number, hidden: torch.empty_like(hidden))  # not pinned
     hidden = torch.randn(2, 3).requires_grad_()
     for number in range(4):
-        told.append(f"layer {number}")
+        log.append(f"layer {number}")
         with inputs.around(number, hidden):
             hidden = hidden * hidden.tanh()  # reads its input once in the backward pass, as a recomputed layer does
-        hidden.register_hook(lambda gradient, number=number: told.append(f"backward {number}"))
+        hidden.register_hook(lambda gradient, number=number: log.append(f"backward {number}"))
     hidden.sum().backward()
-    assert told == [
+    assert log == [
         "layer 0",
         "layer 1", "copies waits for main1",
         "layer 2", "copies waits for main2", "main waits for copies1",
@@ -208,11 +209,11 @@ def test_evaluation_copies_nothing(worker_of, monkeypatch):
 
 
 @pytest.mark.parametrize("half", ["forward", "backward"])
-def test_a_pass_that_ends_half_way_leaves_the_next_one_right(worker_of, half):
+def test_a_pass_that_ends_half_way_does_not_disturb_the_next_one(worker_of, half):
     worker = worker_of("offload")
     body, one, other = worker.built.packed.body, next(worker.batches), next(worker.batches)
     worker.step.accumulate(one)
-    right = gradients(worker)
+    undisturbed = gradients(worker)
     around = body.around
 
     def failing(number, hidden):
@@ -227,7 +228,7 @@ def test_a_pass_that_ends_half_way_leaves_the_next_one_right(worker_of, half):
         worker.step.accumulate(other)
     body.around = around
     worker.step.accumulate(one)
-    assert all(torch.equal(a, b) for a, b in zip(gradients(worker), right, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(gradients(worker), undisturbed, strict=True))
 
 
 def test_a_backward_pass_after_another_forward_pass_is_an_error_not_a_wrong_gradient(worker_of):
@@ -236,7 +237,7 @@ def test_a_backward_pass_after_another_forward_pass_is_an_error_not_a_wrong_grad
     packed, parameters = worker.built.packed, worker.step.parameters
     first = packed(*one)
     alone = torch.autograd.grad(first, parameters, retain_graph=True)
-    again = torch.autograd.grad(first, parameters, retain_graph=True)  # asked back a second time
+    again = torch.autograd.grad(first, parameters, retain_graph=True)  # fetched a second time
     assert all(torch.equal(a, b) for a, b in zip(alone, again, strict=True))
     with torch.no_grad():
         packed(*two)
@@ -247,7 +248,7 @@ def test_a_backward_pass_after_another_forward_pass_is_an_error_not_a_wrong_grad
     assert torch.autograd.grad(second, parameters)[0].any()
 
 
-def test_what_pinned_buffers_take_of_the_host_is_said_as_torch_rounds_it():
+def test_the_reported_host_memory_is_rounded_up_as_torch_rounds_pinned_memory():
     inputs = HostInputs(4, torch.device("cpu"))
     inputs.buffers = {number: torch.empty(size, dtype=torch.uint8) for number, size in enumerate((3 * MIB, 4 * MIB))}
     assert inputs.host_mib == 7
@@ -255,7 +256,7 @@ def test_what_pinned_buffers_take_of_the_host_is_said_as_torch_rounds_it():
     assert inputs.host_mib == 8
 
 
-def test_a_host_without_room_is_named_with_what_was_wanted(monkeypatch):
+def test_a_host_without_enough_memory_is_an_error_that_says_how_much_was_needed(monkeypatch):
     def no_room(*_, **__):
         raise RuntimeError("CUDA error: out of memory\nand how to debug it")
 
@@ -271,13 +272,13 @@ def test_a_host_without_room_is_named_with_what_was_wanted(monkeypatch):
     assert caught.value.__cause__ is not None
 
 
-def test_layers_that_run_uncompiled_get_their_inputs_back_too(worker_of):
+def test_uncompiled_layers_get_their_inputs_back_too(worker_of):
     worker = worker_of("offload")
     worker.plan.fall_back("as compile.mode=warn does")
-    batch, found = next(worker.batches), []
+    batch, runs = next(worker.batches), []
     for around in (worker.built.packed.body.around, nothing_around):
         worker.built.packed.body.around = around
-        found.append((float(worker.step.accumulate(batch)), gradients(worker)))
-    (loss, ours), (their_loss, theirs) = found
-    assert loss == their_loss
-    assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+        runs.append((float(worker.step.accumulate(batch)), gradients(worker)))
+    (loss, ours), (kept_loss, kept) = runs
+    assert loss == kept_loss
+    assert all(torch.equal(a, b) for a, b in zip(ours, kept, strict=True))

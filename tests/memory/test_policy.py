@@ -5,9 +5,10 @@ import torch
 import torch._dynamo
 
 from launcher.errors import RecipeError
-from launcher.memory.policy import KEPT, MIB, Kept, Policy, Shapes, applied, check_policy, choose_policy, forecast
+from launcher.memory.forecast import Kept, Shapes, forecast
+from launcher.memory.ledger import MIB
+from launcher.memory.policy import KEPT, Policy, applied, check_policy, choose_policy
 from launcher.train import setup
-from launcher.train.planned import shapes_of
 from tests.conftest import request_for
 from tests.support.models import build
 from tests.support.tensors import saved_for_backward
@@ -21,7 +22,7 @@ LLAMA_1B = Shapes(
 
 
 def kept_and_gradients(recipe, policy, *, seed=0):
-    """Bytes that a compiled forward pass keeps beside weights, and the gradients after it."""
+    """Bytes that a compiled forward pass keeps, without weights, and the gradients of the backward pass after it."""
     torch._dynamo.reset()
     built = build(recipe)
     parameters = [p for p in built.packed.parameters() if p.requires_grad]
@@ -45,11 +46,11 @@ def kept_and_gradients(recipe, policy, *, seed=0):
 
 
 def test_each_policy_keeps_less_than_the_one_before_and_gives_its_gradients(make_recipe):
-    found = {name: kept_and_gradients(make_recipe(), Policy(name, keep, "", None)) for name, keep in KEPT.items()}
-    sizes = [size for size, _ in found.values()]
+    runs = {name: kept_and_gradients(make_recipe(), Policy(name, kept, "", None)) for name, kept in KEPT.items()}
+    sizes = [size for size, _ in runs.values()]
     assert sizes[0] > sizes[1] > 2 * sizes[2] > 0
-    for _, gradients in found.values():
-        for ours, theirs in zip(gradients, found["none"][1], strict=True):
+    for _, gradients in runs.values():
+        for ours, theirs in zip(gradients, runs["none"][1], strict=True):
             torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
 
 
@@ -63,7 +64,7 @@ def test_dropout_draws_one_mask_under_the_policies_that_are_allowed_with_it(make
 
 
 @pytest.mark.parametrize(
-    ("sections", "said"),
+    ("sections", "reason"),
     [
         ({"memory": {"activations": "full"}, "lora": {"dropout": 0.1}}, "lora.dropout is 0.1"),
         ({"memory": {"budget": 0.5}, "lora": {"dropout": 0.1}}, "memory.budget recomputes"),
@@ -78,8 +79,8 @@ def test_dropout_draws_one_mask_under_the_policies_that_are_allowed_with_it(make
         ({"memory": {"activations": "offload"}, "compile": {"scope": "regions"}}, "compile.scope=layer"),
     ],
 )
-def test_a_policy_that_cannot_be_honoured_is_refused(make_recipe, sections, said):
-    with pytest.raises(RecipeError, match=said):
+def test_a_policy_that_the_recipe_does_not_allow_is_refused(make_recipe, sections, reason):
+    with pytest.raises(RecipeError, match=reason):
         check_policy(make_recipe(**sections), CUDA)
     allowed = {**sections, "memory": {"activations": "none"}}
     check_policy(make_recipe(**allowed), CUDA)
@@ -89,23 +90,23 @@ def test_offload_is_refused_on_a_cpu_before_data_is_read(make_recipe, monkeypatc
     monkeypatch.setattr(setup, "prepare_data", lambda *_, **__: pytest.fail("data was read"))
     recipe = make_recipe(memory={"activations": "offload"})
     with pytest.raises(RecipeError, match="the device is cpu, its memory is the host's.\nUse memory.activations=full"):
-        setup.prepare(request_for(recipe))
+        setup.prepare_inputs(request_for(recipe))
     check_policy(recipe, CUDA)
 
 
-def test_a_budget_and_offload_are_not_both_had(make_recipe):
+def test_a_budget_and_offload_exclude_each_other(make_recipe):
     with pytest.raises(ValueError, match="got 0.3 and offload; give one"):
         make_recipe(memory={"activations": "offload", "budget": 0.3})
 
 
-def test_auto_takes_the_fastest_that_fits_and_the_least_where_nothing_does(make_recipe):
+def test_auto_takes_the_fastest_policy_that_fits_and_the_smallest_where_none_does(make_recipe):
     recipe = make_recipe()
 
     def chosen(free, recipe=recipe):
         return choose_policy(recipe, LLAMA_1B, held_mib=1057, free_mib=free)
 
-    named = [chosen(free).name for free in (140_000, 4_200, 2_000, 900, 100)]
-    assert named == ["none", "selective", "full", "offload", "offload"]
+    names = [chosen(free).name for free in (140_000, 4_200, 2_000, 900, 100)]
+    assert names == ["none", "selective", "full", "offload", "offload"]
     assert "nothing is forecast to fit" in chosen(100).why
     assert chosen(900).why == "auto: the fastest that fits" and chosen(900).kept.on_host
     assert chosen(None) == Policy("none", KEPT["none"], "auto", None)
@@ -117,8 +118,8 @@ def test_auto_takes_the_fastest_that_fits_and_the_least_where_nothing_does(make_
 
 def test_the_forecast_grows_with_what_is_kept_and_with_the_batch():
     peaks = [
-        forecast(LLAMA_1B, keep, held_mib=1057)
-        for keep in (KEPT["offload"], KEPT["full"], Kept(0.3, False), KEPT["selective"], KEPT["none"])
+        forecast(LLAMA_1B, kept, held_mib=1057)
+        for kept in (KEPT["offload"], KEPT["full"], Kept(0.3, False), KEPT["selective"], KEPT["none"])
     ]
     assert peaks == sorted(peaks) and peaks[0] > 1057
     assert peaks[1] - peaks[0] == (LLAMA_1B.layers - 3) * 16  # MiB of an input
@@ -128,13 +129,13 @@ def test_the_forecast_grows_with_what_is_kept_and_with_the_batch():
 
 
 @pytest.mark.parametrize("name", ["none", "selective"])
-def test_the_forecast_knows_what_dropout_keeps_on_top(make_recipe, name):
+def test_the_forecast_includes_what_dropout_keeps(make_recipe, name):
     kept, forecasts = [], []
     for dropout in (0.0, 0.1):
         recipe = make_recipe(lora={"r": 4, "dropout": dropout})
         kept.append(kept_and_gradients(recipe, Policy(name, KEPT[name], "", None))[0] / MIB)
-        shapes = shapes_of(build(recipe), micro_batch=2, width=64)
+        shapes = Shapes(tokens=2 * 64, **build(recipe).sizes())
         forecasts.append(forecast(shapes, KEPT[name], held_mib=0))
     more, expected = kept[1] - kept[0], forecasts[1] - forecasts[0]
-    assert more > 0.4  # MiB; half of what is kept without
+    assert more > 0.4  # MiB: half of what is kept without dropout
     assert 0.6 * more < expected < 1.2 * more

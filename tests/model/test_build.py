@@ -8,7 +8,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 
 from launcher.errors import RecipeError
 from launcher.model.build import choose_dtype
-from launcher.model.source import load_config, load_tokenizer
+from launcher.model.load import load_config, load_tokenizer
 from launcher.recipe.locate import locate
 from tests.conftest import TINY, small_config
 from tests.support.models import ARCHITECTURES, build
@@ -40,16 +40,16 @@ def test_a_checkpoint_already_quantised_loads_to_the_same_weights(make_recipe, s
     settings = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
     model = AutoModelForCausalLM.from_pretrained(small_model, quantization_config=settings, dtype=torch.float32)
     model.save_pretrained(tmp_path / "quantised")
-    once = build(make_recipe())
-    again = build(make_recipe(model={"name": str(tmp_path / "quantised")}))
-    pairs = zip(once.peft.modules(), again.peft.modules(), strict=True)
+    quantised_here = build(make_recipe())
+    loaded = build(make_recipe(model={"name": str(tmp_path / "quantised")}))
+    pairs = zip(quantised_here.peft.modules(), loaded.peft.modules(), strict=True)
     weights = [(a.weight, b.weight) for a, b in pairs if isinstance(a, Linear4bit)]
     assert len(weights) == 14
     assert all(torch.equal(a, b) for a, b in weights)
-    assert "as the checkpoint came" in again.quantization
+    assert "as the checkpoint came" in loaded.quantization
 
 
-@pytest.mark.parametrize("storage", ["uint8", "bfloat16"])  # of the packed weights; FSDP wants the latter
+@pytest.mark.parametrize("storage", ["uint8", "bfloat16"])  # of the packed weights; FSDP needs bfloat16
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 def test_a_checkpoint_quantised_for_bf16_computes_in_the_runs_dtype(make_recipe, small_model, tmp_path, dtype, storage):
     quantisation = BitsAndBytesConfig(
@@ -85,7 +85,7 @@ def test_quant_none_leaves_the_base_as_it_is(make_recipe):
     assert built.quantization == "none"
 
 
-def test_random_weights_need_only_a_config_and_are_the_seeds(make_recipe, tmp_path):
+def test_random_weights_need_only_a_config_and_follow_the_seed(make_recipe, tmp_path):
     small_config().save_pretrained(tmp_path / "bare")
     recipe = make_recipe(model={"name": str(tmp_path / "bare"), "init": "random"})
     one, same = build(recipe), build(recipe)
@@ -97,7 +97,7 @@ def test_random_weights_need_only_a_config_and_are_the_seeds(make_recipe, tmp_pa
     assert not any(b.is_meta for b in one.peft.buffers())
 
 
-def test_random_and_loaded_models_are_alike_but_for_their_values(make_recipe, tmp_path):
+def test_random_and_loaded_models_differ_only_in_their_values(make_recipe, tmp_path):
     small_config().save_pretrained(tmp_path / "bare")
     random = build(make_recipe(model={"name": str(tmp_path / "bare"), "init": "random"}))
     loaded = build(make_recipe())
@@ -118,7 +118,7 @@ def test_the_shipped_architectures_have_the_published_sizes(make_recipe, name):
     assert sum(p.numel() for p in model.parameters()) / 1e9 == pytest.approx(expected, abs=1e-4)
 
 
-def test_a_lora_target_without_a_match_is_named_with_those_there_are(make_recipe):
+def test_a_lora_target_without_a_match_is_named_with_the_targets_there_are(make_recipe):
     with pytest.raises(RecipeError, match=r"(?s)query matched nothing.*q_proj") as caught:
         build(make_recipe(lora={"targets": ["q_proj", "query"]}))
     assert caught.value.code == 2
@@ -129,7 +129,7 @@ def test_the_head_is_no_lora_target_because_the_loss_reads_it_directly(make_reci
         build(make_recipe(lora={"targets": ["lm_head"]}))
 
 
-def test_a_model_that_wants_its_own_code_is_refused_and_nothing_is_imported(make_recipe, tmp_path):
+def test_a_model_that_needs_its_own_code_is_refused_and_nothing_is_imported(make_recipe, tmp_path):
     marker = tmp_path / "imported"
     folder = tmp_path / "remote"
     folder.mkdir()
@@ -141,7 +141,7 @@ def test_a_model_that_wants_its_own_code_is_refused_and_nothing_is_imported(make
     assert not marker.exists()
 
 
-def test_random_weights_take_the_tiny_tokenizer_where_none_is_beside_the_config(make_recipe, tmp_path):
+def test_random_weights_take_the_tiny_tokenizer_where_the_config_has_none(make_recipe, tmp_path):
     small_config().save_pretrained(tmp_path / "bare")
     recipe = make_recipe(model={"name": str(tmp_path / "bare"), "init": "random"})
     tokenizer = load_tokenizer(str(tmp_path / "bare"), recipe.model, stand_in=TINY / "base")

@@ -1,4 +1,4 @@
-"""Each family computes what its stock model computes, packed, and needs one graph for all its layers."""
+"""A packed model of every family computes what the stock model computes, with one graph for all its layers."""
 
 import pytest
 import torch
@@ -30,7 +30,7 @@ def packed_form(model):
 
 
 def stock_loss_one_by_one(model, ids):
-    """Sum of token losses of each document alone, by transformers' own forward."""
+    """Summed token losses of all documents, each alone, by transformers' own forward."""
     total, start = 0.0, 0
     for size in LENGTHS:
         if size > 1:
@@ -60,36 +60,36 @@ def test_each_family_compiles_one_train_and_one_eval_graph_for_all_layers(model_
     plan = Plan([Region("layer", 2, modules=tuple(packed.body.layers))], compile=compile, observer=observer)
     batch = packed_batch(model.config.vocab_size)
 
-    def every_call():
+    def train_and_evaluate():
         packed.hidden_states(batch[0], *batch[2:]).sum().backward()
         with torch.no_grad():
             packed.hidden_states(batch[0], *batch[2:])
 
-    plan.warm_up(every_call)
+    plan.warm_up(train_and_evaluate)
     other = packed_batch(model.config.vocab_size, seed=1)
     plan.call(packed.hidden_states, other[0], *other[2:])
     assert observer.record().graphs_by_region == {"layer": 2}
     assert observer.record().recompiles == 0
 
 
-def test_an_unknown_family_is_refused_with_the_known_ones():
+def test_an_unknown_family_is_refused_and_the_known_ones_are_listed():
     with pytest.raises(RecipeError, match="llama.*mistral.*qwen3.*'gpt2'"):
         family_of(small_config("gpt2"), max_length=8)
 
 
-def test_a_window_shorter_than_the_rows_is_refused():
+def test_a_window_shorter_than_max_length_is_refused():
     config = small_config("mistral", sliding_window=16)
     assert family_of(config, max_length=16).model_type == "mistral"
     with pytest.raises(RecipeError, match="data.max_length=16"):
         family_of(config, max_length=17)
 
 
-def test_a_window_that_no_layer_uses_does_not_limit_the_rows():
+def test_a_window_that_no_layer_uses_does_not_limit_max_length():
     config = small_config("qwen3", sliding_window=16, use_sliding_window=False)
     assert family_of(config, max_length=64).model_type == "qwen3"
 
 
-def test_rows_beyond_the_models_positions_are_refused():
+def test_a_max_length_beyond_the_models_positions_is_refused():
     with pytest.raises(RecipeError, match="at most the model's 512 positions"):
         family_of(small_config(), max_length=513)
 

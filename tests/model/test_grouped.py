@@ -1,4 +1,4 @@
-"""Blocks whose projections go through one operator compute what they compute apart, in every family."""
+"""Grouped projections compute what separate ones compute, in every family."""
 
 import pytest
 import torch
@@ -41,8 +41,8 @@ def loss_and_gradients(base, peft):
 
 
 @pytest.mark.parametrize("model_type", sorted(FAMILIES))
-def test_grouped_blocks_have_the_loss_and_the_gradients_of_separate_ones(model_type):
-    found = []
+def test_grouped_projections_have_the_loss_and_the_gradients_of_separate_ones(model_type):
+    runs = []
     for grouped in (False, True):
         base, peft = adapted(model_type)
         names = [name for name, _ in peft.named_modules()]
@@ -50,8 +50,8 @@ def test_grouped_blocks_have_the_loss_and_the_gradients_of_separate_ones(model_t
             family = family_of(base.config, max_length=20)
             assert group_projections(base.model.layers, mlp=family.mlp) == 2 * base.config.num_hidden_layers
         assert names == [name for name, _ in peft.named_modules()]
-        found.append(loss_and_gradients(base, peft))
-    (loss, gradients), (grouped_loss, grouped_gradients) = found
+        runs.append(loss_and_gradients(base, peft))
+    (loss, gradients), (grouped_loss, grouped_gradients) = runs
     torch.testing.assert_close(grouped_loss, loss, rtol=1e-5, atol=0)
     for name, gradient in gradients.items():
         torch.testing.assert_close(grouped_gradients[name], gradient, rtol=1e-3, atol=1e-5)
@@ -68,14 +68,14 @@ def test_grouped_blocks_have_the_loss_and_the_gradients_of_separate_ones(model_t
         ({"targets": ["gate_proj", "up_proj"]}, "nf4", 2),
     ],
 )
-def test_only_projections_that_are_alike_are_grouped(lora, quant, grouped):
+def test_only_nf4_projections_with_equal_adapters_are_grouped(lora, quant, grouped):
     base, _ = adapted("llama", quant=quant, **lora)
     before = [type(layer.mlp) for layer in base.model.layers]
     assert group_projections(base.model.layers, mlp="mlp") == grouped
     assert ([type(layer.mlp) for layer in base.model.layers] == before) == (grouped == 0)
 
 
-def test_all_layers_share_one_class_and_stay_instances_of_their_own():
+def test_all_layers_share_one_class_which_is_a_subclass_of_the_stock_one():
     base, _ = adapted("llama")
     stock = AutoModelForCausalLM.from_config(small_config("llama")).model.layers[0]
     group_projections(base.model.layers, mlp="mlp")
@@ -83,13 +83,13 @@ def test_all_layers_share_one_class_and_stay_instances_of_their_own():
     assert isinstance(base.model.layers[0].self_attn, type(stock.self_attn))
 
 
-def test_a_stock_forward_of_several_rows_gives_what_each_row_gives_alone():
+def test_a_stock_forward_of_several_sequences_gives_what_each_gives_alone():
     base, peft = adapted("llama")
     base.set_attn_implementation("sdpa")
     group_projections(base.model.layers, mlp="mlp")
     ids = torch.arange(24).view(3, 8) % base.config.vocab_size
     with torch.no_grad():
         together = peft(input_ids=ids).logits
-        for row, alone in enumerate(peft(input_ids=one[None]).logits for one in ids):
-            torch.testing.assert_close(together[row : row + 1], alone, rtol=1e-4, atol=1e-5)
+        for number, alone in enumerate(peft(input_ids=one[None]).logits for one in ids):
+            torch.testing.assert_close(together[number : number + 1], alone, rtol=1e-4, atol=1e-5)
     assert not torch.allclose(together[0], together[1], atol=1e-2)

@@ -3,8 +3,9 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from launcher.model.families import FAMILIES
-from launcher.model.norm import use_native_kernel
+from launcher.model.packed import use_native_norm
 from tests.conftest import small_config
+from tests.support.tensors import relative_error
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -14,15 +15,15 @@ def test_the_native_norm_is_at_least_as_exact_as_the_familys_own(model_type, dty
     norm = AutoModelForCausalLM.from_config(small_config(model_type)).model.norm.to(dtype)
     norm.weight.data.normal_(1, 0.2)
     x, upstream = (torch.randn(3, 5, norm.weight.shape[0]).to(dtype) for _ in range(2))
-    kind = type(norm)
+    stock_class = type(norm)
     exact = results(lambda x: rms_norm(x, norm), x.double(), upstream.double())
     stock = results(norm, x, upstream)
-    use_native_kernel(norm)
+    use_native_norm(norm)
     native = results(norm, x, upstream)
-    assert isinstance(norm, kind) and type(norm) is not kind
-    for found, theirs, true in zip(native, stock, exact, strict=True):
-        assert found.dtype == dtype
-        assert error(found, true) <= 1.01 * error(theirs, true) < 0.01
+    assert isinstance(norm, stock_class) and type(norm) is not stock_class
+    for ours, theirs, true in zip(native, stock, exact, strict=True):
+        assert ours.dtype == dtype
+        assert relative_error(ours, true) <= 1.01 * relative_error(theirs, true) < 0.01
 
 
 def results(function, x, upstream):
@@ -33,7 +34,3 @@ def results(function, x, upstream):
 
 def rms_norm(x, norm):
     return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + norm.variance_epsilon) * norm.weight.double()
-
-
-def error(found, true):
-    return float((found.double() - true).norm() / true.norm())

@@ -10,11 +10,11 @@ from launcher.ops.document_attention import (
 )
 
 
-def case(rows=2, heads=4, kv=2, length=13, width=8, seed=0):
+def case(blocks=2, heads=4, kv=2, length=13, width=8, seed=0):
     generator = torch.Generator().manual_seed(seed)
-    q = torch.randn(rows, heads, length, width, generator=generator)
-    k, v = (torch.randn(rows, kv, length, width, generator=generator) for _ in range(2))
-    documents = torch.tensor([[0] * 5 + [1] * 1 + [2] * 7, [0] * 13])[:rows, :length]
+    q = torch.randn(blocks, heads, length, width, generator=generator)
+    k, v = (torch.randn(blocks, kv, length, width, generator=generator) for _ in range(2))
+    documents = torch.tensor([[0] * 5 + [1] * 1 + [2] * 7, [0] * 13])[:blocks, :length]
     return q, k, v, documents
 
 
@@ -29,7 +29,7 @@ def test_masked_attention_equals_the_plain_form(heads, kv):
 def test_a_poisoned_document_changes_no_other():
     q, k, v, documents = case()
     before = masked_attention(q, k, v, document_mask(documents), 0.3)
-    k[0, :, 5], v[0, :, 5] = 1e4, 1e4  # the one token of document 1 in row 0
+    k[0, :, 5], v[0, :, 5] = 1e4, 1e4  # the one token of document 1 in block 0
     after = masked_attention(q, k, v, document_mask(documents), 0.3)
     changed = (before != after).any(dim=(2, 3))
     assert changed[0].tolist() == [position == 5 for position in range(13)]
@@ -45,7 +45,7 @@ def test_the_mask_lets_a_token_see_its_own_document_up_to_itself():
 
 
 @pytest.mark.parametrize(("heads", "kv"), [(4, 4), (4, 1)])
-def test_causal_attention_is_that_of_rows_of_one_document(heads, kv):
+def test_causal_attention_is_masked_attention_for_blocks_of_one_document(heads, kv):
     q, k, v, documents = case(heads=heads, kv=kv)
     alone = torch.zeros_like(documents)
     ours = causal_attention(q, k, v, None, 0.3)

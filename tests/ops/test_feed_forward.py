@@ -10,7 +10,7 @@ from tests.support.tensors import saved_for_backward
 SHAPES = [(8, 8, 1), (24, 40, 3), (64, 128, 16)]  # D, F, r
 
 
-def block(features, width, rank, *, dtype=torch.float32):
+def feed_forward(features, width, rank, *, dtype=torch.float32):
     """Bases, their weights and adapters of gate, up and down."""
     torch.manual_seed(0)
     sizes = [(features, width), (features, width), (width, features)]
@@ -24,22 +24,22 @@ def block(features, width, rank, *, dtype=torch.float32):
 def test_equals_three_merged_matrices_with_gradients_in_the_fp32_masters(
     features, width, rank, dtype, tolerance, compiled
 ):
-    bases, weights, drawn = block(features, width, rank, dtype=dtype)
+    bases, weights, drawn = feed_forward(features, width, rank, dtype=dtype)
     torch._dynamo.reset()
 
     def ours(x, a, b):
         return gated_feed_forward(x, bases, a, b, scaling=0.5)
 
     form = torch.compile(ours, fullgraph=True, backend="aot_eager") if compiled else ours
-    found = []
+    results = []
     for function in (form, lambda x, a, b: gated_feed_forward_reference(x, weights, a, b, scaling=0.5)):
         a, b = ([pair[i].clone().requires_grad_() for pair in drawn] for i in (0, 1))
         x = torch.linspace(-1, 1, 2 * 3 * features).view(2, 3, features).to(dtype).requires_grad_()
         y = function(x, a, b)
         y.float().square().sum().backward()
-        found.append((y.float(), x.grad.float(), *(m.grad for m in (*a, *b))))
+        results.append((y.float(), x.grad.float(), *(m.grad for m in (*a, *b))))
         assert all(m.grad.dtype == torch.float32 for m in (*a, *b))
-    for mine, plain in zip(*found, strict=True):
+    for mine, plain in zip(*results, strict=True):
         torch.testing.assert_close(mine, plain, rtol=tolerance, atol=tolerance * plain.abs().max().item())
         assert plain.abs().max() > 0
 
@@ -50,13 +50,13 @@ def test_the_plain_gradient_of_the_gate_is_autograds():
     gate, up = pair.chunk(2, -1)
     h = F.silu(gate) * up
     h.backward(dh)
-    gradient, again = plain_swiglu_gradient(pair.detach(), dh)
+    gradient, recomputed = plain_swiglu_gradient(pair.detach(), dh)
     torch.testing.assert_close(gradient, pair.grad)
-    torch.testing.assert_close(again, h.detach())
+    torch.testing.assert_close(recomputed, h.detach())
 
 
-def test_a_compiled_block_keeps_its_input_and_the_pair_and_nothing_of_their_width_besides():
-    bases, _, drawn = block(64, 128, 4)
+def test_compiled_it_keeps_only_its_input_and_the_pair_of_gate_and_up():
+    bases, _, drawn = feed_forward(64, 128, 4)
     a, b = ([pair[i].requires_grad_() for pair in drawn] for i in (0, 1))
     torch._dynamo.reset()
     form = torch.compile(lambda x: gated_feed_forward(x, bases, a, b, scaling=1.0) * 2, backend="aot_eager")
@@ -66,7 +66,7 @@ def test_a_compiled_block_keeps_its_input_and_the_pair_and_nothing_of_their_widt
 
 
 def test_the_operators_count_their_products():
-    bases, _, drawn = block(64, 32, 4)
+    bases, _, drawn = feed_forward(64, 32, 4)
     a, b = ([pair[i].requires_grad_() for pair in drawn] for i in (0, 1))
     x = torch.randn(5, 64, requires_grad=True)
     with FlopCounterMode(display=False) as counter:

@@ -66,7 +66,7 @@ def test_a_large_loss_scale_does_not_overflow_the_fp16_gradient_when_tokens_shar
 
 
 class LargestTensor(TorchDispatchMode):
-    """Of those that are made, views of others not counted."""
+    """Records the size of the largest new tensor; views of arguments do not count."""
 
     numel = 0
 
@@ -100,7 +100,7 @@ def test_a_chunk_stays_within_its_budget_unless_one_row_exceeds_it(rows, vocabul
     assert chunk % 8 == 0 or budget * 2**20 < 8 * vocabulary * 4
 
 
-def test_one_chunk_size_serves_shapes_of_many_lengths_with_less_padding_than_the_longest_ones_would():
+def test_one_chunk_size_serves_shapes_of_many_lengths_with_less_padding_than_the_size_of_the_longest():
     shapes = [192, 352, 576, 912, 1664, 4096]
     chunk, of_longest = chunk_rows(shapes, 128256, 256), chunk_rows([4096], 128256, 256)
     assert chunk * 128256 * 4 <= 256 * 2**20
@@ -116,7 +116,7 @@ def test_a_single_shape_is_cut_into_the_fewest_equal_chunks_of_whole_eights():
 
 
 def bounded(rows, targets, *, seed=0):
-    """`case` in which `targets` of the rows, drawn, have one."""
+    """`case` in which `targets` rows, drawn at random, have a target."""
     hidden, weight, _ = case(rows, 16, 33, seed=seed)
     generator = torch.Generator().manual_seed(seed + 1)
     labels = torch.full((rows,), IGNORE)
@@ -140,10 +140,10 @@ def loss_and_gradient(hidden, weight, labels, **how):
 def test_without_rows_that_have_no_target_loss_and_gradient_are_the_same(rows, chunk, part, room):
     targets = round(rows * part)
     hidden, weight, labels = bounded(rows, targets, seed=rows)
-    most = max(1, targets + room)
-    loss, gradient = loss_and_gradient(hidden, weight, labels, chunk=chunk, most=most)
+    max_targets = max(1, targets + room)
+    loss, gradient = loss_and_gradient(hidden, weight, labels, chunk=chunk, max_targets=max_targets)
     whole_loss, whole_gradient = loss_and_gradient(hidden, weight, labels, chunk=chunk)
-    if most >= rows:  # nothing to leave out: the same path, to the bit
+    if max_targets >= rows:  # nothing to leave out: the same path, to the bit
         assert torch.equal(loss, whole_loss) and torch.equal(gradient, whole_gradient)
     torch.testing.assert_close(loss, whole_loss, rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(gradient, whole_gradient, rtol=1e-6, atol=1e-6)
@@ -152,7 +152,7 @@ def test_without_rows_that_have_no_target_loss_and_gradient_are_the_same(rows, c
     assert targets > 0 or float(loss) == 0
 
 
-def test_only_so_many_rows_reach_the_head_and_those_with_a_target_in_their_order():
+def test_only_the_bounded_number_of_rows_reaches_the_head_with_targets_first_in_their_order():
     hidden, weight, labels = bounded(40, 11)
     seen = []
 
@@ -161,7 +161,7 @@ def test_only_so_many_rows_reach_the_head_and_those_with_a_target_in_their_order
         return ChunkFunctions().loss_and_grad(h, w, y)
 
     functions = ChunkFunctions(loss_and_grad=loss_and_grad)
-    loss_and_gradient(hidden, weight, labels, chunk=7, most=13, functions=functions)
+    loss_and_gradient(hidden, weight, labels, chunk=7, max_targets=13, functions=functions)
     assert [len(y) for _, y in seen] == [7, 7]  # 13 rows, one of padding
     asked = torch.cat([y for _, y in seen])
     assert asked.tolist() == [*labels[labels != IGNORE].tolist(), IGNORE, IGNORE, -1]
@@ -172,29 +172,29 @@ def test_only_so_many_rows_reach_the_head_and_those_with_a_target_in_their_order
 
 
 @pytest.mark.parametrize("targets", [5, 6, 30])
-def test_more_targets_than_were_promised_make_the_loss_nan_and_leave_none_out_in_silence(targets):
+def test_more_targets_than_the_bound_make_the_loss_nan(targets):
     hidden, weight, labels = bounded(30, targets)
-    loss, _ = loss_and_gradient(hidden, weight, labels, chunk=4, most=5)
+    loss, _ = loss_and_gradient(hidden, weight, labels, chunk=4, max_targets=5)
     assert loss.isnan() == (targets > 5)
 
 
 def test_the_host_need_not_know_which_rows_have_a_target():
     with torch.device("meta"):  # tensors without values: what asks for one raises
         hidden, weight, labels = torch.empty(30, 8, requires_grad=True), torch.empty(20, 8), torch.empty(30).long()
-        linear_cross_entropy(hidden, weight, labels, chunk=4, most=9, functions=ChunkFunctions()).backward()
+        linear_cross_entropy(hidden, weight, labels, chunk=4, max_targets=9, functions=ChunkFunctions()).backward()
         assert hidden.grad.shape == hidden.shape
         with pytest.raises((NotImplementedError, RuntimeError)):
             hidden[(labels != IGNORE).nonzero()]
 
 
-def test_the_forward_pass_holds_nothing_of_the_rows_left_out():
+def test_the_forward_pass_allocates_nothing_for_the_rows_left_out():
     hidden, weight, labels = bounded(128, 40)
     hidden = hidden.requires_grad_()
     largest = []
-    for most in (40, None):
-        with LargestTensor() as found:
-            linear_cross_entropy(hidden, weight, labels, chunk=16, most=most, functions=ChunkFunctions())
-        largest.append(found.numel)
+    for max_targets in (40, None):
+        with LargestTensor() as recorder:
+            linear_cross_entropy(hidden, weight, labels, chunk=16, max_targets=max_targets, functions=ChunkFunctions())
+        largest.append(recorder.numel)
     assert largest == [40 * 16, 128 * 16]  # the gradients; a chunk's logits are 16 * 33
 
 

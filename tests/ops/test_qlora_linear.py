@@ -7,13 +7,18 @@ from launcher.ops.qlora_linear import frozen_linear, joined_linears, qlora_linea
 from tests.support.quantised import adapters, quantised
 from tests.support.tensors import saved_for_backward
 
-SHAPES = [(8, 8, 1), (24, 40, 3), (64, 128, 16), (192, 64, 5)]  # D, O, r; of them two with blocks across rows
+SHAPES = [
+    (8, 8, 1),
+    (24, 40, 3),
+    (64, 128, 16),
+    (192, 64, 5),
+]  # D, O, r; in two, scales cross rows
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("double", [True, False])
 @pytest.mark.parametrize(("features", "out", "rank"), SHAPES)
-def test_without_an_update_the_weight_is_bit_equal_to_that_of_bitsandbytes(features, out, rank, double, dtype):
+def test_without_an_update_the_weight_is_bit_for_bit_that_of_bitsandbytes(features, out, rank, double, dtype):
     torch.manual_seed(0)
     base, weight = quantised(features, out, double=double, dtype=dtype)
 
@@ -38,21 +43,21 @@ def test_equals_one_merged_matrix_with_gradients_in_the_fp32_masters(features, o
         return qlora_linear(x, base, a, b, scaling=0.5, dropout=0.0)
 
     form = torch.compile(ours, fullgraph=True, backend="aot_eager") if compiled else ours
-    found = []
+    results = []
     for function in (form, lambda x, a, b: qlora_linear_reference(x, weight, a, b, scaling=0.5)):
         masters = [a.clone().requires_grad_(), b.clone().requires_grad_()]
         x = torch.linspace(-1, 1, 2 * 3 * features).view(2, 3, features).to(dtype).requires_grad_()
         y = function(x, *masters)
         y.float().square().sum().backward()
-        found.append((y.float(), x.grad.float(), *(m.grad for m in masters)))
+        results.append((y.float(), x.grad.float(), *(m.grad for m in masters)))
         assert all(m.grad.dtype == torch.float32 for m in masters)
-    for mine, plain in zip(*found, strict=True):
+    for mine, plain in zip(*results, strict=True):
         torch.testing.assert_close(mine, plain, rtol=tolerance, atol=tolerance * plain.abs().max().item())
         assert plain.abs().max() > 0
 
 
 @pytest.mark.parametrize("compiled", [False, True])
-def test_projections_of_one_input_give_together_what_they_give_alone(compiled):
+def test_projections_of_one_input_in_one_operator_give_what_each_gives_alone(compiled):
     torch.manual_seed(0)
     outs, x = (64, 32, 32), torch.randn(2, 5, 128)
     bases = [quantised(128, out)[0] for out in outs]
@@ -66,14 +71,14 @@ def test_projections_of_one_input_give_together_what_they_give_alone(compiled):
         return [qlora_linear(x, *one, scaling=0.5, dropout=0.0) for one in zip(bases, a, b, strict=True)]
 
     form = torch.compile(together, fullgraph=True, backend="aot_eager") if compiled else together
-    found = []
+    results = []
     for function in (form, alone):
         a, b = ([pair[i].clone().requires_grad_() for pair in drawn] for i in (0, 1))
         inputs = x.clone().requires_grad_()
         outputs = function(inputs, a, b)
         sum((y.square() * weight).sum() for weight, y in enumerate(outputs, 1)).backward()
-        found.append([*outputs, inputs.grad, *(t.grad for t in (*a, *b))])
-    for ours, theirs in zip(*found, strict=True):
+        results.append([*outputs, inputs.grad, *(t.grad for t in (*a, *b))])
+    for ours, theirs in zip(*results, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
         assert theirs.abs().max() > 0
 
@@ -86,7 +91,7 @@ def test_the_base_alone_is_a_product_with_an_input_gradient():
     torch.testing.assert_close(x.grad, weight.sum(0).expand(5, 64))
 
 
-def test_dropout_acts_where_gradients_are_recorded_and_only_there():
+def test_dropout_acts_only_where_gradients_are_recorded():
     torch.manual_seed(0)
     base, _ = quantised(64, 32)
     (a, b), x = adapters(64, 32, 4), torch.randn(2, 64)

@@ -10,12 +10,12 @@ HEADS = [(4, 2, 8), (3, 1, 6), (2, 2, 16)]  # H, K, E
 def drawn(heads, kv, width, dtype=torch.float32):
     torch.manual_seed(0)
     y = torch.randn(2, 5, (heads + 2 * kv) * width).to(dtype)
-    angles = torch.randn(2, 5, width)  # the halves differ: nothing relies on their being alike
+    angles = torch.randn(2, 5, width)  # the halves differ: nothing relies on equal ones
     return y, angles.cos().to(dtype), angles.sin().to(dtype)
 
 
 def stock(y, cos, sin, *, heads):
-    """transformers' own, on the parts as views."""
+    """transformers' own function, on views of the parts."""
     parts = y.unflatten(-1, (-1, cos.shape[-1])).split([heads[0], heads[1], heads[1]], 2)
     query, key = apply_rotary_pos_emb(parts[0].transpose(1, 2), parts[1].transpose(1, 2), cos, sin)
     return query.transpose(1, 2), key.transpose(1, 2), parts[2]
@@ -27,13 +27,13 @@ def test_rotates_as_transformers_does_with_its_gradient(heads, kv, width, compil
     y, cos, sin = drawn(heads, kv, width)
     torch._dynamo.reset()
     form = torch.compile(rotary, fullgraph=True, backend="aot_eager") if compiled else rotary
-    found = []
+    results = []
     for function in (form, stock):
         x = y.clone().requires_grad_()
         parts = function(x, cos, sin, heads=(heads, kv))
         sum((part.square() * weight).sum() for weight, part in enumerate(parts, 1)).backward()
-        found.append([*parts, x.grad])
-    for ours, theirs in zip(*found, strict=True):
+        results.append([*parts, x.grad])
+    for ours, theirs in zip(*results, strict=True):
         assert ours.shape == theirs.shape
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
 
@@ -54,9 +54,9 @@ def test_value_does_not_keep_the_joined_projections():
     assert value.untyped_storage().nbytes() == value.numel() * 4
 
 
-def test_one_table_serves_all_rows():
+def test_one_table_serves_all_blocks():
     y, cos, sin = drawn(4, 2, 8)
     shared = rotary(y, cos[:1], sin[:1], heads=(4, 2))
-    for row in range(len(y)):
-        for ours, alone in zip(shared, rotary(y[row : row + 1], cos[:1], sin[:1], heads=(4, 2)), strict=True):
-            assert torch.equal(ours[row : row + 1], alone) and alone.any()
+    for number in range(len(y)):
+        for ours, alone in zip(shared, rotary(y[number : number + 1], cos[:1], sin[:1], heads=(4, 2)), strict=True):
+            assert torch.equal(ours[number : number + 1], alone) and alone.any()

@@ -20,9 +20,10 @@ from launcher.proof.gate import HALF, Comparison, Measured, gate_of
 from launcher.proof.parity import compiled_worker, measure_compiled, measure_stock, perturb, release
 from launcher.proof.stock import supervised_documents
 from launcher.recipe.schema import Recipe
-from launcher.train import planned
+from launcher.runtime.clock import Clock
+from launcher.train import regions
 from launcher.train.request import Request
-from launcher.train.setup import Clock, Prepared, Worker, prepare
+from launcher.train.setup import Prepared, Worker, prepare_inputs
 from tests.conftest import request_for
 
 pytestmark = pytest.mark.usefixtures("clean_dynamo")
@@ -35,7 +36,7 @@ class Bench:
 
     def __init__(self, recipe: Recipe) -> None:
         self.request: Request = request_for(recipe)
-        self.prepared: Prepared = prepare(self.request)
+        self.prepared: Prepared = prepare_inputs(self.request)
         worker, self.batches = self.compiled()
         self.adapters = perturb(worker.built.peft, seed=0)
         self.unplanted = measure_compiled(worker, self.batches)
@@ -103,7 +104,7 @@ def wrong_chunk(patch: pytest.MonkeyPatch) -> None:
         loss, grad = chunk_loss_and_grad(hidden, weight, labels)
         return loss, grad * (1.0 + 0.5 * (labels[0] % 2))
 
-    patch.setattr(planned, "chunk_loss_and_grad", planted)
+    patch.setattr(regions, "chunk_loss_and_grad", planted)
 
 
 def wrong_length(patch: pytest.MonkeyPatch) -> None:
@@ -113,7 +114,7 @@ def wrong_length(patch: pytest.MonkeyPatch) -> None:
         loss, grad = chunk_loss_and_grad(hidden, weight, labels)
         return loss, grad * 1.01
 
-    patch.setattr(planned, "chunk_loss_and_grad", planted)
+    patch.setattr(regions, "chunk_loss_and_grad", planted)
 
 
 def wrong_scaling(patch: pytest.MonkeyPatch) -> None:

@@ -5,9 +5,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from launcher.model.attention import Rows
+from launcher.model.attention import BlockFacts
 from launcher.model.build import BuiltModel, build_model, preflight
-from launcher.model.source import load_config
+from launcher.model.load import load_config
 from launcher.recipe.locate import locate
 from tests.conftest import ROOT
 
@@ -21,7 +21,7 @@ def build(recipe: Any, phases: list[str] | None = None, *, device: str = "cpu") 
     config, where = load_config(source, recipe.model), torch.device(device)
     preflight(recipe, source, config, where)
     phase = (phases if phases is not None else []).append
-    return build_model(recipe, source, config, device=where, rows=Rows((64,), alone=False), phase=phase)
+    return build_model(recipe, source, config, device=where, blocks=BlockFacts((64,), alone=False), phase=phase)
 
 
 def packed_batch(vocabulary: int, *, length: int = 20, seed: int = 0) -> tuple[Tensor, ...]:

@@ -18,11 +18,11 @@ from launcher.data.pack.micro_batch import IGNORE, MicroBatch, micro_batch_of
 from launcher.data.pack.packing import pack
 from launcher.model.build import BuiltModel
 from launcher.recipe.schema import Recipe
-from launcher.train.planned import regions_of
+from launcher.train.regions import regions_of
 from launcher.train.step import arguments
 from tests.conftest import WIDTH
 from tests.support.models import build
-from tests.support.workers import perturb
+from tests.support.tensors import add_noise
 
 LENGTHS = (64, 40, 23, 30, 17, 9, 7, 2)  # 64 fills its block
 
@@ -87,7 +87,7 @@ def packed_and_alone(device: str, *, model: Path, dtype: str, backend: str) -> I
     )
     packed, stock = (build(recipe, device=device) for _ in range(2))
     for model_of in (packed, stock):
-        perturb(parameter for parameter in model_of.packed.parameters() if parameter.requires_grad)
+        add_noise(parameter for parameter in model_of.packed.parameters() if parameter.requires_grad)
     stock.peft.base_model.model.set_attn_implementation("eager")
     blocks = pack(Documents.of(random_documents(0)), np.arange(len(LENGTHS)), max_length=64, pad_id=0, seed=0)
     assert len(blocks) == 3

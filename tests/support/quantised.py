@@ -13,7 +13,7 @@ def quantised(
     """A random weight [out, features] as NF4, and as bitsandbytes dequantises it."""
     weight = torch.randn(out, features, device=device).to(dtype) / features**0.5
     packed, state = bnb.quantize_4bit(weight, quant_type="nf4", compress_statistics=double)
-    second = (state.state2.absmax, state.state2.code, state.offset) if double else (None, None, None)
+    second = (state.state2.absmax, state.state2.code, state.offset) if double else ()
     return Nf4(packed, state.absmax, state.code, *second), bnb.dequantize_4bit(packed, state)
 
 

@@ -12,6 +12,14 @@ def relative_error(ours: Tensor, exact: Tensor) -> float:
     return float((ours.double() - exact.double()).norm() / exact.double().norm())
 
 
+def add_noise(parameters: Iterable[Tensor]) -> None:
+    """Move parameters by noise from a seed, the same on every device."""
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in parameters:
+            parameter.add_(torch.randn(parameter.shape, generator=generator).to(parameter.device) * 0.05)
+
+
 @contextmanager
 def saved_for_backward(*, but: Iterable[Tensor]) -> Iterator[dict[int, int]]:
     """Bytes, by address, of the storages that autograd saves inside, other than those of `but`."""

@@ -1,21 +1,22 @@
 """Workers on a recipe's own data or on documents of given lengths."""
 
-from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
 
 from launcher.data.documents import Documents
 from launcher.data.pack.buckets import lay_out
 from launcher.data.prepare import PreparedData
-from launcher.model.source import load_config
+from launcher.model.load import load_config
+from launcher.runtime.clock import Clock
 from launcher.train.request import Request
-from launcher.train.setup import Clock, Prepared, Worker, prepare
+from launcher.train.setup import Prepared, Worker, prepare_inputs
 from tests.conftest import request_for
+from tests.support.tensors import add_noise
 
-ANY = tuple(range(1, 65))  # document lengths
+MAX_LENGTH = 64
+ANY = tuple(range(1, MAX_LENGTH + 1))  # document lengths
 THREE = (3, 7, 8, 21, 24, 61, 64)  # bucketed into widths of 8, 24 and 64
 TWO = (5, 8, 61, 64)  # bucketed into widths of 8 and 64
 VALIDATION = 20  # documents
@@ -32,7 +33,7 @@ def built(recipe: Any, data: Documents | None = None, *, device: str = "cpu") ->
     """A worker with its model, not yet compiled. `data`: validated on the first 20 documents, trained on the others,
     on `device`; without it the recipe's data, on the device that training would choose."""
     request = request_for(recipe)
-    prepared = prepare(request) if data is None else _prepared(request, data, torch.device(device))
+    prepared = prepare_inputs(request) if data is None else _prepared(request, data, torch.device(device))
     worker = Worker(request, prepared, clock=Clock())
     worker.build()
     return worker
@@ -45,12 +46,9 @@ def compiled(recipe: Any, data: Documents | None = None, *, device: str = "cpu")
     return worker
 
 
-def perturb(parameters: Iterable[nn.Parameter]) -> None:
-    """Move every adapter matrix by seeded noise: LoRA's B starts at zero, and then no gradient reaches A."""
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for parameter in parameters:
-            parameter.add_(torch.randn(parameter.shape, generator=generator).to(parameter.device) * 0.05)
+def perturb(worker: Worker) -> None:
+    """Move the adapters by seeded noise: LoRA's B starts at zero, and then no gradient reaches A."""
+    add_noise(worker.step.parameters)
 
 
 def _prepared(request: Request, data: Documents, device: torch.device) -> Prepared:

@@ -17,12 +17,13 @@ def main() -> None:
     target, *argv = sys.argv[1:]
     info = rank_info()
     prepare_environment()
+    from launcher.runtime.clock import Clock
     from launcher.train.request import Request
-    from launcher.train.setup import Clock, Worker, prepare
+    from launcher.train.setup import Worker, prepare_inputs
 
     recipe = resolve(argv).recipe
     request = Request(recipe, "test", recipe.model.name, ROOT / "recipes", info)
-    worker = Worker(request, prepare(request), clock=Clock())
+    worker = Worker(request, prepare_inputs(request), clock=Clock())
     worker.build()
     worker.compile()
     torch.manual_seed(1)  # B starts at zero, and then no gradient of A has a direction

@@ -24,9 +24,11 @@ from launcher.train.step import TrainStep
 
 pytestmark = pytest.mark.usefixtures("clean_dynamo")
 
+OPTIMIZERS = ["adamw", "adamw_8bit"]
+
 
 class Linear(nn.Module):
-    """A stand-in with PackedCausalLM's signature: the loss of a row is a weighted sum of its ids."""
+    """Stands for PackedCausalLM: the loss of a block is a weighted sum of its ids; NaN at the calls `poison_at`."""
 
     max_seqlen = 4
 
@@ -44,14 +46,17 @@ class Linear(nn.Module):
         return (input_ids.float() @ self.weight).sum() * poison
 
 
-def micro(value, supervised, rows=1):
-    ids = torch.full((rows, 4), value)
-    boundaries = torch.arange(0, 4 * rows + 1, 4, dtype=torch.int32)
-    return MicroBatch(ids, ids, ids, ids.int(), boundaries, 4 * rows, supervised)
+def micro(value, supervised, blocks=1):
+    ids = torch.full((blocks, 4), value)
+    boundaries = torch.arange(0, 4 * blocks + 1, 4, dtype=torch.int32)
+    return MicroBatch(ids, ids, ids, ids.int(), boundaries, 4 * blocks, supervised)
 
 
 def step_batch(*micros):
     return StepBatch(tuple(micros), sum(m.tokens for m in micros), sum(m.supervised_tokens for m in micros), 0)
+
+
+ONES = step_batch(micro(1, 4))
 
 
 def make_step(model, *, fp16=False, clip=None, optimizer="adamw", steps=10, schedule="constant", warmup=0.0):
@@ -65,6 +70,13 @@ def make_step(model, *, fp16=False, clip=None, optimizer="adamw", steps=10, sche
     )
 
 
+def norms_at_updates(step):
+    """A list that gets the norm of the gradient which each update is made with."""
+    norms = []
+    step.optimizer.register_step_pre_hook(lambda *_: norms.append(step.parameters[0].grad.norm().item()))
+    return norms
+
+
 def test_the_gradient_is_that_of_the_mean_over_all_supervised_tokens_however_they_fall_into_micro_batches():
     gradients = []
     for parts in ([micro(1, 3), micro(5, 1)], [micro(1, 1), micro(5, 3)]):
@@ -75,37 +87,37 @@ def test_the_gradient_is_that_of_the_mean_over_all_supervised_tokens_however_the
     assert torch.equal(gradients[0], gradients[1])
 
 
-def test_a_nan_loss_never_reaches_the_weights_and_nothing_is_updated_after_it():
-    model = Linear(poison_at=(3,))
-    step, weights, losses = make_step(model), [], []
+def test_each_batch_gives_its_own_loss_whatever_was_in_the_buffers_before():
+    step = make_step(Linear())
+    batches = [
+        [micro(1, 4)], [micro(2, 4)], [micro(3, 4, blocks=2)], [micro(2, 4), micro(7, 1, blocks=2)], [micro(1, 4)],
+    ]  # fmt: skip
+    assert [float(step.accumulate(step_batch(*parts))) for parts in batches] == [4.0, 8.0, 24.0, 64.0, 4.0]
+    assert [float(step.eval_loss(one)) for one in (micro(5, 4), micro(6, 4, blocks=2))] == [20.0, 48.0]
+    assert float(step.accumulate(ONES)) == 4.0
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("fp16", [False, True])
+def test_a_nan_loss_never_reaches_the_weights_and_nothing_is_updated_after_it(fp16, optimizer):
+    model = Linear(poison_at=(5,))  # the first micro batch of step 3
+    step, weights, losses = make_step(model, fp16=fp16, optimizer=optimizer), [], []
     for _ in range(5):
-        losses.append(float(step(step_batch(micro(1, 4))).loss_sum))
+        losses.append(float(step(step_batch(micro(1, 4), micro(1, 4))).loss_sum))
         weights.append(model.weight.detach().clone())
     assert not torch.equal(weights[0], weights[1])
     assert math.isnan(losses[2])
-    assert torch.equal(weights[1], weights[2])
-    assert torch.equal(weights[1], weights[4])
+    assert torch.equal(weights[1], weights[2]) and torch.equal(weights[1], weights[4])
     assert torch.isfinite(weights[4]).all()
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "adamw_8bit"])
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_an_infinite_gradient_is_gated_with_every_kind_of_optimizer(optimizer):
     model = Linear()
     model.weight.register_hook(lambda grad: grad * float("inf"))
     step = make_step(model, optimizer=optimizer)
-    result = step(step_batch(micro(1, 4)))
-    assert not math.isfinite(float(result.grad_norm))
+    assert not math.isfinite(float(step(ONES).grad_norm))
     assert torch.equal(model.weight.detach(), torch.ones(4))
-
-
-def test_clipping_bounds_the_update_and_reports_the_norm_before():
-    model = Linear()
-    step = make_step(model, clip=0.5)
-    seen = []
-    step.optimizer.register_step_pre_hook(lambda *_: seen.append(model.weight.grad.norm().item()))
-    result = step(step_batch(micro(2, 1)))
-    assert float(result.grad_norm) == pytest.approx(4.0)  # a gradient of 2 in each of 4 weights
-    assert seen == [pytest.approx(0.5, rel=1e-4)]
 
 
 def test_fp16_overflow_skips_the_update_halves_the_scale_and_holds_the_schedule():
@@ -114,16 +126,39 @@ def test_fp16_overflow_skips_the_update_halves_the_scale_and_holds_the_schedule(
     model.weight.register_hook(lambda grad: grad * (float("inf") if overflow["on"] else 1.0))
     step = make_step(model, fp16=True, schedule="linear")
     scale = step.scaler.get_scale()
-    first = step(step_batch(micro(1, 4)))
+    first = step(ONES)
     assert first.skipped
     assert step.scaler.get_scale() == scale / 2
     assert torch.equal(model.weight.detach(), torch.ones(4))
     overflow["on"] = False
-    second = step(step_batch(micro(1, 4)))
+    second = step(ONES)
     assert not second.skipped
     assert second.lr == first.lr
     assert not torch.equal(model.weight.detach(), torch.ones(4))
-    assert step(step_batch(micro(1, 4))).lr < second.lr
+    assert step(ONES).lr < second.lr
+
+
+def test_the_loss_scale_follows_overflows_as_torchs_scaler_does(monkeypatch):
+    monkeypatch.setattr(loss_scale, "INTERVAL", 2)
+    scale, factors = LossScale(torch.device("cpu"), enabled=True), []
+    for overflow in (0, 1, 0, 0, 0, 1):
+        scale.follow(torch.tensor(float(overflow)))
+        factors.append(scale.get_scale() / loss_scale.INITIAL)
+    assert factors == [1, 0.5, 0.5, 1, 1, 0.5]
+    off = LossScale(torch.device("cpu"), enabled=False)
+    off.follow(torch.ones(()))
+    assert off.get_scale() == 1
+
+
+@pytest.mark.parametrize("fp16", [False, True])
+def test_one_factor_clips_and_unscales_and_the_norm_before_is_reported(fp16):
+    step = make_step(Linear(), clip=0.5, fp16=fp16)
+    norms = norms_at_updates(step)
+    assert float(step(step_batch(micro(2, 1))).grad_norm) == pytest.approx(4.0)  # a gradient of 2 in each of 4 weights
+    assert norms == [pytest.approx(0.5, rel=1e-4)]
+    step.accumulate(step_batch(micro(2, 1)))
+    assert float(step.parameters[0].grad.norm()) == pytest.approx(4.0 * step.scaler.get_scale())
+    assert (step.scaler.get_scale() > 1) == fp16
 
 
 @pytest.mark.parametrize(
@@ -141,29 +176,17 @@ def test_a_paged_optimizer_without_a_gpu_is_refused_rather_than_replaced():
     check_optimizer(section, torch.device("cuda"))
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "adamw_8bit"])
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize("schedule", ["cosine", "linear", "constant"])
 def test_every_optimizer_and_schedule_lowers_a_loss(optimizer, schedule):
-    model = Linear()
-    step = make_step(model, optimizer=optimizer, schedule=schedule, warmup=1)
-    losses = [float(step(step_batch(micro(1, 4))).loss_sum) for _ in range(5)]
+    step = make_step(Linear(), optimizer=optimizer, schedule=schedule, warmup=1)
+    losses = [float(step(ONES).loss_sum) for _ in range(5)]
     assert losses[-1] < losses[0]
-
-
-def test_each_batch_gives_its_own_loss_whatever_lay_in_the_buffers_before():
-    step = make_step(Linear())
-    losses = [float(step.accumulate(step_batch(*parts))) for parts in (
-        [micro(1, 4)], [micro(2, 4)], [micro(3, 4, rows=2)], [micro(2, 4), micro(7, 1, rows=2)], [micro(1, 4)],
-    )]  # fmt: skip
-    assert losses == [4.0, 8.0, 24.0, 64.0, 4.0]
-    evaluated = [float(step.eval_loss(one)) for one in (micro(5, 4), micro(6, 4, rows=2))]
-    assert evaluated == [20.0, 48.0]
-    assert float(step.accumulate(step_batch(micro(1, 4)))) == 4.0
 
 
 @pytest.mark.parametrize("name", ["cosine", "linear", "constant"])
 @pytest.mark.parametrize("warmup", [0, 0.3, 4])
-def test_the_table_of_rates_is_the_schedule_stepped_through_and_steps_report_it(name, warmup):
+def test_the_table_of_rates_is_transformers_schedule_and_steps_report_it(name, warmup):
     steps, train = 10, TrainSection(steps=10, lr=0.1, schedule=name, warmup=warmup)
     optimizer = torch.optim.SGD([torch.zeros(1)], lr=0.1)
     kind = "constant_with_warmup" if name == "constant" else name
@@ -175,63 +198,28 @@ def test_the_table_of_rates_is_the_schedule_stepped_through_and_steps_report_it(
         stepped.step()
     assert schedule(train, steps=steps) == pytest.approx(expected, rel=1e-12)
     step = make_step(Linear(), schedule=name, warmup=warmup)
-    reported = [float(step(step_batch(micro(1, 4))).lr) for _ in range(steps + 3)]
+    reported = [float(step(ONES).lr) for _ in range(steps + 3)]
     assert reported == pytest.approx([*expected, expected[-1], expected[-1]], rel=1e-12)
     assert len(set(reported)) > 1 or (name, warmup) == ("constant", 0)
 
 
-def test_the_update_is_made_at_the_scheduled_rate_on_the_gradient_of_torchs_clipping():
+def test_the_update_is_torchs_at_the_scheduled_rate_on_the_gradient_of_torchs_clipping():
     plain = nn.Parameter(torch.ones(4))
     optimizer = torch.optim.AdamW([plain], lr=0.1, weight_decay=0.0)
-    model = Linear()
-    step = make_step(model, clip=0.5, schedule="linear", warmup=2)
-    for value, lr in zip((1, 2, 3, 1), schedule(TrainSection(steps=10, lr=0.1, schedule="linear", warmup=2), steps=10)):  # noqa: B905
+    step = make_step(Linear(), clip=0.5, schedule="linear", warmup=2)
+    rates = schedule(TrainSection(steps=10, lr=0.1, schedule="linear", warmup=2), steps=10)
+    for value, lr in zip((1, 2, 3, 1), rates[:4], strict=True):
         plain.grad = torch.full((4,), value / 4.0)
         norm = nn.utils.clip_grad_norm_([plain], 0.5)
         optimizer.param_groups[0]["lr"] = lr
         optimizer.step()
         assert float(step(step_batch(micro(value, 4))).grad_norm) == pytest.approx(float(norm))
-    torch.testing.assert_close(model.weight.detach(), plain.detach())
+    torch.testing.assert_close(step.parameters[0].detach(), plain.detach())
     assert not torch.equal(plain.detach(), torch.ones(4))
 
 
-def test_with_fp16_one_factor_unscales_and_clips():
-    model = Linear()
-    step = make_step(model, clip=0.5, fp16=True)
-    seen = []
-    step.optimizer.register_step_pre_hook(lambda *_: seen.append(model.weight.grad.norm().item()))
-    assert float(step(step_batch(micro(2, 1))).grad_norm) == pytest.approx(4.0)
-    assert seen == [pytest.approx(0.5, rel=1e-4)]
-    step.accumulate(step_batch(micro(2, 1)))
-    assert float(model.weight.grad.norm()) == pytest.approx(4.0 * step.scaler.get_scale())
-
-
-@pytest.mark.parametrize("optimizer", ["adamw", "adamw_8bit"])
-def test_fp16_after_a_nan_loss_nothing_is_updated_with_every_kind_of_optimizer(optimizer):
-    model = Linear(poison_at=(2,))
-    step = make_step(model, fp16=True, optimizer=optimizer)
-    step(step_batch(micro(1, 4)))
-    good = model.weight.detach().clone()
-    assert math.isnan(float(step(step_batch(micro(1, 4), micro(1, 4))).loss_sum))
-    step(step_batch(micro(1, 4)))
-    assert torch.equal(model.weight.detach(), good)
-    assert not torch.equal(good, torch.ones(4))
-
-
-def test_the_loss_scale_follows_overflows_as_torchs_scaler_does(monkeypatch):
-    monkeypatch.setattr(loss_scale, "INTERVAL", 2)
-    scale, seen = LossScale(torch.device("cpu"), enabled=True), []
-    for overflow in (0, 1, 0, 0, 0, 1):
-        scale.follow(torch.tensor(float(overflow)))
-        seen.append(scale.get_scale() / loss_scale.INITIAL)
-    assert seen == [1, 0.5, 0.5, 1, 1, 0.5]
-    off = LossScale(torch.device("cpu"), enabled=False)
-    off.follow(torch.ones(()))
-    assert off.get_scale() == 1
-
-
-class Stand:
-    """In place of Graphs, where there is no CUDA: rehearses as it does, and calls where it would replay."""
+class UncapturedGraphs:
+    """Stands for Graphs where there is no CUDA: rehearses as it does, and makes the calls that it would replay."""
 
     fails = False
 
@@ -248,46 +236,39 @@ class Stand:
         return list(work)
 
 
-def state_of(step):
-    optimizer = deepcopy(step.optimizer.state_dict())
-    weights = [parameter.detach().clone() for parameter in step.parameters]
-    return weights, optimizer["state"], step.scaler.get_scale(), [p.grad.clone() for p in step.parameters]
-
-
 @pytest.mark.parametrize("fails", [False, True])
-@pytest.mark.parametrize("optimizer", ["adamw", "adamw_8bit"])
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize("fp16", [False, True])
-def test_rehearsal_and_capture_leave_no_trace_and_the_step_goes_on_as_without(monkeypatch, fp16, optimizer, fails):
-    monkeypatch.setattr(step_module, "Graphs", Stand)
-    monkeypatch.setattr(Stand, "fails", fails)
+def test_rehearsal_and_capture_change_nothing_and_the_steps_go_on_as_without(monkeypatch, fp16, optimizer, fails):
+    monkeypatch.setattr(step_module, "Graphs", UncapturedGraphs)
+    monkeypatch.setattr(UncapturedGraphs, "fails", fails)
     batches = [step_batch(micro(n, 3), micro(2 * n, 1)) for n in (3, 1, 2, 5)]
     plain, captured = (
         make_step(Linear(), fp16=fp16, clip=0.5, optimizer=optimizer, schedule="linear") for _ in range(2)
     )
     expected = [plain(batch).metrics.tolist() for batch in batches]
     captured.rehearse([micro(9, 4)])
-    found = [captured(batches[0]).metrics.tolist()]
-    before = state_of(captured)
+    metrics = [captured(batches[0]).metrics.tolist()]
+    before = deepcopy(captured.live_state())
     captured.rehearse([micro(9, 4)])
     if fails:
         with pytest.raises(CaptureFailed):
             captured.capture([micro(9, 4)])
     else:
         captured.capture([micro(9, 4)])()
-    after = state_of(captured)
-    torch.testing.assert_close(after[:3], before[:3], rtol=0, atol=0)
-    assert not any(gradient.any() for gradient in after[3])
-    found += [captured(batch).metrics.tolist() for batch in batches[1:]]
-    assert found == expected
+    torch.testing.assert_close(captured.live_state(), before, rtol=0, atol=0)
+    assert not any(parameter.grad.any() for parameter in captured.parameters)
+    metrics += [captured(batch).metrics.tolist() for batch in batches[1:]]
+    assert metrics == expected
     assert not captured.optimizer.param_groups[0].get("capturable")
-    assert len({loss for loss, *_ in found}) == 4
+    assert len({loss for loss, *_ in metrics}) == 4
 
 
 def test_a_capture_before_the_first_step_leaves_an_optimizer_that_has_made_none(monkeypatch):
-    monkeypatch.setattr(step_module, "Graphs", Stand)
+    monkeypatch.setattr(step_module, "Graphs", UncapturedGraphs)
     step = make_step(Linear())
     step.capture([micro(9, 4)])()
     [state] = step.optimizer.state.values()
     assert not any(value.any() for value in state.values())
-    step(step_batch(micro(1, 4)))
+    step(ONES)
     assert float(state["step"]) == 1

@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar
 
-import psutil
 import torch
 from torch import Tensor
 
@@ -20,9 +19,10 @@ from launcher.proof.bench.naive import NaiveStep, collate
 from launcher.proof.bench.workload import WARM_UP_STEPS, bench_data, bench_request, digest, step_batches, steps_of
 from launcher.proof.gate import gate_of
 from launcher.records.bench import OursRecord, SideRecord
-from launcher.train.make_records import start_record
+from launcher.runtime.clock import Clock, process_age_s
+from launcher.train.describe import start_record
 from launcher.train.request import Request
-from launcher.train.setup import Clock, Worker
+from launcher.train.setup import Worker
 
 T = TypeVar("T")
 
@@ -52,7 +52,7 @@ class Log:
             self.steps_s.append(time.perf_counter() - start)
             self.losses.append(float(loss) / max(1, tokens))
             if self.first_step_s is None:
-                self.first_step_s = time.time() - psutil.Process().create_time()
+                self.first_step_s = process_age_s()
                 self.clock.elapsed_s["first step"] = self.steps_s[0]
                 self.ledger.mark("after first step")
         self.ledger.mark("after steps")

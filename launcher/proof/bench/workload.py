@@ -15,7 +15,7 @@ from launcher.proof.stock import supervised_documents
 from launcher.recipe.schema import Recipe
 from launcher.records.bench import Workload
 from launcher.train.request import Request
-from launcher.train.setup import Prepared, prepare
+from launcher.train.setup import Prepared, prepare_inputs
 
 WARM_UP_STEPS = 3  # after the first step and before the measured ones: allocators fill, graphs are captured
 
@@ -38,7 +38,7 @@ def bench_data(request: Request) -> Prepared:
 
     Raises RecipeError (2) and DataError (3).
     """
-    prepared = prepare(request)
+    prepared = prepare_inputs(request)
     if request.recipe.proof.bench_rows == "data":
         return prepared
     rows = random_rows(request.recipe, vocabulary=prepared.config.vocab_size)

@@ -26,7 +26,7 @@ from launcher.proof.bench.workload import (
 )
 from launcher.proof.stock import supervised_documents
 from launcher.records.bench import BenchRecord, OursRecord, SideRecord
-from launcher.train import planned
+from launcher.train import regions
 from launcher.train.step import TrainStep
 from tests.conftest import request_for
 
@@ -94,7 +94,7 @@ def test_a_wrong_loss_of_one_side_is_found_at_the_first_step(
         loss, grad = chunk_loss_and_grad(hidden, weight, labels)
         return loss * 1.001, grad
 
-    monkeypatch.setattr(planned, "chunk_loss_and_grad", planted)
+    monkeypatch.setattr(regions, "chunk_loss_and_grad", planted)
     found = benched(small(make_recipe))
     assert [verdict.holds for verdict in found.verdicts] == [True, True, False]
     assert "same loss at step 1" in found.failure

@@ -1,4 +1,4 @@
-"""What a worker says of itself: the record of what is about to run, and that of what this rank did."""
+"""The records that a worker gives of itself: what is about to run, and what this rank did."""
 
 import math
 import statistics
@@ -8,17 +8,15 @@ import torch
 
 from launcher.data.loader import TrainLoader
 from launcher.records.run import RankRecord, StartRecord
-from launcher.train.planned import planned_widths
 from launcher.train.setup import Worker
 
-LEFT_OUT = ("dropped", "truncated", "split", "repeated", "left_out")  # in the counts' names
+INCOMPLETE = ("dropped", "truncated", "split", "repeated", "left_out")  # in names of counts: rows not seen whole, once
 
 
 def start_record(worker: Worker) -> StartRecord:
     """What is about to run, for the start panel and the report."""
     recipe, built, data = worker.recipe, worker.built, worker.prepared.data
-    c, widths = recipe.compile, planned_widths(data)[::-1]
-    loss_tokens = [built.packed.loss_rows(recipe.train.micro_batch * width) for width in widths]
+    train, compile, widths = recipe.train, recipe.compile, tuple(sorted(data.widths))
     return StartRecord(
         recipe=worker.request.name,
         model=worker.request.source + (" (random weights)" if recipe.model.init == "random" else ""),
@@ -30,13 +28,13 @@ def start_record(worker: Worker) -> StartRecord:
         dtype=str(built.dtype).removeprefix("torch."),
         quantization=built.quantization,
         attention=f"{built.attention} ({built.attention_why})",
-        micro_batch=recipe.train.micro_batch,
-        widths=tuple(widths),
-        accumulation=recipe.train.accumulation,
+        micro_batch=train.micro_batch,
+        widths=widths,
+        accumulation=train.accumulation,
         steps=worker.steps,
         epochs=worker.steps / worker.batches.steps_per_epoch if isinstance(worker.batches, TrainLoader) else None,
-        optimizer=f"{recipe.train.optimizer}, lr {recipe.train.lr:g}, {recipe.train.schedule}",
-        compile="off" if c.mode == "off" else f"{c.mode}, scope {c.scope}, {c.backend}",
+        optimizer=f"{train.optimizer}, lr {train.lr:g}, {train.schedule}",
+        compile="off" if compile.mode == "off" else f"{compile.mode}, scope {compile.scope}, {compile.backend}",
         batching=recipe.data.batching,
         streamed=recipe.data.streaming,
         template=data.template,
@@ -49,30 +47,32 @@ def start_record(worker: Worker) -> StartRecord:
         cuda_graphs=worker.cuda_graphs,
         activations=_activations(worker),
         forecast_mib=worker.policy.forecast_mib,
-        loss_tokens=tuple(loss_tokens),
-        notes=worker.request.notes + data.notes + _left_out(data.counts) + _short(worker),
+        loss_tokens=tuple(built.packed.loss_rows(train.micro_batch * width) for width in widths),
+        notes=worker.request.notes + data.notes + _incomplete_rows(data.counts) + _blank_steps(worker),
     )
 
 
 def _activations(worker: Worker) -> str:
-    """The policy, why, and what it takes of the host: once every shape has been seen."""
+    """The activation policy, why, and the host memory it takes: known once every shape has been run."""
     waiting = f", inputs in {worker.host_inputs.host_mib:,.0f} MiB of the host" if worker.host_inputs else ""
     return f"{worker.policy.name} ({worker.policy.why}{waiting})"
 
 
-def _short(worker: Worker) -> tuple[str, ...]:
+def _blank_steps(worker: Worker) -> tuple[str, ...]:
     """A note when a step is larger than an epoch: the rest of it is blank."""
     train, blocks = worker.recipe.train, len(worker.prepared.data.first_blocks)
-    rows = train.micro_batch * train.accumulation * worker.rank_info.world_size
-    if blocks >= rows:
+    step_blocks = train.micro_batch * train.accumulation * worker.rank_info.world_size
+    if blocks >= step_blocks:
         return ()
-    return (f"a step holds {rows} rows and the data only {blocks}: lower train.micro_batch or train.accumulation",)
+    return (
+        f"a step holds {step_blocks} rows and the data only {blocks}: lower train.micro_batch or train.accumulation",
+    )
 
 
-def _left_out(counts: dict[str, int]) -> tuple[str, ...]:
-    """A note when rows did not reach training whole, or not once: by reason, as the data counted them."""
-    kinds = {key: n for key, n in counts.items() if n and any(word in key for word in LEFT_OUT)}
-    return (f"data: {', '.join(f'{n:,} {key}' for key, n in kinds.items())}",) if kinds else ()
+def _incomplete_rows(counts: dict[str, int]) -> tuple[str, ...]:
+    """A note when rows did not reach training whole and exactly once, with the data's counts by reason."""
+    reasons = {key: count for key, count in counts.items() if count and any(word in key for word in INCOMPLETE)}
+    return (f"data: {', '.join(f'{count:,} {key}' for key, count in reasons.items())}",) if reasons else ()
 
 
 def _device_name(device: torch.device, *, index: bool = False) -> str:
@@ -82,18 +82,20 @@ def _device_name(device: torch.device, *, index: bool = False) -> str:
 
 
 def rank_record(worker: Worker, *, step_s: Sequence[float], tokens: Sequence[tuple[int, int]]) -> RankRecord:
-    """This process's account, from the seconds of its steady steps and their tokens (all, supervised)."""
-    phases = {p.phase: p for p in worker.ledger.phases}
+    """What this process did, from the seconds of its steady steps and their tokens (all, supervised)."""
+    ledger = worker.ledger
+    phases = {record.phase: record for record in ledger.phases}
+    all_tokens, supervised_tokens = (sum(counts) for counts in zip(*tokens, strict=True))
     return RankRecord(
         rank=worker.rank_info.rank,
         device=_device_name(worker.accelerator.device, index=True),
         compile=worker.observer.record(),
-        vram=tuple(worker.ledger.phases),
+        vram=tuple(ledger.phases),
         vram_before_mib=phases.get("after capture", phases["after compile"]).allocated_mib,
         vram_after_mib=phases["after training"].allocated_mib,
-        vram_peak_mib=worker.ledger.peak_mib(),
-        tokens_per_s=sum(t for t, _ in tokens) / sum(step_s),
-        supervised_tokens_per_s=sum(s for _, s in tokens) / sum(step_s),
+        vram_peak_mib=ledger.peak_mib(),
+        tokens_per_s=all_tokens / sum(step_s),
+        supervised_tokens_per_s=supervised_tokens / sum(step_s),
         step_ms_median=statistics.median(step_s) * 1000,
         step_ms_p90=sorted(step_s)[math.ceil(0.9 * len(step_s)) - 1] * 1000,
     )

@@ -1,0 +1,56 @@
+"""Forecasts the peak memory of a training step from the model's sizes and what the layers keep.
+
+Letters: N tokens of a micro batch, D model width, F feed-forward width, V vocabulary.
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from launcher.memory.ledger import MIB
+from launcher.memory.offload import INPUTS_ON_DEVICE
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """The sizes that decide how much memory a micro batch takes."""
+
+    layers: int
+    tokens: int  # N
+    hidden: int  # D
+    query: int  # query heads times head width
+    key_value: int  # key-value heads times head width
+    intermediate: int  # F
+    vocabulary: int  # V
+    loss_chunk: int  # tokens whose logits live at once
+    itemsize: int  # bytes of the compute dtype
+    trainable: int  # parameters
+    dropped: int = 0  # sum of in-features of a layer's adapters, where dropout gives each an input of its own
+
+
+class Kept(NamedTuple):
+    """What is kept for the backward pass: the partitioner's settings, and where the layers' inputs wait."""
+
+    budget: float  # fraction of what the partitioner would keep by default
+    elementwise: bool  # whether it keeps elementwise results that the backward pass reads
+    on_host: bool = False
+
+
+def forecast(shapes: Shapes, kept: Kept, *, held_mib: float) -> float:
+    """Peak MiB of a training step: the `held_mib` of weights and adapters, gradients and two moments of the adapters,
+    what the layers keep on the device, and the temporaries of the loss or of one layer's backward pass, whichever are
+    larger."""
+    s = shapes
+    column = s.itemsize * s.tokens / MIB  # MiB of one number per token
+    # A layer's input, the sum after attention, attention's inputs and output, gate and up; then the norms' outputs.
+    selective = (2 * s.hidden + 2 * s.query + 2 * s.key_value + 2 * s.intermediate + s.dropped) * column
+    everything = selective + 2 * s.hidden * column
+    least = s.hidden * column
+    layer = least + kept.budget * ((everything if kept.elementwise else selective) - least)
+    # The feed-forward block: its input's gradient, h, incoming and outgoing gradients; gate and up dequantised.
+    work = (3 * s.intermediate + 2 * s.hidden) * column + 2 * s.intermediate * s.hidden * s.itemsize / MIB
+    if kept.budget < 1:
+        work += everything - layer  # of the layer that is being recomputed
+    loss = s.loss_chunk * s.vocabulary * s.itemsize / MIB + 3 * s.hidden * column
+    adapters = 4 * 4 * s.trainable / MIB  # summed gradients, those of this pass, two moments; fp32
+    layers = min(s.layers, INPUTS_ON_DEVICE) if kept.on_host else s.layers
+    return held_mib + adapters + layers * layer + max(work, loss)

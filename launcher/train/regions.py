@@ -1,0 +1,22 @@
+"""Names the regions of a built model that a compile plan may choose from; compile/ knows nothing of the model."""
+
+from launcher.compile.regions import Region
+from launcher.model.attention import CORES, register_attention
+from launcher.model.build import BuiltModel
+from launcher.model.families import layer_mlps, layer_norms
+from launcher.ops.linear_ce import chunk_loss, chunk_loss_and_grad
+
+
+def regions_of(built: BuiltModel, *, shapes: int) -> list[Region]:
+    """Training and evaluation call each region with every one of the planned `shapes`; the chunks of the loss have one
+    shape, and each of its functions serves one of the two."""
+    packed, losses, path = built.packed, built.packed.loss_functions, built.attention
+    return [
+        Region("layer", 2 * shapes, modules=tuple(packed.body.layers)),
+        Region("body", 2 * shapes, modules=(packed.body,)),
+        Region("mlp", 2 * shapes, modules=layer_mlps(built.family, packed.body)),
+        Region("rmsnorm", 2 * shapes, modules=layer_norms(built.family, packed.body)),
+        Region("attention", 2 * shapes, function=CORES[path], install=lambda f: register_attention(path, f)),
+        Region("loss", 1, function=chunk_loss_and_grad, install=lambda f: setattr(losses, "loss_and_grad", f)),
+        Region("loss", 1, function=chunk_loss, install=lambda f: setattr(losses, "loss", f)),
+    ]

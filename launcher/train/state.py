@@ -1,0 +1,187 @@
+"""Everything that a resumed run needs: a worker that loads a state goes on as if it had trained until there itself.
+
+    identity     recipe, data and ranks: what must be equal in the run that goes on
+    step         optimizer steps done
+    training     what the step writes: adapters, optimizer, rates, loss scale, the flag of a non-finite step
+    random       the random generators of every rank
+    loader       the position in the data
+    early_stop   the best eval loss, and the evaluations since
+
+A state holds tensors (on the CPU), numbers, strings, lists and dicts: safetensors and JSON can keep it, without pickle.
+"""
+
+import random
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from launcher.data.loader import TrainLoader
+from launcher.data.stream import StreamLoader
+from launcher.errors import CheckpointError
+from launcher.recipe.schema import Recipe
+from launcher.runtime.ranks import gather
+from launcher.train.step import TrainStep
+
+SHOWN = 5  # differences that a refusal names
+
+
+@dataclass
+class EarlyStop:
+    """What early stopping remembers."""
+
+    best_eval_loss: float | None = None
+    evals_since_best: int = 0
+
+    def update(self, eval_loss: float) -> None:
+        if self.best_eval_loss is None or eval_loss < self.best_eval_loss:
+            self.best_eval_loss, self.evals_since_best = eval_loss, 0
+        else:
+            self.evals_since_best += 1
+
+
+class TrainState:
+    """The state of one process's run. `identity` is `run_identity`'s."""
+
+    def __init__(
+        self, step: TrainStep, loader: TrainLoader | StreamLoader, *, identity: dict[str, Any], rank: int
+    ) -> None:
+        self._step, self._loader, self._identity = step, loader, identity
+        self._rank = str(rank)
+        self.early_stop = EarlyStop()
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps done, those that fp16 skipped included."""
+        return self._step.steps_done
+
+    def state_dict(self) -> dict[str, Any]:
+        """A copy of everything. Every rank must call it, and gets the random states of all ranks. Waits for the
+        device."""
+        self._wait()
+        random_states = gather(random_state(self._step.device))
+        return {
+            "identity": dict(self._identity),
+            "step": self.step,
+            "training": _copied(self._step.live_state()),
+            "random": {str(rank): state for rank, state in enumerate(random_states)},
+            "loader": _copied(self._loader.state_dict()),
+            "early_stop": {name: value for name, value in asdict(self.early_stop).items() if value is not None},
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from `state`. Tensors are written in place, as captured graphs read fixed addresses.
+
+        Raises CheckpointError, before anything changes, for the state of another recipe, data or number of ranks.
+        """
+        live = self._step.live_state()
+        self._check(live, state)
+        self._loader.load_state_dict(state["loader"])
+        self._wait()
+        _copy_into(live, state["training"])
+        self._step.steps_done = state["step"]
+        self.early_stop = EarlyStop(**state["early_stop"])
+        set_random_state(state["random"][self._rank], self._step.device)  # last: nothing may draw after it
+        self._wait()
+
+    def _check(self, live: dict[str, Any], state: dict[str, Any]) -> None:
+        differences = list(_differences(self._identity, state.get("identity", {}), describe=repr))
+        if not differences:  # then shapes and dtypes, whatever the values
+            expected = {"identity": {}, "step": 0, "training": live, "loader": {}, "early_stop": {}}
+            expected["random"] = random_state(self._step.device)
+            found = {**state, "random": state.get("random", {}).get(self._rank)}
+            differences = list(_differences(expected, found, describe=_kind_of))
+        if differences:
+            more = f"\n... and {len(differences) - SHOWN} more" if len(differences) > SHOWN else ""
+            raise CheckpointError(
+                "a run goes on only from a state of the same recipe, data and number of processes; these differ:\n"
+                + "\n".join(differences[:SHOWN])
+                + f"{more}\nResume with the recipe and the data of the checkpoint, or start a new run."
+            )
+
+    def _wait(self) -> None:
+        """Paged optimizer state lies in memory that the host and the device share: neither may write while the other
+        does."""
+        if self._step.device.type == "cuda":
+            torch.cuda.synchronize(self._step.device)
+
+
+def run_identity(recipe: Recipe, **resolved: str | int) -> dict[str, Any]:
+    """What decides the numbers of a run and the shapes of its state, by the recipe's keys: JSON values.
+
+    `resolved`: what the recipe does not say by itself. That includes the identity of the prepared data, since sources
+    are compared by content, not by path. The sections compile and memory change no state.
+    """
+    sections = {
+        "model": recipe.model.model_dump(mode="json", include={"name", "revision", "init"}),
+        "quant": recipe.quant.model_dump(mode="json"),
+        "lora": recipe.lora.model_dump(mode="json"),
+        "data": recipe.data.model_dump(mode="json", exclude={"sources", "validation", "wait_s"}),
+        "train": recipe.train.model_dump(mode="json", exclude={"steps", "epochs", "eval_every", "log_every"}),
+    }
+    values = {f"{section}.{key}": value for section, keys in sections.items() for key, value in keys.items()}
+    return {key: value for key, value in values.items() if value is not None} | resolved
+
+
+def random_state(device: torch.device) -> dict[str, Any]:
+    """The states of this process's random generators: Python, numpy, torch, and torch on a CUDA device."""
+    version, words, gauss = random.getstate()
+    _, key, *rest = np.random.get_state(legacy=True)
+    state = {
+        "python": {"words": torch.tensor(words), "rest": [version] if gauss is None else [version, gauss]},
+        "numpy": {"key": torch.from_numpy(np.asarray(key).astype(np.int64)), "rest": rest},
+        "torch": torch.get_rng_state(),
+    }
+    return {**state, "cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else state
+
+
+def set_random_state(state: dict[str, Any], device: torch.device) -> None:
+    """Put back what `random_state` gave."""
+    version, *gauss = state["python"]["rest"]
+    random.setstate((version, tuple(state["python"]["words"].tolist()), gauss[0] if gauss else None))
+    np.random.set_state(("MT19937", state["numpy"]["key"].numpy().astype(np.uint32), *state["numpy"]["rest"]))
+    torch.set_rng_state(state["torch"])
+    if device.type == "cuda":
+        torch.cuda.set_rng_state(state["cuda"], device)
+
+
+def _copied(value: Any) -> Any:
+    """The same tree of plain values, with its tensors copied to the CPU."""
+    if isinstance(value, dict):
+        return {key: _copied(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_copied(inner) for inner in value]
+    return value.detach().to("cpu", copy=True) if isinstance(value, Tensor) else value
+
+
+def _copy_into(live: dict[str, Any], state: dict[str, Any]) -> None:
+    """Write the values of `state` into the tensors of `live`, and its numbers in the place of those of `live`."""
+    for key, value in state.items():
+        if isinstance(value, dict):
+            _copy_into(live[key], value)
+        elif isinstance(value, Tensor):
+            live[key].copy_(value)
+        else:
+            live[key] = value
+
+
+def _differences(here: Any, state: Any, *, describe: Callable[[Any], str], name: str = "") -> Iterator[str]:
+    """A line for every leaf of two trees that `describe` tells apart. An empty dict here stands for any dict."""
+    if isinstance(here, dict) and isinstance(state, dict):
+        for key in dict.fromkeys((*here, *state)) if here else ():
+            inner = f"{name}.{key}" if name else key
+            yield from _differences(here.get(key), state.get(key), describe=describe, name=inner)
+        return
+    of_state, of_here = ("missing" if value is None else describe(value) for value in (state, here))
+    if of_state != of_here:
+        yield f"{name}: {of_state} in the state, {of_here} here"
+
+
+def _kind_of(value: Any) -> str:
+    """What must be equal of a value that changes as the run goes: shape and dtype, or the type."""
+    if isinstance(value, Tensor):
+        return f"{str(value.dtype).removeprefix('torch.')} {list(value.shape)}"
+    return type(value).__name__
