@@ -3,9 +3,9 @@
 from typing import Any
 
 from launcher.compile.regions import Region
-from launcher.data.loader import TrainLoader
+from launcher.data.loader import StreamLoader, TrainLoader
 from launcher.data.prepare import PreparedData
-from launcher.data.stream import Stream, StreamLoader
+from launcher.data.stream import Stream
 from launcher.memory.policy import Shapes
 from launcher.model.attention import CORES, Rows, register_attention
 from launcher.model.build import BuiltModel

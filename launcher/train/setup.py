@@ -23,10 +23,9 @@ from launcher.checkpoint.folder import RunFolder, default_folder
 from launcher.compile.graphs import CaptureFailed, check_graphs, outcome
 from launcher.compile.observe import Observer
 from launcher.compile.plan import Plan
-from launcher.data.loader import MicroBatch, eval_batches, sample_batch
+from launcher.data.loader import MicroBatch, eval_batches, sample_batch, train_loader
 from launcher.data.prepare import PreparedData
 from launcher.data.prepare import prepare as prepare_data
-from launcher.data.stream import train_loader
 from launcher.errors import ContractError, DataError, LauncherError, RecipeError
 from launcher.memory.ledger import Ledger
 from launcher.memory.offload import HostInputs

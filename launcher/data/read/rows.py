@@ -4,6 +4,7 @@
 a character of the text. None in rows that do not: plain chats and plain text.
 """
 
+import copyreg
 import json
 from dataclasses import dataclass
 from typing import Any
@@ -45,6 +46,10 @@ class RowFault(DataError):
     def __init__(self, reason: str, *, where: str, rule: str, found: str, remedy: str = SKIP) -> None:
         super().__init__(f"{where}: {rule}\nFound: {found}\n{remedy}")
         self.reason = reason
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Unpickled without __init__, which does not take the stored `args`: worker processes return such faults."""
+        return copyreg.__newobj__, (type(self), *self.args), self.__dict__  # type: ignore[attr-defined]
 
 
 def shown(value: Any) -> str:
