@@ -3,7 +3,6 @@
 from collections.abc import Callable
 
 import pytest
-from transformers import PreTrainedTokenizerFast
 
 from launcher.data.prepare import prepare
 from launcher.data.read.rows import RowFault
@@ -14,13 +13,11 @@ Write = Callable[..., str]
 CHAT = {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."}]}
 
 
-def section(path: str, validation: str | int) -> DataSection:
+def section(path, validation):
     return DataSection.model_validate({"sources": [{"path": path}], "max_length": 256, "validation": validation})
 
 
-def test_an_error_in_validation_data_says_so_and_one_in_training_data_does_not(
-    write: Write, tokenizer: PreTrainedTokenizerFast
-) -> None:
+def test_an_error_in_validation_data_says_so_and_one_in_training_data_does_not(write, tokenizer):
     good, bad = write([CHAT] * 20), write([CHAT, {"messages": "Hi"}], name="bad.jsonl")
     empty, csv = write([{"text": " "}], name="empty.jsonl"), write([b"a;b"], name="bad.csv")
     for path, expected in (
