@@ -6,6 +6,7 @@ import pytest
 from launcher.data import example as example_module
 from launcher.data import prepare as prepare_module
 from launcher.data.prepare import prepare
+from launcher.data.read.rows import RowFault
 from launcher.errors import DataError
 from launcher.recipe.data_section import DataSection
 
@@ -54,13 +55,16 @@ def test_a_fraction_shares_no_row_with_training(write, tokenizer):
     assert not set(train) & set(validation)
     assert (len(train), len(validation)) == (144, 36)
     assert len(set(train) | set(validation)) == 60
+    assert prepared.loss_on == {"assistant": prepared.train_rows}
 
 
-def test_a_fraction_of_zero_and_a_single_row_give_no_validation(write, tokenizer):
-    for rows, fraction in ((CHATS, 0.0), (CHATS[:1], 0.5), (CHATS[:1] * 5, 0.5)):
-        prepared = prepare(section(write(rows), validation=fraction), tokenizer, seed=0)
-        assert (prepared.validation, prepared.example, prepared.validation_rows) == (None, None, 0)
-        assert prepared.train_rows == len(rows)
+@pytest.mark.parametrize(("number", "copies", "fraction"), [(60, 1, 0.0), (1, 1, 0.5), (1, 5, 0.05)])
+def test_a_fraction_that_holds_out_nothing_is_said_unless_it_is_zero(write, tokenizer, number, copies, fraction):
+    prepared = prepare(section(write(CHATS[:number] * copies), validation=fraction), tokenizer, seed=0)
+    assert (prepared.validation, prepared.example, prepared.validation_rows) == (None, None, 0)
+    assert prepared.train_rows == number * copies
+    said = [f"data.validation={fraction} holds out nothing" in note for note in prepared.notes]
+    assert said == ([True] if fraction else [])
 
 
 def test_one_seed_prepares_the_same_and_another_another(write, tokenizer, monkeypatch):
@@ -218,11 +222,6 @@ def test_what_the_loss_sees_is_told_by_rows(write, tokenizer):
     assert prepared.loss_on == {"assistant": 60, "all": 1, "completion": 2}
 
 
-def test_what_validates_is_not_counted_as_trained_on(write, tokenizer):
-    prepared = prepare(section(write(CHATS), validation=0.2), tokenizer, seed=0)
-    assert prepared.loss_on == {"assistant": prepared.train_rows} == {"assistant": 48}
-
-
 def test_rows_of_the_validation_data_are_not_trained_on(write, tokenizer):
     validation = write([*CHATS[:5], ask("only", "here")], name="validation.jsonl")
     prepared = prepare(section(write(CHATS), validation=validation), tokenizer, seed=0)
@@ -254,8 +253,18 @@ def test_texts_are_not_read_again_for_an_example(write, tokenizer, monkeypatch):
     assert prepared.example is None and prepared.validation_rows == 6
 
 
-@pytest.mark.parametrize(("rows", "fraction"), [(CHATS[:1], 0.5), (CHATS[:1] * 5, 0.05)])
-def test_a_fraction_that_holds_out_nothing_is_said(write, tokenizer, rows, fraction):
-    prepared = prepare(section(write(rows), validation=fraction), tokenizer, seed=0)
-    assert any(f"data.validation={fraction} holds out nothing" in note for note in prepared.notes)
-    assert not prepare(section(write(rows), validation=0), tokenizer, seed=0).notes
+def test_an_error_in_validation_data_says_so_and_one_in_training_data_does_not(write, tokenizer):
+    good, bad = write(CHATS[:1] * 20), write([CHATS[0], {"messages": "Hi"}], name="bad.jsonl")
+    empty, csv = write([{"text": " "}], name="empty.jsonl"), write([b"a;b"], name="bad.csv")
+    for path, expected in (
+        (bad, f"{bad}:2: "),
+        (empty, f"{empty}: 0 usable rows"),
+        (csv, f"{csv}: the cells"),
+        ("./none.jsonl", "./none.jsonl: a source is"),
+    ):
+        for validation, sources, prefix in ((path, good, "data.validation: "), (0, path, "")):
+            with pytest.raises(DataError) as caught:
+                prepare(section(sources, validation=validation), tokenizer, seed=0)
+            assert str(caught.value).startswith(prefix + expected) and caught.value.code == 3
+    with pytest.raises(RowFault):
+        prepare(section(good, validation=bad), tokenizer, seed=0)

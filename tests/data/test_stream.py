@@ -73,17 +73,17 @@ def test_a_state_restores_the_very_next_batch_at_every_step(write, tokenizer):
     original = loader(streamed(*paths, tokenizer=tokenizer, weights=[1, 2]))
     states, batches = [], []
     for _ in range(12):
-        states.append(json.loads(json.dumps(original.state())))
+        states.append(json.loads(json.dumps(original.state_dict())))
         batches.append(next(original))
     assert len({state["epoch"] for state in states}) > 2
-    states.append(json.loads(json.dumps(original.state())))
+    states.append(json.loads(json.dumps(original.state_dict())))
     for state, following, batch in zip(states, states[1:], batches, strict=False):
         restored = loader(streamed(*paths, tokenizer=tokenizer, weights=[1, 2]))
-        restored.restore(state)
+        restored.load_state_dict(state)
         again = next(restored)
         assert rows_seen(again) == rows_seen(batch)
         assert again.epoch == batch.epoch
-        assert json.loads(json.dumps(restored.state())) == following
+        assert json.loads(json.dumps(restored.state_dict())) == following
 
 
 def test_weights_are_the_shares_of_the_rows_drawn(write, tokenizer):
@@ -148,8 +148,8 @@ GOOD = {"epoch": 1, "offset": 0, "positions": [[0, 20]], "counts": {}}
 def test_a_state_that_cannot_be_is_refused(write, tokenizer, change):
     running = loader(streamed(write(rows(50)), tokenizer=tokenizer))
     with pytest.raises(CheckpointError, match="\nFound: "):
-        running.restore({**GOOD, **change})
-    running.restore(GOOD)
+        running.load_state_dict({**GOOD, **change})
+    running.load_state_dict(GOOD)
 
 
 def test_restoring_while_the_thread_reads_ahead_changes_no_token_and_counts_no_row_twice(write, tokenizer):
@@ -160,14 +160,14 @@ def test_restoring_while_the_thread_reads_ahead_changes_no_token_and_counts_no_r
     steady = loader(stream)
     states, batches, counts = [], [], []
     for _ in range(20):
-        states.append(json.loads(json.dumps(steady.state())))
+        states.append(json.loads(json.dumps(steady.state_dict())))
         batches.append(rows_seen(next(steady)))
         counts.append(dict(stream.counts))
     other = streamed(path, tokenizer=tokenizer)
     restored = loader(other)
     next(restored)  # begins to read ahead
     for number in (15, 3, 11, 0, 19, 7):
-        restored.restore(states[number])
+        restored.load_state_dict(states[number])
         assert rows_seen(next(restored)) == batches[number], states[number]
         assert dict(other.counts) == counts[number]
 

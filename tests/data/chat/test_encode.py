@@ -12,17 +12,16 @@ from launcher.errors import DataError
 from launcher.recipe.data_section import DataSection
 from tests.support.chats import MANY_TURNS, chat, encode, encoder, same, supervised_text
 
-
-def test_the_templates_begin_token_is_not_doubled(tokenizer):
-    [document] = encode(tokenizer, MANY_TURNS)
-    assert document.input_ids[0] == tokenizer.bos_token_id
-    assert document.input_ids.tolist().count(tokenizer.bos_token_id) == 1
-
-
-def test_loss_on_all_supervises_every_token_of_a_chat(tokenizer):
-    [document] = encode(tokenizer, MANY_TURNS, loss_on="all")
-    assert all(document.supervised)
-    assert document.input_ids.tolist() == encode(tokenizer, MANY_TURNS)[0].input_ids.tolist()
+HEAD = "<|head|>{}<|/head|>\n\n{}<|eot|>"
+TURNS = [
+    ("user", "a"),
+    ("assistant", "one"),
+    ("user", "b"),
+    ("assistant", "two"),
+    ("user", "c"),
+    ("assistant", "three"),
+]
+WHOLE_CHAT = "<|bos|>" + "".join(HEAD.format(*turn) for turn in TURNS)
 
 
 @pytest.mark.parametrize(
@@ -33,14 +32,15 @@ def test_loss_on_all_supervises_every_token_of_a_chat(tokenizer):
         ("completion", 3, "completion", "two<|eot|>|three<|eot|>"),
         ("completion", None, "completion", "three<|eot|>"),
         ("assistant", 3, "assistant", "one<|eot|>|two<|eot|>|three<|eot|>"),
+        ("all", 3, "all", WHOLE_CHAT),
     ],
 )
 def test_loss_on_says_which_turns_of_a_chat_are_supervised(tokenizer, loss_on, answer, resolved, seen):
-    turns = ["user: a", "assistant: one", "user: b", "assistant: two", "user: c", "assistant: three"]
-    row = chat(*turns, answer=answer)
+    row = chat(*[f"{role}: {content}" for role, content in TURNS], answer=answer)
     [encoded] = encoder(tokenizer, loss_on=loss_on).encode([row])
     assert encoded.loss_on == resolved
     assert supervised_text(tokenizer, encoded.document) == seen
+    assert tokenizer.decode(encoded.document.input_ids) == WHOLE_CHAT
 
 
 @pytest.mark.parametrize(
