@@ -222,15 +222,15 @@ class StreamLoader(Iterator[StepBatch]):
         self._read_ahead()
         return replace(next(self._loader), epoch=self._number)
 
-    def state(self) -> StreamState:
-        """For `restore`, in a loader of the same stream and step size; plain JSON."""
+    def state_dict(self) -> StreamState:
+        """For `load_state_dict`, in a loader of the same stream and step size; plain JSON."""
         if self._window_is_done:
             return StreamState(epoch=self._number + 1, offset=0, positions=self._end, counts=dict(self._stream.counts))
         offset = self._loader.state()["offset"]
         counts = dict(self._counts_before)
         return StreamState(epoch=self._number, offset=offset, positions=self._start, counts=counts)
 
-    def restore(self, state: StreamState) -> None:
+    def load_state_dict(self, state: StreamState) -> None:
         """Go on as the loader would have that gave this state: rows before its window are read over, not encoded.
 
         Raises CheckpointError for a state that no loader of this stream can give.

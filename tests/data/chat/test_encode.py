@@ -12,16 +12,8 @@ from launcher.errors import DataError
 from launcher.recipe.data_section import DataSection
 from tests.support.chats import MANY_TURNS, chat, encode, encoder, same, supervised_text
 
-HEAD = "<|head|>{}<|/head|>\n\n{}<|eot|>"
-TURNS = [
-    ("user", "a"),
-    ("assistant", "one"),
-    ("user", "b"),
-    ("assistant", "two"),
-    ("user", "c"),
-    ("assistant", "three"),
-]
-WHOLE_CHAT = "<|bos|>" + "".join(HEAD.format(*turn) for turn in TURNS)
+TURNS = list(zip(["user", "assistant"] * 3, ["a", "one", "b", "two", "c", "three"], strict=True))
+WHOLE_CHAT = "<|bos|>" + "".join(f"<|head|>{role}<|/head|>\n\n{content}<|eot|>" for role, content in TURNS)
 
 
 @pytest.mark.parametrize(
