@@ -40,7 +40,7 @@ def fitting_templates(tokenizer: PreTrainedTokenizerBase) -> list[str]:
 
 
 def put_template(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
-    """Set the tokenizer's chat template, which is saved with it. Raises DataError if it lacks tokens of the template."""
+    """Set the tokenizer's chat template, which is saved with it. Raises DataError if the tokenizer lacks its tokens."""
     if missing := missing_tokens(tokenizer, name):
         fitting = fitting_templates(tokenizer)
         instead = f"data.template={' or '.join(fitting)}" if fitting else "data.template=auto; no other fits either"
@@ -52,8 +52,9 @@ def put_template(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
 
 
 def without_today(template: str) -> str:
-    """The template with DATE for today, if it asks for today (strftime_now, as Llama 3.2's own does). The tokenizer keeps
-    its own. Without this the data would differ from day to day, and between ranks across midnight.
+    """The template with DATE for today, if it asks for today (strftime_now, as Llama 3.2's own does).
+
+    Otherwise the data would differ from day to day, and between ranks across midnight. The tokenizer keeps its own.
 
     It is a macro before the template, since transformers passes templates plain data, no functions. Jinja removes the
     newline after the macro, so the template still begins a line.
