@@ -10,8 +10,10 @@ Several widths (bucketed):     the shuffled blocks of each width, cut into micro
 Blank blocks fill the last micro batch of each width and the last step: an epoch shows every block once, in few shapes.
 """
 
+from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from typing import TypedDict
 
 import numpy as np
@@ -19,6 +21,7 @@ import numpy as np
 from launcher.data.documents import Ints, Longs
 from launcher.data.pack.blocks import Blocks
 from launcher.data.pack.micro_batch import MicroBatch, micro_batch_of
+from launcher.data.stream import Position, Stream, StreamReader, Window
 from launcher.errors import CheckpointError
 
 
@@ -130,3 +133,100 @@ def _cut(order: Longs, widths: Ints, micro_batch: int) -> Longs:
 def _filled(numbers: Longs, multiple: int) -> Longs:
     """`numbers` ([n] or [n, B]), followed by as many blank blocks as make n a multiple."""
     return np.concatenate([numbers, np.full((-len(numbers) % multiple, *numbers.shape[1:]), -1)])
+
+
+class StreamState(LoaderState):
+    """`epoch` is the window. `positions`: where each source stood before it; `counts`: what was counted until then."""
+
+    positions: list[Position]
+    counts: dict[str, int]
+
+
+class StreamLoader(Iterator[StepBatch]):
+    """Endless optimizer steps over the windows of a stream; like TrainLoader, with the window as a step's epoch."""
+
+    def __init__(self, stream: Stream, *, micro_batch: int, accumulation: int, rank: int, world_size: int) -> None:
+        self._stream = stream
+        self._shape = {"micro_batch": micro_batch, "accumulation": accumulation, "rank": rank, "world_size": world_size}
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="stream")  # reads windows ahead
+        self._reader: Future[StreamReader] | None = None
+        self._next_window: Future[Window] | None = None
+        stream.counts.clear()
+        stream.counts.update(stream.validation_counts)
+        self._begin(stream.first_window, number=0, start=stream.beginning)
+
+    def __next__(self) -> StepBatch:
+        if self._window_is_done:
+            window = self._read_ahead().result()
+            self._next_window = None
+            self._begin(window, number=self._number + 1, start=self._end)
+        self._read_ahead()
+        return replace(next(self._loader), epoch=self._number)
+
+    def state_dict(self) -> StreamState:
+        """For `load_state_dict`, in a loader of the same stream and step size; plain JSON."""
+        if self._window_is_done:
+            return StreamState(epoch=self._number + 1, offset=0, positions=self._end, counts=dict(self._stream.counts))
+        offset = self._loader.state_dict()["offset"]
+        counts = dict(self._counts_before)
+        return StreamState(epoch=self._number, offset=offset, positions=self._start, counts=counts)
+
+    def load_state_dict(self, state: StreamState) -> None:
+        """Go on as the loader would have that gave this state: rows before its window are read over, not encoded.
+
+        Raises CheckpointError for a state that no loader of this stream can give.
+        """
+        positions = self._checked_positions(state)
+        if self._next_window is not None:
+            self._next_window.cancel()
+        self._reader, self._next_window = None, None
+        number, window = state["epoch"], self._stream.first_window
+        if number:  # the first was laid out before it was known how many documents a block may have
+            self._number, self._end = number - 1, positions
+            window = self._read_ahead().result()
+            self._next_window = None
+        self._stream.counts.clear()
+        self._stream.counts.update(state["counts"])
+        self._begin(window, number=number, start=positions)
+        self._loader.load_state_dict({"epoch": 0, "offset": state["offset"]})
+
+    def _checked_positions(self, state: StreamState) -> list[Position]:
+        try:
+            positions = [Position(int(passes), int(rows)) for passes, rows in state["positions"]]
+            numbers = [state["epoch"], state["offset"], *(number for position in positions for number in position)]
+            if isinstance(state["counts"], dict) and min(numbers) >= 0 and len(positions) == len(self._stream.sources):
+                return positions
+        except (KeyError, TypeError, ValueError):
+            pass
+        raise CheckpointError(
+            "a stream's state must tell the window, the step in it and where each source stands; "
+            f"this stream has {len(self._stream.sources)} source(s).\nFound: {str(state)[:200]}.\n"
+            "Resume with the data.sources of the checkpoint."
+        )
+
+    @property
+    def _window_is_done(self) -> bool:
+        return self._loader.state_dict()["epoch"] > 0
+
+    def _read_ahead(self) -> Future[Window]:
+        """The window after this one, which the thread reads while this one is trained on."""
+        if self._next_window is None:
+            if self._reader is None:
+                self._reader = self._thread.submit(StreamReader, self._stream, self._end)
+            reader, number = self._reader, self._number + 1
+            self._next_window = self._thread.submit(lambda: self._stream.read_window(reader.result(), number=number))
+        return self._next_window
+
+    def _begin(self, window: Window, *, number: int, start: list[Position]) -> None:
+        self._number, self._start, self._end = number, start, window.end
+        self._counts_before = Counter(self._stream.counts)
+        self._stream.counts.update(window.counts)
+        self._loader = TrainLoader(window.blocks, **self._shape, seed=self._stream.seed + number)
+
+
+def train_loader(
+    data: Blocks | Stream, *, micro_batch: int, accumulation: int, rank: int, world_size: int, seed: int
+) -> TrainLoader | StreamLoader:
+    """This rank's endless optimizer steps; a stream brings its own seed."""
+    shape = {"micro_batch": micro_batch, "accumulation": accumulation, "rank": rank, "world_size": world_size}
+    return StreamLoader(data, **shape) if isinstance(data, Stream) else TrainLoader(data, **shape, seed=seed)

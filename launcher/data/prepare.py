@@ -1,13 +1,19 @@
 """One data section becomes training and validation blocks, with a count for everything that was left out.
 
-read -> one kind of row -> render and mask -> fit -> split -> weigh -> lay out      (and into the cache)
+open_source       a path or a dataset of the hub -> feeds of records
+read_rows         records -> rows: conversations or texts
+EncoderPool       rows -> text with spans (chat/render.py) -> token ids and a mask of what the loss sees
+fit_rows          -> documents of at most max_length tokens
+held_out          -> training rows and validation rows
+weighted          -> the rows of an epoch
+lay_out           -> blocks, which go into the cache
 """
 
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
-from itertools import chain, islice
+from itertools import chain
 from typing import cast
 
 import numpy as np
@@ -15,26 +21,21 @@ from transformers import PreTrainedTokenizerBase
 
 from launcher.data import cache
 from launcher.data.chat.encode import Encoder
+from launcher.data.chat.workers import EncoderPool
 from launcher.data.documents import Documents, Longs
+from launcher.data.example import Example, find_example
 from launcher.data.pack.blocks import Blocks
 from launcher.data.pack.buckets import lay_out
-from launcher.data.pack.fit import Encoded, Fitter, encode_sources
+from launcher.data.pack.fit import UsableRows, fit_rows, nothing_left
 from launcher.data.read.formats import read_rows
-from launcher.data.read.rows import Conversation, RowFault
 from launcher.data.read.sources import Feed, open_source
 from launcher.data.splits import held_out, weighted
 from launcher.data.stream import Stream
 from launcher.errors import DataError
 from launcher.recipe.data_section import DataSection, Source
+from launcher.runtime.ranks import rank_info
 
-
-@dataclass(frozen=True)
-class Example:
-    """A validation conversation up to its last assistant turn, rendered with generation prompt, and its answer."""
-
-    prompt_ids: list[int]
-    prompt: str
-    expected: str
+STORED = ("counts", "train_rows", "validation_rows", "loss_on", "template", "notes")  # in a cache entry's meta
 
 
 @dataclass(frozen=True)
@@ -49,13 +50,13 @@ class PreparedData:
     validation_rows: int
     loss_on: dict[str, int]  # training rows by what the loss sees of them
     template: str  # the chat template's name
-    identity: str  # of what the blocks are made from: equal on ranks that read the same data alike
+    identity: str  # of what the blocks are made from: equal on ranks that read the same data
     notes: tuple[str, ...] = ()  # for the report
 
     @property
     def first_blocks(self) -> Blocks:
         """What training begins with: all its rows, or the first window of a stream."""
-        return self.train.first if isinstance(self.train, Stream) else self.train
+        return self.train.first_window.blocks if isinstance(self.train, Stream) else self.train
 
     @property
     def widths(self) -> tuple[int, ...]:
@@ -65,31 +66,26 @@ class PreparedData:
 
 
 @dataclass(frozen=True)
-class _Job:
-    """A data section with its sources opened."""
+class _Inputs:
+    """A data section with its sources opened, and what makes documents of their rows."""
 
     data: DataSection
-    encoder: Encoder
-    train: list[list[Feed]]
-    validation: list[Feed] | None  # of its own source
+    pool: EncoderPool
+    train: list[list[Feed]]  # by source
+    validation: list[Feed] | None  # of validation data that is a source of its own
     pad_id: int
     seed: int
 
-    def fitter(self, validating: Encoded | None) -> Fitter:
-        """Makes documents of rows, but of none that validates."""
-        without = validating.digests if validating else ()
-        return Fitter(self.encoder, data=self.data, seed=self.seed, without=without)
-
 
 def prepare(data: DataSection, tokenizer: PreTrainedTokenizerBase, *, seed: int) -> PreparedData:
-    """Reads, renders, masks, splits, lays out; or loads what an earlier run made of the same. Alike on every rank.
+    """The blocks of a data section: from the cache of an earlier run, or made and cached. The same on every rank.
 
     Counts: rows_read, rows_dropped_<reason>, pieces_dropped_zero_supervised, truncated and split (rows that were too
     long), empty_assistant_turns (where masked), rows_repeated and rows_left_out (by weights), of several sources
     source_<n>_rows_of_an_epoch (n from 1; a repeated row counts each time), documents, tokens and supervised_tokens
-    (the targets) for training, validation_documents. Validation data's own other counts have the prefix validation_,
-    and its rows are dropped from training; with a fraction, rows_read = train_rows + validation_rows + all dropped
-    rows. Of a stream: what was read for the windows that training has begun with.
+    (the targets) for training, validation_documents. Where validation data is a source of its own, its other counts
+    have the prefix validation_, and its rows are dropped from training; with a fraction, rows_read = train_rows +
+    validation_rows + all dropped rows. Of a stream: what was read for the windows that training has begun with.
     One row, or many equal ones, cannot be split and is all training.
 
     Raises DataError as sources, formats and chat say, and when nothing is left to train on or to validate on.
@@ -98,36 +94,39 @@ def prepare(data: DataSection, tokenizer: PreTrainedTokenizerBase, *, seed: int)
     # Any id will do: padding is a document of its own, without loss.
     pad_id = next(i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if i is not None)
     train = [open_source(source, streaming=data.streaming) for source in data.sources]
-    job = _Job(data, encoder, train, _opened_validation(data), pad_id, seed)
-    opened = [*job.train, *([job.validation] if job.validation is not None else [])]
+    validation = _open_validation(data)
+    opened = [*train, *([validation] if validation is not None else [])]
     identity = cache.fingerprint(
         data,
         identities=[[feed.identity for feed in feeds] for feeds in opened],
         tokenizer=tokenizer,
         seed=seed,
     )
+    pool = EncoderPool(encoder, workers=rank_info().cores)
+    inputs = _Inputs(data, pool, train, validation, pad_id, seed)
     if data.streaming:
-        return _streamed(job, identity)
-    found = cache.load(identity)
-    if found is not None:
-        return _restored(found, identity)
-    made = _make(job, identity)
-    note = cache.save(_entry(made), identity)
-    return replace(made, notes=(*made.notes, note)) if note else made
+        return _prepare_stream(inputs, identity)  # which goes on using the pool
+    entry = cache.load(identity)
+    if entry is not None:
+        return _from_entry(entry, identity)
+    with pool:
+        prepared = _prepare_blocks(inputs, identity)
+    note = cache.save(_to_entry(prepared), identity)
+    return replace(prepared, notes=(*prepared.notes, note)) if note else prepared
 
 
-def _opened_validation(data: DataSection) -> list[Feed] | None:
-    """The feeds of validation data of its own, if there is any."""
-    own = Source(path=data.validation, format="auto") if isinstance(data.validation, str) else data.validation
-    if not isinstance(own, Source):
+def _open_validation(data: DataSection) -> list[Feed] | None:
+    """The feeds of validation data that is a source of its own."""
+    source = Source(path=data.validation, format="auto") if isinstance(data.validation, str) else data.validation
+    if not isinstance(source, Source):
         return None
-    with _about_validation():
-        return open_source(own, streaming=False)
+    with _errors_name_validation():
+        return open_source(source, streaming=False)
 
 
 @contextmanager
-def _about_validation() -> Iterator[None]:
-    """Errors say that it is the validation data they are about."""
+def _errors_name_validation() -> Iterator[None]:
+    """Errors say that they are about the validation data."""
     try:
         yield
     except DataError as error:
@@ -135,22 +134,18 @@ def _about_validation() -> Iterator[None]:
         raise
 
 
-_KEPT = ("counts", "train_rows", "validation_rows", "loss_on", "template", "notes")
+def _to_entry(prepared: PreparedData) -> cache.Entry:
+    meta = {name: getattr(prepared, name) for name in STORED}
+    meta["example"] = asdict(prepared.example) if prepared.example else None
+    return cache.Entry(prepared.first_blocks, prepared.validation, meta)
 
 
-def _entry(made: PreparedData) -> cache.Entry:
-    meta = {name: getattr(made, name) for name in _KEPT}
-    return cache.Entry(
-        made.first_blocks, made.validation, {**meta, "example": asdict(made.example) if made.example else None}
-    )
-
-
-def _restored(found: cache.Entry, identity: str) -> PreparedData:
-    meta = dict(found.meta)
+def _from_entry(entry: cache.Entry, identity: str) -> PreparedData:
+    meta = dict(entry.meta)
     example = meta.pop("example")
     return PreparedData(
-        found.train,
-        found.validation,
+        entry.train,
+        entry.validation,
         example=Example(**example) if example else None,
         identity=identity,
         notes=("data: read from the cache of an earlier run", *meta.pop("notes")),
@@ -158,141 +153,141 @@ def _restored(found: cache.Entry, identity: str) -> PreparedData:
     )
 
 
-def _make(job: _Job, identity: str) -> PreparedData:
-    counts: Counter[str] = Counter(truncated=0)
-    own = _validating(job, counts)
-    encoded = encode_sources(job.train, job.fitter(own), bad_rows=job.data.bad_rows, counts=counts)
-    documents = encoded.flat()
-    if own is None:
-        held = held_out(encoded.digests, fraction=float(cast(float, job.data.validation)))
-        train_rows, validation_rows = np.flatnonzero(~held), np.flatnonzero(held)
-        validation_documents = encoded.documents_of(validation_rows)
+def _prepare_blocks(inputs: _Inputs, identity: str) -> PreparedData:
+    data, counts = inputs.data, Counter[str](truncated=0)
+    validation_source = _rows_of_validation_source(inputs, counts)
+    excluded = frozenset(validation_source.digests if validation_source else ())
+    usable = _usable_rows(inputs.train, inputs, counts, excluded=excluded)
+    documents = usable.documents
+    if validation_source:
+        train_rows, validation_rows = np.arange(len(usable)), np.arange(len(validation_source))
+        validation_documents = len(documents) + validation_source.documents_of(validation_rows)
+        documents = Documents.of([documents, validation_source.documents])
     else:
-        train_rows, validation_rows = np.arange(len(encoded.digests)), np.arange(len(own.digests))
-        first = len(documents)
-        documents = Documents.of([documents, own.flat()])
-        validation_documents = np.arange(first, len(documents))
-    epoch = _epoch(train_rows, encoded, job, counts)
-    if len(job.train) > 1:
-        of_sources = np.bincount(np.array(encoded.sources)[epoch], minlength=len(job.train))
-        counts.update({f"source_{n}_rows_of_an_epoch": int(rows) for n, rows in enumerate(of_sources, 1)})
-    placed = encoded.documents_of(epoch)
+        held = held_out(usable.digests, fraction=float(cast(float, data.validation)))
+        train_rows, validation_rows = np.flatnonzero(~held), np.flatnonzero(held)
+        validation_documents = usable.documents_of(validation_rows)
+    epoch = _rows_of_an_epoch(train_rows, usable, inputs, counts)
+    train_documents = usable.documents_of(epoch)
     train, validation = lay_out(
-        documents, placed, validation_documents, data=job.data, pad_id=job.pad_id, seed=job.seed
+        documents, train_documents, validation_documents, data=data, pad_id=inputs.pad_id, seed=inputs.seed
     )
-    counts.update(documents=len(placed), tokens=train.tokens, supervised_tokens=train.supervised_tokens)
+    counts.update(documents=len(train_documents), tokens=train.tokens, supervised_tokens=train.supervised_tokens)
     counts.update(validation_documents=len(validation_documents))
     return PreparedData(
         train=train,
         validation=validation,
         counts=dict(counts),
-        example=_example(own or encoded, validation_rows, job),
+        example=_example(validation_source or usable, validation_rows, inputs),
         train_rows=len(train_rows),
         validation_rows=len(validation_rows),
-        loss_on=dict(Counter(encoded.loss_on[row] for row in train_rows)),
-        template=job.encoder.template,
+        loss_on=dict(Counter(usable.loss_on[row] for row in train_rows)),
+        template=inputs.pool.encoder.template,
         identity=identity,
-        notes=_unheld(job.data, validation),
+        notes=_notes_of_split(data, validation),
     )
 
 
-def _unheld(data: DataSection, validation: Blocks | None) -> tuple[str, ...]:
+def _notes_of_split(data: DataSection, validation: Blocks | None) -> tuple[str, ...]:
     if validation is not None or data.validation == 0:
         return ()
     return (f"data.validation={data.validation} holds out nothing: the rows are all alike, or there is only one",)
 
 
-def _streamed(job: _Job, identity: str) -> PreparedData:
+def _prepare_stream(inputs: _Inputs, identity: str) -> PreparedData:
     """The first window of the stream, and all of the validation data."""
     counts: Counter[str] = Counter()
-    own = _validating(job, counts)
-    validation = None
-    rows = np.arange(len(own.digests) if own else 0)
-    if own is not None:
-        documents = own.flat()
-        every = np.arange(len(documents))
-        laid_out, _ = lay_out(documents, every, every[:0], data=job.data, pad_id=job.pad_id, seed=job.seed)
-        validation = laid_out.bounded(job.data.max_length)  # as the stream's rows, of which nothing is known
-    weights = [source.weight for source in job.data.sources if source.weight is not None]
+    usable = _rows_of_validation_source(inputs, counts) or UsableRows()
+    rows, validation = np.arange(len(usable)), None
+    if len(usable):
+        documents = usable.documents
+        indices = np.arange(len(documents))
+        blocks, _ = lay_out(documents, indices, indices[:0], data=inputs.data, pad_id=inputs.pad_id, seed=inputs.seed)
+        validation = blocks.bounded(inputs.data.max_length)  # as the stream's blocks: its longest document is not known
     stream = Stream(
-        sources=job.train,
-        weights=weights or None,
-        fitter=job.fitter(own),
-        data=job.data,
-        pad_id=job.pad_id,
-        seed=job.seed,
-        beside=counts,
-        room_for=validation.max_documents if validation else 0,
+        sources=inputs.train,
+        pool=inputs.pool,
+        data=inputs.data,
+        pad_id=inputs.pad_id,
+        seed=inputs.seed,
+        excluded=frozenset(usable.digests),
+        validation_counts=counts,
+        min_max_documents=validation.max_documents if validation else 0,
     )
     return PreparedData(
         train=stream,
         validation=replace(validation, max_documents=stream.max_documents) if validation else None,
         counts=stream.counts,
-        example=_example(own, rows, job) if own else None,
+        example=_example(usable, rows, inputs),
         train_rows=0,
         validation_rows=len(rows),
-        loss_on=dict(stream.opening.loss_on),
-        template=job.encoder.template,
+        loss_on=dict(stream.first_window.loss_on),
+        template=inputs.pool.encoder.template,
         identity=identity,
-        notes=_of_stream(stream),
+        notes=_notes_of_stream(stream),
     )
 
 
-def _of_stream(stream: Stream) -> tuple[str, ...]:
-    most = max(passes for passes, _ in stream.opening.behind)
-    if not most:
+def _notes_of_stream(stream: Stream) -> tuple[str, ...]:
+    passes = max(position.passes for position in stream.first_window.end)
+    if not passes:
         return ("data: streamed; the number of its rows is not known",)
-    return (f"data: streamed; short of a window, so that the first one goes over it up to {most + 1} times",)
+    return (f"data: streamed; short of a window, so that the first one goes over it up to {passes + 1} times",)
 
 
-def _validating(job: _Job, counts: Counter[str]) -> Encoded | None:
-    """The rows of validation data of its own, if there is any."""
-    if job.validation is None:
-        return None
-    own: Counter[str] = Counter()
-    with _about_validation():
-        encoded = encode_sources([job.validation], job.fitter(None), bad_rows=job.data.bad_rows, counts=own)
-    counts.update({f"validation_{reason}": n for reason, n in own.items()})
-    return encoded
+def _usable_rows(
+    sources: Sequence[Sequence[Feed]], inputs: _Inputs, counts: Counter[str], *, excluded: frozenset[bytes]
+) -> UsableRows:
+    """The rows of the sources that have something to learn. Adds what was read and left out to `counts`.
 
-
-def _epoch(rows: Longs, encoded: Encoded, job: _Job, counts: Counter[str]) -> Longs:
-    """The rows of one epoch: all of them once, or as the sources' weights say."""
-    weights = [source.weight for source in job.data.sources]
-    if weights[0] is None:
-        return rows
-    sources = np.array(encoded.sources)[rows]
-    by_source = [rows[sources == index] for index in range(len(weights))]
-    for source, found in zip(job.data.sources, by_source, strict=True):
-        if not len(found):
-            raise DataError(
-                f"{source.path}: a source with a weight must have a row to train on; all of its rows validate.\n"
-                f"Found: data.validation={job.data.validation}.\nLower it, or name validation data of its own."
-            )
-    chosen, repeated, left_out = weighted(by_source, [weight or 0.0 for weight in weights], seed=job.seed)
-    counts.update(rows_repeated=repeated, rows_left_out=left_out)
-    return chosen
-
-
-def _example(encoded: Encoded, rows: Longs, job: _Job) -> Example | None:
-    """The first of these rows that is a conversation with an answer and a prompt shorter than max_length. Read once
-    more: keeping every row for the sake of one would cost memory."""
-    sources = [job.validation] if job.validation is not None else job.train
-    wanted = {(encoded.sources[row], encoded.ordinals[row]) for row in rows.tolist() if encoded.is_chat[row]}
+    Raises DataError: a row is faulty with bad_rows "raise", too long with too_long "raise", or a source has none left.
+    """
+    data, usable = inputs.data, UsableRows()
     for index, feeds in enumerate(sources):
-        again = chain.from_iterable(read_rows(feed, bad_rows="skip", counts=Counter()) for feed in feeds)
-        last = max((ordinal for source, ordinal in wanted if source == index), default=-1)
-        for ordinal, row in enumerate(islice(again, last + 1)):
-            if (index, ordinal) in wanted and isinstance(row, Conversation):
-                with suppress(RowFault):  # a template may refuse a conversation that ends with the question
-                    if (found := _asked(row, job)) is not None:
-                        return found
-    return None
+        counts_before, rows_before = Counter(counts), len(usable)
+        rows = chain.from_iterable(read_rows(feed, bad_rows=data.bad_rows, counts=counts) for feed in feeds)
+        encoded = inputs.pool.encode(rows)
+        for fitted in fit_rows(encoded, counts, data=data, seed=inputs.seed, excluded=excluded):
+            if fitted.documents:
+                usable.add(fitted, source=index)
+        if len(usable) == rows_before:
+            raise nothing_left(feeds, counts - counts_before)
+    return usable
 
 
-def _asked(row: Conversation, job: _Job) -> Example | None:
-    turn = max((i for i, m in enumerate(row.messages) if m.role == "assistant"), default=0)
-    if not turn or not row.messages[turn].content.strip():
+def _rows_of_validation_source(inputs: _Inputs, counts: Counter[str]) -> UsableRows | None:
+    if inputs.validation is None:
         return None
-    prompt, prompt_ids = job.encoder.prompt(row.messages[:turn])
-    return Example(prompt_ids, prompt, row.messages[turn].content) if len(prompt_ids) < job.data.max_length else None
+    own_counts: Counter[str] = Counter()
+    with _errors_name_validation():
+        usable = _usable_rows([inputs.validation], inputs, own_counts, excluded=frozenset())
+    counts.update({f"validation_{name}": count for name, count in own_counts.items()})
+    return usable
+
+
+def _rows_of_an_epoch(rows: Longs, usable: UsableRows, inputs: _Inputs, counts: Counter[str]) -> Longs:
+    """All rows once, or as the sources' weights say."""
+    sources, weights = np.array(usable.sources)[rows], [source.weight for source in inputs.data.sources]
+    if weights[0] is not None:
+        by_source = [rows[sources == index] for index in range(len(weights))]
+        for source, rows_of_source in zip(inputs.data.sources, by_source, strict=True):
+            if not len(rows_of_source):
+                raise DataError(
+                    f"{source.path}: a source with a weight must have a row to train on; all of its rows validate.\n"
+                    f"Found: data.validation={inputs.data.validation}.\n"
+                    "Lower it, or name validation data of its own."
+                )
+        rows, repeated, left_out = weighted(by_source, [weight or 0.0 for weight in weights], seed=inputs.seed)
+        counts.update(rows_repeated=repeated, rows_left_out=left_out)
+    if len(weights) > 1:
+        rows_of_sources = np.bincount(np.array(usable.sources)[rows], minlength=len(weights))
+        counts.update({f"source_{n}_rows_of_an_epoch": int(count) for n, count in enumerate(rows_of_sources, 1)})
+    return rows
+
+
+def _example(usable: UsableRows, rows: Longs, inputs: _Inputs) -> Example | None:
+    """A conversation of these rows, which validate."""
+    feeds = inputs.validation if inputs.validation is not None else chain.from_iterable(inputs.train)
+    digests = (usable.digests[row] for row in rows.tolist() if usable.is_chat[row])
+    encoder, max_length = inputs.pool.encoder, inputs.data.max_length
+    return find_example(feeds, digests, encoder=encoder, max_length=max_length, seed=inputs.seed)

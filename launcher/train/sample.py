@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-from launcher.data.prepare import Example
+from launcher.data.example import Example
 from launcher.model.packed import PackedCausalLM
 from launcher.records.run import Sample
 

@@ -23,11 +23,11 @@ from launcher.checkpoint.folder import RunFolder, default_folder
 from launcher.compile.graphs import CaptureFailed, check_graphs, outcome
 from launcher.compile.observe import Observer
 from launcher.compile.plan import Plan
-from launcher.data.loader import TrainLoader, eval_batches, sample_batch
+from launcher.data.loader import StreamLoader, TrainLoader, eval_batches, sample_batch, train_loader
 from launcher.data.pack.micro_batch import MicroBatch
 from launcher.data.prepare import PreparedData
 from launcher.data.prepare import prepare as prepare_data
-from launcher.data.stream import Stream, StreamLoader, train_loader
+from launcher.data.stream import Stream
 from launcher.errors import ContractError, DataError, LauncherError, RecipeError
 from launcher.memory.forecast import Shapes
 from launcher.memory.ledger import Ledger

@@ -19,8 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from launcher.data.loader import TrainLoader
-from launcher.data.stream import StreamLoader
+from launcher.data.loader import StreamLoader, TrainLoader
 from launcher.errors import CheckpointError
 from launcher.recipe.schema import Recipe
 from launcher.runtime.ranks import gather

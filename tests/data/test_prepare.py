@@ -1,42 +1,41 @@
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 import pytest
-from transformers import PreTrainedTokenizerFast
 
+from launcher.data import example as example_module
 from launcher.data import prepare as prepare_module
-from launcher.data.pack.blocks import Blocks
 from launcher.data.pack.micro_batch import micro_batch_of
-from launcher.data.prepare import PreparedData, prepare
+from launcher.data.prepare import prepare
+from launcher.data.read.rows import RowFault
 from launcher.errors import DataError
 from launcher.recipe.data_section import DataSection
 
 Write = Callable[..., str]
 
 
-def ask(question: str, answer: str) -> dict[str, Any]:
+def ask(question, answer):
     return {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
 
 
 CHATS = [ask(f"Define the word {n}", f"the number {n} " * (1 + n % 5)) for n in range(60)]
 
 
-def section(*paths: str, **options: Any) -> DataSection:
+def section(*paths, **options):
     return DataSection.model_validate({"sources": [{"path": path} for path in paths], "max_length": 256, **options})
 
 
-def texts(blocks: Blocks | None, tokenizer: PreTrainedTokenizerFast) -> list[str]:
+def texts(blocks, tokenizer):
     if blocks is None:
         return []
     return [str(tokenizer.decode(blocks.documents[index].input_ids)) for index in blocks.block_documents]
 
 
-def ids(prepared: PreparedData) -> np.ndarray[Any, Any]:
+def ids(prepared):
     return micro_batch_of(prepared.train, range(len(prepared.train))).input_ids.numpy()
 
 
-def test_rows_become_packed_blocks_with_counts_that_add_up(write: Write, tokenizer: PreTrainedTokenizerFast) -> None:
+def test_rows_become_packed_blocks_with_counts_that_add_up(write, tokenizer):
     bad = [b"{", {"messages": []}, ask("Hi", " "), {"messages": [{"role": "robot", "content": "x"}]}]
     prepared = prepare(section(write([*CHATS, *bad]), bad_rows="skip", validation=0.1), tokenizer, seed=0)
     counts = prepared.counts
@@ -51,26 +50,25 @@ def test_rows_become_packed_blocks_with_counts_that_add_up(write: Write, tokeniz
     assert prepared.train.pad_id == tokenizer.pad_token_id
 
 
-def test_a_fraction_shares_no_row_with_training(write: Write, tokenizer: PreTrainedTokenizerFast) -> None:
+def test_a_fraction_shares_no_row_with_training(write, tokenizer):
     prepared = prepare(section(write(CHATS * 3), validation=0.2), tokenizer, seed=0)
     train, validation = texts(prepared.train, tokenizer), texts(prepared.validation, tokenizer)
     assert not set(train) & set(validation)
     assert (len(train), len(validation)) == (144, 36)
     assert len(set(train) | set(validation)) == 60
+    assert prepared.loss_on == {"assistant": prepared.train_rows}
 
 
-def test_a_fraction_of_zero_and_a_single_row_give_no_validation(
-    write: Write, tokenizer: PreTrainedTokenizerFast
-) -> None:
-    for rows, fraction in ((CHATS, 0.0), (CHATS[:1], 0.5), (CHATS[:1] * 5, 0.5)):
-        prepared = prepare(section(write(rows), validation=fraction), tokenizer, seed=0)
-        assert (prepared.validation, prepared.example, prepared.validation_rows) == (None, None, 0)
-        assert prepared.train_rows == len(rows)
+@pytest.mark.parametrize(("number", "copies", "fraction"), [(60, 1, 0.0), (1, 1, 0.5), (1, 5, 0.05)])
+def test_a_fraction_that_holds_out_nothing_is_said_unless_it_is_zero(write, tokenizer, number, copies, fraction):
+    prepared = prepare(section(write(CHATS[:number] * copies), validation=fraction), tokenizer, seed=0)
+    assert (prepared.validation, prepared.example, prepared.validation_rows) == (None, None, 0)
+    assert prepared.train_rows == number * copies
+    said = [f"data.validation={fraction} holds out nothing" in note for note in prepared.notes]
+    assert said == ([True] if fraction else [])
 
 
-def test_one_seed_prepares_the_same_and_another_another(
-    write: Write, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_one_seed_prepares_the_same_and_another_another(write, tokenizer, monkeypatch):
     data = section(write(CHATS), validation=0.2)
     monkeypatch.setattr(prepare_module.cache, "load", lambda identity: None)
     one, same, other = (prepare(data, tokenizer, seed=seed) for seed in (1, 1, 2))
@@ -79,7 +77,7 @@ def test_one_seed_prepares_the_same_and_another_another(
     assert not np.array_equal(ids(one), ids(other))
 
 
-def test_a_validation_file_is_counted_apart(write: Write, tokenizer: PreTrainedTokenizerFast) -> None:
+def test_a_validation_file_is_counted_apart(write, tokenizer):
     path = write([*CHATS[:3], ask("Hi", "")], name="validation.jsonl")
     prepared = prepare(section(write(CHATS[10:]), validation=path), tokenizer, seed=0)
     counts = prepared.counts
@@ -89,9 +87,7 @@ def test_a_validation_file_is_counted_apart(write: Write, tokenizer: PreTrainedT
     assert len(texts(prepared.validation, tokenizer)) == prepared.validation_rows == 3
 
 
-def test_several_sources_of_both_formats_are_trained_on_together(
-    write: Write, tokenizer: PreTrainedTokenizerFast
-) -> None:
+def test_several_sources_of_both_formats_are_trained_on_together(write, tokenizer):
     paths = write(CHATS), write([{"text": "a river flows to the sea"}], name="texts.jsonl")
     prepared = prepare(section(*paths, validation=0), tokenizer, seed=0)
     assert prepared.counts["rows_read"] == prepared.train_rows == 61
@@ -100,9 +96,7 @@ def test_several_sources_of_both_formats_are_trained_on_together(
     assert "<|bos|>a river flows to the sea<|eot|>" in texts(prepared.train, tokenizer)
 
 
-def test_the_example_asks_a_validation_question_and_knows_its_answer(
-    write: Write, tokenizer: PreTrainedTokenizerFast
-) -> None:
+def test_the_example_asks_a_validation_question_and_knows_its_answer(write, tokenizer):
     example = prepare(section(write(CHATS), validation=0.1), tokenizer, seed=0).example
     assert example is not None
     assert example.prompt.endswith("<|head|>assistant<|/head|>\n\n")
@@ -115,9 +109,7 @@ LONG = ask("Define the word sea", "water " * 400)
 LONG_QUESTION = ask("why " * 200, "because")
 
 
-def test_over_long_rows_are_cut_dropped_or_refused_and_counted(
-    write: Write, tokenizer: PreTrainedTokenizerFast
-) -> None:
+def test_over_long_rows_are_cut_dropped_or_refused_and_counted(write, tokenizer):
     path = write([*CHATS[:4], LONG, LONG_QUESTION])
     cut = prepare(section(path, validation=0), tokenizer, seed=0)
     assert (cut.counts["truncated"], cut.counts["documents"]) == (1, 5)
@@ -130,7 +122,7 @@ def test_over_long_rows_are_cut_dropped_or_refused_and_counted(
     assert caught.value.code == 3
 
 
-def test_an_example_leaves_room_for_an_answer(write: Write, tokenizer: PreTrainedTokenizerFast) -> None:
+def test_an_example_leaves_room_for_an_answer(write, tokenizer):
     validation = write([LONG_QUESTION, ask("Hi", " "), ask("short", "yes")], name="validation.jsonl")
     prepared = prepare(section(write(CHATS), validation=validation, loss_on="all"), tokenizer, seed=0)
     assert prepared.validation_rows == 3
@@ -138,9 +130,7 @@ def test_an_example_leaves_room_for_an_answer(write: Write, tokenizer: PreTraine
 
 
 @pytest.mark.parametrize("row", [ask("Hi", " "), LONG_QUESTION, {"messages": [{"role": "user", "content": "Hi"}]}])
-def test_nothing_left_to_learn_is_an_error_that_says_where_it_went(
-    write: Write, tokenizer: PreTrainedTokenizerFast, row: dict[str, Any]
-) -> None:
+def test_nothing_left_to_learn_is_an_error_that_says_where_it_went(write, tokenizer, row):
     with pytest.raises(DataError, match="0 usable rows") as caught:
         prepare(section(write([row, row])), tokenizer, seed=0)
     assert "Found: 2 rows read; 2 rows_dropped_zero_supervised" in str(caught.value)
@@ -148,7 +138,7 @@ def test_nothing_left_to_learn_is_an_error_that_says_where_it_went(
     assert prepare(section(write([row, row]), loss_on="all"), tokenizer, seed=0).train_rows == 2
 
 
-def test_a_text_of_one_token_teaches_nothing_and_is_dropped(write: Write, make_tokenizer: Any) -> None:
+def test_a_text_of_one_token_teaches_nothing_and_is_dropped(write, make_tokenizer):
     tokenizer = make_tokenizer("llama3")
     tokenizer.bos_token = tokenizer.eos_token = None
     prepared = prepare(section(write([{"text": "a"}, {"text": "a river"}]), validation=0), tokenizer, seed=0)
@@ -156,7 +146,7 @@ def test_a_text_of_one_token_teaches_nothing_and_is_dropped(write: Write, make_t
     assert prepared.train.supervised_tokens > 0
 
 
-def test_a_tokenizer_without_padding_pads_with_what_it_has(write: Write, make_tokenizer: Any) -> None:
+def test_a_tokenizer_without_padding_pads_with_what_it_has(write, make_tokenizer):
     tokenizer = make_tokenizer("llama3")
     tokenizer.pad_token = None
     assert prepare(section(write(CHATS)), tokenizer, seed=0).train.pad_id == tokenizer.eos_token_id
@@ -164,7 +154,7 @@ def test_a_tokenizer_without_padding_pads_with_what_it_has(write: Write, make_to
     assert prepare(section(write(CHATS)), tokenizer, seed=0).train.pad_id == 0
 
 
-def test_training_and_validation_batches_have_one_shape(write: Write, tokenizer: PreTrainedTokenizerFast) -> None:
+def test_training_and_validation_batches_have_one_shape(write, tokenizer):
     short = write([ask("what?", f"that {n}") for n in range(40)])
     long = write([ask("what?", "a very long answer of many many words " * 3)], name="validation.jsonl")
     prepared = prepare(section(short, validation=long, max_length=256), tokenizer, seed=0)
@@ -174,12 +164,10 @@ def test_training_and_validation_batches_have_one_shape(write: Write, tokenizer:
     assert prepared.validation.max_documents == prepared.train.max_documents
 
 
-def test_a_second_start_reads_the_same_blocks_from_the_cache(
-    write: Write, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_second_start_reads_the_same_blocks_from_the_cache(write, tokenizer, monkeypatch):
     path = write([*CHATS, b"{"])
     first = prepare(section(path, bad_rows="skip"), tokenizer, seed=0)
-    monkeypatch.setattr(prepare_module, "_make", lambda *_: pytest.fail("it was prepared again"))
+    monkeypatch.setattr(prepare_module, "read_rows", lambda *_, **__: pytest.fail("it was prepared again"))
     second = prepare(section(path, bad_rows="skip", wait_s=5), tokenizer, seed=0)
     assert np.array_equal(ids(first), ids(second))
     assert first.validation is not None and second.validation is not None
@@ -190,7 +178,7 @@ def test_a_second_start_reads_the_same_blocks_from_the_cache(
 
 
 @pytest.mark.parametrize("change", ["row", "seed", "option", "template"])
-def test_whatever_decides_the_blocks_makes_them_anew(write: Write, make_tokenizer: Any, change: str) -> None:
+def test_whatever_decides_the_blocks_makes_them_anew(write, make_tokenizer, change):
     prepare(section(write(CHATS)), make_tokenizer("llama3"), seed=0)
     rows = [*CHATS[:-1], ask("Define the word", "another")] if change == "row" else CHATS
     again = prepare(
@@ -201,9 +189,7 @@ def test_whatever_decides_the_blocks_makes_them_anew(write: Write, make_tokenize
     assert again.notes == ()
 
 
-def test_a_row_that_is_split_trains_on_all_of_it_and_validates_whole(
-    write: Write, tokenizer: PreTrainedTokenizerFast
-) -> None:
+def test_a_row_that_is_split_trains_on_all_of_it_and_validates_whole(write, tokenizer):
     path = write([*CHATS[:4], LONG, LONG_QUESTION])
     prepared = prepare(section(path, validation=0, too_long="split"), tokenizer, seed=0)
     whole = prepare(section(path, validation=0, max_length=4096), tokenizer, seed=0)
@@ -217,7 +203,7 @@ def test_a_row_that_is_split_trains_on_all_of_it_and_validates_whole(
     assert ("water" in "".join(train)) != ("water" in "".join(validation))
 
 
-def test_sources_are_mixed_by_weight(write: Write, tokenizer: PreTrainedTokenizerFast) -> None:
+def test_sources_are_mixed_by_weight(write, tokenizer):
     many, few = write(CHATS[:50]), write([{"text": f"a river {n}"} for n in range(10)], name="few.jsonl")
     data = section(many, validation=0, sources=[{"path": many, "weight": 1}, {"path": few, "weight": 1}])
     prepared = prepare(data, tokenizer, seed=0)
@@ -230,19 +216,14 @@ def test_sources_are_mixed_by_weight(write: Write, tokenizer: PreTrainedTokenize
     assert [prepared.counts[f"source_{n}_rows_of_an_epoch"] for n in (1, 2)] == [30, 30]
 
 
-def test_what_the_loss_sees_is_told_by_rows(write: Write, tokenizer: PreTrainedTokenizerFast) -> None:
+def test_what_the_loss_sees_is_told_by_rows(write, tokenizer):
     rows = [CHATS, [{"text": "a river"}], [{"prompt": "a", "completion": " river flows"}] * 2]
     paths = [write(part, name=f"{index}.jsonl") for index, part in enumerate(rows)]
     prepared = prepare(section(*paths, validation=0), tokenizer, seed=0)
     assert prepared.loss_on == {"assistant": 60, "all": 1, "completion": 2}
 
 
-def test_what_validates_is_not_counted_as_trained_on(write: Write, tokenizer: PreTrainedTokenizerFast) -> None:
-    prepared = prepare(section(write(CHATS), validation=0.2), tokenizer, seed=0)
-    assert prepared.loss_on == {"assistant": prepared.train_rows} == {"assistant": 48}
-
-
-def test_rows_of_the_validation_data_are_not_trained_on(write: Write, tokenizer: PreTrainedTokenizerFast) -> None:
+def test_rows_of_the_validation_data_are_not_trained_on(write, tokenizer):
     validation = write([*CHATS[:5], ask("only", "here")], name="validation.jsonl")
     prepared = prepare(section(write(CHATS), validation=validation), tokenizer, seed=0)
     assert (prepared.train_rows, prepared.validation_rows) == (55, 6)
@@ -252,16 +233,14 @@ def test_rows_of_the_validation_data_are_not_trained_on(write: Write, tokenizer:
         prepare(section(write(CHATS), validation=write(CHATS, name="same.jsonl")), tokenizer, seed=0)
 
 
-def test_validation_data_may_be_an_entry_like_a_source(write: Write, tokenizer: PreTrainedTokenizerFast) -> None:
+def test_validation_data_may_be_an_entry_like_a_source(write, tokenizer):
     both = [{"text": "a river", "prompt": "a", "completion": " river flows"}]
     entry = {"path": write(both, name="validation.jsonl"), "format": "text"}
     prepared = prepare(section(write(CHATS), validation=entry), tokenizer, seed=0)
     assert texts(prepared.validation, tokenizer) == ["<|bos|>a river<|eot|>"]
 
 
-def test_a_weighted_source_that_would_only_validate_is_refused(
-    write: Write, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_weighted_source_that_would_only_validate_is_refused(write, tokenizer, monkeypatch):
     paths = write(CHATS[:9], name="many.jsonl"), write(CHATS[9:10], name="few.jsonl")
     data = section(*paths, sources=[{"path": path, "weight": 1} for path in paths], validation=0.1)
     monkeypatch.setattr(prepare_module, "held_out", lambda digests, *, fraction: np.arange(len(digests)) == 9)
@@ -269,18 +248,24 @@ def test_a_weighted_source_that_would_only_validate_is_refused(
         prepare(data, tokenizer, seed=0)
 
 
-def test_texts_are_not_read_again_for_an_example(
-    write: Write, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(prepare_module, "read_rows", lambda *_, **__: pytest.fail("read again"))
+def test_texts_are_not_read_again_for_an_example(write, tokenizer, monkeypatch):
+    monkeypatch.setattr(example_module, "read_rows", lambda *_, **__: pytest.fail("read again"))
     prepared = prepare(section(write([{"text": f"river {n}"} for n in range(20)]), validation=0.3), tokenizer, seed=0)
     assert prepared.example is None and prepared.validation_rows == 6
 
 
-@pytest.mark.parametrize(("rows", "fraction"), [(CHATS[:1], 0.5), (CHATS[:1] * 5, 0.05)])
-def test_a_fraction_that_holds_out_nothing_is_said(
-    write: Write, tokenizer: PreTrainedTokenizerFast, rows: list[Any], fraction: float
-) -> None:
-    prepared = prepare(section(write(rows), validation=fraction), tokenizer, seed=0)
-    assert any(f"data.validation={fraction} holds out nothing" in note for note in prepared.notes)
-    assert not prepare(section(write(rows), validation=0), tokenizer, seed=0).notes
+def test_an_error_in_validation_data_says_so_and_one_in_training_data_does_not(write, tokenizer):
+    good, bad = write(CHATS[:1] * 20), write([CHATS[0], {"messages": "Hi"}], name="bad.jsonl")
+    empty, csv = write([{"text": " "}], name="empty.jsonl"), write([b"a;b"], name="bad.csv")
+    for path, expected in (
+        (bad, f"{bad}:2: "),
+        (empty, f"{empty}: 0 usable rows"),
+        (csv, f"{csv}: the cells"),
+        ("./none.jsonl", "./none.jsonl: a source is"),
+    ):
+        for validation, sources, prefix in ((path, good, "data.validation: "), (0, path, "")):
+            with pytest.raises(DataError) as caught:
+                prepare(section(sources, validation=validation), tokenizer, seed=0)
+            assert str(caught.value).startswith(prefix + expected) and caught.value.code == 3
+    with pytest.raises(RowFault):
+        prepare(section(good, validation=bad), tokenizer, seed=0)

@@ -6,16 +6,15 @@ import json
 import weakref
 from collections import Counter
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 import pytest
-from transformers import PreTrainedTokenizerFast
 
 from launcher.data import stream as stream_module
+from launcher.data.loader import StreamLoader
 from launcher.data.pack.blocks import Blocks
 from launcher.data.prepare import prepare
-from launcher.data.stream import Reader, Stream, StreamLoader, Window
+from launcher.data.stream import Stream, StreamReader
 from launcher.errors import CheckpointError, DataError
 from launcher.recipe.data_section import DataSection
 
@@ -23,18 +22,16 @@ Write = Callable[..., str]
 
 
 @pytest.fixture(autouse=True)
-def small_windows(monkeypatch: pytest.MonkeyPatch) -> None:
+def small_windows(monkeypatch):
     monkeypatch.setattr(stream_module, "WINDOW_BLOCKS", 8)
-    monkeypatch.setattr(stream_module, "CHUNK", 16)
+    monkeypatch.setattr(stream_module, "DRAWN_ROWS", 16)
 
 
-def rows(number: int, word: str = "river") -> list[dict[str, Any]]:
+def rows(number, word="river"):
     return [{"text": f"a {word} {n} flows to the sea " + "and on " * (n % 9)} for n in range(number)]
 
 
-def streamed(
-    *paths: str, tokenizer: PreTrainedTokenizerFast, weights: list[float] | None = None, **more: Any
-) -> Stream:
+def streamed(*paths, tokenizer, weights=None, **more):
     sources = [{"path": path, **({"weight": weights[i]} if weights else {})} for i, path in enumerate(paths)]
     options = {"streaming": True, "validation": 0, "max_length": 128, **more}
     prepared = prepare(DataSection.model_validate({"sources": sources, **options}), tokenizer, seed=0)
@@ -42,17 +39,15 @@ def streamed(
     return prepared.train
 
 
-def loader(stream: Stream, *, rank: int = 0, world_size: int = 1, accumulation: int = 1) -> StreamLoader:
+def loader(stream, *, rank=0, world_size=1, accumulation=1):
     return StreamLoader(stream, micro_batch=2, accumulation=accumulation, rank=rank, world_size=world_size)
 
 
-def rows_seen(batch: Any) -> list[list[int]]:
+def rows_seen(batch):
     return [row.tolist() for micro in batch.micro_batches for row in micro.input_ids]
 
 
-def test_a_stream_goes_over_its_rows_again_and_again_and_each_row_comes_once_a_pass(
-    write: Write, tokenizer: PreTrainedTokenizerFast
-) -> None:
+def test_a_stream_goes_over_its_rows_again_and_again_and_each_row_comes_once_a_pass(write, tokenizer):
     stream = streamed(write(rows(100)), tokenizer=tokenizer)
     texts: Counter[str] = Counter()
     for batch in itertools.islice(loader(stream), 60):
@@ -64,7 +59,7 @@ def test_a_stream_goes_over_its_rows_again_and_again_and_each_row_comes_once_a_p
     assert max(seen.values()) - min(seen.values()) <= 1 and min(seen.values()) > 1
 
 
-def test_steps_do_not_depend_on_the_number_of_ranks(write: Write, tokenizer: PreTrainedTokenizerFast) -> None:
+def test_steps_do_not_depend_on_the_number_of_ranks(write, tokenizer):
     path = write(rows(60))
     alone = loader(streamed(path, tokenizer=tokenizer), accumulation=2)
     first, second = (loader(streamed(path, tokenizer=tokenizer), rank=rank, world_size=2) for rank in (0, 1))
@@ -73,7 +68,7 @@ def test_steps_do_not_depend_on_the_number_of_ranks(write: Write, tokenizer: Pre
         assert one.supervised_tokens == a.supervised_tokens == b.supervised_tokens > 0
 
 
-def test_a_state_restores_the_very_next_batch_at_every_step(write: Write, tokenizer: PreTrainedTokenizerFast) -> None:
+def test_a_state_restores_the_very_next_batch_at_every_step(write, tokenizer):
     paths = write(rows(50)), write(rows(20, "harbour"), name="other.jsonl")
     original = loader(streamed(*paths, tokenizer=tokenizer, weights=[1, 2]))
     states, batches = [], []
@@ -91,15 +86,16 @@ def test_a_state_restores_the_very_next_batch_at_every_step(write: Write, tokeni
         assert json.loads(json.dumps(restored.state_dict())) == following
 
 
-def test_weights_are_the_shares_of_the_rows_drawn(write: Write, tokenizer: PreTrainedTokenizerFast) -> None:
+def test_weights_are_the_shares_of_the_rows_drawn(write, tokenizer):
     paths = write(rows(300)), write(rows(30, "harbour"), name="other.jsonl")
     stream = streamed(*paths, tokenizer=tokenizer, weights=[1, 3])
-    drawn = Reader(stream, stream.beginning).draw(np.random.default_rng(0), 2000)
-    share = sum("harbour" in row.text for _, row in drawn) / 2000  # type: ignore[union-attr]
+    sources, drawn = StreamReader(stream, stream.beginning).draw(np.random.default_rng(0), 2000)
+    assert [source == 1 for source in sources] == ["harbour" in row.text for row in drawn]
+    share = sum(sources) / 2000
     assert share == pytest.approx(0.75, abs=0.03)
 
 
-def test_every_window_keeps_to_the_shapes_of_the_first(write: Write, tokenizer: PreTrainedTokenizerFast) -> None:
+def test_every_window_keeps_to_the_shapes_of_the_first(write, tokenizer):
     long, short = rows(16), [{"text": f"x{n}"} for n in range(200)]  # later windows would hold far more documents a row
     stream = streamed(write(long + short), tokenizer=tokenizer)
     batches = list(itertools.islice(loader(stream), 40))
@@ -107,16 +103,14 @@ def test_every_window_keeps_to_the_shapes_of_the_first(write: Write, tokenizer: 
     assert max(batch.epoch for batch in batches) > 2
 
 
-def test_padded_streams_have_a_document_a_row(write: Write, tokenizer: PreTrainedTokenizerFast) -> None:
+def test_padded_streams_have_a_document_a_row(write, tokenizer):
     stream = streamed(write(rows(50)), tokenizer=tokenizer, batching="padded")
     batch = next(loader(stream))
-    assert stream.first.shapes == (128,)
+    assert stream.first_window.blocks.shapes == (128,)
     assert int(batch.micro_batches[0].document_ids.max()) == 1  # the padding
 
 
-def test_faults_are_found_before_training_and_later_ones_when_their_window_comes(
-    write: Write, tokenizer: PreTrainedTokenizerFast
-) -> None:
+def test_faults_are_found_before_training_and_later_ones_when_their_window_comes(write, tokenizer):
     with pytest.raises(DataError, match="rows.jsonl:3"):
         streamed(write([*rows(2), b"{"]), tokenizer=tokenizer)
     later = loader(streamed(write([*rows(90), b"{"]), tokenizer=tokenizer))
@@ -130,99 +124,92 @@ def test_faults_are_found_before_training_and_later_ones_when_their_window_comes
 
 
 @pytest.mark.parametrize("content", [[], [b"{"], [{"messages": [{"role": "user", "content": "Hi"}]}]])
-def test_a_stream_without_a_usable_row_ends_with_an_error_and_not_in_a_circle(
-    write: Write, tokenizer: PreTrainedTokenizerFast, content: list[Any]
-) -> None:
+def test_a_stream_without_a_usable_row_ends_with_an_error_and_not_in_a_circle(write, tokenizer, content):
     with pytest.raises(DataError, match="0 usable rows"):
         streamed(write(content), tokenizer=tokenizer, bad_rows="skip")
 
 
-GOOD = {"epoch": 1, "offset": 0, "places": [[0, 20]], "counts": {}}
+GOOD = {"epoch": 1, "offset": 0, "positions": [[0, 20]], "counts": {}}
 
 
 @pytest.mark.parametrize(
     "change",
     [
-        {"places": [[0, 0], [0, 0]]},
-        {"places": [[0, 51]]},
-        {"places": None},
-        {"places": [[0]]},
+        {"positions": [[0, 0], [0, 0]]},
+        {"positions": [[0, 51]]},
+        {"positions": None},
+        {"positions": [[0]]},
         {"epoch": -1},
         {"epoch": "1"},
         {"offset": 10**6},
         {"counts": None},
     ],
 )
-def test_a_state_that_cannot_be_is_refused(
-    write: Write, tokenizer: PreTrainedTokenizerFast, change: dict[str, Any]
-) -> None:
+def test_a_state_that_cannot_be_is_refused(write, tokenizer, change):
     running = loader(streamed(write(rows(50)), tokenizer=tokenizer))
     with pytest.raises(CheckpointError, match="\nFound: "):
-        running.load_state_dict({**GOOD, **change})  # type: ignore[typeddict-item]
-    running.load_state_dict(GOOD)  # type: ignore[arg-type]
+        running.load_state_dict({**GOOD, **change})
+    running.load_state_dict(GOOD)
 
 
-def test_restoring_while_the_thread_reads_ahead_changes_no_token_and_counts_no_row_twice(
-    write: Write, tokenizer: PreTrainedTokenizerFast
-) -> None:
+def test_restoring_while_the_thread_reads_ahead_changes_no_token_and_counts_no_row_twice(write, tokenizer):
     """Rows that spell out a control token are tokenised in another way than others."""
     path = write([{"messages": [{"role": "user", "content": f"what is <|eot|> {n}?"},
                                 {"role": "assistant", "content": "an <|eot|> end"}]} for n in range(90)])  # fmt: skip
-    steady = loader(streamed(path, tokenizer=tokenizer))
+    stream = streamed(path, tokenizer=tokenizer)
+    steady = loader(stream)
     states, batches, counts = [], [], []
     for _ in range(20):
         states.append(json.loads(json.dumps(steady.state_dict())))
         batches.append(rows_seen(next(steady)))
-        counts.append(dict(steady._stream.counts))
-    restored = loader(streamed(path, tokenizer=tokenizer))
+        counts.append(dict(stream.counts))
+    other = streamed(path, tokenizer=tokenizer)
+    restored = loader(other)
     next(restored)  # begins to read ahead
     for number in (15, 3, 11, 0, 19, 7):
         restored.load_state_dict(states[number])
         assert rows_seen(next(restored)) == batches[number], states[number]
-        assert dict(restored._stream.counts) == counts[number]
+        assert dict(other.counts) == counts[number]
 
 
 @pytest.mark.parametrize("batching", ["packed", "padded"])
-def test_a_stream_that_begins_with_full_rows_has_room_for_shorter_ones(
-    write: Write, tokenizer: PreTrainedTokenizerFast, batching: str
-) -> None:
+def test_a_stream_that_begins_with_full_rows_has_room_for_shorter_ones(write, tokenizer, batching):
     long, short = [{"text": "a river " * 200}] * 16, [{"text": f"a river {n} flows"} for n in range(60)]
     stream = streamed(write(long + short), tokenizer=tokenizer, batching=batching)
-    assert stream.first.lengths.min() == 128
+    assert stream.first_window.blocks.lengths.min() == 128
     for batch in itertools.islice(loader(stream), 30):
         assert batch.supervised_tokens > 0
     assert batch.epoch > 0
 
 
-def test_a_weighted_source_that_gives_nothing_is_an_error_though_others_do(
-    write: Write, tokenizer: PreTrainedTokenizerFast
-) -> None:
+def test_a_weighted_source_that_gives_nothing_is_an_error_though_others_do(write, tokenizer):
     silent = write([{"messages": [{"role": "user", "content": "Hi"}]}] * 3, name="silent.jsonl")
     with pytest.raises(DataError, match="silent.jsonl: 0 usable rows"):
         streamed(write(rows(50)), silent, tokenizer=tokenizer, weights=[1, 1])
 
 
-def test_rows_of_the_validation_data_are_left_out_of_a_stream(write: Write, tokenizer: PreTrainedTokenizerFast) -> None:
+def test_rows_of_the_validation_data_are_left_out_of_a_stream(write, tokenizer):
     held = write(rows(50)[:10], name="held.jsonl")
     stream = streamed(write(rows(50)), tokenizer=tokenizer, validation=held)
-    trained = {str(tokenizer.decode(stream.first.documents[d].input_ids)) for d in stream.first.block_documents}
+    trained = {
+        str(tokenizer.decode(stream.first_window.blocks.documents[d].input_ids))
+        for d in stream.first_window.blocks.block_documents
+    }
     assert not any(f"a river {n} flows" in text for n in range(10) for text in trained)
     assert stream.counts["rows_dropped_in_validation"] >= 10
     assert stream.counts["validation_rows_read"] == 10
 
 
-def test_the_windows_behind_are_given_up(
-    write: Write, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_windows_behind_are_given_up(write, tokenizer, monkeypatch):
     made: list[weakref.ref[Blocks]] = []
-    original = Stream.window
+    original = Stream.read_window
 
-    def recorded(self: Stream, reader: Reader, *, number: int) -> Window:
+    def recorded(self, reader, *, number):
         window = original(self, reader, number=number)
         made.append(weakref.ref(window.blocks))
         return window
 
-    monkeypatch.setattr(Stream, "window", recorded)
+    monkeypatch.setattr(Stream, "read_window", recorded)
     running = loader(streamed(write(rows(50)), tokenizer=tokenizer))
     for _ in itertools.islice(running, 60):
         pass

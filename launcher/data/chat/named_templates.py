@@ -14,9 +14,9 @@ from transformers import PreTrainedTokenizerBase
 
 from launcher.errors import DataError
 
-_FOLDER = Path(__file__).parent / "templates"
+FOLDER = Path(__file__).parent / "templates"
 
-CONTROL = {  # what a template writes that must be one special token each: special tokens end a turn, text cannot
+CONTROL = {  # strings of a template that must be special tokens: those end a turn, plain text cannot
     "llama3": ("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
     "chatml": ("<|im_start|>", "<|im_end|>"),
     "mistral": ("<s>", "[INST]", "[/INST]", "</s>"),
@@ -40,7 +40,7 @@ def fitting_templates(tokenizer: PreTrainedTokenizerBase) -> list[str]:
 
 
 def put_template(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
-    """Sets the tokenizer's chat template, which is saved with it. Raises DataError if tokens of it are missing."""
+    """Set the tokenizer's chat template, which is saved with it. Raises DataError if the tokenizer lacks its tokens."""
     if missing := missing_tokens(tokenizer, name):
         fitting = fitting_templates(tokenizer)
         instead = f"data.template={' or '.join(fitting)}" if fitting else "data.template=auto; no other fits either"
@@ -48,18 +48,19 @@ def put_template(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
             f"data.template={name} needs a tokenizer with its control tokens.\n"
             f"Found: {tokenizer.name_or_path or 'this tokenizer'} lacks {', '.join(missing)}.\nSet {instead}."
         )
-    tokenizer.chat_template = (_FOLDER / f"{name}.jinja").read_text(encoding="utf-8")
+    tokenizer.chat_template = (FOLDER / f"{name}.jinja").read_text(encoding="utf-8")
 
 
 def without_today(template: str) -> str:
-    """The template, with DATE for the day if it asks for it (strftime_now, as Llama 3.2's own does). Else preparation
-    would differ from day to day, and between ranks across midnight. What the tokenizer saves is left as it is.
+    """The template with DATE for today, if it asks for today (strftime_now, as Llama 3.2's own does).
 
-    A macro before the template, since transformers hands templates plain data only, no function. The newline behind
-    it goes with the block: the template begins a line, as it did.
+    Otherwise the data would differ from day to day, and between ranks across midnight. The tokenizer keeps its own.
+
+    It is a macro before the template, since transformers passes templates plain data, no functions. Jinja removes the
+    newline after the macro, so the template still begins a line.
     """
     if "strftime_now" not in template:
         return template
     codes = sorted(set(re.findall("%-?[aAbBcdHIjmMpSUwWxXyYZ]", template)))
-    written = "".join(f".replace({code!r}, {DATE.strftime(code)!r})" for code in codes)
-    return "{%- macro strftime_now(format) %}{{ format" + written + " }}{% endmacro %}\n" + template
+    replacements = "".join(f".replace({code!r}, {DATE.strftime(code)!r})" for code in codes)
+    return "{%- macro strftime_now(format) %}{{ format" + replacements + " }}{% endmacro %}\n" + template

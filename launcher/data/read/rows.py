@@ -3,6 +3,7 @@
 source -> Feed -> RawRow (columns as they were read) -> Row (a Conversation or a Text); RowFault where one fails
 """
 
+import copyreg
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -43,6 +44,10 @@ class RowFault(DataError):
     def __init__(self, reason: str, *, where: str, rule: str, found: str, remedy: str = SKIP) -> None:
         super().__init__(f"{where}: {rule}\nFound: {found}\n{remedy}")
         self.reason = reason
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Unpickled without __init__, which does not take the stored `args`: worker processes return such faults."""
+        return copyreg.__newobj__, (type(self), *self.args), self.__dict__  # type: ignore[attr-defined]
 
 
 class RawRow(NamedTuple):

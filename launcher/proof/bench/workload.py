@@ -7,9 +7,8 @@ from dataclasses import replace
 import numpy as np
 
 from launcher.data.documents import Documents
-from launcher.data.loader import StepBatch
+from launcher.data.loader import StepBatch, train_loader
 from launcher.data.pack.blocks import Blocks
-from launcher.data.stream import train_loader
 from launcher.proof.bench.flops import model_flops
 from launcher.proof.stock import supervised_documents
 from launcher.recipe.schema import Recipe

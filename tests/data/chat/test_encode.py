@@ -3,28 +3,17 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 import pytest
-from transformers import PreTrainedTokenizerFast
 from transformers.tokenization_python import PreTrainedTokenizer
 
-from launcher.data.chat import encode as chat_module
 from launcher.data.chat.encode import Encoder
 from launcher.data.documents import Document
 from launcher.data.read.rows import Message, Row, RowFault, Text
 from launcher.errors import DataError
 from launcher.recipe.data_section import DataSection
-from tests.data.conftest import MANY_TURNS, MakeTokenizer, chat, encode, encoder, same, supervised_text
+from tests.support.chats import MANY_TURNS, chat, encode, encoder, same, supervised_text
 
-
-def test_the_templates_begin_token_is_not_doubled(tokenizer: PreTrainedTokenizerFast) -> None:
-    [document] = encode(tokenizer, MANY_TURNS)
-    assert document.input_ids[0] == tokenizer.bos_token_id
-    assert document.input_ids.tolist().count(tokenizer.bos_token_id) == 1
-
-
-def test_loss_on_all_supervises_every_token_of_a_chat(tokenizer: PreTrainedTokenizerFast) -> None:
-    [document] = encode(tokenizer, MANY_TURNS, loss_on="all")
-    assert all(document.supervised)
-    assert document.input_ids.tolist() == encode(tokenizer, MANY_TURNS)[0].input_ids.tolist()
+TURNS = list(zip(["user", "assistant"] * 3, ["a", "one", "b", "two", "c", "three"], strict=True))
+WHOLE_CHAT = "<|bos|>" + "".join(f"<|head|>{role}<|/head|>\n\n{content}<|eot|>" for role, content in TURNS)
 
 
 @pytest.mark.parametrize(
@@ -35,15 +24,15 @@ def test_loss_on_all_supervises_every_token_of_a_chat(tokenizer: PreTrainedToken
         ("completion", 3, "completion", "two<|eot|>|three<|eot|>"),
         ("completion", None, "completion", "three<|eot|>"),
         ("assistant", 3, "assistant", "one<|eot|>|two<|eot|>|three<|eot|>"),
+        ("all", 3, "all", WHOLE_CHAT),
     ],
 )
-def test_loss_on_says_which_turns_of_a_chat_are_supervised(
-    tokenizer: PreTrainedTokenizerFast, loss_on: str, answer: int | None, resolved: str, seen: str
-) -> None:
-    turns = ["user: a", "assistant: one", "user: b", "assistant: two", "user: c", "assistant: three"]
-    row = chat(*turns, answer=answer)
-    assert encoder(tokenizer, loss_on=loss_on).loss_on(row) == resolved
-    assert supervised_text(tokenizer, encode(tokenizer, row, loss_on=loss_on)[0]) == seen
+def test_loss_on_says_which_turns_of_a_chat_are_supervised(tokenizer, loss_on, answer, resolved, seen):
+    row = chat(*[f"{role}: {content}" for role, content in TURNS], answer=answer)
+    [encoded] = encoder(tokenizer, loss_on=loss_on).encode([row])
+    assert encoded.loss_on == resolved
+    assert supervised_text(tokenizer, encoded.document) == seen
+    assert tokenizer.decode(encoded.document.input_ids) == WHOLE_CHAT
 
 
 @pytest.mark.parametrize(
@@ -56,22 +45,20 @@ def test_loss_on_says_which_turns_of_a_chat_are_supervised(
         ("all", 10, "all", "<|bos|>a river is water<|eot|>"),
     ],
 )
-def test_loss_on_says_which_characters_of_a_text_are_supervised(
-    tokenizer: PreTrainedTokenizerFast, loss_on: str, answer: int | None, resolved: str, seen: str
-) -> None:
+def test_loss_on_says_which_characters_of_a_text_are_supervised(tokenizer, loss_on, answer, resolved, seen):
     row = Text("a river is water", "f:1", answer=answer)
-    assert encoder(tokenizer, loss_on=loss_on).loss_on(row) == resolved
-    [document] = encode(tokenizer, row, loss_on=loss_on)
-    assert supervised_text(tokenizer, document) == seen
-    assert tokenizer.decode(document.input_ids) == "<|bos|>a river is water<|eot|>"
+    [encoded] = encoder(tokenizer, loss_on=loss_on).encode([row])
+    assert encoded.loss_on == resolved
+    assert supervised_text(tokenizer, encoded.document) == seen
+    assert tokenizer.decode(encoded.document.input_ids) == "<|bos|>a river is water<|eot|>"
 
 
-def test_an_empty_completion_is_not_supervised(tokenizer: PreTrainedTokenizerFast) -> None:
+def test_an_empty_completion_is_not_supervised(tokenizer):
     [document] = encode(tokenizer, Text("a river \n", "f:1", answer=7))
     assert len(document) and not any(document.supervised)
 
 
-def test_a_token_across_the_border_of_prompt_and_completion_is_supervised(tokenizer: PreTrainedTokenizerFast) -> None:
+def test_a_token_across_the_border_of_prompt_and_completion_is_supervised(tokenizer):
     [whole] = tokenizer(" river", add_special_tokens=False).input_ids
     [document] = encode(tokenizer, Text("a river 漢", "f:1", answer=4))  # between "ri" and "ver"
     assert supervised_text(tokenizer, document) == " river 漢<|eot|>"
@@ -80,7 +67,7 @@ def test_a_token_across_the_border_of_prompt_and_completion_is_supervised(tokeni
     assert whole in document.input_ids[document.supervised]
 
 
-def test_the_end_token_is_supervised_where_it_is_the_pad_token_too(make_tokenizer: MakeTokenizer) -> None:
+def test_the_end_token_is_supervised_where_it_is_the_pad_token_too(make_tokenizer):
     tokenizer = make_tokenizer("llama3")
     tokenizer.pad_token = tokenizer.eos_token
     documents = encode(tokenizer, chat("user: Hi", "assistant: Hello"), Text("Hi, Hello", "f:1", answer=3))
@@ -88,7 +75,7 @@ def test_the_end_token_is_supervised_where_it_is_the_pad_token_too(make_tokenize
     assert all(document.supervised[-1] for document in documents)
 
 
-def test_many_rows_give_what_each_gives_alone_in_their_order(tokenizer: PreTrainedTokenizerFast) -> None:
+def test_many_rows_give_what_each_gives_alone_in_their_order(tokenizer):
     rows: list[Row] = [MANY_TURNS, Text("a river", "f:1"), chat("user: Hi")]
     rows += [chat(f"user: Define {n}", f"assistant: {'word ' * (n % 7)}<|eot|>{n}") for n in range(600)]
     rows += [Text(f"{n} ships", "f:2", answer=n % 5) for n in range(20)]
@@ -96,28 +83,19 @@ def test_many_rows_give_what_each_gives_alone_in_their_order(tokenizer: PreTrain
     assert encoder(tokenizer).encode([]) == []
 
 
-def test_rows_are_tokenised_many_together_and_long_ones_few(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(chat_module, "CHUNK", 4)
-    monkeypatch.setattr(chat_module, "CHUNK_CHARACTERS", 100)
-    rows: list[Row] = [Text("a", "f:1")] * 9 + [chat("user: " + "b" * 60, "assistant: " + "c" * 60)] * 2
-    rows += [Text("d" * 60, "f:2")] * 3
-    assert [len(chunk) for chunk in chat_module.chunks(rows)] == [4, 4, 2, 1, 2, 1]
-    assert [row for chunk in chat_module.chunks(iter(rows)) for row in chunk] == rows
-
-
-def test_plain_text_stands_between_begin_and_end_token_and_is_supervised(tokenizer: PreTrainedTokenizerFast) -> None:
+def test_plain_text_stands_between_begin_and_end_token_and_is_supervised(tokenizer):
     document, marked = encode(tokenizer, Text("a river", "f:1"), Text("<|bos|>a river<|eot|>", "f:2"))
     assert tokenizer.decode(document.input_ids) == "<|bos|>a river<|eot|>"
     assert all(document.supervised)
     assert same([document], [marked])  # markers that the text brings along are not doubled
 
 
-def test_the_tokenizer_is_left_as_it_was(tokenizer: PreTrainedTokenizerFast) -> None:
+def test_the_tokenizer_is_left_as_it_was(tokenizer):
     encode(tokenizer, chat("user: <|eot|>", "assistant: <|eot|>"))
     assert tokenizer("<|eot|>", add_special_tokens=False).input_ids == [tokenizer.eos_token_id]
 
 
-def test_the_tokenizers_padding_and_truncation_stay_and_reach_no_document(make_tokenizer: MakeTokenizer) -> None:
+def test_the_tokenizers_padding_and_truncation_stay_and_reach_no_document(make_tokenizer):
     tokenizer = make_tokenizer("llama3")
     backend = tokenizer.backend_tokenizer
     backend.enable_truncation(3)
@@ -128,9 +106,7 @@ def test_the_tokenizers_padding_and_truncation_stay_and_reach_no_document(make_t
     assert (backend.to_str(), backend.encode_special_tokens) == (before, True)
 
 
-def test_threads_that_encode_at_once_get_what_one_gets(
-    tokenizer: PreTrainedTokenizerFast, request: pytest.FixtureRequest
-) -> None:
+def test_threads_that_encode_at_once_get_what_one_gets(tokenizer, request):
     shared = encoder(tokenizer)
     rows = [chat(f"user: {n} <|eot|> or <|head|>", f"assistant: {n} <|eot|> b") for n in range(200)]
     rows += [chat(f"user: Define {n}", "assistant: word") for n in range(200)]
@@ -139,11 +115,11 @@ def test_threads_that_encode_at_once_get_what_one_gets(
     sys.setswitchinterval(1e-6)  # seconds: threads take turns between any two calls
     with ThreadPoolExecutor(2) as pool:
         for items in pool.map(shared.encode, (rows, rows[::-1]) * 3):
-            documents = [item for item in items if isinstance(item, Document)]
+            documents = [document for _, document in items]
             assert same(documents, alone) or same(documents, alone[::-1])
 
 
-def test_a_prompt_ends_where_the_answer_begins(tokenizer: PreTrainedTokenizerFast) -> None:
+def test_a_prompt_ends_where_the_answer_begins(tokenizer):
     text, ids = encoder(tokenizer).prompt(MANY_TURNS.messages[:-1])
     [document] = encode(tokenizer, MANY_TURNS)
     assert text == tokenizer.decode(ids)
@@ -152,16 +128,16 @@ def test_a_prompt_ends_where_the_answer_begins(tokenizer: PreTrainedTokenizerFas
     assert document.supervised[len(ids)] and not document.supervised[len(ids) - 1]
 
 
-def test_a_prompt_shows_spelled_out_control_tokens_as_they_were_written(tokenizer: PreTrainedTokenizerFast) -> None:
+def test_a_prompt_shows_spelled_out_control_tokens_as_they_were_written(tokenizer):
     text, ids = encoder(tokenizer).prompt([Message("user", "x <|eot|> y")])
     assert "x <|eot|> y<|eot|>" in text
     assert ids.count(tokenizer.eos_token_id or 0) == 1
 
 
-def test_a_chat_the_template_refuses_is_a_fault_in_its_place(make_tokenizer: MakeTokenizer) -> None:
+def test_a_chat_the_template_refuses_is_a_fault_in_its_place(make_tokenizer):
     good, bad = chat("user: Hi", "assistant: Hello"), chat("user: Hi", "system: late", "assistant: Hello")
     text = Text("a river", "f:1")
-    items = encoder(make_tokenizer("chatml")).encode([good, bad, text, bad, good])
+    items = [document for _, document in encoder(make_tokenizer("chatml")).encode([good, bad, text, bad, good])]
     assert [type(item) for item in items] == [Document, RowFault, Document, RowFault, Document]
     fault = items[1]
     assert isinstance(fault, RowFault) and fault.reason == "template"
@@ -171,13 +147,13 @@ def test_a_chat_the_template_refuses_is_a_fault_in_its_place(make_tokenizer: Mak
     assert same(fine, encode(make_tokenizer("chatml"), good, text, good))
 
 
-def test_whatever_a_template_raises_is_a_fault(make_tokenizer: MakeTokenizer) -> None:
+def test_whatever_a_template_raises_is_a_fault(make_tokenizer):
     template = "{% for m in messages %}{{ 1 // (m['content'] | length - 3) }}{{ m['content'] }}{% endfor %}<|eot|>"
-    [fault] = encoder(make_tokenizer(template)).encode([chat("user: abc", "assistant: Hello")])
+    [(_, fault)] = encoder(make_tokenizer(template)).encode([chat("user: abc", "assistant: Hello")])
     assert isinstance(fault, RowFault) and "Found: ZeroDivisionError" in str(fault)
 
 
-def test_chats_without_a_template_are_refused_and_texts_are_not(make_tokenizer: MakeTokenizer) -> None:
+def test_chats_without_a_template_are_refused_and_texts_are_not(make_tokenizer):
     tokenizer = make_tokenizer(None)
     with pytest.raises(DataError, match=r"chat template.*\n.*\n.*data\.template=chatml.*instruct model"):
         encode(tokenizer, MANY_TURNS)  # the tokenizer has ChatML's control tokens
@@ -188,14 +164,12 @@ def test_chats_without_a_template_are_refused_and_texts_are_not(make_tokenizer: 
 
 
 @pytest.mark.parametrize(("loss_on", "lack"), [("assistant", "assistant"), ("completion", "completion")])
-def test_a_loss_that_plain_text_has_no_part_for_is_refused(
-    tokenizer: PreTrainedTokenizerFast, loss_on: str, lack: str
-) -> None:
+def test_a_loss_that_plain_text_has_no_part_for_is_refused(tokenizer, loss_on, lack):
     with pytest.raises(DataError, match=rf"f:1: data.loss_on={loss_on}.*\n.*no {lack}.*\n.*data.loss_on=auto"):
         encode(tokenizer, MANY_TURNS, Text("a river", "f:1"), loss_on=loss_on)
     assert len(encode(tokenizer, MANY_TURNS, loss_on=loss_on)) == 1
 
 
-def test_a_slow_tokenizer_is_refused() -> None:
+def test_a_slow_tokenizer_is_refused():
     with pytest.raises(DataError, match=r"fast tokenizer.*\nFound: PythonBackend.*\n.*tokenizer.json"):
         Encoder(PreTrainedTokenizer.__new__(PreTrainedTokenizer), data=DataSection())

@@ -1,0 +1,50 @@
+"""The question that a run answers at its end, so that one can read what the model has learned."""
+
+from collections import Counter
+from collections.abc import Iterable
+from contextlib import suppress
+from dataclasses import dataclass
+from itertools import chain
+
+from launcher.data.chat.encode import Encoder
+from launcher.data.read.formats import read_rows
+from launcher.data.read.rows import Conversation, RowFault
+from launcher.data.read.sources import Feed
+from launcher.data.splits import digest
+
+
+@dataclass(frozen=True)
+class Example:
+    """A validation conversation up to its last assistant turn, rendered with generation prompt, and its answer."""
+
+    prompt_ids: list[int]
+    prompt: str
+    expected: str
+
+
+def find_example(
+    feeds: Iterable[Feed], digests: Iterable[bytes], *, encoder: Encoder, max_length: int, seed: int
+) -> Example | None:
+    """The first conversation with one of these digests that ends in an answer and has a prompt shorter than max_length.
+
+    Reads the feeds again, up to that row: keeping every row for the sake of one would cost memory.
+    """
+    left = set(digests)
+    rows = chain.from_iterable(read_rows(feed, bad_rows="skip", counts=Counter()) for feed in feeds)
+    while left and (row := next(rows, None)) is not None:
+        row_digest = digest(row, seed=seed)
+        if row_digest in left and isinstance(row, Conversation):
+            left.remove(row_digest)
+            with suppress(RowFault):  # a template may refuse a conversation that ends with the question
+                example = _example_of(row, encoder)
+                if example is not None and len(example.prompt_ids) < max_length:
+                    return example
+    return None
+
+
+def _example_of(row: Conversation, encoder: Encoder) -> Example | None:
+    turn = max((index for index, message in enumerate(row.messages) if message.role == "assistant"), default=0)
+    if not turn or not row.messages[turn].content.strip():
+        return None
+    prompt, prompt_ids = encoder.prompt(row.messages[:turn])
+    return Example(prompt_ids, prompt, row.messages[turn].content)
