@@ -29,6 +29,7 @@ atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("GOMP_SPINCOUNT", "2000")  # as launcher/runtime/environment.py sets it, which says why
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.pop("COLUMNS", None)  # pytest-xdist sets it in its workers; consoles are as wide as without it
 
 MAX_WORKERS = 8  # each imports torch: about a GiB
 GPU_WORKER_BYTES = 18 * 2**30  # what a test of the 1B shape may hold, its naive side included
