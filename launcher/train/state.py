@@ -60,12 +60,13 @@ class TrainState:
     def state_dict(self) -> dict[str, Any]:
         """A copy of everything. Every rank must call it, and gets the random states of all ranks. Waits for the
         device."""
+        live = self._step.live_state()
         self._wait()
         random_states = gather(random_state(self._step.device))
         return {
             "identity": dict(self._identity),
             "step": self.step,
-            "training": _copied(self._step.live_state()),
+            "training": _copied(live),
             "random": {str(rank): state for rank, state in enumerate(random_states)},
             "loader": _copied(self._loader.state_dict()),
             "early_stop": {name: value for name, value in asdict(self.early_stop).items() if value is not None},

