@@ -80,7 +80,7 @@ def test_a_document_longer_than_a_block_is_not_packed() -> None:
     ("multiple", "max_length"),
     [(1, 2048), (2, 32_767)],  # 0.1 s where this was written; 0.6: no block of an odd length is ever full
 )
-def test_a_hundred_thousand_documents_are_packed_in_two_and_a_half_seconds_of_a_core(multiple: int, max_length: int) -> None:
+def test_a_hundred_thousand_documents_are_packed_in_two_and_a_half_core_seconds(multiple: int, max_length: int) -> None:
     lengths = np.random.default_rng(0).lognormal(4.8, 0.5, 100_000).astype(int).clip(8, 2048)
     documents = documents_of(lengths // multiple * multiple)
     start = time.process_time()
