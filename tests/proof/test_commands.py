@@ -11,11 +11,11 @@ import pytest
 
 from launcher import cli
 from launcher.errors import RecipeError
-from launcher.model import lora
-from launcher.ops.qlora_linear import qlora_linear
-from launcher.records.bench import BenchRecord, SideRecord
+from launcher.records.bench import SideRecord
+from launcher.records.proof import ProofRecord
+from launcher.records.run import Verdict
 from tests.conftest import ROOT
-from tests.support.records import bench_of, bench_side
+from tests.support.records import bench_of, bench_side, parity_record
 
 Main = Callable[..., int]
 
@@ -41,13 +41,14 @@ def run_main(mode: str, arguments: list[str], folder: Path) -> tuple[str, dict[s
 
 @pytest.fixture
 def main(arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Main:
-    """The exit code of a command line in this process; with `record`, mode=bench yields it and measures nothing."""
+    """The exit code of a command line in this process. With `record`, its mode yields that and measures nothing."""
     monkeypatch.setattr("signal.signal", lambda *_: None)
     monkeypatch.chdir(tmp_path)
 
-    def run(mode: str, record: BenchRecord | None = None) -> int:
+    def run(mode: str, record: ProofRecord | None = None) -> int:
         if record is not None:
-            monkeypatch.setattr(cli, "bench", lambda request: iter(["a phase", record]))
+            for name in ("launcher.cli.bench", "launcher.proof.parity.parity"):
+                monkeypatch.setattr(name, lambda request: iter(["a phase", record]))
         return cli.main([f"mode={mode}", *arguments])
 
     return run
@@ -88,35 +89,27 @@ def test_bench_measures_both_sides_in_processes_of_their_own_and_leaves_only_its
         assert phases_s - 0.05 <= side["first_step_s"] < phases_s + 2
 
 
-def report_after_failure(folder: Path) -> dict[str, Any]:
-    assert [path.name for path in folder.iterdir()] == ["report.json"]
-    return json.loads((folder / "report.json").read_text())  # type: ignore[no-any-return]
-
-
-@pytest.mark.usefixtures("clean_dynamo")
-def test_parity_beyond_the_gate_is_code_9_after_the_tables_and_the_report(
-    main: Main, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(
+    ("record", "table", "rule"),
+    [
+        (
+            parity_record(verdicts=(Verdict("loss", False, "large"),) * 4),
+            "Adapter gradients",
+            "must compute what stock",
+        ),
+        (bench_of(bench_side(loss=2.6)), "of the matmul ceiling", "both sides must train on the same"),
+    ],
+)
+def test_a_claim_that_does_not_hold_is_code_9_after_the_tables_and_the_report(
+    main: Main, tmp_path: Path, capsys: pytest.CaptureFixture[str], record: ProofRecord, table: str, rule: str
 ) -> None:
-    def planted(x: Any, base: Any, a: Any, b: Any, *, scaling: float, dropout: float) -> Any:
-        return qlora_linear(x, base, a, b, scaling=scaling * 1.5, dropout=dropout)
-
-    monkeypatch.setattr(lora, "qlora_linear", planted)
-    assert main("parity") == 9
+    assert main(record.mode, record) == 9
     printed = capsys.readouterr()
-    assert "✗ FAIL" in printed.out and "Adapter gradients" in printed.out
-    assert "must compute what stock code computes" in printed.err and "(exit code 9)" in printed.err
+    assert "✗ FAIL" in printed.out and table in printed.out
+    assert rule in printed.err and "(exit code 9)" in printed.err
     assert len(printed.err[printed.err.index("error: ") :].strip().splitlines()) <= 5
-    assert report_after_failure(tmp_path)["holds"] is False
-
-
-def test_bench_with_losses_that_differ_is_code_9_after_the_tables_and_the_report(
-    main: Main, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert main("bench", bench_of(bench_side(loss=2.6))) == 9
-    printed = capsys.readouterr()
-    assert "✗ FAIL" in printed.out and "of the matmul ceiling" in printed.out
-    assert "both sides must train on the same" in printed.err and "(exit code 9)" in printed.err
-    assert report_after_failure(tmp_path)["holds"] is False
+    assert [path.name for path in tmp_path.iterdir()] == ["report.json"]
+    assert json.loads((tmp_path / "report.json").read_text())["holds"] is False
 
 
 def test_a_naive_side_that_failed_is_code_1_after_the_tables_and_one_out_of_memory_is_code_0(
@@ -127,7 +120,7 @@ def test_a_naive_side_that_failed_is_code_1_after_the_tables_and_one_out_of_memo
     printed = capsys.readouterr()
     assert printed.out.count("of the matmul ceiling") == 2
     assert "naive must come to its end" in printed.err and "ZeroDivisionError" in printed.err
-    assert report_after_failure(tmp_path)["ours"]["tokens_per_s"] > 0
+    assert json.loads((tmp_path / "report.json").read_text())["ours"]["tokens_per_s"] > 0
 
 
 @pytest.mark.parametrize("mode", ["parity", "bench"])
