@@ -19,8 +19,6 @@ from launcher.proof.difference import difference
 from launcher.records.parity import AdapterParity, Gate, Pair, ParityBatch
 from launcher.records.run import Verdict
 
-Gradients = Mapping[str, Tensor]  # by the adapter parameter's name in PEFT's model
-
 # fp32: both errors against the reference come from the order of summation (1e-7 to 1e-6 seen), so the floor is the
 # difference that compiled and eager may have in any case.
 FULL = Gate(loss=1e-5, cosine=0.9999, error_ratio=1.2, error_floor=1e-5, eager_error=1e-4, loss_batches=16)
@@ -32,7 +30,7 @@ class Measured:
     """One batch through one model."""
 
     loss: float  # mean over the supervised tokens
-    gradients: Gradients  # fp32, on the CPU
+    gradients: Mapping[str, Tensor]  # fp32, on the CPU, by the adapter parameter's name in PEFT's model
 
 
 def gate_of(dtype: torch.dtype) -> Gate:
