@@ -1,1 +1,1 @@
-"""The claims, measured: stock code, parity with it, and the bench beside it."""
+"""What the project claims, measured: parity with stock code (parity.py, gate.py) and the bench against it."""

@@ -1,20 +1,20 @@
 """Runs the same batches through three models, one after the other, and compares.
 
     compiled     what training uses: Worker.build, Worker.compile (warm-up, capture), TrainStep.accumulate
-    eager        stock transformers, PEFT and bitsandbytes modules, autocast where the dtype is a half one
+    eager        stock transformers, PEFT and bitsandbytes modules, autocast in half precision
     reference    the same stock modules in fp32, on the dequantised base
 
-The weights are never updated: each batch is one measurement, and all batches are measured at the same weights, so that
-a difference of one batch does not reach the next. LoRA B is drawn first, with a seed: at zero, where training begins,
-every gradient of A is exactly 0 and has no direction. The three have the same adapters and no LoRA dropout. Each model
-is freed before the next is built; losses and gradients stay, on the CPU: two models' gradients of all batches at most.
+The weights are never updated, so a difference in one batch does not reach the next: each batch is one measurement. LoRA
+B is drawn from a seed first: at zero, where training begins, every gradient of A is exactly 0 and has no direction. The
+three models have the same adapters and no LoRA dropout. Each model is freed before the next is built; losses and
+gradients stay on the CPU, those of all batches for two models at most.
 """
 
 import gc
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from typing import Any
+from functools import partial
 
 import torch
 import torch._dynamo
@@ -22,21 +22,20 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from launcher.data.loader import StepBatch
-from launcher.data.pack.micro_batch import IGNORE
 from launcher.errors import NonFiniteError
 from launcher.proof.gate import Comparison, Measured, gate_of
-from launcher.proof.stock import grouped, stock_loss, stock_model, supervised_documents
+from launcher.proof.stock import PaddedBatch, accumulate, collate, stock_model
 from launcher.records.parity import ParityRecord
-from launcher.records.run import CompileRecord, StartRecord, Verdict
+from launcher.records.run import Verdict
 from launcher.runtime.clock import Clock
 from launcher.train.describe import start_record
 from launcher.train.loss_scale import LossScale
 from launcher.train.request import Request
 from launcher.train.setup import Prepared, Worker, prepare_inputs
 
-B_STD = 0.02  # of the drawn LoRA B: as large as a base weight, the update a few percent of the base's output
-POSITIONS = 4096  # that a stock model sees at once, but for a longer document: it makes all their logits, in fp32
-HALVINGS = 20  # of the fp16 loss scale, at most: from 65,536 to below 1
+B_STD = 0.02  # of the drawn LoRA B: as large as a base weight; the update is then a few percent of the base's output
+MAX_POSITIONS = 4096  # of a stock model's forward pass, which makes fp32 logits of all of them
+MAX_HALVINGS = 20  # of the fp16 loss scale: from 65,536 to below 1
 
 Adapters = dict[str, Tensor]
 
@@ -44,7 +43,7 @@ Adapters = dict[str, Tensor]
 def parity(request: Request) -> Iterator[str | ParityRecord]:
     """Measure `proof.parity` batches; yields the names of phases and, last, the record. Writes nothing but caches.
 
-    Raises the errors of launcher/errors.py; that the gate is closed is said by the record, not raised.
+    Raises the errors of launcher/errors.py, but not for a closed gate: that is in the record's verdicts.
     """
     clock, (request, notes) = Clock(), without_dropout(request)
     recipe = request.recipe
@@ -59,21 +58,26 @@ def parity(request: Request) -> Iterator[str | ParityRecord]:
     yield f"compiled model: {len(batches)} batches"
     with clock.phase("compiled"):
         compiled = measure_compiled(worker, batches)
-    start, compile, dtype = _start(worker), worker.observer.record(), worker.built.dtype
+    # The start record of a run of as many steps as batches, without a folder.
+    start = replace(start_record(worker), run_dir="", steps=len(batches))
+    compile, dtype = worker.observer.record(), worker.built.dtype
     release(worker)
     del worker
+    stock = partial(measure_stock, request, prepared, batches, dtype=dtype, adapters=adapters)
     yield f"eager model: {len(batches)} batches"
     with clock.phase("eager"):
-        eager = list(measure_stock(request, prepared, batches, dtype=dtype, adapters=adapters))
+        eager = list(stock())
     free(prepared.device)
     yield f"fp32 reference: {len(batches)} batches"
     comparison = Comparison()
     with clock.phase("reference"):
-        true = measure_stock(request, prepared, batches, dtype=dtype, adapters=adapters, reference=True)
-        for batch, *three in zip(batches, compiled, eager, true, strict=True):
-            comparison.add(*three, supervised_tokens=batch.supervised_tokens)
+        for batch, *measured in zip(batches, compiled, eager, stock(reference=True), strict=True):
+            comparison.add(*measured, supervised_tokens=batch.supervised_tokens)
     free(prepared.device)
     gate = gate_of(dtype)
+    verdicts = comparison.verdicts(gate)
+    if compile.fallbacks:  # compile.mode=warn: what was compared is not what the recipe asks for
+        verdicts += (Verdict("the compiled model is compiled", False, compile.fallbacks[0]),)
     yield ParityRecord(
         recipe=recipe.model_dump(mode="json"),
         start=start,
@@ -83,14 +87,14 @@ def parity(request: Request) -> Iterator[str | ParityRecord]:
         adapters=comparison.adapters,
         loss_error=comparison.loss_error,
         gradient_error=comparison.gradient_error,
-        verdicts=(*comparison.verdicts(gate), *_uncompiled(compile)),
+        verdicts=verdicts,
         elapsed_s=clock.elapsed_s,
         notes=(*notes, *_notes(request, len(batches), gate.loss_batches), *compile.fallbacks),
     )
 
 
 def without_dropout(request: Request) -> tuple[Request, tuple[str, ...]]:
-    """The request with lora.dropout=0, and a note where it asked for more: masks cannot be alike in three models."""
+    """The request with lora.dropout=0, and a note if it asked for more: three models cannot draw the same masks."""
     lora = request.recipe.lora
     if not lora.dropout:
         return request, ()
@@ -99,7 +103,7 @@ def without_dropout(request: Request) -> tuple[Request, tuple[str, ...]]:
 
 
 def compiled_worker(request: Request, prepared: Prepared, *, clock: Clock) -> Worker:
-    """Past warm-up and armed, as at the first training step; without a run folder."""
+    """A worker past warm-up, as at the first training step, but without a run folder."""
     worker = Worker(request, prepared, clock=clock)
     worker.build()
     worker.compile()
@@ -107,13 +111,12 @@ def compiled_worker(request: Request, prepared: Prepared, *, clock: Clock) -> Wo
 
 
 def perturb(model: PeftModel, *, seed: int) -> Adapters:
-    """Draw LoRA B of `model` from `seed`; returns a copy of all its adapters, by name, on the CPU."""
+    """Draw LoRA B of `model` from `seed`; returns a copy of all adapters, by name, on the CPU."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in trainable(model):
             if ".lora_B." in name:
-                drawn = torch.empty(parameter.shape).normal_(std=B_STD, generator=generator)
-                parameter.copy_(drawn)
+                parameter.copy_(torch.empty(parameter.shape).normal_(std=B_STD, generator=generator))
     return {name: parameter.detach().to("cpu", copy=True) for name, parameter in trainable(model)}
 
 
@@ -122,19 +125,14 @@ def trainable(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
 
 
 def measure_compiled(worker: Worker, batches: Sequence[StepBatch]) -> list[Measured]:
-    """Each batch as the training step does it, but for the update. Raises ContractError (strict) for a compilation."""
-    found = []
+    """Run each batch as a training step does, without the update. Raises ContractError (strict) for a compilation."""
+    measured = []
     for batch in batches:
-        found.append(
-            _measured(
-                lambda batch=batch: worker.plan.call(worker.step.accumulate, batch),  # type: ignore[misc]
-                worker.built.peft,
-                worker.step.scaler,
-                supervised_tokens=batch.supervised_tokens,
-            )
-        )
+        run = partial(worker.plan.call, worker.step.accumulate, batch)
+        tokens = batch.supervised_tokens
+        measured.append(_measure(run, worker.built.peft, worker.step.scaler, supervised_tokens=tokens))
     worker.plan.check()
-    return found
+    return measured
 
 
 def measure_stock(
@@ -157,35 +155,24 @@ def measure_stock(
     compute = torch.float32 if reference else dtype
     scaler = torch.amp.GradScaler(device.type, enabled=compute == torch.float16)
 
-    def accumulate(batch: StepBatch, supervised: int) -> Tensor:
+    def run(padded: PaddedBatch) -> Tensor:
         model.zero_grad()
-        total = torch.zeros((), device=device)
-        for micro in batch.micro_batches:
-            micro = micro.to(device)
-            documents = supervised_documents(micro.input_ids, micro.labels, micro.document_ids)
-            for group in grouped(documents, positions=min(micro.input_ids.numel(), POSITIONS)):
-                loss = stock_loss(model, group, dtype=compute)
-                total += loss.detach()
-                scaler.scale(loss / max(1, supervised)).backward()
-        return total
+        return accumulate(model, padded, scaler, dtype=compute)
 
     for batch in batches:
-        # Counted here and not taken from the batch: a wrong count would scale all three alike.
-        n = sum(int((micro.labels != IGNORE).sum()) for micro in batch.micro_batches)
-        yield _measured(lambda batch=batch, n=n: accumulate(batch, n), model, scaler, supervised_tokens=n)  # type: ignore[misc]
+        padded = collate(batch, max_positions=MAX_POSITIONS)
+        yield _measure(partial(run, padded), model, scaler, supervised_tokens=padded.supervised_tokens)
 
 
-def _measured(
-    accumulate: Callable[[], Tensor],
-    model: nn.Module,
-    scaler: torch.amp.GradScaler | LossScale,
-    *,
-    supervised_tokens: int,
+def _measure(
+    run: Callable[[], Tensor], model: nn.Module, scaler: torch.amp.GradScaler | LossScale, *, supervised_tokens: int
 ) -> Measured:
-    """Loss and gradients of `accumulate`, which fills `.grad` anew. fp16: repeated with half the scale while gradients
-    overflow, as training skips such steps; the scale then stays."""
-    for _ in range(HALVINGS):
-        loss = float(accumulate()) / max(1, supervised_tokens)
+    """Loss and gradients after `run`, which sets every `.grad` anew and returns the summed loss.
+
+    fp16: repeated with half the loss scale, which then stays, while gradients overflow; training skips such steps.
+    """
+    for _ in range(MAX_HALVINGS):
+        loss = float(run()) / max(1, supervised_tokens)
         scale = scaler.get_scale()
         gradients = {name: _gradient(parameter, scale) for name, parameter in trainable(model)}
         finite = all(bool(torch.isfinite(gradient).all()) for gradient in gradients.values())
@@ -207,7 +194,7 @@ def _gradient(parameter: nn.Parameter, scale: float) -> Tensor:
 
 
 def release(worker: Worker) -> None:
-    """Disarm the compile contract and let go of everything that Accelerate and dynamo hold of the worker's model."""
+    """Disarm the compile contract and free the worker's model, which Accelerate and dynamo hold too."""
     device = worker.accelerator.device
     worker.plan.release()
     worker.accelerator.free_memory()
@@ -218,28 +205,16 @@ def release(worker: Worker) -> None:
 
 
 def free(device: torch.device) -> None:
-    """Collect what nothing refers to any more, and give the device's memory back."""
+    """Collect garbage and return cached memory to the device."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
 
 
-def _start(worker: Worker) -> StartRecord:
-    """The start record of the run that is not made: no folder, and as many steps as batches are measured."""
-    return replace(start_record(worker), run_dir="", steps=worker.recipe.proof.parity)
-
-
-def _uncompiled(compile: CompileRecord) -> tuple[Verdict, ...]:
-    """A verdict that fails where compile.mode=warn fell back: what was compared is not what the recipe asks for."""
-    if not compile.fallbacks:
-        return ()
-    return (Verdict("the compiled model is compiled", False, compile.fallbacks[0]),)
-
-
-def _notes(request: Request, batches: int, needed: int) -> tuple[Any, ...]:
-    found = []
-    if batches < needed:
-        found.append(f"the mean loss error is not judged: {batches} batches scatter too much, {needed} are needed")
+def _notes(request: Request, batches: int, min_batches: int) -> list[str]:
+    notes = []
+    if batches < min_batches:
+        notes.append(f"the mean loss error is not judged: {batches} batches scatter too much, {min_batches} are needed")
     if request.recipe.compile.mode == "off":
-        found.append("compile.mode=off: the compiled column is the same path, uncompiled")
-    return tuple(found)
+        notes.append("compile.mode=off: the compiled column is the same path, uncompiled")
+    return notes

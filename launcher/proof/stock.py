@@ -1,17 +1,18 @@
 """The model as a user without this project would train it: stock transformers, PEFT and bitsandbytes modules.
 
-It shares the loading of the base and the adapters' names with the compiled model, and none of what computes:
-transformers' own forward and "sdpa" attention, PEFT's own LoRA layers, autocast where the compute dtype is a half one.
-mode=parity measures by it; so parity judges neither how weights are loaded nor what the data is.
+With the compiled model it shares the loading of the base and the names of the adapters, and nothing that computes. So
+mode=parity, which compares the two, checks neither how weights are loaded nor what the data is.
 
-Two of them: `stock_model` computes in the run's dtype; with `reference=True` it computes in fp32 on the base that the
-quantised weights stand for, each weight dequantised to fp32 without a rounding in between.
+Packed blocks are taken apart: each document becomes a sequence that begins at position 0. Sequences are padded on the
+right, where causal attention hides the padding from every token: no mask is needed, so none can be wrong.
 
-Letters: D documents of a group, L positions of its longest.
+Letters: D documents of a group, L tokens of its longest.
 """
 
 import copy
+import math
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -23,20 +24,30 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
-from launcher.data.pack.micro_batch import IGNORE
+from launcher.data.loader import StepBatch
+from launcher.data.pack.micro_batch import IGNORE, MicroBatch
 from launcher.model.build import build_base
 from launcher.model.lora import stock_lora
 from launcher.recipe.schema import Recipe
 
-Document = tuple[Tensor, Tensor]  # ids and labels, [L] each
+IdsAndLabels = tuple[Tensor, Tensor]  # int64; labels are shifted already, IGNORE where there is no loss
+
+
+@dataclass(frozen=True)
+class PaddedBatch:
+    """One step batch as the stock model takes it."""
+
+    groups: tuple[IdsAndLabels, ...]  # [D, L] each
+    supervised_tokens: int
 
 
 def stock_model(
     recipe: Recipe, source: str, config: Any, *, dtype: torch.dtype, device: torch.device, reference: bool = False
 ) -> PeftModel:
-    """The base of `recipe` with PEFT's adapters. `reference`: in fp32, on the dequantised base of the dtype's run.
+    """The base of `recipe` with PEFT's adapters and "sdpa" attention, for a run that computes in `dtype`.
 
-    On a GPU its layers are checkpointed, as runs on small cards are: it costs time and changes no result.
+    `reference`: all fp32, on the weights that the quantised ones of that run stand for. On a GPU the layers are
+    checkpointed, as runs on small cards are: it costs time and changes no result.
     """
     base = build_base(recipe, source, config, dtype=dtype, device=device)
     if reference:
@@ -47,32 +58,35 @@ def stock_model(
     return stock_lora(base, recipe.lora, seed=recipe.train.seed).train()
 
 
-def stock_loss(model: PeftModel, documents: Sequence[Document], *, dtype: torch.dtype) -> Tensor:
-    """Summed loss of the supervised tokens of `documents`, fp32 scalar; autocast to `dtype` where it is a half one.
+def collate(batch: StepBatch, *, max_positions: float = math.inf, pinned: bool = False) -> PaddedBatch:
+    """The documents of `batch`, grouped by length. A group has no more positions than its micro batch, padding
+    included, and no more than `max_positions` unless it is a single document.
 
-    Each document is a row of its own and positions begin at 0. They are padded on the right, where causal attention
-    hides the padding from every token, so that no mask is needed and none can be wrong.
+    Supervised tokens are counted here: a wrong count in the batch would scale every model's loss alike.
     """
-    ids = pad_sequence([ids for ids, _ in documents], batch_first=True)  # [D, L]
-    labels = pad_sequence([labels for _, labels in documents], batch_first=True, padding_value=IGNORE)
-    with torch.autocast(ids.device.type, dtype=dtype, enabled=dtype != torch.float32):
-        logits = model(input_ids=ids).logits
-    return F.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), ignore_index=IGNORE, reduction="sum")
+    groups, supervised_tokens = [], 0
+    for micro in batch.micro_batches:
+        supervised_tokens += int((micro.labels != IGNORE).sum())
+        for group in grouped(supervised_documents(micro), positions=min(micro.input_ids.numel(), max_positions)):
+            ids = pad_sequence([ids for ids, _ in group], batch_first=True)
+            labels = pad_sequence([labels for _, labels in group], batch_first=True, padding_value=IGNORE)
+            groups.append((ids.pin_memory(), labels.pin_memory()) if pinned else (ids, labels))
+    return PaddedBatch(tuple(groups), supervised_tokens)
 
 
-def supervised_documents(input_ids: Tensor, labels: Tensor, document_ids: Tensor) -> list[Document]:
-    """The documents of packed rows ([B, S] each, labels shifted already) that have a target; padding has none."""
-    found = []
-    for ids, targets, numbers in zip(input_ids, labels, document_ids, strict=True):
+def supervised_documents(micro: MicroBatch) -> list[IdsAndLabels]:
+    """The documents of packed blocks that have a target, [L] each. Padding has none."""
+    documents: list[IdsAndLabels] = []
+    for ids, labels, numbers in zip(micro.input_ids, micro.labels, micro.document_ids, strict=True):
         sizes = torch.unique_consecutive(numbers, return_counts=True)[1].tolist()
-        pieces = zip(ids.split(sizes), targets.split(sizes), strict=True)
-        found += [(piece, wanted) for piece, wanted in pieces if bool((wanted != IGNORE).any())]
-    return found
+        pieces = zip(ids.split(sizes), labels.split(sizes), strict=True)
+        documents += [piece for piece in pieces if bool((piece[1] != IGNORE).any())]
+    return documents
 
 
-def grouped(documents: Sequence[Document], *, positions: int) -> Iterator[list[Document]]:
-    """The documents by falling length, in groups that fill at most `positions`, padding included; at least one each."""
-    group: list[Document] = []
+def grouped(documents: Sequence[IdsAndLabels], *, positions: float) -> Iterator[list[IdsAndLabels]]:
+    """The documents, longest first, in groups of at most `positions` once padded; at least one document each."""
+    group: list[IdsAndLabels] = []
     for document in sorted(documents, key=lambda document: -len(document[0])):
         if group and len(group[0][0]) * (len(group) + 1) > positions:
             yield group
@@ -82,25 +96,46 @@ def grouped(documents: Sequence[Document], *, positions: int) -> Iterator[list[D
         yield group
 
 
+def accumulate(model: Any, batch: PaddedBatch, scaler: torch.amp.GradScaler, *, dtype: torch.dtype) -> Tensor:
+    """Add the gradients of the mean loss, times the scaler's scale, to `.grad`.
+
+    Returns the loss summed over the supervised tokens, fp32 scalar.
+    """
+    total = torch.zeros((), device=model.device)
+    for group in batch.groups:
+        ids, labels = (tensor.to(model.device, non_blocking=True) for tensor in group)
+        loss = _summed_loss(model, ids, labels, dtype=dtype)
+        total += loss.detach()
+        scaler.scale(loss / max(1, batch.supervised_tokens)).backward()
+    return total
+
+
+def _summed_loss(model: Any, ids: Tensor, labels: Tensor, *, dtype: torch.dtype) -> Tensor:
+    """Of [D, L] tokens, fp32 scalar; autocast in half precision. It ends before backward, which frees the logits."""
+    with torch.autocast(ids.device.type, dtype=dtype, enabled=dtype != torch.float32):
+        logits = model(input_ids=ids).logits
+    return F.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), ignore_index=IGNORE, reduction="sum")
+
+
 def _dequantise(base: PreTrainedModel) -> None:
-    """Every 4-bit linear becomes a plain one, in place, and everything computes in fp32."""
+    """Make every 4-bit linear a plain fp32 one, in place, and let everything compute in fp32."""
     for parent in list(base.modules()):
         for name, module in list(parent.named_children()):
             if isinstance(module, Linear4bit):
-                setattr(parent, name, _plain(module))
-    for name in ("is_loaded_in_4bit", "is_quantized", "hf_quantizer"):  # PEFT and transformers go by these
+                setattr(parent, name, _dequantised(module))
+    for name in ("is_loaded_in_4bit", "is_quantized", "hf_quantizer"):  # PEFT and transformers look at these
         setattr(base, name, None)
     if hasattr(base.config, "quantization_config"):
         del base.config.quantization_config
     base.float()
 
 
-def _plain(module: Linear4bit) -> nn.Linear:
+def _dequantised(module: Linear4bit) -> nn.Linear:
     weight: Any = module.weight
     state = copy.copy(weight.quant_state)
     state.dtype = torch.float32  # else each weight would be rounded to the dtype that it had before it was quantised
     with torch.device("meta"):
-        plain = nn.Linear(module.in_features, module.out_features, bias=module.bias is not None)
-    plain.weight = nn.Parameter(dequantize_4bit(weight.data, state), requires_grad=False)
-    plain.bias = module.bias
-    return plain
+        linear = nn.Linear(module.in_features, module.out_features, bias=module.bias is not None)
+    linear.weight = nn.Parameter(dequantize_4bit(weight.data, state), requires_grad=False)
+    linear.bias = module.bias
+    return linear

@@ -1,85 +1,80 @@
-"""A fault planted anywhere in the compiled path closes the gate. The stock models are measured once for all faults."""
+"""A fault planted anywhere in the compiled path closes the gate. The stock models are measured once per dtype."""
 
-from collections.abc import Callable, Iterator
+import functools
+from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-import torch._dynamo
 from torch import Tensor
 
 from launcher.data.loader import StepBatch
 from launcher.data.pack.micro_batch import IGNORE, MicroBatch
 from launcher.model import lora, packed
 from launcher.ops import adapter_gradients, feed_forward, nf4, rotary
-from launcher.ops.linear_ce import chunk_loss_and_grad
-from launcher.ops.qlora_linear import qlora_linear
 from launcher.proof.gate import HALF, Comparison, Measured, gate_of
 from launcher.proof.parity import compiled_worker, measure_compiled, measure_stock, perturb, release
 from launcher.proof.stock import supervised_documents
 from launcher.recipe.schema import Recipe
+from launcher.records.run import Verdict
 from launcher.runtime.clock import Clock
-from launcher.train import regions
 from launcher.train.request import Request
 from launcher.train.setup import Prepared, Worker, prepare_inputs
 from tests.conftest import request_for
 
 pytestmark = pytest.mark.usefixtures("clean_dynamo")
 BATCHES = 2
-Plant = Callable[[pytest.MonkeyPatch], None]
+LOSS, COSINE, ERROR = range(3)  # places of the verdicts; ERROR is the gradient error against fp32
+Fault = tuple[Any, str, Callable[[Any], Any]]  # the owner of a function, its name, and what makes it wrong
 
 
-class Bench:
-    """The stock sides, measured on 192-token rows of several documents, chunks of 32 tokens."""
+class Models:
+    """The three models on the same batches; the stock ones and the compiled one without a fault are measured once."""
 
     def __init__(self, recipe: Recipe) -> None:
         self.request: Request = request_for(recipe)
+        self.gate = gate_of(getattr(torch, recipe.model.dtype))
         self.prepared: Prepared = prepare_inputs(self.request)
-        worker, self.batches = self.compiled()
+        worker, self.batches = self.worker()
         self.adapters = perturb(worker.built.peft, seed=0)
-        self.unplanted = measure_compiled(worker, self.batches)
+        self.faultless = measure_compiled(worker, self.batches)
         release(worker)
-        self.eager, self.true = (self.stock(reference=reference) for reference in (False, True))
+        self.eager, self.reference = (self.stock(self.batches, reference=reference) for reference in (False, True))
 
-    def compiled(self) -> tuple[Worker, list[StepBatch]]:
+    def worker(self) -> tuple[Worker, list[StepBatch]]:
         worker = compiled_worker(self.request, self.prepared, clock=Clock())
         return worker, [next(worker.batches) for _ in range(BATCHES)]
 
-    def stock(self, *, reference: bool) -> list[Measured]:
+    def stock(self, batches: list[StepBatch], *, reference: bool) -> list[Measured]:
         dtype, adapters = getattr(torch, self.request.recipe.model.dtype), self.adapters
-        three = self.request, self.prepared, self.batches
-        return list(measure_stock(*three, dtype=dtype, adapters=adapters, reference=reference))
+        stock = measure_stock(self.request, self.prepared, batches, dtype=dtype, adapters=adapters, reference=reference)
+        return list(stock)
 
-    def planted(self) -> Comparison:
-        worker, batches = self.compiled()
+    def verdicts(self) -> tuple[Verdict, ...]:
+        """On the compiled path as it is now."""
+        worker, batches = self.worker()
         perturb(worker.built.peft, seed=0)
-        found = self.compare(measure_compiled(worker, batches))
+        measured = measure_compiled(worker, batches)
         release(worker)
-        return found
+        return self.compare(measured).verdicts(self.gate)
 
     def compare(self, compiled: list[Measured]) -> Comparison:
         comparison = Comparison()
-        for batch, *three in zip(self.batches, compiled, self.eager, self.true, strict=True):
-            comparison.add(*three, supervised_tokens=batch.supervised_tokens)
+        for batch, *measured in zip(self.batches, compiled, self.eager, self.reference, strict=True):
+            comparison.add(*measured, supervised_tokens=batch.supervised_tokens)
         return comparison
 
 
 @pytest.fixture(scope="module")
-def bench(small_model: Any, rows_file: Any) -> Iterator[Bench]:
-    yield from made_bench(small_model, rows_file, dtype="float32")
+def models_in(small_model: Path, rows_file: Path) -> Callable[[str], Models]:
+    """The models by dtype, on blocks of 192 tokens that hold several documents, with loss chunks of 32 tokens."""
 
-
-@pytest.fixture(scope="module")
-def half_bench(small_model: Any, rows_file: Any) -> Iterator[Bench]:
-    yield from made_bench(small_model, rows_file, dtype="bfloat16")
-
-
-def made_bench(small_model: Any, rows_file: Any, *, dtype: str) -> Iterator[Bench]:
-    torch._dynamo.reset()
-    recipe = Recipe.model_validate(
-        {
+    @functools.cache
+    def measured(dtype: str) -> Models:
+        sections: dict[str, Any] = {
             "model": {"name": str(small_model), "dtype": dtype},
             "lora": {"r": 4},
             "data": {"sources": [{"path": str(rows_file)}], "max_length": 192, "validation": 0},
@@ -88,202 +83,162 @@ def made_bench(small_model: Any, rows_file: Any, *, dtype: str) -> Iterator[Benc
             "train": {"steps": 1, "micro_batch": 2},
             "proof": {"parity": BATCHES},
         }
-    )
-    made = Bench(recipe)
-    for batch in made.batches:
-        [micro] = batch.micro_batches
-        assert len(supervised_documents(micro.input_ids, micro.labels, micro.document_ids)) > 2 * len(micro.input_ids)
-    yield made
-    torch._dynamo.reset()
+        models = Models(Recipe.model_validate(sections))
+        for batch in models.batches:
+            [micro] = batch.micro_batches
+            assert len(supervised_documents(micro)) > 2 * len(micro.input_ids)
+        assert all(verdict.holds for verdict in models.compare(models.faultless).verdicts(models.gate))
+        return models
+
+    return measured
 
 
-def wrong_chunk(patch: pytest.MonkeyPatch) -> None:
-    """The gradient of every loss chunk whose first label is odd is half as long again."""
-
-    def planted(hidden: Tensor, weight: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        loss, grad = chunk_loss_and_grad(hidden, weight, labels)
-        return loss, grad * (1.0 + 0.5 * (labels[0] % 2))
-
-    patch.setattr(regions, "chunk_loss_and_grad", planted)
+@pytest.fixture
+def models(models_in: Callable[[str], Models]) -> Models:
+    return models_in("float32")
 
 
-def wrong_length(patch: pytest.MonkeyPatch) -> None:
-    """Every gradient has the right direction and is a hundredth too long: no cosine sees it."""
-
-    def planted(hidden: Tensor, weight: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        loss, grad = chunk_loss_and_grad(hidden, weight, labels)
-        return loss, grad * 1.01
-
-    patch.setattr(regions, "chunk_loss_and_grad", planted)
+def plant(patch: pytest.MonkeyPatch, fault: Fault) -> None:
+    owner, name, wrong = fault
+    patch.setattr(owner, name, wrong(getattr(owner, name)))
 
 
-def wrong_scaling(patch: pytest.MonkeyPatch) -> None:
-    def planted(x: Tensor, base: Any, a: Tensor, b: Tensor, *, scaling: float, dropout: float) -> Tensor:
-        return qlora_linear(x, base, a, b, scaling=scaling * 1.1, dropout=dropout)
+def scaled_loss_gradient(factor: Callable[[Tensor], Any]) -> Fault:
+    """Multiply the gradient of every loss chunk by `factor` of its labels."""
 
-    patch.setattr(lora, "qlora_linear", planted)
+    def wrong(right: Any) -> Any:
+        def planted(hidden: Tensor, weight: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+            loss, grad = right(hidden, weight, labels)
+            return loss, grad * factor(labels)
 
+        return planted
 
-def documents_see_each_other(patch: pytest.MonkeyPatch) -> None:
-    mask = packed.document_mask
-    patch.setattr(packed, "document_mask", lambda documents: mask(torch.zeros_like(documents)))
-
-
-def with_positions(patch: pytest.MonkeyPatch, change: Callable[[Tensor], Tensor]) -> None:
-    stock = packed.PackedCausalLM.hidden_states
-
-    def planted(self: Any, ids: Tensor, positions: Tensor, documents: Tensor, boundaries: Tensor) -> Tensor:
-        return stock(self, ids, change(positions), documents, boundaries)
-
-    patch.setattr(packed.PackedCausalLM, "hidden_states", planted)
+    return regions, "chunk_loss_and_grad", wrong
 
 
-def positions_restart_within_documents(patch: pytest.MonkeyPatch) -> None:
-    with_positions(patch, lambda positions: positions % 5)
+def changed_positions(change: Callable[[Tensor], Tensor]) -> Fault:
+    def wrong(right: Any) -> Any:
+        return lambda self, ids, positions, *rest: right(self, ids, change(positions), *rest)
+
+    return packed.PackedCausalLM, "hidden_states", wrong
 
 
-def wrong_gate_kernel(patch: pytest.MonkeyPatch) -> None:
-    """What gate and up get is a twentieth too long in gate's half."""
-    plain = feed_forward.plain_swiglu_gradient
+def larger_scaling(right: Any) -> Any:
+    return lambda *args, scaling, dropout: right(*args, scaling=scaling * 1.1, dropout=dropout)
 
+
+def every_document_the_first(right: Any) -> Any:
+    return lambda documents: right(torch.zeros_like(documents))
+
+
+def longer_gate_gradient(right: Any) -> Any:
     def planted(pair: Tensor, dh: Tensor) -> tuple[Tensor, Tensor]:
-        gradient, h = plain(pair, dh)
+        gradient, h = right(pair, dh)
         gate, up = gradient.chunk(2, -1)
         return torch.cat([gate * 1.05, up], -1), h
 
-    patch.setattr(feed_forward, "plain_swiglu_gradient", planted)
+    return planted
 
 
-def wrong_rotary_kernel(patch: pytest.MonkeyPatch) -> None:
-    """The backward pass turns queries and keys forward."""
-    plain = rotary.plain_rotary_gradient
-    patch.setattr(rotary, "plain_rotary_gradient", lambda dq, dk, dv, cos, sin: plain(dq, dk, dv, cos, -sin))
+def rotated_forward(right: Any) -> Any:
+    return lambda dq, dk, dv, cos, sin: right(dq, dk, dv, cos, -sin)
 
 
-def wrong_adapter_kernel(patch: pytest.MonkeyPatch) -> None:
-    """The gradients of A are of a rounded B: its sign."""
-    plain = adapter_gradients.plain_gradients
-    patch.setattr(
-        adapter_gradients,
-        "plain_gradients",
-        lambda dy, x, a, b, scaling: plain(dy, x, a, b.sign() * b.abs().mean(), scaling),
-    )
+def b_rounded_to_signs(right: Any) -> Any:
+    return lambda dy, x, a, b, scaling: right(dy, x, a, b.sign() * b.abs().mean(), scaling)
 
 
-def wrong_weight_kernel(patch: pytest.MonkeyPatch) -> None:
-    """Weights are dequantised a twentieth too small, in both passes."""
-    plain = nf4.plain_merged_weight
-    patch.setattr(nf4, "plain_merged_weight", lambda *args: plain(*args) * 0.95)
+def smaller_weight(right: Any) -> Any:
+    return lambda *args: right(*args) * 0.95
 
 
 @pytest.mark.parametrize(
-    ("plant", "broken"),
+    ("fault", "broken", "broken_in_half"),
     [
-        (wrong_gate_kernel, {2}),
-        (wrong_rotary_kernel, {1, 2}),
-        (wrong_adapter_kernel, {1, 2}),
-        (wrong_weight_kernel, {0, 2}),
-        (wrong_chunk, {1, 2}),
-        (wrong_length, {2}),
-        (wrong_scaling, {0, 2}),
-        (documents_see_each_other, {0, 1, 2}),
-        (positions_restart_within_documents, {0, 1, 2}),
+        (scaled_loss_gradient(lambda labels: 1.0 + 0.5 * (labels[0] % 2)), {COSINE, ERROR}, {COSINE, ERROR}),
+        (scaled_loss_gradient(lambda labels: 1.01), {ERROR}, set()),  # the right direction: no cosine sees it
+        ((lora, "qlora_linear", larger_scaling), {LOSS, ERROR}, set()),
+        ((packed, "document_mask", every_document_the_first), {LOSS, COSINE, ERROR}, {LOSS, COSINE, ERROR}),
+        (changed_positions(lambda positions: positions % 5), {LOSS, COSINE, ERROR}, set()),
+        ((feed_forward, "plain_swiglu_gradient", longer_gate_gradient), {ERROR}, set()),
+        ((rotary, "plain_rotary_gradient", rotated_forward), {COSINE, ERROR}, {COSINE, ERROR}),
+        ((adapter_gradients, "plain_gradients", b_rounded_to_signs), {COSINE, ERROR}, {COSINE, ERROR}),
+        ((nf4, "plain_merged_weight", smaller_weight), {LOSS, ERROR}, {ERROR}),
     ],
-)
+    ids=[
+        "loss-chunk", "length", "scaling", "documents", "positions", "gate-kernel", "rotary-kernel", "adapter-kernel",
+        "weight-kernel",
+    ],
+)  # fmt: skip
 def test_a_planted_fault_closes_the_gate(
-    bench: Bench, monkeypatch: pytest.MonkeyPatch, plant: Plant, broken: set[int]
+    models_in: Callable[[str], Models],
+    monkeypatch: pytest.MonkeyPatch,
+    fault: Fault,
+    broken: set[int],
+    broken_in_half: set[int],
 ) -> None:
-    """`broken`: which of (loss, cosine, error against fp32) must not hold; without the plant all do."""
-    gate = gate_of(torch.float32)
-    assert all(verdict.holds for verdict in bench.compare(bench.unplanted).verdicts(gate))
-    plant(monkeypatch)
-    verdicts = bench.planted().verdicts(gate)
-    found = {index for index, verdict in enumerate(verdicts) if not verdict.holds}
-    assert found >= broken, verdicts
-
-
-@pytest.mark.parametrize(
-    ("plant", "broken"),
-    [
-        (wrong_rotary_kernel, {1, 2}),
-        (wrong_adapter_kernel, {1, 2}),
-        (wrong_weight_kernel, {2}),
-        (wrong_chunk, {1, 2}),
-        (documents_see_each_other, {0, 1, 2}),
-    ],
-)
-def test_a_planted_fault_closes_the_gate_of_half_precision_too(
-    half_bench: Bench, monkeypatch: pytest.MonkeyPatch, plant: Plant, broken: set[int]
-) -> None:
-    gate = gate_of(torch.bfloat16)
-    assert gate == HALF
-    assert all(verdict.holds for verdict in half_bench.compare(half_bench.unplanted).verdicts(gate))
-    plant(monkeypatch)
-    verdicts = half_bench.planted().verdicts(gate)
-    found = {index for index, verdict in enumerate(verdicts) if not verdict.holds}
-    assert found >= broken, verdicts
+    """`broken`: the verdicts that must not hold, which without a fault do. Empty: bfloat16's rounding may hide it."""
+    cases = [(models_in("float32"), broken), (models_in("bfloat16"), broken_in_half)]
+    plant(monkeypatch, fault)
+    for models, expected in cases:
+        verdicts = models.verdicts() if expected else ()
+        assert {place for place, verdict in enumerate(verdicts) if not verdict.holds} >= expected, verdicts
 
 
 def test_positions_that_go_on_over_documents_are_no_fault_since_rotary_attention_is_relative(
-    bench: Bench, monkeypatch: pytest.MonkeyPatch
+    models: Models, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with_positions(monkeypatch, lambda positions: torch.arange(positions.shape[1]).expand_as(positions))
-    assert all(verdict.holds for verdict in bench.planted().verdicts(gate_of(torch.float32)))
+    plant(monkeypatch, changed_positions(lambda positions: torch.arange(positions.shape[1]).expand_as(positions)))
+    assert all(verdict.holds for verdict in models.verdicts())
 
 
-def test_a_flipped_gradient_of_one_adapter_kind_is_named(bench: Bench) -> None:
+def test_a_flipped_gradient_of_one_adapter_kind_is_named(models: Models) -> None:
     flipped = [
-        replace(m, gradients={n: -g if "k_proj.lora_A" in n else g for n, g in m.gradients.items()})
-        for m in bench.unplanted
+        replace(m, gradients={name: -g if "k_proj.lora_A" in name else g for name, g in m.gradients.items()})
+        for m in models.faultless
     ]
-    comparison = bench.compare(flipped)
-    wrong = [(a.kind, a.matrix) for a in comparison.adapters if a.least_cosine < 0.9999]
-    assert wrong == [("k", "A")]
-    [row] = [a for a in comparison.adapters if (a.kind, a.matrix) == ("k", "A")]
-    assert row.least_cosine == pytest.approx(-1, abs=1e-4) and row.modules == 2
-    _, cosines, errors, _ = comparison.verdicts(gate_of(torch.float32))
-    assert not cosines.holds and "k A -" in cosines.evidence and "q A" not in cosines.evidence
-    assert not errors.holds
+    comparison = models.compare(flipped)
+    [wrong] = [adapter for adapter in comparison.adapters if adapter.least_cosine < 0.9999]
+    assert (wrong.kind, wrong.matrix, wrong.modules) == ("k", "A", 2)
+    assert wrong.least_cosine == pytest.approx(-1, abs=1e-4)
+    verdicts = comparison.verdicts(models.gate)
+    assert not verdicts[COSINE].holds and not verdicts[ERROR].holds
+    assert "k A -" in verdicts[COSINE].evidence and "q A" not in verdicts[COSINE].evidence
 
 
-def test_both_sides_have_the_same_adapters_and_every_gradient_has_a_direction(bench: Bench) -> None:
-    for measured in (*bench.unplanted, *bench.eager, *bench.true):
-        assert measured.gradients.keys() == bench.adapters.keys()
+def test_all_models_have_the_same_adapters_and_every_gradient_has_a_direction(models: Models) -> None:
+    for measured in (*models.faultless, *models.eager, *models.reference):
+        assert measured.gradients.keys() == models.adapters.keys()
         assert all(float(gradient.norm()) > 1e-5 for gradient in measured.gradients.values())
-    assert bench.eager[0].loss != bench.eager[1].loss
+    assert models.eager[0].loss != models.eager[1].loss
 
 
-def test_a_batch_without_targets_counts_as_alike(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    def blank(micro: MicroBatch) -> MicroBatch:
+def test_a_batch_without_targets_passes(models: Models) -> None:
+    def without_targets(micro: MicroBatch) -> MicroBatch:
         return replace(micro, labels=torch.full_like(micro.labels, IGNORE), supervised_tokens=0)
 
-    batch = replace(
-        bench.batches[0], micro_batches=tuple(map(blank, bench.batches[0].micro_batches)), supervised_tokens=0
-    )
-    monkeypatch.setattr(bench, "batches", [batch])
-    worker, _ = bench.compiled()
-    compiled, [stock] = measure_compiled(worker, [batch]), bench.stock(reference=False)
+    worker, [batch, _] = models.worker()
+    batch = replace(batch, micro_batches=tuple(map(without_targets, batch.micro_batches)), supervised_tokens=0)
+    [compiled], [stock] = measure_compiled(worker, [batch]), models.stock([batch], reference=False)
     release(worker)
     comparison = Comparison()
-    comparison.add(*compiled, stock, stock, supervised_tokens=0)
-    assert all(verdict.holds for verdict in comparison.verdicts(gate_of(torch.float32)))
+    comparison.add(compiled, stock, stock, supervised_tokens=0)
+    assert all(verdict.holds for verdict in comparison.verdicts(models.gate))
     assert comparison.batches[0].gradient_error.compiled == 0
 
 
-def test_a_reference_that_is_another_model_is_found_though_both_are_equally_far_from_it(bench: "Bench") -> None:
-    compiled = bench.unplanted
+def test_a_reference_that_is_another_model_is_refused_though_both_sides_are_equally_far_from_it(models: Models) -> None:
     comparison = Comparison()
-    for ours, stock in zip(compiled, bench.eager, strict=True):
-        other = Measured(stock.loss, {name: gradient / 65_536 for name, gradient in stock.gradients.items()})
-        comparison.add(ours, stock, other, supervised_tokens=1)
-    found = {verdict.claim: verdict.holds for verdict in comparison.verdicts(gate_of(torch.float32))}
-    assert found["the fp32 reference is eager's model"] is False
-    assert found["gradient error against fp32 is eager's"] is True
+    for compiled, eager in zip(models.faultless, models.eager, strict=True):
+        other = Measured(eager.loss, {name: gradient / 65_536 for name, gradient in eager.gradients.items()})
+        comparison.add(compiled, eager, other, supervised_tokens=1)
+    holds = {verdict.claim: verdict.holds for verdict in comparison.verdicts(models.gate)}
+    assert holds["the fp32 reference is eager's model"] is False
+    assert holds["gradient error against fp32 is eager's"] is True
 
 
-def scattered(*, bias: float, seed: int) -> bool:
-    """Whether the mean loss error of 16 batches passes in half precision: eager's errors are noise, ours are as large
-    plus `bias` times the noise."""
+def mean_loss_error_passes(*, bias: float, seed: int) -> bool:
+    """The verdict in half precision on 16 batches with noise for errors; `bias`: how much more of it compiled has."""
     random, comparison, noise = np.random.default_rng(seed), Comparison(), 1e-4
     gradients = {"model.layers.0.q_proj.lora_A.weight": torch.ones(1)}
     for _ in range(16):
@@ -293,5 +248,5 @@ def scattered(*, bias: float, seed: int) -> bool:
 
 
 def test_the_mean_loss_error_is_judged_beyond_its_scatter() -> None:
-    assert sum(scattered(bias=0, seed=seed) for seed in range(200)) > 190  # a plain ratio of the means fails 62 of them
-    assert sum(scattered(bias=3, seed=seed) for seed in range(200)) < 10
+    passes = [sum(mean_loss_error_passes(bias=bias, seed=seed) for seed in range(200)) for bias in (0, 3)]
+    assert passes[0] > 190 and passes[1] < 10  # a plain ratio of the means would fail 62 of the first

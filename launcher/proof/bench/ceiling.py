@@ -7,36 +7,36 @@ from torch import Tensor
 
 from launcher.records.bench import Ceiling
 
-# The next one where the memory left is too little. On a CPU that emulates half precision a size of 512 takes 4 s.
+# Where memory is short, the next size is tried. On a CPU that emulates half precision a size of 512 takes 4 s.
 SIZES = {"cuda": (8192, 4096, 2048), "cpu": (512,)}
 RUNS = 5
-RUN_S = 0.05  # of products behind one another: beside it, waiting for the device is little
+RUN_S = 0.05  # one run repeats the product for about so long, so that waiting for the device hardly counts
 
 
 def matmul_ceiling(dtype: torch.dtype, device: torch.device) -> Ceiling:
-    """Of square matrices with normal entries, the fastest of a few runs in each layout that a step has: forward x W^T,
-    the input's gradient g W, a weight's gradient g^T x. They differ most where half precision is emulated: 25 times on
-    one CPU in bfloat16."""
-    sizes = SIZES[device.type]
-    for size in sizes:
+    """The rate of square products of normal entries, in the fastest run of the three layouts of a training step:
+    forward x W^T, the input's gradient g W, a weight's gradient g^T x. Layouts differ most where half precision is
+    emulated: 25 times on one CPU in bfloat16."""
+    *larger, smallest = SIZES[device.type]
+    for size in larger:
         try:
-            return Ceiling(str(dtype).removeprefix("torch."), size, _flops_per_s(size, dtype, device))
+            return _measure(size, dtype, device)
         except torch.OutOfMemoryError:
-            if size == sizes[-1]:
-                raise
-    raise AssertionError
+            continue
+    return _measure(smallest, dtype, device)
 
 
-def _flops_per_s(size: int, dtype: torch.dtype, device: torch.device) -> float:
+def _measure(size: int, dtype: torch.dtype, device: torch.device) -> Ceiling:
     a, b = (torch.randn(size, size, dtype=dtype, device=device) for _ in range(2))
-    return 2 * size**3 / min(_seconds(*layout, device=device) for layout in ((a, b.T), (a, b), (a.T, b)))
+    product_s = min(_product_s(*layout, device=device) for layout in ((a, b.T), (a, b), (a.T, b)))
+    return Ceiling(str(dtype).removeprefix("torch."), size, 2 * size**3 / product_s)
 
 
-def _seconds(a: Tensor, b: Tensor, *, device: torch.device) -> float:
-    """Of one product, the least of a few runs."""
+def _product_s(a: Tensor, b: Tensor, *, device: torch.device) -> float:
+    """Seconds of one product, in the fastest of a few runs."""
     out = torch.empty(a.shape[0], b.shape[1], dtype=a.dtype, device=device)
 
-    def taken(products: int) -> float:
+    def run_s(products: int) -> float:
         synchronise(device)
         start = time.perf_counter()
         for _ in range(products):
@@ -44,12 +44,12 @@ def _seconds(a: Tensor, b: Tensor, *, device: torch.device) -> float:
         synchronise(device)
         return time.perf_counter() - start
 
-    taken(1)
-    products = max(1, round(RUN_S / taken(1)))
-    return min(taken(products) for _ in range(RUNS)) / products
+    run_s(1)
+    products = max(1, round(RUN_S / run_s(1)))
+    return min(run_s(products) for _ in range(RUNS)) / products
 
 
 def synchronise(device: torch.device) -> None:
-    """Wait for everything that the device was told to do."""
+    """Wait until the device has finished all its work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)

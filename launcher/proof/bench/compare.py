@@ -1,10 +1,11 @@
-"""The measurement as its parent process sees it: the data, ours, naive, one process after the other. Imports no torch.
+"""The parent process of mode=bench: data, ours and naive, each measured in a child process. Imports no torch.
 
-The data comes first and alone, so that both sides find it prepared, and the libraries and the model's files read once.
-Ours comes before naive: what the machine still has to read or to clock up is then on our account.
+The data comes first and alone, so that both sides find it prepared and the libraries and model files in the page cache.
+Ours runs before naive: whatever is still cold by then counts against us.
 """
 
 from collections.abc import Generator, Iterator
+from functools import partial
 from typing import Any
 
 from launcher.errors import LauncherError
@@ -18,80 +19,54 @@ from launcher.train.request import Request
 def bench(request: Request) -> Iterator[str | BenchRecord]:
     """Measure `proof.bench` steps on each side; yields the names of phases and, last, the record.
 
-    Raises the errors of launcher/errors.py where the data or our side fails. How naive fails is said by the record.
+    Raises the errors of launcher/errors.py where the data or our side fails. How naive fails is in the record.
     """
     proof = request.recipe.proof
     yield "reading data"
-    workload: Workload = yield from _needed(run_child(_workload, request), "the data")
+    workload: Workload = yield from _run("workload", request, name="the data: ")
     yield "ours: starting"
-    ours: OursRecord = yield from _needed(run_child(_ours, request), "our side")
+    ours: OursRecord = yield from _run("ours", request, name="our side: ")
     naive: SideRecord | None = None
     if proof.bench_naive:
         yield "naive: starting"
         try:
-            naive = yield from _last(run_child(_naive, request))
+            naive = yield from _run("naive", request)
         except LauncherError as error:
             naive = SideRecord(failure=str(error))
+    notes = [*ours.compile.fallbacks]
+    if request.recipe.compile.mode == "off":
+        notes.append("compile.mode=off: ours is not compiled")
+    if naive is not None and naive.failure:
+        notes.append(f"naive: {naive.failure}")
     yield bench_record(
         request.recipe.model_dump(mode="json"),
         rows=proof.bench_rows,
         workload=workload,
         ours=ours,
         naive=naive,
-        notes=_notes(request, ours, naive),
+        notes=tuple(notes),
     )
 
 
-def _needed(events: Iterator[Any], who: str) -> Generator[str, None, Any]:
-    """As `_last`; a process that failed is named."""
-    try:
-        return (yield from _last(events))
-    except ChildFailed as error:
-        raise ChildFailed(f"{who}: {error}") from error
-
-
-def _last(events: Iterator[Any]) -> Generator[str, None, Any]:
-    """Passes phases on and returns the record behind them."""
+def _run(part: str, request: Request, *, name: str = "") -> Generator[str, None, Any]:
+    """Passes on the phases of a part and returns its record. `name` begins the message where its process failed."""
     record: Any = None
-    for event in events:
-        if isinstance(event, str):
-            yield event
-        else:
-            record = event
+    try:
+        for event in run_child(partial(measure, part), request):
+            if isinstance(event, str):
+                yield event
+            else:
+                record = event
+    except ChildFailed as error:
+        raise ChildFailed(f"{name}{error}") from error
     return record
 
 
-def _notes(request: Request, ours: OursRecord, naive: SideRecord | None) -> tuple[str, ...]:
-    found = [*ours.compile.fallbacks]
-    if request.recipe.compile.mode == "off":
-        found.append("compile.mode=off: ours is not compiled")
-    if naive is not None and naive.failure:
-        found.append(f"naive: {naive.failure}")
-    return tuple(found)
-
-
-def _workload(request: Request) -> Iterator[Any]:
-    with quick_imports():
-        from launcher.proof.bench.workload import bench_request, workload
-
-    yield workload(bench_request(_prepare(request)))
-
-
-def _ours(request: Request) -> Iterator[Any]:
-    with quick_imports():
-        from launcher.proof.bench.side import ours
-
-    yield from ours(_prepare(request))
-
-
-def _naive(request: Request) -> Iterator[Any]:
-    with quick_imports():
-        from launcher.proof.bench.side import naive
-
-    yield from naive(_prepare(request))
-
-
-def _prepare(request: Request) -> Request:
-    """Settle the environment of this child process; the variables are inherited."""
+def measure(part: str, request: Request) -> Iterator[Any]:
+    """What a child process runs: "workload", "ours" or "naive". Yields phases and, last, the part's record."""
     prepare_environment()
-    return request
+    with quick_imports():
+        from launcher.proof.bench.side import naive, ours
+        from launcher.proof.bench.workload import workload
+
+    yield from {"workload": workload, "ours": ours, "naive": naive}[part](request)

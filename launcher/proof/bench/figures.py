@@ -1,4 +1,4 @@
-"""From what both sides measured to the figures and claims of the record. Imports no torch."""
+"""Computes the figures and verdicts of a bench from what both sides measured. Imports no torch."""
 
 import math
 import statistics
@@ -73,8 +73,8 @@ def pay_back(delay_s: float, *, naive_s: float, ours_s: float) -> int | None:
 def _verdicts(ours: SideRecord, naive: SideRecord | None, *, tolerance: float) -> list[Verdict]:
     """Whether every loss is finite, and both sides did the same work where naive took its first step."""
     losses = [*ours.losses, *(naive.losses if naive else ())]
-    wrong = [loss for loss in losses if not math.isfinite(loss)]
-    finite = Verdict("all losses are finite", not wrong, f"{len(wrong)} of them are not: {wrong[:1] or 'none'}")
+    bad = [loss for loss in losses if not math.isfinite(loss)]
+    finite = Verdict("all losses are finite", not bad, f"{len(bad)} of them are not: {bad[:1] or 'none'}")
     if naive is None or not naive.losses:
         return [finite]
     relative = difference(ours.losses[0], naive.losses[0])

@@ -1,22 +1,21 @@
 """The arithmetic that a training step needs, counted from the model's shapes, for its share of the matmul ceiling.
 
-A product of [m, k] and [k, n] is 2mkn FLOPs: m*k*n multiplications and as many additions. So, for one token:
+A product of [m, k] and [k, n] is 2mkn FLOPs: m*k*n multiplications and as many additions. For one token that gives
 
     frozen linear [in, out]     forward 2*in*out, gradient of its input 2*in*out; its weight has no gradient
-    LoRA A [in, r], B [r, out]  forward 2*r*(in + out), gradients of inputs and of weights as much again each
-    head [D, V]                 as a frozen linear, but of a supervised token: the others have no loss
+    LoRA A [in, r], B [r, out]  forward 2*r*(in + out), gradients of inputs and of weights the same again each
+    head [D, V]                 as a frozen linear, for supervised tokens only: the others have no loss
 
-and for each pair of a position and one that it sees (itself and those before it in its document), in each layer, with
-E = heads * width of a head:
+and in each layer, for each pair of a position and one it attends to, with E = heads * head width:
 
-    attention                   scores 2*E, weighted values 2*E; backward the two gradients of each: 8*E
+    attention                   scores 2*E, weighted values 2*E; backward twice as much for each: 8*E
 
-A document of L tokens has L * (L + 1) / 2 pairs. Not counted: what is computed again (checkpointing, flash attention's
-backward), what padding and masked pairs cost, dequantisation and everything elementwise; so a share of the ceiling says
-how much of the device's time is the arithmetic nobody can leave out.
+A document of L tokens has L * (L + 1) / 2 pairs: a position attends to itself and those before it. Not counted is what
+an implementation may avoid: recomputation (checkpointing, flash attention's backward), padding, masked pairs,
+dequantisation and elementwise work.
 """
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,18 +31,17 @@ class ModelFlops:
     """FLOPs of forward and backward."""
 
     per_token: int
-    per_target: int  # a supervised token, on top
-    per_pair: int  # a position and one that it sees
+    per_target: int  # more, for a supervised token
+    per_pair: int  # of a position and one it attends to
 
-    def of(self, lengths: Iterable[int], *, targets: int) -> int:
-        """Of documents of these lengths, in tokens, `targets` of which are supervised."""
-        sizes = list(lengths)
-        pairs = sum(n * (n + 1) // 2 for n in sizes)
-        return self.per_token * sum(sizes) + self.per_target * targets + self.per_pair * pairs
+    def of(self, lengths: Sequence[int], *, targets: int) -> int:
+        """FLOPs of documents of these lengths, in tokens, `targets` of which are supervised."""
+        pairs = sum(n * (n + 1) // 2 for n in lengths)
+        return self.per_token * sum(lengths) + self.per_target * targets + self.per_pair * pairs
 
 
 def model_flops(config: Any, lora: LoraSection) -> ModelFlops:
-    """Of the model that `config` describes, with adapters of rank `lora.r` on the linears named in `lora.targets`."""
+    """Count for the model of `config` with adapters of rank `lora.r` on the linears named in `lora.targets`."""
     with torch.device("meta"):
         skeleton = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     head = skeleton.get_output_embeddings()

@@ -1,8 +1,8 @@
-"""Each part of the measurement runs in a process of its own, so that start-up, peaks and caches are not shared.
+"""Runs each part of a bench in a process of its own, so that start-up, peaks and caches are not shared.
 
-A fresh interpreter (multiprocessing's spawn) that imports everything itself; this module imports no torch, and its
-parent never does. A child sends what its task yields, then one of: done, an error meant for the user, a crash. It ends
-when its parent does, however that ends.
+The child is a fresh interpreter (multiprocessing's spawn) that imports everything itself; this module and the parent
+import no torch. The child sends the events of its task, then that it is done or the error. It ends with its parent,
+however that ends.
 """
 
 import multiprocessing
@@ -12,21 +12,23 @@ import threading
 import traceback
 from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection
-from multiprocessing.process import BaseProcess, parent_process
+from multiprocessing.process import parent_process
 from typing import Any
 
 from launcher.errors import LauncherError
 from launcher.train.request import Request
 
-END_S = 30.0  # that a child may take to end after its last word
+Task = Callable[[Request], Iterator[Any]]
+
+EXIT_TIMEOUT_S = 30.0  # for a child to exit after its last message
 
 
 class ChildFailed(LauncherError):
     """A child ended without a result, and not by an error meant for the user."""
 
 
-def run_child(task: Callable[[Request], Iterator[Any]], request: Request) -> Iterator[Any]:
-    """What `task(request)` yields in a process of its own. `task` is a function of a module that imports no torch.
+def run_child(task: Task, request: Request) -> Iterator[Any]:
+    """Yield what `task(request)` yields in a new process. `task` is a function of a module that imports no torch.
 
     Raises the LauncherError that the task raises, and ChildFailed for any other end.
     """
@@ -34,33 +36,23 @@ def run_child(task: Callable[[Request], Iterator[Any]], request: Request) -> Ite
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=_child, args=(task, request, sender))
     process.start()
-    sender.close()  # the child's is the only one left: its end is the end of the pipe
+    sender.close()  # only the child's copy is left, so that its death closes the pipe
     try:
-        yield from _received(receiver, process)
-        process.join(END_S)
+        while (message := receiver.recv())[0] == "event":
+            yield message[1]
+        if message[0] == "error":
+            raise message[1]
+        process.join(EXIT_TIMEOUT_S)
+    except EOFError:
+        process.join(EXIT_TIMEOUT_S)
+        raise ChildFailed(_death(process.exitcode)) from None
     finally:
-        process.kill()  # where it is still there: after an error or an interrupt here
+        process.kill()  # it may still run: after an error or an interrupt here
         process.join()
         receiver.close()
 
 
-def _received(receiver: Connection, process: BaseProcess) -> Iterator[Any]:
-    while True:
-        try:
-            kind, value = receiver.recv()
-        except EOFError:
-            process.join(END_S)
-            raise ChildFailed(_last_word(process.exitcode)) from None
-        if kind == "done":
-            return
-        if kind == "error":
-            raise value
-        if kind == "crash":
-            raise ChildFailed(f"its process failed: {value}")
-        yield value
-
-
-def _last_word(code: int | None) -> str:
+def _death(code: int | None) -> str:
     if code is not None and code < 0:
         name = signal.Signals(-code).name
         why = ", as a machine that runs out of memory does" if name == "SIGKILL" else ""
@@ -68,19 +60,20 @@ def _last_word(code: int | None) -> str:
     return f"its process ended without a result, with code {code}"
 
 
-def _child(task: Callable[[Request], Iterator[Any]], request: Request, sender: Connection) -> None:
+def _child(task: Task, request: Request, sender: Connection) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal interrupts parent and child: the parent ends both
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     try:
-        for value in task(request):
-            sender.send(("value", value))
+        for event in task(request):
+            sender.send(("event", event))
         sender.send(("done", None))
     except LauncherError as error:
         sender.send(("error", error))
     except Exception as error:
         traceback.print_exc()
-        sender.send(("crash", f"{type(error).__name__}: {error}"[:500]))
+        reason = f"{type(error).__name__}: {error}"[:500]
+        sender.send(("error", ChildFailed(f"its process failed: {reason}")))
 
 
 def _end_with_parent() -> None:

@@ -1,7 +1,7 @@
 """One side of the comparison, from the start of its process to its last measured step.
 
-A step is timed alone: the device is waited for before and after it, batches are made beforehand, losses are read
-between two steps. The first step belongs to the start; the next few warm up; the last `proof.bench` are measured.
+Each step is timed alone: the device is waited for before and after it, batches are made beforehand, and losses are read
+between steps. The first step counts as start-up, the next few as warm-up; the last `proof.bench` are measured.
 """
 
 import time
@@ -15,33 +15,34 @@ from torch import Tensor
 from launcher.errors import LESS_MEMORY, MemoryExhausted
 from launcher.memory.ledger import MIB, Ledger
 from launcher.proof.bench.ceiling import matmul_ceiling, synchronise
-from launcher.proof.bench.naive import NaiveStep, collate
-from launcher.proof.bench.workload import WARM_UP_STEPS, bench_data, bench_request, digest, step_batches, steps_of
+from launcher.proof.bench.naive import NaiveStep
+from launcher.proof.bench.workload import WARM_UP_STEPS, bench_inputs, hash_batches, step_batches, steps_of
 from launcher.proof.gate import gate_of
+from launcher.proof.stock import collate
 from launcher.records.bench import OursRecord, SideRecord
 from launcher.runtime.clock import Clock, process_age_s
 from launcher.train.describe import start_record
 from launcher.train.request import Request
 from launcher.train.setup import Worker
 
-T = TypeVar("T")
+Batch = TypeVar("Batch")
 
 BEFORE = "before first step"  # a phase of memory
 
 
 @dataclass
-class Log:
-    """What a side has measured so far; also what a failure can still tell."""
+class Measurement:
+    """What a side has measured so far: its record can be made at any time, after a failure too."""
 
     clock: Clock = field(default_factory=Clock)
     ledger: Ledger = field(default_factory=lambda: Ledger(torch.device("cpu")))
-    batches: str = ""
+    batches: str = ""  # their digest
     losses: list[float] = field(default_factory=list)
     steps_s: list[float] = field(default_factory=list)  # of every step
     first_step_s: float | None = None
 
-    def take(self, step: Callable[[T], Tensor], batches: Sequence[T], supervised: Sequence[int]) -> None:
-        """Every step, timed alone; `supervised` are its tokens that have a loss."""
+    def time_steps(self, step: Callable[[Batch], Tensor], batches: Sequence[Batch], supervised: Sequence[int]) -> None:
+        """Run and time `step` (it returns the summed loss) on every batch; `supervised` are their supervised tokens."""
         device = self.ledger.device
         self.ledger.mark(BEFORE)
         for batch, tokens in zip(batches, supervised, strict=True):
@@ -77,69 +78,59 @@ class Log:
 
 
 def ours(request: Request) -> Iterator[str | OursRecord]:
-    """What training does: Worker.build, Worker.compile, worker.step. Yields phases and, last, the record.
+    """Measure what training does: Worker.build, Worker.compile, worker.step. Yields phases and, last, the record.
 
     Raises the errors of launcher/errors.py.
     """
-    log, request = Log(), bench_request(request)
+    measurement = Measurement()
+    clock = measurement.clock
     try:
-        yield from _ours(request, log)
+        with clock.phase("data"):
+            request, prepared = bench_inputs(request)
+        yield "ours: loading"
+        with clock.phase("load"):
+            worker = Worker(request, prepared, clock=clock)
+            measurement.ledger = worker.ledger
+            worker.build()
+        yield "ours: compiling"
+        with clock.phase("compile"):
+            worker.compile()
+        batches = [next(worker.batches) for _ in range(steps_of(request.recipe))]
+        measurement.batches = hash_batches(batches)
+        yield f"ours: {len(batches)} steps"
+        supervised = [batch.supervised_tokens for batch in batches]
+        measurement.time_steps(lambda batch: worker.step(batch).loss_sum, batches, supervised)
+        worker.plan.check()
+        side = measurement.record()  # before the matrix products, which need memory of their own
+        yield "the device's matrix products"
+        dtype = worker.built.dtype
+        ceiling = matmul_ceiling(dtype, prepared.device)
+        yield OursRecord(side, start_record(worker), worker.observer.record(), ceiling, gate_of(dtype).loss)
     except torch.OutOfMemoryError as error:
-        raise MemoryExhausted(
-            f"our side ran out of memory; held by phase: {log.ledger.as_text()}.\n{LESS_MEMORY}"
-        ) from error
-
-
-def _ours(request: Request, log: Log) -> Iterator[str | OursRecord]:
-    with log.clock.phase("data"):
-        prepared = bench_data(request)
-    yield "ours: loading"
-    with log.clock.phase("load"):
-        worker = Worker(request, prepared, clock=log.clock)
-        log.ledger = worker.ledger
-        worker.build()
-    yield "ours: compiling"
-    with log.clock.phase("compile"):
-        worker.compile()
-    batches = [next(worker.batches) for _ in range(steps_of(request.recipe))]
-    log.batches = digest(batches)
-    yield f"ours: {len(batches)} steps"
-    log.take(lambda batch: worker.step(batch).loss_sum, batches, [batch.supervised_tokens for batch in batches])
-    worker.plan.check()
-    side = log.record()  # before the products, which need memory of their own
-    yield "the device's matrix products"
-    yield OursRecord(
-        side,
-        start_record(worker),
-        worker.observer.record(),
-        matmul_ceiling(worker.built.dtype, prepared.device),
-        gate_of(worker.built.dtype).loss,
-    )
+        memory = measurement.ledger.as_text()
+        raise MemoryExhausted(f"our side ran out of memory; held by phase: {memory}.\n{LESS_MEMORY}") from error
 
 
 def naive(request: Request) -> Iterator[str | SideRecord]:
-    """Stock modules in a plain loop. Yields phases and, last, the record; where memory ran out, what there was until
-    then."""
-    log, request = Log(), bench_request(request)
-    try:
-        yield from _naive(request, log)
-    except torch.OutOfMemoryError:
-        taken = f"after {len(log.steps_s)} steps" if log.steps_s else "before its first step ended"
-        yield log.record(f"out of memory {taken}; held by phase: {log.ledger.as_text()}", out_of_memory=True)
-
-
-def _naive(request: Request, log: Log) -> Iterator[str | SideRecord]:
+    """Measure stock modules in a plain loop. Yields phases and, last, the record: partial if memory ran out."""
     torch.set_num_threads(request.rank_info.cores)
-    with log.clock.phase("data"):
-        prepared = bench_data(request)
-    yield "naive: loading"
-    log.ledger = Ledger(prepared.device)
-    with log.clock.phase("load"):
-        step = NaiveStep(request, prepared)
-    log.ledger.mark("after load")
-    batches = step_batches(request, prepared)
-    log.batches = digest(batches)
-    collated = [collate(batch, pinned=prepared.device.type == "cuda") for batch in batches]
-    yield f"naive: {len(collated)} steps"
-    log.take(step, collated, [batch.supervised_tokens for batch in collated])
-    yield log.record()
+    measurement = Measurement()
+    clock = measurement.clock
+    try:
+        with clock.phase("data"):
+            request, prepared = bench_inputs(request)
+        yield "naive: loading"
+        measurement.ledger = Ledger(prepared.device)
+        with clock.phase("load"):
+            step = NaiveStep(request, prepared)
+        measurement.ledger.mark("after load")
+        batches = step_batches(request, prepared)
+        measurement.batches = hash_batches(batches)
+        padded = [collate(batch, pinned=prepared.device.type == "cuda") for batch in batches]
+        yield f"naive: {len(padded)} steps"
+        measurement.time_steps(step, padded, [batch.supervised_tokens for batch in padded])
+        yield measurement.record()
+    except torch.OutOfMemoryError:
+        steps, memory = len(measurement.steps_s), measurement.ledger.as_text()
+        when = f"after {steps} steps" if steps else "before its first step ended"
+        yield measurement.record(f"out of memory {when}; held by phase: {memory}", out_of_memory=True)

@@ -1,4 +1,4 @@
-"""What tests run in a child process: a task that tells, and tasks that end in every way there is."""
+"""A task that tests run in a child process; it ends in one of the ways there are."""
 
 import os
 import signal
@@ -11,31 +11,17 @@ from launcher.errors import DataError
 from launcher.train.request import Request
 
 
-def tells(asked: Request) -> Iterator[Any]:
-    yield "a phase"
-    yield os.getpid(), "torch" in sys.modules, asked
-
-
-def refuses(asked: Request) -> Iterator[Any]:
-    yield "a phase"
-    raise DataError("rows must be there; none is.\nGive some.", step=7)
-
-
-def crashes(asked: Request) -> Iterator[Any]:
-    yield "a phase"
-    raise ZeroDivisionError("planted")
-
-
-def is_killed(asked: Request) -> Iterator[Any]:
-    yield "a phase"
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
-def leaves(asked: Request) -> Iterator[Any]:
-    yield "a phase"
-    os._exit(3)
-
-
-def waits(asked: Request) -> Iterator[Any]:
-    yield os.getpid()
-    time.sleep(600)
+def task(ending: str, request: Request) -> Iterator[Any]:
+    """Yields its process id, whether torch is imported and its request; then ends."""
+    yield os.getpid(), "torch" in sys.modules, request
+    match ending:
+        case "error":
+            raise DataError("rows must be there; none is.\nGive some.", step=7)
+        case "crash":
+            raise ZeroDivisionError("planted")
+        case "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+        case "exit":
+            os._exit(3)
+        case "wait":
+            time.sleep(600)
