@@ -21,6 +21,7 @@ from launcher.proof.stock import supervised_documents
 from launcher.recipe.schema import Recipe
 from launcher.records.run import Verdict
 from launcher.runtime.clock import Clock
+from launcher.train import regions
 from launcher.train.request import Request
 from launcher.train.setup import Prepared, Worker, prepare_inputs
 from tests.conftest import request_for
