@@ -26,6 +26,7 @@ Refusal = Callable[..., str]  # the fixture: arguments in, message out
         ("mode=", "train, parity, bench, preview, show"),
         ("train.lr=[1", "not valid YAML"),
         ("train.lr=!!python/name:os.system", "tag"),
+        ("lora.targets=[&x,*x]", "alias"),
         ("report=", "a path"),
         ("blocks=3", "mode=train; remove"),
         ("mode=show blocks=1", "mode=show; remove"),
@@ -61,11 +62,8 @@ def test_only_a_whole_number_of_blocks_is_taken(refusal: Refusal, blocks: str) -
         ("train.max_length=9", "data.max_length"),
         ("lora.lr=9", "train.lr"),
         ("train.lora_alpha=9", "lora.alpha"),
-        ("lr=abc", "train.lr"),
-        ("batch=-1", "train.micro_batch"),
         ("train.micro-batch=2", "train.micro_batch"),
         ("--train.lr=1", "train.lr"),
-        ("lora_alpha=3", "lora.alpha"),
         ("max_seq_length=3", "data.max_length"),
         ("data.sources[0].path=x", "data.sources"),
         ("data.sources.0.path=x", "data.sources"),
@@ -104,14 +102,6 @@ def test_unknown_keys_of_a_file_are_named_with_their_line(refusal: Refusal, own:
     assert "got 'y' (command line)" in refusal(f"recipe={own}", "data.sources=[{pth: y}]")
 
 
-def test_a_target_is_an_unknown_key_on_both_layers(refusal: Refusal, own: Path) -> None:
-    own.write_text("train: {steps: 1}\nmodel:\n  _target_: os.system\n")
-    assert "unknown key model._target_" in refusal(f"recipe={own}") and "own.yaml:3" in refusal(f"recipe={own}")
-    assert "unknown key model._target_" in refusal("recipe=tiny", "model._target_=os.system")
-    for argument in ("data.sources=[{path: a, _target_: os.system}]", "data.validation={path: a, _target_: os.system}"):
-        assert "_target_" in refusal("recipe=tiny", argument)
-
-
 # --- values
 
 
@@ -120,8 +110,6 @@ def test_a_target_is_an_unknown_key_on_both_layers(refusal: Refusal, own: Path) 
     [
         ("train.lr=abc", "a number > 0 and <= 1"),
         ("train.lr=true", "a number > 0 and <= 1"),
-        ("train.lr=nan", "a number > 0 and <= 1"),
-        ("train.lr=${HOME}", "a number > 0 and <= 1"),
         ("train.micro_batch=-1", "a whole number >= 1"),
         ("train.micro_batch=1.5", "a whole number >= 1"),
         ("lora.r=4096", "a whole number from 1 to 1024"),
@@ -134,8 +122,8 @@ def test_a_target_is_an_unknown_key_on_both_layers(refusal: Refusal, own: Path) 
         ("compile.regions=[mlp,mpl]", "one of mlp, rmsnorm, attention, loss"),
         ("data.sources=a.jsonl", "a list of {path, format, weight, config, split, revision}"),
         ("data.sources=[]", "at least 1"),
-        ("lora.targets={a: b}", "a list of text"),
         ("train.lr={a: b}", "a number > 0 and <= 1"),
+        ("data.validation={path: a, pth: b}", "or {path, format"),
         ("data.validation=1.5", "a number >= 0 and < 1, or text"),
         ("train.clip=-1", "a number > 0, or null"),
         ("train=5", "train is a section"),
@@ -200,13 +188,17 @@ def test_a_terminal_never_receives_control_codes_from_a_value(refusal: Refusal, 
 # --- as a process
 
 
-def test_a_bad_key_ends_the_program_with_code_2_within_a_second_without_torch_and_leaves_nothing(
-    tmp_path: Path,
+@pytest.mark.parametrize(
+    ("wrong", "says", "limit_s"),
+    [("lerning_rate=1", "did you mean train.lr", 1.0), ("model.name=no/where", "Offline", 5.0)],
+)
+def test_a_wrong_recipe_ends_the_program_at_once_with_code_2_without_torch_and_leaves_nothing(
+    tmp_path: Path, wrong: str, says: str, limit_s: float
 ) -> None:
     main = recipes_dir().parent / "launcher" / "main.py"
     program = (
         "import runpy, sys\n"
-        f"sys.argv = [{str(main)!r}, 'recipe=tiny', 'lerning_rate=1']\n"
+        f"sys.argv = [{str(main)!r}, 'recipe=tiny', {wrong!r}]\n"
         "try: runpy.run_path(sys.argv[0], run_name='__main__')\n"
         "finally: print(*{'torch', 'transformers', 'numpy', 'accelerate'} & set(sys.modules))\n"
     )
@@ -215,6 +207,6 @@ def test_a_bad_key_ends_the_program_with_code_2_within_a_second_without_torch_an
     done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True)
     elapsed_s = sum(resource.getrusage(resource.RUSAGE_CHILDREN)[:2]) - before_s
     assert (done.returncode, done.stdout.strip()) == (2, "")
-    assert "did you mean train.lr" in done.stderr and len(done.stderr.splitlines()) <= 5
+    assert says in done.stderr and len(done.stderr.splitlines()) <= 5
     assert list(tmp_path.iterdir()) == []
-    assert 0 < elapsed_s < 1.0
+    assert 0 < elapsed_s < limit_s
