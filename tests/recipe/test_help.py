@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from launcher.recipe.field_types import recipes_dir
+from launcher.recipe.field_types import recipe_names, recipes_dir
 from launcher.recipe.help import print_request
-from launcher.recipe.load import recipe_names, resolve
+from launcher.recipe.load import resolve
 
 
 def printed(*argv: str, terminal: bool = False) -> str:

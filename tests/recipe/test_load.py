@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from launcher.recipe.load import recipe_names, resolve
+from launcher.recipe.field_types import recipe_names
+from launcher.recipe.load import resolve
 
 Refusal = Callable[..., str]  # the fixture: arguments in, message out
 

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from launcher.recipe.field_types import recipes_dir
-from launcher.recipe.load import recipe_names, resolve
+from launcher.recipe.field_types import recipe_names, recipes_dir
+from launcher.recipe.load import resolve
 from launcher.recipe.schema import Recipe
 
 ARCHITECTURES = sorted((recipes_dir() / "architectures").glob("*/config.json"))
