@@ -1,7 +1,5 @@
 """Where `model.name` is: a folder, a shipped architecture or a hub id."""
 
-from pathlib import Path
-
 import pytest
 
 from launcher.errors import RecipeError
@@ -12,9 +10,7 @@ from launcher.recipe.schema import ModelSection
 ARCHITECTURES = recipes_dir() / "architectures"
 
 
-def test_a_folder_becomes_absolute_and_an_architecture_the_shipped_folder(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_folder_becomes_absolute_and_an_architecture_the_shipped_folder(tmp_path, monkeypatch):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "config.json").write_text("{}")
     monkeypatch.chdir(tmp_path)
@@ -33,9 +29,7 @@ def test_a_folder_becomes_absolute_and_an_architecture_the_shipped_folder(
         ("someone/else", "pretrained", r"(?s)someone/else.*Offline.*model.name=/path/to/folder"),
     ],
 )
-def test_a_model_that_cannot_be_had_is_named_with_the_remedy(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, init: str, expected: str
-) -> None:
+def test_a_model_that_cannot_be_had_is_named_with_the_remedy(tmp_path, monkeypatch, name, init, expected):
     (tmp_path / "empty").mkdir()
     monkeypatch.chdir(tmp_path)
     with pytest.raises(RecipeError, match=expected):

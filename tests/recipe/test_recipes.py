@@ -1,7 +1,6 @@
 """Every recipe that ships: valid, short, described, and without a key that only repeats the default."""
 
 import json
-from pathlib import Path
 
 import pytest
 
@@ -19,12 +18,12 @@ SHAPES = {
 per_recipe = pytest.mark.parametrize("name", recipe_names())
 
 
-def test_the_promised_recipes_ship() -> None:
+def test_the_promised_recipes_ship():
     assert recipe_names() == ["llama1b", "llama1b-t4", "llama3b", "llama8b", "tiny"]
 
 
 @per_recipe
-def test_a_shipped_recipe_is_short_and_described(name: str) -> None:
+def test_a_shipped_recipe_is_short_and_described(name):
     lines = (recipes_dir() / f"{name}.yaml").read_text().splitlines()
     assert len(lines) <= 35 and max(map(len, lines)) <= 120
     assert lines[0] == "# yaml-language-server: $schema=schema.json"
@@ -32,7 +31,7 @@ def test_a_shipped_recipe_is_short_and_described(name: str) -> None:
 
 
 @per_recipe
-def test_a_shipped_recipe_sets_only_what_differs_from_the_defaults_and_trains_on_the_shipped_data(name: str) -> None:
+def test_a_shipped_recipe_sets_only_what_differs_from_the_defaults_and_trains_on_the_shipped_data(name):
     default = Recipe.model_validate({"train": {"steps": 1}}).model_dump()
     resolved = resolve([f"recipe={name}"])
     values = resolved.recipe.model_dump()
@@ -41,7 +40,7 @@ def test_a_shipped_recipe_sets_only_what_differs_from_the_defaults_and_trains_on
     assert [source["path"] for source in values["data"]["sources"]] == [str(recipes_dir() / "tiny" / "train.jsonl")]
 
 
-def test_the_t4_recipe_is_the_published_challenge_set_up() -> None:
+def test_the_t4_recipe_is_the_published_challenge_set_up():
     recipe = resolve(["recipe=llama1b-t4"]).recipe
     assert recipe.model.name == "unsloth/Llama-3.2-1B-Instruct" and recipe.model.dtype == "float16"
     assert (recipe.train.micro_batch, recipe.train.accumulation, recipe.data.max_length) == (1, 2, 1024)
@@ -49,7 +48,7 @@ def test_the_t4_recipe_is_the_published_challenge_set_up() -> None:
 
 
 @pytest.mark.parametrize("path", ARCHITECTURES, ids=lambda path: path.parent.name)
-def test_transformers_reads_the_published_shape_and_parameter_count(path: Path) -> None:
+def test_transformers_reads_the_published_shape_and_parameter_count(path):
     from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(path.parent, local_files_only=True)
@@ -71,7 +70,7 @@ def test_transformers_reads_the_published_shape_and_parameter_count(path: Path) 
     assert layers * layer + hidden + config.vocab_size * hidden * (1 if tied else 2) == parameters
 
 
-def test_the_large_models_architectures_ship_and_carry_nothing_of_a_machine() -> None:
+def test_the_large_models_architectures_ship_and_carry_nothing_of_a_machine():
     models = [resolve([f"recipe={name}"]).recipe.model.name for name in ("llama1b", "llama3b", "llama8b")]
     assert [model.split("/")[-1] for model in models] == [path.parent.name for path in ARCHITECTURES] == list(SHAPES)
     for path in ARCHITECTURES:

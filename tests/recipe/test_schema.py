@@ -18,7 +18,7 @@ def recipe(**sections: dict[str, Any]) -> Recipe:
     return Recipe.model_validate({**sections, "train": {"steps": 1, **sections.get("train", {})}})
 
 
-def test_two_recipes_never_share_a_list() -> None:
+def test_two_recipes_never_share_a_list():
     first, second = recipe(), recipe()
     first.lora.targets.append("planted")
     assert "planted" not in second.lora.targets
@@ -44,7 +44,7 @@ def test_two_recipes_never_share_a_list() -> None:
         ("run.output_dir", ["runs/x"], [""]),
     ],
 )
-def test_a_value_that_fits_is_taken_and_any_other_is_refused(key: str, accepted: list[Any], refused: list[Any]) -> None:
+def test_a_value_that_fits_is_taken_and_any_other_is_refused(key, accepted, refused):
     """Ranges and defaults are those of the shipped JSON schema (test_help.py)."""
     section, name = key.split(".")
     for value in accepted:
@@ -64,7 +64,7 @@ NUMBERS = [(s, n) for s, n, kind in FIELDS if {int, float} & {kind, *get_args(ki
 
 
 @pytest.mark.parametrize(("section", "name", "choices"), CHOICES)
-def test_a_choice_takes_its_words_and_no_other(section: str, name: str, choices: tuple[str, ...]) -> None:
+def test_a_choice_takes_its_words_and_no_other(section, name, choices):
     for word in choices:
         assert getattr(getattr(recipe(**{section: {name: word}}), section), name) == word
     others = ["planted", None, choices[0].upper()] + ([] if "off" in choices else [False])
@@ -75,29 +75,29 @@ def test_a_choice_takes_its_words_and_no_other(section: str, name: str, choices:
 
 @pytest.mark.parametrize("number", [math.nan, math.inf, -math.inf, "nan", ".inf"])
 @pytest.mark.parametrize(("section", "name"), NUMBERS)
-def test_no_number_may_be_nan_or_infinite(section: str, name: str, number: float | str) -> None:
+def test_no_number_may_be_nan_or_infinite(section, name, number):
     with pytest.raises(ValidationError, match=f"{section}.{name}"):
         recipe(**{section: {name: number}})
 
 
-def test_the_tests_of_all_choices_and_all_numbers_see_them_all() -> None:
+def test_the_tests_of_all_choices_and_all_numbers_see_them_all():
     assert (len(CHOICES), len(NUMBERS)) == (17, 22), (CHOICES, NUMBERS)
 
 
 @pytest.mark.parametrize(
     ("value", "read"), [("0.1", 0.1), (0, 0.0), ("./v.jsonl", "./v.jsonl"), ("1.jsonl", "1.jsonl")]
 )
-def test_validation_is_a_fraction_where_it_reads_as_a_number_else_a_path(value: Any, read: float | str) -> None:
+def test_validation_is_a_fraction_where_it_reads_as_a_number_else_a_path(value, read):
     validation = DataSection(validation=value).validation
     assert validation == read and type(validation) is type(read)
 
 
-def test_a_section_is_frozen() -> None:
+def test_a_section_is_frozen():
     with pytest.raises(ValidationError, match="frozen"):
-        recipe().lora.r = 4  # type: ignore[misc]
+        recipe().lora.r = 4
 
 
-def test_the_json_schema_describes_every_field_and_names_no_folder_of_this_machine() -> None:
+def test_the_json_schema_describes_every_field_and_names_no_folder_of_this_machine():
     schema = Recipe.model_json_schema()
     for section, definition in schema["$defs"].items():
         for name, field in definition["properties"].items():
@@ -105,9 +105,7 @@ def test_the_json_schema_describes_every_field_and_names_no_folder_of_this_machi
     assert str(recipes_dir().parent) not in json.dumps(schema)
 
 
-def test_the_shipped_recipes_lie_inside_the_package_or_beside_it(
-    tmp_path: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_shipped_recipes_lie_inside_the_package_or_beside_it(tmp_path, monkeypatch):
     for layout in ("recipes", "launcher/recipes"):
         root = tmp_path / layout.replace("/", "-")
         (root / layout).mkdir(parents=True)

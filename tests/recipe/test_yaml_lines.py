@@ -1,14 +1,12 @@
 """Reading a recipe file as plain data: raw scalars, lines of keys, and nothing that YAML could execute or hide."""
 
-from pathlib import Path
-
 import pytest
 
 from launcher.errors import RecipeError
 from launcher.recipe.yaml_lines import inline, read_file, read_value
 
 
-def test_scalars_keep_their_raw_text_and_null_is_none(own: Path) -> None:
+def test_scalars_keep_their_raw_text_and_null_is_none(own):
     own.write_text(
         "model:\n  revision: 0123456\ncompile: {mode: off}\ntrain:\n  lr: 1e-3\n  steps:\n  clip: ~\nrun: 'null'\n"
     )
@@ -43,9 +41,7 @@ def test_scalars_keep_their_raw_text_and_null_is_none(own: Path) -> None:
         ("a: " + "[" * 100 + "]" * 100, "own.yaml:1: nested too deeply"),
     ],
 )
-def test_what_is_not_a_plain_mapping_is_refused_with_file_and_line(
-    own: Path, monkeypatch: pytest.MonkeyPatch, text: str | bytes, expected: str
-) -> None:
+def test_what_is_not_a_plain_mapping_is_refused_with_file_and_line(own, monkeypatch, text, expected):
     monkeypatch.chdir(own.parent)
     own.write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(RecipeError) as caught:
@@ -55,7 +51,7 @@ def test_what_is_not_a_plain_mapping_is_refused_with_file_and_line(
     assert not (own.parent / "planted").exists()
 
 
-def test_a_file_that_cannot_be_read_is_named_with_the_reason(tmp_path: Path) -> None:
+def test_a_file_that_cannot_be_read_is_named_with_the_reason(tmp_path):
     with pytest.raises(RecipeError, match=r"gone\.yaml.*No such file"):
         read_file(tmp_path / "gone.yaml")
     with pytest.raises(RecipeError, match="directory"):
@@ -76,7 +72,7 @@ def test_a_file_that_cannot_be_read_is_named_with_the_reason(tmp_path: Path) -> 
         ("@home", "@home"),
     ],
 )
-def test_a_value_of_the_command_line_is_raw_text_or_a_flow_collection(text: str, value: object) -> None:
+def test_a_value_of_the_command_line_is_raw_text_or_a_flow_collection(text, value):
     assert read_value(text) == value
 
 
@@ -84,11 +80,11 @@ def test_a_value_of_the_command_line_is_raw_text_or_a_flow_collection(text: str,
     "value",
     [None, [], ["a", "b"], [{"path": "a.jsonl", "format": "auto"}], "text", "a, b: c", "null", "[x", "", "\x1b[31m"],
 )
-def test_a_value_written_inline_reads_back(value: object) -> None:
+def test_a_value_written_inline_reads_back(value):
     assert read_value(inline(value)) == value
     assert read_value(inline([value])) == [value]
     assert inline(value).isprintable()
 
 
-def test_numbers_are_written_short_and_exact() -> None:
+def test_numbers_are_written_short_and_exact():
     assert [inline(value) for value in (2e-4, 1.0, 16, True, 1 / 3)] == ["0.0002", "1", "16", "true", repr(1 / 3)]
