@@ -7,7 +7,7 @@ import json
 from collections.abc import Sequence
 
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from launcher.recipe.command_line import MODES, OPTIONS, parse
@@ -82,9 +82,7 @@ def _print_table(header: Row, rows: Sequence[Row], console: Console) -> None:
     if not console.is_terminal:
         _print_plain((header, *rows), console)
         return
-    table = Table()
-    for title in header:
-        table.add_column(title, overflow="fold")
+    table = Table(*(Column(title, overflow="fold") for title in header))
     for row in rows:
         table.add_row(*map(Text, row))  # as text: square brackets are not markup
     console.print(table)
