@@ -86,8 +86,6 @@ def _recipe_path(recipe: str) -> Path:
         if not path.exists():
             raise RecipeError(f"recipe must be a file if it ends in .yaml; {recipe!r} does not exist; {hint or listed}")
         return path
-    if "/" in recipe or "\\" in recipe:
-        raise RecipeError(f"recipe must be a name, or a path that ends in .yaml; got {shown(recipe)}; {listed}")
     if recipe not in names:
         raise RecipeError(f"recipe must exist; got {shown(recipe)}; {hint}{listed}")
     return recipes_dir() / f"{recipe}.yaml"
