@@ -63,7 +63,7 @@ def test_default_folders_of_one_second_differ(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(("rank", "code", "written"), [(0, 0, True), (1, 0, False), (1, 5, True), (0, 3, True)])
-def test_after_a_metric_status_json_is_rank_0s_on_success_and_else_that_of_the_rank_that_failed(folder, rank, code, written):
+def test_status_json_after_a_metric_is_rank_0s_on_success_and_else_that_of_the_failed_rank(folder, rank, code, written):
     folder.adapter_staging.mkdir()
     files_of(folder, rank=rank).end(code=code, reason="why")
     assert folder.status.exists() == written
