@@ -65,10 +65,6 @@ class Launch:
             time.sleep(0.05)
         raise AssertionError("no rank has begun")
 
-    def kill(self, rank: int) -> None:
-        self.ranks[rank].kill()
-        assert self.ranks.pop(rank).wait() == -signal.SIGKILL
-
     def reports(self) -> list[dict[str, Any]]:
         """What each rank reports, in the order in which they did the work."""
         reports = [json.loads(process.communicate(timeout=60)[0]) for process in self.ranks.values()]
@@ -105,7 +101,9 @@ def test_the_error_of_the_first_rank_is_that_of_the_others_and_one_rank_reports_
 
 def test_when_the_working_rank_is_killed_the_next_one_works(tmp_path):
     launch = Launch(tmp_path, "time.sleep(3)").start(0).wait_for_work().start(1)
-    launch.kill(0)
+    working = launch.ranks.pop(0)
+    working.kill()
+    assert working.wait() == -signal.SIGKILL
     assert [report["value"] for report in launch.reports()] == ["value"]
 
 
