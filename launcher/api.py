@@ -5,6 +5,7 @@ record = run("tiny", "train.steps=5")
 record.evals[-1].eval_loss, record.start.run_dir
 """
 
+import io
 import os
 from contextlib import suppress
 from pathlib import Path
@@ -45,9 +46,8 @@ def run(recipe: str, *overrides: str, quiet: bool = False) -> RunRecord:
     resolved, info = resolve([f"recipe={recipe}", *overrides]), rank_info()
     if resolved.mode != "train":
         raise RecipeError(f"run() trains; got mode={resolved.mode}; give that to the command line: qlora-launcher")
-    with open(os.devnull, "w") as devnull:
-        console = make_console(devnull if quiet or not info.is_main else None)
-        return train(make_request(resolved, info), console, report_copy=resolved.report)
+    console = make_console(io.StringIO() if quiet or not info.is_main else None)
+    return train(make_request(resolved, info), console, report_copy=resolved.report)
 
 
 def make_request(resolved: Resolved, info: RankInfo) -> Request:

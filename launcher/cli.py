@@ -3,7 +3,7 @@
 torch is imported only once the recipe is known to be good: a mistyped key is answered at once.
 """
 
-import os
+import io
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -34,11 +34,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     listen()
     try:
-        with open(os.devnull, "w") as devnull:
-            console = make_console(None if info.is_main else devnull)
-            if not print_request(arguments, console=console):
-                resolved = resolve(arguments)
-                COMMANDS[resolved.mode](resolved, info, console)
+        console = make_console(None if info.is_main else io.StringIO())
+        if not print_request(arguments, console=console):
+            resolved = resolve(arguments)
+            COMMANDS[resolved.mode](resolved, info, console)
         return 0
     except LauncherError as error:
         _print_failure(error, info)
@@ -80,21 +79,20 @@ def _parity(resolved: Resolved, info: RankInfo, console: Console) -> None:
 
         yield from parity(request)
 
-    record = _compare(events, resolved, info, console)
-    if not record.holds:
-        raise ContractError(record.failure)
+    _compare(events, resolved, info, console)
 
 
 def _bench(resolved: Resolved, info: RankInfo, console: Console) -> None:
     record = _compare(bench, resolved, info, console)
-    if not record.holds:
-        raise ContractError(record.failure)
     if record.naive and record.naive.failure and not record.naive.out_of_memory:
         raise ChildFailed(f"naive must come to its end to be compared; it did not: {record.naive.failure}.")
 
 
 def _compare(events: Callable[[Request], Iterator[Any]], resolved: Resolved, info: RankInfo, console: Console) -> Any:
-    """The record that `events` ends with, written to report=PATH; all goes to the console. One process only."""
+    """The record that `events` ends with, written to report=PATH; all goes to the console. One process only.
+
+    Raises ContractError where a verdict of the record does not hold.
+    """
     if info.world_size > 1:
         raise RecipeError(
             f"mode={resolved.mode} runs in one process; {info.world_size} were started. "
@@ -107,6 +105,8 @@ def _compare(events: Callable[[Request], Iterator[Any]], resolved: Resolved, inf
             screen.show(record)
         if resolved.report:
             write_json(resolved.report, record.as_report())
+    if not record.holds:
+        raise ContractError(record.failure)
     return record
 
 

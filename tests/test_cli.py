@@ -19,10 +19,6 @@ from tests.support.arguments import replaced
 MAIN = [sys.executable, str(ROOT / "launcher" / "main.py")]
 
 
-def launch(*arguments, cwd):
-    return subprocess.run([*MAIN, *arguments], capture_output=True, text=True, timeout=300, cwd=cwd)
-
-
 @pytest.fixture
 def main(monkeypatch, tmp_path, capsys):
     """The command in this process, in the test's folder: a function of its arguments -> (code, stdout, stderr)."""
@@ -56,10 +52,10 @@ def previewed(small, small_model, tmp_path):
     [
         ("small", "recipe=nope", 2, "tiny"),
         ("small", "lerning_rate=1", 2, "train.lr"),
-        ("small", "train.lr=abc", 2, "train.lr"),
         ("small", "model.name=./nowhere", 2, "model.name"),
         ("small", "lora.targets=[nothing]", 2, "q_proj"),
         ("small", "report=./nowhere/report.json", 2, "a folder that can be written"),
+        ("small", "run.output_dir=taken", 4, "must not hold another run"),
         ("small", "data.sources=[{path: empty.jsonl}]", 3, "0 usable rows"),
         ("small", "data.sources=[{path: broken.jsonl}]", 3, "broken.jsonl:2"),
         ("previewed", "data.max_length=4096", 2, "data.max_length"),
@@ -71,6 +67,7 @@ def test_bad_input_is_a_short_message_with_its_code_and_leaves_nothing(
     main, request, tmp_path, mode, wrong, code, says
 ):
     arguments = request.getfixturevalue(mode)
+    (tmp_path / "taken" / "adapter").mkdir(parents=True)
     (tmp_path / "empty.jsonl").write_text("")
     (tmp_path / "broken.jsonl").write_text('{"text": "fine"}\n{"text": \n')
     before = sorted(tmp_path.rglob("*"))
@@ -82,18 +79,13 @@ def test_bad_input_is_a_short_message_with_its_code_and_leaves_nothing(
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_a_run_ends_with_0_prints_plain_text_and_leaves_its_files_and_a_second_one_is_refused(small, tmp_path):
-    done = launch(*small, "report=copy.json", cwd=tmp_path)
+def test_a_run_ends_with_0_prints_plain_text_and_leaves_its_files(small, tmp_path):
+    done = subprocess.run([*MAIN, *small], capture_output=True, text=True, timeout=300, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "\x1b" not in done.stdout
     assert "PASS" in done.stdout
     assert "FAIL" not in done.stdout
     assert {p.name for p in (tmp_path / "out").iterdir()} == {"adapter", "metrics.jsonl", "report.json", "status.json"}
-    assert json.loads((tmp_path / "out" / "status.json").read_text())["code"] == 0
-    assert (tmp_path / "copy.json").read_text() == (tmp_path / "out" / "report.json").read_text()
-    again = launch(*small, cwd=tmp_path)
-    assert again.returncode == 4
-    assert "must not hold another run" in again.stderr and "Traceback" not in again.stderr
 
 
 @pytest.mark.parametrize(("signum", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])

@@ -1,6 +1,5 @@
 """What `pip install .` and `pip install -e .` put on a machine: the package, the recipes, the command."""
 
-import configparser
 import os
 import re
 import shutil
@@ -12,8 +11,11 @@ from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
-ROOT = Path(__file__).resolve().parents[1]
+from tests.conftest import ROOT
+from tests.support.setup_cfg import SETUP, requirements
+
 BUILD = "import sys; from setuptools import build_meta; print(getattr(build_meta, sys.argv[1])(sys.argv[2]))"
 # With -S, and the environment's packages appended as plain folders, whose .pth files are not read: an editable install
 # in the environment of the tests would hide the one under test.
@@ -27,12 +29,6 @@ SHIPPED = [
     for path in (ROOT / "recipes").rglob("*")
     if path.is_file() and not {"__pycache__", "build"} & set(path.parts)  # neither is in the repository
 ]
-
-
-def setup_cfg() -> configparser.ConfigParser:
-    config = configparser.ConfigParser()
-    config.read(ROOT / "setup.cfg")
-    return config
 
 
 @pytest.fixture(scope="module")
@@ -67,9 +63,9 @@ def test_a_plain_install_carries_every_recipe_file_and_finds_them(checkout: Path
     installed = install(checkout, "build_wheel")
     packed = [path.relative_to(installed).as_posix() for path in installed.rglob("*") if path.is_file()]
     assert len(SHIPPED) > 10
-    assert sorted(f"launcher/recipes/{name}" for name in SHIPPED) == sorted(
+    assert {f"launcher/recipes/{name}" for name in SHIPPED} == {
         name for name in packed if name.startswith("launcher/recipes/")
-    )
+    }
     assert not [name for name in packed if name.startswith(("recipes/", "tests/"))]
     # Run elsewhere, with a stranger's `recipes` beside the package, as site-packages may have one.
     (installed / "recipes").mkdir()
@@ -87,7 +83,7 @@ def test_an_editable_install_finds_the_recipes_of_the_checkout(checkout: Path, t
 
 
 def test_every_package_of_the_tree_is_listed() -> None:
-    listed = setup_cfg()["options"]["packages"].split()
+    listed = SETUP["options"]["packages"].split()
     found = {".".join(path.parent.relative_to(ROOT).parts) for path in (ROOT / "launcher").rglob("__init__.py")}
     assert set(listed) == found | {"launcher.recipes"}
 
@@ -95,30 +91,21 @@ def test_every_package_of_the_tree_is_listed() -> None:
 def test_the_constraints_pin_everything_that_is_needed_and_nothing_of_a_machine() -> None:
     lines = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if not line.startswith("#")]
     assert all(re.fullmatch(r"[A-Za-z0-9_.-]+==[0-9][0-9a-z.]*", line) for line in lines), lines
-    pinned = {normal(line.split("==")[0]) for line in lines}
-    config = setup_cfg()
-    required = [config["options"]["install_requires"], *config["options.extras_require"].values()]
-    requirements = [
-        line for line in "\n".join(required).splitlines() if line.strip() and not line.strip().startswith("#")
-    ]
-    needed: set[str] = set()
-    while requirements:
-        requirement = Requirement(requirements.pop())
-        name = normal(requirement.name)
+    pinned = {canonicalize_name(line.split("==")[0]) for line in lines}
+    todo, needed = requirements(), set()
+    while todo:
+        requirement = todo.pop()
+        name = canonicalize_name(requirement.name)
         if name not in needed and applies(requirement):
             needed.add(name)
-            requirements += distribution(name).requires or []
+            todo += map(Requirement, distribution(name).requires or [])
     assert len(needed) > 40
     assert needed <= pinned, sorted(needed - pinned)
 
 
-def normal(name: str) -> str:
-    return re.sub(r"[-_.]+", "-", name).lower()
-
-
 def applies(requirement: Requirement) -> bool:
     """Whether a requirement holds here and without extras. What torch needs for CUDA differs by index: not pinned."""
-    pinnable = not normal(requirement.name).startswith(("nvidia-", "cuda-", "triton"))
+    pinnable = not canonicalize_name(requirement.name).startswith(("nvidia-", "cuda-", "triton"))
     return pinnable and (requirement.marker is None or requirement.marker.evaluate({"extra": ""}))
 
 

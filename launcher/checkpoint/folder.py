@@ -42,13 +42,6 @@ class RunFolder:
                 f"run.output_dir must be a folder that can be written; {self.path}: {error.strerror}. Choose another."
             ) from None
 
-    def status_code(self) -> int | None:
-        """The code in status.json, None without one."""
-        try:
-            return int(json.loads(self.status.read_text(encoding="utf-8"))["code"])
-        except FileNotFoundError:
-            return None
-
     def discard(self) -> None:
         """Remove what `create` made, if nothing was measured yet; other files in the folder are the user's."""
         self.metrics.unlink()
@@ -91,8 +84,10 @@ class RunFiles:
         folder = self._folder
         if folder is None or (self._rank and not code):
             return
-        if code in FOLLOWING_CODES and folder.status_code() not in (None, *FOLLOWING_CODES):
-            return
+        if code in FOLLOWING_CODES and folder.status.exists():
+            cause = json.loads(folder.status.read_text(encoding="utf-8"))["code"]
+            if cause not in FOLLOWING_CODES:
+                return
         shutil.rmtree(folder.adapter_staging, ignore_errors=True)
         if code in (2, 3) and not folder.metrics.stat().st_size:
             folder.discard()

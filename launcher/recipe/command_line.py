@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from launcher.errors import RecipeError
+from launcher.recipe.field_types import recipe_names
 from launcher.recipe.yaml_lines import read_value
 
 MODES = {
@@ -17,18 +18,14 @@ MODES = {
     "show": "print the resolved recipe and where each value comes from",
     "schema": "print the JSON schema of a recipe",
 }
-OPTIONS = ("recipe", "mode", "report", "blocks")  # the keys outside every section
-PREVIEW_BLOCKS = 2  # printed by mode=preview
+OPTIONS = {"recipe": "", "mode": "train", "report": "", "blocks": "2"}  # the keys outside every section, their defaults
 
 
 @dataclass
 class Arguments:
     """A split command line. Errors of form are in `problems`; the rest is kept, so that it can be checked as well."""
 
-    recipe: str = ""
-    mode: str = "train"
-    report: str = ""
-    blocks: int = PREVIEW_BLOCKS
+    options: dict[str, str] = field(default_factory=OPTIONS.copy)  # as written, else the default
     overrides: list[tuple[str, Any]] = field(default_factory=list)  # key as written, value as plain data
     problems: dict[str, str] = field(default_factory=dict)  # rule, value and remedy on one line -> the key
 
@@ -52,24 +49,24 @@ def closest(word: str, names: Iterable[str], likeness: float = 0.6) -> str | Non
     return next(iter(difflib.get_close_matches(word, list(names), n=1, cutoff=likeness)), None)
 
 
-def parse(argv: Sequence[str], *, recipes: Sequence[str]) -> Arguments:
-    """Split a command line; `recipes` are the names to suggest where `recipe=` was forgotten."""
-    arguments = Arguments()
-    options: dict[str, str] = {}
+def parse(argv: Sequence[str]) -> Arguments:
+    """Split a command line."""
+    arguments, given = Arguments(), dict[str, str]()
     for argument in argv:
         key, equals, text = argument.partition("=")
         key = key.strip()
         if not equals or not key:
-            recipe = argument if argument.endswith(".yaml") else closest(argument, recipes)
+            recipe = argument if argument.endswith(".yaml") else closest(argument, recipe_names())
             remedy = f"did you mean recipe={bare(recipe)}?" if recipe else "try train.steps=100, or --help alone"
             arguments.refuse(argument, f"every argument is key=value; got {shown(argument)}; {remedy}")
         elif key not in OPTIONS:
             _override(arguments, key, text)
-        elif key in options:
-            arguments.refuse(key, f"{key} is given twice; got {shown(options[key])} and {shown(text)}; remove one")
+        elif key in given:
+            arguments.refuse(key, f"{key} is given twice; got {shown(given[key])} and {shown(text)}; remove one")
         else:
-            options[key] = text
-    _check_options(arguments, options)
+            given[key] = text
+    arguments.options |= given
+    _check_options(arguments, given)
     return arguments
 
 
@@ -81,12 +78,9 @@ def _override(arguments: Arguments, key: str, text: str) -> None:
         arguments.refuse(key, f"{bare(key)}: {error}; got {shown(text)}; {remedy}")
 
 
-def _check_options(arguments: Arguments, options: dict[str, str]) -> None:
-    arguments.recipe, arguments.report = options.get("recipe", ""), options.get("report", "")
-    mode, report, blocks = options.get("mode", "train"), options.get("report"), options.get("blocks")
-    if mode in MODES:
-        arguments.mode = mode
-    else:
+def _check_options(arguments: Arguments, given: dict[str, str]) -> None:
+    mode, report, blocks = arguments.options["mode"], given.get("report"), given.get("blocks")
+    if mode not in MODES:
         remedy = f"try mode={closest(mode, MODES) or 'show'}"
         arguments.refuse("mode", f"mode must be one of {', '.join(MODES)}; got {shown(mode)}; {remedy}")
     if report == "":
@@ -99,6 +93,4 @@ def _check_options(arguments: Arguments, options: dict[str, str]) -> None:
         arguments.refuse("blocks", f"blocks belongs to mode=preview; {got}; remove it")
     elif blocks is not None and not re.fullmatch("[0-9]{1,9}", blocks):
         rule = "blocks must be a whole number >= 0"
-        arguments.refuse("blocks", f"{rule}; got {shown(blocks)}; try blocks={PREVIEW_BLOCKS}")
-    elif blocks is not None:
-        arguments.blocks = int(blocks)
+        arguments.refuse("blocks", f"{rule}; got {shown(blocks)}; try blocks={OPTIONS['blocks']}")

@@ -64,3 +64,8 @@ def recipes_dir() -> Path:
         if (folder / "tiny.yaml").is_file():
             return folder
     raise RecipeError(f"the shipped recipes are neither in {package} nor beside it: install the package again")
+
+
+def recipe_names() -> list[str]:
+    """The names of the shipped recipes."""
+    return sorted(path.stem for path in recipes_dir().glob("*.yaml"))

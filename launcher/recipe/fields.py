@@ -29,13 +29,9 @@ OTHER_NAMES = {  # another trainer's name: our key
     "max_grad_norm": "train.clip",
     "logging_steps": "train.log_every",
     "eval_steps": "train.eval_every",
-    "lora_r": "lora.r",
     "rank": "lora.r",
-    "lora_alpha": "lora.alpha",
-    "lora_dropout": "lora.dropout",
     "target_modules": "lora.targets",
     "dataset": "data.sources",
-    "max_seq_length": "data.max_length",
     "seq_len": "data.max_length",
     "model_name_or_path": "model.name",
     "torch_dtype": "model.dtype",
@@ -140,7 +136,8 @@ def nearest(key: str) -> str | None:
     if leaf in LEAVES:
         return leaf  # an index into a list, or a key below a value
     section, _, name = plain.rpartition(".")
-    everywhere = {leaf.split(".")[1]: leaf for leaf in reversed(LEAVES)} | OTHER_NAMES
+    everywhere = {leaf.replace(".", "_"): leaf for leaf in LEAVES}  # lora_alpha
+    everywhere |= {leaf.split(".")[1]: leaf for leaf in reversed(LEAVES)} | OTHER_NAMES
     if section:
         section = closest(section, SECTIONS) or section
         nearby = {word: leaf for word, leaf in everywhere.items() if leaf.startswith(f"{section}.")}

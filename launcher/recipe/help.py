@@ -7,13 +7,13 @@ import json
 from collections.abc import Sequence
 
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
-from launcher.recipe.command_line import MODES, PREVIEW_BLOCKS, parse
-from launcher.recipe.field_types import recipes_dir
+from launcher.recipe.command_line import MODES, OPTIONS, parse
+from launcher.recipe.field_types import recipe_names, recipes_dir
 from launcher.recipe.fields import LEAVES, accepts, field, json_schema
-from launcher.recipe.load import Resolved, recipe_names, resolve
+from launcher.recipe.load import Resolved, resolve
 from launcher.recipe.yaml_lines import inline
 
 Row = Sequence[str]
@@ -25,14 +25,14 @@ def print_request(argv: Sequence[str], *, console: Console) -> bool:
     Raises:
         RecipeError: mode=show of a recipe that does not resolve.
     """
-    arguments = parse(argv, recipes=())
+    options = parse(argv).options
     if {"-h", "--help"} & set(argv) or list(argv) == ["help"]:
         print_help(console)
-    elif arguments.mode == "schema":
+    elif options["mode"] == "schema":
         console.out(json.dumps(json_schema(), indent=2), highlight=False)
-    elif arguments.recipe == "list":
+    elif options["recipe"] == "list":
         print_recipes(console)
-    elif arguments.mode == "show":
+    elif options["mode"] == "show":
         print_resolved(console, resolve(argv))
     else:
         return False
@@ -66,7 +66,7 @@ def print_help(console: Console) -> None:
         ("recipe=NAME", "a shipped recipe; recipe=list describes them; recipe=path/to/own.yaml is your own"),
         *((f"mode={mode}", meaning) for mode, meaning in MODES.items()),
         ("report=PATH", "write the report there too"),
-        ("blocks=N", f"how many blocks mode=preview prints; {PREVIEW_BLOCKS} if not given"),
+        ("blocks=N", f"how many blocks mode=preview prints; {OPTIONS['blocks']} if not given"),
         ("key=value", "overrides the recipe, as in train.steps=100 'lora.targets=[q_proj, v_proj]'"),
     ]
     console.out(
@@ -82,9 +82,7 @@ def _print_table(header: Row, rows: Sequence[Row], console: Console) -> None:
     if not console.is_terminal:
         _print_plain((header, *rows), console)
         return
-    table = Table()
-    for title in header:
-        table.add_column(title, overflow="fold")
+    table = Table(*(Column(title, overflow="fold") for title in header))
     for row in rows:
         table.add_row(*map(Text, row))  # as text: square brackets are not markup
     console.print(table)

@@ -22,10 +22,9 @@ def classified(rank_info: RankInfo, ledger: Callable[[], str] = lambda: "nothing
     try:
         yield
     except Exception as error:
-        failure = _classify(error, rank_info, ledger)
-        if failure is None:
-            raise
-        raise failure from error
+        if failure := _classify(error, rank_info, ledger):
+            raise failure from error
+        raise
 
 
 def _classify(error: Exception, rank_info: RankInfo, ledger: Callable[[], str]) -> LauncherError | None:

@@ -5,7 +5,6 @@ import ctypes
 import gc
 import os
 import signal
-import sys
 import time
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +13,6 @@ from launcher.errors import LauncherError
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 LAUNCHER_VARIABLES = ("TORCHELASTIC_RUN_ID", "ACCELERATE_MIXED_PRECISION")  # torchrun's; accelerate's for one process
-
 
 STARTED_S = time.monotonic()  # when this process began, nearly: the command line imports this module before torch
 
@@ -35,8 +33,7 @@ class RankInfo:
     @property
     def cores(self) -> int:
         """This rank's share of the cores that the process may run on, at least 1."""
-        usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        return max(1, usable // self.local_world_size)
+        return max(1, len(os.sched_getaffinity(0)) // self.local_world_size)
 
 
 def rank_info() -> RankInfo:
@@ -55,7 +52,7 @@ def end_with_parent() -> None:
     `accelerate launch` with one process would otherwise leave its trainer running. Without a launcher the parent is a
     shell, which may end before its job.
     """
-    if sys.platform == "linux" and any(name in os.environ for name in LAUNCHER_VARIABLES):
+    if any(name in os.environ for name in LAUNCHER_VARIABLES):
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 

@@ -62,8 +62,8 @@ def test_default_folders_of_one_second_differ(tmp_path, monkeypatch):
     ]
 
 
-@pytest.mark.parametrize(("rank", "code", "written"), [(0, 0, True), (1, 0, False), (1, 5, True)])
-def test_status_json_is_rank_0s_on_success_and_else_that_of_the_rank_that_failed(folder, rank, code, written):
+@pytest.mark.parametrize(("rank", "code", "written"), [(0, 0, True), (1, 0, False), (1, 5, True), (0, 3, True)])
+def test_status_json_after_a_metric_is_rank_0s_on_success_and_else_that_of_the_failed_rank(folder, rank, code, written):
     folder.adapter_staging.mkdir()
     files_of(folder, rank=rank).end(code=code, reason="why")
     assert folder.status.exists() == written
@@ -87,11 +87,6 @@ def test_a_recipe_or_data_fault_before_the_first_metric_leaves_no_folder(folder,
     files_of(folder, events=()).end(code=3, reason="the data differs by rank")
     assert folder.path.exists() == others_file
     assert not folder.metrics.exists() and not folder.status.exists()
-
-
-def test_the_same_fault_after_a_metric_leaves_its_status(folder):
-    files_of(folder).end(code=3, reason="row 7 of the stream")
-    assert status_of(folder)["code"] == 3
 
 
 def test_a_json_file_is_written_whole_or_not_at_all(tmp_path):

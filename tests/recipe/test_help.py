@@ -1,14 +1,13 @@
 """mode=show, recipe=list, mode=schema and --help: what they print, on a terminal and into a pipe."""
 
 import io
-from pathlib import Path
 
 import pytest
 from rich.console import Console
 
-from launcher.recipe.field_types import recipes_dir
+from launcher.recipe.field_types import recipe_names, recipes_dir
 from launcher.recipe.help import print_request
-from launcher.recipe.load import recipe_names, resolve
+from launcher.recipe.load import resolve
 
 
 def printed(*argv: str, terminal: bool = False) -> str:
@@ -18,13 +17,13 @@ def printed(*argv: str, terminal: bool = False) -> str:
 
 
 @pytest.mark.parametrize("argv", [["recipe=tiny"], ["recipe=tiny", "mode=preview"], ["lerning_rate=1"], []])
-def test_a_command_line_that_asks_for_a_run_prints_nothing(argv: list[str]) -> None:
+def test_a_command_line_that_asks_for_a_run_prints_nothing(argv):
     stream = io.StringIO()
     assert not print_request(argv, console=Console(file=stream))
     assert stream.getvalue() == ""
 
 
-def test_show_gives_each_key_its_value_and_origin() -> None:
+def test_show_gives_each_key_its_value_and_origin():
     lines = printed("recipe=llama1b", "mode=show", "train.steps=100").splitlines()
     row = {line.split()[0]: line for line in lines if line.strip()}
     for key, value, origin in (
@@ -36,7 +35,7 @@ def test_show_gives_each_key_its_value_and_origin() -> None:
     assert set(resolve(["recipe=llama1b"]).origins) <= set(row)
 
 
-def test_the_list_has_a_line_for_each_recipe_with_its_description_and_model() -> None:
+def test_the_list_has_a_line_for_each_recipe_with_its_description_and_model():
     lines = printed("recipe=list").splitlines()
     for name in recipe_names():
         [line] = [line for line in lines if line.split()[0] == name]
@@ -45,18 +44,18 @@ def test_the_list_has_a_line_for_each_recipe_with_its_description_and_model() ->
 
 
 @pytest.mark.parametrize("argv", [["recipe=list"], ["recipe=tiny", "mode=show"], ["mode=schema"], ["--help"]])
-def test_off_a_terminal_the_text_is_plain(argv: list[str]) -> None:
+def test_off_a_terminal_the_text_is_plain(argv):
     text = printed(*argv)
     assert text.isascii() and "\x1b" not in text and "│" not in text
 
 
-def test_off_a_terminal_a_row_is_one_line_and_on_one_the_tables_are_drawn() -> None:
+def test_off_a_terminal_a_row_is_one_line_and_on_one_the_tables_are_drawn():
     assert "x" * 300 in printed("recipe=tiny", "mode=show", f"model.name={'x' * 300}")
     assert "│" in printed("recipe=list", terminal=True)
     assert "│" in printed("recipe=tiny", "mode=show", terminal=True)
 
 
-def test_a_value_can_send_neither_control_codes_nor_markup(tmp_path: Path) -> None:
+def test_a_value_can_send_neither_control_codes_nor_markup(tmp_path):
     own = tmp_path / "own.yaml"
     own.write_text('train: {steps: 1}\nmodel: {name: "a\\e[31mb"}\n')
     assert resolve([f"recipe={own}"]).recipe.model.name == "a\x1b[31mb"
@@ -64,12 +63,12 @@ def test_a_value_can_send_neither_control_codes_nor_markup(tmp_path: Path) -> No
     assert "x[red]base[/red]" in printed("recipe=tiny", "mode=show", "model.name=x[red]base[/red]", terminal=True)
 
 
-def test_the_shipped_json_schema_is_the_one_of_the_code() -> None:
+def test_the_shipped_json_schema_is_the_one_of_the_code():
     assert (recipes_dir() / "schema.json").read_text() == printed("mode=schema")
 
 
 @pytest.mark.parametrize("word", ["--help", "-h", "help"])
-def test_help_names_every_key_and_its_meaning(word: str) -> None:
+def test_help_names_every_key_and_its_meaning(word):
     text = printed(word)
     assert "a number > 0 and <= 1" in text and "Peak learning rate" in text
     assert all(key in text for key in resolve(["recipe=tiny"]).origins)

@@ -3,15 +3,11 @@
 import resource
 import subprocess
 import sys
-from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 
 from launcher.recipe.field_types import recipes_dir
 from launcher.recipe.load import resolve
-
-Refusal = Callable[..., str]  # the fixture: arguments in, message out
 
 # --- the form of arguments
 
@@ -26,6 +22,7 @@ Refusal = Callable[..., str]  # the fixture: arguments in, message out
         ("mode=", "train, parity, bench, preview, show"),
         ("train.lr=[1", "not valid YAML"),
         ("train.lr=!!python/name:os.system", "tag"),
+        ("lora.targets=[&x,*x]", "alias"),
         ("report=", "a path"),
         ("blocks=3", "mode=train; remove"),
         ("mode=show blocks=1", "mode=show; remove"),
@@ -37,13 +34,13 @@ Refusal = Callable[..., str]  # the fixture: arguments in, message out
         ("recipe=tiny", "twice"),
     ],
 )
-def test_a_malformed_argument_is_refused(refusal: Refusal, argument: str, expected: str) -> None:
+def test_a_malformed_argument_is_refused(refusal, argument, expected):
     message = refusal("recipe=tiny", *argument.split(" "))
     assert expected in message and argument.split(" ")[-1].split("=")[0] in message
 
 
 @pytest.mark.parametrize("blocks", ["", "-1", "two", "1.5", "²", "9" * 5000])
-def test_only_a_whole_number_of_blocks_is_taken(refusal: Refusal, blocks: str) -> None:
+def test_only_a_whole_number_of_blocks_is_taken(refusal, blocks):
     message = refusal("recipe=tiny", "mode=preview", f"blocks={blocks}")
     assert "a whole number >= 0" in message and "try blocks=2" in message and len(message) < 200
 
@@ -61,11 +58,8 @@ def test_only_a_whole_number_of_blocks_is_taken(refusal: Refusal, blocks: str) -
         ("train.max_length=9", "data.max_length"),
         ("lora.lr=9", "train.lr"),
         ("train.lora_alpha=9", "lora.alpha"),
-        ("lr=abc", "train.lr"),
-        ("batch=-1", "train.micro_batch"),
         ("train.micro-batch=2", "train.micro_batch"),
         ("--train.lr=1", "train.lr"),
-        ("lora_alpha=3", "lora.alpha"),
         ("max_seq_length=3", "data.max_length"),
         ("data.sources[0].path=x", "data.sources"),
         ("data.sources.0.path=x", "data.sources"),
@@ -73,25 +67,25 @@ def test_only_a_whole_number_of_blocks_is_taken(refusal: Refusal, blocks: str) -
         ("trian={lr: 1}", "train"),
     ],
 )
-def test_an_unknown_key_is_named_with_its_nearest_match(refusal: Refusal, argument: str, nearest: str) -> None:
+def test_an_unknown_key_is_named_with_its_nearest_match(refusal, argument, nearest):
     message = refusal("recipe=tiny", argument)
     key, _, value = argument.partition("=")
     assert f"unknown key {key}" in message and value.strip("{}")[-1] in message
     assert f"did you mean {nearest}" in message
 
 
-def test_the_suggestion_for_a_wrong_key_states_the_expected_range(refusal: Refusal) -> None:
+def test_the_suggestion_for_a_wrong_key_states_the_expected_range(refusal):
     message = refusal("recipe=tiny", "lr=abc", "batch=-1", "lora.alpha=nan")
     assert "a number > 0 and <= 1" in message and "a whole number >= 1" in message and "lora.alpha" in message
 
 
-def test_a_key_like_no_other_lists_the_keys_there_are(refusal: Refusal) -> None:
+def test_a_key_like_no_other_lists_the_keys_there_are(refusal):
     assert all(section in refusal("recipe=tiny", "zzzzqqq=1") for section in ("model", "train", "run"))
     assert "train has steps, epochs" in refusal("recipe=tiny", "train.zzzz=1")
     assert "data.sources[0] has path, format" in refusal("recipe=tiny", "data.sources=[{path: a, zzzzqqq: 1}]")
 
 
-def test_unknown_keys_of_a_file_are_named_with_their_line(refusal: Refusal, own: Path) -> None:
+def test_unknown_keys_of_a_file_are_named_with_their_line(refusal, own):
     own.write_text("train:\n  steps: 1\n  lerning_rate: 1\ntrian:\n  lr: 1\ndata:\n  sources:\n    - pth: x\n")
     lines = refusal(f"recipe={own}").splitlines()
     for key, line, nearest in (
@@ -104,14 +98,6 @@ def test_unknown_keys_of_a_file_are_named_with_their_line(refusal: Refusal, own:
     assert "got 'y' (command line)" in refusal(f"recipe={own}", "data.sources=[{pth: y}]")
 
 
-def test_a_target_is_an_unknown_key_on_both_layers(refusal: Refusal, own: Path) -> None:
-    own.write_text("train: {steps: 1}\nmodel:\n  _target_: os.system\n")
-    assert "unknown key model._target_" in refusal(f"recipe={own}") and "own.yaml:3" in refusal(f"recipe={own}")
-    assert "unknown key model._target_" in refusal("recipe=tiny", "model._target_=os.system")
-    for argument in ("data.sources=[{path: a, _target_: os.system}]", "data.validation={path: a, _target_: os.system}"):
-        assert "_target_" in refusal("recipe=tiny", argument)
-
-
 # --- values
 
 
@@ -120,8 +106,6 @@ def test_a_target_is_an_unknown_key_on_both_layers(refusal: Refusal, own: Path) 
     [
         ("train.lr=abc", "a number > 0 and <= 1"),
         ("train.lr=true", "a number > 0 and <= 1"),
-        ("train.lr=nan", "a number > 0 and <= 1"),
-        ("train.lr=${HOME}", "a number > 0 and <= 1"),
         ("train.micro_batch=-1", "a whole number >= 1"),
         ("train.micro_batch=1.5", "a whole number >= 1"),
         ("lora.r=4096", "a whole number from 1 to 1024"),
@@ -134,14 +118,14 @@ def test_a_target_is_an_unknown_key_on_both_layers(refusal: Refusal, own: Path) 
         ("compile.regions=[mlp,mpl]", "one of mlp, rmsnorm, attention, loss"),
         ("data.sources=a.jsonl", "a list of {path, format, weight, config, split, revision}"),
         ("data.sources=[]", "at least 1"),
-        ("lora.targets={a: b}", "a list of text"),
         ("train.lr={a: b}", "a number > 0 and <= 1"),
+        ("data.validation={path: a, pth: b}", "or {path, format"),
         ("data.validation=1.5", "a number >= 0 and < 1, or text"),
         ("train.clip=-1", "a number > 0, or null"),
         ("train=5", "train is a section"),
     ],
 )
-def test_a_wrong_value_is_answered_with_rule_value_and_remedy(refusal: Refusal, argument: str, rule: str) -> None:
+def test_a_wrong_value_is_answered_with_rule_value_and_remedy(refusal, argument, rule):
     message = refusal("recipe=tiny", argument)
     key, _, value = argument.partition("=")
     assert rule in message and key in message and "(command line)" in message and "try " in message
@@ -160,38 +144,36 @@ def test_a_wrong_value_is_answered_with_rule_value_and_remedy(refusal: Refusal, 
         (["train.steps=null"], "train.steps or train.epochs", "must be set"),
     ],
 )
-def test_keys_that_exclude_or_need_each_other_are_refused(
-    refusal: Refusal, arguments: list[str], key: str, rule: str
-) -> None:
+def test_keys_that_exclude_or_need_each_other_are_refused(refusal, arguments, key, rule):
     message = refusal("recipe=llama1b", *arguments)
     assert message.startswith(key) and rule in message and len(message.splitlines()) == 1
 
 
-def test_the_value_that_a_remedy_proposes_is_itself_accepted(refusal: Refusal) -> None:
+def test_the_value_that_a_remedy_proposes_is_itself_accepted(refusal):
     for argument in ("train.lr=x", "lora.r=x", "data.sources=x", "train.steps=x", "run.trackers=x", "quant.double=x"):
         remedy = refusal("recipe=tiny", argument).split("try ")[1].strip("'")
         resolve(["recipe=tiny", remedy])
 
 
-def test_all_errors_of_both_layers_come_together(refusal: Refusal, own: Path) -> None:
+def test_all_errors_of_both_layers_come_together(refusal, own):
     own.write_text("train:\n  lr: abc\n  warmup: -1\n")
     message = refusal(f"recipe={own}", "batch=-1", "model.dtype=int8")
     for part in ("train.lr", "own.yaml:2", "train.warmup", "unknown key batch", "model.dtype", "train.steps"):
         assert part in message
 
 
-def test_many_errors_stay_within_five_lines_and_each_key_is_named(refusal: Refusal) -> None:
+def test_many_errors_stay_within_five_lines_and_each_key_is_named(refusal):
     names = ("steps", "epochs", "micro_batch", "accumulation", "lr", "warmup", "seed", "log_every")
     message = refusal("recipe=tiny", *[f"train.{name}=x" for name in names])
     assert len(message.splitlines()) == 5 and all(f"train.{name}" in message for name in names)
 
 
-def test_an_unreadable_recipe_still_reports_the_errors_of_the_command_line(refusal: Refusal) -> None:
+def test_an_unreadable_recipe_still_reports_the_errors_of_the_command_line(refusal):
     message = refusal("recipe=nope", "train.lr=abc")
     assert "'nope'" in message and "train.lr" in message and "train.epochs" not in message
 
 
-def test_a_terminal_never_receives_control_codes_from_a_value(refusal: Refusal, own: Path) -> None:
+def test_a_terminal_never_receives_control_codes_from_a_value(refusal, own):
     own.write_text('train: {steps: 1}\nmodel: {dtype: "\\e[31mred\\nsecond"}\n')
     assert "\x1b" not in refusal(f"recipe={own}")
     assert "\x1b" not in refusal("recipe=tiny", "\x1b[31m=1", "mode=\x1b[31m")
@@ -200,13 +182,15 @@ def test_a_terminal_never_receives_control_codes_from_a_value(refusal: Refusal, 
 # --- as a process
 
 
-def test_a_bad_key_ends_the_program_with_code_2_within_a_second_without_torch_and_leaves_nothing(
-    tmp_path: Path,
-) -> None:
+@pytest.mark.parametrize(
+    ("wrong", "says", "limit_s"),
+    [("lerning_rate=1", "did you mean train.lr", 1.0), ("model.name=no/where", "Offline", 5.0)],
+)
+def test_a_wrong_recipe_ends_the_program_with_code_2_before_torch_and_leaves_nothing(tmp_path, wrong, says, limit_s):
     main = recipes_dir().parent / "launcher" / "main.py"
     program = (
         "import runpy, sys\n"
-        f"sys.argv = [{str(main)!r}, 'recipe=tiny', 'lerning_rate=1']\n"
+        f"sys.argv = [{str(main)!r}, 'recipe=tiny', {wrong!r}]\n"
         "try: runpy.run_path(sys.argv[0], run_name='__main__')\n"
         "finally: print(*{'torch', 'transformers', 'numpy', 'accelerate'} & set(sys.modules))\n"
     )
@@ -215,6 +199,6 @@ def test_a_bad_key_ends_the_program_with_code_2_within_a_second_without_torch_an
     done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True)
     elapsed_s = sum(resource.getrusage(resource.RUSAGE_CHILDREN)[:2]) - before_s
     assert (done.returncode, done.stdout.strip()) == (2, "")
-    assert "did you mean train.lr" in done.stderr and len(done.stderr.splitlines()) <= 5
+    assert says in done.stderr and len(done.stderr.splitlines()) <= 5
     assert list(tmp_path.iterdir()) == []
-    assert 0 < elapsed_s < 1.0
+    assert 0 < elapsed_s < limit_s

@@ -1,34 +1,21 @@
 """Reading a recipe file as plain data: raw scalars, lines of keys, and nothing that YAML could execute or hide."""
 
-from pathlib import Path
-
 import pytest
 
 from launcher.errors import RecipeError
 from launcher.recipe.yaml_lines import inline, read_file, read_value
 
 
-def write(folder: Path, text: str | bytes) -> Path:
-    path = folder / "own.yaml"
-    path.write_bytes(text if isinstance(text, bytes) else text.encode())
-    return path
-
-
-def test_scalars_keep_their_raw_text_and_null_is_none(tmp_path: Path) -> None:
-    text = "model:\n  revision: 0123456\ncompile: {mode: off}\ntrain:\n  lr: 1e-3\n  steps:\n  clip: ~\nrun: 'null'\n"
-    assert read_file(write(tmp_path, text))[0] == {
+def test_scalars_keep_their_raw_text_and_null_is_none(own):
+    own.write_text(
+        "model:\n  revision: 0123456\ncompile: {mode: off}\ntrain:\n  lr: 1e-3\n  steps:\n  clip: ~\nrun: 'null'\n"
+    )
+    assert read_file(own)[0] == {
         "model": {"revision": "0123456"},
         "compile": {"mode": "off"},
         "train": {"lr": "1e-3", "steps": None, "clip": None},
         "run": "null",
     }
-
-
-def test_every_key_knows_its_file_and_line(tmp_path: Path) -> None:
-    path = write(tmp_path, "# c\nmodel:\n  name: a\ndata:\n  sources:\n    - path: b\n")
-    places = read_file(path)[1]
-    lines = {"model": 2, "model.name": 3, "data": 4, "data.sources": 5, "data.sources[0]": 6, "data.sources[0].path": 6}
-    assert places.items() >= {key: f"{path}:{line}" for key, line in lines.items()}.items()
 
 
 @pytest.mark.parametrize(
@@ -37,11 +24,9 @@ def test_every_key_knows_its_file_and_line(tmp_path: Path) -> None:
         ("train:\n  lr: [1\n", "own.yaml:3"),
         ("train:\n\tlr: 1\n", "own.yaml:2"),
         ("a: 1\nb: !!python/object/apply:os.system ['touch planted']\n", "own.yaml:2"),
-        ("a: !!python/name:os.system\n", "own.yaml:1"),
         ("a: !own 1\n", "own.yaml:1"),
         ("a: !!binary aGk=\n", "own.yaml:1"),
         ("a: &x [1]\nb: *x\n", "own.yaml:1: a value that an alias"),
-        ("a: *x\n", "own.yaml:1"),
         ("a: &x\n  - *x\n", "own.yaml"),
         ("a: 1\nb: 2\na: 3\n", "own.yaml:3: the key 'a' is given twice"),
         ("? [1, 2]\n: 3\n", "own.yaml:1"),
@@ -54,26 +39,21 @@ def test_every_key_knows_its_file_and_line(tmp_path: Path) -> None:
         ("a: " + "[" * 100 + "]" * 100, "own.yaml:1: nested too deeply"),
     ],
 )
-def test_what_is_not_a_plain_mapping_is_refused_with_file_and_line(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str | bytes, expected: str
-) -> None:
-    monkeypatch.chdir(tmp_path)
+def test_what_is_not_a_plain_mapping_is_refused_with_file_and_line(own, monkeypatch, text, expected):
+    monkeypatch.chdir(own.parent)
+    own.write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(RecipeError) as caught:
-        read_file(write(tmp_path, text))
+        read_file(own)
     assert expected in str(caught.value)
     assert len(str(caught.value).splitlines()) == 1
-    assert not (tmp_path / "planted").exists()
+    assert not (own.parent / "planted").exists()
 
 
-def test_a_file_that_cannot_be_read_is_named_with_the_reason(tmp_path: Path) -> None:
+def test_a_file_that_cannot_be_read_is_named_with_the_reason(tmp_path):
     with pytest.raises(RecipeError, match=r"gone\.yaml.*No such file"):
         read_file(tmp_path / "gone.yaml")
     with pytest.raises(RecipeError, match="directory"):
         read_file(tmp_path)
-
-
-def test_an_empty_file_has_no_keys(tmp_path: Path) -> None:
-    assert read_file(write(tmp_path, "# only a comment\n")) == ({}, {})
 
 
 @pytest.mark.parametrize(
@@ -90,25 +70,19 @@ def test_an_empty_file_has_no_keys(tmp_path: Path) -> None:
         ("@home", "@home"),
     ],
 )
-def test_a_value_of_the_command_line_is_raw_text_or_a_flow_collection(text: str, value: object) -> None:
+def test_a_value_of_the_command_line_is_raw_text_or_a_flow_collection(text, value):
     assert read_value(text) == value
-
-
-@pytest.mark.parametrize("text", ["[1", "!!python/name:os.system", "{a: 1, a: 2}", "[&x 1, *x]"])
-def test_a_broken_or_tagged_value_is_refused(text: str) -> None:
-    with pytest.raises(RecipeError):
-        read_value(text)
 
 
 @pytest.mark.parametrize(
     "value",
     [None, [], ["a", "b"], [{"path": "a.jsonl", "format": "auto"}], "text", "a, b: c", "null", "[x", "", "\x1b[31m"],
 )
-def test_a_value_written_inline_reads_back(value: object) -> None:
+def test_a_value_written_inline_reads_back(value):
     assert read_value(inline(value)) == value
     assert read_value(inline([value])) == [value]
     assert inline(value).isprintable()
 
 
-def test_numbers_are_written_short_and_exact() -> None:
+def test_numbers_are_written_short_and_exact():
     assert [inline(value) for value in (2e-4, 1.0, 16, True, 1 / 3)] == ["0.0002", "1", "16", "true", repr(1 / 3)]
