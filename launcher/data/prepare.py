@@ -11,7 +11,7 @@ lay_out           -> blocks, which go into the cache
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, replace
 from itertools import chain
 from typing import cast
@@ -28,7 +28,8 @@ from launcher.data.pack.blocks import Blocks
 from launcher.data.pack.buckets import lay_out
 from launcher.data.pack.fit import UsableRows, fit_rows, nothing_left
 from launcher.data.read.formats import read_rows
-from launcher.data.read.sources import Feed, open_source
+from launcher.data.read.rows import Feed
+from launcher.data.read.sources import open_source
 from launcher.data.splits import held_out, weighted
 from launcher.data.stream import Stream
 from launcher.errors import DataError
@@ -109,7 +110,7 @@ def prepare(data: DataSection, tokenizer: PreTrainedTokenizerBase, *, seed: int)
     entry = cache.load(identity)
     if entry is not None:
         return _from_entry(entry, identity)
-    with pool:
+    with closing(pool):
         prepared = _prepare_blocks(inputs, identity)
     note = cache.save(_to_entry(prepared), identity)
     return replace(prepared, notes=(*prepared.notes, note)) if note else prepared

@@ -202,14 +202,14 @@ def test_rows_of_the_validation_data_are_left_out_of_a_stream(write, tokenizer):
 
 def test_the_windows_behind_are_given_up(write, tokenizer, monkeypatch):
     made: list[weakref.ref[Blocks]] = []
-    original = Stream.read_window
+    original = StreamReader.read_window
 
-    def recorded(self, reader, *, number):
-        window = original(self, reader, number=number)
+    def recorded(self, number):
+        window = original(self, number)
         made.append(weakref.ref(window.blocks))
         return window
 
-    monkeypatch.setattr(Stream, "read_window", recorded)
+    monkeypatch.setattr(StreamReader, "read_window", recorded)
     running = loader(streamed(write(rows(50)), tokenizer=tokenizer))
     for _ in itertools.islice(running, 60):
         pass
