@@ -11,7 +11,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from launcher.data.documents import Document, Documents
 from launcher.data.pack.blocks import Blocks
 from launcher.data.prepare import PreparedData
-from launcher.data.preview import block_preview, histogram, preview_record, special_ids, text_parts
+from launcher.data.preview import block_preview, histogram, preview_record, text_parts
 from launcher.recipe.schema import Recipe
 from launcher.records.preview import DocumentPreview, PreviewRecord, TextPart
 from tests.conftest import TINY
@@ -58,7 +58,7 @@ def blocks_of(*documents: Document, blocks: Sequence[Sequence[int]]) -> Blocks:
 
 
 def parts_of(tokenizer: Any, ids: Sequence[int], targets: Sequence[bool]) -> list[TextPart]:
-    return list(text_parts(ids, targets, tokenizer=tokenizer, special=special_ids(tokenizer)))
+    return list(text_parts(ids, targets, tokenizer))
 
 
 def parts_of_pieces(tokenizer: Any, *pieces: tuple[str, bool]) -> list[TextPart]:
@@ -88,10 +88,8 @@ def test_the_name_of_a_special_token_written_in_the_data_stays_text(tokenizer: A
 def test_control_tokens_without_a_role_are_special_and_ordinary_added_words_are_not() -> None:
     tokenizer = AutoTokenizer.from_pretrained(TINY / "base")
     tokenizer.add_tokens([AddedToken("<|header|>", special=True), AddedToken("<think>", special=False)])
-    special = special_ids(tokenizer)
-    assert tokenizer.convert_tokens_to_ids("<|header|>") in special
-    assert tokenizer.convert_tokens_to_ids("<think>") not in special
-    assert set(tokenizer.all_special_ids) <= special
+    [header, think] = parts_of(tokenizer, tokenizer.convert_tokens_to_ids(["<|header|>", "<think>"]), [True, True])
+    assert (header.special, think.special) == (True, False)
 
 
 @pytest.mark.parametrize("kind", ["tokenizer", "sentencepiece_like"])
