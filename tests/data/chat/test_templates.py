@@ -1,7 +1,6 @@
 """Every template, shipped or of stock shape: the loss sees what the assistant says and its end token, nothing else."""
 
 import re
-from collections.abc import Callable
 from itertools import cycle
 from typing import Any
 
@@ -9,7 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoTokenizer
 
 from launcher.data.chat.encode import Encoder
 from launcher.data.chat.named_templates import CONTROL, PLAIN, fitting_templates
@@ -18,8 +17,8 @@ from launcher.data.read.rows import Conversation, Message, RowFault
 from launcher.errors import DataError
 from launcher.recipe.data_section import DataSection
 from tests.support.chats import supervised_runs
+from tests.support.templates import STOCK
 
-MakeFamily = Callable[..., PreTrainedTokenizerFast]
 FAMILIES = sorted(CONTROL)
 END = {"llama3": "<|eot_id|>", "chatml": "<|im_end|>", "mistral": "</s>", "gemma": "<end_of_turn>"}
 END["qwen3"] = END["chatml"]
@@ -39,13 +38,13 @@ def as_dicts(row):
 
 
 @pytest.fixture(scope="session")
-def encoder_for(make_family, stock):
+def encoder_for(make_family):
     made: dict[tuple[str, str], tuple[Any, Encoder]] = {}
 
     def build(family, origin):
         """The family's tokenizer, and an encoder with its shipped template or the one of stock shape."""
         if (family, origin) not in made:
-            tokenizer = make_family(family, template=stock[family] if origin == "stock" else None)
+            tokenizer = make_family(family, template=STOCK[family] if origin == "stock" else None)
             options = {"template": family} if origin == "shipped" else {}
             made[family, origin] = tokenizer, Encoder(tokenizer, data=DataSection.model_validate(options))
         return made[family, origin]
@@ -212,8 +211,8 @@ DATED = (  # lines that begin as templates may: with blanks before a block, and 
 
 
 @pytest.mark.parametrize("opening", DATED)
-def test_a_template_that_asks_for_today_writes_the_same_date_on_every_day(make_family, stock, opening):
-    dated = opening + stock["llama3"].replace("Today: 1 Jan 2025", "Today: ' + date + '")
+def test_a_template_that_asks_for_today_writes_the_same_date_on_every_day(make_family, opening):
+    dated = opening + STOCK["llama3"].replace("Today: 1 Jan 2025", "Today: ' + date + '")
     tokenizer = make_family("llama3", template=dated)
     encoder = Encoder(tokenizer, data=DataSection())
     row = CHATS["many turns"]
