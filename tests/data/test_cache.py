@@ -121,23 +121,23 @@ def test_damage_of_any_byte_is_noticed_and_the_entry_is_removed_and_made_anew(fo
     assert_equal(loaded(NAME), make_entry())
 
 
-@pytest.mark.parametrize("what", ["another's", "text", "another safetensors file", "a folder", "a link"])
-def test_what_is_not_this_entry_is_removed_and_nothing_beyond_it(folder, tmp_path, what):
+@pytest.mark.parametrize(
+    "put",
+    [
+        lambda path, other, elsewhere: shutil.copy(other, path),
+        lambda path, other, elsewhere: path.write_text("{}"),
+        lambda path, other, elsewhere: save_file({"documents.input_ids": np.zeros(4)}, path),
+        lambda path, other, elsewhere: shutil.copytree(elsewhere, path),
+        lambda path, other, elsewhere: path.symlink_to(elsewhere),
+    ],
+    ids=["another's", "text", "another safetensors file", "a folder", "a link"],
+)
+def test_what_is_not_this_entry_is_removed_and_nothing_beyond_it(folder, tmp_path, put):
     save(make_entry(), OTHER)
     path, elsewhere = file_of(folder, NAME), tmp_path / "elsewhere"
     elsewhere.mkdir()
     (elsewhere / "file").touch()
-    match what:
-        case "another's":
-            shutil.copy(file_of(folder, OTHER), path)
-        case "text":
-            path.write_text("{}")
-        case "another safetensors file":
-            save_file({"documents.input_ids": np.zeros(4)}, path)
-        case "a folder":
-            shutil.copytree(elsewhere, path)
-        case "a link":
-            path.symlink_to(elsewhere)
+    put(path, file_of(folder, OTHER), elsewhere)
     assert load(NAME) is None and not os.path.lexists(path)
     assert (elsewhere / "file").exists()
     assert_equal(loaded(OTHER), make_entry())

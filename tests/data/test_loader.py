@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Sequence
+from functools import cache
 from itertools import islice
 
 import numpy as np
@@ -29,6 +30,7 @@ def named(lengths: Sequence[int]) -> Documents:
     return documents
 
 
+@cache
 def blocks_of(batching: str) -> Blocks:
     """Packed: blocks of 16 positions, each with a document of 9 tokens and one or two more. Bucketed: blocks of three
     widths, 11, 7 and 3 of them."""
@@ -44,16 +46,6 @@ def blocks_of(batching: str) -> Blocks:
 @pytest.fixture(scope="module", params=["packed", "bucketed"])
 def blocks(request: pytest.FixtureRequest) -> Blocks:
     return blocks_of(request.param)
-
-
-@pytest.fixture(scope="module")
-def packed() -> Blocks:
-    return blocks_of("packed")
-
-
-@pytest.fixture(scope="module")
-def bucketed() -> Blocks:
-    return blocks_of("bucketed")
 
 
 def loader(
@@ -118,8 +110,8 @@ def test_an_epoch_shows_every_block_once_in_micro_batches_of_the_planned_shapes(
         assert not any(0 in names_of(*ranks) for ranks in steps[:-1])
 
 
-def test_bucketed_widths_are_mixed_over_the_epoch_and_ranks_have_equal_work_at_once(bucketed: Blocks) -> None:
-    steps = epoch_of(bucketed, world=2, accumulation=2, micro_batch=1)
+def test_bucketed_widths_are_mixed_over_the_epoch_and_ranks_have_equal_work_at_once() -> None:
+    steps = epoch_of(blocks_of("bucketed"), world=2, accumulation=2, micro_batch=1)
     widths = [[[b.input_ids.shape[1] for b in rank.micro_batches] for rank in ranks] for ranks in steps]
     sizes = [sum(one) + sum(other) for one, other in widths][:-1]  # the last step has blanks
     assert sizes != sorted(sizes) and sizes != sorted(sizes, reverse=True)
@@ -149,8 +141,8 @@ def test_evaluation_has_every_block_once_in_equally_many_batches_on_each_rank(bl
     assert {tuple(b.input_ids.shape) for b in batches} == {(3, width) for width in blocks.shapes}
 
 
-def test_a_sample_has_the_width_asked_for_and_is_filled_up_with_blanks(bucketed: Blocks) -> None:
-    sample = sample_batch(bucketed, 24, micro_batch=5)
+def test_a_sample_has_the_width_asked_for_and_is_filled_up_with_blanks() -> None:
+    sample = sample_batch(blocks_of("bucketed"), 24, micro_batch=5)
     assert tuple(sample.input_ids.shape) == (5, 24)
     assert sorted(names_in([sample])) == [0, 0, *NAMES[-3:]]
 
@@ -176,11 +168,11 @@ def test_a_state_gives_the_exact_next_steps_from_anywhere(blocks: Blocks, world:
         assert steps[0] != steps[whole.steps_per_epoch]
 
 
-def test_resuming_reads_no_earlier_block(packed: Blocks, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_resuming_reads_no_earlier_block(monkeypatch: pytest.MonkeyPatch) -> None:
     read: list[int] = []
     original = module.micro_batch_of
     monkeypatch.setattr(module, "micro_batch_of", lambda b, numbers: read.append(len(numbers)) or original(b, numbers))
-    one = loader(packed, accumulation=4)
+    one = loader(blocks_of("packed"), accumulation=4)
     one.load_state_dict({"epoch": 1000, "offset": one.steps_per_epoch - 1})
     assert read == []
     assert next(one).epoch == 1000
@@ -192,16 +184,11 @@ def test_resuming_reads_no_earlier_block(packed: Blocks, monkeypatch: pytest.Mon
     "state",
     [{"epoch": 0, "offset": 3}, {"epoch": -1, "offset": 0}, {"epoch": 0, "offset": 0.5}, {"epoch": 0}, {"offset": "1"}],
 )
-def test_a_state_that_cannot_be_is_refused(packed: Blocks, state: LoaderState) -> None:
-    one = loader(packed)
+def test_a_state_that_cannot_be_is_refused(state: LoaderState) -> None:
+    one = loader(blocks_of("packed"))
     assert one.steps_per_epoch == 3
+    one.state_dict()["offset"] = 2  # of a copy
     with pytest.raises(CheckpointError, match=r"(?s)steps 0 to 2.*Found: .*micro_batch") as caught:
         one.load_state_dict(state)
     assert len(str(caught.value).splitlines()) <= 5
-    assert one.state_dict() == {"epoch": 0, "offset": 0}
-
-
-def test_a_state_is_a_copy(packed: Blocks) -> None:
-    one = loader(packed)
-    one.state_dict()["offset"] = 2
     assert one.state_dict() == {"epoch": 0, "offset": 0}

@@ -68,22 +68,27 @@ def test_steps_do_not_depend_on_the_number_of_ranks(write, tokenizer):
         assert one.supervised_tokens == a.supervised_tokens == b.supervised_tokens > 0
 
 
-def test_a_state_restores_the_very_next_batch_at_every_step(write, tokenizer):
-    paths = write(rows(50)), write(rows(20, "harbour"), name="other.jsonl")
-    original = loader(streamed(*paths, tokenizer=tokenizer, weights=[1, 2]))
-    states, batches = [], []
-    for _ in range(12):
+def test_a_state_restores_the_very_next_batch_and_counts_no_row_twice(write, tokenizer):
+    """Into a new loader and into one that reads ahead. Rows that spell out a control token are tokenised in pieces."""
+    chats = [{"messages": [{"role": "user", "content": f"what is <|eot|> {n}?"},
+                           {"role": "assistant", "content": "an <|eot|> end"}]} for n in range(50)]  # fmt: skip
+    paths = write(chats), write(rows(20), name="other.jsonl")
+    stream, others = (streamed(*paths, tokenizer=tokenizer, weights=[1, 2]) for _ in range(2))
+    original, running = loader(stream), loader(others)
+    next(running)  # begins to read ahead
+    states, batches, counts = [], [], []
+    for _ in range(20):
         states.append(json.loads(json.dumps(original.state_dict())))
         batches.append(next(original))
-    assert len({state["epoch"] for state in states}) > 2
-    states.append(json.loads(json.dumps(original.state_dict())))
-    for state, following, batch in zip(states, states[1:], batches, strict=False):
-        restored = loader(streamed(*paths, tokenizer=tokenizer, weights=[1, 2]))
-        restored.load_state_dict(state)
-        again = next(restored)
-        assert rows_seen(again) == rows_seen(batch)
-        assert again.epoch == batch.epoch
-        assert json.loads(json.dumps(restored.state_dict())) == following
+        counts.append(dict(stream.counts))
+    assert len({state["epoch"] for state in states}) > 3
+    for number in (15, 3, 11, 0, 18, 7, 6):
+        for restored in (running, loader(others)):
+            restored.load_state_dict(states[number])
+            again = next(restored)
+            assert rows_seen(again) == rows_seen(batches[number]) and again.epoch == batches[number].epoch
+            assert dict(others.counts) == counts[number]
+            assert json.loads(json.dumps(restored.state_dict())) == states[number + 1]
 
 
 def test_weights_are_the_shares_of_the_rows_drawn(write, tokenizer):
@@ -150,26 +155,6 @@ def test_a_state_that_cannot_be_is_refused(write, tokenizer, change):
     with pytest.raises(CheckpointError, match="\nFound: "):
         running.load_state_dict({**GOOD, **change})
     running.load_state_dict(GOOD)
-
-
-def test_restoring_while_the_thread_reads_ahead_changes_no_token_and_counts_no_row_twice(write, tokenizer):
-    """Rows that spell out a control token are tokenised in another way than others."""
-    path = write([{"messages": [{"role": "user", "content": f"what is <|eot|> {n}?"},
-                                {"role": "assistant", "content": "an <|eot|> end"}]} for n in range(90)])  # fmt: skip
-    stream = streamed(path, tokenizer=tokenizer)
-    steady = loader(stream)
-    states, batches, counts = [], [], []
-    for _ in range(20):
-        states.append(json.loads(json.dumps(steady.state_dict())))
-        batches.append(rows_seen(next(steady)))
-        counts.append(dict(stream.counts))
-    other = streamed(path, tokenizer=tokenizer)
-    restored = loader(other)
-    next(restored)  # begins to read ahead
-    for number in (15, 3, 11, 0, 19, 7):
-        restored.load_state_dict(states[number])
-        assert rows_seen(next(restored)) == batches[number], states[number]
-        assert dict(other.counts) == counts[number]
 
 
 @pytest.mark.parametrize("batching", ["packed", "padded"])

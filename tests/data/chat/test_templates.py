@@ -242,11 +242,6 @@ def test_a_control_token_that_is_plain_text_to_the_tokenizer_does_not_do(make_fa
     assert fitting_templates(make_family("qwen3")) == ["chatml", "qwen3"]
 
 
-def test_a_tokenizer_without_template_is_told_which_ones_fit(make_family):
-    with pytest.raises(DataError, match=r"rows:1: .*\nFound: none in .*\nSet data.template=chatml or qwen3"):
-        Encoder(make_family("qwen3"), data=DataSection()).encode([chat("a", "b")])
-
-
 @each_family
 def test_a_named_template_is_saved_with_the_tokenizer(make_family, family, tmp_path):
     tokenizer = make_family(family)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from launcher.data.documents import Documents
-from launcher.data.pack.buckets import MAX_WIDTHS, MIN_SAVED, bucket, choose_widths, lay_out
+from launcher.data.pack.buckets import MAX_WIDTHS, MIN_SAVED, choose_widths, lay_out
 from launcher.recipe.data_section import DataSection
 from tests.conftest import TINY
 from tests.support.documents import documents_of
@@ -98,11 +98,6 @@ def test_documents_are_bounded_by_the_tile_that_holds_the_longest_of_both_parts(
             assert blocks is not None and blocks.max_seqlen == max_seqlen
             tail = 1000 - blocks.lengths
             assert blocks.max_documents >= max(1 + -(-tail.max() // max_seqlen), -(-1000 // max_seqlen))
-
-
-def test_a_document_without_a_width_is_not_laid_out() -> None:
-    with pytest.raises(AssertionError, match="over all documents"):
-        bucket(documents_of([9]), np.arange(1), widths=(8,), pad_id=0)
 
 
 @pytest.mark.parametrize("batching", ["packed", "bucketed", "padded"])

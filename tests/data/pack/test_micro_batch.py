@@ -73,13 +73,6 @@ def test_the_padding_is_pseudo_documents_within_the_bound() -> None:
     assert micro_batch_of(short, [0]).document_ids.tolist() == [[0] * 4 + [1] * 12]
 
 
-def test_blocks_of_two_widths_are_no_batch() -> None:
-    blocks = bucket(documents_of([4, 20]), np.arange(2), widths=(8, 24), pad_id=PAD)
-    with pytest.raises(AssertionError, match="one width"):
-        micro_batch_of(blocks, [0, 1])
-    assert micro_batch_of(blocks, [1, 1]).input_ids.shape == (2, 24)
-
-
 def test_the_ignored_label_is_the_one_that_torch_ignores_by_default() -> None:
     logits, labels = torch.randn(2, 5), torch.tensor([3, IGNORE])
     assert torch.nn.functional.cross_entropy(logits, labels) == torch.nn.functional.cross_entropy(

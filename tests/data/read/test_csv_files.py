@@ -22,7 +22,14 @@ def records(path: Path, raw: bytes | str) -> list[Any]:
 
 
 def test_cells_stay_the_text_they_are(path: Path) -> None:
-    cells = [("007", "NA"), ("1.0", "null"), ("", "None"), ("2020-01-01", "true"), ("a\nb", 'say "c", d'), ("é", " ")]
+    cells = [
+        ("007", "NA"),
+        ("1.0", "null"),
+        ("", "None"),
+        ("2020-01-01", "true"),
+        ("a\nb", 'say "c", d'),
+        ("é\r\v\u2028", " "),
+    ]
     lines = ['"' + '","'.join(cell.replace('"', '""') for cell in row) + '"\n' for row in cells]
     assert records(path, HEADER.decode() + "".join(lines)) == cells
     assert [raw.where for raw in feeds(path)[0].raw_rows()] == [f"{path} row {n}" for n in range(1, 7)]

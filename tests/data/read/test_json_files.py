@@ -5,7 +5,7 @@ import pytest
 
 from launcher.data.read import json_files
 from launcher.data.read.rows import RowFault
-from tests.support.reading import fields, read, refusal
+from tests.support.reading import fields, refusal
 
 ROWS = [{"text": "one", "n": [1, {"a": None}]}, {"text": 'é "漢" \\ 😀'}, {"date": "2020-01-01", "text": "007"}]
 
@@ -27,11 +27,6 @@ def test_a_list_and_a_list_under_a_key_give_the_same_rows(path: Path, indent: in
     assert fields(written(path, text)) == ROWS
     document = f'\ufeff{{"version": 12, "of": ["a", 1], "data": {text}, "more": {{"x": []}}}}\n'
     assert fields(written(path, document)) == ROWS
-
-
-def test_rows_are_named_by_their_number(path: Path) -> None:
-    rows, _ = read(written(path, json.dumps(ROWS)))
-    assert [row.where for row in rows] == [f"{path} row {number}" for number in (1, 2, 3)]
 
 
 @pytest.mark.parametrize("raw", ["", " \n", " [ ] "])

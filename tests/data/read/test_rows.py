@@ -6,8 +6,7 @@ from typing import Any
 
 import pytest
 
-from launcher.data.read.rows import RowFault, shown, shown_under
-from launcher.errors import DataError
+from launcher.data.read.rows import shown, shown_under
 
 
 @pytest.mark.parametrize(
@@ -27,11 +26,6 @@ from launcher.errors import DataError
 )
 def test_any_value_is_shown_short_and_in_ascii(value: Any, text: str) -> None:
     assert shown(value) == text
-
-
-def test_a_fault_is_a_data_error_that_carries_its_reason() -> None:
-    fault = RowFault("encoding", where="f:1", rule="rule.", found="found")
-    assert isinstance(fault, DataError) and fault.reason == "encoding" and fault.code == 3
 
 
 def test_a_missing_key_differs_from_an_empty_one_and_names_the_keys_there_are() -> None:

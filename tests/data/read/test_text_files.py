@@ -54,16 +54,6 @@ def test_complete_pairs_and_escaped_backslashes_are_no_lone_surrogates(write: Wr
     assert fields(path) == [{"text": "😀"}, {"text": "\\ud83d"}]
 
 
-@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be", "utf-32", "latin-1"])
-def test_a_file_in_another_encoding_is_refused_with_a_byte_offset(tmp_path: Path, encoding: str) -> None:
-    path = tmp_path / "rows.jsonl"
-    path.write_bytes('{"text": "café"}\n{"text": "thé"}\n'.encode(encoding))
-    message = refusal(path)
-    assert "UTF-8" in message and "byte offset" in message
-    rows, counts = read(path, bad_rows="skip")
-    assert rows == [] and counts["rows_dropped_encoding"] == counts["rows_read"] > 0
-
-
 def test_each_line_of_a_txt_file_is_a_row_as_it_stands(tmp_path: Path) -> None:
     path = tmp_path / "rows.txt"
     path.write_bytes(b"\xef\xbb\xbf  one\\ud83d \r\n \ncaf\xe9\nt\0wo\nthree")
