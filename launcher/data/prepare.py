@@ -36,6 +36,7 @@ from launcher.errors import DataError
 from launcher.recipe.data_section import DataSection, Source
 from launcher.runtime.ranks import rank_info
 
+ALL_ALIKE = "data.validation={} holds out nothing: the rows are all alike, or there is only one"
 STORED = ("counts", "train_rows", "validation_rows", "loss_on", "template", "notes")  # in a cache entry's meta
 
 
@@ -185,14 +186,8 @@ def _prepare_blocks(inputs: _Inputs, identity: str) -> PreparedData:
         loss_on=dict(Counter(usable.loss_on[row] for row in train_rows)),
         template=inputs.pool.encoder.template,
         identity=identity,
-        notes=_notes_of_split(data, validation),
+        notes=() if validation or data.validation == 0 else (ALL_ALIKE.format(data.validation),),
     )
-
-
-def _notes_of_split(data: DataSection, validation: Blocks | None) -> tuple[str, ...]:
-    if validation is not None or data.validation == 0:
-        return ()
-    return (f"data.validation={data.validation} holds out nothing: the rows are all alike, or there is only one",)
 
 
 def _prepare_stream(inputs: _Inputs, identity: str) -> PreparedData:

@@ -1,5 +1,3 @@
-from collections.abc import Callable
-
 import numpy as np
 import pytest
 
@@ -10,8 +8,6 @@ from launcher.data.prepare import prepare
 from launcher.data.read.rows import RowFault
 from launcher.errors import DataError
 from launcher.recipe.data_section import DataSection
-
-Write = Callable[..., str]
 
 
 def ask(question, answer):

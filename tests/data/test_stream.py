@@ -5,7 +5,6 @@ import itertools
 import json
 import weakref
 from collections import Counter
-from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -17,8 +16,6 @@ from launcher.data.prepare import prepare
 from launcher.data.stream import Stream, StreamReader
 from launcher.errors import CheckpointError, DataError
 from launcher.recipe.data_section import DataSection
-
-Write = Callable[..., str]
 
 
 @pytest.fixture(autouse=True)

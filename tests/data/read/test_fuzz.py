@@ -8,7 +8,6 @@ import json
 import random
 from collections import Counter
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -70,7 +69,7 @@ def audit(written: Sequence[bytes], sentinel: bytes, rows: Sequence[Row], counts
 
 
 @pytest.mark.parametrize("layout", [*GOOD, "auto"])
-def test_ten_thousand_fuzzed_rows_bring_no_traceback_and_are_counted_exactly(tmp_path: Path, layout: str) -> None:
+def test_ten_thousand_fuzzed_rows_bring_no_traceback_and_are_counted_exactly(tmp_path, layout):
     rng = random.Random(layout)
     good = GOOD.get(layout, GOOD["messages"])
     sentinel = json.dumps(good).encode()
@@ -89,7 +88,7 @@ def test_ten_thousand_fuzzed_rows_bring_no_traceback_and_are_counted_exactly(tmp
 
 
 @pytest.mark.parametrize("suffix", [".json", ".csv", ".txt"])
-def test_a_mutated_file_of_another_kind_is_read_or_refused(tmp_path: Path, suffix: str) -> None:
+def test_a_mutated_file_of_another_kind_is_read_or_refused(tmp_path, suffix):
     rng = random.Random(suffix)
     table = io.StringIO()
     csv.writer(table).writerows([["prompt", "completion"], *([f"a {i}", 'say "b",\nthen c'] for i in range(20))])
@@ -142,9 +141,7 @@ NOT_STRINGS: list[tuple[pa.DataType, Any]] = [  # a type and a value of it
 
 @pytest.mark.parametrize("nested", [False, True])
 @pytest.mark.parametrize(("kind", "value"), [*((kind, "") for kind in STRINGS), *NOT_STRINGS], ids=str)
-def test_a_parquet_column_of_any_type_is_read_and_counted_exactly(
-    tmp_path: Path, kind: pa.DataType, value: Any, nested: bool
-) -> None:
+def test_a_parquet_column_of_any_type_is_read_and_counted_exactly(tmp_path, kind, value, nested):
     if nested and kind == pa.string_view():
         pytest.skip("pyarrow does not write it nested")
     path = tmp_path / "rows.parquet"

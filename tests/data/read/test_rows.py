@@ -2,7 +2,6 @@
 
 import datetime
 import decimal
-from typing import Any
 
 import pytest
 
@@ -24,11 +23,11 @@ from launcher.data.read.rows import shown, shown_under
     ],
     ids=lambda it: type(it).__name__,
 )
-def test_any_value_is_shown_short_and_in_ascii(value: Any, text: str) -> None:
+def test_any_value_is_shown_short_and_in_ascii(value, text):
     assert shown(value) == text
 
 
-def test_a_missing_key_differs_from_an_empty_one_and_names_the_keys_there_are() -> None:
+def test_a_missing_key_differs_from_an_empty_one_and_names_the_keys_there_are():
     assert shown_under("a", {"a": None}) == "null"
     assert shown_under("a", {"b": None, "c\x1b": 1}) == 'no "a"; the keys are "b, c\\u001b"'
     assert shown_under("a", {}) == 'no "a"; it is empty'
