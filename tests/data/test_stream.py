@@ -97,19 +97,19 @@ def test_weights_are_the_shares_of_the_rows_drawn(write, tokenizer):
     assert share == pytest.approx(0.75, abs=0.03)
 
 
-def test_every_window_keeps_to_the_shapes_of_the_first(write, tokenizer):
-    long, short = rows(16), [{"text": f"x{n}"} for n in range(200)]  # later windows would hold far more documents a row
-    stream = streamed(write(long + short), tokenizer=tokenizer)
-    batches = list(itertools.islice(loader(stream), 40))
-    assert len({batch.micro_batches[0].cu_seqlens.shape for batch in batches}) == 1
-    assert max(batch.epoch for batch in batches) > 2
+FULL = [{"text": "a river " * 200}] * 16  # a block each
 
 
-def test_padded_streams_have_a_document_a_row(write, tokenizer):
-    stream = streamed(write(rows(50)), tokenizer=tokenizer, batching="padded")
-    batch = next(loader(stream))
-    assert stream.first_window.blocks.shapes == (128,)
-    assert int(batch.micro_batches[0].document_ids.max()) == 1  # the padding
+@pytest.mark.parametrize(("batching", "first"), [("packed", rows(16)), ("packed", FULL), ("padded", FULL)])
+def test_every_window_keeps_to_the_shapes_of_the_first_and_has_room_for_shorter_rows(write, tokenizer, batching, first):
+    stream = streamed(write(first + [{"text": f"x{n}"} for n in range(200)]), tokenizer=tokenizer, batching=batching)
+    batches = list(itertools.islice(loader(stream), 60))
+    micros = [batch.micro_batches[0] for batch in batches]
+    assert {(micro.input_ids.shape, micro.cu_seqlens.shape) for micro in micros} == {
+        ((2, 128), (2 * stream.max_documents + 1,))
+    }
+    assert all(batch.supervised_tokens > 0 for batch in batches) and batches[-1].epoch > 0
+    assert stream.max_documents == 2 if first is FULL else stream.max_documents > 2
 
 
 def test_faults_are_found_before_training_and_later_ones_when_their_window_comes(write, tokenizer):
@@ -152,16 +152,6 @@ def test_a_state_that_cannot_be_is_refused(write, tokenizer, change):
     with pytest.raises(CheckpointError, match="\nFound: "):
         running.load_state_dict({**GOOD, **change})
     running.load_state_dict(GOOD)
-
-
-@pytest.mark.parametrize("batching", ["packed", "padded"])
-def test_a_stream_that_begins_with_full_rows_has_room_for_shorter_ones(write, tokenizer, batching):
-    long, short = [{"text": "a river " * 200}] * 16, [{"text": f"a river {n} flows"} for n in range(60)]
-    stream = streamed(write(long + short), tokenizer=tokenizer, batching=batching)
-    assert stream.first_window.blocks.lengths.min() == 128
-    for batch in itertools.islice(loader(stream), 30):
-        assert batch.supervised_tokens > 0
-    assert batch.epoch > 0
 
 
 def test_a_weighted_source_that_gives_nothing_is_an_error_though_others_do(write, tokenizer):

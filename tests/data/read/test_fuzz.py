@@ -117,22 +117,14 @@ def test_a_mutated_file_of_another_kind_is_read_or_refused(tmp_path, suffix):
 STRINGS = [pa.string(), pa.large_string(), pa.string_view(), pa.dictionary(pa.int32(), pa.string())]
 NOT_STRINGS: list[tuple[pa.DataType, Any]] = [  # a type and a value of it
     (pa.bool_(), True),
-    (pa.uint64(), 2**64 - 1),
-    (pa.float16(), 1.5),
     (pa.float64(), float("nan")),
     (pa.date32(), datetime.date(2020, 1, 1)),
     (pa.date32(), 2**30),  # Python cannot hold this one and the next
     (pa.timestamp("s"), 2**49),
     (pa.timestamp("ns"), 1),
-    (pa.timestamp("us", tz="UTC"), 0),
-    (pa.time64("ns"), datetime.time(1)),
-    (pa.duration("us"), 1),
     (pa.decimal256(60, 2), decimal.Decimal("1.50")),
     (pa.binary(), b"\xff"),
-    (pa.large_binary(), b"text"),
-    (pa.binary(2), b"ab"),
     (pa.list_(pa.string()), ["a"]),
-    (pa.list_(pa.binary(), 1), [b"a"]),
     (pa.struct({"a": pa.date32()}), {"a": None}),
     (pa.map_(pa.string(), pa.binary()), [("a", b"b")]),
     (pa.null(), None),

@@ -12,8 +12,7 @@ import pytest
 
 from launcher.data.read import hub
 from launcher.data.read.rows import Feed
-from tests.support import reading
-from tests.support.reading import fields, refusal
+from tests.support.reading import feeds, fields, refusal
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 OTHER = COMMIT[::-1]
@@ -22,7 +21,7 @@ NAME = "owner/rows"
 
 
 def open_hub(**keys: Any) -> Feed:
-    [feed] = reading.feeds(NAME, **keys)
+    [feed] = feeds(NAME, **keys)
     return feed
 
 
