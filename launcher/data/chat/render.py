@@ -103,7 +103,7 @@ class ChatRenderer:
         spans = [self._span(messages, turn, prompt, text) for turn, prompt in zip(turns, prompts, strict=True)]
         if None in spans:
             raise self._unmaskable(row, turns[spans.index(None)])
-        return Rendered(text, [span for span in spans if span and span[0] < span[1]], stand_ins)
+        return Rendered(text, [span for span in spans if span], stand_ins)
 
     def render_prompt(self, row: Conversation) -> Rendered:
         """The chat, then the generation prompt. Raises RowFault if the template refuses it."""

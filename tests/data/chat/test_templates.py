@@ -1,8 +1,8 @@
 """Every template, shipped or of stock shape: the loss sees what the assistant says and its end token, nothing else."""
 
 import re
+from functools import cache
 from itertools import cycle
-from typing import Any
 
 import numpy as np
 import pytest
@@ -39,15 +39,12 @@ def as_dicts(row):
 
 @pytest.fixture(scope="session")
 def encoder_for(make_family):
-    made: dict[tuple[str, str], tuple[Any, Encoder]] = {}
-
+    @cache
     def build(family, origin):
         """The family's tokenizer, and an encoder with its shipped template or the one of stock shape."""
-        if (family, origin) not in made:
-            tokenizer = make_family(family, template=STOCK[family] if origin == "stock" else None)
-            options = {"template": family} if origin == "shipped" else {}
-            made[family, origin] = tokenizer, Encoder(tokenizer, data=DataSection.model_validate(options))
-        return made[family, origin]
+        tokenizer = make_family(family, template=STOCK[family] if origin == "stock" else None)
+        template = family if origin == "shipped" else "auto"
+        return tokenizer, Encoder(tokenizer, data=DataSection(template=template))
 
     return build
 
@@ -139,10 +136,9 @@ def test_a_shipped_template_refuses_roles_that_its_family_has_no_place_for(encod
     tokenizer, encoder = encoder_for(family, "shipped")
     with pytest.raises(Exception, match=f"{family} chats"):
         tokenizer.apply_chat_template([{"role": "tool", "content": "x"}], tokenize=False)
-    twice, late = chat("Hi", "Ho"), chat("Hi", "Ho")
-    twice = Conversation((*twice.messages, Message("assistant", "Ho again")), "rows:1")
-    late = Conversation((twice.messages[0], Message("system", "late"), twice.messages[1]), "rows:1")
-    assert isinstance(encode(encoder, chat("Hi", "Ho")), Document)
+    question, answer = chat("Hi", "Ho").messages
+    twice = Conversation((question, answer, answer), "rows:1")
+    late = Conversation((question, Message("system", "late"), answer), "rows:1")
     if family in ("mistral", "gemma"):
         for row in (twice, late):
             [(_, fault)] = encoder.encode([row])
