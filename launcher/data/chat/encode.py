@@ -194,8 +194,7 @@ def _begin(encoding: EncodingFast, token: int) -> int:
 
 
 def _within(spans: Sequence[Span] | None, start: int, end: int) -> list[Span] | None:
-    """The parts of the spans that lie in text[start:end], counted from its start."""
+    """The parts of the spans that lie in text[start:end], counted from its start; some may be empty."""
     if spans is None:
         return None
-    clipped = [(max(first, start) - start, min(last, end) - start) for first, last in spans]
-    return [(first, last) for first, last in clipped if first < last]
+    return [(max(first, start) - start, min(last, end) - start) for first, last in spans]
