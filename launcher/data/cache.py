@@ -2,9 +2,9 @@
 
 An entry is one safetensors file, `<cache>/data/<fingerprint>.safetensors`: the arrays of the documents and of the
 blocks; in its metadata the caller's meta (JSON), and a checksum of the fingerprint, the meta and every array.
-It is written under a temporary name and renamed, so it is whole or absent, and never changes. Its arrays are
-memory-mapped: the ranks of a machine share one copy. The fingerprint covers this package's source code, so an entry is
-read only by the code that would prepare the same.
+It is written under a temporary name and renamed, and never changes; the checksum finds what a crash left unwritten.
+Its arrays are memory-mapped: the ranks of a machine share one copy. The fingerprint covers this package's source code,
+so an entry is read only by the code that would prepare the same.
 Whatever is wrong with an entry or with the folder costs a second preparation, never the run.
 """
 
@@ -52,14 +52,13 @@ def fingerprint(data: DataSection, *, identities: Sequence[Sequence[str]], token
     """A name for everything that decides the prepared arrays: 40 hexadecimal digits.
 
     `identities`: of the feeds of each source, in the order of data.sources, a validation source last. They stand for
-    the paths, of which only the suffix counts. `tokenizer` has the chat template that is used.
+    the paths. `tokenizer` has the chat template that is used.
     """
-    section = data.model_dump(mode="json", exclude={"wait_s"})
+    section = data.model_dump(
+        mode="json", exclude={"wait_s": True, "sources": {"__all__": {"path"}}, "validation": {"path"}}
+    )
     if isinstance(data.validation, str):
-        section["validation"] = {"path": data.validation}
-    for source in (*section["sources"], section["validation"]):
-        if isinstance(source, dict):
-            source["path"] = Path(source["path"]).suffix
+        section["validation"] = "a path"
     deciding = {
         "code": _code_digest(),
         "versions": [version(package) for package in DECIDING_PACKAGES],
@@ -136,9 +135,7 @@ def _write(entry: Entry, identity: str, path: Path) -> None:
     temporary = path.with_name(f".{secrets.token_hex(8)}")
     try:
         save_file(arrays, temporary, metadata={"meta": meta, "checksum": _checksum(identity, meta, arrays)})
-        _sync(temporary)
         temporary.replace(path)
-        _sync(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -189,12 +186,3 @@ def _remove(path: Path) -> None:
             shutil.rmtree(path)
         else:
             path.unlink()
-
-
-def _sync(path: Path) -> None:
-    """Wait until a file, or the names in a folder, are on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

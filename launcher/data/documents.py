@@ -69,7 +69,5 @@ class Documents:
     def targets(self) -> Longs:
         """Supervised tokens of each document, int64 [D]. Its first token never counts: nothing predicts it."""
         starts = self.offsets[:-1]
-        if not len(starts):
-            return np.zeros(0, np.int64)
         # No cumulative sum: its 8 bytes a token would be more than the documents themselves.
         return np.add.reduceat(self.supervised, starts, dtype=np.int64) - self.supervised[starts]

@@ -8,8 +8,7 @@ from itertools import chain
 
 from launcher.data.chat.encode import Encoder
 from launcher.data.read.formats import read_rows
-from launcher.data.read.rows import Conversation, RowFault
-from launcher.data.read.sources import Feed
+from launcher.data.read.rows import Conversation, Feed, RowFault
 from launcher.data.splits import digest
 
 

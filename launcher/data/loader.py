@@ -11,7 +11,7 @@ Blank blocks fill the last micro batch of each width and the last step: an epoch
 """
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import TypedDict
@@ -21,7 +21,7 @@ import numpy as np
 from launcher.data.documents import Ints, Longs
 from launcher.data.pack.blocks import Blocks
 from launcher.data.pack.micro_batch import MicroBatch, micro_batch_of
-from launcher.data.stream import Position, Stream, StreamReader, Window
+from launcher.data.stream import Position, Stream, Window
 from launcher.errors import CheckpointError
 
 
@@ -149,17 +149,12 @@ class StreamLoader(Iterator[StepBatch]):
         self._stream = stream
         self._shape = {"micro_batch": micro_batch, "accumulation": accumulation, "rank": rank, "world_size": world_size}
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="stream")  # reads windows ahead
-        self._reader: Future[StreamReader] | None = None
         self._next_window: Future[Window] | None = None
-        stream.counts.clear()
-        stream.counts.update(stream.validation_counts)
-        self._begin(stream.first_window, number=0, start=stream.beginning)
+        self._start_at(0, stream.beginning, counts=stream.validation_counts)
 
     def __next__(self) -> StepBatch:
         if self._window_is_done:
-            window = self._read_ahead().result()
-            self._next_window = None
-            self._begin(window, number=self._number + 1, start=self._end)
+            self._begin(self._read_ahead().result(), number=self._number + 1, start=self._end)
         self._read_ahead()
         return replace(next(self._loader), epoch=self._number)
 
@@ -179,15 +174,7 @@ class StreamLoader(Iterator[StepBatch]):
         positions = self._checked_positions(state)
         if self._next_window is not None:
             self._next_window.cancel()
-        self._reader, self._next_window = None, None
-        number, window = state["epoch"], self._stream.first_window
-        if number:  # the first was laid out before it was known how many documents a block may have
-            self._number, self._end = number - 1, positions
-            window = self._read_ahead().result()
-            self._next_window = None
-        self._stream.counts.clear()
-        self._stream.counts.update(state["counts"])
-        self._begin(window, number=number, start=positions)
+        self._start_at(state["epoch"], positions, counts=state["counts"])
         self._loader.load_state_dict({"epoch": 0, "offset": state["offset"]})
 
     def _checked_positions(self, state: StreamState) -> list[Position]:
@@ -211,13 +198,22 @@ class StreamLoader(Iterator[StepBatch]):
     def _read_ahead(self) -> Future[Window]:
         """The window after this one, which the thread reads while this one is trained on."""
         if self._next_window is None:
-            if self._reader is None:
-                self._reader = self._thread.submit(StreamReader, self._stream, self._end)
-            reader, number = self._reader, self._number + 1
-            self._next_window = self._thread.submit(lambda: self._stream.read_window(reader.result(), number=number))
+            self._next_window = self._thread.submit(next, self._windows)
         return self._next_window
 
+    def _start_at(self, number: int, positions: list[Position], *, counts: Mapping[str, int]) -> None:
+        window = self._stream.first_window
+        if number:  # the first was laid out before it was known how many documents a block may have
+            self._windows = self._stream.windows(positions, number=number)
+            window = self._thread.submit(next, self._windows).result()
+        else:
+            self._windows = self._stream.windows(window.end, number=1)
+        self._stream.counts.clear()
+        self._stream.counts.update(counts)
+        self._begin(window, number=number, start=positions)
+
     def _begin(self, window: Window, *, number: int, start: list[Position]) -> None:
+        self._next_window = None
         self._number, self._start, self._end = number, start, window.end
         self._counts_before = Counter(self._stream.counts)
         self._stream.counts.update(window.counts)

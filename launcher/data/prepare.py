@@ -11,7 +11,7 @@ lay_out           -> blocks, which go into the cache
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, replace
 from itertools import chain
 from typing import cast
@@ -28,13 +28,15 @@ from launcher.data.pack.blocks import Blocks
 from launcher.data.pack.buckets import lay_out
 from launcher.data.pack.fit import UsableRows, fit_rows, nothing_left
 from launcher.data.read.formats import read_rows
-from launcher.data.read.sources import Feed, open_source
+from launcher.data.read.rows import Feed
+from launcher.data.read.sources import open_source
 from launcher.data.splits import held_out, weighted
 from launcher.data.stream import Stream
 from launcher.errors import DataError
 from launcher.recipe.data_section import DataSection, Source
 from launcher.runtime.ranks import rank_info
 
+ALL_ALIKE = "data.validation={} holds out nothing: the rows are all alike, or there is only one"
 STORED = ("counts", "train_rows", "validation_rows", "loss_on", "template", "notes")  # in a cache entry's meta
 
 
@@ -109,7 +111,7 @@ def prepare(data: DataSection, tokenizer: PreTrainedTokenizerBase, *, seed: int)
     entry = cache.load(identity)
     if entry is not None:
         return _from_entry(entry, identity)
-    with pool:
+    with closing(pool):
         prepared = _prepare_blocks(inputs, identity)
     note = cache.save(_to_entry(prepared), identity)
     return replace(prepared, notes=(*prepared.notes, note)) if note else prepared
@@ -184,14 +186,8 @@ def _prepare_blocks(inputs: _Inputs, identity: str) -> PreparedData:
         loss_on=dict(Counter(usable.loss_on[row] for row in train_rows)),
         template=inputs.pool.encoder.template,
         identity=identity,
-        notes=_notes_of_split(data, validation),
+        notes=() if validation or data.validation == 0 else (ALL_ALIKE.format(data.validation),),
     )
-
-
-def _notes_of_split(data: DataSection, validation: Blocks | None) -> tuple[str, ...]:
-    if validation is not None or data.validation == 0:
-        return ()
-    return (f"data.validation={data.validation} holds out nothing: the rows are all alike, or there is only one",)
 
 
 def _prepare_stream(inputs: _Inputs, identity: str) -> PreparedData:

@@ -4,13 +4,14 @@ A token is shown as supervised where the label of the position before it is that
 that the loss sees, not the one that was intended.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from itertools import groupby
 from operator import itemgetter
 from typing import Any
 
 import numpy as np
 
+from launcher.data.chat.named_templates import control_tokens
 from launcher.data.documents import Longs
 from launcher.data.pack.blocks import Blocks
 from launcher.data.pack.micro_batch import IGNORE, micro_batch_of
@@ -62,39 +63,31 @@ def block_preview(blocks: Blocks, block: int, *, tokenizer: Any) -> BlockPreview
     """The documents of a block in their order, token by token as a step gets them, and its padding."""
     batch = micro_batch_of(blocks, [block])
     ids, targets = batch.input_ids[0].tolist(), [False, *(batch.labels[0, :-1] != IGNORE).tolist()]
-    special = special_ids(tokenizer)
     documents = []
     start = 0
     for index in blocks[block].tolist():
         end = start + int(blocks.documents.lengths[index])
-        parts = tuple(text_parts(ids[start:end], targets[start:end], tokenizer=tokenizer, special=special))
+        parts = tuple(text_parts(ids[start:end], targets[start:end], tokenizer))
         documents.append(DocumentPreview(index + 1, end - start, sum(targets[start:end]), parts))
         start = end
     return BlockPreview(width=len(ids), documents=tuple(documents), padding=len(ids) - start)
 
 
-def special_ids(tokenizer: Any) -> frozenset[int]:
-    """Control tokens, also those without a role in the tokenizer (Llama 3's header marks)."""
-    added = tokenizer.added_tokens_decoder.items()
-    return frozenset([*tokenizer.all_special_ids, *(index for index, token in added if token.special)])
-
-
-def text_parts(
-    ids: Sequence[int], targets: Sequence[bool], *, tokenizer: Any, special: frozenset[int]
-) -> Iterator[TextPart]:
+def text_parts(ids: Sequence[int], targets: Sequence[bool], tokenizer: Any) -> Iterator[TextPart]:
     """The text of one document in runs of equal supervision; a special token is a part of its own.
 
     A character of several tokens is supervised if one of them is.
     """
+    special = control_tokens(tokenizer)
     units = (
         ((any(targets[start:end]), start if ids[start] in special else None), text)
-        for start, end, text in _units(ids, tokenizer=tokenizer, special=special)
+        for start, end, text in _units(ids, tokenizer, special)
     )
     for (supervised, special_at), run in groupby(units, key=itemgetter(0)):
         yield TextPart("".join(text for _, text in run), supervised, special=special_at is not None)
 
 
-def _units(ids: Sequence[int], *, tokenizer: Any, special: frozenset[int]) -> Iterator[tuple[int, int, str]]:
+def _units(ids: Sequence[int], tokenizer: Any, special: Container[int]) -> Iterator[tuple[int, int, str]]:
     """Start, end and text of the shortest runs of tokens that are whole characters; of special tokens one by one."""
 
     def decode(start: int, end: int) -> str:

@@ -12,6 +12,7 @@ So steps do not depend on the number of ranks, and no rank has to ask another fo
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import count
 from typing import NamedTuple
 
 import numpy as np
@@ -23,8 +24,7 @@ from launcher.data.pack.buckets import bucket
 from launcher.data.pack.fit import fit_rows, nothing_left
 from launcher.data.pack.packing import pack
 from launcher.data.read.formats import read_rows
-from launcher.data.read.rows import Row
-from launcher.data.read.sources import Feed
+from launcher.data.read.rows import Feed, Row
 from launcher.errors import CheckpointError
 from launcher.recipe.data_section import DataSection
 
@@ -74,7 +74,7 @@ class Stream:
         self.shares = np.array(weights) / sum(weights) if weights else None
         if not weights:
             self.sources = [[feed for feeds in self.sources for feed in feeds]]
-        window = self.read_window(StreamReader(self, self.beginning), number=0)
+        window = next(self.windows(self.beginning, number=0))
         # A block of whole documents and a tail: never fewer than two.
         margin = round((window.blocks.max_documents - 1) * DOCUMENTS_MARGIN) + 1
         self.max_documents = max(2, margin, self.min_max_documents)
@@ -85,49 +85,36 @@ class Stream:
     def beginning(self) -> list[Position]:
         return [Position(0, 0) for _ in self.sources]
 
-    def read_window(self, reader: "StreamReader", *, number: int) -> Window:
-        """The next window. Raises DataError like prepare()."""
-        documents: list[Document] = []
-        tokens_left = WINDOW_BLOCKS * self.data.max_length
-        random = np.random.default_rng((self.seed, number))
-        counts: Counter[str] = Counter()
-        loss_on: Counter[str] = Counter()
-        while tokens_left > 0:
-            sources, rows = reader.draw(random, DRAWN_ROWS)
-            encoded = self.pool.encode(rows)
-            fitted = fit_rows(encoded, counts, data=self.data, seed=self.seed, excluded=self.excluded)
-            for source, row in zip(sources, fitted, strict=True):
-                if row.documents:
-                    documents += row.documents
-                    tokens_left -= sum(map(len, row.documents))
-                    loss_on[row.loss_on] += 1
-                    reader.useful_sources.add(source)
-            counts.update(reader.take_counts())
-            reader.check_useful(counts)
-        blocks = self._lay_out(Documents.of(documents), seed=int(random.integers(2**32)))
-        return Window(blocks, counts, loss_on, list(reader.positions))
+    def windows(self, start: Sequence[Position], *, number: int) -> Iterator[Window]:
+        """Window `number`, before which the sources stand at `start`, and those after it.
 
-    def _lay_out(self, documents: Documents, *, seed: int) -> Blocks:
+        Raises DataError like prepare(), and CheckpointError for a position that a source does not have.
+        """
+        reader = StreamReader(self, start)
+        for window in count(number):
+            yield reader.read_window(window)
+
+    def lay_out(self, documents: Documents, *, seed: int) -> Blocks:
         indices, width = np.arange(len(documents)), self.data.max_length
         if self.data.batching == "padded":
             blocks = bucket(documents, indices, widths=(width,), pad_id=self.pad_id)
         else:
-            most = self.max_documents - 1 if self.max_documents else None
-            blocks = pack(documents, indices, max_length=width, pad_id=self.pad_id, seed=seed, limit=most)
+            limit = self.max_documents - 1 if self.max_documents else None
+            blocks = pack(documents, indices, max_length=width, pad_id=self.pad_id, seed=seed, limit=limit)
         return replace(blocks, max_documents=self.max_documents or blocks.max_documents)
 
 
 class StreamReader:
-    """Endless rows of a stream's sources, from given positions on.
+    """Endless rows of a stream's sources, from given positions on, and the windows that are made of them.
 
     Raises CheckpointError for a position that a source does not have.
     """
 
     def __init__(self, stream: Stream, positions: Sequence[Position]) -> None:
         self._stream = stream
-        self._counts: Counter[str] = Counter()
-        self.positions = list(positions)
-        self.useful_sources: set[int] = set()  # those that gave a document
+        self._counts: Counter[str] = Counter()  # of the window that is read
+        self._positions = list(positions)
+        self._useful_sources: set[int] = set()  # those that gave a document
         self._first_passes = [position.passes for position in positions]
         self._rows = [self._one_pass(source) for source in range(len(positions))]
         for source, position in enumerate(positions):
@@ -137,37 +124,52 @@ class StreamReader:
                         f"a stream's state must lie within its sources; source {source + 1} ends after {number} rows.\n"
                         f"Found: {position.rows} rows.\nResume with the data.sources of the checkpoint."
                     )
-        self._counts.clear()  # these rows were counted when they were first read
+
+    def read_window(self, number: int) -> Window:
+        """The next window, drawn and shuffled by the stream's seed and its number."""
+        stream, counts = self._stream, self._counts
+        counts.clear()  # rows that were read over were counted when they were first read
+        documents: list[Document] = []
+        loss_on: Counter[str] = Counter()
+        tokens_left = WINDOW_BLOCKS * stream.data.max_length
+        random = np.random.default_rng((stream.seed, number))
+        while tokens_left > 0:
+            sources, rows = self.draw(random, DRAWN_ROWS)
+            encoded = stream.pool.encode(rows)
+            fitted = fit_rows(encoded, counts, data=stream.data, seed=stream.seed, excluded=stream.excluded)
+            for source, row in zip(sources, fitted, strict=True):
+                if row.documents:
+                    documents += row.documents
+                    tokens_left -= sum(map(len, row.documents))
+                    loss_on[row.loss_on] += 1
+                    self._useful_sources.add(source)
+            self._check_useful()
+        blocks = stream.lay_out(Documents.of(documents), seed=int(random.integers(2**32)))
+        return Window(blocks, Counter(counts), loss_on, list(self._positions))
 
     def draw(self, random: np.random.Generator, number: int) -> tuple[list[int], list[Row]]:
         """`number` rows and the source of each, drawn by weight."""
         sources = random.choice(len(self._rows), size=number, p=self._stream.shares).tolist()
         return sources, [self._next(source) for source in sources]
 
-    def take_counts(self) -> Counter[str]:
-        """What reading has counted since the last call."""
-        taken = Counter(self._counts)
-        self._counts.clear()
-        return taken
-
-    def check_useful(self, counts: Counter[str]) -> None:
+    def _check_useful(self) -> None:
         """Raise DataError for a source of which a whole pass gave no document: it would be read for ever."""
-        for source, position in enumerate(self.positions):
-            if position.passes - self._first_passes[source] > 1 and source not in self.useful_sources:
-                raise nothing_left(self._stream.sources[source], counts)
+        for source, position in enumerate(self._positions):
+            if position.passes - self._first_passes[source] > 1 and source not in self._useful_sources:
+                raise nothing_left(self._stream.sources[source], self._counts)
 
     def _one_pass(self, source: int) -> Iterator[Row]:
         for feed in self._stream.sources[source]:
             yield from read_rows(feed, bad_rows=self._stream.data.bad_rows, counts=self._counts)
 
     def _next(self, source: int) -> Row:
-        passes, rows_done = self.positions[source]
+        passes, rows_done = self._positions[source]
         row = next(self._rows[source], None)
         if row is not None:
-            self.positions[source] = Position(passes, rows_done + 1)
+            self._positions[source] = Position(passes, rows_done + 1)
             return row
         if not rows_done:
             raise nothing_left(self._stream.sources[source], self._counts)
-        self.positions[source] = Position(passes + 1, 0)
+        self._positions[source] = Position(passes + 1, 0)
         self._rows[source] = self._one_pass(source)
         return self._next(source)

@@ -1,44 +1,37 @@
-"""Small byte-level tokenizers: one with templates of its own, one per family with the family's control tokens."""
+"""Small byte-level tokenizers: one with control tokens of its own, one per family with the family's."""
 
 import json
-from collections.abc import Callable
 
 import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from tests.support.templates import CONTROL, CORPUS, FAMILY_TOKENS, STOCK, TEMPLATES
-
-MakeTokenizer = Callable[[str | None], PreTrainedTokenizerFast]
+from tests.support.templates import CORPUS, FAMILY_TOKENS, OWN_TOKENS, TEMPLATES
 
 
 @pytest.fixture(scope="session")
-def backend():
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=420,
-        special_tokens=CONTROL,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(CORPUS * 3, trainer)
-    return tokenizer
+def build_tokenizer():
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=420, initial_alphabet=alphabet, show_progress=False)
+    backend.train_from_iterator(CORPUS * 3, trainer)
+
+    def build(tokens, template):
+        """A tokenizer with these control tokens and this chat template."""
+        return PreTrainedTokenizerFast(
+            tokenizer_object=Tokenizer.from_str(backend.to_str()), chat_template=template, **tokens
+        )
+
+    return build
 
 
 @pytest.fixture(scope="session")
-def make_tokenizer(backend):
+def make_tokenizer(build_tokenizer):
     def make(template):
         """A tokenizer with the template of that name, or with the template text itself; None gives it none."""
-        return PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
-            tokenizer_object=Tokenizer.from_str(backend.to_str()),
-            bos_token="<|bos|>",
-            eos_token="<|eot|>",
-            pad_token="<|pad|>",
-            additional_special_tokens=["<|head|>", "<|/head|>", "<|im_start|>", "<|im_end|>"],
-            chat_template=TEMPLATES.get(template, template) if template else None,
-        )
+        return build_tokenizer(OWN_TOKENS, TEMPLATES.get(template, template))
 
     return make
 
@@ -49,34 +42,16 @@ def tokenizer(make_tokenizer):
 
 
 @pytest.fixture(scope="session")
-def make_family():
-    bare = Tokenizer(models.BPE())
-    bare.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    bare.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    bare.train_from_iterator(
-        CORPUS * 3, trainers.BpeTrainer(vocab_size=420, initial_alphabet=alphabet, show_progress=False)
-    )
-
+def make_family(build_tokenizer):
     def make(family, *, template=None):
         """A tokenizer with the family's control tokens; its pad token is its end token."""
         tokens = FAMILY_TOKENS[family]
-        made = PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
-            tokenizer_object=Tokenizer.from_str(bare.to_str()),
-            **tokens,
-            pad_token=tokens["eos_token"],
-            chat_template=template,
-        )
+        tokenizer = build_tokenizer({**tokens, "pad_token": tokens["eos_token"]}, template)
         if family == "qwen3":
-            made.add_tokens([AddedToken(token, special=False) for token in ("<think>", "</think>")])
-        return made
+            tokenizer.add_tokens([AddedToken(token, special=False) for token in ("<think>", "</think>")])
+        return tokenizer
 
     return make
-
-
-@pytest.fixture(scope="session")
-def stock():
-    return STOCK
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Sequence
+from functools import cache
 from itertools import islice
 
 import numpy as np
@@ -9,7 +10,7 @@ import pytest
 
 from launcher.data import loader as module
 from launcher.data.documents import Documents
-from launcher.data.loader import LoaderState, StepBatch, TrainLoader, eval_batches, sample_batch
+from launcher.data.loader import StepBatch, TrainLoader, eval_batches, sample_batch
 from launcher.data.pack.blocks import Blocks
 from launcher.data.pack.buckets import bucket
 from launcher.data.pack.micro_batch import MicroBatch
@@ -29,6 +30,7 @@ def named(lengths: Sequence[int]) -> Documents:
     return documents
 
 
+@cache
 def blocks_of(batching: str) -> Blocks:
     """Packed: blocks of 16 positions, each with a document of 9 tokens and one or two more. Bucketed: blocks of three
     widths, 11, 7 and 3 of them."""
@@ -42,18 +44,8 @@ def blocks_of(batching: str) -> Blocks:
 
 
 @pytest.fixture(scope="module", params=["packed", "bucketed"])
-def blocks(request: pytest.FixtureRequest) -> Blocks:
+def blocks(request):
     return blocks_of(request.param)
-
-
-@pytest.fixture(scope="module")
-def packed() -> Blocks:
-    return blocks_of("packed")
-
-
-@pytest.fixture(scope="module")
-def bucketed() -> Blocks:
-    return blocks_of("bucketed")
 
 
 def loader(
@@ -87,9 +79,7 @@ def names_of(*steps: StepBatch) -> list[int]:
 
 
 @pytest.mark.parametrize(("world", "accumulation"), [(2, 2), (4, 1)])
-def test_each_step_sees_the_same_blocks_and_counts_however_they_are_spread(
-    blocks: Blocks, world: int, accumulation: int
-) -> None:
+def test_each_step_sees_the_same_blocks_and_counts_however_they_are_spread(blocks, world, accumulation):
     reference = epoch_of(blocks, world=1, accumulation=4, micro_batch=2)
     spread = epoch_of(blocks, world=world, accumulation=accumulation, micro_batch=2)
     for ranks, [single] in zip(spread, reference, strict=True):
@@ -105,8 +95,8 @@ def test_each_step_sees_the_same_blocks_and_counts_however_they_are_spread(
 @pytest.mark.parametrize(("world", "accumulation"), [(1, 4), (2, 2), (4, 1)])
 @pytest.mark.parametrize("micro_batch", [1, 2, 3])
 def test_an_epoch_shows_every_block_once_in_micro_batches_of_the_planned_shapes(
-    blocks: Blocks, world: int, accumulation: int, micro_batch: int
-) -> None:
+    blocks, world, accumulation, micro_batch
+):
     steps = epoch_of(blocks, world=world, accumulation=accumulation, micro_batch=micro_batch)
     batches = [batch for ranks in steps for batch in batches_of(*ranks)]
     names = names_in(batches)
@@ -118,8 +108,8 @@ def test_an_epoch_shows_every_block_once_in_micro_batches_of_the_planned_shapes(
         assert not any(0 in names_of(*ranks) for ranks in steps[:-1])
 
 
-def test_bucketed_widths_are_mixed_over_the_epoch_and_ranks_have_equal_work_at_once(bucketed: Blocks) -> None:
-    steps = epoch_of(bucketed, world=2, accumulation=2, micro_batch=1)
+def test_bucketed_widths_are_mixed_over_the_epoch_and_ranks_have_equal_work_at_once():
+    steps = epoch_of(blocks_of("bucketed"), world=2, accumulation=2, micro_batch=1)
     widths = [[[b.input_ids.shape[1] for b in rank.micro_batches] for rank in ranks] for ranks in steps]
     sizes = [sum(one) + sum(other) for one, other in widths][:-1]  # the last step has blanks
     assert sizes != sorted(sizes) and sizes != sorted(sizes, reverse=True)
@@ -127,7 +117,7 @@ def test_bucketed_widths_are_mixed_over_the_epoch_and_ranks_have_equal_work_at_o
         assert one[0] >= other[0] >= one[1] >= other[1]  # in order of width over [accumulation, world]
 
 
-def test_epochs_follow_one_another_in_new_orders_that_are_the_seeds(blocks: Blocks) -> None:
+def test_epochs_follow_one_another_in_new_orders_that_are_the_seeds(blocks):
     def order(seed: int) -> list[list[int]]:
         one = loader(blocks, accumulation=2, seed=seed)
         steps = list(islice(one, 2 * one.steps_per_epoch))
@@ -140,7 +130,7 @@ def test_epochs_follow_one_another_in_new_orders_that_are_the_seeds(blocks: Bloc
 
 
 @pytest.mark.parametrize("world", [1, 2, 3, 4])
-def test_evaluation_has_every_block_once_in_equally_many_batches_on_each_rank(blocks: Blocks, world: int) -> None:
+def test_evaluation_has_every_block_once_in_equally_many_batches_on_each_rank(blocks, world):
     shares = [eval_batches(blocks, micro_batch=3, rank=rank, world_size=world) for rank in range(world)]
     batches = [batch for share in shares for batch in share]
     assert len({len(share) for share in shares}) == 1
@@ -149,14 +139,14 @@ def test_evaluation_has_every_block_once_in_equally_many_batches_on_each_rank(bl
     assert {tuple(b.input_ids.shape) for b in batches} == {(3, width) for width in blocks.shapes}
 
 
-def test_a_sample_has_the_width_asked_for_and_is_filled_up_with_blanks(bucketed: Blocks) -> None:
-    sample = sample_batch(bucketed, 24, micro_batch=5)
+def test_a_sample_has_the_width_asked_for_and_is_filled_up_with_blanks():
+    sample = sample_batch(blocks_of("bucketed"), 24, micro_batch=5)
     assert tuple(sample.input_ids.shape) == (5, 24)
     assert sorted(names_in([sample])) == [0, 0, *NAMES[-3:]]
 
 
 @pytest.mark.parametrize(("world", "accumulation"), [(1, 4), (2, 2), (4, 1)])
-def test_a_state_gives_the_exact_next_steps_from_anywhere(blocks: Blocks, world: int, accumulation: int) -> None:
+def test_a_state_gives_the_exact_next_steps_from_anywhere(blocks, world, accumulation):
     def shown(step: StepBatch) -> list[object]:
         return [names_in(step.micro_batches), step.tokens, step.supervised_tokens, step.epoch]
 
@@ -176,11 +166,11 @@ def test_a_state_gives_the_exact_next_steps_from_anywhere(blocks: Blocks, world:
         assert steps[0] != steps[whole.steps_per_epoch]
 
 
-def test_resuming_reads_no_earlier_block(packed: Blocks, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_resuming_reads_no_earlier_block(monkeypatch):
     read: list[int] = []
     original = module.micro_batch_of
     monkeypatch.setattr(module, "micro_batch_of", lambda b, numbers: read.append(len(numbers)) or original(b, numbers))
-    one = loader(packed, accumulation=4)
+    one = loader(blocks_of("packed"), accumulation=4)
     one.load_state_dict({"epoch": 1000, "offset": one.steps_per_epoch - 1})
     assert read == []
     assert next(one).epoch == 1000
@@ -192,16 +182,11 @@ def test_resuming_reads_no_earlier_block(packed: Blocks, monkeypatch: pytest.Mon
     "state",
     [{"epoch": 0, "offset": 3}, {"epoch": -1, "offset": 0}, {"epoch": 0, "offset": 0.5}, {"epoch": 0}, {"offset": "1"}],
 )
-def test_a_state_that_cannot_be_is_refused(packed: Blocks, state: LoaderState) -> None:
-    one = loader(packed)
+def test_a_state_that_cannot_be_is_refused(state):
+    one = loader(blocks_of("packed"))
     assert one.steps_per_epoch == 3
+    one.state_dict()["offset"] = 2  # of a copy
     with pytest.raises(CheckpointError, match=r"(?s)steps 0 to 2.*Found: .*micro_batch") as caught:
         one.load_state_dict(state)
     assert len(str(caught.value).splitlines()) <= 5
-    assert one.state_dict() == {"epoch": 0, "offset": 0}
-
-
-def test_a_state_is_a_copy(packed: Blocks) -> None:
-    one = loader(packed)
-    one.state_dict()["offset"] = 2
     assert one.state_dict() == {"epoch": 0, "offset": 0}

@@ -1,5 +1,3 @@
-from collections.abc import Callable
-
 import numpy as np
 import pytest
 
@@ -10,8 +8,6 @@ from launcher.data.prepare import prepare
 from launcher.data.read.rows import RowFault
 from launcher.errors import DataError
 from launcher.recipe.data_section import DataSection
-
-Write = Callable[..., str]
 
 
 def ask(question, answer):
@@ -87,13 +83,15 @@ def test_a_validation_file_is_counted_apart(write, tokenizer):
     assert len(texts(prepared.validation, tokenizer)) == prepared.validation_rows == 3
 
 
-def test_several_sources_of_both_formats_are_trained_on_together(write, tokenizer):
-    paths = write(CHATS), write([{"text": "a river flows to the sea"}], name="texts.jsonl")
+def test_sources_of_several_formats_are_trained_on_together_and_counted_by_what_the_loss_sees(write, tokenizer):
+    parts = [CHATS, [{"text": "a river"}], [{"prompt": "a", "completion": " river flows"}] * 2]
+    paths = [write(part, name=f"{index}.jsonl") for index, part in enumerate(parts)]
     prepared = prepare(section(*paths, validation=0), tokenizer, seed=0)
-    assert prepared.counts["rows_read"] == prepared.train_rows == 61
-    assert [prepared.counts[f"source_{n}_rows_of_an_epoch"] for n in (1, 2)] == [60, 1]
+    assert prepared.counts["rows_read"] == prepared.train_rows == 63
+    assert [prepared.counts[f"source_{n}_rows_of_an_epoch"] for n in (1, 2, 3)] == [60, 1, 2]
     assert not any("source" in name for name in prepare(section(paths[0]), tokenizer, seed=0).counts)
-    assert "<|bos|>a river flows to the sea<|eot|>" in texts(prepared.train, tokenizer)
+    assert "<|bos|>a river<|eot|>" in texts(prepared.train, tokenizer)
+    assert prepared.loss_on == {"assistant": 60, "all": 1, "completion": 2}
 
 
 def test_the_example_asks_a_validation_question_and_knows_its_answer(write, tokenizer):
@@ -154,16 +152,6 @@ def test_a_tokenizer_without_padding_pads_with_what_it_has(write, make_tokenizer
     assert prepare(section(write(CHATS)), tokenizer, seed=0).train.pad_id == 0
 
 
-def test_training_and_validation_batches_have_one_shape(write, tokenizer):
-    short = write([ask("what?", f"that {n}") for n in range(40)])
-    long = write([ask("what?", "a very long answer of many many words " * 3)], name="validation.jsonl")
-    prepared = prepare(section(short, validation=long, max_length=256), tokenizer, seed=0)
-    assert prepared.validation is not None
-    alone = prepare(section(long, validation=0, max_length=256), tokenizer, seed=0)
-    assert alone.train.max_documents < prepared.train.max_documents  # left alone they would differ
-    assert prepared.validation.max_documents == prepared.train.max_documents
-
-
 def test_a_second_start_reads_the_same_blocks_from_the_cache(write, tokenizer, monkeypatch):
     path = write([*CHATS, b"{"])
     first = prepare(section(path, bad_rows="skip"), tokenizer, seed=0)
@@ -214,13 +202,6 @@ def test_sources_are_mixed_by_weight(write, tokenizer):
     assert (prepared.counts["rows_repeated"], prepared.counts["rows_left_out"]) == (20, 20)
     assert len(set(trained) - set(rivers)) == 30
     assert [prepared.counts[f"source_{n}_rows_of_an_epoch"] for n in (1, 2)] == [30, 30]
-
-
-def test_what_the_loss_sees_is_told_by_rows(write, tokenizer):
-    rows = [CHATS, [{"text": "a river"}], [{"prompt": "a", "completion": " river flows"}] * 2]
-    paths = [write(part, name=f"{index}.jsonl") for index, part in enumerate(rows)]
-    prepared = prepare(section(*paths, validation=0), tokenizer, seed=0)
-    assert prepared.loss_on == {"assistant": 60, "all": 1, "completion": 2}
 
 
 def test_rows_of_the_validation_data_are_not_trained_on(write, tokenizer):

@@ -11,7 +11,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from launcher.data.documents import Document, Documents
 from launcher.data.pack.blocks import Blocks
 from launcher.data.prepare import PreparedData
-from launcher.data.preview import block_preview, histogram, preview_record, special_ids, text_parts
+from launcher.data.preview import block_preview, histogram, preview_record, text_parts
 from launcher.recipe.schema import Recipe
 from launcher.records.preview import DocumentPreview, PreviewRecord, TextPart
 from tests.conftest import TINY
@@ -20,13 +20,13 @@ MIXED = "Say 你好 and 👍🏽, é, \ufffd or nothing at all. "
 
 
 @pytest.fixture(scope="module")
-def tokenizer() -> Any:
+def tokenizer():
     """The shipped one: byte level, so that most characters beyond ASCII are several tokens."""
     return AutoTokenizer.from_pretrained(TINY / "base")
 
 
 @pytest.fixture(scope="module")
-def sentencepiece_like() -> PreTrainedTokenizerFast:
+def sentencepiece_like():
     """Words begin with a mark that stands for the blank, other characters are bytes; decoding drops the first blank."""
     words = ["▁", *(f"▁{word}" for word in ("Say", "and", "or", "nothing", "at", "all.")), ",", "S", "▁é"]
     vocabulary = {token: index for index, token in enumerate([*(f"<0x{byte:02X}>" for byte in range(256)), *words])}
@@ -58,7 +58,7 @@ def blocks_of(*documents: Document, blocks: Sequence[Sequence[int]]) -> Blocks:
 
 
 def parts_of(tokenizer: Any, ids: Sequence[int], targets: Sequence[bool]) -> list[TextPart]:
-    return list(text_parts(ids, targets, tokenizer=tokenizer, special=special_ids(tokenizer)))
+    return list(text_parts(ids, targets, tokenizer))
 
 
 def parts_of_pieces(tokenizer: Any, *pieces: tuple[str, bool]) -> list[TextPart]:
@@ -66,7 +66,7 @@ def parts_of_pieces(tokenizer: Any, *pieces: tuple[str, bool]) -> list[TextPart]
     return parts_of(tokenizer, whole.input_ids.tolist(), whole.supervised.tolist())
 
 
-def test_a_document_reads_as_runs_of_equal_supervision_and_special_tokens_by_name(tokenizer: Any) -> None:
+def test_a_document_reads_as_runs_of_equal_supervision_and_special_tokens_by_name(tokenizer):
     pieces = ("<|user|>A word?<|end|><|assistant|>", False), ("An answer.<|end|>", True)
     assert parts_of_pieces(tokenizer, *pieces) == [
         TextPart("<|user|>", False, special=True),
@@ -78,24 +78,22 @@ def test_a_document_reads_as_runs_of_equal_supervision_and_special_tokens_by_nam
     ]
 
 
-def test_the_name_of_a_special_token_written_in_the_data_stays_text(tokenizer: Any) -> None:
+def test_the_name_of_a_special_token_written_in_the_data_stays_text(tokenizer):
     backend = Tokenizer.from_file(str(TINY / "base" / "tokenizer.json"))
     backend.encode_special_tokens = True
     ids = backend.encode("a <|end|> b", add_special_tokens=False).ids
     assert parts_of(tokenizer, ids, [True] * len(ids)) == [TextPart("a <|end|> b", True)]
 
 
-def test_control_tokens_without_a_role_are_special_and_ordinary_added_words_are_not() -> None:
+def test_control_tokens_without_a_role_are_special_and_ordinary_added_words_are_not():
     tokenizer = AutoTokenizer.from_pretrained(TINY / "base")
     tokenizer.add_tokens([AddedToken("<|header|>", special=True), AddedToken("<think>", special=False)])
-    special = special_ids(tokenizer)
-    assert tokenizer.convert_tokens_to_ids("<|header|>") in special
-    assert tokenizer.convert_tokens_to_ids("<think>") not in special
-    assert set(tokenizer.all_special_ids) <= special
+    [header, think] = parts_of(tokenizer, tokenizer.convert_tokens_to_ids(["<|header|>", "<think>"]), [True, True])
+    assert (header.special, think.special) == (True, False)
 
 
 @pytest.mark.parametrize("kind", ["tokenizer", "sentencepiece_like"])
-def test_whatever_the_mask_the_parts_together_are_the_text(kind: str, request: pytest.FixtureRequest) -> None:
+def test_whatever_the_mask_the_parts_together_are_the_text(kind, request):
     tokenizer = request.getfixturevalue(kind)
     ids = tokenizer(MIXED * 2, add_special_tokens=False).input_ids
     whole = tokenizer.decode(ids)
@@ -107,7 +105,7 @@ def test_whatever_the_mask_the_parts_together_are_the_text(kind: str, request: p
         assert len(parts) > 1
 
 
-def test_a_character_is_never_torn_where_supervision_begins_within_it(tokenizer: Any) -> None:
+def test_a_character_is_never_torn_where_supervision_begins_within_it(tokenizer):
     ids = tokenizer("你好", add_special_tokens=False).input_ids
     assert len(ids) == 6, "a token for each byte, or the test shows nothing"
     for first in range(1, 6):
@@ -116,12 +114,12 @@ def test_a_character_is_never_torn_where_supervision_begins_within_it(tokenizer:
         assert parts == ([TextPart("你好", True)] if first < 3 else both)
 
 
-def test_a_replacement_character_of_the_data_does_not_take_the_next_word_along(tokenizer: Any) -> None:
+def test_a_replacement_character_of_the_data_does_not_take_the_next_word_along(tokenizer):
     parts = parts_of_pieces(tokenizer, ("a\ufffd", False), (" word", True))
     assert parts == [TextPart("a\ufffd", False), TextPart(" word", True)]
 
 
-def test_half_a_character_at_the_end_of_a_cut_document_is_shown_as_such(tokenizer: Any) -> None:
+def test_half_a_character_at_the_end_of_a_cut_document_is_shown_as_such(tokenizer):
     ids = tokenizer("a👍", add_special_tokens=False).input_ids[:-1]
     assert [part.text for part in parts_of(tokenizer, ids, [True] * len(ids))] == ["a\ufffd"]
 
@@ -130,7 +128,7 @@ def supervised_text(shown: DocumentPreview) -> str:
     return "".join(part.text for part in shown.parts if part.supervised)
 
 
-def test_a_block_shows_its_documents_in_their_order_with_targets_and_padding(tokenizer: Any) -> None:
+def test_a_block_shows_its_documents_in_their_order_with_targets_and_padding(tokenizer):
     chats = [chat(tokenizer, f"Question {n}", f"Answer {n}.") for n in range(3)]
     block = block_preview(blocks_of(*chats, blocks=[[1], [2, 0]]), 1, tokenizer=tokenizer)
     assert [shown.number for shown in block.documents] == [3, 1]
@@ -140,7 +138,7 @@ def test_a_block_shows_its_documents_in_their_order_with_targets_and_padding(tok
     assert (block.width, block.padding) == (128, 128 - len(chats[2]) - len(chats[0]))
 
 
-def test_a_token_that_nothing_predicts_is_not_shown_as_supervised(tokenizer: Any) -> None:
+def test_a_token_that_nothing_predicts_is_not_shown_as_supervised(tokenizer):
     text = document(tokenizer, ("<|begin|>some text<|end|>", True))
     blocks = blocks_of(text, text, blocks=[[0, 1]])
     for shown in block_preview(blocks, 0, tokenizer=tokenizer).documents:
@@ -161,7 +159,7 @@ def record_of(blocks: Blocks, tokenizer: Any, *, shown: int = 2, **changes: Any)
     return preview_record(data, tokenizer, recipe=recipe, name="own", source="/models/base", blocks=shown)
 
 
-def test_the_record_holds_the_figures_of_the_blocks(tokenizer: Any) -> None:
+def test_the_record_holds_the_figures_of_the_blocks(tokenizer):
     chats = [chat(tokenizer, "Q" * n, f"Answer {n}.") for n in (1, 5, 40)]
     blocks = blocks_of(*chats, blocks=[[0, 1], [2], [2]])  # a weight repeats document 2
     record = record_of(blocks, tokenizer)
@@ -182,7 +180,7 @@ def test_the_record_holds_the_figures_of_the_blocks(tokenizer: Any) -> None:
 @pytest.mark.parametrize(
     "lengths", [[7], [7, 7, 7], [1, 2], [3, 12], [3, 13], [1, 500, 77, 77, 499], list(range(1, 99))]
 )
-def test_every_document_is_in_one_bin_of_the_histogram(lengths: list[int]) -> None:
+def test_every_document_is_in_one_bin_of_the_histogram(lengths):
     bins = histogram(np.array(lengths))
     assert 1 <= len(bins) <= 10
     assert (bins[0].shortest, bins[-1].longest) == (min(lengths), max(lengths))

@@ -14,7 +14,7 @@ def digests(*names: str, seed: int = 0) -> list[bytes]:
     return [digest(Text(name, where=f"f:{i}"), seed=seed) for i, name in enumerate(names)]
 
 
-def test_a_digest_is_of_the_rows_content_as_json_and_of_the_seed() -> None:
+def test_a_digest_is_of_the_rows_content_as_json_and_of_the_seed():
     odd = 'a "b", ["c"]\\ \n \x00 é 😀 \ud800'
     conversation = Conversation((Message("user", odd), Message("assistant", "")), "f:1")
     for row, content in ((conversation, [["user", odd], ["assistant", ""]]), (Text(odd, "f:2"), odd)):
@@ -23,20 +23,18 @@ def test_a_digest_is_of_the_rows_content_as_json_and_of_the_seed() -> None:
 
 
 @pytest.mark.parametrize(("rows", "fraction", "expected"), [(2, 0.01, 1), (2, 0.99, 1), (10, 0.05, 1), (100, 0.25, 25)])
-def test_a_tiny_set_validates_on_at_least_one_row_and_trains_on_at_least_one(
-    rows: int, fraction: float, expected: int
-) -> None:
+def test_a_tiny_set_validates_on_at_least_one_row_and_trains_on_at_least_one(rows, fraction, expected):
     assert held_out(digests(*map(str, range(rows))), fraction=fraction).sum() == expected
 
 
-def test_many_equal_rows_are_not_all_held_out() -> None:
+def test_many_equal_rows_are_not_all_held_out():
     for seed in range(10):
         held = held_out(digests(*["same"] * 90, *map(str, range(10)), seed=seed), fraction=0.05)
         assert (held.sum(), held[:90].any()) == (5, False)
     assert held_out(digests(*["a"] * 50, *["b"] * 40), fraction=0.05).sum() == 40
 
 
-def test_a_rows_side_follows_from_the_seed_and_not_from_its_place() -> None:
+def test_a_rows_side_follows_from_the_seed_and_not_from_its_place():
     names = [str(n) for n in range(200)]
     sides = []
     for order, seed in ((names, 3), (names[::-1], 3), (names, 4)):
@@ -46,7 +44,7 @@ def test_a_rows_side_follows_from_the_seed_and_not_from_its_place() -> None:
     assert sides[0] != sides[2]
 
 
-def test_an_epoch_gives_each_source_its_share_and_keeps_its_length() -> None:
+def test_an_epoch_gives_each_source_its_share_and_keeps_its_length():
     sources = [np.arange(0, 90), np.arange(90, 100)]
     rows, repeated, left_out = weighted(sources, [3.0, 1.0], seed=0)
     assert len(rows) == 100
@@ -58,6 +56,6 @@ def test_an_epoch_gives_each_source_its_share_and_keeps_its_length() -> None:
     assert not np.array_equal(rows, weighted(sources, [3.0, 1.0], seed=1)[0])
 
 
-def test_equal_shares_of_equal_sources_are_all_rows_once() -> None:
+def test_equal_shares_of_equal_sources_are_all_rows_once():
     rows, repeated, left_out = weighted([np.arange(5), np.arange(5, 10)], [0.5, 0.5], seed=0)
     assert (sorted(rows), repeated, left_out) == (list(range(10)), 0, 0)

@@ -5,7 +5,6 @@ import itertools
 import json
 import weakref
 from collections import Counter
-from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -17,8 +16,6 @@ from launcher.data.prepare import prepare
 from launcher.data.stream import Stream, StreamReader
 from launcher.errors import CheckpointError, DataError
 from launcher.recipe.data_section import DataSection
-
-Write = Callable[..., str]
 
 
 @pytest.fixture(autouse=True)
@@ -68,22 +65,27 @@ def test_steps_do_not_depend_on_the_number_of_ranks(write, tokenizer):
         assert one.supervised_tokens == a.supervised_tokens == b.supervised_tokens > 0
 
 
-def test_a_state_restores_the_very_next_batch_at_every_step(write, tokenizer):
-    paths = write(rows(50)), write(rows(20, "harbour"), name="other.jsonl")
-    original = loader(streamed(*paths, tokenizer=tokenizer, weights=[1, 2]))
-    states, batches = [], []
-    for _ in range(12):
+def test_a_state_restores_the_very_next_batch_and_counts_no_row_twice(write, tokenizer):
+    """Into a new loader and into one that reads ahead. Rows that spell out a control token are tokenised in pieces."""
+    chats = [{"messages": [{"role": "user", "content": f"what is <|eot|> {n}?"},
+                           {"role": "assistant", "content": "an <|eot|> end"}]} for n in range(50)]  # fmt: skip
+    paths = write(chats), write(rows(20), name="other.jsonl")
+    stream, others = (streamed(*paths, tokenizer=tokenizer, weights=[1, 2]) for _ in range(2))
+    original, running = loader(stream), loader(others)
+    next(running)  # begins to read ahead
+    states, batches, counts = [], [], []
+    for _ in range(20):
         states.append(json.loads(json.dumps(original.state_dict())))
         batches.append(next(original))
-    assert len({state["epoch"] for state in states}) > 2
-    states.append(json.loads(json.dumps(original.state_dict())))
-    for state, following, batch in zip(states, states[1:], batches, strict=False):
-        restored = loader(streamed(*paths, tokenizer=tokenizer, weights=[1, 2]))
-        restored.load_state_dict(state)
-        again = next(restored)
-        assert rows_seen(again) == rows_seen(batch)
-        assert again.epoch == batch.epoch
-        assert json.loads(json.dumps(restored.state_dict())) == following
+        counts.append(dict(stream.counts))
+    assert len({state["epoch"] for state in states}) > 3
+    for number in (15, 3, 11, 0, 18, 7, 6):
+        for restored in (running, loader(others)):
+            restored.load_state_dict(states[number])
+            again = next(restored)
+            assert rows_seen(again) == rows_seen(batches[number]) and again.epoch == batches[number].epoch
+            assert dict(others.counts) == counts[number]
+            assert json.loads(json.dumps(restored.state_dict())) == states[number + 1]
 
 
 def test_weights_are_the_shares_of_the_rows_drawn(write, tokenizer):
@@ -95,19 +97,19 @@ def test_weights_are_the_shares_of_the_rows_drawn(write, tokenizer):
     assert share == pytest.approx(0.75, abs=0.03)
 
 
-def test_every_window_keeps_to_the_shapes_of_the_first(write, tokenizer):
-    long, short = rows(16), [{"text": f"x{n}"} for n in range(200)]  # later windows would hold far more documents a row
-    stream = streamed(write(long + short), tokenizer=tokenizer)
-    batches = list(itertools.islice(loader(stream), 40))
-    assert len({batch.micro_batches[0].cu_seqlens.shape for batch in batches}) == 1
-    assert max(batch.epoch for batch in batches) > 2
+FULL = [{"text": "a river " * 200}] * 16  # a block each
 
 
-def test_padded_streams_have_a_document_a_row(write, tokenizer):
-    stream = streamed(write(rows(50)), tokenizer=tokenizer, batching="padded")
-    batch = next(loader(stream))
-    assert stream.first_window.blocks.shapes == (128,)
-    assert int(batch.micro_batches[0].document_ids.max()) == 1  # the padding
+@pytest.mark.parametrize(("batching", "first"), [("packed", rows(16)), ("packed", FULL), ("padded", FULL)])
+def test_every_window_keeps_to_the_shapes_of_the_first_and_has_room_for_shorter_rows(write, tokenizer, batching, first):
+    stream = streamed(write(first + [{"text": f"x{n}"} for n in range(200)]), tokenizer=tokenizer, batching=batching)
+    batches = list(itertools.islice(loader(stream), 60))
+    micros = [batch.micro_batches[0] for batch in batches]
+    assert {(micro.input_ids.shape, micro.cu_seqlens.shape) for micro in micros} == {
+        ((2, 128), (2 * stream.max_documents + 1,))
+    }
+    assert all(batch.supervised_tokens > 0 for batch in batches) and batches[-1].epoch > 0
+    assert stream.max_documents == 2 if first is FULL else stream.max_documents > 2
 
 
 def test_faults_are_found_before_training_and_later_ones_when_their_window_comes(write, tokenizer):
@@ -152,36 +154,6 @@ def test_a_state_that_cannot_be_is_refused(write, tokenizer, change):
     running.load_state_dict(GOOD)
 
 
-def test_restoring_while_the_thread_reads_ahead_changes_no_token_and_counts_no_row_twice(write, tokenizer):
-    """Rows that spell out a control token are tokenised in another way than others."""
-    path = write([{"messages": [{"role": "user", "content": f"what is <|eot|> {n}?"},
-                                {"role": "assistant", "content": "an <|eot|> end"}]} for n in range(90)])  # fmt: skip
-    stream = streamed(path, tokenizer=tokenizer)
-    steady = loader(stream)
-    states, batches, counts = [], [], []
-    for _ in range(20):
-        states.append(json.loads(json.dumps(steady.state_dict())))
-        batches.append(rows_seen(next(steady)))
-        counts.append(dict(stream.counts))
-    other = streamed(path, tokenizer=tokenizer)
-    restored = loader(other)
-    next(restored)  # begins to read ahead
-    for number in (15, 3, 11, 0, 19, 7):
-        restored.load_state_dict(states[number])
-        assert rows_seen(next(restored)) == batches[number], states[number]
-        assert dict(other.counts) == counts[number]
-
-
-@pytest.mark.parametrize("batching", ["packed", "padded"])
-def test_a_stream_that_begins_with_full_rows_has_room_for_shorter_ones(write, tokenizer, batching):
-    long, short = [{"text": "a river " * 200}] * 16, [{"text": f"a river {n} flows"} for n in range(60)]
-    stream = streamed(write(long + short), tokenizer=tokenizer, batching=batching)
-    assert stream.first_window.blocks.lengths.min() == 128
-    for batch in itertools.islice(loader(stream), 30):
-        assert batch.supervised_tokens > 0
-    assert batch.epoch > 0
-
-
 def test_a_weighted_source_that_gives_nothing_is_an_error_though_others_do(write, tokenizer):
     silent = write([{"messages": [{"role": "user", "content": "Hi"}]}] * 3, name="silent.jsonl")
     with pytest.raises(DataError, match="silent.jsonl: 0 usable rows"):
@@ -202,14 +174,14 @@ def test_rows_of_the_validation_data_are_left_out_of_a_stream(write, tokenizer):
 
 def test_the_windows_behind_are_given_up(write, tokenizer, monkeypatch):
     made: list[weakref.ref[Blocks]] = []
-    original = Stream.read_window
+    original = StreamReader.read_window
 
-    def recorded(self, reader, *, number):
-        window = original(self, reader, number=number)
+    def recorded(self, number):
+        window = original(self, number)
         made.append(weakref.ref(window.blocks))
         return window
 
-    monkeypatch.setattr(Stream, "read_window", recorded)
+    monkeypatch.setattr(StreamReader, "read_window", recorded)
     running = loader(streamed(write(rows(50)), tokenizer=tokenizer))
     for _ in itertools.islice(running, 60):
         pass

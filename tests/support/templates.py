@@ -6,7 +6,12 @@ what makes each hard to mask.
 
 from typing import Any
 
-CONTROL = ["<|bos|>", "<|head|>", "<|/head|>", "<|eot|>", "<|pad|>", "<|im_start|>", "<|im_end|>"]
+OWN_TOKENS = {
+    "bos_token": "<|bos|>",
+    "eos_token": "<|eot|>",
+    "pad_token": "<|pad|>",
+    "extra_special_tokens": ["<|head|>", "<|/head|>", "<|im_start|>", "<|im_end|>"],
+}
 CORPUS = [
     "You are a terse dictionary. Define the word: harbour, a sheltered place for ships.",
     "system user assistant Hello there, what is a river? A river is a stream of water that flows to the sea.",

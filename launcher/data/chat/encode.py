@@ -15,7 +15,7 @@ from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from transformers.tokenization_utils_base import EncodingFast
 
-from launcher.data.chat.named_templates import fitting_templates, put_template
+from launcher.data.chat.named_templates import control_tokens, fitting_templates, put_template
 from launcher.data.chat.render import ChatRenderer, Rendered, Span, render_text
 from launcher.data.documents import Bools, Document, Ints
 from launcher.data.read.rows import Conversation, Message, Row, RowFault, Text
@@ -74,7 +74,7 @@ class Encoder:
         # The backend is called directly: the tokenizer around it halves the speed, and changes it at every call.
         self._backend = _copy(tokenizer.backend_tokenizer, plain=False)
         self._bos, self._eos = tokenizer.bos_token_id, tokenizer.eos_token_id
-        self._control_ids = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
+        self._control_ids = control_tokens(tokenizer).keys()
 
     def encode(self, rows: Sequence[Row]) -> list[EncodedRow]:
         """Every row's document, in order, or the RowFault of a chat that the template refuses or cannot mask.
@@ -194,8 +194,7 @@ def _begin(encoding: EncodingFast, token: int) -> int:
 
 
 def _within(spans: Sequence[Span] | None, start: int, end: int) -> list[Span] | None:
-    """The parts of the spans that lie in text[start:end], counted from its start."""
+    """The parts of the spans that lie in text[start:end], counted from its start; some may be empty."""
     if spans is None:
         return None
-    clipped = [(max(first, start) - start, min(last, end) - start) for first, last in spans]
-    return [(first, last) for first, last in clipped if first < last]
+    return [(max(first, start) - start, min(last, end) - start) for first, last in spans]

@@ -27,11 +27,16 @@ DATE = datetime(2024, 7, 26)  # the default of Llama 3.1's own template, where i
 PLAIN = {"qwen3": ("<think>", "</think>")}  # one added token each, which a message may spell out
 
 
+def control_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[int, str]:
+    """The special tokens by id, also those without a role in the tokenizer (Llama 3's header marks)."""
+    return {index: str(token) for index, token in tokenizer.added_tokens_decoder.items() if token.special}
+
+
 def missing_tokens(tokenizer: PreTrainedTokenizerBase, name: str) -> list[str]:
     """The tokens that the template needs and the tokenizer lacks."""
-    added = {str(token): token.special for token in tokenizer.added_tokens_decoder.values()}
-    control = [token for token in CONTROL[name] if not added.get(token)]
-    return control + [token for token in PLAIN.get(name, ()) if token not in added]
+    control, added = control_tokens(tokenizer).values(), tokenizer.get_added_vocab()
+    missing = [token for token in CONTROL[name] if token not in control]
+    return missing + [token for token in PLAIN.get(name, ()) if token not in added]
 
 
 def fitting_templates(tokenizer: PreTrainedTokenizerBase) -> list[str]:

@@ -23,13 +23,14 @@ A template that asks for today's date gets a fixed one: the same rows give the s
 
 import re
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from os.path import commonprefix
 
 from transformers import PreTrainedTokenizerBase
 
-from launcher.data.chat.named_templates import without_today
+from launcher.data.chat.named_templates import control_tokens, without_today
 from launcher.data.read.rows import Conversation, RowFault, Text
 
 Messages = list[dict[str, str]]  # as templates take them
@@ -83,9 +84,8 @@ class ChatRenderer:
     def __init__(self, tokenizer: PreTrainedTokenizerBase, *, name: str) -> None:
         self._tokenizer = tokenizer
         self._name = name
-        control = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
         # Two patterns: alternatives that begin with the same characters are found a hundred times faster than mixed.
-        self._control = re.compile("|".join(map(re.escape, control)) or "(?!)")
+        self._control = re.compile("|".join(map(re.escape, control_tokens(tokenizer).values())) or "(?!)")
         self._to_replace = re.compile(f"{self._control.pattern}|{STAND_IN.pattern}")
 
     def render(self, row: Conversation, loss_on: str) -> Rendered:
@@ -94,29 +94,22 @@ class ChatRenderer:
         Raises RowFault: the template refuses the chat, or does not show where an assistant turn begins and ends.
         """
         messages, stand_ins = self._with_stand_ins(row)
-        turns = [] if loss_on == "all" else _supervised_turns(row, loss_on)
-        try:
+        with self._refusals(row):
             text = self._apply(messages)
+            if loss_on == "all":
+                return Rendered(text, None, stand_ins)
+            turns = _supervised_turns(row, loss_on)
             prompts = [self._apply(messages[:turn], prompt=True) for turn in turns]
-        except Exception as error:  # a template is a program of its own: whatever it raises is about this chat
-            raise self._refused(row, error) from error
-        if loss_on == "all":
-            return Rendered(text, None, stand_ins)
-        spans = []
-        for turn, prompt in zip(turns, prompts, strict=True):
-            span = self._span(messages, turn, prompt, text)
-            if span is None:
-                raise self._unmaskable(row, turn)
-            spans.append(span)
-        return Rendered(text, [(start, end) for start, end in spans if start < end], stand_ins)
+        spans = [self._span(messages, turn, prompt, text) for turn, prompt in zip(turns, prompts, strict=True)]
+        if None in spans:
+            raise self._unmaskable(row, turns[spans.index(None)])
+        return Rendered(text, [span for span in spans if span], stand_ins)
 
     def render_prompt(self, row: Conversation) -> Rendered:
         """The chat, then the generation prompt. Raises RowFault if the template refuses it."""
         messages, stand_ins = self._with_stand_ins(row)
-        try:
+        with self._refusals(row):
             return Rendered(self._apply(messages, prompt=True), None, stand_ins)
-        except Exception as error:
-            raise self._refused(row, error) from error
 
     def _with_stand_ins(self, row: Conversation) -> tuple[Messages, dict[str, str]]:
         """The messages with stand-ins for control tokens that they spell out; and then for stand-ins they contain."""
@@ -192,10 +185,15 @@ class ChatRenderer:
         emptied = [*messages[:turn], {**messages[turn], "content": ""}, *messages[turn + 1 :]]
         return self._apply_or_none(emptied) == text
 
-    def _refused(self, row: Conversation, error: Exception) -> RowFault:
-        found = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-        rule = f"the chat template ({self._name}) must accept the conversation."
-        return RowFault("template", where=row.where, rule=rule, found=found)
+    @contextmanager
+    def _refusals(self, row: Conversation) -> Iterator[None]:
+        """A template is a program of its own: whatever it raises is a fault of this chat."""
+        try:
+            yield
+        except Exception as error:
+            found = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+            rule = f"the chat template ({self._name}) must accept the conversation."
+            raise RowFault("template", where=row.where, rule=rule, found=found) from error
 
     def _unmaskable(self, row: Conversation, turn: int) -> RowFault:
         rule = (

@@ -35,7 +35,7 @@ AHEAD = 2  # chunks a worker that are read ahead
 
 
 class EncoderPool:
-    """Encodes rows in up to `workers` processes, or in this one if `workers` is 1. Closed by `with` or `close`."""
+    """Encodes rows in up to `workers` processes, or in this one if `workers` is 1."""
 
     def __init__(self, encoder: Encoder, *, workers: int) -> None:
         self.encoder = encoder
@@ -65,12 +65,6 @@ class EncoderPool:
         if self._executor is not None:
             self._executor.shutdown(cancel_futures=True)
             self._executor = None
-
-    def __enter__(self) -> "EncoderPool":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
     def _start(self) -> ProcessPoolExecutor:
         if self._executor is None:

@@ -10,8 +10,7 @@ import numpy as np
 
 from launcher.data.chat.encode import EncodedRow
 from launcher.data.documents import Document, Documents, Longs
-from launcher.data.read.rows import Conversation, Row, RowFault
-from launcher.data.read.sources import Feed
+from launcher.data.read.rows import Conversation, Feed, Row, RowFault
 from launcher.data.splits import digest
 from launcher.errors import DataError
 from launcher.recipe.data_section import DataSection

@@ -15,8 +15,6 @@ from launcher.errors import DataError
 from launcher.recipe.data_section import Source
 from launcher.recipe.field_types import HUB_ID
 
-__all__ = ["Feed", "open_source"]
-
 FileReader = Callable[[Path, str], Iterator[RawRow | RowFault]]  # (path, its name in messages) -> its rows
 FILE_READERS: dict[str, FileReader] = {
     ".jsonl": read_jsonl,

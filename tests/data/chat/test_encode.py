@@ -14,43 +14,38 @@ from tests.support.chats import MANY_TURNS, chat, encode, encoder, same, supervi
 
 TURNS = list(zip(["user", "assistant"] * 3, ["a", "one", "b", "two", "c", "three"], strict=True))
 WHOLE_CHAT = "<|bos|>" + "".join(f"<|head|>{role}<|/head|>\n\n{content}<|eot|>" for role, content in TURNS)
+WHOLE_TEXT = "<|bos|>a river is water<|eot|>"
+
+
+def turns(answer=None):
+    return chat(*[f"{role}: {content}" for role, content in TURNS], answer=answer)
+
+
+def text(answer=None):
+    return Text("a river is water", "f:1", answer=answer)
 
 
 @pytest.mark.parametrize(
-    ("loss_on", "answer", "resolved", "seen"),
+    ("row", "loss_on", "resolved", "seen"),
     [
-        ("auto", None, "assistant", "one<|eot|>|two<|eot|>|three<|eot|>"),
-        ("auto", 3, "completion", "two<|eot|>|three<|eot|>"),
-        ("completion", 3, "completion", "two<|eot|>|three<|eot|>"),
-        ("completion", None, "completion", "three<|eot|>"),
-        ("assistant", 3, "assistant", "one<|eot|>|two<|eot|>|three<|eot|>"),
-        ("all", 3, "all", WHOLE_CHAT),
+        (turns(), "auto", "assistant", "one<|eot|>|two<|eot|>|three<|eot|>"),
+        (turns(answer=3), "auto", "completion", "two<|eot|>|three<|eot|>"),
+        (turns(answer=3), "completion", "completion", "two<|eot|>|three<|eot|>"),
+        (turns(), "completion", "completion", "three<|eot|>"),
+        (turns(answer=3), "assistant", "assistant", "one<|eot|>|two<|eot|>|three<|eot|>"),
+        (turns(answer=3), "all", "all", WHOLE_CHAT),
+        (text(), "auto", "all", WHOLE_TEXT),
+        (text(answer=10), "auto", "completion", " water<|eot|>"),
+        (text(answer=10), "completion", "completion", " water<|eot|>"),
+        (text(answer=0), "completion", "completion", "a river is water<|eot|>"),
+        (text(answer=10), "all", "all", WHOLE_TEXT),
     ],
 )
-def test_loss_on_says_which_turns_of_a_chat_are_supervised(tokenizer, loss_on, answer, resolved, seen):
-    row = chat(*[f"{role}: {content}" for role, content in TURNS], answer=answer)
+def test_loss_on_says_what_of_a_row_is_supervised(tokenizer, row, loss_on, resolved, seen):
     [encoded] = encoder(tokenizer, loss_on=loss_on).encode([row])
     assert encoded.loss_on == resolved
     assert supervised_text(tokenizer, encoded.document) == seen
-    assert tokenizer.decode(encoded.document.input_ids) == WHOLE_CHAT
-
-
-@pytest.mark.parametrize(
-    ("loss_on", "answer", "resolved", "seen"),
-    [
-        ("auto", None, "all", "<|bos|>a river is water<|eot|>"),
-        ("auto", 10, "completion", " water<|eot|>"),
-        ("completion", 10, "completion", " water<|eot|>"),
-        ("completion", 0, "completion", "a river is water<|eot|>"),
-        ("all", 10, "all", "<|bos|>a river is water<|eot|>"),
-    ],
-)
-def test_loss_on_says_which_characters_of_a_text_are_supervised(tokenizer, loss_on, answer, resolved, seen):
-    row = Text("a river is water", "f:1", answer=answer)
-    [encoded] = encoder(tokenizer, loss_on=loss_on).encode([row])
-    assert encoded.loss_on == resolved
-    assert supervised_text(tokenizer, encoded.document) == seen
-    assert tokenizer.decode(encoded.document.input_ids) == "<|bos|>a river is water<|eot|>"
+    assert tokenizer.decode(encoded.document.input_ids) == (WHOLE_TEXT if isinstance(row, Text) else WHOLE_CHAT)
 
 
 def test_an_empty_completion_is_not_supervised(tokenizer):
@@ -83,11 +78,8 @@ def test_many_rows_give_what_each_gives_alone_in_their_order(tokenizer):
     assert encoder(tokenizer).encode([]) == []
 
 
-def test_plain_text_stands_between_begin_and_end_token_and_is_supervised(tokenizer):
-    document, marked = encode(tokenizer, Text("a river", "f:1"), Text("<|bos|>a river<|eot|>", "f:2"))
-    assert tokenizer.decode(document.input_ids) == "<|bos|>a river<|eot|>"
-    assert all(document.supervised)
-    assert same([document], [marked])  # markers that the text brings along are not doubled
+def test_begin_and_end_tokens_that_a_text_brings_along_are_not_doubled(tokenizer):
+    assert same(encode(tokenizer, text()), encode(tokenizer, Text(WHOLE_TEXT, "f:2")))
 
 
 def test_the_tokenizer_is_left_as_it_was(tokenizer):

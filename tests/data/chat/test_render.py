@@ -6,7 +6,6 @@ import pytest
 from tokenizers import AddedToken
 
 from launcher.data.read.rows import RowFault
-from launcher.errors import DataError
 from tests.support.chats import MANY_TURNS, chat, encode, supervised_runs, supervised_text
 from tests.support.templates import CHATML, LLAMA3
 
@@ -34,13 +33,31 @@ PLAIN = (
     "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
 )
+ENDS_CHAT = PLAIN + "{% if not add_generation_prompt %}{{ '<|eot|>' }}{% endif %}"
+LAST_WORDS = PLAIN.replace("'\n'", "('THE END' if loop.last and not add_generation_prompt else '\n')")
+OPENS_TURNS = PLAIN.replace("m['role'] +", "bos_token + m['role'] +").replace(
+    "'assistant: '", "bos_token + 'assistant: '"
+)
+UPPER = PLAIN.replace("m['content']", "(m['content'] | upper)")
+OPEN_HEAD = LLAMA3.replace("<|head|>assistant<|/head|>\n\n", "<|head|>assistant")
 
 
-def test_without_control_tokens_a_turn_ends_where_the_next_one_begins(make_tokenizer):
-    tokenizer = make_tokenizer(PLAIN)
-    [document] = encode(tokenizer, chat("user: a", "assistant: b", "user: b", "assistant: ver"))
-    text = supervised_text(tokenizer, document)
-    assert text.replace(" ", "") == "b\n|ver\n"
+@pytest.mark.parametrize(
+    ("template", "answers", "seen"),
+    [
+        pytest.param(PLAIN, ["b", "ver"], "b\n|ver\n", id="the next turn ends this one"),
+        pytest.param(ENDS_CHAT, ["b"], "b\n<|eot|>", id="a control token ends the chat and not the turn"),
+        pytest.param(LAST_WORDS, ["b"], "bTHE END", id="words behind the last turn alone"),
+        pytest.param(OPENS_TURNS, ["Hello", "Hello"], "Hello\n|Hello\n", id="a control token opens the next turn"),
+        pytest.param(OPEN_HEAD, ["Hello"], "<|/head|>\n\nHello<|eot|>", id="a control token before the answer"),
+        pytest.param(UPPER, ["B"], "B\n", id="a template that changes nothing of this answer"),
+    ],
+)
+def test_a_turn_is_what_a_template_writes_of_it(make_tokenizer, template, answers, seen):
+    tokenizer = make_tokenizer(template)
+    turns = [turn for answer in answers for turn in ("user: b", f"assistant: {answer}")]
+    [document] = encode(tokenizer, chat(*turns))
+    assert "|".join(run.lstrip(" ") for run in supervised_runs(tokenizer, document)) == seen
 
 
 def test_a_token_that_begins_before_the_answer_and_reaches_into_it_is_supervised(make_tokenizer):
@@ -50,24 +67,6 @@ def test_a_token_that_begins_before_the_answer_and_reaches_into_it_is_supervised
     assert sum(document.supervised) == len(tokenizer(" river 漢\n").input_ids)
 
 
-def test_a_control_token_that_ends_the_chat_and_not_the_turn_is_not_taken_for_the_turns_end(make_tokenizer):
-    tokenizer = make_tokenizer(PLAIN + "{% if not add_generation_prompt %}{{ '<|eot|>' }}{% endif %}")
-    [document] = encode(tokenizer, chat("user: a", "assistant: b"))
-    assert supervised_text(tokenizer, document).lstrip() == "b\n<|eot|>"
-    for rest in (["user: b"], ["user: c", "assistant: b"]):
-        with pytest.raises(DataError, match=r"message 2.*data\.loss_on=all"):
-            encode(tokenizer, chat("user: a", "assistant: b", *rest))
-
-
-def test_a_control_token_that_opens_the_next_turn_is_not_taken_for_this_ones_end(make_tokenizer):
-    tokenizer = make_tokenizer(
-        "{% for m in messages %}{{ bos_token + m['role'] + ': ' + m['content'] + '\n' }}{% endfor %}"
-        "{% if add_generation_prompt %}{{ bos_token + 'assistant: ' }}{% endif %}"
-    )
-    [document] = encode(tokenizer, chat("user: a", "assistant: Hello", "user: b", "assistant: Hello"))
-    assert [run.lstrip() for run in supervised_text(tokenizer, document).split("|")] == ["Hello\n", "Hello\n"]
-
-
 def test_a_template_that_refuses_the_probe_is_masked_up_to_its_end_tokens(make_tokenizer):
     needs_system = "{% if messages[0]['role'] != 'system' %}{{ raise_exception('no system') }}{% endif %}" + CHATML
     tokenizer = make_tokenizer(needs_system)
@@ -75,18 +74,6 @@ def test_a_template_that_refuses_the_probe_is_masked_up_to_its_end_tokens(make_t
     assert supervised_text(tokenizer, document) == supervised_text(
         tokenizer, encode(make_tokenizer("chatml"), MANY_TURNS)[0]
     )
-
-
-def test_without_control_tokens_what_is_written_behind_the_last_turn_alone_is_no_part_of_earlier_ones(make_tokenizer):
-    template = (
-        "{% for m in messages %}{{ m['role'] + ': ' + m['content'] }}"
-        "{{ 'THE END' if loop.last and not add_generation_prompt else '\n' }}{% endfor %}"
-        "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
-    )
-    [document] = encode(make_tokenizer(template), chat("user: a", "assistant: b"))
-    assert supervised_text(make_tokenizer(template), document).strip() == "bTHE END"
-    with pytest.raises(DataError, match="message 2"):
-        encode(make_tokenizer(template), chat("user: a", "assistant: b", "user:  ", "assistant: d"))
 
 
 THINKING = {  # the generation prompt opens a block for thoughts, which no answer is written with
@@ -120,20 +107,6 @@ def test_a_generation_prompt_that_opens_thoughts_does_not_hide_where_an_answer_b
     assert supervised_text(tokenizer, silent) == "Hello<|eot|>"
 
 
-def test_an_answer_behind_a_control_token_is_not_taken_for_an_empty_one(make_tokenizer):
-    tokenizer = make_tokenizer(LLAMA3.replace("<|head|>assistant<|/head|>\n\n", "<|head|>assistant"))
-    [document] = encode(tokenizer, chat("user: a", "assistant: Hello"))
-    assert supervised_text(tokenizer, document) == "<|/head|>\n\nHello<|eot|>"
-
-
-def test_a_template_that_writes_no_answer_at_all_is_refused(make_tokenizer):
-    mute = "{%- for m in messages %}{{- '<|head|>' + m['role'] + '<|/head|>' }}{%- for part in m['content'] %}"
-    mute += "{{- part['text'] }}{%- endfor %}{{- '<|eot|>' }}{%- endfor %}"
-    mute += "{%- if add_generation_prompt %}{{- '<|head|>assistant<|/head|>' }}{%- endif %}"
-    with pytest.raises(DataError, match="message 2"):
-        encode(make_tokenizer(mute), chat("user: a", "assistant: b"))
-
-
 def test_a_long_chat_is_rendered_once_for_each_turn_and_once_whole(make_tokenizer, monkeypatch):
     turns, tokenizer = 150, make_tokenizer("llama3")
     row = chat(*[turn for n in range(turns) for turn in (f"user: question {n}", f"assistant: answer {n}")])
@@ -160,15 +133,25 @@ def test_a_template_that_rewrites_what_came_before_is_refused_with_a_way_out(mak
     assert all(encode(tokenizer, row, loss_on="all")[0].supervised)
 
 
-def test_a_template_without_a_generation_prompt_is_refused(make_tokenizer):
-    template = "{% for m in messages %}{{ m['role'] + ': ' + m['content'] }}{% endfor %}{{ '<|eot|>' }}"
-    with pytest.raises(DataError, match=r"data\.loss_on=all"):
-        encode(make_tokenizer(template), chat("user: a", "assistant: b"))
+ALL_AT_ONCE = "{% for m in messages %}{{ m['role'] + ': ' + m['content'] }}{% endfor %}{{ '<|eot|>' }}"
+MUTE = (  # reads contents as lists of parts, which they are not
+    "{%- for m in messages %}{{- '<|head|>' + m['role'] + '<|/head|>' }}{%- for part in m['content'] %}"
+    "{{- part['text'] }}{%- endfor %}{{- '<|eot|>' }}{%- endfor %}"
+    "{%- if add_generation_prompt %}{{- '<|head|>assistant<|/head|>' }}{%- endif %}"
+)
 
 
-def test_a_template_that_loses_the_answer_is_refused(make_tokenizer):
-    template = "{% for m in messages %}{{ m['role'] + ': ' }}{{ m['content'] | upper + '<|eot|>' }}{% endfor %}"
-    template += "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
-    assert encode(make_tokenizer(template), chat("user: A", "assistant: B"))
-    with pytest.raises(DataError, match=r"message 2"):
-        encode(make_tokenizer(template), chat("user: A", "assistant: b"))
+@pytest.mark.parametrize(
+    ("template", "turns"),
+    [
+        (ENDS_CHAT, ["user: a", "assistant: b", "user: b"]),
+        (ENDS_CHAT, ["user: a", "assistant: b", "user: c", "assistant: b"]),
+        (LAST_WORDS, ["user: a", "assistant: b", "user:  ", "assistant: d"]),
+        (ALL_AT_ONCE, ["user: a", "assistant: b"]),
+        (UPPER, ["user: A", "assistant: b"]),
+        (MUTE, ["user: a", "assistant: b"]),
+    ],
+)
+def test_a_template_that_does_not_show_a_turn_or_its_end_is_refused(make_tokenizer, template, turns):
+    with pytest.raises(RowFault, match=r"message 2.*data\.loss_on=all"):
+        encode(make_tokenizer(template), chat(*turns))

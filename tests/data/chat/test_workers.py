@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+from contextlib import closing
 from itertools import count, islice
 
 import psutil
@@ -25,7 +26,10 @@ REFUSED = chat("user: Hi", "system: late", "assistant: Hello")
 @pytest.fixture(scope="module")
 def pool(make_tokenizer):
     """Two workers from the first row on, with a template that refuses late system messages."""
-    with pytest.MonkeyPatch.context() as patch, EncoderPool(small_encoder(make_tokenizer, patch), workers=2) as pool:
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        closing(EncoderPool(small_encoder(make_tokenizer, patch), workers=2)) as pool,
+    ):
         yield pool
 
 
@@ -79,7 +83,7 @@ def test_an_interrupt_of_the_terminal_leaves_workers_alone_and_they_import_no_to
 
 def test_a_killed_worker_is_an_error_with_a_message(make_tokenizer, monkeypatch):
     others = multiprocessing.active_children()
-    with EncoderPool(small_encoder(make_tokenizer, monkeypatch), workers=2) as pool:
+    with closing(EncoderPool(small_encoder(make_tokenizer, monkeypatch), workers=2)) as pool:
         encoded = pool.encode(GOOD[n % 45] for n in range(400))
         next(encoded)
         for process in set(multiprocessing.active_children()) - set(others):

@@ -1,7 +1,6 @@
 """What blocks know of themselves: counts, bounds, and how many targets a micro batch has at most."""
 
 from itertools import islice
-from typing import Any
 
 import numpy as np
 import pytest
@@ -22,7 +21,7 @@ def packed(*lengths: int, width: int) -> Blocks:
     return pack(documents_of(lengths), np.arange(len(lengths)), max_length=width, pad_id=0, seed=0)
 
 
-def test_blocks_count_their_tokens_targets_and_documents() -> None:
+def test_blocks_count_their_tokens_targets_and_documents():
     supervised = np.array([*"x..xx..xx"]) == "x"  # nothing predicts the first
     blocks = pack(documents_of([5, 4], supervised=supervised), np.arange(2), max_length=12, pad_id=0, seed=0)
     assert (len(blocks), blocks.max_documents, blocks.shapes, blocks[0].tolist()) == (1, 3, (12,), [0, 1])
@@ -31,12 +30,12 @@ def test_blocks_count_their_tokens_targets_and_documents() -> None:
     assert packed(5, 4, width=8).single_documents
 
 
-def test_a_block_without_padding_has_no_pseudo_document() -> None:
+def test_a_block_without_padding_has_no_pseudo_document():
     assert packed(4, 4, width=8).max_documents == 2
     assert packed(4, 3, width=8).max_documents == 3
 
 
-def test_a_bound_on_documents_makes_room_for_the_pieces_of_padding_and_of_a_blank_block() -> None:
+def test_a_bound_on_documents_makes_room_for_the_pieces_of_padding_and_of_a_blank_block():
     blocks = packed(4, 3, 4, width=8)  # 4 + 4, and 3 with padding of 5
     assert (blocks.max_seqlen, blocks.max_documents) == (8, 2)
     assert [blocks.bounded(n).max_documents for n in (8, 5, 4)] == [2, 2, 3]
@@ -62,9 +61,7 @@ def with_random_targets(lengths: list[int], seed: int) -> Documents:
     seed=st.integers(0, 99),
 )
 @settings(max_examples=60, deadline=None)
-def test_no_micro_batch_has_more_targets_than_the_bound_of_its_width(
-    lengths: list[int], batching: Any, micro_batch: int, world: int, seed: int
-) -> None:
+def test_no_micro_batch_has_more_targets_than_the_bound_of_its_width(lengths, batching, micro_batch, world, seed):
     """Three epochs of every rank, evaluation and warm-up; blank blocks of the last batches and ranks included."""
     order = np.random.default_rng(seed).permutation(len(lengths))
     data = DataSection(batching=batching, max_length=32)
@@ -85,7 +82,7 @@ def test_no_micro_batch_has_more_targets_than_the_bound_of_its_width(
 
 
 @pytest.mark.parametrize("micro_batch", [1, 3, 100])
-def test_the_bound_is_what_the_blocks_with_the_most_targets_have_together(micro_batch: int) -> None:
+def test_the_bound_is_what_the_blocks_with_the_most_targets_have_together(micro_batch):
     documents = with_random_targets([8] * 11 + [16] * 7 + [21] * 3, seed=0)
     blocks = bucket(documents, np.arange(21), widths=(8, 16, 24), pad_id=0)
     bound = blocks.max_targets(micro_batch)

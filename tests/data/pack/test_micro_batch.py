@@ -23,7 +23,7 @@ ROWS = ("input_ids", "labels", "position_ids", "document_ids")
 
 
 @pytest.fixture
-def drawn_blocks() -> Blocks:
+def drawn_blocks():
     """The block that the module draws: document a has the tokens 1 to 5, b 6 to 9."""
     supervised = np.array([*"...xx..xx"]) == "x"
     return pack(documents_of([5, 4], supervised=supervised), np.arange(2), max_length=12, pad_id=PAD, seed=0)
@@ -36,7 +36,7 @@ def drawn(name: str) -> list[int]:
     return [names[cell] if cell in names else int(cell) for cell in cells]
 
 
-def test_a_batch_holds_the_block_that_is_drawn(drawn_blocks: Blocks) -> None:
+def test_a_batch_holds_the_block_that_is_drawn(drawn_blocks):
     batch = micro_batch_of(drawn_blocks.bounded(12), [0])
     for name in ROWS:
         assert getattr(batch, name)[0].tolist() == drawn(name)
@@ -47,7 +47,7 @@ def test_a_batch_holds_the_block_that_is_drawn(drawn_blocks: Blocks) -> None:
     assert [int(n) for n in in_pieces.split()] == [0, 5, 9, 11, 12]
 
 
-def test_every_batch_has_the_declared_types_and_shapes(drawn_blocks: Blocks) -> None:
+def test_every_batch_has_the_declared_types_and_shapes(drawn_blocks):
     batch = micro_batch_of(drawn_blocks, [0, -1])
     assert {name: getattr(batch, name).dtype for name in ROWS[:3]} == dict.fromkeys(ROWS[:3], torch.int64)
     assert batch.document_ids.dtype == batch.cu_seqlens.dtype == torch.int32
@@ -55,7 +55,7 @@ def test_every_batch_has_the_declared_types_and_shapes(drawn_blocks: Blocks) -> 
     assert batch.cu_seqlens.shape == (2 * drawn_blocks.max_documents + 1,)
 
 
-def test_a_blank_block_is_padding_without_loss_in_the_width_of_its_batch(drawn_blocks: Blocks) -> None:
+def test_a_blank_block_is_padding_without_loss_in_the_width_of_its_batch(drawn_blocks):
     for batch in (micro_batch_of(drawn_blocks, [0, -1]), micro_batch_of(drawn_blocks, [-1, -1])):
         assert batch.input_ids[1].tolist() == [PAD] * 12
         assert batch.labels[1].tolist() == [IGNORE] * 12
@@ -65,7 +65,7 @@ def test_a_blank_block_is_padding_without_loss_in_the_width_of_its_batch(drawn_b
     assert batch.cu_seqlens.tolist() == [0, 12] + [24] * 5
 
 
-def test_the_padding_is_pseudo_documents_within_the_bound() -> None:
+def test_the_padding_is_pseudo_documents_within_the_bound():
     blocks = bucket(documents_of([4, 14]), np.arange(2), widths=(16,), pad_id=PAD).bounded(14)
     short = bucket(documents_of([4]), np.arange(1), widths=(16,), pad_id=PAD).bounded(5)
     assert micro_batch_of(blocks, [0, 1, -1]).cu_seqlens.tolist() == [0, 4, 16, 30, 32, 46, 48]
@@ -73,21 +73,14 @@ def test_the_padding_is_pseudo_documents_within_the_bound() -> None:
     assert micro_batch_of(short, [0]).document_ids.tolist() == [[0] * 4 + [1] * 12]
 
 
-def test_blocks_of_two_widths_are_no_batch() -> None:
-    blocks = bucket(documents_of([4, 20]), np.arange(2), widths=(8, 24), pad_id=PAD)
-    with pytest.raises(AssertionError, match="one width"):
-        micro_batch_of(blocks, [0, 1])
-    assert micro_batch_of(blocks, [1, 1]).input_ids.shape == (2, 24)
-
-
-def test_the_ignored_label_is_the_one_that_torch_ignores_by_default() -> None:
+def test_the_ignored_label_is_the_one_that_torch_ignores_by_default():
     logits, labels = torch.randn(2, 5), torch.tensor([3, IGNORE])
     assert torch.nn.functional.cross_entropy(logits, labels) == torch.nn.functional.cross_entropy(
         logits[:1], labels[:1]
     )
 
 
-def test_a_batch_moves_whole(drawn_blocks: Blocks) -> None:
+def test_a_batch_moves_whole(drawn_blocks):
     batch = micro_batch_of(drawn_blocks, [0])
     moved = batch.to("meta")
     assert isinstance(moved, MicroBatch)
@@ -95,7 +88,7 @@ def test_a_batch_moves_whole(drawn_blocks: Blocks) -> None:
     assert (moved.tokens, moved.supervised_tokens) == (batch.tokens, batch.supervised_tokens)
 
 
-def test_a_micro_batch_of_packed_text_is_made_in_two_milliseconds() -> None:
+def test_a_micro_batch_of_packed_text_is_made_in_two_milliseconds():
     lengths = np.random.default_rng(0).integers(60, 220, 3000)
     blocks = pack(documents_of(lengths), np.arange(3000), max_length=2048, pad_id=PAD, seed=0)
     assert 10 < 3000 / len(blocks) < 20
@@ -116,8 +109,8 @@ def test_a_micro_batch_of_packed_text_is_made_in_two_milliseconds() -> None:
     seed=st.integers(0, 5),
 )
 def test_every_document_is_there_whole_as_often_as_asked_and_learns_from_nothing_but_itself(
-    masks: list[list[bool]], repeats: list[int], batching: str, max_length: int, seed: int
-) -> None:
+    masks, repeats, batching, max_length, seed
+):
     documents = documents_of([len(mask) for mask in masks], supervised=np.concatenate(masks))
     indices = np.array([*range(len(masks)), *(i for i in repeats if i < len(masks))])
     data = DataSection.model_validate({"batching": batching, "max_length": max_length})

@@ -11,7 +11,7 @@ HEADER = b"prompt,completion\n"
 
 
 @pytest.fixture
-def path(tmp_path: Path) -> Path:
+def path(tmp_path):
     return tmp_path / "rows.csv"
 
 
@@ -21,14 +21,21 @@ def records(path: Path, raw: bytes | str) -> list[Any]:
     return [row if isinstance(row, RowFault) else tuple(row.values()) for row in fields(path)]
 
 
-def test_cells_stay_the_text_they_are(path: Path) -> None:
-    cells = [("007", "NA"), ("1.0", "null"), ("", "None"), ("2020-01-01", "true"), ("a\nb", 'say "c", d'), ("é", " ")]
+def test_cells_stay_the_text_they_are(path):
+    cells = [
+        ("007", "NA"),
+        ("1.0", "null"),
+        ("", "None"),
+        ("2020-01-01", "true"),
+        ("a\nb", 'say "c", d'),
+        ("é\r\v\u2028", " "),
+    ]
     lines = ['"' + '","'.join(cell.replace('"', '""') for cell in row) + '"\n' for row in cells]
     assert records(path, HEADER.decode() + "".join(lines)) == cells
     assert [raw.where for raw in feeds(path)[0].raw_rows()] == [f"{path} row {n}" for n in range(1, 7)]
 
 
-def test_windows_line_ends_blank_lines_and_a_byte_order_mark_are_no_rows(path: Path) -> None:
+def test_windows_line_ends_blank_lines_and_a_byte_order_mark_are_no_rows(path):
     assert records(path, "\ufeff\r\nprompt,completion\r\n1,NA\r\n\r\n2,b") == [("1", "NA"), ("2", "b")]
     assert list(fields(path)[0]) == ["prompt", "completion"]
 
@@ -36,9 +43,7 @@ def test_windows_line_ends_blank_lines_and_a_byte_order_mark_are_no_rows(path: P
 @pytest.mark.parametrize(
     ("bad", "found"), [("1,2,3", "3 cells, on line 3"), ("1", "1 cells, on line 3"), ('"1"x,2', "line 3")]
 )
-def test_a_row_with_too_many_or_too_few_cells_is_a_fault_and_its_neighbours_are_not(
-    path: Path, bad: str, found: str
-) -> None:
+def test_a_row_with_too_many_or_too_few_cells_is_a_fault_and_its_neighbours_are_not(path, bad, found):
     first, fault, last = records(path, f"a,b\n1,2\n{bad}\n3,4\n")
     assert (first, last) == (("1", "2"), ("3", "4"))
     assert isinstance(fault, RowFault) and fault.reason == "broken_csv"
@@ -46,7 +51,7 @@ def test_a_row_with_too_many_or_too_few_cells_is_a_fault_and_its_neighbours_are_
 
 
 @pytest.mark.parametrize(("mark", "name"), [(";", "semicolons"), ("\t", "tabs"), ("|", "bars")])
-def test_a_header_with_another_separator_is_refused_with_its_name(path: Path, mark: str, name: str) -> None:
+def test_a_header_with_another_separator_is_refused_with_its_name(path, mark, name):
     path.write_text(f"prompt{mark}completion\na, b{mark}c\n")
     message = refusal(path)
     assert "commas." in message and "one column, " in message and f"divided by {name}.\nSave the table" in message
@@ -54,19 +59,7 @@ def test_a_header_with_another_separator_is_refused_with_its_name(path: Path, ma
     assert records(path, f"text\na{mark}b\n") == [(f"a{mark}b",)]
 
 
-def test_a_chat_in_a_cell_is_refused_with_the_kinds_of_file_that_hold_one(path: Path) -> None:
-    path.write_text('messages\n"[{""role"": ""user"", ""content"": ""Hi""}]"\n')
-    message = refusal(path)
-    assert (
-        "row 1: " in message
-        and "\nFound: a list written as text, " in message
-        and "\nSave the data as .jsonl or" in message
-    )
-
-
-def test_a_quote_that_is_never_closed_is_a_fault_and_cannot_fill_the_memory(
-    path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_quote_that_is_never_closed_is_a_fault_and_cannot_fill_the_memory(path, monkeypatch):
     [fault] = records(path, 'a,b\n"1,2\n3,4\n')
     assert isinstance(fault, RowFault)
     monkeypatch.setattr(csv_files, "MAX_CELL_CHARACTERS", 100)
@@ -75,13 +68,13 @@ def test_a_quote_that_is_never_closed_is_a_fault_and_cannot_fill_the_memory(
 
 
 @pytest.mark.parametrize(("encoding", "at"), [("latin-1", 3), ("utf-16", 0), ("utf-16-le", 6), ("utf-32", 0)])
-def test_a_header_in_another_encoding_is_named_by_its_byte(path: Path, encoding: str, at: int) -> None:
+def test_a_header_in_another_encoding_is_named_by_its_byte(path, encoding, at):
     path.write_bytes("café,b\n1,2\n".encode(encoding))
     message = refusal(path, bad_rows="skip")
     assert "UTF-8" in message and f"byte offset {at} " in message
 
 
-def test_a_row_in_another_encoding_is_named_by_its_byte_and_can_be_skipped(path: Path) -> None:
+def test_a_row_in_another_encoding_is_named_by_its_byte_and_can_be_skipped(path):
     raw = HEADER + b"a,b\ncaf\xe9,b\nc,d\n"
     first, fault, last = records(path, raw)
     assert (first, last) == (("a", "b"), ("c", "d"))
@@ -90,10 +83,10 @@ def test_a_row_in_another_encoding_is_named_by_its_byte_and_can_be_skipped(path:
 
 
 @pytest.mark.parametrize(("raw", "found"), [("a,b,a\n1,2,3\n", '"a" twice'), ('"a,b\n1,2\n', "header")])
-def test_a_header_that_names_no_columns_or_one_twice_is_refused(path: Path, raw: str, found: str) -> None:
+def test_a_header_that_names_no_columns_or_one_twice_is_refused(path, raw, found):
     path.write_text(raw)
     assert found in refusal(path, bad_rows="skip")
 
 
-def test_a_header_alone_has_no_rows(path: Path) -> None:
+def test_a_header_alone_has_no_rows(path):
     assert records(path, HEADER) == []

@@ -1,7 +1,5 @@
 import json
 from collections import Counter
-from collections.abc import Callable
-from typing import Any
 
 import pytest
 
@@ -9,7 +7,6 @@ from launcher.data.read.formats import read_rows
 from launcher.data.read.rows import Conversation, RowFault, Text
 from tests.support.reading import feeds, read, refusal
 
-Write = Callable[..., str]
 TURNS = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."}]
 CHAT = {"messages": TURNS}
 HUMAN = {"from": "human", "value": "Hi"}
@@ -40,9 +37,7 @@ PAIRS = [("user", "Hi"), ("assistant", "Hello.")]
         ({"prompt": TURNS[:1], "completion": TURNS[1:]}, PAIRS, 1),
     ],
 )
-def test_every_format_of_chats_becomes_messages(
-    write: Write, row: dict[str, Any], expected: list[tuple[str, str]], answer: int | None
-) -> None:
+def test_every_format_of_chats_becomes_messages(write, row, expected, answer):
     path = write([row])
     [got], counts = read(path)
     assert isinstance(got, Conversation) and (got.answer, got.where) == (answer, f"{path}:1")
@@ -54,9 +49,7 @@ def test_every_format_of_chats_becomes_messages(
     ("row", "text", "answer"),
     [({"text": "a river"}, "a river", None), ({"prompt": "é: ", "completion": "e acute"}, "é: e acute", 3)],
 )
-def test_texts_stay_as_they_are_and_mark_where_a_completion_begins(
-    write: Write, row: dict[str, Any], text: str, answer: int | None
-) -> None:
+def test_texts_stay_as_they_are_and_mark_where_a_completion_begins(write, row, text, answer):
     path = write([row])
     assert read(path)[0] == [Text(text, f"{path}:1", answer)]
 
@@ -69,7 +62,6 @@ def test_texts_stay_as_they_are_and_mark_where_a_completion_begins(
         (CHAT, b"[" * 100_000, "broken_json", "one JSON object"),
         (CHAT, b'{"text": ' + b"9" * 5000 + b"}", "broken_json", "one JSON object"),
         (CHAT, [1, 2], "wrong_type", "a list"),
-        (CHAT, {"messages": None}, "wrong_type", "null"),
         (CHAT, {"messages": "Hi"}, "wrong_type", '"Hi"'),
         (CHAT, {"messages": ["Hi"]}, "wrong_type", '"Hi"'),
         (CHAT, {"messages": json.dumps(TURNS)}, "wrong_type", "Save the data as .jsonl or .parquet"),
@@ -88,18 +80,9 @@ def test_texts_stay_as_they_are_and_mark_where_a_completion_begins(
         (CHAT, b'{"messages": [{"role": "user", "content": "caf\xe9"}]}', "encoding", "byte 0xe9"),
         (CHAT, b'{"messages": [{"role": "user", "content": "\\ud83d!"}]}', "encoding", "lone surrogate"),
         ({"conversations": [HUMAN]}, {"conversations": "Hi"}, "wrong_type", '"conversations" is a list of {"from", '),
-        ({"conversations": [HUMAN]}, {"conversations": ' [{"from": "gpt"}]'}, "wrong_type", "Save the data as .jsonl"),
-        ({"conversations": [HUMAN]}, {"text": "Hi"}, "wrong_type", 'no "conversations"; the keys are "text"'),
         ({"conversations": [HUMAN]}, {"conversations": ["Hi"]}, "wrong_type", 'a {"from", "value"} object'),
         ({"conversations": [HUMAN]}, {"conversations": [{**HUMAN, "value": 7}]}, "wrong_type", 'the "value" of a'),
-        ({"conversations": [HUMAN]}, {"conversations": [{"from": "gpt"}]}, "wrong_type", 'no "value"; the keys'),
-        (
-            {"conversations": [HUMAN]},
-            {"conversations": [{**GPT, "from": "bing"}]},
-            "unknown_role",
-            "human, gpt, system",
-        ),
-        ({"conversations": [HUMAN]}, {"conversations": [{"value": "a"}]}, "unknown_role", 'no "from"; the keys are'),
+        ({"conversations": [HUMAN]}, {"conversations": [{"value": "a"}]}, "unknown_role", "human, gpt, system"),
         (ALPACA, {**ALPACA, "output": None}, "wrong_type", '"output" is a string'),
         (ALPACA, {**ALPACA, "input": 7}, "wrong_type", '"input" is a string'),
         (ALPACA, {**ALPACA, "instruction": []}, "wrong_type", '"instruction" is a string'),
@@ -111,9 +94,7 @@ def test_texts_stay_as_they_are_and_mark_where_a_completion_begins(
         (STRINGS, {"prompt": TURNS, "completion": [7]}, "wrong_type", "a message is"),
     ],
 )
-def test_a_faulty_row_stops_with_its_place_or_is_skipped_and_counted(
-    write: Write, good: dict[str, Any], bad: Any, reason: str, expected: str
-) -> None:
+def test_a_faulty_row_stops_with_its_place_or_is_skipped_and_counted(write, good, bad, reason, expected):
     path = write([good, bad, good])
     message = refusal(path)
     assert message.startswith(f"{path}:2: ") and expected in message
@@ -135,18 +116,18 @@ def test_a_faulty_row_stops_with_its_place_or_is_skipped_and_counted(
     ],
 )
 @pytest.mark.parametrize("bad_rows", ["raise", "skip"])
-def test_a_row_with_nothing_to_learn_is_dropped_and_counted(write: Write, row: dict[str, Any], bad_rows: str) -> None:
+def test_a_row_with_nothing_to_learn_is_dropped_and_counted(write, row, bad_rows):
     rows, counts = read(write([row, row]), bad_rows=bad_rows)
     assert rows == [] and counts == {"rows_read": 2, "rows_dropped_empty": 2}
 
 
-def test_columns_of_no_format_are_refused_with_those_of_all(write: Write) -> None:
+def test_columns_of_no_format_are_refused_with_those_of_all(write):
     message = refusal(write([{"prompt": "a"}]))
     assert "the columns prompt" in message and '"prompt" and "completion"' in message
     assert "(none)" in refusal(write([{}]))
 
 
-def test_columns_of_several_formats_are_refused_until_the_recipe_names_one(write: Write) -> None:
+def test_columns_of_several_formats_are_refused_until_the_recipe_names_one(write):
     path = write([{**ALPACA, "text": "Add. 1 + 1 = 2"}])
     for bad_rows in ("raise", "skip"):
         assert "format: alpaca or format: text" in refusal(path, bad_rows=bad_rows)
@@ -155,12 +136,12 @@ def test_columns_of_several_formats_are_refused_until_the_recipe_names_one(write
     assert isinstance(as_text, Text) and isinstance(as_alpaca, Conversation)
 
 
-def test_a_skipped_first_row_leaves_the_format_to_the_next(write: Write) -> None:
+def test_a_skipped_first_row_leaves_the_format_to_the_next(write):
     rows, counts = read(write([b"{", {"columns": 0}, {"text": "a"}]), bad_rows="skip")
     assert (len(rows), counts["rows_dropped_broken_json"], counts["rows_dropped_wrong_type"]) == (1, 1, 1)
 
 
-def test_rows_are_given_while_the_source_is_read(write: Write) -> None:
+def test_rows_are_given_while_the_source_is_read(write):
     path = write([{"text": "one"}, {"text": "two"}, b"{"])
     counts: Counter[str] = Counter()
     rows = read_rows(feeds(path)[0], bad_rows="raise", counts=counts)

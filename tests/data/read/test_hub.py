@@ -3,8 +3,6 @@ import json
 import logging
 import shutil
 import time
-from collections.abc import Callable
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,23 +12,21 @@ import pytest
 
 from launcher.data.read import hub
 from launcher.data.read.rows import Feed
-from tests.support import reading
-from tests.support.reading import fields, refusal
+from tests.support.reading import feeds, fields, refusal
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 OTHER = COMMIT[::-1]
 ROWS = [{"text": "one"}, {"text": "two"}]
 NAME = "owner/rows"
-Answer = Callable[..., list[tuple[str, str | None]]]
 
 
 def open_hub(**keys: Any) -> Feed:
-    [feed] = reading.feeds(NAME, **keys)
+    [feed] = feeds(NAME, **keys)
     return feed
 
 
 @pytest.fixture
-def answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Answer:
+def answer(tmp_path, monkeypatch):
     """Sets what the hub answers when it is asked for a dataset: a commit or an exception. Returns what it was asked."""
     asked: list[tuple[str, str | None]] = []
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
@@ -50,7 +46,7 @@ def answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Answer:
 
 
 @pytest.fixture
-def cached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def cached(tmp_path, monkeypatch):
     """What an earlier run with owner/rows leaves in the cache of `datasets`, at COMMIT."""
     datasets.disable_progress_bars()
     datasets.Dataset.from_list(ROWS).to_parquet(tmp_path / "rows.parquet")
@@ -66,7 +62,7 @@ def cached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def loads(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
+def loads(monkeypatch):
     """What `datasets` is asked to load; whatever the revision, it loads what is cached."""
     load, asked = datasets.load_dataset_builder, []
 
@@ -79,14 +75,14 @@ def loads(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
 
 
 @pytest.mark.parametrize("path", [NAME, "rows"])
-def test_an_unreachable_hub_is_reported_within_seconds_with_the_offline_way(path: str) -> None:
+def test_an_unreachable_hub_is_reported_within_seconds_with_the_offline_way(path):
     start = time.monotonic()
     message = refusal(path)  # the suite runs offline
     assert time.monotonic() - start < 10
     assert repr(path) in message and "data.sources=[{path: ./folder}]" in message and "Online: " in message
 
 
-def test_a_hub_that_does_not_answer_is_not_waited_for(answer: Answer, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_hub_that_does_not_answer_is_not_waited_for(answer, monkeypatch):
     assert hub.HUB_TIMEOUT_S <= 5
     monkeypatch.setattr(hub, "HUB_TIMEOUT_S", 0.2)
     answer(COMMIT, after_s=5)
@@ -95,7 +91,7 @@ def test_a_hub_that_does_not_answer_is_not_waited_for(answer: Answer, monkeypatc
     assert time.monotonic() - start < 4
 
 
-def test_a_dataset_that_the_hub_refuses_is_not_taken_from_the_cache(answer: Answer, cached: None) -> None:
+def test_a_dataset_that_the_hub_refuses_is_not_taken_from_the_cache(answer, cached):
     refused = Exception("404 Client Error.\nRepository Not Found")
     refused.response = SimpleNamespace(status_code=404)  # type: ignore[attr-defined]
     answer(refused)
@@ -104,7 +100,7 @@ def test_a_dataset_that_the_hub_refuses_is_not_taken_from_the_cache(answer: Answ
     assert fields(open_hub()) == ROWS
 
 
-def test_the_commit_is_in_the_name_and_with_the_split_the_identity(answer: Answer) -> None:
+def test_the_commit_is_in_the_name_and_with_the_split_the_identity(answer):
     asked = answer(COMMIT)
     feed = open_hub(revision="main", split="test")
     assert set(asked) == {(NAME, "main")}
@@ -114,7 +110,7 @@ def test_the_commit_is_in_the_name_and_with_the_split_the_identity(answer: Answe
     assert len(identities) == 3 and open_hub(split="test").identity not in identities
 
 
-def test_rows_are_of_the_commit_that_was_resolved(answer: Answer, cached: None, loads: list[tuple[Any, ...]]) -> None:
+def test_rows_are_of_the_commit_that_was_resolved(answer, cached, loads):
     answer(COMMIT)
     feed = open_hub(config="default")
     assert not loads and fields(feed) == ROWS
@@ -124,9 +120,7 @@ def test_rows_are_of_the_commit_that_was_resolved(answer: Answer, cached: None, 
 
 
 @pytest.mark.parametrize("streaming", [False, True])
-def test_without_the_hub_the_cache_serves_and_the_name_says_so(
-    cached: None, streaming: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_without_the_hub_the_cache_serves_and_the_name_says_so(cached, streaming, monkeypatch):
     feed = open_hub(streaming=streaming)
     assert "from the cache: the hub cannot be reached" in feed.name and feed.identity.endswith(COMMIT)
     assert fields(feed) == fields(feed) == ROWS
@@ -136,7 +130,7 @@ def test_without_the_hub_the_cache_serves_and_the_name_says_so(
     assert not datasets.config.HF_HUB_OFFLINE, "offline for the cache's builder alone"
 
 
-def test_without_the_hub_a_revision_must_be_the_cached_commit(cached: None) -> None:
+def test_without_the_hub_a_revision_must_be_the_cached_commit(cached):
     assert fields(open_hub(revision=COMMIT[:8])) == ROWS
     for revision in ("main", "ffff", "../../x"):
         message = refusal(NAME, revision=revision)
@@ -144,9 +138,7 @@ def test_without_the_hub_a_revision_must_be_the_cached_commit(cached: None) -> N
 
 
 @pytest.mark.parametrize("revision", ["main", "refs/pr/1"])
-def test_without_the_hub_a_branch_is_the_commit_that_it_last_was(
-    answer: Answer, cached: None, loads: list[tuple[Any, ...]], revision: str
-) -> None:
+def test_without_the_hub_a_branch_is_the_commit_that_it_last_was(answer, cached, loads, revision):
     for commit in (COMMIT, OTHER):
         answer(commit)
         open_hub(revision=revision)
@@ -157,7 +149,7 @@ def test_without_the_hub_a_branch_is_the_commit_that_it_last_was(
             assert f"'{revision}' was {OTHER}" in refusal(NAME, revision=revision)
 
 
-def test_datasets_is_quiet_and_its_loads_are_not_counted(cached: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_datasets_is_quiet_and_its_loads_are_not_counted(cached, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_UPDATE_DOWNLOAD_COUNTS", True)
     datasets.logging.set_verbosity_warning()
     datasets.enable_progress_bars()
@@ -166,9 +158,7 @@ def test_datasets_is_quiet_and_its_loads_are_not_counted(cached: None, monkeypat
     assert datasets.are_progress_bars_disabled() and not datasets.config.HF_UPDATE_DOWNLOAD_COUNTS
 
 
-def test_a_typed_cell_is_a_fault_that_names_its_type_and_an_empty_split_has_no_rows(
-    cached: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_typed_cell_is_a_fault_that_names_its_type_and_an_empty_split_has_no_rows(cached, monkeypatch):
     def as_dataset(split: str) -> Any:
         if split != "train":
             raise ValueError(f'Instruction "{split}" corresponds to no data!')  # as `datasets` does
@@ -182,7 +172,7 @@ def test_a_typed_cell_is_a_fault_that_names_its_type_and_an_empty_split_has_no_r
     assert fields(open_hub(split="test")) == []
 
 
-def test_an_unknown_split_or_config_names_those_there_are(cached: None) -> None:
+def test_an_unknown_split_or_config_names_those_there_are(cached):
     message = refusal(NAME, split="test")
     assert "Should be one of" in message and "train" in message
     assert f"'{NAME}'" in refusal(NAME, config="other")

@@ -5,13 +5,13 @@ import pytest
 
 from launcher.data.read import json_files
 from launcher.data.read.rows import RowFault
-from tests.support.reading import fields, read, refusal
+from tests.support.reading import fields, refusal
 
 ROWS = [{"text": "one", "n": [1, {"a": None}]}, {"text": 'é "漢" \\ 😀'}, {"date": "2020-01-01", "text": "007"}]
 
 
 @pytest.fixture
-def path(tmp_path: Path) -> Path:
+def path(tmp_path):
     return tmp_path / "rows.json"
 
 
@@ -22,24 +22,19 @@ def written(path: Path, raw: bytes | str) -> Path:
 
 @pytest.mark.parametrize("indent", [None, 2])
 @pytest.mark.parametrize("ascii_only", [False, True])
-def test_a_list_and_a_list_under_a_key_give_the_same_rows(path: Path, indent: int | None, ascii_only: bool) -> None:
+def test_a_list_and_a_list_under_a_key_give_the_same_rows(path, indent, ascii_only):
     text = json.dumps(ROWS, indent=indent, ensure_ascii=ascii_only)
     assert fields(written(path, text)) == ROWS
     document = f'\ufeff{{"version": 12, "of": ["a", 1], "data": {text}, "more": {{"x": []}}}}\n'
     assert fields(written(path, document)) == ROWS
 
 
-def test_rows_are_named_by_their_number(path: Path) -> None:
-    rows, _ = read(written(path, json.dumps(ROWS)))
-    assert [row.where for row in rows] == [f"{path} row {number}" for number in (1, 2, 3)]
-
-
 @pytest.mark.parametrize("raw", ["", " \n", " [ ] "])
-def test_a_file_without_rows_has_none(path: Path, raw: str) -> None:
+def test_a_file_without_rows_has_none(path, raw):
     assert fields(written(path, raw)) == []
 
 
-def test_a_file_cut_anywhere_is_refused(path: Path) -> None:
+def test_a_file_cut_anywhere_is_refused(path):
     raw = json.dumps({"data": ROWS, "n": -1.5e3}, ensure_ascii=False).encode()
     for end in range(1, len(raw)):
         assert "byte offset" in refusal(written(path, raw[:end]), bad_rows="skip")
@@ -47,7 +42,7 @@ def test_a_file_cut_anywhere_is_refused(path: Path) -> None:
 
 
 @pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"])
-def test_a_syntax_error_is_named_by_line_and_byte_offset(path: Path, mark: bytes) -> None:
+def test_a_syntax_error_is_named_by_line_and_byte_offset(path, mark):
     rows = json.dumps([{"text": "é" * 50}] * 6, indent=0, ensure_ascii=False).encode().rstrip(b"\n]")
     raw = mark + rows + b',\n{"text": "a" oops}]'
     message, lines = refusal(written(path, raw), bad_rows="skip"), raw.count(b"\n") + 1
@@ -67,12 +62,12 @@ def test_a_syntax_error_is_named_by_line_and_byte_offset(path: Path, mark: bytes
         (b'[{"text": "\xe6\xbc', 11),
     ],
 )
-def test_what_is_not_utf8_is_named_by_its_byte(path: Path, raw: bytes, at: int) -> None:
+def test_what_is_not_utf8_is_named_by_its_byte(path, raw, at):
     message = refusal(written(path, raw), bad_rows="skip")
     assert "UTF-8" in message and f"byte offset {at} " in message
 
 
-def test_a_faulty_element_does_not_hide_the_others(path: Path) -> None:
+def test_a_faulty_element_does_not_hide_the_others(path):
     raw = '["é", {"text": "a\\ud83d"}, {"text": "\\ud83d\\ude00 \\\\ud83d"}, [], {"text": 5}]'
     no_object, surrogate, pair, no_object_either, last = fields(written(path, raw))
     for fault, number, reason in (
@@ -87,7 +82,7 @@ def test_a_faulty_element_does_not_hide_the_others(path: Path) -> None:
     assert (pair, last) == ({"text": "😀 \\ud83d"}, {"text": 5})
 
 
-def test_one_object_a_line_is_read_as_jsonl(path: Path) -> None:
+def test_one_object_a_line_is_read_as_jsonl(path):
     assert fields(written(path, "\n".join(json.dumps(row) for row in ROWS))) == ROWS
     first, fault = fields(written(path, '\n{"text": "a"} \r\n\n{"text": oops}'))
     assert first == {"text": "a"} and isinstance(fault, RowFault) and str(fault).startswith(f"{path}:4: ")
@@ -106,11 +101,11 @@ def test_one_object_a_line_is_read_as_jsonl(path: Path) -> None:
         ("[" + "9" * 5000 + "]", "4300 digits"),
     ],
 )
-def test_what_is_no_list_of_rows_is_refused(path: Path, raw: str, found: str) -> None:
+def test_what_is_no_list_of_rows_is_refused(path, raw, found):
     assert found in refusal(written(path, raw), bad_rows="skip")
 
 
-def test_a_file_too_large_for_memory_is_refused_unread_and_jsonl_recommended(path: Path) -> None:
+def test_a_file_too_large_for_memory_is_refused_unread_and_jsonl_recommended(path):
     written(path, json.dumps(ROWS))
     with path.open("r+b") as stream:
         stream.truncate(json_files.MAX_BYTES + 1)  # sparse: takes no disk

@@ -2,12 +2,10 @@
 
 import datetime
 import decimal
-from typing import Any
 
 import pytest
 
-from launcher.data.read.rows import RowFault, shown, shown_under
-from launcher.errors import DataError
+from launcher.data.read.rows import shown, shown_under
 
 
 @pytest.mark.parametrize(
@@ -25,16 +23,11 @@ from launcher.errors import DataError
     ],
     ids=lambda it: type(it).__name__,
 )
-def test_any_value_is_shown_short_and_in_ascii(value: Any, text: str) -> None:
+def test_any_value_is_shown_short_and_in_ascii(value, text):
     assert shown(value) == text
 
 
-def test_a_fault_is_a_data_error_that_carries_its_reason() -> None:
-    fault = RowFault("encoding", where="f:1", rule="rule.", found="found")
-    assert isinstance(fault, DataError) and fault.reason == "encoding" and fault.code == 3
-
-
-def test_a_missing_key_differs_from_an_empty_one_and_names_the_keys_there_are() -> None:
+def test_a_missing_key_differs_from_an_empty_one_and_names_the_keys_there_are():
     assert shown_under("a", {"a": None}) == "null"
     assert shown_under("a", {"b": None, "c\x1b": 1}) == 'no "a"; the keys are "b, c\\u001b"'
     assert shown_under("a", {}) == 'no "a"; it is empty'

@@ -20,7 +20,7 @@ CONTENT = {
 
 
 @pytest.fixture
-def folder(tmp_path: Path) -> Path:
+def folder(tmp_path):
     for name, text in reversed(CONTENT.items()):
         (tmp_path / name).write_text(text, newline="")
     return tmp_path
@@ -28,9 +28,7 @@ def folder(tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("streaming", [False, True])
 @pytest.mark.parametrize("name", CONTENT)
-def test_every_kind_of_file_gives_its_rows_from_the_first_at_each_call(
-    folder: Path, name: str, streaming: bool
-) -> None:
+def test_every_kind_of_file_gives_its_rows_from_the_first_at_each_call(folder, name, streaming):
     [feed] = feeds(folder / name, streaming=streaming, format="text", weight=2.0)
     assert (feed.name, feed.format) == (str(folder / name), "text")
     assert fields(feed) == fields(feed) == [ROW, ROW]
@@ -38,9 +36,7 @@ def test_every_kind_of_file_gives_its_rows_from_the_first_at_each_call(
     assert first != second and all(where.startswith(f"{folder / name}") for where in (first, second))
 
 
-def test_a_folder_gives_a_feed_per_file_sorted_by_path_without_hidden_ones(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_folder_gives_a_feed_per_file_sorted_by_path_without_hidden_ones(folder, monkeypatch):
     listed = Path.rglob  # in the order of the file system, whatever that is
     monkeypatch.setattr(Path, "rglob", lambda folder, pattern: sorted(listed(folder, pattern), reverse=True))
     (folder / "deep" / "er").mkdir(parents=True)
@@ -52,7 +48,7 @@ def test_a_folder_gives_a_feed_per_file_sorted_by_path_without_hidden_ones(
     assert all(fields(feed) == [ROW, ROW] for feed in feeds(folder))
 
 
-def test_a_folder_without_data_says_what_it_holds(tmp_path: Path) -> None:
+def test_a_folder_without_data_says_what_it_holds(tmp_path):
     assert "nothing that is not hidden" in refusal(tmp_path)
     for number in range(7):
         (tmp_path / f"{number}.jsonl.gz").touch()
@@ -63,16 +59,14 @@ def test_a_folder_without_data_says_what_it_holds(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "path", ["./owner/rows", "../rows", "/owner/rows", "~/rows", "owner/rows.jsonl", "a b", "a/b/c", "owner/.rows"]
 )
-def test_what_can_only_be_a_path_is_not_looked_for_on_the_hub(
-    path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_can_only_be_a_path_is_not_looked_for_on_the_hub(path, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path))
     message = refusal(path)
     assert message.startswith(f"{path}: ") and "no such file" in message and "data.sources" in message
 
 
-def test_a_file_of_another_kind_is_refused_with_what_is_supported(tmp_path: Path) -> None:
+def test_a_file_of_another_kind_is_refused_with_what_is_supported(tmp_path):
     for name in ("rows.arrow", "rows"):
         (tmp_path / name).touch()
     assert "a .arrow file" in refusal(tmp_path / "rows.arrow") and "a nameless file" in refusal(tmp_path / "rows")
@@ -83,18 +77,18 @@ def test_a_file_of_another_kind_is_refused_with_what_is_supported(tmp_path: Path
 
 
 @pytest.mark.parametrize("key", ["config", "split", "revision"])
-def test_what_belongs_to_the_hub_is_refused_beside_a_local_path(folder: Path, key: str) -> None:
+def test_what_belongs_to_the_hub_is_refused_beside_a_local_path(folder, key):
     for path in (folder, folder / "a.jsonl"):
         assert f"{key}: 'main'" in refusal(path, **{key: "main"})
 
 
-def test_a_local_folder_goes_before_a_dataset_of_that_name(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_local_folder_goes_before_a_dataset_of_that_name(folder, monkeypatch):
     monkeypatch.chdir(folder.parent)
     monkeypatch.setenv("HOME", str(folder.parent))
     assert len(feeds(folder.name)) == len(feeds(f"~/{folder.name}")) == len(CONTENT)
 
 
-def test_a_file_is_identified_by_its_bytes_and_streamed_by_its_modification(folder: Path) -> None:
+def test_a_file_is_identified_by_its_bytes_and_streamed_by_its_modification(folder):
     file = folder / "a.jsonl"
 
     def identities() -> list[str]:
@@ -110,13 +104,13 @@ def test_a_file_is_identified_by_its_bytes_and_streamed_by_its_modification(fold
     assert feeds(folder / "a.txt")[0].identity != before[0], "the same bytes are other rows as .txt"
 
 
-def test_a_file_without_bytes_has_no_rows(tmp_path: Path) -> None:
+def test_a_file_without_bytes_has_no_rows(tmp_path):
     for suffix in ("jsonl", "json", "csv", "parquet", "txt"):
         (tmp_path / f"rows.{suffix}").touch()
     assert [fields(feed) for feed in feeds(tmp_path)] == [[]] * 5
 
 
-def test_a_file_that_may_not_be_read_is_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_that_may_not_be_read_is_refused(folder, monkeypatch):
     def refuse(*_: Any, **__: Any) -> Any:
         raise PermissionError(13, "Permission denied")
 
@@ -124,7 +118,7 @@ def test_a_file_that_may_not_be_read_is_refused(folder: Path, monkeypatch: pytes
     assert "Permission denied" in refusal(folder / "a.jsonl")
 
 
-def test_local_files_need_neither_datasets_nor_the_hub(folder: Path) -> None:
+def test_local_files_need_neither_datasets_nor_the_hub(folder):
     pq.write_table(pa.table({"text": ["a river"]}), folder / "e.parquet")
     code = (
         "import sys\nfrom launcher.data.read.sources import open_source\n"
