@@ -1,4 +1,4 @@
-"""Every way a run may fail, each with its exit code (README, "Exit codes"). Stdlib only.
+"""Every way a run may fail, each with its exit code (docs/run-files.md). Stdlib only.
 
 A message gives the rule, the value and the remedy, in that order; `cli` prints it without a traceback.
 """
