@@ -119,7 +119,7 @@ def test_the_seed_decides_the_run_and_compiling_draws_no_random_numbers(make_rec
 
 def test_a_short_run_is_never_refused(make_recipe):
     train = {"steps": None, "epochs": 0.1, "warmup": 10, "eval_every": 100, "log_every": 50}
-    record = record_of(make_recipe(train=train))
+    record = record_of(make_recipe(train=train, compile={"mode": "off"}))
     assert len(record.steps) >= 1
     assert all(verdict.holds for verdict in record.verdicts)
 
@@ -200,7 +200,7 @@ def test_a_nan_loss_that_is_read_late_ends_the_run_with_code_5_and_the_weights_o
 def test_an_eval_loss_that_is_not_finite_ends_the_run(make_recipe, monkeypatch):
     poison(monkeypatch)
     with pytest.raises(NonFiniteError, match="eval loss must be finite"):
-        events_of(make_recipe())
+        events_of(make_recipe(compile={"mode": "off"}))
 
 
 def test_an_adapter_that_is_wrong_on_disk_fails_the_run_after_its_record(make_recipe, monkeypatch, tmp_path):
@@ -214,7 +214,7 @@ def test_an_adapter_that_is_wrong_on_disk_fails_the_run_after_its_record(make_re
     monkeypatch.setattr(adapter, "save_adapter", save)
     events = []
     with pytest.raises(CheckpointError, match="must give back what was trained"):
-        events.extend(run(request_for(make_recipe()), RunHistory()))
+        events.extend(run(request_for(make_recipe(compile={"mode": "off"})), RunHistory()))
     assert [verdict.claim for verdict in events[-1].verdicts if not verdict.holds] == ["saved adapter reloads"]
     assert not (tmp_path / "run" / "adapter").exists()
 
