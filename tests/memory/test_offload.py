@@ -13,10 +13,9 @@ from launcher.memory.offload import INPUTS_ON_DEVICE, HostInputs
 from launcher.model.packed import nothing_around
 from launcher.train.describe import start_record
 from launcher.train.step import arguments
-from tests.conftest import TINY, small_config
+from tests.conftest import TINY, fresh_dynamo, small_config, small_recipe
 from tests.support.workers import ANY, TWO, compiled, documents, perturb
 
-pytestmark = pytest.mark.usefixtures("clean_dynamo")
 LAYERS = 6
 
 
@@ -30,19 +29,29 @@ def six_layers(tmp_path_factory):
     return folder
 
 
-@pytest.fixture
-def worker_of(make_recipe, six_layers):
-    """Factory of workers past warm-up, with perturbed adapters."""
+def perturbed(recipe, lengths=ANY):
+    """A worker past warm-up on documents of these lengths; its adapters are perturbed."""
+    worker = compiled(recipe, documents(lengths))
+    perturb(worker)
+    return worker
 
-    def make(activations, lengths=ANY, **data):
-        recipe = make_recipe(
-            model={"name": str(six_layers)}, memory={"activations": activations}, data=data, train={"accumulation": 2}
-        )
-        worker = compiled(recipe, documents(lengths))
-        perturb(worker)
-        return worker
+
+@pytest.fixture(scope="module")
+def recipe_of(six_layers, rows_file):
+    """Recipe factory: two micro batches a step."""
+
+    def make(activations, **data):
+        sections = {"memory": {"activations": activations}, "data": data, "train": {"accumulation": 2}}
+        return small_recipe(six_layers, rows_file, six_layers, **sections)
 
     return make
+
+
+@pytest.fixture(scope="module")
+def offloading(recipe_of):
+    """A worker that offloads, in tests that stand together: dynamo forgets its graphs in a test with `clean_dynamo`."""
+    with fresh_dynamo():
+        yield perturbed(recipe_of("offload"))
 
 
 def measured(worker, batch):
@@ -55,10 +64,11 @@ def assert_equal(ours, theirs):
     torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
 
 
-def test_losses_and_gradients_are_bit_for_bit_those_of_full_in_the_same_graphs(worker_of):
+@pytest.mark.usefixtures("clean_dynamo")
+def test_losses_and_gradients_are_bit_for_bit_those_of_full_in_the_same_graphs(recipe_of):
     runs = []
     for activations in ("full", "offload"):
-        worker = worker_of(activations, TWO, batching="bucketed")
+        worker = perturbed(recipe_of(activations, batching="bucketed"), TWO)
         losses, gradients = [], []
         for _ in range(2):
             batch = next(worker.batches)  # two micro batches
@@ -107,8 +117,9 @@ class Watched:
 
 
 @pytest.mark.parametrize("activations", ["full", "offload"])
-def test_three_inputs_are_on_the_device_at_a_time(worker_of, monkeypatch, activations):
-    worker = worker_of(activations)
+@pytest.mark.usefixtures("clean_dynamo")
+def test_three_inputs_are_on_the_device_at_a_time(recipe_of, monkeypatch, activations):
+    worker = perturbed(recipe_of(activations))
     watched = Watched(worker, monkeypatch)
     batch = next(worker.batches)
     worker.step.accumulate(batch)
@@ -141,12 +152,11 @@ class Late(HostInputs):
         self.waited_for.append(copy.done)
 
 
-def test_copies_may_end_as_late_as_they_are_waited_for_and_all_are_waited_for(worker_of):
-    worker = worker_of("offload")
-    batch, late = next(worker.batches), Late()
-    undisturbed = measured(worker, batch)
-    worker.built.packed.body.around = late.around
-    assert_equal(measured(worker, batch), undisturbed)
+def test_copies_may_end_as_late_as_they_are_waited_for_and_all_are_waited_for(offloading, monkeypatch):
+    batch, late = next(offloading.batches), Late()
+    undisturbed = measured(offloading, batch)
+    monkeypatch.setattr(offloading.built.packed.body, "around", late.around)
+    assert_equal(measured(offloading, batch), undisturbed)
     assert sorted(late.waited_for) == list(range(1, 1 + 2 * len(batch.micro_batches) * (LAYERS - 2)))
     assert not (late.to_host or late.on_host or late.to_device)
 
@@ -194,23 +204,20 @@ def test_each_copy_waits_for_the_stream_that_starts_it_and_is_waited_for_one_lay
     ]  # fmt: skip
 
 
-def test_evaluation_copies_nothing(worker_of, monkeypatch):
-    worker = worker_of("offload")
+def test_evaluation_copies_nothing(offloading, monkeypatch):
     copied = []
     monkeypatch.setattr(HostInputs, "start_copy", lambda self, target, source: copied.append(target))
-    [micro, _] = next(worker.batches).micro_batches
-    worker.step.eval_loss(micro)
+    [micro, _] = next(offloading.batches).micro_batches
+    offloading.step.eval_loss(micro)
     assert copied == []
-    with torch.enable_grad():
-        worker.built.packed(*arguments(micro))
+    offloading.built.packed(*arguments(micro))
     assert len(copied) == LAYERS - 2
 
 
 @pytest.mark.parametrize("half", ["forward", "backward"])
-def test_a_pass_that_ends_half_way_does_not_disturb_the_next_one(worker_of, half):
-    worker = worker_of("offload")
-    body, one, other = worker.built.packed.body, next(worker.batches), next(worker.batches)
-    undisturbed = measured(worker, one)
+def test_a_pass_that_ends_half_way_does_not_disturb_the_next_one(offloading, monkeypatch, half):
+    body, one, other = offloading.built.packed.body, next(offloading.batches), next(offloading.batches)
+    undisturbed = measured(offloading, one)
     around = body.around
 
     def failing(number, hidden):
@@ -220,17 +227,16 @@ def test_a_pass_that_ends_half_way_does_not_disturb_the_next_one(worker_of, half
             hidden.register_hook(lambda gradient: 1 / 0)
         return around(number, hidden)
 
-    body.around = failing
-    with pytest.raises(KeyboardInterrupt if half == "forward" else ZeroDivisionError):
-        worker.step.accumulate(other)
-    body.around = around
-    assert_equal(measured(worker, one), undisturbed)
+    with monkeypatch.context() as patch:
+        patch.setattr(body, "around", failing)
+        with pytest.raises(KeyboardInterrupt if half == "forward" else ZeroDivisionError):
+            offloading.step.accumulate(other)
+    assert_equal(measured(offloading, one), undisturbed)
 
 
-def test_a_backward_pass_after_another_forward_pass_is_an_error_not_a_wrong_gradient(worker_of):
-    worker = worker_of("offload")
-    one, two = (arguments(micro) for micro in next(worker.batches).micro_batches)
-    packed, parameters = worker.built.packed, worker.step.parameters
+def test_a_backward_pass_after_another_forward_pass_is_an_error_not_a_wrong_gradient(offloading):
+    one, two = (arguments(micro) for micro in next(offloading.batches).micro_batches)
+    packed, parameters = offloading.built.packed, offloading.step.parameters
     first = packed(*one)
     alone = torch.autograd.grad(first, parameters, retain_graph=True)
     again = torch.autograd.grad(first, parameters, retain_graph=True)  # fetched a second time
@@ -268,8 +274,9 @@ def test_a_host_without_enough_memory_is_an_error_that_says_how_much_was_needed(
     assert caught.value.__cause__ is not None
 
 
-def test_uncompiled_layers_get_their_inputs_back_too(worker_of):
-    worker = worker_of("offload")
+@pytest.mark.usefixtures("clean_dynamo")
+def test_uncompiled_layers_get_their_inputs_back_too(recipe_of):
+    worker = perturbed(recipe_of("offload"))
     worker.plan.fall_back("as compile.mode=warn does")
     batch = next(worker.batches)
     offloaded = measured(worker, batch)
