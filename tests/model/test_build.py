@@ -1,5 +1,4 @@
 import json
-import shutil
 
 import pytest
 import torch
@@ -55,14 +54,11 @@ def test_a_checkpoint_quantised_for_bf16_keeps_its_weights_and_computes_in_the_r
     assert "as the checkpoint came" in built.quantization
 
 
-def test_a_checkpoint_quantised_in_another_way_is_refused(make_recipe, small_model, tmp_path):
-    folder = tmp_path / "fp4"
-    shutil.copytree(small_model, folder)
-    config = json.loads((folder / "config.json").read_text())
-    config["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "fp4"}
-    (folder / "config.json").write_text(json.dumps(config))
+def test_a_checkpoint_quantised_in_another_way_is_refused(make_recipe, tmp_path):
+    fp4 = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "fp4"}
+    small_config(quantization_config=fp4).save_pretrained(tmp_path)
     with pytest.raises(RecipeError, match="already quantised as 'fp4'"):
-        build(make_recipe(model={"name": str(folder)}))
+        build(make_recipe(model={"name": str(tmp_path)}))
 
 
 def test_quant_none_leaves_the_base_as_it_is(make_recipe):
