@@ -35,7 +35,7 @@ def test_a_hundred_batches_of_varied_boundaries_and_an_odd_last_one_compile_noth
     graphs, loss_tokens = 2 * widths + 2, start_record(worker).loss_tokens
     assert len(set(loss_tokens)) == widths and loss_tokens[-1] < 0.7 * 2 * MAX_LENGTH, "positions are left out"
     assert batching == "packed" or loss_tokens[0] == 2 * 7, "all that have a target"
-    assert worker.built.packed.loss_chunk <= max(loss_tokens)
+    assert worker.built.packed.loss_chunk < max(loss_tokens) + 8, "chunks are whole eights"
     record = worker.observer.record()
     assert record.graphs_by_region == {"layer": 2 * widths, "loss": 2}
     assert record.compilations == record.planned_graphs == record.expected_graphs == graphs
