@@ -69,6 +69,7 @@ def test_losses_and_gradients_are_bit_for_bit_those_of_full_in_the_same_graphs(r
     runs = []
     for activations in ("full", "offload"):
         worker = perturbed(recipe_of(activations, batching="bucketed"), TWO)
+        assert start_record(worker).activations.startswith(f"{activations} (as asked")
         losses, gradients = [], []
         for _ in range(2):
             batch = next(worker.batches)  # two micro batches
