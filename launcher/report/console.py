@@ -5,13 +5,12 @@ import os
 import sys
 import unicodedata
 from io import TextIOWrapper
-from typing import IO
+from typing import IO, Any
 
 from rich.console import Console
 from rich.text import Text
 
 PAGE_WIDTH = 120  # columns at most: longer lines are hard to follow
-PLAIN_WIDTH = 120  # columns when there is no terminal to ask and COLUMNS is not set
 NEAREST_ASCII = {"×": "x", "·": "|", "→": ">", "✓": "+", "✗": "x", "─": "-", "━": "=", "…": "."}
 # Controls, lone surrogates, line and paragraph separators, and format characters: these reorder the text beside them,
 # or have no width and are not seen.
@@ -28,13 +27,12 @@ def make_console(file: IO[str] | None = None) -> Console:
     stream = sys.stdout if file is None else file
     if isinstance(stream, TextIOWrapper):
         stream.reconfigure(errors=ENCODING_ERRORS)
-    if stream.isatty() and not _in_notebook():
-        return Console(file=file, markup=False, highlight=False, emoji=False)
-    columns = os.environ.get("COLUMNS", "")
-    return Console(
-        file=file, force_terminal=False, force_jupyter=False, color_system=None, markup=False, highlight=False,
-        emoji=False, width=int(columns) if columns.isdecimal() and int(columns) else PLAIN_WIDTH,
-    )  # fmt: skip
+    plain: dict[str, Any] = {}
+    if not stream.isatty() or _in_notebook():
+        columns = os.environ.get("COLUMNS", "")
+        width = columns.isdecimal() and int(columns) or PAGE_WIDTH
+        plain = {"force_terminal": False, "force_jupyter": False, "color_system": None, "width": width}
+    return Console(file=file, markup=False, highlight=False, emoji=False, **plain)
 
 
 def page_width(console: Console) -> int:

@@ -7,7 +7,6 @@ line carries the seconds since the start, steps are printed at a cadence, and ev
 import time
 from collections import deque
 from datetime import timedelta
-from types import TracebackType
 from typing import Self
 
 from rich.console import Console, RenderableType
@@ -47,9 +46,7 @@ class Screen:
             self._live.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, failure: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self._settle(failed=kind is not None)
         if self._live:
             self._live.stop()

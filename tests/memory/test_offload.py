@@ -13,10 +13,9 @@ from launcher.memory.offload import INPUTS_ON_DEVICE, HostInputs
 from launcher.model.packed import nothing_around
 from launcher.train.describe import start_record
 from launcher.train.step import arguments
-from tests.conftest import TINY, small_config
+from tests.conftest import TINY, fresh_dynamo, small_config, small_recipe
 from tests.support.workers import ANY, TWO, compiled, documents, perturb
 
-pytestmark = pytest.mark.usefixtures("clean_dynamo")
 LAYERS = 6
 
 
@@ -30,52 +29,65 @@ def six_layers(tmp_path_factory):
     return folder
 
 
-@pytest.fixture
-def worker_of(make_recipe, six_layers):
-    """Factory of workers past warm-up, with perturbed adapters."""
+def perturbed(recipe, lengths=ANY):
+    """A worker past warm-up on documents of these lengths; its adapters are perturbed."""
+    worker = compiled(recipe, documents(lengths))
+    perturb(worker)
+    return worker
 
-    def make(activations, lengths=ANY, **data):
-        recipe = make_recipe(
-            model={"name": str(six_layers)}, memory={"activations": activations}, data=data, train={"accumulation": 2}
-        )
-        worker = compiled(recipe, documents(lengths))
-        perturb(worker)
-        return worker
+
+@pytest.fixture(scope="module")
+def recipe_of(six_layers, rows_file):
+    """Recipe factory: two micro batches a step."""
+
+    def make(activations, **data):
+        sections = {"memory": {"activations": activations}, "data": data, "train": {"accumulation": 2}}
+        return small_recipe(six_layers, rows_file, six_layers, **sections)
 
     return make
 
 
-def gradients(worker):
-    return [parameter.grad.clone() for parameter in worker.step.parameters]
+@pytest.fixture(scope="module")
+def offloading(recipe_of):
+    """A worker that offloads, in tests that stand together: dynamo forgets its graphs in a test with `clean_dynamo`."""
+    with fresh_dynamo():
+        yield perturbed(recipe_of("offload"))
 
 
-def test_losses_and_gradients_are_bit_for_bit_those_of_full_in_the_same_graphs(worker_of):
+def measured(worker, batch):
+    """Loss and gradients of a batch."""
+    loss = float(worker.step.accumulate(batch))
+    return loss, [parameter.grad.clone() for parameter in worker.step.parameters]
+
+
+def assert_equal(ours, theirs):
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
+
+
+@pytest.mark.usefixtures("clean_dynamo")
+def test_losses_and_gradients_are_bit_for_bit_those_of_full_in_the_same_graphs(recipe_of):
     runs = []
     for activations in ("full", "offload"):
-        worker = worker_of(activations, TWO, batching="bucketed")
-        losses, grads = [], []
+        worker = perturbed(recipe_of(activations, batching="bucketed"), TWO)
+        assert start_record(worker).activations.startswith(f"{activations} (as asked")
+        losses, gradients = [], []
         for _ in range(2):
-            batch = next(worker.batches)
-            losses.append(float(worker.step.accumulate(batch)))  # two micro batches
-            grads.append(gradients(worker))
-            losses.append(float(worker.step(batch).loss_sum))
+            batch = next(worker.batches)  # two micro batches
+            loss, grads = measured(worker, batch)
+            gradients.append(grads)
+            losses += [loss, float(worker.step(batch).loss_sum)]
             losses += [float(worker.step.eval_loss(micro)) for micro in batch.micro_batches]
         worker.plan.check()
         record = worker.observer.record()
         assert record.graphs_by_region == {"layer": 4, "loss": 2}  # two widths
         assert (record.recompiles, record.graph_breaks, record.limit_hits) == (0, 0, 0)
-        runs.append((losses, grads, record.graph_hash, start_record(worker).activations))
-    (losses, grads, graphs, reported), (full_losses, full_grads, full_graphs, full_reported) = reversed(runs)
-    assert losses == full_losses and len(set(losses)) == 6
-    for ours, full in zip(grads, full_grads, strict=True):
-        assert all(torch.equal(a, b) for a, b in zip(ours, full, strict=True))
-    assert all(gradient.any() for gradient in grads[0])
-    assert graphs == full_graphs
-    assert worker.policy.name == "offload" and worker.policy.kept.on_host
+        runs.append((losses, gradients, record.graph_hash))
+    assert runs[0][2] == runs[1][2]
+    assert_equal(runs[1][:2], runs[0][:2])
+    assert len(set(losses)) == 6 and all(gradient.any() for gradient in gradients[0])
     assert worker.host_inputs.host_mib == (LAYERS - 2) * 2 * (8 + 64) * 64 * 4 / MIB  # of two widths, fp32
     worker.host_inputs.buffers["more"] = torch.empty(3 * MIB, dtype=torch.uint8)
     assert start_record(worker).activations == "offload (as asked, inputs in 3 MiB of the host)"
-    assert (full_reported, reported) == ("full (as asked)", "offload (as asked, inputs in 0 MiB of the host)")
 
 
 class Watched:
@@ -106,8 +118,9 @@ class Watched:
 
 
 @pytest.mark.parametrize("activations", ["full", "offload"])
-def test_three_inputs_are_on_the_device_at_a_time(worker_of, monkeypatch, activations):
-    worker = worker_of(activations)
+@pytest.mark.usefixtures("clean_dynamo")
+def test_three_inputs_are_on_the_device_at_a_time(recipe_of, monkeypatch, activations):
+    worker = perturbed(recipe_of(activations))
     watched = Watched(worker, monkeypatch)
     batch = next(worker.batches)
     worker.step.accumulate(batch)
@@ -140,15 +153,11 @@ class Late(HostInputs):
         self.waited_for.append(copy.done)
 
 
-def test_copies_may_end_as_late_as_they_are_waited_for_and_all_are_waited_for(worker_of):
-    worker = worker_of("offload")
-    batch, runs = next(worker.batches), []
-    late = Late()
-    for around in (worker.built.packed.body.around, late.around):
-        worker.built.packed.body.around = around
-        worker.step.accumulate(batch)
-        runs.append(gradients(worker))
-    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+def test_copies_may_end_as_late_as_they_are_waited_for_and_all_are_waited_for(offloading, monkeypatch):
+    batch, late = next(offloading.batches), Late()
+    undisturbed = measured(offloading, batch)
+    monkeypatch.setattr(offloading.built.packed.body, "around", late.around)
+    assert_equal(measured(offloading, batch), undisturbed)
     assert sorted(late.waited_for) == list(range(1, 1 + 2 * len(batch.micro_batches) * (LAYERS - 2)))
     assert not (late.to_host or late.on_host or late.to_device)
 
@@ -196,24 +205,20 @@ def test_each_copy_waits_for_the_stream_that_starts_it_and_is_waited_for_one_lay
     ]  # fmt: skip
 
 
-def test_evaluation_copies_nothing(worker_of, monkeypatch):
-    worker = worker_of("offload")
+def test_evaluation_copies_nothing(offloading, monkeypatch):
     copied = []
     monkeypatch.setattr(HostInputs, "start_copy", lambda self, target, source: copied.append(target))
-    [micro, _] = next(worker.batches).micro_batches
-    worker.step.eval_loss(micro)
+    [micro, _] = next(offloading.batches).micro_batches
+    offloading.step.eval_loss(micro)
     assert copied == []
-    with torch.enable_grad():
-        worker.built.packed(*arguments(micro))
+    offloading.built.packed(*arguments(micro))
     assert len(copied) == LAYERS - 2
 
 
 @pytest.mark.parametrize("half", ["forward", "backward"])
-def test_a_pass_that_ends_half_way_does_not_disturb_the_next_one(worker_of, half):
-    worker = worker_of("offload")
-    body, one, other = worker.built.packed.body, next(worker.batches), next(worker.batches)
-    worker.step.accumulate(one)
-    undisturbed = gradients(worker)
+def test_a_pass_that_ends_half_way_does_not_disturb_the_next_one(offloading, monkeypatch, half):
+    body, one, other = offloading.built.packed.body, next(offloading.batches), next(offloading.batches)
+    undisturbed = measured(offloading, one)
     around = body.around
 
     def failing(number, hidden):
@@ -223,22 +228,20 @@ def test_a_pass_that_ends_half_way_does_not_disturb_the_next_one(worker_of, half
             hidden.register_hook(lambda gradient: 1 / 0)
         return around(number, hidden)
 
-    body.around = failing
-    with pytest.raises(KeyboardInterrupt if half == "forward" else ZeroDivisionError):
-        worker.step.accumulate(other)
-    body.around = around
-    worker.step.accumulate(one)
-    assert all(torch.equal(a, b) for a, b in zip(gradients(worker), undisturbed, strict=True))
+    with monkeypatch.context() as patch:
+        patch.setattr(body, "around", failing)
+        with pytest.raises(KeyboardInterrupt if half == "forward" else ZeroDivisionError):
+            offloading.step.accumulate(other)
+    assert_equal(measured(offloading, one), undisturbed)
 
 
-def test_a_backward_pass_after_another_forward_pass_is_an_error_not_a_wrong_gradient(worker_of):
-    worker = worker_of("offload")
-    one, two = (arguments(micro) for micro in next(worker.batches).micro_batches)
-    packed, parameters = worker.built.packed, worker.step.parameters
+def test_a_backward_pass_after_another_forward_pass_is_an_error_not_a_wrong_gradient(offloading):
+    one, two = (arguments(micro) for micro in next(offloading.batches).micro_batches)
+    packed, parameters = offloading.built.packed, offloading.step.parameters
     first = packed(*one)
     alone = torch.autograd.grad(first, parameters, retain_graph=True)
     again = torch.autograd.grad(first, parameters, retain_graph=True)  # fetched a second time
-    assert all(torch.equal(a, b) for a, b in zip(alone, again, strict=True))
+    assert_equal(again, alone)
     with torch.no_grad():
         packed(*two)
     assert torch.equal(torch.autograd.grad(first, parameters, retain_graph=True)[0], alone[0])
@@ -272,13 +275,11 @@ def test_a_host_without_enough_memory_is_an_error_that_says_how_much_was_needed(
     assert caught.value.__cause__ is not None
 
 
-def test_uncompiled_layers_get_their_inputs_back_too(worker_of):
-    worker = worker_of("offload")
+@pytest.mark.usefixtures("clean_dynamo")
+def test_uncompiled_layers_get_their_inputs_back_too(recipe_of):
+    worker = perturbed(recipe_of("offload"))
     worker.plan.fall_back("as compile.mode=warn does")
-    batch, runs = next(worker.batches), []
-    for around in (worker.built.packed.body.around, nothing_around):
-        worker.built.packed.body.around = around
-        runs.append((float(worker.step.accumulate(batch)), gradients(worker)))
-    (loss, ours), (kept_loss, kept) = runs
-    assert loss == kept_loss
-    assert all(torch.equal(a, b) for a, b in zip(ours, kept, strict=True))
+    batch = next(worker.batches)
+    offloaded = measured(worker, batch)
+    worker.built.packed.body.around = nothing_around
+    assert_equal(offloaded, measured(worker, batch))

@@ -1,5 +1,4 @@
 import json
-import shutil
 
 import pytest
 import torch
@@ -16,7 +15,7 @@ from tests.support.models import ARCHITECTURES, build
 CPU = torch.device("cpu")
 
 
-def test_a_full_checkpoint_becomes_nf4_with_fp32_adapters_on_seven_projections(make_recipe):
+def test_a_full_checkpoint_becomes_nf4_with_fp32_adapters_on_seven_projections(make_recipe, small_model):
     phases = []
     built = build(make_recipe(), phases)
     quantised = [m for m in built.peft.modules() if isinstance(m, Linear4bit)]
@@ -28,30 +27,15 @@ def test_a_full_checkpoint_becomes_nf4_with_fp32_adapters_on_seven_projections(m
     assert built.trainable == sum(p.numel() for p in trainable.values())
     assert phases == ["after load", "after adapters"]
     assert built.quantization == "nf4, double quantised"
-
-
-def test_parameters_are_counted_unpacked(make_recipe, small_model):
-    full = AutoModelForCausalLM.from_pretrained(small_model)
-    built = build(make_recipe())
+    full = AutoModelForCausalLM.from_pretrained(small_model)  # the base is counted unpacked
     assert built.parameters == sum(p.numel() for p in full.parameters()) + built.trainable
-
-
-def test_a_checkpoint_already_quantised_loads_to_the_same_weights(make_recipe, small_model, tmp_path):
-    settings = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
-    model = AutoModelForCausalLM.from_pretrained(small_model, quantization_config=settings, dtype=torch.float32)
-    model.save_pretrained(tmp_path / "quantised")
-    quantised_here = build(make_recipe())
-    loaded = build(make_recipe(model={"name": str(tmp_path / "quantised")}))
-    pairs = zip(quantised_here.peft.modules(), loaded.peft.modules(), strict=True)
-    weights = [(a.weight, b.weight) for a, b in pairs if isinstance(a, Linear4bit)]
-    assert len(weights) == 14
-    assert all(torch.equal(a, b) for a, b in weights)
-    assert "as the checkpoint came" in loaded.quantization
 
 
 @pytest.mark.parametrize("storage", ["uint8", "bfloat16"])  # of the packed weights; FSDP needs bfloat16
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
-def test_a_checkpoint_quantised_for_bf16_computes_in_the_runs_dtype(make_recipe, small_model, tmp_path, dtype, storage):
+def test_a_checkpoint_quantised_for_bf16_keeps_its_weights_and_computes_in_the_runs_dtype(
+    make_recipe, small_model, tmp_path, dtype, storage
+):
     quantisation = BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_quant_storage=storage
     )
@@ -67,16 +51,14 @@ def test_a_checkpoint_quantised_for_bf16_computes_in_the_runs_dtype(make_recipe,
     ]
     assert len(packed[0]) == 14
     assert all(torch.equal(before, after) for before, after in zip(*packed, strict=True))
+    assert "as the checkpoint came" in built.quantization
 
 
-def test_a_checkpoint_quantised_in_another_way_is_refused(make_recipe, small_model, tmp_path):
-    folder = tmp_path / "fp4"
-    shutil.copytree(small_model, folder)
-    config = json.loads((folder / "config.json").read_text())
-    config["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "fp4"}
-    (folder / "config.json").write_text(json.dumps(config))
+def test_a_checkpoint_quantised_in_another_way_is_refused(make_recipe, tmp_path):
+    fp4 = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "fp4"}
+    small_config(quantization_config=fp4).save_pretrained(tmp_path)
     with pytest.raises(RecipeError, match="already quantised as 'fp4'"):
-        build(make_recipe(model={"name": str(folder)}))
+        build(make_recipe(model={"name": str(tmp_path)}))
 
 
 def test_quant_none_leaves_the_base_as_it_is(make_recipe):
@@ -85,11 +67,15 @@ def test_quant_none_leaves_the_base_as_it_is(make_recipe):
     assert built.quantization == "none"
 
 
-def test_random_weights_need_only_a_config_and_follow_the_seed(make_recipe, tmp_path):
+@pytest.fixture
+def bare(tmp_path):
+    """The model section of random weights for a folder that has a config and nothing else."""
     small_config().save_pretrained(tmp_path / "bare")
-    recipe = make_recipe(model={"name": str(tmp_path / "bare"), "init": "random"})
-    one, same = build(recipe), build(recipe)
-    other = build(make_recipe(model={"name": str(tmp_path / "bare"), "init": "random"}, train={"seed": 1}))
+    return {"name": str(tmp_path / "bare"), "init": "random"}
+
+
+def test_random_weights_need_only_a_config_and_follow_the_seed(make_recipe, bare):
+    one, same, other = (build(make_recipe(model=bare, train={"seed": seed})) for seed in (0, 0, 1))
     weights = [b.packed.body.layers[0].mlp.up_proj.base_layer.weight for b in (one, same, other)]
     assert torch.equal(weights[0], weights[1])
     assert not torch.equal(weights[0], weights[2])
@@ -97,55 +83,43 @@ def test_random_weights_need_only_a_config_and_follow_the_seed(make_recipe, tmp_
     assert not any(b.is_meta for b in one.peft.buffers())
 
 
-def test_random_and_loaded_models_differ_only_in_their_values(make_recipe, tmp_path):
-    small_config().save_pretrained(tmp_path / "bare")
-    random = build(make_recipe(model={"name": str(tmp_path / "bare"), "init": "random"}))
-    loaded = build(make_recipe())
+def test_random_and_loaded_models_differ_only_in_their_values(make_recipe, bare):
+    random, loaded = build(make_recipe(model=bare)), build(make_recipe())
     names = [{n: (p.shape, p.dtype, p.requires_grad) for n, p in b.peft.named_parameters()} for b in (random, loaded)]
     assert names[0] == names[1]
     assert random.packed.head.weight is random.packed.embed.weight or not random.peft.config.tie_word_embeddings
 
 
 @pytest.mark.parametrize(
-    "name", ["unsloth/Llama-3.2-1B-Instruct", "unsloth/Llama-3.2-3B-Instruct", "unsloth/Meta-Llama-3.1-8B-Instruct"]
+    ("name", "billions"), [("Llama-3.2-1B", 1.2358), ("Llama-3.2-3B", 3.2128), ("Meta-Llama-3.1-8B", 8.0303)]
 )
-def test_the_shipped_architectures_have_the_published_sizes(make_recipe, name):
-    source = locate(make_recipe(model={"name": name, "init": "random"}).model, ARCHITECTURES)
+def test_the_shipped_architectures_have_the_published_sizes(make_recipe, name, billions):
+    model = {"name": f"unsloth/{name}-Instruct", "init": "random"}
+    source = locate(make_recipe(model=model).model, ARCHITECTURES)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(source))
-    billions = {"3.2-1B": 1.2358, "3.2-3B": 3.2128, "3.1-8B": 8.0303}
-    expected = next(size for part, size in billions.items() if part in name)
-    assert sum(p.numel() for p in model.parameters()) / 1e9 == pytest.approx(expected, abs=1e-4)
+    assert sum(p.numel() for p in model.parameters()) / 1e9 == pytest.approx(billions, abs=1e-4)
 
 
-def test_a_lora_target_without_a_match_is_named_with_the_targets_there_are(make_recipe):
-    with pytest.raises(RecipeError, match=r"(?s)query matched nothing.*q_proj") as caught:
-        build(make_recipe(lora={"targets": ["q_proj", "query"]}))
+@pytest.mark.parametrize("target", ["query", "lm_head"])  # the loss reads the head directly
+def test_a_lora_target_without_a_match_is_named_with_the_targets_there_are(make_recipe, target):
+    with pytest.raises(RecipeError, match=rf"(?s){target} matched nothing.*q_proj") as caught:
+        build(make_recipe(lora={"targets": ["q_proj", target]}))
     assert caught.value.code == 2
-
-
-def test_the_head_is_no_lora_target_because_the_loss_reads_it_directly(make_recipe):
-    with pytest.raises(RecipeError, match="lm_head matched nothing"):
-        build(make_recipe(lora={"targets": ["lm_head"]}))
 
 
 def test_a_model_that_needs_its_own_code_is_refused_and_nothing_is_imported(make_recipe, tmp_path):
     marker = tmp_path / "imported"
-    folder = tmp_path / "remote"
-    folder.mkdir()
-    (folder / "config.json").write_text(json.dumps({"model_type": "mine", "auto_map": {"AutoConfig": "mine.Mine"}}))
-    (folder / "mine.py").write_text(f"open({str(marker)!r}, 'w')\n")
-    recipe = make_recipe(model={"name": str(folder)})
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "mine", "auto_map": {"AutoConfig": "mine.Mine"}}))
+    (tmp_path / "mine.py").write_text(f"open({str(marker)!r}, 'w')\n")
+    recipe = make_recipe(model={"name": str(tmp_path)})
     with pytest.raises(RecipeError, match="without remote code"):
         load_config(locate(recipe.model, ARCHITECTURES), recipe.model)
     assert not marker.exists()
 
 
-def test_random_weights_take_the_tiny_tokenizer_where_the_config_has_none(make_recipe, tmp_path):
-    small_config().save_pretrained(tmp_path / "bare")
-    recipe = make_recipe(model={"name": str(tmp_path / "bare"), "init": "random"})
-    tokenizer = load_tokenizer(str(tmp_path / "bare"), recipe.model, stand_in=TINY / "base")
-    assert tokenizer.chat_template
+def test_random_weights_take_the_tiny_tokenizer_where_the_config_has_none(make_recipe, bare):
+    assert load_tokenizer(bare["name"], make_recipe(model=bare).model, stand_in=TINY / "base").chat_template
 
 
 def test_auto_dtype_is_float32_on_a_cpu():

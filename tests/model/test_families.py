@@ -8,25 +8,15 @@ from launcher.compile.observe import Observer
 from launcher.compile.plan import Plan
 from launcher.compile.regions import Region
 from launcher.errors import RecipeError
-from launcher.model.attention import attention_name, register_attention
 from launcher.model.families import FAMILIES, family_of
-from launcher.model.packed import PackedCausalLM
 from launcher.recipe.schema import CompileSection
 from tests.conftest import small_config
-from tests.support.models import LENGTHS, packed_batch
+from tests.support.models import LENGTHS, packed_batch, packed_form
 
 
 def build(model_type, **changes):
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(small_config(model_type, **changes)).requires_grad_(False)
-    family = family_of(model.config, max_length=20)
-    return model, family
-
-
-def packed_form(model):
-    register_attention("sdpa")
-    model.set_attn_implementation(attention_name("sdpa"))
-    return PackedCausalLM(model, attention="sdpa", max_length=20, loss_chunk=20)
+    return AutoModelForCausalLM.from_config(small_config(model_type, **changes)).requires_grad_(False)
 
 
 def stock_loss_one_by_one(model, ids):
@@ -42,7 +32,7 @@ def stock_loss_one_by_one(model, ids):
 
 @pytest.mark.parametrize("model_type", sorted(FAMILIES))
 def test_packed_loss_of_each_family_equals_its_stock_model_document_by_document(model_type):
-    model, _ = build(model_type)
+    model = build(model_type)
     ids, *rest = packed_batch(model.config.vocab_size)
     with torch.no_grad():
         expected = stock_loss_one_by_one(model, ids)
@@ -54,7 +44,7 @@ def test_packed_loss_of_each_family_equals_its_stock_model_document_by_document(
 @pytest.mark.parametrize("model_type", sorted(FAMILIES))
 @pytest.mark.usefixtures("clean_dynamo")
 def test_each_family_compiles_one_train_and_one_eval_graph_for_all_layers(model_type):
-    model, _ = build(model_type, num_hidden_layers=3)
+    model = build(model_type, num_hidden_layers=3)
     packed, observer = packed_form(model), Observer()
     compile = CompileSection(backend="aot_eager", regions=[])
     plan = Plan([Region("layer", 2, modules=tuple(packed.body.layers))], compile=compile, observer=observer)
@@ -72,34 +62,22 @@ def test_each_family_compiles_one_train_and_one_eval_graph_for_all_layers(model_
     assert observer.record().recompiles == 0
 
 
-def test_an_unknown_family_is_refused_and_the_known_ones_are_listed():
-    with pytest.raises(RecipeError, match="llama.*mistral.*qwen3.*'gpt2'"):
-        family_of(small_config("gpt2"), max_length=8)
+@pytest.mark.parametrize(
+    ("model_type", "changes", "max_length", "message"),
+    [
+        ("gpt2", {}, 8, "llama.*mistral.*qwen3.*'gpt2'"),
+        ("mistral", {"sliding_window": 16}, 17, "data.max_length=16"),
+        ("llama", {}, 513, "at most the model's 512 positions"),
+        ("llama", {"attention_dropout": 0.1}, 8, "attention_dropout=0.1"),
+        ("llama", {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}}, 8, "'dynamic'"),
+    ],
+)
+def test_a_model_that_would_not_be_computed_as_its_config_says_is_refused(model_type, changes, max_length, message):
+    with pytest.raises(RecipeError, match=message):
+        family_of(small_config(model_type, **changes), max_length=max_length)
 
 
-def test_a_window_shorter_than_max_length_is_refused():
-    config = small_config("mistral", sliding_window=16)
-    assert family_of(config, max_length=16).model_type == "mistral"
-    with pytest.raises(RecipeError, match="data.max_length=16"):
-        family_of(config, max_length=17)
-
-
-def test_a_window_that_no_layer_uses_does_not_limit_max_length():
-    config = small_config("qwen3", sliding_window=16, use_sliding_window=False)
-    assert family_of(config, max_length=64).model_type == "qwen3"
-
-
-def test_a_max_length_beyond_the_models_positions_is_refused():
-    with pytest.raises(RecipeError, match="at most the model's 512 positions"):
-        family_of(small_config(), max_length=513)
-
-
-def test_attention_dropout_is_refused_rather_than_ignored():
-    with pytest.raises(RecipeError, match="attention_dropout=0.1"):
-        family_of(small_config(attention_dropout=0.1), max_length=8)
-
-
-def test_a_length_dependent_rotary_table_is_refused():
-    rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
-    with pytest.raises(RecipeError, match="'dynamic'"):
-        family_of(small_config(rope_parameters=rope), max_length=8)
+def test_a_window_does_not_limit_documents_that_fit_it_nor_a_model_that_does_not_use_it():
+    assert family_of(small_config("mistral", sliding_window=16), max_length=16).model_type == "mistral"
+    unused = small_config("qwen3", sliding_window=16, use_sliding_window=False)
+    assert family_of(unused, max_length=64).model_type == "qwen3"

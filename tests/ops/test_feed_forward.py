@@ -5,17 +5,20 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from launcher.ops.feed_forward import gated_feed_forward, gated_feed_forward_reference, plain_swiglu_gradient
 from tests.support.quantised import adapters, quantised
-from tests.support.tensors import saved_for_backward
+from tests.support.tensors import assert_same_with_gradients, saved_for_backward
 
 SHAPES = [(8, 8, 1), (24, 40, 3), (64, 128, 16)]  # D, F, r
 
 
 def feed_forward(features, width, rank, *, dtype=torch.float32):
-    """Bases, their weights and adapters of gate, up and down."""
+    """Bases, their weights, A and B of gate, up and down."""
     torch.manual_seed(0)
     sizes = [(features, width), (features, width), (width, features)]
     bases, weights = zip(*(quantised(*size, dtype=dtype) for size in sizes), strict=True)
-    return bases, weights, [adapters(*size, rank) for size in sizes]
+    a, b = zip(*(adapters(*size, rank) for size in sizes), strict=True)
+    for matrix in (*a, *b):
+        matrix.requires_grad_()
+    return bases, weights, a, b
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 4e-2)])
@@ -24,24 +27,13 @@ def feed_forward(features, width, rank, *, dtype=torch.float32):
 def test_equals_three_merged_matrices_with_gradients_in_the_fp32_masters(
     features, width, rank, dtype, tolerance, compiled
 ):
-    bases, weights, drawn = feed_forward(features, width, rank, dtype=dtype)
-    torch._dynamo.reset()
-
-    def ours(x, a, b):
-        return gated_feed_forward(x, bases, a, b, scaling=0.5)
-
-    form = torch.compile(ours, fullgraph=True, backend="aot_eager") if compiled else ours
-    results = []
-    for function in (form, lambda x, a, b: gated_feed_forward_reference(x, weights, a, b, scaling=0.5)):
-        a, b = ([pair[i].clone().requires_grad_() for pair in drawn] for i in (0, 1))
-        x = torch.linspace(-1, 1, 2 * 3 * features).view(2, 3, features).to(dtype).requires_grad_()
-        y = function(x, a, b)
-        y.float().square().sum().backward()
-        results.append((y.float(), x.grad.float(), *(m.grad for m in (*a, *b))))
-        assert all(m.grad.dtype == torch.float32 for m in (*a, *b))
-    for mine, plain in zip(*results, strict=True):
-        torch.testing.assert_close(mine, plain, rtol=tolerance, atol=tolerance * plain.abs().max().item())
-        assert plain.abs().max() > 0
+    bases, weights, a, b = feed_forward(features, width, rank, dtype=dtype)
+    x = torch.linspace(-1, 1, 2 * 3 * features).view(2, 3, features).to(dtype)
+    assert_same_with_gradients(
+        lambda x, *ab: gated_feed_forward(x, bases, ab[:3], ab[3:], scaling=0.5),
+        lambda x, *ab: gated_feed_forward_reference(x, weights, ab[:3], ab[3:], scaling=0.5),
+        x, *a, *b, tolerance=tolerance, compiled=compiled,
+    )  # fmt: skip
 
 
 def test_the_plain_gradient_of_the_gate_is_autograds():
@@ -56,8 +48,7 @@ def test_the_plain_gradient_of_the_gate_is_autograds():
 
 
 def test_compiled_it_keeps_only_its_input_and_the_pair_of_gate_and_up():
-    bases, _, drawn = feed_forward(64, 128, 4)
-    a, b = ([pair[i].requires_grad_() for pair in drawn] for i in (0, 1))
+    bases, _, a, b = feed_forward(64, 128, 4)
     torch._dynamo.reset()
     form = torch.compile(lambda x: gated_feed_forward(x, bases, a, b, scaling=1.0) * 2, backend="aot_eager")
     with saved_for_backward(but=[*(t for base in bases for t in base), *a, *b]) as sizes:
@@ -66,8 +57,7 @@ def test_compiled_it_keeps_only_its_input_and_the_pair_of_gate_and_up():
 
 
 def test_the_operators_count_their_products():
-    bases, _, drawn = feed_forward(64, 32, 4)
-    a, b = ([pair[i].requires_grad_() for pair in drawn] for i in (0, 1))
+    bases, _, a, b = feed_forward(64, 32, 4)
     x = torch.randn(5, 64, requires_grad=True)
     with FlopCounterMode(display=False) as counter:
         gated_feed_forward(x, bases, a, b, scaling=1.0).sum().backward()

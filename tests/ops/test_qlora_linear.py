@@ -5,14 +5,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from launcher.ops.nf4 import merged_weights
 from launcher.ops.qlora_linear import frozen_linear, joined_linears, qlora_linear, qlora_linear_reference
 from tests.support.quantised import adapters, quantised
-from tests.support.tensors import saved_for_backward
+from tests.support.tensors import assert_same_with_gradients, saved_for_backward
 
-SHAPES = [
-    (8, 8, 1),
-    (24, 40, 3),
-    (64, 128, 16),
-    (192, 64, 5),
-]  # D, O, r; in two, scales cross rows
+SHAPES = [(8, 8, 1), (24, 40, 3), (64, 128, 16), (192, 64, 5)]  # D, O, r; in two, scales cross rows
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -36,24 +31,12 @@ def test_without_an_update_the_weight_is_bit_for_bit_that_of_bitsandbytes(featur
 def test_equals_one_merged_matrix_with_gradients_in_the_fp32_masters(features, out, rank, dtype, tolerance, compiled):
     torch.manual_seed(0)
     base, weight = quantised(features, out, dtype=dtype)
-    a, b = adapters(features, out, rank)
-    torch._dynamo.reset()
-
-    def ours(x, a, b):
-        return qlora_linear(x, base, a, b, scaling=0.5, dropout=0.0)
-
-    form = torch.compile(ours, fullgraph=True, backend="aot_eager") if compiled else ours
-    results = []
-    for function in (form, lambda x, a, b: qlora_linear_reference(x, weight, a, b, scaling=0.5)):
-        masters = [a.clone().requires_grad_(), b.clone().requires_grad_()]
-        x = torch.linspace(-1, 1, 2 * 3 * features).view(2, 3, features).to(dtype).requires_grad_()
-        y = function(x, *masters)
-        y.float().square().sum().backward()
-        results.append((y.float(), x.grad.float(), *(m.grad for m in masters)))
-        assert all(m.grad.dtype == torch.float32 for m in masters)
-    for mine, plain in zip(*results, strict=True):
-        torch.testing.assert_close(mine, plain, rtol=tolerance, atol=tolerance * plain.abs().max().item())
-        assert plain.abs().max() > 0
+    x = torch.linspace(-1, 1, 2 * 3 * features).view(2, 3, features).to(dtype)
+    assert_same_with_gradients(
+        lambda x, a, b: qlora_linear(x, base, a, b, scaling=0.5, dropout=0.0),
+        lambda x, a, b: qlora_linear_reference(x, weight, a, b, scaling=0.5),
+        x, *adapters(features, out, rank), tolerance=tolerance, compiled=compiled,
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize("compiled", [False, True])
@@ -61,26 +44,15 @@ def test_projections_of_one_input_in_one_operator_give_what_each_gives_alone(com
     torch.manual_seed(0)
     outs, x = (64, 32, 32), torch.randn(2, 5, 128)
     bases = [quantised(128, out)[0] for out in outs]
-    drawn = [adapters(128, out, 4) for out in outs]
-    torch._dynamo.reset()
+    a, b = zip(*(adapters(128, out, 4) for out in outs), strict=True)
 
-    def together(x, a, b):
-        return joined_linears(x, bases, a, b, scaling=0.5).split(outs, -1)
+    def together(x, *ab):
+        return joined_linears(x, bases, ab[:3], ab[3:], scaling=0.5).split(outs, -1)
 
-    def alone(x, a, b):
-        return [qlora_linear(x, *one, scaling=0.5, dropout=0.0) for one in zip(bases, a, b, strict=True)]
+    def alone(x, *ab):
+        return [qlora_linear(x, *one, scaling=0.5, dropout=0.0) for one in zip(bases, ab[:3], ab[3:], strict=True)]
 
-    form = torch.compile(together, fullgraph=True, backend="aot_eager") if compiled else together
-    results = []
-    for function in (form, alone):
-        a, b = ([pair[i].clone().requires_grad_() for pair in drawn] for i in (0, 1))
-        inputs = x.clone().requires_grad_()
-        outputs = function(inputs, a, b)
-        sum((y.square() * weight).sum() for weight, y in enumerate(outputs, 1)).backward()
-        results.append([*outputs, inputs.grad, *(t.grad for t in (*a, *b))])
-    for ours, theirs in zip(*results, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
-        assert theirs.abs().max() > 0
+    assert_same_with_gradients(together, alone, x, *a, *b, tolerance=1e-5, compiled=compiled)
 
 
 def test_the_base_alone_is_a_product_with_an_input_gradient():

@@ -3,6 +3,7 @@ import torch
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from launcher.ops.rotary import rotary
+from tests.support.tensors import assert_same_with_gradients
 
 HEADS = [(4, 2, 8), (3, 1, 6), (2, 2, 16)]  # H, K, E
 
@@ -25,17 +26,8 @@ def stock(y, cos, sin, *, heads):
 @pytest.mark.parametrize("compiled", [False, True])
 def test_rotates_as_transformers_does_with_its_gradient(heads, kv, width, compiled):
     y, cos, sin = drawn(heads, kv, width)
-    torch._dynamo.reset()
-    form = torch.compile(rotary, fullgraph=True, backend="aot_eager") if compiled else rotary
-    results = []
-    for function in (form, stock):
-        x = y.clone().requires_grad_()
-        parts = function(x, cos, sin, heads=(heads, kv))
-        sum((part.square() * weight).sum() for weight, part in enumerate(parts, 1)).backward()
-        results.append([*parts, x.grad])
-    for ours, theirs in zip(*results, strict=True):
-        assert ours.shape == theirs.shape
-        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+    ours, theirs = (lambda x, form=form: form(x, cos, sin, heads=(heads, kv)) for form in (rotary, stock))
+    assert_same_with_gradients(ours, theirs, y, tolerance=1e-6, compiled=compiled)
 
 
 def test_half_precision_is_rounded_once():

@@ -2,7 +2,6 @@
 
 import io
 import json
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -10,10 +9,8 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from launcher.report import error, make_console
-from launcher.report.pages import page_of
-from launcher.report.render import print_page
-from tests.support.records import preview_record, run_record, start_record
+from launcher.report import Screen, error, make_console
+from tests.support.records import preview_record, run_record, shown, start_record, without_codes
 
 
 class Terminal(io.StringIO):
@@ -34,7 +31,7 @@ def test_an_error_is_printed_verbatim_and_ends_with_the_exit_code() -> None:
     plain, coloured = io.StringIO(), io.StringIO()
     error(make_console(plain), message, 2)
     error(Console(file=coloured, width=40, force_terminal=True), message, 2)
-    assert plain.getvalue() == re.sub(r"\x1b\[[\d;]*m", "", coloured.getvalue()) == f"error: {message} (exit code 2)\n"
+    assert plain.getvalue() == without_codes(coloured.getvalue()) == f"error: {message} (exit code 2)\n"
     assert "\x1b[" in coloured.getvalue(), "red on a terminal"
 
 
@@ -53,20 +50,17 @@ def test_a_console_that_is_no_terminal_is_plain_and_of_fixed_width(
     monkeypatch.setenv("FORCE_COLOR", "1")
     if columns:
         monkeypatch.setenv("COLUMNS", columns)
-    stream = io.StringIO()
-    console = make_console(stream)
+    console = make_console(io.StringIO())
     assert console.width == width and not console.is_terminal and not console.is_jupyter
-    for record in (start_record(), run_record()):
-        print_page(console, page_of(record))  # type: ignore[arg-type]
-    error(console, "message", 2)
-    assert "\x1b" not in stream.getvalue() and "PASS" in stream.getvalue()
+    text = shown(run_record(), console)
+    assert "\x1b" not in text and "PASS" in text
 
 
 def test_an_output_that_is_not_unicode_gets_readable_text_and_no_crash() -> None:
     raw = io.BytesIO()
-    console = make_console(io.TextIOWrapper(raw, encoding="ascii"))
-    for record in (start_record(model="modèle"), run_record(), preview_record()):
-        print_page(console, page_of(record))  # type: ignore[arg-type]
+    with Screen(make_console(io.TextIOWrapper(raw, encoding="ascii"))) as screen:
+        for record in (start_record(model="modèle"), run_record(), preview_record()):
+            screen.show(record)
     text = raw.getvalue().decode("ascii")
     assert "2 x 2,048" in text and "PASS" in text and "mod\\xe8le" in text
     assert "[[<|assistant|>]]<<Hello \\U0001f44d[[<|end|>]]>>" in text and "line end\\n" in text

@@ -11,7 +11,6 @@ from launcher.records.run import Sample, Verdict
 from launcher.report import Screen, error
 from launcher.report.pages import page_of
 from launcher.report.pages.page import Column, Page, Section, Table
-from launcher.report.render import print_page
 from tests.support.records import (
     ESCAPED,
     GPU,
@@ -33,9 +32,7 @@ REASONS = ("Dynamo cannot trace [bold]print[/bold] of builtins[0], user line mod
 
 
 def drawn(page: Page, width: int) -> list[str]:
-    stream = io.StringIO()
-    print_page(Console(file=stream, width=width, force_terminal=False), page)
-    return [line.rstrip() for line in stream.getvalue().splitlines()]
+    return [line.rstrip() for line in shown(page, width=width).splitlines()]
 
 
 def test_columns_that_do_not_fit_are_left_out_by_priority_and_named() -> None:

@@ -10,7 +10,7 @@ from rich.console import Console
 
 from launcher.records.run import EvalRecord
 from launcher.report import Screen, make_console
-from tests.support.records import parity_record, run_record, start_record, step_record
+from tests.support.records import parity_record, run_record, start_record, step_record, without_codes
 
 
 def screened(events: Iterable[Any], console: Console | None = None) -> str:
@@ -27,8 +27,8 @@ def terminal(width: int) -> Console:
     return Console(width=width, force_terminal=True, color_system=None)
 
 
-def without_codes(text: str) -> list[str]:
-    return re.split(r"[\r\n]+", re.sub(r"\x1b\[[?\d;]*[A-Za-z]", "", text))
+def lines_of(text: str) -> list[str]:
+    return re.split(r"[\r\n]+", without_codes(text))
 
 
 @pytest.mark.parametrize(
@@ -57,9 +57,9 @@ def test_a_skipped_step_is_always_shown() -> None:
 @pytest.mark.parametrize("width", [40, 80, 120])
 def test_on_a_terminal_progress_is_one_live_line_that_fits(width: int) -> None:
     text = screened([start_record(), "compiling", *map(step_record, range(1, 38))], terminal(width))
-    last = [line for line in without_codes(text) if "37/100" in line][-1]
+    last = [line for line in lines_of(text) if "37/100" in line][-1]
     assert "loss" in last and "eta" in last and ("7,491 MiB" in last) is (width >= 80) and len(last) <= width
-    assert any(line.startswith("✓ compiling") for line in without_codes(text))
+    assert any(line.startswith("✓ compiling") for line in lines_of(text))
 
 
 @pytest.mark.parametrize(("device", "memory"), [("cpu", "RSS 7,491 MiB"), ("NVIDIA H200", "VRAM 7,491 MiB")])
@@ -73,7 +73,7 @@ def test_a_phase_that_fails_is_marked_as_failed() -> None:
     with pytest.raises(ZeroDivisionError), Screen(console) as screen:
         screen.show("loading")
         raise ZeroDivisionError
-    assert any(line.startswith("✗ loading") for line in without_codes(stream.getvalue()))
+    assert any(line.startswith("✗ loading") for line in lines_of(stream.getvalue()))
 
 
 @pytest.mark.parametrize("console", [None, terminal(100)])

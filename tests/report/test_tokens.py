@@ -1,36 +1,24 @@
 """The text of documents: supervision and special tokens are seen with colour and without, data stays text."""
 
-import io
 import re
 import unicodedata
+from typing import Any
 
 import pytest
 from rich.console import Console
 
-from launcher.records.preview import DocumentPreview, PreviewRecord, TextPart
-from launcher.report.pages import page_of
-from launcher.report.render import print_page
+from launcher.records.preview import DocumentPreview, TextPart
 from launcher.report.tokens import COLOURED, PLAIN, PLAIN_ASCII, Marks, tokens_text
-from tests.support.records import ESCAPED, HOSTILE, preview_record, shown
+from tests.support.records import ESCAPED, HOSTILE, preview_record, shown, without_codes
 
 
-def terminal(*, width: int = 100, no_color: bool = False, color_system: str | None = "standard") -> Console:
-    return Console(width=width, force_terminal=True, color_system=color_system, no_color=no_color)  # type: ignore[arg-type]
-
-
-def page(record: PreviewRecord, console: Console) -> str:
-    console.file = stream = io.StringIO()
-    print_page(console, page_of(record))  # type: ignore[arg-type]
-    return stream.getvalue()
-
-
-def without_codes(text: str) -> str:
-    return re.sub(r"\x1b\[[\d;]*m", "", text)
+def terminal(*, width: int = 100, no_color: bool = False, color_system: Any = "standard") -> Console:
+    return Console(width=width, force_terminal=True, color_system=color_system, no_color=no_color)
 
 
 @pytest.mark.parametrize("console", [Console(width=100), terminal(no_color=True), terminal(color_system=None)])
 def test_without_colour_supervision_and_special_tokens_are_marked_and_a_legend_says_how(console: Console) -> None:
-    lines = [line.strip() for line in without_codes(page(preview_record(), console)).splitlines()]
+    lines = [line.strip() for line in without_codes(shown(preview_record(), console)).splitlines()]
     assert "⟦<|user|>⟧Was heißt 你好?↵" in lines
     assert "Say it.⟦<|assistant|>⟧«Hello 👍⟦<|end|>⟧»" in lines
     assert "a« river↵" in lines and lines[lines.index("a« river↵") + 1] == "»"
@@ -38,7 +26,7 @@ def test_without_colour_supervision_and_special_tokens_are_marked_and_a_legend_s
 
 
 def test_with_colour_supervision_and_special_tokens_differ_in_style() -> None:
-    text = page(preview_record(), terminal())
+    text = shown(preview_record(), terminal())
     assert "«" not in text and "⟦" not in text
     supervised, special = "32", "7"  # green, reverse
     for part, expected in {
@@ -84,7 +72,7 @@ def test_what_looks_like_a_mark_in_the_data_is_shown_as_an_escape(
 @pytest.mark.parametrize("console", [Console(width=300), terminal(width=300)])
 def test_nothing_in_a_document_is_obeyed_by_terminal_or_markup(console: Console) -> None:
     parts = (TextPart(HOSTILE, False), TextPart(HOSTILE, True), TextPart(HOSTILE, False, special=True))
-    text = without_codes(page(preview_record(DocumentPreview(1, 3, 1, parts)), console))
+    text = without_codes(shown(preview_record(DocumentPreview(1, 3, 1, parts)), console))
     assert not set(text) & {"\x1b", "\x07", "\x9b", "\r", "\b", "\ud800"}
     assert "".join(text.split()).count(ESCAPED) == 6, "three in each of two blocks"
 
@@ -103,6 +91,6 @@ def test_no_character_of_the_data_hides_or_reorders_the_text_beside_it() -> None
 def test_long_documents_wrap_and_lose_nothing(width: int) -> None:
     words = " ".join(f"word{n}" for n in range(200)) + " " + "x" * 300
     document = DocumentPreview(1, 400, 399, (TextPart(words, True),))
-    text = without_codes(page(preview_record(document), terminal(width=width, no_color=True)))
+    text = without_codes(shown(preview_record(document), terminal(width=width, no_color=True)))
     assert max(map(len, text.splitlines())) <= width
     assert text.count("x") >= 600 and all(text.count(f"word{n}") >= 2 for n in range(200))

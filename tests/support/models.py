@@ -5,9 +5,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from launcher.model.attention import BlockFacts
+from launcher.model.attention import BlockFacts, attention_name, register_attention
 from launcher.model.build import BuiltModel, build_model, preflight
 from launcher.model.load import load_config
+from launcher.model.packed import PackedCausalLM
 from launcher.recipe.locate import locate
 from tests.conftest import ROOT
 
@@ -22,6 +23,13 @@ def build(recipe: Any, phases: list[str] | None = None, *, device: str = "cpu") 
     preflight(recipe, source, config, where)
     phase = (phases if phases is not None else []).append
     return build_model(recipe, source, config, device=where, blocks=BlockFacts((64,), alone=False), phase=phase)
+
+
+def packed_form(model: Any) -> PackedCausalLM:
+    """The model for the blocks of `packed_batch`, with attention that runs on every device."""
+    register_attention("sdpa")
+    model.set_attn_implementation(attention_name("sdpa"))
+    return PackedCausalLM(model, attention="sdpa", max_length=20, loss_chunk=20)
 
 
 def packed_batch(vocabulary: int, *, length: int = 20, seed: int = 0) -> tuple[Tensor, ...]:

@@ -1,6 +1,7 @@
 """Records of every kind as runs make them, and what a plain console shows of them."""
 
 import io
+import re
 from collections.abc import Iterator
 from dataclasses import is_dataclass, replace
 from typing import Any
@@ -32,13 +33,17 @@ HOSTILE = "[red]x[/nope]\x1b[31m\x07\x9b\r\b\ud800:smile:"  # markup, control co
 ESCAPED = "[red]x[/nope]\\x1b[31m\\x07\\x9b\\r\\x08\\ud800:smile:"
 
 
-def shown(record: object, *, width: int = 120) -> str:
-    """The page of a record on a console without a terminal."""
-    console = Console(file=io.StringIO(), width=width, force_terminal=False)
-    page = page_of(record)
-    assert page is not None
-    print_page(console, page)
-    return console.file.getvalue()  # type: ignore[attr-defined]
+def shown(record: Any, console: Console | None = None, *, width: int = 120) -> str:
+    """The page of a record, or a page, on a console: one without a terminal unless another is given."""
+    console = console or Console(width=width, force_terminal=False)
+    console.file = stream = io.StringIO()
+    print_page(console, page_of(record) or record)
+    return stream.getvalue()
+
+
+def without_codes(text: str) -> str:
+    """The text without the control codes of a terminal."""
+    return re.sub(r"\x1b\[[?\d;]*[A-Za-z]", "", text)
 
 
 def section(text: str, title: str) -> list[str]:

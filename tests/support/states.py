@@ -16,10 +16,10 @@ def train(worker: Worker, steps: int) -> list[list[float]]:
 
 
 def leaves(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
-    """Everything in a tree of dicts that is no dict, by dotted name."""
+    """Everything in a tree of dicts that is no dict, by dotted name. Raises TypeError where a key is no string."""
     if isinstance(value, dict):
         for key, inner in value.items():
-            yield from leaves(inner, f"{name}.{key}" if name else key)
+            yield from leaves(inner, (name and name + ".") + key)
     else:
         yield name, value
 
@@ -37,15 +37,11 @@ def flat(state: dict[str, Any]) -> dict[str, Any]:
 def through_files(state: dict[str, Any]) -> dict[str, Any]:
     """The state as it comes back from a safetensors file and a JSON file."""
     tensors = load(save({name: leaf.clone() for name, leaf in leaves(state) if isinstance(leaf, Tensor)}))
+    others = json.loads(json.dumps(state, default=lambda tensor: None))
 
-    def named(value: Any, name: str = "") -> Any:
+    def filled(value: Any, name: str = "") -> Any:
         if isinstance(value, dict):
-            return {key: named(inner, f"{name}.{key}" if name else key) for key, inner in value.items()}
-        return {"tensor": name} if isinstance(value, Tensor) else value
+            return {key: filled(inner, (name and name + ".") + key) for key, inner in value.items()}
+        return tensors.get(name, value)
 
-    def filled(value: Any) -> Any:
-        if isinstance(value, dict):
-            return tensors[value["tensor"]] if list(value) == ["tensor"] else {k: filled(v) for k, v in value.items()}
-        return value
-
-    return filled(json.loads(json.dumps(named(state))))
+    return filled(others)

@@ -1,7 +1,8 @@
-"""Measures of tensors that several tests take."""
+"""Tensors measured and compared."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,6 +11,30 @@ from torch import Tensor
 def relative_error(ours: Tensor, exact: Tensor) -> float:
     """The norm of the difference, relative to that of `exact`; computed in fp64."""
     return float((ours.double() - exact.double()).norm() / exact.double().norm())
+
+
+def assert_same_with_gradients(
+    ours: Callable[..., Any], plain: Callable[..., Any], *inputs: Tensor, tolerance: float, compiled: bool = False
+) -> None:
+    """Both functions of the inputs have the same outputs, a tensor or several, and the same gradients of all inputs.
+
+    `ours` may be compiled before; `tolerance` is relative to the largest value of each tensor.
+    """
+    torch._dynamo.reset()
+    form = torch.compile(ours, fullgraph=True, backend="aot_eager") if compiled else ours
+    for mine, theirs in zip(_with_gradients(form, inputs), _with_gradients(plain, inputs), strict=True):
+        torch.testing.assert_close(
+            mine, theirs, rtol=tolerance, atol=tolerance * theirs.abs().max().item(), check_dtype=False
+        )
+        assert theirs.any()
+
+
+def _with_gradients(function: Callable[..., Any], inputs: Sequence[Tensor]) -> list[Tensor]:
+    leaves = [tensor.detach().clone().requires_grad_() for tensor in inputs]
+    outputs = function(*leaves)
+    outputs = [outputs] if isinstance(outputs, Tensor) else outputs
+    sum((output.float().square() * weight).sum() for weight, output in enumerate(outputs, 1)).backward()
+    return [*outputs, *(leaf.grad for leaf in leaves)]
 
 
 def add_noise(parameters: Iterable[Tensor]) -> None:

@@ -9,9 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from launcher.data.documents import Documents
 from launcher.data.loader import StepBatch
-from launcher.train.describe import start_record
 from launcher.train.setup import block_facts, prepare_inputs
 from tests.conftest import request_for
 from tests.support.workers import compiled, documents
@@ -19,34 +17,6 @@ from tests.support.workers import compiled, documents
 pytestmark = pytest.mark.usefixtures("clean_dynamo")
 
 UNCOMPILED = {"mode": "off"}
-
-
-def short_and_long() -> Documents:
-    """Of 8 tokens, all supervised, or of 64, of which a third are."""
-    texts = documents((8, 64))
-    is_long = np.repeat(texts.lengths == 64, texts.lengths)
-    return replace(texts, supervised=~is_long | (np.arange(len(is_long)) % 3 == 0))
-
-
-def test_two_widths_of_which_one_leaves_positions_out_share_the_graphs_of_the_loss(
-    make_recipe: Callable[..., Any],
-) -> None:
-    data = {"batching": "bucketed", "max_length": 64}
-    worker = compiled(make_recipe(data=data, train={"steps": 40, "micro_batch": 8}), short_and_long())
-    packed = worker.built.packed
-    wide_targets = packed.loss_rows(8 * 64)
-    assert 8 * 64 / 4 < wide_targets < 8 * 64 / 2 and packed.loss_rows(8 * 8) == 8 * 7
-    assert packed.loss_chunk <= wide_targets
-    assert start_record(worker).loss_tokens == (8 * 7, wide_targets)
-    for _ in range(20):
-        worker.step(next(worker.batches))
-    for batch in worker.eval_batches:
-        worker.plan.call(worker.step.eval_loss, batch)
-    worker.plan.check()
-    record = worker.observer.record()
-    assert record.graphs_by_region == {"layer": 4, "loss": 2}
-    assert (record.recompiles, record.compilations) == (0, record.expected_graphs)
-    worker.plan.release()
 
 
 @pytest.mark.parametrize("batching", ["packed", "bucketed", "padded"])

@@ -1,5 +1,7 @@
 """Metrics of steps that still run are read later, in order, and none is lost."""
 
+from unittest.mock import Mock
+
 import pytest
 import torch
 
@@ -12,76 +14,51 @@ from launcher.train.step import StepResult
 from tests.conftest import request_for
 
 
-class Event:
-    """Stands for a copy to the host that has ended once it was waited for."""
-
-    def __init__(self):
-        self.waits = 0
-
-    def synchronize(self):
-        self.waits += 1
-
-
-def result(loss_sum):
-    return StepResult(torch.tensor([loss_sum, 2.0, 0.5, 0.0], dtype=torch.float64))
-
-
-def reader_of(*loss_sums):
-    reader = MetricsReader()
+def enqueue(reader, *loss_sums):
+    """Enqueue a step with each of these losses; the next step overwrites its metrics at once."""
     for loss_sum in loss_sums:
-        reader.add(result(loss_sum), None)
-    return reader
+        metrics = torch.tensor([loss_sum, 2.0, 0.5, 0.0], dtype=torch.float64)
+        reader.add(StepResult(metrics), None)
+        metrics.fill_(9.0)
 
 
 def losses(steps):
     return [step.loss_sum for step in steps]
 
 
-def test_on_a_cpu_every_step_is_read_at_once():
-    reader = reader_of(1.0)
+def test_on_a_cpu_every_step_is_read_at_once_as_it_was():
+    enqueue(reader := MetricsReader(), 1.0)
     [step] = reader.read(all=False)
     assert (step.loss_sum, step.grad_norm, step.lr, step.skipped) == (1.0, 2.0, 0.5, False)
     assert reader.read(all=True) == []
 
 
 def test_a_running_step_is_left_until_the_next_one_or_until_all_are_asked_for(monkeypatch):
-    events = []
+    copies = []
 
     def copy_to_host(tensor):
-        events.append(Event())
-        return tensor, events[-1]
+        copies.append(Mock(torch.cuda.Event))
+        return tensor.clone(), copies[-1]
 
     monkeypatch.setattr(metrics, "copy_to_host", copy_to_host)
-    reader = reader_of(1.0)
+    enqueue(reader := MetricsReader(), 1.0)
     assert reader.read(all=False) == []
-    reader.add(result(2.0), None)
+    enqueue(reader, 2.0)
     assert losses(reader.read(all=False)) == [1.0]
-    reader.add(result(3.0), None)
-    reader.add(result(4.0), None)
+    enqueue(reader, 3.0, 4.0)
     assert losses(reader.read(all=False)) == [2.0, 3.0]
     assert losses(reader.read(all=True)) == [4.0]
-    assert [event.waits for event in events] == [
-        1,
-        0,
-        1,
-        1,
-    ]  # one wait a read: for the last copy, which ends the others
-
-
-def test_metrics_stay_those_of_their_step_when_the_next_step_overwrites_them():
-    reader, step = MetricsReader(), result(1.0)
-    reader.add(step, None)
-    step.metrics.fill_(9.0)
-    assert losses(reader.read(all=True)) == [1.0]
+    waits = [copied.synchronize.call_count for copied in copies]
+    assert waits == [1, 0, 1, 1], "one wait a read: for the last copy, which ends the others"
 
 
 def test_the_time_between_two_reads_is_shared_by_the_steps_read(monkeypatch):
     now = iter([10.0, 16.0, 16.0, 30.0, 31.0, 31.0])
     monkeypatch.setattr(metrics.time, "perf_counter", lambda: next(now))
-    reader = reader_of(1.0, 2.0, 3.0)
+    enqueue(reader := MetricsReader(), 1.0, 2.0, 3.0)
     assert [step.step_s for step in reader.read(all=True)] == [2.0, 2.0, 2.0]
     reader.restart()
-    reader.add(result(4.0), None)
+    enqueue(reader, 4.0)
     assert [step.step_s for step in reader.read(all=True)] == [1.0]
 
 

@@ -1,13 +1,16 @@
 """Batches of any boundaries and planned widths compile nothing after warm-up; any other width stops the run."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
-import torch
 
+from launcher.data.documents import Documents
 from launcher.data.pack.micro_batch import MicroBatch
 from launcher.errors import ContractError
+from launcher.train.describe import start_record
 from launcher.train.step import arguments
 from tests.support.workers import ANY, MAX_LENGTH, THREE, TWO, compiled, documents
 
@@ -16,13 +19,23 @@ pytestmark = pytest.mark.usefixtures("clean_dynamo")
 BUCKETED = {"batching": "bucketed", "max_length": MAX_LENGTH}
 
 
+def partly_supervised(lengths: tuple[int, ...]) -> Documents:
+    """Documents of up to 8 tokens, all supervised, and longer ones, of which a third is."""
+    data = documents(lengths)
+    is_long = np.repeat(data.lengths > 8, data.lengths)
+    return replace(data, supervised=~is_long | (np.arange(len(is_long)) % 3 == 0))
+
+
 @pytest.mark.parametrize(("batching", "lengths", "widths"), [("packed", ANY, 1), ("bucketed", THREE, 3)])
 def test_a_hundred_batches_of_varied_boundaries_and_an_odd_last_one_compile_nothing(
     make_recipe: Callable[..., Any], batching: str, lengths: tuple[int, ...], widths: int
 ) -> None:
     data = {"batching": batching, "max_length": MAX_LENGTH}
-    worker = compiled(make_recipe(data=data, train={"steps": 100, "micro_batch": 2}), documents(lengths))
-    graphs = 2 * widths + 2
+    worker = compiled(make_recipe(data=data, train={"steps": 100, "micro_batch": 2}), partly_supervised(lengths))
+    graphs, loss_tokens = 2 * widths + 2, start_record(worker).loss_tokens
+    assert len(set(loss_tokens)) == widths and loss_tokens[-1] < 0.7 * 2 * MAX_LENGTH, "positions are left out"
+    assert batching == "packed" or loss_tokens[0] == 2 * 7, "all that have a target"
+    assert worker.built.packed.loss_chunk < max(loss_tokens) + 8, "chunks are whole eights"
     record = worker.observer.record()
     assert record.graphs_by_region == {"layer": 2 * widths, "loss": 2}
     assert record.compilations == record.planned_graphs == record.expected_graphs == graphs
@@ -34,8 +47,7 @@ def test_a_hundred_batches_of_varied_boundaries_and_an_odd_last_one_compile_noth
             boundaries.add(tuple(micro.cu_seqlens.tolist()))
             shapes.add(tuple(micro.input_ids.shape))
             blanks += int((micro.cu_seqlens.diff() == micro.input_ids.shape[1]).sum())
-    with torch.no_grad():
-        losses = [float(worker.plan.call(worker.built.packed, *arguments(batch))) for batch in worker.eval_batches]
+    losses = [float(worker.plan.call(worker.step.eval_loss, batch)) for batch in worker.eval_batches]
     worker.plan.check()
     record = worker.observer.record()
     assert (record.compilations, record.recompiles, record.limit_hits, record.graph_breaks) == (graphs, 0, 0, 0)

@@ -22,8 +22,10 @@ def test_what_is_sent_comes_out_unchanged_in_dtype_shape_and_value():
         sent = fields(seed)
         staging.fill(sent, factor=1 / (seed + 3))
         received = staging.inputs()
+        for tensor in sent:
+            tensor.zero_()  # the sender may use them again at once
         assert [t.dtype for t in received] == [t.dtype for t in sent]
-        assert all(torch.equal(a, b) for a, b in zip(received, sent, strict=True))
+        assert all(torch.equal(a, b) for a, b in zip(received, fields(seed), strict=True))
         assert all(t.is_contiguous() for t in received)
         torch.testing.assert_close(float(staging.factor), 1 / (seed + 3))
     assert not torch.equal(fields(0)[0], fields(1)[0])
@@ -37,10 +39,3 @@ def test_the_device_side_stays_where_it_is_and_fields_begin_at_sixteen_bytes():
     assert ([t.data_ptr() for t in staging.inputs()[3:]], staging.factor.data_ptr()) == before
     start = staging.inputs()[3].untyped_storage().data_ptr()
     assert all((t.data_ptr() - start) % 16 == 0 for t in staging.inputs()[3:])
-
-
-def test_the_sender_may_change_its_tensors_at_once():
-    staging, sent = Staging(fields(0), torch.device("cpu")), fields(0)
-    staging.fill(sent, factor=1.0)
-    sent[0].zero_()
-    assert torch.equal(staging.inputs()[0], fields(0)[0])

@@ -105,7 +105,7 @@ def test_a_nan_loss_never_reaches_the_weights_and_nothing_is_updated_after_it(fp
     for _ in range(5):
         losses.append(float(step(step_batch(micro(1, 4), micro(1, 4))).loss_sum))
         weights.append(model.weight.detach().clone())
-    assert not torch.equal(weights[0], weights[1])
+    assert losses[1] < losses[0] and not torch.equal(weights[0], weights[1])
     assert math.isnan(losses[2])
     assert torch.equal(weights[1], weights[2]) and torch.equal(weights[1], weights[4])
     assert torch.isfinite(weights[4]).all()
@@ -174,14 +174,6 @@ def test_a_paged_optimizer_without_a_gpu_is_refused_rather_than_replaced():
     with pytest.raises(RecipeError, match="train.optimizer=adamw_8bit"):
         check_optimizer(section, torch.device("cpu"))
     check_optimizer(section, torch.device("cuda"))
-
-
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
-@pytest.mark.parametrize("schedule", ["cosine", "linear", "constant"])
-def test_every_optimizer_and_schedule_lowers_a_loss(optimizer, schedule):
-    step = make_step(Linear(), optimizer=optimizer, schedule=schedule, warmup=1)
-    losses = [float(step(ONES).loss_sum) for _ in range(5)]
-    assert losses[-1] < losses[0]
 
 
 @pytest.mark.parametrize("name", ["cosine", "linear", "constant"])

@@ -47,7 +47,6 @@ def _blocks(record: PreviewRecord) -> Iterator[Section]:
 
 
 def _block(block: BlockPreview, *, number: int) -> Section:
-    """Its documents, each under its figures, then its padding."""
     items = [
         Section(
             f"document {document.number:,}",

@@ -113,7 +113,6 @@ def _shortened(text: str) -> str:
 
 
 def _total(ranks: Sequence[RankRecord]) -> str:
-    """Compilations, tokens per second of all ranks together, and the highest peak."""
     process = "in this process" if len(ranks) == 1 else "per process"
     compilations = f"{extent([r.compile.compilations for r in ranks])} compilations {process}"
     speed = f"{whole(sum(r.tokens_per_s for r in ranks))} tokens/s"

@@ -34,7 +34,6 @@ def _shapes(start: StartRecord) -> str:
 
 
 def _step(start: StartRecord) -> str:
-    """Positions of one optimizer step over accumulation and ranks, and the number of steps."""
     blocks = start.micro_batch * start.accumulation * start.world_size
     at_most = "" if len(start.widths) == 1 else "at most "
     return f"{at_most}{whole(blocks * start.widths[-1])} tokens, all ranks · {counted(start.steps, 'step')}"

@@ -55,18 +55,15 @@ def test_without_a_naive_side_there_is_no_column_of_it() -> None:
     assert "ours 1,000 tokens/s, peak 1,000 MiB\n" in text
 
 
-def test_a_naive_side_out_of_memory_leaves_what_it_held_and_all_of_ours() -> None:
+def test_a_naive_side_that_failed_leaves_what_it_had_measured_and_all_of_ours() -> None:
     full = bench_side(steps_s=(), losses=(), first_step_s=None, failure="f", out_of_memory=True)
     text = shown(bench_of(full, notes=("naive: out of memory",)))
     assert "step ms, median - 100.0 -" in section(text, "Steps")
     assert "peak allocated 2,000 1,000 0.50 ×" in section(text, "Memory")
     assert "naive ran out of memory" in text and "naive: out of memory" in section(text, "Notes")
     assert "pays back" not in text and "same loss" not in text
-
-
-def test_a_naive_side_that_died_has_no_figure_at_all() -> None:
-    text = shown(bench_of(SideRecord(failure="its process was ended by SIGKILL")))
-    assert "naive failed" in text and "peak allocated - 1,000 -" in section(text, "Memory")
+    died = shown(bench_of(SideRecord(failure="its process was ended by SIGKILL")))
+    assert "naive failed" in died and "peak allocated - 1,000 -" in section(died, "Memory")
 
 
 def test_a_first_loss_that_differs_is_a_failed_verdict() -> None:

@@ -2,7 +2,6 @@
 
 from dataclasses import replace
 
-from launcher.records.run import Verdict
 from tests.support.records import bad, parity_batch, parity_record, section, shown
 
 
@@ -39,12 +38,3 @@ def test_figures_that_close_the_gate_are_shown_as_bad() -> None:
     adapters = (replace(parity_record().adapters[0], least_cosine=0.9948), parity_record().adapters[1])
     assert bad(parity_record(batches=batches, adapters=adapters)) == ["2.1e-03", "0.99490", "0.99480"]
     assert bad(parity_record()) == []
-
-
-def test_a_closed_gate_is_a_failed_verdict_and_in_the_json() -> None:
-    closed = parity_record(verdicts=(Verdict("loss", True, "small"), Verdict("cosine", False, "0.5")))
-    assert "✗ FAIL cosine 0.5" in section(shown(closed), "Verdicts")
-    report = closed.as_report()
-    assert (report["schema"], report["mode"], report["holds"]) == (1, "parity", False)
-    assert report["batches"][0]["loss"] == {"compiled": 2.5, "eager": 2.6}
-    assert parity_record().as_report()["holds"] is True
