@@ -1,12 +1,14 @@
 import pytest
 
-from launcher.records.run import EvalRecord
+from launcher.records.run import CompileRecord, EvalRecord, RankRecord, StepRecord
 from launcher.train.verdicts import compile_verdicts, loss_verdict
-from tests.support.records import rank_record, step_record
 
 
 def compiled(**changes):
-    return rank_record(0, **{"planned_graphs": 3, "expected_graphs": 3, "compilations": 3, **changes})
+    values = {"planned_graphs": 4, "expected_graphs": 4, "compilations": 4, "graph_breaks": 0, "recompiles": 0}
+    rest = {"limit_hits": 0, "backend_errors": 0, "forward_s": 1.0, "backward_s": 1.0, "cache_hits": 0}
+    values = {**values, **rest, "graph_hash": "abc"}
+    return RankRecord(0, "cpu", CompileRecord(**{**values, **changes}), (), 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0)
 
 
 @pytest.mark.parametrize(
@@ -16,7 +18,7 @@ def compiled(**changes):
         ({"recompiles": 1}, "zero recompiles"),
         ({"limit_hits": 1}, "zero recompiles"),
         ({"compilations": 5}, "exactly the planned graphs"),
-        ({"planned_graphs": 2, "compilations": 2}, "exactly the planned graphs"),
+        ({"planned_graphs": 3, "compilations": 3}, "exactly the planned graphs"),
         ({"fallbacks": ("all",)}, "exactly the planned graphs"),
         ({"graph_hash": "xyz"}, "every rank compiled the same graphs"),
     ],
@@ -27,7 +29,7 @@ def test_each_verdict_fails_on_the_rank_that_breaks_its_claim(changes, claim):
 
 
 def test_a_loss_that_is_not_finite_fails_its_verdict():
-    step = step_record(1)
+    step = StepRecord(1, 1.0, 0.1, 1.0, 1, 1, 1.0, 1.0)
     assert loss_verdict([step], [EvalRecord(0, 1.0)]).holds
-    assert not loss_verdict([step, step_record(2, loss=float("nan"))], []).holds
+    assert not loss_verdict([step, StepRecord(2, float("nan"), 0.1, 1.0, 1, 1, 1.0, 1.0)], []).holds
     assert not loss_verdict([step], [EvalRecord(0, float("inf"))]).holds
