@@ -1,4 +1,4 @@
-"""The command line: words -> a command, which runs or prints; errors -> a message and an exit code (README).
+"""The command line: words -> a command, which runs or prints; errors -> a message and an exit code (docs/run-files.md).
 
 torch is imported only once the recipe is known to be good: a mistyped key is answered at once.
 """
