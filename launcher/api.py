@@ -7,7 +7,9 @@ record.evals[-1].eval_loss, record.start.run_dir
 
 import io
 import os
+from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
 
@@ -22,9 +24,11 @@ from launcher.recipe.locate import locate
 from launcher.records.run import Event, RunRecord
 from launcher.report import Screen, make_console
 from launcher.report.trackers import make_trackers
+from launcher.runtime.clock import boot_clock_s
 from launcher.runtime.environment import prepare_environment, quick_imports
 from launcher.runtime.failures import classified, code_and_reason
 from launcher.runtime.ranks import RankInfo, end_with_parent, rank_info
+from launcher.runtime.signals import listening
 from launcher.train.request import Request
 
 
@@ -43,11 +47,17 @@ def run(recipe: str, *overrides: str, quiet: bool = False) -> RunRecord:
     Raises:
         LauncherError: the run failed; its class and `code` say how (launcher/errors.py).
     """
+    started_s = boot_clock_s()
     resolved, info = resolve([f"recipe={recipe}", *overrides]), rank_info()
     if resolved.mode != "train":
         raise RecipeError(f"run() trains; got mode={resolved.mode}; give that to the command line: qlora-launcher")
-    console = make_console(io.StringIO() if quiet or not info.is_main else None)
-    return train(make_request(resolved, info), console, report_copy=resolved.report)
+    if info.world_size > 1:  # a run ends its process group, and a second run of the process would find none
+        raise RecipeError(
+            f"run() trains in one process; {info.world_size} were started; launch launcher/main.py"
+        )
+    request = replace(make_request(resolved, info), started_s=started_s)
+    with listening():
+        return train(request, make_console(io.StringIO() if quiet else None), report_copy=resolved.report)
 
 
 def make_request(resolved: Resolved, info: RankInfo) -> Request:
@@ -73,20 +83,25 @@ def train(request: Request, console: Console, *, report_copy: Path | None) -> Ru
     with Screen(console) as screen:
         screen.show("importing torch")
         with quick_imports():
-            from launcher.train import loop
+            import launcher.train.loop  # noqa: F401
+        return _train(request, files, [files, *(trackers if info.is_main else []), screen])
 
-        sinks: list[Sink] = [files, *(trackers if info.is_main else []), screen]
-        history = loop.RunHistory()
-        try:
-            with classified(info, lambda: history.ledger):
-                for event in loop.run(request, history):
-                    for sink in sinks:
-                        sink.show(event)
-        except BaseException as failure:
-            code, reason = code_and_reason(failure)
-            with suppress(OSError):  # a full disk must not hide what ended the run
-                files.end(code=code, reason=reason, step=getattr(failure, "step", None))
-            raise
-        files.end(code=0, reason="done")
+
+def _train(request: Request, files: RunFiles, sinks: Sequence[Sink]) -> RunRecord:
+    """A function of its own: what exists while imports are frozen, a cell of `history` too, would never be freed."""
+    from launcher.train import loop
+
+    history = loop.RunHistory()
+    try:
+        with classified(request.rank_info, lambda: history.ledger):
+            for event in loop.run(request, history):
+                for sink in sinks:
+                    sink.show(event)
+    except BaseException as failure:
+        code, reason = code_and_reason(failure)
+        with suppress(OSError):  # a full disk must not hide what ended the run
+            files.end(code=code, reason=reason, step=getattr(failure, "step", None))
+        raise
+    files.end(code=0, reason="done")
     assert isinstance(event, RunRecord), "a run's last event is its record"
     return event

@@ -1,6 +1,9 @@
 """Training from Python: the record, the files and the console of one run, and how a run may fail."""
 
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 
@@ -8,7 +11,7 @@ from launcher import api
 from launcher.errors import CheckpointError, DiskError, RecipeError
 from launcher.model.packed import PackedCausalLM
 from launcher.records.run import RunRecord
-from tests.conftest import fresh_dynamo
+from tests.conftest import ROOT, fresh_dynamo
 
 
 @pytest.fixture(scope="module")
@@ -83,6 +86,45 @@ def test_a_run_that_fails_leaves_its_status(small_arguments, tmp_path, monkeypat
     assert (status["code"], status["reason"]) == (7, str(caught.value))
 
 
-def test_another_mode_is_refused():
+def test_another_mode_and_several_processes_are_refused(monkeypatch):
     with pytest.raises(RecipeError, match=r"run\(\) trains; got mode=preview"):
         api.run("tiny", "mode=preview")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(RecipeError, match=r"run\(\) trains in one process; 2 were started"):
+        api.run("tiny")
+
+
+def test_a_notebook_gets_its_memory_compiler_and_signal_handlers_back(small_arguments, tmp_path):
+    """In a process that has not imported torch, after a run that failed once its contract was armed."""
+    script = tmp_path / "notebook.py"
+    script.write_text(
+        "import gc, signal, sys, time\n"
+        "time.sleep(3)\n"
+        "from launcher import api\n"
+        "from launcher.errors import DiskError\n"
+        "assert 'torch' not in sys.modules\n"
+        "from launcher.checkpoint.folder import RunFiles\n"
+        "show = RunFiles.show\n"
+        "def full(self, event):\n"
+        "    show(self, event)\n"
+        "    if event == 'saving adapter': raise OSError(28, 'no space left', 'a.json')\n"
+        "RunFiles.show = full\n"
+        "try: api.run('tiny', *sys.argv[1:], 'run.output_dir=failed', quiet=True)\n"
+        "except DiskError: pass\n"
+        "else: raise AssertionError\n"
+        "import torch, torch._dynamo\n"
+        "double = torch.compile(lambda x: 2 * x, backend='eager', dynamic=False)\n"
+        "double(torch.ones(2)), double(torch.ones(3))\n"
+        "RunFiles.show = show\n"
+        "record = api.run('tiny', *sys.argv[1:], 'run.output_dir=done', quiet=True)\n"
+        "assert record.elapsed_s['imports'] < 3, record.elapsed_s\n"
+        "assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL\n"
+        "assert signal.getsignal(signal.SIGINT) is signal.default_int_handler\n"
+        "torch._dynamo.reset()\n"
+        "gc.collect()\n"
+        "assert not [o for o in gc.get_objects() if type(o).__name__ in ('PackedCausalLM', 'Worker')]\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, str(script), *small_arguments[1:]]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]

@@ -16,7 +16,7 @@ from launcher.recipe.fields import LEAVES, accepts, field, json_schema
 from launcher.recipe.load import Resolved, resolve
 from launcher.recipe.yaml_lines import inline
 
-Row = Sequence[str]
+Cells = Sequence[str]
 
 
 def print_request(argv: Sequence[str], *, console: Console) -> bool:
@@ -78,7 +78,7 @@ def print_help(console: Console) -> None:
     _print_table(("key", "value", "meaning"), rows, console)
 
 
-def _print_table(header: Row, rows: Sequence[Row], console: Console) -> None:
+def _print_table(header: Cells, rows: Sequence[Cells], console: Console) -> None:
     if not console.is_terminal:
         _print_plain((header, *rows), console)
         return
@@ -88,7 +88,7 @@ def _print_table(header: Row, rows: Sequence[Row], console: Console) -> None:
     console.print(table)
 
 
-def _print_plain(rows: Sequence[Row], console: Console) -> None:
+def _print_plain(rows: Sequence[Cells], console: Console) -> None:
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
         cells = (cell.ljust(width) for cell, width in zip(row, widths, strict=True))

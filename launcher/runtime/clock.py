@@ -7,21 +7,32 @@ from contextlib import contextmanager
 from pathlib import Path
 
 
-def process_age_s() -> float:
-    """Seconds since this process was started, from the kernel's clock since boot (Linux)."""
+def boot_clock_s() -> float:
+    """Seconds since the machine was booted (Linux)."""
+    return time.clock_gettime(time.CLOCK_BOOTTIME)
+
+
+def process_started_s() -> float:
+    """When this process was started, by `boot_clock_s`."""
     after_name = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
-    started_ticks = int(after_name[19])  # field 22 of the file, man 5 proc
-    return time.clock_gettime(time.CLOCK_BOOTTIME) - started_ticks / os.sysconf("SC_CLK_TCK")
+    return int(after_name[19]) / os.sysconf("SC_CLK_TCK")  # field 22 of the file, in ticks, man 5 proc
+
+
+def process_age_s() -> float:
+    """Seconds since this process was started."""
+    return boot_clock_s() - process_started_s()
 
 
 class Clock:
-    """Seconds by phase, in order; phases of one name add up. A phase inside another is not counted in the outer one.
+    """Seconds by phase, in order; phases of one name add up. A phase inside another is not counted in the outer.
 
-    The first phase is "imports": from the start of the process until the clock is made.
+    The first phase is "imports": from the start of the process until the clock is made. `started_s`, by `boot_clock_s`,
+    is another start.
     """
 
-    def __init__(self) -> None:
-        self.elapsed_s: dict[str, float] = {"imports": process_age_s()}
+    def __init__(self, started_s: float | None = None) -> None:
+        started_s = process_started_s() if started_s is None else started_s
+        self.elapsed_s: dict[str, float] = {"imports": boot_clock_s() - started_s}
         self._inner_s = 0.0  # of phases that have ended inside the present one
 
     @contextmanager

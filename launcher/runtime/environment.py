@@ -31,8 +31,8 @@ def quick_imports() -> Iterator[None]:
 
     These imports make millions of objects that all stay. The collector would walk them again and again, a sixth of the
     imports' CPU time (6.2 s with it, 5.1 without; medians of four, CPU). Frozen, they are skipped by every later
-    collection, such as the full one before a capture. Whatever else is made inside is never collected. Does nothing
-    where torch has been imported: little is left to import, and a notebook's own objects must not be frozen.
+    collection, such as the full one before a capture. Whatever exists then is frozen too, and is not freed if it
+    becomes part of a cycle: call this before anything large is made. Does nothing where torch has been imported.
     """
     if "torch" in sys.modules:
         yield

@@ -53,7 +53,15 @@ def run(request: Request, history: RunHistory) -> Iterator[Event]:
 
     Raises the errors of launcher/errors.py, after the events of all good steps.
     """
-    clock, recipe = Clock(), request.recipe
+    try:
+        yield from _run(request, history)
+    finally:
+        if history.worker is not None:
+            history.worker.release()
+
+
+def _run(request: Request, history: RunHistory) -> Iterator[Event]:
+    clock, recipe = Clock(request.started_s), request.recipe
     yield "reading data"
     with clock.phase("data"):
         prepared = prepare_inputs(request)
@@ -77,7 +85,6 @@ def run(request: Request, history: RunHistory) -> Iterator[Event]:
         sample = _sample(worker)
     record = _run_record(worker, history, saved, sample)
     worker.accelerator.end_training()
-    worker.plan.release()
     yield record
     if not saved.holds:
         raise CheckpointError(saved.evidence)

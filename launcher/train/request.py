@@ -1,4 +1,4 @@
-"""What the command line asks of a run, a comparison or a benchmark. Imports no torch."""
+"""What is asked of a run, a comparison or a benchmark. Imports no torch."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,3 +17,4 @@ class Request:
     shipped: Path  # the folder of the recipes
     rank_info: RankInfo
     notes: tuple[str, ...] = ()  # what the user should know, for the report
+    started_s: float | None = None  # by runtime/clock.py's boot_clock_s; None: when the process was started

@@ -145,6 +145,11 @@ class Worker:
         self.observer = Observer()
         self.ledger = Ledger(self.accelerator.device)
 
+    def release(self) -> None:
+        """Let other code of this process compile again, however far this worker has come."""
+        if "plan" in vars(self):
+            self.plan.release()
+
     def open_folder(self) -> None:
         """Create the run folder on rank 0. Every rank raises the error that rank 0 met."""
         problem: LauncherError | None = None

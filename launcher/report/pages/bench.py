@@ -12,7 +12,7 @@ LOSSES_SHOWN = 8  # rows of the table; of more steps a sample, first and last in
 NOTHING = "-"
 
 
-class Row(NamedTuple):
+class Figure(NamedTuple):
     """One figure of both sides, and how it reads."""
 
     label: str
@@ -29,16 +29,16 @@ class Row(NamedTuple):
 
 
 MEMORY = [
-    Row("before the first step", lambda side: side.before_mib),
-    Row("peak allocated", lambda side: side.peak_allocated_mib),
-    Row("peak reserved", lambda side: side.peak_reserved_mib),
+    Figure("before the first step", lambda side: side.before_mib),
+    Figure("peak allocated", lambda side: side.peak_allocated_mib),
+    Figure("peak reserved", lambda side: side.peak_reserved_mib),
 ]
 STEPS = [
-    Row("step ms, median", lambda side: side.step_ms.median if side.step_ms else None, "{:,.1f}"),
-    Row("20th percentile", lambda side: side.step_ms.p20 if side.step_ms else None, "{:,.1f}"),
-    Row("80th percentile", lambda side: side.step_ms.p80 if side.step_ms else None, "{:,.1f}"),
-    Row("tokens/s", lambda side: side.tokens_per_s),
-    Row("of the matmul ceiling", lambda side: side.ceiling_share and 100 * side.ceiling_share, "{:.1f} %"),
+    Figure("step ms, median", lambda side: side.step_ms.median if side.step_ms else None, "{:,.1f}"),
+    Figure("20th percentile", lambda side: side.step_ms.p20 if side.step_ms else None, "{:,.1f}"),
+    Figure("80th percentile", lambda side: side.step_ms.p80 if side.step_ms else None, "{:,.1f}"),
+    Figure("tokens/s", lambda side: side.tokens_per_s),
+    Figure("of the matmul ceiling", lambda side: side.ceiling_share and 100 * side.ceiling_share, "{:.1f} %"),
 ]
 
 
@@ -90,15 +90,15 @@ def _flops(per_s: float) -> str:
     return f"{per_s / 1e12:,.0f} TFLOP/s" if per_s >= 1e13 else f"{per_s / 1e9:,.1f} GFLOP/s"
 
 
-def _phases(record: BenchRecord) -> list[Row]:
-    def phase(name: str) -> Row:
-        return Row(name, lambda side: side.phases_s.get(name), "{:,.1f}")
+def _phases(record: BenchRecord) -> list[Figure]:
+    def phase(name: str) -> Figure:
+        return Figure(name, lambda side: side.phases_s.get(name), "{:,.1f}")
 
     names = dict.fromkeys([*record.ours.phases_s, *(record.naive.phases_s if record.naive else ())])
-    return [*map(phase, names), Row("to the end of the first step", lambda side: side.first_step_s, "{:,.1f}")]
+    return [*map(phase, names), Figure("to the end of the first step", lambda side: side.first_step_s, "{:,.1f}")]
 
 
-def _table(record: BenchRecord, rows: Sequence[Row]) -> Table:
+def _table(record: BenchRecord, rows: Sequence[Figure]) -> Table:
     ours, naive = record.ours, record.naive
     columns = [
         Column("", [row.label for row in rows], numeric=False),
