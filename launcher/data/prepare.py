@@ -107,7 +107,11 @@ def prepare(data: DataSection, tokenizer: PreTrainedTokenizerBase, *, seed: int)
     pool = EncoderPool(encoder, workers=rank_info().cores)
     inputs = _Inputs(data, pool, train, validation, pad_id, seed)
     if data.streaming:
-        return _prepare_stream(inputs, identity)  # which goes on using the pool
+        try:
+            return _prepare_stream(inputs, identity)  # which goes on using the pool
+        except BaseException:
+            pool.close()
+            raise
     entry = cache.load(identity)
     if entry is not None:
         return _from_entry(entry, identity)

@@ -12,10 +12,16 @@ def boot_clock_s() -> float:
     return time.clock_gettime(time.CLOCK_BOOTTIME)
 
 
+def start_ticks(pid: int) -> int:
+    """When a process was started, in ticks since boot (Linux). Raises OSError where it is gone, or hidden."""
+    # Bytes: the kernel may cut a process's name inside a character.
+    after_name = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()
+    return int(after_name[19])  # field 22 of the file, man 5 proc
+
+
 def process_started_s() -> float:
     """When this process was started, by `boot_clock_s`."""
-    after_name = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
-    return int(after_name[19]) / os.sysconf("SC_CLK_TCK")  # field 22 of the file, in ticks, man 5 proc
+    return start_ticks(os.getpid()) / os.sysconf("SC_CLK_TCK")
 
 
 def process_age_s() -> float:

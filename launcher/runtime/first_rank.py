@@ -19,11 +19,11 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
-import psutil
 from filelock import FileLock, Timeout
 
 from launcher import errors
 from launcher.errors import LauncherError, LostRank
+from launcher.runtime.clock import start_ticks
 from launcher.runtime.private_cache import private_cache
 from launcher.runtime.ranks import STARTED_S, RankInfo
 
@@ -38,10 +38,12 @@ _calls = itertools.count()  # all local ranks make the same calls, so the same n
 def one_rank_first(rank_info: RankInfo, work: Callable[[], T], *, wait_s: float) -> T:
     """`work()` in one process of this machine, then in its others. Every local rank must call this, equally often.
 
-    Without a private cache folder there is nothing to share, and every process works at once.
+    Without a private cache folder there is nothing to share, and every process works at once; likewise where the
+    folder's file system has no locks.
 
-    Raises what `work` raises. Where that is a LauncherError the other ranks raise it too, without working: the nearest
-    class of launcher/errors.py, the same message. Raises LostRank after `wait_s` seconds of waiting.
+    Raises what `work` raises. The other ranks then raise it too, without working: the nearest class of
+    launcher/errors.py and the same message, or a LauncherError that names the exception's type. Raises LostRank after
+    `wait_s` seconds of waiting.
     """
     folder, unusable = private_cache("launches")
     if rank_info.local_world_size == 1 or unusable:
@@ -49,18 +51,21 @@ def one_rank_first(rank_info: RankInfo, work: Callable[[], T], *, wait_s: float)
     launch = folder / _launch_digest()
     state = launch.with_suffix(".json")
     try:
-        with FileLock(launch.with_suffix(".lock"), timeout=wait_s):
-            content = _read(state)
-            # What is older than this process may be another launch's, started from the same shell.
-            outcome = content.get("outcome") if content and content["at"] >= STARTED_S else None
-            if outcome is None:  # no process has worked yet, or one was stopped at it
-                return _work_first(work, state, local_rank=rank_info.local_rank)
-    except Timeout:
+        lock = FileLock(launch.with_suffix(".lock")).acquire(timeout=wait_s)
+    except Timeout:  # an OSError too
         raise LostRank(
             f"one process of each machine must prepare the data within data.wait_s={wait_s:g} seconds; "
             f"process {_read(state).get('process')} is still at it.\n"
             "Raise data.wait_s, or run mode=preview first: the next run reads the data from the cache."
         ) from None
+    except OSError:  # ENOLCK, on some network file systems
+        return work()
+    with lock:
+        content = _read(state)
+        # What is older than this process may be another launch's, started from the same shell.
+        outcome = content.get("outcome") if content and content["at"] >= STARTED_S else None
+        if outcome is None:  # no process has worked yet, or one was stopped at it
+            return _work_first(work, state, local_rank=rank_info.local_rank)
     if outcome:
         error: LauncherError = getattr(errors, outcome["class"])(outcome["message"])
         error.reporter = outcome["reporter"]
@@ -78,16 +83,20 @@ def _work_first(work: Callable[[], T], state: Path, *, local_rank: int) -> T:
         nearest = next(kind for kind in type(error).__mro__ if kind.__module__ == errors.__name__)
         _write(state, outcome={"class": nearest.__name__, "message": str(error), "reporter": local_rank})
         raise
+    except Exception as error:  # would be the others' too, after as much work
+        message = f"{type(error).__name__}: {error}"
+        _write(state, outcome={"class": LauncherError.__name__, "message": message, "reporter": local_rank})
+        raise
     _write(state, outcome={})
     return value
 
 
 def _launch_digest() -> str:
     """The same for the processes that one launcher started, and for no others: process numbers and ports are reused,
-    so the launcher's start time is part of it."""
+    so the launcher's start is part of it, in ticks since boot: the time of day may be set while ranks are started."""
     started = None
-    with suppress(psutil.Error):  # the launcher may be hidden from its workers
-        started = psutil.Process(os.getppid()).create_time()
+    with suppress(OSError):  # the launcher may be hidden from its workers
+        started = start_ticks(os.getppid())
     variables = [os.environ.get(name) for name in LAUNCH_VARIABLES]
     launch = [os.uname().nodename, os.getppid(), started, *variables, next(_calls)]
     return hashlib.sha256(json.dumps(launch).encode()).hexdigest()[:24]
@@ -107,6 +116,7 @@ def _write(state: Path, **content: Any) -> None:
 
 def _remove_stale(folder: Path) -> None:
     for file in folder.iterdir():
-        with suppress(OSError):  # another launch has removed it
+        with suppress(OSError):  # another launch has removed it, or holds it: a lock's file keeps its first date
             if time.time() - file.stat().st_mtime > STALE_S:
-                file.unlink()
+                with FileLock(file, timeout=0):
+                    file.unlink()

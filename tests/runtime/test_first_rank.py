@@ -1,5 +1,6 @@
 """one_rank_first among real processes, all children of this one as a launch's ranks are children of its launcher."""
 
+import errno
 import json
 import os
 import signal
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from filelock import FileLock
 
 from launcher.runtime.first_rank import STALE_S, one_rank_first
 from launcher.runtime.ranks import RankInfo
@@ -78,6 +80,15 @@ def test_where_nothing_can_be_shared_a_rank_works_at_once(monkeypatch, tmp_path,
     assert one_rank_first(info, lambda: "value", wait_s=0.0) == "value"
 
 
+def test_on_a_file_system_without_locks_a_rank_works_at_once(monkeypatch, tmp_path):
+    def flock(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr("fcntl.flock", flock)
+    assert one_rank_first(RankInfo(1, 1, 2, 2), lambda: "value", wait_s=0.0) == "value"
+
+
 def test_one_rank_works_and_the_others_after_it_at_the_same_time(tmp_path):
     first, *others = Launch(tmp_path, "time.sleep(1)", of=3).start(1, 2, 0).reports()
     assert all(report["value"] == "value" and not report["torch"] for report in (first, *others))
@@ -97,6 +108,12 @@ def test_the_error_of_the_first_rank_is_that_of_the_others_and_one_rank_reports_
     assert [report["error"] for report in others] == [["DataError", message]] * 2  # a class of launcher/errors.py
     assert not any("work_at" in report for report in others)
     assert [report["reporter"] for report in (first, *others)] == [2, 2, 2]
+
+
+def test_an_unforeseen_error_of_the_first_rank_is_repeated_by_the_others_under_its_name(tmp_path):
+    first, other = Launch(tmp_path, "time.sleep(1); raise ValueError('a fault')").start(0, 1).reports()
+    assert first["error"] == ["ValueError", "a fault"]
+    assert other["error"] == ["LauncherError", "ValueError: a fault"] and "work_at" not in other
 
 
 def test_when_the_working_rank_is_killed_the_next_one_works(tmp_path):
@@ -132,13 +149,15 @@ def test_a_later_launch_believes_nothing_of_the_former(tmp_path):
     assert len(list(later.files.glob("*.json"))) == 1
 
 
-def test_files_of_launches_that_have_long_ended_are_removed(tmp_path):
+def test_files_of_launches_that_have_long_ended_are_removed_but_no_held_lock(tmp_path):
     old = Launch(tmp_path).start(0)
     old.reports()
     former = set(old.files.iterdir())
     assert len(former) == 2
-    for file in former:
-        os.utime(file, (0, time.time() - STALE_S - 60))
-    new = Launch(tmp_path, port=2).start(0)
-    new.reports()
-    assert not former & set(new.files.iterdir()) and len(list(new.files.iterdir())) == 2
+    with FileLock(old.files / "held.lock") as held:
+        for file in old.files.iterdir():
+            os.utime(file, (0, time.time() - STALE_S - 60))
+        new = Launch(tmp_path, port=2).start(0)
+        new.reports()
+        files = set(new.files.iterdir())
+    assert not former & files and len(files) == 3 and Path(held.lock_file) in files

@@ -15,10 +15,12 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from multiprocessing.connection import wait
 from multiprocessing.context import SpawnContext, SpawnProcess
 from threading import Thread
 from types import ModuleType
+from typing import TypeVar
 
 from transformers import PreTrainedTokenizerBase
 
@@ -26,6 +28,8 @@ from launcher.data.chat.encode import EncodedRow, Encoder
 from launcher.data.read.rows import Row, Text
 from launcher.errors import LauncherError
 from launcher.recipe.data_section import DataSection
+
+T = TypeVar("T")
 
 CHUNK_ROWS = 512  # rows sent to a worker together
 CHUNK_CHARACTERS = 1 << 20  # or fewer rows with so many: a token takes a hundred bytes before it is an id
@@ -46,25 +50,28 @@ class EncoderPool:
     def encode(self, rows: Iterable[Row]) -> Iterator[tuple[Row, EncodedRow]]:
         """Every row with what Encoder.encode makes of it, in order.
 
-        Raises what Encoder.encode raises, and LauncherError if a worker is killed.
+        Raises what Encoder.encode raises, and LauncherError if a worker is killed. An error of `rows` is raised after
+        the rows before it, whatever the number of workers.
         """
-        pending: deque[tuple[list[Row], Future[list[EncodedRow]]]] = deque()
-        for chunk in chunks(rows):
-            if self._workers == 1 or self._characters_left > 0:
-                self._characters_left -= sum(map(_characters, chunk))
-                yield from zip(chunk, self.encoder.encode(chunk), strict=True)
-                continue
-            pending.append((chunk, self._start().submit(_encode_chunk, chunk)))
-            if len(pending) > AHEAD * self._workers:
-                yield from _encoded(*pending.popleft())
-        while pending:
-            yield from _encoded(*pending.popleft())
+        chunked = chunks(rows)
+        while (self._workers == 1 or self._characters_left > 0) and (chunk := next(chunked, None)):
+            self._characters_left -= sum(map(_characters, chunk))
+            yield from zip(chunk, self.encoder.encode(chunk), strict=True)
+        submitted = ((chunk, self._submit(chunk)) for chunk in chunked)
+        for chunk, future in _read_ahead(submitted, AHEAD * self._workers):
+            with _killed_worker_has_message():
+                encoded = future.result()
+            yield from zip(chunk, encoded, strict=True)
 
     def close(self) -> None:
         """End the workers, when they have finished their chunks."""
         if self._executor is not None:
             self._executor.shutdown(cancel_futures=True)
             self._executor = None
+
+    def _submit(self, chunk: list[Row]) -> Future[list[EncodedRow]]:
+        with _killed_worker_has_message():
+            return self._start().submit(_encode_chunk, chunk)
 
     def _start(self) -> ProcessPoolExecutor:
         if self._executor is None:
@@ -78,15 +85,23 @@ class EncoderPool:
 
 
 def chunks(rows: Iterable[Row]) -> Iterator[list[Row]]:
-    """The rows in order, in lists of CHUNK_ROWS rows or fewer that have CHUNK_CHARACTERS."""
+    """The rows in order, in lists of CHUNK_ROWS rows or fewer that have CHUNK_CHARACTERS.
+
+    An error of `rows` is raised after the rows before it.
+    """
     chunk: list[Row] = []
     characters = 0
-    for row in rows:
-        chunk.append(row)
-        characters += _characters(row)
-        if len(chunk) == CHUNK_ROWS or characters >= CHUNK_CHARACTERS:
+    try:
+        for row in rows:
+            chunk.append(row)
+            characters += _characters(row)
+            if len(chunk) == CHUNK_ROWS or characters >= CHUNK_CHARACTERS:
+                yield chunk
+                chunk, characters = [], 0
+    except Exception:
+        if chunk:
             yield chunk
-            chunk, characters = [], 0
+        raise
     if chunk:
         yield chunk
 
@@ -95,9 +110,24 @@ def _characters(row: Row) -> int:
     return len(row.text) if isinstance(row, Text) else sum(len(message.content) for message in row.messages)
 
 
-def _encoded(chunk: list[Row], future: Future[list[EncodedRow]]) -> Iterator[tuple[Row, EncodedRow]]:
+def _read_ahead(items: Iterator[T], number: int) -> Iterator[T]:
+    """The items in order; `number` more are read before one is given. An error comes after the items before it."""
+    waiting: deque[T] = deque()
     try:
-        return zip(chunk, future.result(), strict=True)
+        for item in items:
+            waiting.append(item)
+            if len(waiting) > number:
+                yield waiting.popleft()
+    except Exception:
+        yield from waiting
+        raise
+    yield from waiting
+
+
+@contextmanager
+def _killed_worker_has_message() -> Iterator[None]:
+    try:
+        yield
     except BrokenProcessPool as error:
         raise LauncherError(
             "The processes that render and tokenise rows must live until the data is prepared.\n"
@@ -108,14 +138,17 @@ def _encoded(chunk: list[Row], future: Future[list[EncodedRow]]) -> Iterator[tup
 class _Process(SpawnProcess):
     """A worker that is deaf to Ctrl-C, which reaches every process of a terminal: its parent ends it.
 
-    The signal mask is inherited, so it holds from the start. The parent's main module is hidden: a worker would import
-    it, which costs time, and would run a script of the user's that has no `if __name__ == "__main__"` once more.
+    The signal mask is inherited, so it holds from the start. An error of the parent while it starts a worker leaves a
+    process that the executor does not know; the parent's exit ends a daemon, and would wait for another for ever. The
+    parent's main module is hidden: a worker would import it, which costs time, and would run a script of the user's
+    that has no `if __name__ == "__main__"` once more.
     """
 
     def start(self) -> None:
         mask, main = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT}), sys.modules["__main__"]
         sys.modules["__main__"] = ModuleType("__main__")
         try:
+            self.daemon = True
             super().start()
         finally:
             sys.modules["__main__"] = main

@@ -5,8 +5,9 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from contextlib import closing
-from itertools import count, islice
+from itertools import chain, count, islice
 
 import psutil
 import pytest
@@ -81,15 +82,33 @@ def test_an_interrupt_of_the_terminal_leaves_workers_alone_and_they_import_no_to
     assert len(list(pool.encode(GOOD))) == 45 and len(workers()) == 2
 
 
-def test_a_killed_worker_is_an_error_with_a_message(make_tokenizer, monkeypatch):
-    others = multiprocessing.active_children()
+@pytest.mark.parametrize("noticed", [True, False], ids=["before rows are sent", "while results are awaited"])
+def test_a_killed_worker_is_an_error_with_a_message(make_tokenizer, monkeypatch, noticed):
+    others, threads = multiprocessing.active_children(), set(threading.enumerate())
     with closing(EncoderPool(small_encoder(make_tokenizer, monkeypatch), workers=2)) as pool:
         encoded = pool.encode(GOOD[n % 45] for n in range(400))
         next(encoded)
         for process in set(multiprocessing.active_children()) - set(others):
             process.kill()
+        for thread in set(threading.enumerate()) - threads if noticed else ():
+            thread.join(60)  # the executor's end when it has noticed
         with pytest.raises(LauncherError, match=r"must live until.*\nFound: one of them was killed"):
-            list(encoded)
+            list(pool.encode(GOOD) if noticed else encoded)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_an_error_of_reading_comes_after_all_rows_before_it(make_tokenizer, monkeypatch, workers):
+    def rows():
+        yield from [*GOOD[:9], REFUSED]
+        raise DataError("rows.jsonl:11")
+
+    encoded = []
+    with closing(EncoderPool(small_encoder(make_tokenizer, monkeypatch), workers=workers)) as pool:
+        with pytest.raises(DataError, match=r"^rows.jsonl:11$"):
+            encoded.extend(pool.encode(rows()))
+        with pytest.raises(DataError, match=r"^f:1: data.loss_on=assistant needs chats"):
+            list(pool.encode(chain([Text("a river", "f:1")], rows())))
+    assert len(encoded) == 10 and isinstance(encoded[9][1].document, RowFault)
 
 
 @pytest.mark.parametrize(("workers", "characters"), [(1, 0), (8, 10_000)])
@@ -112,6 +131,7 @@ def test_chunks_hold_many_short_rows_or_few_long_ones(monkeypatch):
 
 UNGUARDED = """
 import multiprocessing, os, signal
+from multiprocessing.context import SpawnProcess
 from transformers import AutoTokenizer
 from launcher.data.chat import workers
 from launcher.data.chat.encode import Encoder
@@ -120,18 +140,35 @@ from launcher.recipe.data_section import DataSection
 print("main", flush=True)
 workers.ALONE_CHARACTERS = 0
 pool = workers.EncoderPool(Encoder(AutoTokenizer.from_pretrained(BASE), data=DataSection()), workers=2)
+START
 print(len(list(pool.encode([Text("a river", "f")] * 2000))), flush=True)
 print(*(process.pid for process in multiprocessing.active_children()), flush=True)
 os.kill(os.getpid(), signal.SIGKILL)
 """
+INTERRUPTED_START = """
+start = SpawnProcess.start
+def interrupted(process):
+    start(process)
+    raise KeyboardInterrupt
+SpawnProcess.start = interrupted
+"""
+
+
+def run_unguarded(folder, start=""):
+    """Returns when the last process that holds the output has ended; a worker that waits for ever is a timeout."""
+    script = folder / "unguarded.py"
+    script.write_text(UNGUARDED.replace("BASE", repr(str(TINY / "base"))).replace("START", start))
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    return subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True, timeout=60)
+
+
+def test_an_interrupt_while_a_worker_is_started_ends_the_process(tmp_path):
+    ended = run_unguarded(tmp_path, INTERRUPTED_START)
+    assert ended.stdout == "main\n" and ended.returncode == -signal.SIGINT
 
 
 def test_workers_do_not_run_the_users_script_and_end_when_it_is_killed(tmp_path):
-    script = tmp_path / "unguarded.py"
-    script.write_text(UNGUARDED.replace("BASE", repr(str(TINY / "base"))))
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    # Returns when the last process that holds its output has ended; a worker that waits for ever is a timeout.
-    ended = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True, timeout=60)
+    ended = run_unguarded(tmp_path)
     said, rows, pids = ended.stdout.splitlines()
     assert (said, rows, ended.returncode) == ("main", "2000", -signal.SIGKILL)
     assert len(pids.split()) == 2
