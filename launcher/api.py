@@ -52,9 +52,7 @@ def run(recipe: str, *overrides: str, quiet: bool = False) -> RunRecord:
     if resolved.mode != "train":
         raise RecipeError(f"run() trains; got mode={resolved.mode}; give that to the command line: qlora-launcher")
     if info.world_size > 1:  # a run ends its process group, and a second run of the process would find none
-        raise RecipeError(
-            f"run() trains in one process; {info.world_size} were started; launch launcher/main.py"
-        )
+        raise RecipeError(f"run() trains in one process; {info.world_size} were started; launch launcher/main.py")
     request = replace(make_request(resolved, info), started_s=started_s)
     with listening():
         return train(request, make_console(io.StringIO() if quiet else None), report_copy=resolved.report)

@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import TypedDict
 
 import numpy as np
@@ -150,11 +151,12 @@ class StreamLoader(Iterator[StepBatch]):
         self._shape = {"micro_batch": micro_batch, "accumulation": accumulation, "rank": rank, "world_size": world_size}
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="stream")  # reads windows ahead
         self._next_window: Future[Window] | None = None
-        self._start_at(0, stream.beginning, counts=stream.validation_counts)
+        self._start_at(0, stream.beginning, offset=0, counts=stream.validation_counts)
 
     def __next__(self) -> StepBatch:
         if self._window_is_done:
-            self._begin(self._read_ahead().result(), number=self._number + 1, start=self._end)
+            window, number = self._read_ahead().result(), self._number + 1
+            self._begin(window, self._loader_of(window, number), number=number, start=self._end)
         self._read_ahead()
         return replace(next(self._loader), epoch=self._number)
 
@@ -169,24 +171,21 @@ class StreamLoader(Iterator[StepBatch]):
     def load_state_dict(self, state: StreamState) -> None:
         """Go on as the loader would have that gave this state: rows before its window are read over, not encoded.
 
-        Raises CheckpointError for a state that no loader of this stream can give.
+        Raises CheckpointError, before anything changes, for a state that no loader of this stream can give.
         """
         positions = self._checked_positions(state)
-        if self._next_window is not None:
-            self._next_window.cancel()
-        self._start_at(state["epoch"], positions, counts=state["counts"])
-        self._loader.load_state_dict({"epoch": 0, "offset": state["offset"]})
+        self._start_at(state["epoch"], positions, offset=state["offset"], counts=state["counts"])
 
     def _checked_positions(self, state: StreamState) -> list[Position]:
         try:
             positions = [Position(int(passes), int(rows)) for passes, rows in state["positions"]]
-            numbers = [state["epoch"], state["offset"], *(number for position in positions for number in position)]
-            if isinstance(state["counts"], dict) and min(numbers) >= 0 and len(positions) == len(self._stream.sources):
+            numbers = [state["epoch"], state["offset"], *state["counts"].values(), *chain.from_iterable(positions)]
+            if all(type(n) is int and n >= 0 for n in numbers) and len(positions) == len(self._stream.sources):
                 return positions
-        except (KeyError, TypeError, ValueError):
+        except (AttributeError, KeyError, TypeError, ValueError):
             pass
         raise CheckpointError(
-            "a stream's state must tell the window, the step in it and where each source stands; "
+            "a stream's state must tell the window, the step in it, where each source stands and what was counted; "
             f"this stream has {len(self._stream.sources)} source(s).\nFound: {str(state)[:200]}.\n"
             "Resume with the data.sources of the checkpoint."
         )
@@ -201,23 +200,32 @@ class StreamLoader(Iterator[StepBatch]):
             self._next_window = self._thread.submit(next, self._windows)
         return self._next_window
 
-    def _start_at(self, number: int, positions: list[Position], *, counts: Mapping[str, int]) -> None:
+    def _start_at(self, number: int, positions: list[Position], *, offset: int, counts: Mapping[str, int]) -> None:
         window = self._stream.first_window
         if number:  # the first was laid out before it was known how many documents a block may have
-            self._windows = self._stream.windows(positions, number=number)
-            window = self._thread.submit(next, self._windows).result()
+            windows = self._stream.windows(positions, number=number)
+            window = self._thread.submit(next, windows).result()
         else:
-            self._windows = self._stream.windows(window.end, number=1)
+            windows = self._stream.windows(window.end, number=1)
+        loader = self._loader_of(window, number)
+        loader.load_state_dict({"epoch": 0, "offset": offset})
+        # Nothing is refused from here on, and nothing has changed until here: a refused loader goes on as before.
+        if self._next_window is not None:
+            self._next_window.cancel()
+        self._windows = windows
         self._stream.counts.clear()
         self._stream.counts.update(counts)
-        self._begin(window, number=number, start=positions)
+        self._begin(window, loader, number=number, start=positions)
 
-    def _begin(self, window: Window, *, number: int, start: list[Position]) -> None:
+    def _begin(self, window: Window, loader: TrainLoader, *, number: int, start: list[Position]) -> None:
         self._next_window = None
         self._number, self._start, self._end = number, start, window.end
         self._counts_before = Counter(self._stream.counts)
         self._stream.counts.update(window.counts)
-        self._loader = TrainLoader(window.blocks, **self._shape, seed=self._stream.seed + number)
+        self._loader = loader
+
+    def _loader_of(self, window: Window, number: int) -> TrainLoader:
+        return TrainLoader(window.blocks, **self._shape, seed=self._stream.seed + number)
 
 
 def train_loader(

@@ -1,4 +1,4 @@
-"""Everything that a resumed run needs: a worker that loads a state goes on as if it had trained until there itself.
+"""What a resumed worker needs: with a state loaded, its steps go on as if it had trained until there itself.
 
     identity     recipe, data and ranks: what must be equal in the run that goes on
     step         optimizer steps done
@@ -6,6 +6,9 @@
     random       the random generators of every rank
     loader       the position in the data
     early_stop   the best eval loss, and the evaluations since
+
+The training loop's own history is not in it: the records of earlier steps, the first losses, and how many fp16 steps
+were skipped in a row. That belongs to files that a later change writes. Nothing reads `early_stop` yet.
 
 A state holds tensors (on the CPU), numbers, strings, lists and dicts: safetensors and JSON can keep it, without pickle.
 """
@@ -64,7 +67,7 @@ class TrainState:
         self._wait()
         random_states = gather(random_state(self._step.device))
         return {
-            "identity": dict(self._identity),
+            "identity": _copied(self._identity),
             "step": self.step,
             "training": _copied(live),
             "random": {str(rank): state for rank, state in enumerate(random_states)},
@@ -75,24 +78,29 @@ class TrainState:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from `state`. Tensors are written in place, as captured graphs read fixed addresses.
 
-        Raises CheckpointError, before anything changes, for the state of another recipe, data or number of ranks.
+        Raises CheckpointError, before anything changes, for the state of another recipe, data or number of ranks, and
+        for one with missing or unknown parts, or with a position that the data does not have.
         """
         live = self._step.live_state()
         self._check(live, state)
-        self._loader.load_state_dict(state["loader"])
+        early_stop = EarlyStop(**state["early_stop"])
+        self._loader.load_state_dict(state["loader"])  # it may refuse, so before any tensor is written
         self._wait()
         _copy_into(live, state["training"])
         self._step.steps_done = state["step"]
-        self.early_stop = EarlyStop(**state["early_stop"])
+        self.early_stop = early_stop
         set_random_state(state["random"][self._rank], self._step.device)  # last: nothing may draw after it
         self._wait()
 
     def _check(self, live: dict[str, Any], state: dict[str, Any]) -> None:
         differences = list(_differences(self._identity, state.get("identity", {}), describe=repr))
         if not differences:  # then shapes and dtypes, whatever the values
-            expected = {"identity": {}, "step": 0, "training": live, "loader": {}, "early_stop": {}}
+            expected = {"identity": {}, "step": 0, "training": live, "loader": {}}
             expected["random"] = random_state(self._step.device)
+            expected["early_stop"] = {"best_eval_loss": 0.0, "evals_since_best": 0}
             found = {**state, "random": state.get("random", {}).get(self._rank)}
+            if isinstance(found.get("early_stop"), dict):  # without a best loss before the first evaluation
+                found["early_stop"] = {"best_eval_loss": 0.0, **found["early_stop"]}
             differences = list(_differences(expected, found, describe=_kind_of))
         if differences:
             more = f"\n... and {len(differences) - SHOWN} more" if len(differences) > SHOWN else ""

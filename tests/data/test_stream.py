@@ -144,7 +144,9 @@ GOOD = {"epoch": 1, "offset": 0, "positions": [[0, 20]], "counts": {}}
         {"epoch": -1},
         {"epoch": "1"},
         {"offset": 10**6},
+        {"epoch": 1.5},
         {"counts": None},
+        {"counts": {"rows_read": "20"}},
     ],
 )
 def test_a_state_that_cannot_be_is_refused(write, tokenizer, change):
@@ -152,6 +154,23 @@ def test_a_state_that_cannot_be_is_refused(write, tokenizer, change):
     with pytest.raises(CheckpointError, match="\nFound: "):
         running.load_state_dict({**GOOD, **change})
     running.load_state_dict(GOOD)
+
+
+@pytest.mark.parametrize("change", [{"positions": [[0, 51]]}, {"offset": 10**6}])
+@pytest.mark.parametrize("steps", [0, 3, 40])
+def test_after_a_refused_state_the_loader_goes_on_as_before(write, tokenizer, change, steps):
+    path = write(rows(50))
+    streams = [streamed(path, tokenizer=tokenizer) for _ in range(2)]
+    refusing, untouched = map(loader, streams)
+    for _ in range(steps):
+        next(refusing), next(untouched)
+    with pytest.raises(CheckpointError):
+        refusing.load_state_dict({**GOOD, **change})
+    for _ in range(20):
+        assert refusing.state_dict() == untouched.state_dict()
+        assert streams[0].counts == streams[1].counts
+        assert rows_seen(next(refusing)) == rows_seen(next(untouched))
+    assert refusing.state_dict()["epoch"] > 1
 
 
 def test_a_weighted_source_that_gives_nothing_is_an_error_though_others_do(write, tokenizer):

@@ -141,6 +141,10 @@ def test_a_state_is_a_copy_and_loading_writes_where_captured_graphs_read(make_re
     assert flat(worker.state.state_dict()) == held
     train(worker, 1)
     assert flat(state) == held
+    targets = state["identity"]["lora.targets"]
+    expected = [*targets]
+    targets.append("other")
+    assert worker.state.state_dict()["identity"]["lora.targets"] == expected
 
 
 def test_the_random_numbers_of_every_library_go_on(make_recipe: MakeRecipe) -> None:
@@ -211,7 +215,7 @@ def test_what_decides_no_number_may_differ(make_recipe: MakeRecipe) -> None:
 
 def broken_states(state: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
     """What no run has saved, each with what the refusal must name."""
-    training, adapters = state["training"], state["training"]["adapters"]
+    training, adapters, early_stop = state["training"], state["training"]["adapters"], state["early_stop"]
     first, *others = adapters
     shorter = {**adapters, first: adapters[first][:-1]}
     renamed = {**{name: adapters[name] for name in others}, "other": adapters[first]}
@@ -223,6 +227,10 @@ def broken_states(state: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]
     yield "training: missing", {key: value for key, value in state.items() if key != "training"}
     yield "random: missing", {**state, "random": {"1": state["random"]["0"]}}
     yield "step: missing", {key: value for key, value in state.items() if key != "step"}
+    yield "early_stop: missing", {key: value for key, value in state.items() if key != "early_stop"}
+    yield "early_stop.patience: int in the state, missing here", {**state, "early_stop": {**early_stop, "patience": 1}}
+    yield "early_stop.best_eval_loss: str in the state", {**state, "early_stop": {**early_stop, "best_eval_loss": "2"}}
+    yield "early_stop.evals_since_best: missing", {**state, "early_stop": {"best_eval_loss": 2.0}}
     yield "a loader state must", {**state, "loader": {"epoch": 0, "offset": 10**6}}
 
 
