@@ -1,0 +1,200 @@
+"""Checkpoints that a kill at any moment leaves whole.
+
+    checkpoints/
+      step-120/              a bundle; it gets this name once all of it is on the disk
+        manifest.json        size and SHA-256 of every other file
+        adapter/             in PEFT's layout: loads in stock PEFT
+        state.safetensors    the tensors of the run's state
+        state.json           the rest of it
+      step-240.part/         being written; left over when the process was killed
+
+Writing: staging folder, fsync of every file and folder, rename, fsync of the parent, and only then older bundles go.
+A bundle is never changed. Nothing in it can execute: tensors are safetensors, the rest is JSON.
+"""
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Collection, Iterator
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from launcher.errors import CheckpointError, DiskError
+
+State = dict[str, Any]  # a tree of dicts with strings as keys; leaves are tensors and JSON values
+
+MANIFEST, TENSORS, REST = "manifest.json", "state.safetensors", "state.json"
+PREFIX, STAGING = "step-", ".part"
+
+
+def write_bundle(checkpoints: Path, state: State, *, step: int, adapter: Callable[[Path], None]) -> Path:
+    """Write the bundle of `step`; `adapter` writes the adapter's files into the folder that it is given.
+
+    Raises DiskError if the disk is full. Whatever is raised, no bundle is changed and no staging folder stays.
+    """
+    bundle = checkpoints / f"{PREFIX}{step}"
+    staging = bundle.with_name(bundle.name + STAGING)
+    shutil.rmtree(staging, ignore_errors=True)
+    try:
+        staging.mkdir(parents=True)
+        tensors = dict(tensors_of(state))
+        save_file(tensors, staging / TENSORS)
+        (staging / REST).write_text(json.dumps(without_tensors(state)), encoding="utf-8")
+        adapter(staging / "adapter")
+        (staging / MANIFEST).write_text(json.dumps(_manifest(staging), indent=1), encoding="utf-8")
+        for path in (*staging.rglob("*"), staging):
+            _fsync(path)
+        if bundle.exists():  # an earlier part of the run wrote this step too; its bundle is as good until replaced
+            shutil.rmtree(bundle)
+        staging.rename(bundle)
+        _fsync(checkpoints)
+    except (OSError, SafetensorError) as error:
+        if not _is_full_disk(error):
+            raise
+        free = shutil.disk_usage(checkpoints.parent).free
+        needed = sum(tensor.nbytes for tensor in tensors.values())
+        raise DiskError(
+            f"a checkpoint needs more than {needed:,} bytes in {checkpoints}; {free:,} are free.\n"
+            "Free space, or lower train.keep. The checkpoints before it are whole."
+        ) from error
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+    return bundle
+
+
+def read_bundle(bundle: Path) -> State:
+    """The state of a bundle, after every byte of it was checked. Raises CheckpointError naming what is damaged."""
+    if faults := list(faults_of(bundle)):
+        raise CheckpointError(f"a checkpoint must be whole; {bundle} is not: {'; '.join(faults)}.")
+    tensors = load_file(bundle / TENSORS)
+    return with_tensors(json.loads((bundle / REST).read_text(encoding="utf-8")), tensors)
+
+
+def faults_of(bundle: Path) -> Iterator[str]:
+    """What is wrong with a bundle, a phrase for each file; nothing if it is whole."""
+    try:
+        manifest = json.loads((bundle / MANIFEST).read_text(encoding="utf-8"))
+        files, digest = dict(manifest["files"]), manifest["digest"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        yield f"{MANIFEST} cannot be read ({error})"
+        return
+    if digest != _digest_of_files(files):
+        yield f"{MANIFEST} was changed"
+        return
+    present = _manifest(bundle)["files"]
+    for name in sorted(files.keys() | present.keys()):
+        if name not in present:
+            yield f"{name} is missing"
+        elif name not in files:
+            yield f"{name} was added"
+        elif present[name] != files[name]:
+            yield f"{name} was changed"
+
+
+def bundles_of(checkpoints: Path) -> list[Path]:
+    """The finished bundles, the newest first; each may be damaged."""
+    steps = {path: path.name.removeprefix(PREFIX) for path in checkpoints.glob(f"{PREFIX}*")}
+    return sorted((path for path, step in steps.items() if step.isdecimal()), key=step_of, reverse=True)
+
+
+def step_of(bundle: Path) -> int:
+    """The optimizer steps that were done when the bundle was written."""
+    return int(bundle.name.removeprefix(PREFIX))
+
+
+def newest_state(checkpoints: Path) -> tuple[Path, State, list[str]]:
+    """The newest whole bundle, its state, and a note for each newer one that is damaged.
+
+    Raises CheckpointError if there is none that is whole.
+    """
+    damaged = []
+    for bundle in bundles_of(checkpoints):
+        try:
+            return bundle, read_bundle(bundle), [f"{fault} {bundle.name} is used." for fault in damaged]
+        except CheckpointError as error:
+            damaged.append(str(error))
+    raise CheckpointError(
+        "a run goes on from a whole checkpoint; "
+        + ("\n".join([f"none in {checkpoints} is:", *damaged]) if damaged else f"{checkpoints} has none.")
+        + "\nStart a new run in another run.output_dir."
+    )
+
+
+def rotate(checkpoints: Path, *, keep: int, also: Collection[int] = ()) -> None:
+    """Remove all bundles but the `keep` newest and those of the steps `also`, and what a killed process left."""
+    for bundle in bundles_of(checkpoints)[keep:]:
+        if step_of(bundle) not in also:
+            gone = bundle.with_name(bundle.name + STAGING)  # a kill while it is removed leaves no half bundle
+            bundle.rename(gone)
+            shutil.rmtree(gone)
+
+
+def clean(checkpoints: Path) -> None:
+    """Remove what a process that was killed while it wrote or removed a bundle left."""
+    for leftover in checkpoints.glob(f"{PREFIX}*{STAGING}"):
+        shutil.rmtree(leftover)
+
+
+def tensors_of(state: State, name: str = "") -> Iterator[tuple[str, Tensor]]:
+    """Every tensor of a state by its keys, joined by dots."""
+    for key, value in state.items():
+        if isinstance(value, dict):
+            yield from tensors_of(value, f"{name}{key}.")
+        elif isinstance(value, Tensor):
+            yield f"{name}{key}", value
+
+
+def without_tensors(state: State) -> State:
+    """The state with null for every tensor: JSON can keep it."""
+    return {
+        key: without_tensors(value) if isinstance(value, dict) else None if isinstance(value, Tensor) else value
+        for key, value in state.items()
+    }
+
+
+def with_tensors(rest: State, tensors: dict[str, Tensor], name: str = "") -> State:
+    """What `without_tensors` and `tensors_of` took apart."""
+    return {
+        key: with_tensors(value, tensors, f"{name}{key}.")
+        if isinstance(value, dict)
+        else tensors.get(f"{name}{key}", value)
+        for key, value in rest.items()
+    }
+
+
+def _manifest(folder: Path) -> dict[str, Any]:
+    files = {
+        path.relative_to(folder).as_posix(): [path.stat().st_size, _sha256(path)]
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.name != MANIFEST
+    }
+    return {"files": files, "digest": _digest_of_files(files)}
+
+
+def _digest_of_files(files: dict[str, Any]) -> str:
+    """So that a flipped bit in the manifest's own text is seen."""
+    return hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _is_full_disk(error: Exception) -> bool:
+    """safetensors and tokenizers raise errors of their own, with the system's message in their text."""
+    return getattr(error, "errno", None) == errno.ENOSPC or os.strerror(errno.ENOSPC) in str(error)
