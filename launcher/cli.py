@@ -44,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return error.code
     except (KeyboardInterrupt, Terminated) as stop:
         code, reason = code_and_reason(stop)
-        print_error(make_console(sys.stderr), f"rank {info.rank}: {reason}; nothing was saved", code)
+        print_error(make_console(sys.stderr), f"rank {info.rank}: {reason}", code)
         return code
 
 

@@ -1,6 +1,7 @@
 """Saves the adapter in PEFT's layout, and proves from the files that they restore what was trained."""
 
 import hashlib
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -27,14 +28,24 @@ def save_proven(model: PeftModel, tokenizer: Any, folder: RunFolder, *, loss: Ca
         before, after = prove_adapter(model, folder.adapter_staging, loss=loss)
     except CheckpointError as error:
         return Verdict(claim, False, str(error))
-    folder.adapter_staging.rename(folder.adapter)
+    if folder.adapter.exists():  # of the run before it was given more steps
+        earlier = folder.adapter.rename(folder.adapter.with_name("adapter.earlier.part"))
+        folder.adapter_staging.rename(folder.adapter)
+        shutil.rmtree(earlier)
+    else:
+        folder.adapter_staging.rename(folder.adapter)
     return Verdict(claim, True, f"loss {before:.6f} trained, {after:.6f} reloaded from disk")
 
 
 def save_adapter(model: PeftModel, tokenizer: Any, folder: Path) -> None:
     """Adapter weights (safetensors), adapter_config.json and the tokenizer, loadable by stock PEFT from any folder."""
-    model.save_pretrained(str(folder), safe_serialization=True, save_embedding_layers=False)
+    save_tensors(model, None, folder)
     tokenizer.save_pretrained(str(folder))
+
+
+def save_tensors(model: PeftModel, tensors: dict[str, torch.Tensor] | None, folder: Path) -> None:
+    """The model's adapter in PEFT's layout, with `tensors` (by the names of its parameters) in place of its own."""
+    model.save_pretrained(str(folder), safe_serialization=True, save_embedding_layers=False, state_dict=tensors)
 
 
 def prove_adapter(model: PeftModel, folder: Path, *, loss: Callable[[], float]) -> tuple[float, float]:

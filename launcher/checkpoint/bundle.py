@@ -50,7 +50,7 @@ def write_bundle(checkpoints: Path, state: State, *, step: int, adapter: Callabl
         (staging / MANIFEST).write_text(json.dumps(_manifest(staging), indent=1), encoding="utf-8")
         for path in (*staging.rglob("*"), staging):
             _fsync(path)
-        if bundle.exists():  # an earlier part of the run wrote this step too; its bundle is as good until replaced
+        if bundle.exists():  # damaged: the run went on from an earlier one
             shutil.rmtree(bundle)
         staging.rename(bundle)
         _fsync(checkpoints)
@@ -113,7 +113,7 @@ def newest_state(checkpoints: Path) -> tuple[Path, State, list[str]]:
 
     Raises CheckpointError if there is none that is whole.
     """
-    damaged = []
+    damaged: list[str] = []
     for bundle in bundles_of(checkpoints):
         try:
             return bundle, read_bundle(bundle), [f"{fault} {bundle.name} is used." for fault in damaged]
@@ -127,12 +127,17 @@ def newest_state(checkpoints: Path) -> tuple[Path, State, list[str]]:
 
 
 def rotate(checkpoints: Path, *, keep: int, also: Collection[int] = ()) -> None:
-    """Remove all bundles but the `keep` newest and those of the steps `also`, and what a killed process left."""
+    """Remove all bundles but the `keep` newest and those of the steps `also`."""
     for bundle in bundles_of(checkpoints)[keep:]:
         if step_of(bundle) not in also:
-            gone = bundle.with_name(bundle.name + STAGING)  # a kill while it is removed leaves no half bundle
-            bundle.rename(gone)
-            shutil.rmtree(gone)
+            remove(bundle)
+
+
+def remove(bundle: Path) -> None:
+    """Remove a bundle; a kill meanwhile leaves no half of it under its name."""
+    gone = bundle.with_name(bundle.name + STAGING)
+    bundle.rename(gone)
+    shutil.rmtree(gone)
 
 
 def clean(checkpoints: Path) -> None:

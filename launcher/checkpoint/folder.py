@@ -3,16 +3,20 @@
 import json
 import math
 import os
+import platform
 import shutil
 import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
+
 from launcher.errors import CheckpointError, RecipeError
 from launcher.records.run import EvalRecord, Event, RunOpened, RunRecord, StepRecord
 
 FOLLOWING_CODES = (1, 8, 130, 143)  # a rank may end with these because another one failed
+UNKNOWN_CAUSES = (1, 8)  # these say nothing but that
 
 
 class RunFolder:
@@ -25,14 +29,17 @@ class RunFolder:
         )
         self.adapter = path / "adapter"
         self.adapter_staging = path / "adapter.part"  # until the adapter is proved
+        self.checkpoints = path / "checkpoints"
+        self._lock = FileLock(path / "run.lock", blocking=False)
 
     def create(self) -> None:
         """Make the folder. Raises CheckpointError if it holds a run already, RecipeError if it cannot be made."""
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            if any(path.exists() for path in (self.status, self.report, self.adapter)):
+            if any(path.exists() for path in (self.status, self.report, self.adapter, self.checkpoints)):
                 raise FileExistsError
             open(self.metrics, "x").close()  # of two runs that start together one gets it
+            self.lock()
         except FileExistsError:
             raise CheckpointError(
                 f"run.output_dir must not hold another run; {self.path} does. Choose another folder or remove it."
@@ -41,6 +48,24 @@ class RunFolder:
             raise RecipeError(
                 f"run.output_dir must be a folder that can be written; {self.path}: {error.strerror}. Choose another."
             ) from None
+
+    def lock(self) -> None:
+        """Take the folder for this process until `unlock` or its end. Raises CheckpointError naming the process that
+        has it."""
+        path = Path(self._lock.lock_file)
+        try:
+            self._lock.acquire()
+        except Timeout:
+            raise CheckpointError(
+                f"run.output_dir must not be in use; process {path.read_text()} trains in {self.path}. "
+                "Wait for its end, or choose another folder."
+            ) from None
+        path.write_text(f"{os.getpid()} on {platform.node()}", encoding="utf-8")
+
+    def unlock(self) -> None:
+        if self._lock.is_locked:
+            Path(self._lock.lock_file).unlink(missing_ok=True)
+            self._lock.release()
 
     def discard(self) -> None:
         """Remove what `create` made, if nothing was measured yet; other files in the folder are the user's."""
@@ -62,7 +87,7 @@ class RunFiles:
 
     def show(self, event: Event) -> None:
         if isinstance(event, RunOpened):
-            self._folder = RunFolder(event.path)
+            self._folder, self._step = RunFolder(event.path), event.step
         if isinstance(event, StepRecord):
             self._step = event.step
         if self._rank or self._folder is None:
@@ -86,13 +111,14 @@ class RunFiles:
             return
         if code in FOLLOWING_CODES and folder.status.exists():
             cause = json.loads(folder.status.read_text(encoding="utf-8"))["code"]
-            if cause not in FOLLOWING_CODES:
+            if cause not in UNKNOWN_CAUSES or code in UNKNOWN_CAUSES:
                 return
         shutil.rmtree(folder.adapter_staging, ignore_errors=True)
-        if code in (2, 3) and not folder.metrics.stat().st_size:
+        if code in (2, 3) and folder.metrics.exists() and not folder.metrics.stat().st_size:
             folder.discard()
             return
-        status = {"code": code, "reason": reason, "rank": self._rank, "step": step or self._step, "resumable": False}
+        status = {"code": code, "reason": reason, "rank": self._rank, "step": step or self._step}
+        status["resumable"] = bool(code) and any(folder.checkpoints.glob("step-*[0-9]"))
         write_json(folder.status, status)
 
 
@@ -107,10 +133,18 @@ def default_folder(recipe: str) -> str:
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write whole or not at all: a reader never sees half a file. NaN and infinity become null."""
+    """As `write_text`. NaN and infinity become null."""
+    write_text(path, json.dumps(_finite(content), indent=2) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write whole or not at all: a reader never sees half a file."""
     staging = path.with_name(f"{path.name}.{os.getpid()}.part")  # several ranks may report one failure
-    staging.write_text(json.dumps(_finite(content), indent=2) + "\n", encoding="utf-8")
-    os.replace(staging, path)
+    try:
+        staging.write_text(text, encoding="utf-8")
+        os.replace(staging, path)
+    finally:
+        staging.unlink(missing_ok=True)
 
 
 def _finite(value: Any) -> Any:

@@ -15,9 +15,10 @@ import secrets
 import shutil
 import time
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,30 @@ class Entry:
     train: Blocks
     validation: Blocks | None
     meta: dict[str, Any]
+
+    @cached_property
+    def content(self) -> str:
+        """A digest of every array: of what is trained and validated on, whatever made it. 128 hexadecimal digits."""
+        digest = hashlib.blake2b()
+        for name, array in sorted(self.arrays.items()):
+            digest.update(f"{name} {array.dtype} {array.shape} ".encode())
+            digest.update(array.data)
+        return digest.hexdigest()
+
+    @cached_property
+    def arrays(self) -> dict[str, NDArray[Any]]:
+        """The arrays and numbers of documents and blocks, as `part.field`."""
+        documents = self.train.documents
+        parts = {"documents": vars(documents), "train": vars(self.train)}
+        if self.validation is not None:
+            assert self.validation.documents is documents, "both parts are made of the same documents"
+            parts["validation"] = vars(self.validation)
+        return {
+            f"{part}.{name}": np.asarray(value, order="C")
+            for part, fields in parts.items()
+            for name, value in fields.items()
+            if value is not documents
+        }
 
 
 def fingerprint(data: DataSection, *, identities: Sequence[Sequence[str]], tokenizer: Any, seed: int) -> str:
@@ -120,21 +145,10 @@ def _place(identity: str) -> tuple[Path, str | None]:
 
 
 def _write(entry: Entry, identity: str, path: Path) -> None:
-    documents = entry.train.documents
-    parts = {"documents": vars(documents), "train": vars(entry.train)}
-    if entry.validation is not None:
-        assert entry.validation.documents is documents, "both parts are made of the same documents"
-        parts["validation"] = vars(entry.validation)
-    arrays = {
-        f"{part}.{name}": np.asarray(value, order="C")
-        for part, fields in parts.items()
-        for name, value in fields.items()
-        if value is not documents
-    }
     meta = json.dumps(entry.meta, default=int)
     temporary = path.with_name(f".{secrets.token_hex(8)}")
     try:
-        save_file(arrays, temporary, metadata={"meta": meta, "checksum": _checksum(identity, meta, arrays)})
+        save_file(entry.arrays, temporary, metadata={"meta": meta, "checksum": _checksum(identity, meta, entry)})
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -145,8 +159,6 @@ def _read(path: Path, identity: str) -> Entry:
     # As tensors of torch, which are views of the mapped file: with framework="np", safetensors copies every array.
     with safe_open(path, framework="pt") as file:
         metadata, arrays = file.metadata(), {name: file.get_tensor(name).numpy() for name in file.keys()}  # noqa: SIM118
-    if _checksum(identity, metadata["meta"], arrays) != metadata["checksum"]:
-        raise ValueError(f"{path} is damaged, or another entry")
     parts: dict[str, dict[str, Any]] = defaultdict(dict)
     for name, array in arrays.items():
         array.flags.writeable = False
@@ -154,15 +166,14 @@ def _read(path: Path, identity: str) -> Entry:
         parts[part][field] = array if array.ndim else int(array)
     documents = Documents(**parts.pop("documents"))
     blocks = {part: Blocks(documents, **fields) for part, fields in parts.items()}
-    return Entry(blocks["train"], blocks.get("validation"), json.loads(metadata["meta"]))
+    entry = Entry(blocks["train"], blocks.get("validation"), json.loads(metadata["meta"]))
+    if _checksum(identity, metadata["meta"], entry) != metadata["checksum"]:
+        raise ValueError(f"{path} is damaged, or another entry")
+    return entry
 
 
-def _checksum(identity: str, meta: str, arrays: Mapping[str, NDArray[Any]]) -> str:
-    digest = hashlib.blake2b((identity + meta).encode())
-    for name, array in sorted(arrays.items()):
-        digest.update(f"{name} {array.dtype} {array.shape} ".encode())
-        digest.update(array.data)
-    return digest.hexdigest()
+def _checksum(identity: str, meta: str, entry: Entry) -> str:
+    return hashlib.blake2b((identity + meta + entry.content).encode()).hexdigest()
 
 
 def _evict(folder: Path, *, keep: Path) -> None:

@@ -53,6 +53,7 @@ class PreparedData:
     loss_on: dict[str, int]  # training rows by what the loss sees of them
     template: str  # the chat template's name
     identity: str  # of what the blocks are made from: equal on ranks that read the same data
+    content: str  # of the blocks themselves (of a stream, its first window): equal where the same is trained on
     notes: tuple[str, ...] = ()  # for the report
 
     @property
@@ -117,8 +118,9 @@ def prepare(data: DataSection, tokenizer: PreTrainedTokenizerBase, *, seed: int)
         return _from_entry(entry, identity)
     with closing(pool):
         prepared = _prepare_blocks(inputs, identity)
-    note = cache.save(_to_entry(prepared), identity)
-    return replace(prepared, notes=(*prepared.notes, note)) if note else prepared
+    entry = _to_entry(prepared)
+    note = cache.save(entry, identity)
+    return replace(prepared, content=entry.content, notes=(*prepared.notes, *([note] if note else [])))
 
 
 def _open_validation(data: DataSection) -> list[Feed] | None:
@@ -154,6 +156,7 @@ def _from_entry(entry: cache.Entry, identity: str) -> PreparedData:
         entry.validation,
         example=Example(**example) if example else None,
         identity=identity,
+        content=entry.content,
         notes=("data: read from the cache of an earlier run", *meta.pop("notes")),
         **meta,
     )
@@ -190,6 +193,7 @@ def _prepare_blocks(inputs: _Inputs, identity: str) -> PreparedData:
         loss_on=dict(Counter(usable.loss_on[row] for row in train_rows)),
         template=inputs.pool.encoder.template,
         identity=identity,
+        content="",
         notes=() if validation or data.validation == 0 else (ALL_ALIKE.format(data.validation),),
     )
 
@@ -224,6 +228,7 @@ def _prepare_stream(inputs: _Inputs, identity: str) -> PreparedData:
         loss_on=dict(stream.first_window.loss_on),
         template=inputs.pool.encoder.template,
         identity=identity,
+        content=cache.Entry(stream.first_window.blocks, None, {}).content,
         notes=_notes_of_stream(stream),
     )
 

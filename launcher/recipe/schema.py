@@ -11,6 +11,8 @@ from pydantic import Field, ValidationInfo, field_validator
 from launcher.recipe.data_section import DataSection
 from launcher.recipe.field_types import Distinct, OnOff, Section, Text, off_is
 
+INTERVAL = r"^[1-9]\d*[smh]$"  # of train.save_every
+
 
 class ModelSection(Section):
     """Which base model, and in which precision it computes."""
@@ -134,6 +136,13 @@ class TrainSection(Section):
     eval_every: int = Field(
         0, ge=0, description="Steps between evaluations; 0: only before the first step and after the last."
     )
+    save_every: Annotated[Annotated[int, Field(ge=0)] | Annotated[str, Field(pattern=INTERVAL)], off_is(0)] = Field(
+        "10m",
+        description="Steps between two checkpoints, or a time as 90s, 10m or 2h; the last step and a signal save one "
+        "besides. 0 or off: none.",
+        examples=["10m", 500],
+    )
+    keep: int = Field(2, ge=1, description="Checkpoints kept: the newest.")
     log_every: int = Field(
         1, ge=1, description="Steps between two reads of the metrics, each of which waits for the device."
     )
@@ -152,6 +161,12 @@ class RunSection(Section):
 
     output_dir: Text | None = Field(
         None, description="Folder of the run; null: runs/<recipe>-<time>.", examples=["./runs/mine"]
+    )
+    resume: Text = Field(
+        "auto",
+        description="auto: go on from the newest checkpoint in run.output_dir, if it has one; never: such a folder is "
+        "refused; or a run's folder, or that of one of its checkpoints, to go on there.",
+        examples=["auto", "never", "./runs/mine", "./runs/mine/checkpoints/step-500"],
     )
     trackers: Distinct[Literal["tensorboard"]] = Field(
         [], description="Trackers that receive the metrics.", examples=[["tensorboard"]]

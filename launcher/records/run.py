@@ -15,6 +15,17 @@ class RunOpened:
     """The run has its folder: from here on its files may be written."""
 
     path: Path  # absolute, the same on every rank
+    step: int = 0  # steps done by earlier parts of the run
+
+
+@dataclass(frozen=True)
+class RunPart:
+    """What one start of a run did, between two resumes."""
+
+    host: str
+    first_step: int  # 1-based
+    last_step: int  # the last that counts: those after it were done again
+    lost_s: float = 0.0  # seconds of the steps that were done again
 
 
 @dataclass(frozen=True)
@@ -175,6 +186,7 @@ class RunRecord:
     verdicts: tuple[Verdict, ...]
     data: dict[str, int] = field(default_factory=dict)  # rows read, dropped by reason, documents, tokens
     sample: Sample | None = None
+    parts: tuple[RunPart, ...] = ()
 
     def as_report(self) -> dict[str, Any]:
         """report.json (its keys are public: add, never rename)."""
@@ -195,6 +207,7 @@ class RunRecord:
             "verdicts": [asdict(v) for v in self.verdicts],
             "ranks": [r.as_report() for r in self.ranks],
             "sample": asdict(self.sample) if self.sample else None,
+            "parts": [asdict(part) for part in self.parts],
         }
 
 

@@ -18,7 +18,7 @@ class TensorBoard:
         if isinstance(event, RunOpened):
             from torch.utils.tensorboard import SummaryWriter
 
-            self._writer = SummaryWriter(str(event.path / "trackers"))
+            self._writer = SummaryWriter(str(event.path / "trackers"), purge_step=event.step + 1)
         elif isinstance(event, StepRecord):
             self._write(event.step, loss=event.loss, lr=event.lr, grad_norm=event.grad_norm)
         elif isinstance(event, EvalRecord):

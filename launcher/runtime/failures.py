@@ -46,7 +46,7 @@ def code_and_reason(error: BaseException) -> tuple[int, str]:
     if isinstance(error, LauncherError):
         return error.code, str(error)
     if isinstance(error, KeyboardInterrupt):
-        return 128 + signal.SIGINT, "interrupted"
+        return 128 + signal.SIGINT, f"interrupted; {error}" if str(error) else "interrupted; nothing was saved"
     if isinstance(error, Terminated):
-        return 128 + signal.SIGTERM, "terminated"
+        return 128 + signal.SIGTERM, f"terminated; {error}" if str(error) else "terminated; nothing was saved"
     return 1, f"{type(error).__name__}: {error}"

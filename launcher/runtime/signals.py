@@ -1,22 +1,26 @@
 """The signals that end a run, and that no code in between may swallow.
 
 Python raises KeyboardInterrupt wherever the main thread happens to be. If that is a callback whose errors are dropped,
-the exception is lost: 1 of 50 interrupted runs went on training. So a signal is raised at once and also remembered, and
-the training loop asks at every step. The command line and api.run listen; mode=parity and bench do not ask.
+the exception is lost: 1 of 50 interrupted runs went on training. So a signal is raised at once and also remembered.
+While the training loop defers it, the first signal is only remembered: the loop asks at every step, saves and ends.
+The command line and api.run listen; mode=parity and bench do not ask.
 """
 
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from types import FrameType
-from typing import NoReturn
 
 _received: list[type[BaseException]] = []
+_deferring: list[bool] = []  # one entry in each `deferring`
 
 
 class Terminated(BaseException):
     """SIGTERM was received."""
+
+
+VOTES: dict[type[BaseException], int] = {KeyboardInterrupt: 1, Terminated: 2**16}  # sums of many ranks stay apart
 
 
 def listen() -> None:
@@ -43,14 +47,31 @@ def listening() -> Iterator[None]:
         _received.clear()
 
 
-def raise_if_stopped() -> None:
-    """Raise the last signal's exception again, in case it was swallowed."""
-    if _received:
-        raise _received[-1]
+@contextmanager
+def deferring() -> Iterator[None]:
+    """Inside, the first signal is remembered and not raised. A second SIGINT is raised; a second SIGTERM is ignored."""
+    _deferring.append(True)
+    try:
+        yield
+    finally:
+        _deferring.pop()
 
 
-def _stop(signum: int, frame: FrameType | None) -> NoReturn:
+def stop_vote() -> float:
+    """What this rank adds to the votes of a step: 0 unless it received a signal. All ranks see the sum, and stop at
+    the same step."""
+    return float(VOTES[_received[0]]) if _received else 0.0
+
+
+def voted_stop(votes: Iterable[float]) -> type[BaseException] | None:
+    """The exception that ends all ranks after these steps; SIGTERM's where ranks differ. None without a vote."""
+    most = max(votes, default=0.0)
+    return None if not most else Terminated if most >= VOTES[Terminated] else KeyboardInterrupt
+
+
+def _stop(signum: int, frame: FrameType | None) -> None:
     if signum == signal.SIGTERM:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a second one must not interrupt the ending
     _received.append(Terminated if signum == signal.SIGTERM else KeyboardInterrupt)
-    raise _received[-1]
+    if len(_received) > 1 or not _deferring:
+        raise _received[-1]

@@ -48,7 +48,11 @@ def start_record(worker: Worker) -> StartRecord:
         activations=_activations(worker),
         forecast_mib=worker.policy.forecast_mib,
         loss_tokens=tuple(built.packed.loss_rows(train.micro_batch * width) for width in widths),
-        notes=worker.request.notes + data.notes + _incomplete_rows(data.counts) + _blank_steps(worker),
+        notes=worker.request.notes
+        + _resumed(worker)
+        + data.notes
+        + _incomplete_rows(data.counts)
+        + _blank_steps(worker),
     )
 
 
@@ -56,6 +60,12 @@ def _activations(worker: Worker) -> str:
     """The activation policy, why, and the host memory it takes: known once every shape has been run."""
     waiting = f", inputs in {worker.host_inputs.host_mib:,.0f} MiB of the host" if worker.host_inputs else ""
     return f"{worker.policy.name} ({worker.policy.why}{waiting})"
+
+
+def _resumed(worker: Worker) -> tuple[str, ...]:
+    """What the run goes on from, and what was wrong with its files."""
+    resumed = worker.resumed
+    return (f"goes on from step {resumed.step:,} ({resumed.bundle})", *resumed.notes) if resumed else ()
 
 
 def _blank_steps(worker: Worker) -> tuple[str, ...]:
@@ -85,7 +95,8 @@ def rank_record(worker: Worker, *, step_s: Sequence[float], tokens: Sequence[tup
     """What this process did, from the seconds of its steady steps and their tokens (all, supervised)."""
     ledger = worker.ledger
     phases = {record.phase: record for record in ledger.phases}
-    all_tokens, supervised_tokens = (sum(counts) for counts in zip(*tokens, strict=True))
+    all_tokens, supervised_tokens = (sum(counts) for counts in zip(*(tokens or [(0, 0)]), strict=True))
+    step_s = step_s or [math.inf]  # a run that was resumed after its last step
     return RankRecord(
         rank=worker.rank_info.rank,
         device=_device_name(worker.accelerator.device, index=True),

@@ -1,6 +1,6 @@
 """The gradients of a step and its loss in one flat fp32 buffer: one collective, one norm and one product for all.
 
-    [ gradient of parameter 0 | pad | gradient of parameter 1 | pad | ... | loss | pad ]
+    [ gradient of parameter 0 | pad | gradient of parameter 1 | pad | ... | loss | stop votes | pad ]
 
 Every `parameter.grad` is a view into the buffer, so optimizers find their gradients as usual. Each gradient begins at
 a multiple of 16 bytes, for vectorised loads. The padding stays zero and adds nothing to the norm. The ranks' buffers
@@ -16,14 +16,15 @@ ALIGNMENT = 4  # fp32 values in 16 bytes
 
 
 class FlatGradients:
-    """Sets the `.grad` of each of `parameters` (fp32, one device). `loss_sum` is a scalar view into the same buffer."""
+    """Sets the `.grad` of each of `parameters` (fp32, one device). `loss_sum` and `stop_votes` are
+    scalar views into the same buffer."""
 
     def __init__(self, parameters: Sequence[nn.Parameter]) -> None:
         assert all(p.dtype == torch.float32 for p in parameters), "LoRA masters are fp32"
         sizes = [-(-p.numel() // ALIGNMENT) * ALIGNMENT for p in parameters]
         self._flat = torch.zeros(sum(sizes) + ALIGNMENT, device=parameters[0].device)
         self._gradients = self._flat[: sum(sizes)]
-        self.loss_sum = self._flat[sum(sizes)]
+        self.loss_sum, self.stop_votes = self._flat[sum(sizes)], self._flat[sum(sizes) + 1]
         pieces = self._gradients.split(sizes)
         self._views = [piece[: p.numel()].view_as(p) for p, piece in zip(parameters, pieces, strict=True)]
         for parameter, view in zip(parameters, self._views, strict=True):

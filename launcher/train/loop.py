@@ -4,17 +4,20 @@ sinks of its events (api.py). Only the adapter is saved here, since its proof ne
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from itertools import takewhile
 from typing import cast
 
 import torch
 
 from launcher.checkpoint.adapter import save_proven
+from launcher.checkpoint.resume import Resumed
 from launcher.errors import CheckpointError, ContractError, LauncherError, NonFiniteError
 from launcher.records.run import EvalRecord, Event, RankRecord, RunOpened, RunRecord, Sample, StepRecord, Verdict
 from launcher.runtime.clock import Clock
 from launcher.runtime.ranks import broadcast, gather
-from launcher.runtime.signals import raise_if_stopped
+from launcher.runtime.signals import deferring, stop_vote, voted_stop
+from launcher.train.checkpoints import Checkpoints
 from launcher.train.describe import rank_record, start_record
 from launcher.train.metrics import MetricsReader, StepMetrics
 from launcher.train.request import Request
@@ -29,12 +32,20 @@ SKIPS_IN_A_ROW = 20  # fp16: a scale that halves this often without one good ste
 class RunHistory:
     """What the run has done so far, filled as it goes: also for whoever reports a failure."""
 
-    steps: list[StepRecord] = field(default_factory=list)
+    steps: list[StepRecord] = field(default_factory=list)  # those of earlier parts of the run too
     evals: list[EvalRecord] = field(default_factory=list)
-    rank_tokens: list[tuple[int, int]] = field(default_factory=list)  # this rank's (all, supervised) by step
+    rank_tokens: list[tuple[int, int]] = field(default_factory=list)  # this rank's (all, supervised), by step
     worker: Worker | None = None
+    last_step: int = 0
     skipped_in_a_row: int = 0
-    first_read: int = 0  # steps that were read together with the first one
+    first_read: int = 0  # steps of this part that were read together with the first one
+
+    def go_on(self, resumed: Resumed) -> None:
+        """Take over the records of the run's earlier parts."""
+        self.steps = [record for record in resumed.records if isinstance(record, StepRecord)]
+        self.evals = [record for record in resumed.records if isinstance(record, EvalRecord)]
+        self.last_step = resumed.step
+        self.skipped_in_a_row = len(list(takewhile(lambda step: step.skipped, reversed(self.steps))))
 
     @property
     def ledger(self) -> str:
@@ -42,10 +53,13 @@ class RunHistory:
         return self.worker.ledger.as_text() if self.worker else "nothing yet"
 
     @property
-    def steady(self) -> slice:
-        """All steps but the first, which warms allocators and libraries, and those that were read together with it
-        (train.log_every); all where there are no others."""
-        return slice(self.first_read if len(self.steps) > self.first_read else 0, None)
+    def steady(self) -> tuple[list[float], list[tuple[int, int]]]:
+        """Seconds and this rank's tokens of all steps of this part but the first, which warms allocators and libraries,
+        and those that were read together with it (train.log_every); of all where there are no others."""
+        count = len(self.rank_tokens)
+        steady = count - self.first_read if count > self.first_read else count
+        start = count - steady
+        return [step.step_s for step in self.steps[len(self.steps) - steady :]], self.rank_tokens[start:]
 
 
 def run(request: Request, history: RunHistory) -> Iterator[Event]:
@@ -68,22 +82,27 @@ def _run(request: Request, history: RunHistory) -> Iterator[Event]:
     yield "starting processes"
     with clock.phase("start"):
         worker = history.worker = Worker(request, prepared, clock=clock)
-        worker.open_folder()
-    yield RunOpened(worker.folder.path)
+        resumed = worker.open_folder()
+    yield RunOpened(worker.folder.path, step=resumed.step if resumed else 0)
     yield "loading model"
     with clock.phase("load"):
         worker.build()
     yield "compiling"
     with clock.phase("compile"):
         worker.compile()
+        if resumed:
+            worker.state.load_state_dict(resumed.state["state"])
+            history.go_on(resumed)
+            worker.check_steps_left(resumed.step)
+    checkpoints = Checkpoints(worker, resumed)
     yield start_record(worker)
-    yield from _train(worker, history)
+    yield from _train(worker, history, checkpoints)
     yield "saving adapter"
     with clock.phase("save"):
         saved = _save(worker)
     with clock.phase("sample"):
         sample = _sample(worker)
-    record = _run_record(worker, history, saved, sample)
+    record = replace(_run_record(worker, history, saved, sample), parts=checkpoints.parts_until(worker.state.step))
     worker.accelerator.end_training()
     yield record
     if not saved.holds:
@@ -93,31 +112,50 @@ def _run(request: Request, history: RunHistory) -> Iterator[Event]:
         raise ContractError("; ".join(f"{v.claim}: {v.evidence}" for v in broken))
 
 
-def _train(worker: Worker, history: RunHistory) -> Iterator[StepRecord | EvalRecord]:
-    recipe, clock = worker.recipe.train, worker.clock
-    yield from _evaluate(worker, history, step=0)
+def _train(worker: Worker, history: RunHistory, checkpoints: Checkpoints) -> Iterator[StepRecord | EvalRecord]:
+    """A signal is deferred to the end of a step, whose state is then saved."""
+    if not history.evals:
+        yield from _evaluate(worker, history, step=0)
     pending = MetricsReader()
-    for number in range(1, worker.steps + 1):
-        last = number == worker.steps
-        evaluates = last or bool(recipe.eval_every and number % recipe.eval_every == 0)
-        try:
-            with clock.phase("train"):
-                raise_if_stopped()
-                batch = next(worker.batches)  # while the device works on the step before
-                pending.add(worker.step(batch), batch)
-        except (LauncherError, KeyboardInterrupt):
-            yield from _step_records(worker, history, pending.read(all=True))  # the steps before it are good
-            raise
-        if not evaluates and number % recipe.log_every:
-            continue
-        with clock.phase("train"):
-            readings = pending.read(all=evaluates)
-        yield from _step_records(worker, history, readings)
-        worker.plan.check()
-        if evaluates:
-            yield from _evaluate(worker, history, step=number)
-            pending.restart()
+    with deferring():
+        for number in range(worker.state.step + 1, worker.steps + 1):
+            yield from _train_step(worker, history, pending)
+            evaluates = number == worker.steps or bool(
+                worker.recipe.train.eval_every and number % worker.recipe.train.eval_every == 0
+            )
+            saves = checkpoints.due(number)
+            if not (evaluates or saves) and number % worker.recipe.train.log_every:
+                continue
+            with worker.clock.phase("train"):
+                readings = pending.read(all=evaluates or saves)
+            yield from _step_records(worker, history, readings)
+            worker.plan.check()
+            if evaluates:
+                yield from _evaluate(worker, history, step=number)
+            stop = voted_stop(reading.stop_votes for reading in readings)
+            if stop:
+                yield from _step_records(worker, history, pending.read(all=True))
+            if saves or stop:
+                checkpoints.save()
+            if stop:
+                raise stop(checkpoints.finish() or "")
+            if evaluates or saves:
+                pending.restart()
+        checkpoints.save()  # so that a run with more steps can go on from it
+        checkpoints.finish()
     worker.ledger.mark("after training")
+
+
+def _train_step(worker: Worker, history: RunHistory, pending: MetricsReader) -> Iterator[StepRecord]:
+    """Enqueue one step. If that fails, the records of the steps before it, which are good."""
+    try:
+        with worker.clock.phase("train"):
+            worker.step.stop_vote = stop_vote()
+            batch = next(worker.batches)  # while the device works on the step before
+            pending.add(worker.step(batch), batch)
+    except (LauncherError, KeyboardInterrupt):
+        yield from _step_records(worker, history, pending.read(all=True))
+        raise
 
 
 def _step_records(worker: Worker, history: RunHistory, readings: Sequence[StepMetrics]) -> Iterator[StepRecord]:
@@ -126,7 +164,7 @@ def _step_records(worker: Worker, history: RunHistory, readings: Sequence[StepMe
     for reading in readings:
         batch = reading.batch
         record = StepRecord(
-            step=len(history.steps) + 1,
+            step=history.last_step + 1,
             loss=reading.loss_sum / max(1, batch.supervised_tokens),
             lr=reading.lr,
             grad_norm=reading.grad_norm,
@@ -139,6 +177,7 @@ def _step_records(worker: Worker, history: RunHistory, readings: Sequence[StepMe
         history.skipped_in_a_row = history.skipped_in_a_row + 1 if record.skipped else 0
         _check_finite(record, history.skipped_in_a_row)
         history.steps.append(record)
+        history.last_step = record.step
         micro_batches = batch.micro_batches
         history.rank_tokens.append(
             (sum(m.tokens for m in micro_batches), sum(m.supervised_tokens for m in micro_batches))
@@ -206,11 +245,8 @@ def _sample(worker: Worker) -> Sample | None:
 
 
 def _run_record(worker: Worker, history: RunHistory, saved: Verdict, sample: Sample | None) -> RunRecord:
-    steady = history.steady
-    step_s = [step.step_s for step in history.steps[steady]]
-    ranks: tuple[RankRecord, ...] = tuple(
-        gather(rank_record(worker, step_s=step_s, tokens=history.rank_tokens[steady]))
-    )
+    step_s, tokens = history.steady
+    ranks: tuple[RankRecord, ...] = tuple(gather(rank_record(worker, step_s=step_s, tokens=tokens)))
     compiled = [] if worker.recipe.compile.mode == "off" else compile_verdicts(ranks)
     return RunRecord(
         recipe=worker.recipe.model_dump(mode="json"),

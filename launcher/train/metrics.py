@@ -22,6 +22,7 @@ class StepMetrics:
     grad_norm: float
     lr: float
     skipped: bool
+    stop_votes: float
     step_s: float  # time since the read before, divided by the steps read
 
 
@@ -67,5 +68,5 @@ def copy_to_host(metrics: torch.Tensor) -> tuple[torch.Tensor, torch.cuda.Event 
 
 
 def _metrics(batch: StepBatch, host: torch.Tensor, step_s: float) -> StepMetrics:
-    loss_sum, grad_norm, lr, skipped = host.tolist()
-    return StepMetrics(batch, loss_sum, grad_norm, lr, bool(skipped), step_s)
+    loss_sum, grad_norm, lr, skipped, stop_votes = host.tolist()
+    return StepMetrics(batch, loss_sum, grad_norm, lr, bool(skipped), stop_votes, step_s)

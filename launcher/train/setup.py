@@ -20,6 +20,7 @@ from accelerate import Accelerator, PartialState
 
 from launcher.checkpoint.adapter import adapter_digest
 from launcher.checkpoint.folder import RunFolder, default_folder
+from launcher.checkpoint.resume import Resumed, named_folder, open_folder
 from launcher.compile.graphs import CaptureFailed, check_graphs, outcome
 from launcher.compile.observe import Observer
 from launcher.compile.plan import Plan
@@ -28,7 +29,7 @@ from launcher.data.pack.micro_batch import MicroBatch
 from launcher.data.prepare import PreparedData
 from launcher.data.prepare import prepare as prepare_data
 from launcher.data.stream import Stream
-from launcher.errors import ContractError, DataError, LauncherError, RecipeError
+from launcher.errors import CheckpointError, ContractError, DataError, LauncherError, RecipeError
 from launcher.memory.forecast import Shapes
 from launcher.memory.ledger import Ledger
 from launcher.memory.offload import HostInputs
@@ -127,7 +128,8 @@ class Worker:
         cpu = prepared.device.type == "cpu"
         PartialState(cpu=cpu)  # the process group first: the run folder's name is rank 0's
         hold_process_group()
-        folder = broadcast(self.recipe.run.output_dir or default_folder(request.name))
+        run = self.recipe.run
+        folder = broadcast(run.output_dir or named_folder(run.resume) or default_folder(request.name))
         self.folder = RunFolder(Path(folder).absolute())
         self.accelerator = Accelerator(
             cpu=cpu,
@@ -142,6 +144,7 @@ class Worker:
             error=DataError,
             remedy="Give every process the same command line, and the same files on every machine.",
         )
+        self.resumed: Resumed | None = None
         self.observer = Observer()
         self.ledger = Ledger(self.accelerator.device)
 
@@ -149,18 +152,29 @@ class Worker:
         """Let other code of this process compile again, however far this worker has come."""
         if "plan" in vars(self):
             self.plan.release()
+        self.folder.unlock()
 
-    def open_folder(self) -> None:
-        """Create the run folder on rank 0. Every rank raises the error that rank 0 met."""
-        problem: LauncherError | None = None
+    def open_folder(self) -> Resumed | None:
+        """Create the run folder on rank 0, or open it again; what the run goes on from, on every rank. Every rank
+        raises the error that rank 0 met."""
+        problem, resumed = None, None
         if self.rank_info.is_main:
             try:
-                self.folder.create()
+                resumed = open_folder(self.folder, self.recipe.run.resume)
             except LauncherError as error:
                 problem = error
-        problem = broadcast(problem)
+        problem, self.resumed = broadcast((problem, resumed))
         if problem is not None:
             raise problem
+        return self.resumed
+
+    def check_steps_left(self, step: int) -> None:
+        """Raise CheckpointError if the run that goes on from `step` is done."""
+        if step >= self.steps and self.folder.adapter.exists():
+            raise CheckpointError(
+                f"a run goes on only if it has steps left; the one in {self.folder.path} has done {step} of "
+                f"{self.steps}.\nRaise train.steps, or choose another run.output_dir."
+            )
 
     def build(self) -> BuiltModel:
         """Load, quantise and adapt the model, and choose what its forward pass keeps; the ledger notes each phase."""
@@ -236,7 +250,7 @@ class Worker:
             fp16=built.dtype == torch.float16,
         )
         dtype, processes = str(built.dtype).removeprefix("torch."), self.rank_info.world_size
-        identity = run_identity(self.recipe, data=data.identity, steps=self.steps, dtype=dtype, processes=processes)
+        identity = run_identity(self.recipe, data=data.content, dtype=dtype, processes=processes)
         self.state = TrainState(self.step, self.batches, identity=identity, rank=self.rank_info.rank)
 
     def _sample(self, width: int) -> MicroBatch:

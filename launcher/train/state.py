@@ -28,6 +28,7 @@ from launcher.recipe.schema import Recipe
 from launcher.runtime.ranks import gather
 from launcher.train.step import TrainStep
 
+MAY_CHANGE = {"steps", "epochs", "eval_every", "save_every", "keep", "log_every"}  # keys of train, on a resume
 SHOWN = 5  # differences that a refusal names
 
 
@@ -63,10 +64,17 @@ class TrainState:
     def state_dict(self) -> dict[str, Any]:
         """A copy of everything. Every rank must call it, and gets the random states of all ranks. Waits for the
         device."""
+        state, wait = self.begin_copy()
+        wait()
+        return state
+
+    def begin_copy(self) -> tuple[dict[str, Any], Callable[[], None]]:
+        """As `state_dict`, but its tensors of a CUDA device are pinned host memory that the device still writes: read
+        them after the function that is returned too, which any thread may call. Training may go on meanwhile."""
         live = self._step.live_state()
         self._wait()
         random_states = gather(random_state(self._step.device))
-        return {
+        state = {
             "identity": _copied(self._identity),
             "step": self.step,
             "training": _copied(live),
@@ -74,6 +82,11 @@ class TrainState:
             "loader": _copied(self._loader.state_dict()),
             "early_stop": {name: value for name, value in asdict(self.early_stop).items() if value is not None},
         }
+        if self._step.device.type != "cuda":
+            return state, lambda: None
+        copied = torch.cuda.Event()
+        copied.record()
+        return state, copied.synchronize
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from `state`. Tensors are written in place, as captured graphs read fixed addresses.
@@ -128,7 +141,7 @@ def run_identity(recipe: Recipe, **resolved: str | int) -> dict[str, Any]:
         "quant": recipe.quant.model_dump(mode="json"),
         "lora": recipe.lora.model_dump(mode="json"),
         "data": recipe.data.model_dump(mode="json", exclude={"sources", "validation", "wait_s"}),
-        "train": recipe.train.model_dump(mode="json", exclude={"steps", "epochs", "eval_every", "log_every"}),
+        "train": recipe.train.model_dump(mode="json", exclude=MAY_CHANGE),
     }
     values = {f"{section}.{key}": value for section, keys in sections.items() for key, value in keys.items()}
     return {key: value for key, value in values.items() if value is not None} | resolved
@@ -157,12 +170,15 @@ def set_random_state(state: dict[str, Any], device: torch.device) -> None:
 
 
 def _copied(value: Any) -> Any:
-    """The same tree of plain values, with its tensors copied to the CPU."""
+    """The same tree of plain values, with its tensors copied to the CPU; the copies of a CUDA device are enqueued."""
     if isinstance(value, dict):
         return {key: _copied(inner) for key, inner in value.items()}
     if isinstance(value, list | tuple):
         return [_copied(inner) for inner in value]
-    return value.detach().to("cpu", copy=True) if isinstance(value, Tensor) else value
+    if not isinstance(value, Tensor):
+        return value
+    host = torch.empty(value.shape, dtype=value.dtype, pin_memory=value.is_cuda)
+    return host.copy_(value.detach(), non_blocking=value.is_cuda)
 
 
 def _copy_into(live: dict[str, Any], state: dict[str, Any]) -> None:

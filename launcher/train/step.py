@@ -44,7 +44,7 @@ from launcher.train.staging import Staging
 
 @dataclass(frozen=True)
 class StepResult:
-    """The metrics of one step on the device, fp64 [4]; reading them waits for the device."""
+    """The metrics of one step on the device, fp64 [5]; reading them waits for the device."""
 
     metrics: Tensor
 
@@ -66,6 +66,11 @@ class StepResult:
     def skipped(self) -> Tensor:
         """1 where fp16 overflowed."""
         return self.metrics[3]
+
+    @property
+    def stop_votes(self) -> Tensor:
+        """The sum of all ranks' `TrainStep.stop_vote`."""
+        return self.metrics[4]
 
 
 @dataclass
@@ -94,6 +99,7 @@ class TrainStep:
         self.model = model
         self.plan = plan
         self.steps_done = 0
+        self.stop_vote = 0.0  # this rank's; it travels with the gradients, so that all ranks stop at one step
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self._gradients = FlatGradients(self.parameters)
         self._rates = Rates(train, steps=steps, device=device)
@@ -103,7 +109,7 @@ class TrainStep:
         self._nan = torch.full((), float("nan"), device=device)
         self._bad = torch.zeros((), dtype=torch.bool, device=device)
         self._found_inf = torch.zeros((), device=device)
-        self._metrics = torch.zeros(4, dtype=torch.float64, device=device)
+        self._metrics = torch.zeros(5, dtype=torch.float64, device=device)
         self._eval_loss = torch.zeros((), device=device)
         if gates_on_device(self.optimizer):
             self.optimizer.found_inf = self._found_inf  # type: ignore[attr-defined]
@@ -125,6 +131,8 @@ class TrainStep:
         factor = 1 / max(1, batch.supervised_tokens)
         for micro in batch.micro_batches:
             self._loaded(micro, factor=factor).train()
+        if self.stop_vote:
+            self._gradients.stop_votes.fill_(self.stop_vote)
         self._gradients.reduce()
         return self._gradients.loss_sum
 
@@ -242,7 +250,8 @@ class TrainStep:
         self._found_inf.copy_(blocked)
         lr = self._rates.load()
         skipped = overflow if fp16 else torch.zeros_like(overflow)
-        self._metrics.copy_(torch.stack([loss.double(), norm.double(), lr, skipped.double()]))
+        votes = self._gradients.stop_votes
+        self._metrics.copy_(torch.stack([loss.double(), norm.double(), lr, skipped.double(), votes.double()]))
         self._scale_and_clip(norm)
         self._step_optimizer()
         self.scaler.follow(overflow.float())

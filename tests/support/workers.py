@@ -58,6 +58,6 @@ def _prepared(request: Request, data: Documents, device: torch.device) -> Prepar
     )
     prepared = PreparedData(
         train=train, validation=validation, counts={}, example=None, train_rows=len(numbers) - VALIDATION,
-        validation_rows=VALIDATION, loss_on={}, template="none", identity="random",
+        validation_rows=VALIDATION, loss_on={}, template="none", identity="random", content="random",
     )  # fmt: skip
     return Prepared(load_config(request.source, request.recipe.model), None, prepared, device)

@@ -1,0 +1,93 @@
+"""Finds what a run goes on from: a checkpoint of the run folder, and the records of the steps before it."""
+
+import json
+import math
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, cast
+
+from launcher.checkpoint.bundle import PREFIX, State, bundles_of, clean, newest_state, read_bundle, remove, step_of
+from launcher.checkpoint.folder import RunFolder, write_text
+from launcher.records.run import EvalRecord, StepRecord
+
+Records = list[StepRecord | EvalRecord]
+
+
+@dataclass(frozen=True)
+class Resumed:
+    """A checkpoint to go on from. `records`: of the steps until then, in order; `lost_s`: seconds of steps after it."""
+
+    bundle: Path
+    state: State
+    records: Records
+    lost_s: float
+    notes: tuple[str, ...]
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps done."""
+        return step_of(self.bundle)
+
+
+def named_folder(resume: str) -> Path | None:
+    """The run folder that run.resume names, if it names one."""
+    if resume in ("auto", "never"):
+        return None
+    path = Path(resume).absolute()
+    return path.parents[1] if path.name.startswith(PREFIX) and path.parent.name == "checkpoints" else path
+
+
+def open_folder(folder: RunFolder, resume: str) -> Resumed | None:
+    """Take `folder` for this process, as run.resume says; what there is to go on from, or None for a new run.
+
+    The files of the run are cut back to the checkpoint: metrics.jsonl to its steps, and the checkpoints after it go.
+    Raises CheckpointError and RecipeError as RunFolder.create does, where the folder is in use, and where there is no
+    whole checkpoint.
+    """
+    has_checkpoints = bool(bundles_of(folder.checkpoints))
+    if resume == "never" or (resume == "auto" and not has_checkpoints):
+        folder.create()
+        return None
+    folder.lock()
+    clean(folder.checkpoints)
+    notes: list[str] = []
+    path = Path(resume).absolute()
+    if resume != "auto" and path != folder.path:
+        bundle, state = path, read_bundle(path)
+    else:
+        bundle, state, notes = newest_state(folder.checkpoints)
+    for later in bundles_of(folder.checkpoints):
+        if step_of(later) > step_of(bundle):
+            remove(later)
+    records, lost_s, lacking = _cut_metrics(folder.metrics, step=step_of(bundle))
+    folder.status.unlink(missing_ok=True)
+    return Resumed(bundle, state, records, lost_s, (*notes, *lacking))
+
+
+def _cut_metrics(metrics: Path, *, step: int) -> tuple[Records, float, list[str]]:
+    """The records of metrics.jsonl up to `step`, to which the file is cut; seconds of the steps after it; notes."""
+    records: Records = []
+    lost_s = 0.0
+    lines = metrics.read_text(encoding="utf-8", errors="replace").splitlines() if metrics.exists() else []
+    for line in lines:
+        record = _record(line)
+        if record is None or record.step > step:
+            lost_s += record.step_s if isinstance(record, StepRecord) else 0.0
+        else:
+            records.append(record)
+    write_text(metrics, "".join(f"{line}\n" for line in lines if (r := _record(line)) is not None and r.step <= step))
+    missing = step - sum(isinstance(record, StepRecord) for record in records)
+    notes = [f"{metrics.name} lacks {missing} of the {step} steps before the checkpoint"] if missing else []
+    return records, lost_s, notes
+
+
+def _record(line: str) -> StepRecord | EvalRecord | None:
+    """The record of a line; None where a kill tore it."""
+    try:
+        values: dict[str, Any] = json.loads(line)
+        kind: Any = EvalRecord if "eval_loss" in values else StepRecord
+        known = {field.name for field in fields(kind)}
+        numbers = {key: math.inf if value is None else value for key, value in values.items() if key in known}
+        return cast(StepRecord | EvalRecord, kind(**numbers))
+    except (ValueError, TypeError, AttributeError):
+        return None

@@ -1,0 +1,39 @@
+"""Writes the checkpoints of a run behind its training, in a thread, one at a time."""
+
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from launcher.checkpoint.bundle import State, rotate, write_bundle
+
+
+class BundleWriter:
+    """Rank 0's. `save_adapter(folder, state)` writes the adapter of a state in PEFT's layout."""
+
+    def __init__(self, checkpoints: Path, *, keep: int, save_adapter: Callable[[Path, State], None]) -> None:
+        self._checkpoints, self._keep, self._save_adapter = checkpoints, keep, save_adapter
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._writing: Future[Any] | None = None
+
+    def write(self, state: State, *, step: int, wait: Callable[[], None]) -> None:
+        """Begin to write the bundle of `step`, after the one before it. `wait` returns when the tensors of `state` may
+        be read; nobody may change them. Raises the error of the write before."""
+        self.finish()
+        self._writing = self._thread.submit(self._write, state, step, wait)
+
+    def check(self) -> None:
+        """Raise the error of the last write if it has failed by now."""
+        if self._writing is not None and self._writing.done():
+            self.finish()
+
+    def finish(self) -> None:
+        """Wait for the write that goes on. Raises its error."""
+        writing, self._writing = self._writing, None
+        if writing is not None:
+            writing.result()
+
+    def _write(self, state: State, step: int, wait: Callable[[], None]) -> None:
+        wait()
+        write_bundle(self._checkpoints, state, step=step, adapter=lambda folder: self._save_adapter(folder, state))
+        rotate(self._checkpoints, keep=self._keep)

@@ -1,0 +1,108 @@
+"""When a run saves a checkpoint, and what is in it: the state of train/state.py and the history of the run.
+
+A save copies the device's state between two steps; a thread writes it behind the next ones (checkpoint/writer.py).
+"""
+
+import platform
+import time
+from pathlib import Path
+from typing import Any
+
+from launcher.checkpoint.adapter import save_tensors
+from launcher.checkpoint.bundle import State
+from launcher.checkpoint.resume import Resumed
+from launcher.checkpoint.writer import BundleWriter
+from launcher.records.run import RunPart
+from launcher.runtime.ranks import broadcast
+from launcher.train.setup import Worker
+
+UNITS_S = {"s": 1, "m": 60, "h": 3600}
+
+
+class SaveSchedule:
+    """Which steps save: every so many, or after so many seconds, which rank 0 measures for all ranks."""
+
+    def __init__(self, save_every: int | str, *, step: int) -> None:
+        timed = isinstance(save_every, str)
+        self._interval_s = int(save_every[:-1]) * UNITS_S[save_every[-1]] if isinstance(save_every, str) else 0
+        self._every = 0 if timed else int(save_every)
+        self._saved_s, self._looked_at, self._next_look = time.monotonic(), step, step + 1
+
+    def due(self, step: int) -> bool:
+        """Whether to save after this step; every rank asks after every step, and all get the same answer."""
+        if not self._interval_s:
+            return bool(self._every) and step % self._every == 0
+        if step < self._next_look:
+            return False
+        due, self._next_look = broadcast(self._look(step))
+        return bool(due)
+
+    def _look(self, step: int) -> tuple[bool, int]:
+        """Whether the time has come, and at which step to look again: halfway to it by the speed so far."""
+        past_s = time.monotonic() - self._saved_s
+        if past_s >= self._interval_s:
+            self._saved_s, self._looked_at = time.monotonic(), step
+            return True, step + 1
+        step_s = past_s / max(1, step - self._looked_at)
+        return False, step + max(1, round((self._interval_s - past_s) / (2 * step_s)))
+
+
+class Checkpoints:
+    """The checkpoints of one run; every rank has them and calls them alike. train.save_every=0: none is ever saved."""
+
+    def __init__(self, worker: Worker, resumed: Resumed | None) -> None:
+        train, folder = worker.recipe.train, worker.folder
+        self._worker = worker
+        self._schedule = SaveSchedule(train.save_every, step=worker.state.step)
+        self._enabled = train.save_every != 0
+        self._saved_step: int | None = worker.state.step if resumed else None
+        self._writer: BundleWriter | None = None
+        if worker.rank_info.is_main and self._enabled:
+            self._writer = BundleWriter(folder.checkpoints, keep=train.keep, save_adapter=self._save_adapter)
+        names = {id(parameter): name for name, parameter in worker.built.peft.named_parameters()}
+        self._peft_names = {name: names[id(p)] for name, p in worker.built.packed.named_parameters() if p.requires_grad}
+        earlier = resumed.state["run"]["parts"] if resumed else []
+        self.parts = [RunPart(**part) for part in earlier]
+        if resumed and self.parts:  # what it did after its last checkpoint is done again
+            self.parts[-1] = RunPart(**{**earlier[-1], "last_step": resumed.step, "lost_s": resumed.lost_s})
+        self.parts.append(RunPart(host=platform.node(), first_step=worker.state.step + 1, last_step=worker.state.step))
+
+    def due(self, step: int) -> bool:
+        """Whether to save after this step. Raises the error of the last save, once it has failed."""
+        if self._writer is not None:
+            self._writer.check()
+        return self._enabled and self._schedule.due(step)
+
+    def save(self) -> None:
+        """Save the state as it is now, unless that is done."""
+        step = self._worker.state.step
+        if not self._enabled or self._saved_step == step:
+            return
+        with self._worker.clock.phase("checkpoint"):
+            state, wait = self._worker.state.begin_copy()
+            self._saved_step = step
+            if self._writer is not None:
+                self._writer.write({"state": state, "run": self._history(step)}, step=step, wait=wait)
+
+    def finish(self) -> str | None:
+        """Wait until the last save is on the disk; what to say of it, None if there is none."""
+        if self._writer is not None:
+            with self._worker.clock.phase("checkpoint"):
+                self._writer.finish()
+        if self._saved_step is None:
+            return None
+        folder = self._worker.folder.path
+        return f"step {self._saved_step} is saved; the same command goes on from it with run.output_dir={folder}"
+
+    def parts_until(self, step: int) -> tuple[RunPart, ...]:
+        """The parts of the run, the present one ending with `step`."""
+        present = self.parts[-1]
+        return (*self.parts[:-1], RunPart(present.host, present.first_step, step, present.lost_s))
+
+    def _history(self, step: int) -> dict[str, Any]:
+        return {"parts": [vars(part) for part in self.parts_until(step)]}
+
+    def _save_adapter(self, folder: Path, state: State) -> None:
+        adapters = state["state"]["training"]["adapters"]
+        tensors = {self._peft_names[name]: tensor for name, tensor in adapters.items()}
+        save_tensors(self._worker.built.peft, tensors, folder)
