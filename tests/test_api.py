@@ -32,7 +32,7 @@ def test_a_run_returns_the_record_that_its_report_is_written_from(finished, smal
     assert json.loads((folder / "report.json").read_text()) == json.loads(json.dumps(record.as_report()))
     assert copy.read_text() == (folder / "report.json").read_text()
     assert {path.name for path in folder.iterdir()} == {
-        "adapter", "metrics.jsonl", "report.json", "status.json", "trackers",
+        "adapter", "checkpoints", "metrics.jsonl", "report.json", "status.json", "trackers",
     }  # fmt: skip
     assert json.loads((folder / "status.json").read_text()) == {
         "code": 0, "reason": "done", "rank": 0, "step": 2, "resumable": False,
@@ -68,7 +68,7 @@ def test_the_files_of_a_run_hold_the_public_keys(finished):
 def test_a_run_prints_its_phases_unless_it_is_quiet_and_a_failure_is_raised(finished, capsys, quiet):
     _, folder, _, arguments = finished
     before = {path: path.read_bytes() for path in folder.iterdir() if path.is_file()}
-    with pytest.raises(CheckpointError, match="must not hold another run"):
+    with pytest.raises(CheckpointError, match="has done 2 of 2"):
         api.run(*arguments, quiet=quiet)
     assert {path: path.read_bytes() for path in folder.iterdir() if path.is_file()} == before
     assert ("reading data" in capsys.readouterr().out) != quiet

@@ -85,7 +85,9 @@ def test_a_run_ends_with_0_prints_plain_text_and_leaves_its_files(small, tmp_pat
     assert "\x1b" not in done.stdout
     assert "PASS" in done.stdout
     assert "FAIL" not in done.stdout
-    assert {p.name for p in (tmp_path / "out").iterdir()} == {"adapter", "metrics.jsonl", "report.json", "status.json"}
+    assert {p.name for p in (tmp_path / "out").iterdir()} == {
+        "adapter", "checkpoints", "metrics.jsonl", "report.json", "status.json"
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize(("signum", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
@@ -106,9 +108,10 @@ def test_a_signal_ends_the_run_with_its_code_and_says_so(small, tmp_path, signum
         assert process.wait(timeout=25) == code
     finally:
         process.kill()
-    assert json.loads((tmp_path / "out" / "status.json").read_text())["code"] == code
+    status = json.loads((tmp_path / "out" / "status.json").read_text())
+    assert (status["code"], status["resumable"]) == (code, True)
     message = process.stderr.read().decode()
-    assert "nothing was saved" in message
+    assert f"step {status['step']} is saved" in message
     assert "Traceback" not in message
 
 

@@ -70,6 +70,7 @@ class RunFolder:
     def discard(self) -> None:
         """Remove what `create` made, if nothing was measured yet; other files in the folder are the user's."""
         self.metrics.unlink()
+        Path(self._lock.lock_file).unlink(missing_ok=True)
         if not any(self.path.iterdir()):
             self.path.rmdir()
 
@@ -94,7 +95,7 @@ class RunFiles:
             return
         if isinstance(event, StepRecord | EvalRecord):
             with open(self._folder.metrics, "a", encoding="utf-8") as file:
-                file.write(json.dumps(_finite(asdict(event))) + "\n")
+                file.write(metrics_line(event))
         elif isinstance(event, RunRecord):
             write_json(self._folder.report, event.as_report())
             if self._report_copy:
@@ -114,7 +115,7 @@ class RunFiles:
             if cause not in UNKNOWN_CAUSES or code in UNKNOWN_CAUSES:
                 return
         shutil.rmtree(folder.adapter_staging, ignore_errors=True)
-        if code in (2, 3) and folder.metrics.exists() and not folder.metrics.stat().st_size:
+        if code in (2, 3) and not folder.metrics.stat().st_size:
             folder.discard()
             return
         status = {"code": code, "reason": reason, "rank": self._rank, "step": step or self._step}
@@ -130,6 +131,11 @@ def default_folder(recipe: str) -> str:
         count += 1
         path = base.with_name(f"{base.name}-{count}")
     return str(path)
+
+
+def metrics_line(record: StepRecord | EvalRecord) -> str:
+    """The record's line of metrics.jsonl; null for what JSON lacks."""
+    return json.dumps(_finite(asdict(record))) + "\n"
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:

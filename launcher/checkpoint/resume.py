@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from launcher.checkpoint.bundle import PREFIX, State, bundles_of, clean, newest_state, read_bundle, remove, step_of
-from launcher.checkpoint.folder import RunFolder, write_text
+from launcher.checkpoint.folder import RunFolder, metrics_line, write_text
 from launcher.records.run import EvalRecord, StepRecord
 
 Records = list[StepRecord | EvalRecord]
@@ -40,12 +40,10 @@ def named_folder(resume: str) -> Path | None:
 def open_folder(folder: RunFolder, resume: str) -> Resumed | None:
     """Take `folder` for this process, as run.resume says; what there is to go on from, or None for a new run.
 
-    The files of the run are cut back to the checkpoint: metrics.jsonl to its steps, and the checkpoints after it go.
     Raises CheckpointError and RecipeError as RunFolder.create does, where the folder is in use, and where there is no
     whole checkpoint.
     """
-    has_checkpoints = bool(bundles_of(folder.checkpoints))
-    if resume == "never" or (resume == "auto" and not has_checkpoints):
+    if resume == "never" or (resume == "auto" and not bundles_of(folder.checkpoints)):
         folder.create()
         return None
     folder.lock()
@@ -56,29 +54,28 @@ def open_folder(folder: RunFolder, resume: str) -> Resumed | None:
         bundle, state = path, read_bundle(path)
     else:
         bundle, state, notes = newest_state(folder.checkpoints)
+    step = step_of(bundle)
+    until, after = _records(folder.metrics, step=step)
+    missing = step - sum(isinstance(record, StepRecord) for record in until)
+    notes += [f"{folder.metrics.name} lacks {missing} of the {step} steps before the checkpoint"] if missing else []
+    lost_s = sum(record.step_s for record in after if isinstance(record, StepRecord))
+    return Resumed(bundle, state, until, lost_s, tuple(notes))
+
+
+def cut_back(folder: RunFolder, resumed: Resumed) -> None:
+    """Cut the files of the run to what it goes on from: metrics.jsonl to its steps; the checkpoints after it go."""
     for later in bundles_of(folder.checkpoints):
-        if step_of(later) > step_of(bundle):
+        if step_of(later) > resumed.step:
             remove(later)
-    records, lost_s, lacking = _cut_metrics(folder.metrics, step=step_of(bundle))
+    write_text(folder.metrics, "".join(map(metrics_line, resumed.records)))
     folder.status.unlink(missing_ok=True)
-    return Resumed(bundle, state, records, lost_s, (*notes, *lacking))
 
 
-def _cut_metrics(metrics: Path, *, step: int) -> tuple[Records, float, list[str]]:
-    """The records of metrics.jsonl up to `step`, to which the file is cut; seconds of the steps after it; notes."""
-    records: Records = []
-    lost_s = 0.0
+def _records(metrics: Path, *, step: int) -> tuple[Records, Records]:
+    """The records of metrics.jsonl until `step` and after it; a line that a kill tore is left out."""
     lines = metrics.read_text(encoding="utf-8", errors="replace").splitlines() if metrics.exists() else []
-    for line in lines:
-        record = _record(line)
-        if record is None or record.step > step:
-            lost_s += record.step_s if isinstance(record, StepRecord) else 0.0
-        else:
-            records.append(record)
-    write_text(metrics, "".join(f"{line}\n" for line in lines if (r := _record(line)) is not None and r.step <= step))
-    missing = step - sum(isinstance(record, StepRecord) for record in records)
-    notes = [f"{metrics.name} lacks {missing} of the {step} steps before the checkpoint"] if missing else []
-    return records, lost_s, notes
+    records = [record for line in lines if (record := _record(line)) is not None]
+    return [r for r in records if r.step <= step], [r for r in records if r.step > step]
 
 
 def _record(line: str) -> StepRecord | EvalRecord | None:

@@ -82,7 +82,8 @@ def _run(request: Request, history: RunHistory) -> Iterator[Event]:
     yield "starting processes"
     with clock.phase("start"):
         worker = history.worker = Worker(request, prepared, clock=clock)
-        resumed = worker.open_folder()
+        worker.open_folder()
+        resumed = worker.resumed
     yield RunOpened(worker.folder.path, step=resumed.step if resumed else 0)
     yield "loading model"
     with clock.phase("load"):
@@ -93,7 +94,6 @@ def _run(request: Request, history: RunHistory) -> Iterator[Event]:
         if resumed:
             worker.state.load_state_dict(resumed.state["state"])
             history.go_on(resumed)
-            worker.check_steps_left(resumed.step)
     checkpoints = Checkpoints(worker, resumed)
     yield start_record(worker)
     yield from _train(worker, history, checkpoints)

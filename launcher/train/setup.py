@@ -20,7 +20,7 @@ from accelerate import Accelerator, PartialState
 
 from launcher.checkpoint.adapter import adapter_digest
 from launcher.checkpoint.folder import RunFolder, default_folder
-from launcher.checkpoint.resume import Resumed, named_folder, open_folder
+from launcher.checkpoint.resume import Resumed, cut_back, named_folder, open_folder
 from launcher.compile.graphs import CaptureFailed, check_graphs, outcome
 from launcher.compile.observe import Observer
 from launcher.compile.plan import Plan
@@ -35,7 +35,7 @@ from launcher.memory.ledger import Ledger
 from launcher.memory.offload import HostInputs
 from launcher.memory.policy import Policy, applied, check_policy, choose_policy
 from launcher.model.attention import BlockFacts
-from launcher.model.build import BuiltModel, build_model, preflight
+from launcher.model.build import BuiltModel, build_model, choose_dtype, preflight
 from launcher.model.load import load_config, load_tokenizer
 from launcher.recipe.schema import TrainSection
 from launcher.runtime.clock import Clock
@@ -44,7 +44,7 @@ from launcher.runtime.ranks import RankInfo, broadcast, check_same_on_all_ranks,
 from launcher.train.optim import check_optimizer, gates_on_device
 from launcher.train.regions import regions_of
 from launcher.train.request import Request
-from launcher.train.state import TrainState, run_identity
+from launcher.train.state import TrainState, check_identity, run_identity
 from launcher.train.step import TrainStep
 
 
@@ -144,6 +144,7 @@ class Worker:
             error=DataError,
             remedy="Give every process the same command line, and the same files on every machine.",
         )
+        self._make_loaders()
         self.resumed: Resumed | None = None
         self.observer = Observer()
         self.ledger = Ledger(self.accelerator.device)
@@ -154,27 +155,34 @@ class Worker:
             self.plan.release()
         self.folder.unlock()
 
-    def open_folder(self) -> Resumed | None:
-        """Create the run folder on rank 0, or open it again; what the run goes on from, on every rank. Every rank
-        raises the error that rank 0 met."""
+    def open_folder(self) -> None:
+        """Create the run folder on rank 0, or open it again and find what the run goes on from (`resumed`). Every rank
+        raises the error that rank 0 met; no file has changed then."""
         problem, resumed = None, None
         if self.rank_info.is_main:
             try:
-                resumed = open_folder(self.folder, self.recipe.run.resume)
+                if resumed := open_folder(self.folder, self.recipe.run.resume):
+                    self._check_resumed(resumed)
+                    cut_back(self.folder, resumed)
             except LauncherError as error:
                 problem = error
         problem, self.resumed = broadcast((problem, resumed))
         if problem is not None:
             raise problem
-        return self.resumed
 
-    def check_steps_left(self, step: int) -> None:
-        """Raise CheckpointError if the run that goes on from `step` is done."""
-        if step >= self.steps and self.folder.adapter.exists():
+    def _check_resumed(self, resumed: Resumed) -> None:
+        """Raise CheckpointError if this is not the run of the checkpoint, or if it has no steps left."""
+        check_identity(resumed.state["state"].get("identity", {}), self._identity())
+        if resumed.step >= self.steps and self.folder.adapter.exists():
             raise CheckpointError(
-                f"a run goes on only if it has steps left; the one in {self.folder.path} has done {step} of "
+                f"a run goes on only if it has steps left; the one in {self.folder.path} has done {resumed.step} of "
                 f"{self.steps}.\nRaise train.steps, or choose another run.output_dir."
             )
+
+    def _identity(self) -> dict[str, Any]:
+        dtype = str(choose_dtype(self.recipe.model.dtype, self.prepared.device)).removeprefix("torch.")
+        data, processes = self.prepared.data.content, self.rank_info.world_size
+        return run_identity(self.recipe, data=data, dtype=dtype, processes=processes)
 
     def build(self) -> BuiltModel:
         """Load, quantise and adapt the model, and choose what its forward pass keeps; the ledger notes each phase."""
@@ -214,9 +222,8 @@ class Worker:
         )
 
     def compile(self) -> None:
-        """Make the loaders, the compile plan and the step; compile every planned graph, wait for the other ranks, let
+        """Make the compile plan and the step; compile every planned graph, wait for the other ranks, let
         no further compilation pass, and capture."""
-        self._make_loaders()
         self._make_step()
         samples = [self._sample(width) for width in self.prepared.data.widths]
         self.probe = max(samples, key=lambda batch: batch.supervised_tokens)
@@ -249,9 +256,7 @@ class Worker:
             accelerator=self.accelerator,
             fp16=built.dtype == torch.float16,
         )
-        dtype, processes = str(built.dtype).removeprefix("torch."), self.rank_info.world_size
-        identity = run_identity(self.recipe, data=data.content, dtype=dtype, processes=processes)
-        self.state = TrainState(self.step, self.batches, identity=identity, rank=self.rank_info.rank)
+        self.state = TrainState(self.step, self.batches, identity=self._identity(), rank=self.rank_info.rank)
 
     def _sample(self, width: int) -> MicroBatch:
         """A micro batch of blocks of this width: of training data, else of validation data."""

@@ -106,28 +106,35 @@ class TrainState:
         self._wait()
 
     def _check(self, live: dict[str, Any], state: dict[str, Any]) -> None:
-        differences = list(_differences(self._identity, state.get("identity", {}), describe=repr))
-        if not differences:  # then shapes and dtypes, whatever the values
-            expected = {"identity": {}, "step": 0, "training": live, "loader": {}}
-            expected["random"] = random_state(self._step.device)
-            expected["early_stop"] = {"best_eval_loss": 0.0, "evals_since_best": 0}
-            found = {**state, "random": state.get("random", {}).get(self._rank)}
-            if isinstance(found.get("early_stop"), dict):  # without a best loss before the first evaluation
-                found["early_stop"] = {"best_eval_loss": 0.0, **found["early_stop"]}
-            differences = list(_differences(expected, found, describe=_kind_of))
-        if differences:
-            more = f"\n... and {len(differences) - SHOWN} more" if len(differences) > SHOWN else ""
-            raise CheckpointError(
-                "a run goes on only from a state of the same recipe, data and number of processes; these differ:\n"
-                + "\n".join(differences[:SHOWN])
-                + f"{more}\nResume with the recipe and the data of the checkpoint, or start a new run."
-            )
+        check_identity(state.get("identity", {}), self._identity)
+        expected = {"identity": {}, "step": 0, "training": live, "loader": {}}
+        expected["random"] = random_state(self._step.device)
+        expected["early_stop"] = {"best_eval_loss": 0.0, "evals_since_best": 0}
+        found = {**state, "random": state.get("random", {}).get(self._rank)}
+        if isinstance(found.get("early_stop"), dict):  # without a best loss before the first evaluation
+            found["early_stop"] = {"best_eval_loss": 0.0, **found["early_stop"]}
+        _refuse(list(_differences(expected, found, describe=_kind_of)))  # shapes and dtypes, whatever the values
 
     def _wait(self) -> None:
         """Paged optimizer state lies in memory that the host and the device share: neither may write while the other
         does."""
         if self._step.device.type == "cuda":
             torch.cuda.synchronize(self._step.device)
+
+
+def check_identity(saved: dict[str, Any], here: dict[str, Any]) -> None:
+    """Raise CheckpointError naming the keys by which a state is not one of this run."""
+    _refuse(list(_differences(here, saved, describe=repr)))
+
+
+def _refuse(differences: list[str]) -> None:
+    if differences:
+        more = f"\n... and {len(differences) - SHOWN} more" if len(differences) > SHOWN else ""
+        raise CheckpointError(
+            "a run goes on only from a state of the same recipe, data and number of processes; these differ:\n"
+            + "\n".join(differences[:SHOWN])
+            + f"{more}\nResume with the recipe and the data of the checkpoint, or start a new run."
+        )
 
 
 def run_identity(recipe: Recipe, **resolved: str | int) -> dict[str, Any]:

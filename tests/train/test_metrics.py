@@ -17,7 +17,7 @@ from tests.conftest import request_for
 def enqueue(reader, *loss_sums):
     """Enqueue a step with each of these losses; the next step overwrites its metrics at once."""
     for loss_sum in loss_sums:
-        metrics = torch.tensor([loss_sum, 2.0, 0.5, 0.0], dtype=torch.float64)
+        metrics = torch.tensor([loss_sum, 2.0, 0.5, 0.0, 0.0], dtype=torch.float64)
         reader.add(StepResult(metrics), None)
         metrics.fill_(9.0)
 

@@ -146,9 +146,12 @@ def test_a_named_checkpoint_is_gone_on_from_and_those_after_it_go(make: MakeReci
 def test_another_recipe_is_refused_with_code_4_and_the_checkpoints_stay(
     make: MakeRecipe, killed: Path, sections: Any, says: str
 ) -> None:
+    before = lines(killed)
     with pytest.raises(CheckpointError, match=says) as caught:
         trained(make(**sections))
     assert caught.value.code == 4
+    assert lines(killed) == before
+    assert {path.name for path in killed.iterdir()} == {"checkpoints", "metrics.jsonl"}
     assert [step_of(path) for path in bundles_of(killed / "checkpoints")] == [4, 2]
 
 
@@ -189,8 +192,9 @@ def test_a_second_interrupt_ends_at_once(make: MakeRecipe, tmp_path: Path) -> No
         os.kill(os.getpid(), signal.SIGINT)
 
     with listening(), pytest.raises(KeyboardInterrupt):
-        trained(make(), until=3, act=twice)
-    assert [step_of(path) for path in bundles_of(tmp_path / "run" / "checkpoints")] == [2]
+        trained(make(), until=5, act=twice)
+    assert 2 in [step_of(path) for path in bundles_of(tmp_path / "run" / "checkpoints")]
+    assert [line["step"] for line in lines(tmp_path / "run") if "loss" in line] == [1, 2, 3, 4, 5]
 
 
 def test_a_full_disk_ends_the_run_with_code_7_and_keeps_the_checkpoint_before(
