@@ -28,15 +28,15 @@ def misplaced(values: Values, folder: Path, recipe_folder: Path) -> Iterator[tup
         start = folder if text.startswith(("./", "../")) else Path.cwd()
         if os.path.isabs(os.path.expanduser(text)) or os.path.exists(start / text):
             continue
-        for other in (recipe_folder, Path.cwd()):
-            if os.path.exists(other / text):
-                there = os.path.normpath(other / text)
-                near = f"./{os.path.normpath(text)}" if other == folder else os.path.relpath(there)
-                remedy = near if other == folder or not near.startswith("..") else there
-                where = "beside the recipe file" if other == recipe_folder else "in the working directory"
-                rule = f"{bare(key)} must be where it is looked for, {shown(str(start))[1:-1]}"
-                yield key, f"{rule}; got {shown(text)}, which lies {where}; did you mean {bare(remedy)}?"
-                break
+        other = next((place for place in (recipe_folder, Path.cwd()) if os.path.exists(place / text)), None)
+        if other is None:
+            continue
+        there = os.path.normpath(other / text)
+        near = f"./{os.path.normpath(text)}" if other == folder else os.path.relpath(there)
+        remedy = near if other == folder or not near.startswith("..") else there
+        where = "beside the recipe file" if other == recipe_folder else "in the working directory"
+        rule = f"{bare(key)} is looked for in {bare(str(start))}"
+        yield key, f"{rule}; got {shown(text)}, which lies {where}; did you mean {bare(remedy)}?"
 
 
 def _named_paths(values: Values) -> Iterator[tuple[str, str]]:

@@ -188,7 +188,7 @@ def test_a_path_that_lies_in_the_other_folder_is_refused_with_what_finds_it(
     (root / "here.jsonl").touch()
     own.write_text(f"train: {{steps: 1}}\n{file}\n")
     arguments = ["recipe=folder/own.yaml", *filter(None, [line])]
-    assert f"{key} must be where it is looked for" in refusal(*arguments)
+    assert f"{key} is looked for in" in refusal(*arguments)
     assert refusal(*arguments).endswith(f"did you mean {remedy}?")
     at = own.parent if remedy.startswith("./") else root
     assert (at / remedy).exists()
