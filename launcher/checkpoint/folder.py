@@ -1,11 +1,14 @@
 """The files of a run, all in its folder: rank 0's metrics.jsonl and report.json, and status.json: how the run ended."""
 
+import errno
 import json
 import math
 import os
 import platform
 import shutil
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -32,14 +35,31 @@ class RunFolder:
         self.checkpoints = path / "checkpoints"
         self._lock = FileLock(path / "run.lock", blocking=False)
 
+    def check(self, *, resume: str = "never") -> None:
+        """Raise as `create` would, as far as that can be told; makes nothing. A folder with checkpoints is no fault
+        where run.resume allows to go on in it."""
+        ancestor = next(path for path in (self.path, *self.path.parents) if os.path.exists(path))
+        files = (self.status, self.report, self.adapter, self.metrics, self.checkpoints)
+        with self._refusals():
+            if not ancestor.is_dir():
+                raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
+            if any(path.exists() for path in files) and not (resume != "never" and self.has_checkpoints):
+                raise FileExistsError
+            if not os.access(ancestor, os.W_OK | os.X_OK):
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
     def create(self) -> None:
         """Make the folder. Raises CheckpointError if it holds a run already, RecipeError if it cannot be made."""
-        try:
+        self.check()
+        with self._refusals():
             self.path.mkdir(parents=True, exist_ok=True)
-            if any(path.exists() for path in (self.status, self.report, self.adapter, self.checkpoints)):
-                raise FileExistsError
             open(self.metrics, "x").close()  # of two runs that start together one gets it
             self.lock()
+
+    @contextmanager
+    def _refusals(self) -> Iterator[None]:
+        try:
+            yield
         except FileExistsError:
             raise CheckpointError(
                 f"run.output_dir must not hold another run; {self.path} does. Choose another folder or remove it."
@@ -48,6 +68,11 @@ class RunFolder:
             raise RecipeError(
                 f"run.output_dir must be a folder that can be written; {self.path}: {error.strerror}. Choose another."
             ) from None
+
+    @property
+    def has_checkpoints(self) -> bool:
+        """Whether there are finished bundles, whole or damaged."""
+        return any(self.checkpoints.glob("step-*[0-9]"))
 
     def lock(self) -> None:
         """Take the folder for this process until `unlock` or its end. Raises CheckpointError naming the process that
@@ -119,8 +144,16 @@ class RunFiles:
             folder.discard()
             return
         status = {"code": code, "reason": reason, "rank": self._rank, "step": step or self._step}
-        status["resumable"] = bool(code) and any(folder.checkpoints.glob("step-*[0-9]"))
+        status["resumable"] = bool(code) and folder.has_checkpoints
         write_json(folder.status, status)
+
+
+def named_folder(resume: str) -> Path | None:
+    """The run folder that run.resume names, by itself or by one of its checkpoints; None for auto and never."""
+    if resume in ("auto", "never"):
+        return None
+    path = Path(resume).absolute()
+    return path.parents[1] if path.name.startswith("step-") and path.parent.name == "checkpoints" else path
 
 
 def default_folder(recipe: str) -> str:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, cast
 
-from launcher.checkpoint.bundle import PREFIX, State, bundles_of, clean, newest_state, read_bundle, remove, step_of
+from launcher.checkpoint.bundle import State, bundles_of, clean, newest_state, read_bundle, remove, step_of
 from launcher.checkpoint.folder import RunFolder, metrics_line, write_text
 from launcher.records.run import EvalRecord, StepRecord
 
@@ -29,21 +29,13 @@ class Resumed:
         return step_of(self.bundle)
 
 
-def named_folder(resume: str) -> Path | None:
-    """The run folder that run.resume names, if it names one."""
-    if resume in ("auto", "never"):
-        return None
-    path = Path(resume).absolute()
-    return path.parents[1] if path.name.startswith(PREFIX) and path.parent.name == "checkpoints" else path
-
-
 def open_folder(folder: RunFolder, resume: str) -> Resumed | None:
     """Take `folder` for this process, as run.resume says; what there is to go on from, or None for a new run.
 
     Raises CheckpointError and RecipeError as RunFolder.create does, where the folder is in use, and where there is no
     whole checkpoint.
     """
-    if resume == "never" or (resume == "auto" and not bundles_of(folder.checkpoints)):
+    if resume == "never" or (resume == "auto" and not folder.has_checkpoints):
         folder.create()
         return None
     folder.lock()

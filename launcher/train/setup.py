@@ -19,8 +19,8 @@ import torch
 from accelerate import Accelerator, PartialState
 
 from launcher.checkpoint.adapter import adapter_digest
-from launcher.checkpoint.folder import RunFolder, default_folder
-from launcher.checkpoint.resume import Resumed, cut_back, named_folder, open_folder
+from launcher.checkpoint.folder import RunFolder, default_folder, named_folder
+from launcher.checkpoint.resume import Resumed, cut_back, open_folder
 from launcher.compile.graphs import CaptureFailed, check_graphs, outcome
 from launcher.compile.observe import Observer
 from launcher.compile.plan import Plan
