@@ -24,7 +24,7 @@ from launcher.recipe.locate import config_file, locate
 from launcher.records.run import Event, RunRecord
 from launcher.report import Screen, make_console
 from launcher.report.trackers import make_trackers
-from launcher.runtime.clock import boot_clock_s
+from launcher.runtime.clock import boot_clock_s, seconds_since
 from launcher.runtime.environment import prepare_environment, quick_imports
 from launcher.runtime.failures import classified, code_and_reason
 from launcher.runtime.ranks import RankInfo, end_with_parent, rank_info
@@ -81,7 +81,7 @@ def train(request: Request, console: Console, *, report_copy: Path | None) -> Ru
     info = request.rank_info
     check_run_folder(request.recipe, request.name)
     files, trackers = RunFiles(info.rank, report_copy=report_copy), make_trackers(request.recipe.run.trackers)
-    with Screen(console) as screen:
+    with Screen(console, clock=seconds_since(request.started_s)) as screen:
         screen.show("importing torch")
         with quick_imports():
             import launcher.train.loop  # noqa: F401

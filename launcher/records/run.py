@@ -3,11 +3,20 @@
 Stdlib only. Units are in the names: `_mib` is 2**20 bytes, `_s` seconds, `_ms` milliseconds. Counts are per process.
 """
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 REPORT_SCHEMA = 1
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A phase begins that can tell how far it has come."""
+
+    name: str
+    progress: Callable[[], str]  # e.g. "graphs: layer 1 of 2"; may be called from any thread
 
 
 @dataclass(frozen=True)
@@ -187,6 +196,8 @@ class RunRecord:
     data: dict[str, int] = field(default_factory=dict)  # rows read, dropped by reason, documents, tokens
     sample: Sample | None = None
     parts: tuple[RunPart, ...] = ()
+    no_sample: str = ""  # why there is none
+    adapter: str | None = None  # its folder; None where it was not proven, or where its base is random
 
     def as_report(self) -> dict[str, Any]:
         """report.json (its keys are public: add, never rename)."""
@@ -208,8 +219,10 @@ class RunRecord:
             "ranks": [r.as_report() for r in self.ranks],
             "sample": asdict(self.sample) if self.sample else None,
             "parts": [asdict(part) for part in self.parts],
+            "no_sample": self.no_sample,
+            "adapter": self.adapter,
         }
 
 
 # What a run yields and a sink is shown, in this order; the text is the name of the phase that begins.
-Event = str | RunOpened | StartRecord | StepRecord | EvalRecord | RunRecord
+Event = str | Phase | RunOpened | StartRecord | StepRecord | EvalRecord | RunRecord

@@ -13,7 +13,17 @@ import torch
 from launcher.checkpoint.adapter import save_proven
 from launcher.checkpoint.resume import Resumed
 from launcher.errors import CheckpointError, ContractError, LauncherError, NonFiniteError
-from launcher.records.run import EvalRecord, Event, RankRecord, RunOpened, RunRecord, Sample, StepRecord, Verdict
+from launcher.records.run import (
+    EvalRecord,
+    Event,
+    Phase,
+    RankRecord,
+    RunOpened,
+    RunRecord,
+    Sample,
+    StepRecord,
+    Verdict,
+)
 from launcher.runtime.clock import Clock
 from launcher.runtime.ranks import broadcast, gather
 from launcher.runtime.signals import deferring, stop_vote, voted_stop
@@ -88,7 +98,7 @@ def _run(request: Request, history: RunHistory) -> Iterator[Event]:
     yield "loading model"
     with clock.phase("load"):
         worker.build()
-    yield "compiling"
+    yield Phase("compiling", worker.compile_progress)
     with clock.phase("compile"):
         worker.compile()
         if resumed:
@@ -100,9 +110,12 @@ def _run(request: Request, history: RunHistory) -> Iterator[Event]:
     yield "saving adapter"
     with clock.phase("save"):
         saved = _save(worker)
+    if not (no_sample := _why_no_sample(worker)):
+        yield "generating the sample"
     with clock.phase("sample"):
-        sample = _sample(worker)
-    record = replace(_run_record(worker, history, saved, sample), parts=checkpoints.parts_until(worker.state.step))
+        sample = None if no_sample else _sample(worker)
+    record = replace(_run_record(worker, history, saved), sample=sample, no_sample=no_sample)
+    record = replace(record, parts=checkpoints.parts_until(worker.state.step))
     worker.accelerator.end_training()
     yield record
     if not saved.holds:
@@ -231,9 +244,21 @@ def _probe_loss(worker: Worker) -> float:
     return float(worker.plan.call(worker.step.eval_loss, probe)) / max(1, probe.supervised_tokens)
 
 
+def _why_no_sample(worker: Worker) -> str:
+    """Why the run has no sample; "" where it has one."""
+    data = worker.prepared.data
+    if not worker.recipe.run.sample_tokens:
+        return "run.sample_tokens=0"
+    if not data.validation_rows:
+        return "no row validates (data.validation)"
+    if data.example is None:
+        return "no validation row is a chat that ends in an answer, with a question shorter than data.max_length"
+    return ""
+
+
 def _sample(worker: Worker) -> Sample | None:
     example, recipe = worker.prepared.data.example, worker.recipe
-    if not (worker.rank_info.is_main and example and recipe.run.sample_tokens):
+    if not (worker.rank_info.is_main and example):
         return None
     return generate(
         worker.built.packed,
@@ -244,7 +269,7 @@ def _sample(worker: Worker) -> Sample | None:
     )
 
 
-def _run_record(worker: Worker, history: RunHistory, saved: Verdict, sample: Sample | None) -> RunRecord:
+def _run_record(worker: Worker, history: RunHistory, saved: Verdict) -> RunRecord:
     step_s, tokens = history.steady
     ranks: tuple[RankRecord, ...] = tuple(gather(rank_record(worker, step_s=step_s, tokens=tokens)))
     compiled = [] if worker.recipe.compile.mode == "off" else compile_verdicts(ranks)
@@ -257,5 +282,5 @@ def _run_record(worker: Worker, history: RunHistory, saved: Verdict, sample: Sam
         ranks=ranks,
         verdicts=(*compiled, loss_verdict(history.steps, history.evals), saved),
         data=dict(worker.prepared.data.counts),
-        sample=sample,
+        adapter=str(worker.folder.adapter) if saved.holds and worker.recipe.model.init != "random" else None,
     )

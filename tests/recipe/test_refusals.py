@@ -1,6 +1,5 @@
 """Every wrong command line and recipe is refused with rule, value and remedy, all at once, and nothing in it runs."""
 
-import resource
 import shlex
 import subprocess
 import sys
@@ -222,22 +221,19 @@ def test_a_terminal_never_receives_control_codes_from_a_value(refusal, own):
 
 
 @pytest.mark.parametrize(
-    ("wrong", "says", "limit_s"),
-    [("lerning_rate=1", "did you mean train.lr", 1.0), ("model.name=no/where", "Offline", 5.0)],
+    ("wrong", "says"), [("lerning_rate=1", "did you mean train.lr"), ("model.name=no/where", "Offline")]
 )
-def test_a_wrong_recipe_ends_the_program_with_code_2_before_torch_and_leaves_nothing(tmp_path, wrong, says, limit_s):
+def test_a_wrong_recipe_ends_the_program_with_code_2_before_torch_and_leaves_nothing(tmp_path, wrong, says):
     main = recipes_dir().parent / "launcher" / "main.py"
     program = (
         "import runpy, sys\n"
         f"sys.argv = [{str(main)!r}, 'recipe=tiny', {wrong!r}]\n"
         "try: runpy.run_path(sys.argv[0], run_name='__main__')\n"
-        "finally: print(*{'torch', 'transformers', 'numpy', 'accelerate'} & set(sys.modules))\n"
+        "finally: print(len(sys.modules), *{'torch', 'transformers', 'numpy', 'accelerate'} & set(sys.modules))\n"
     )
-    # Processor time: the wall clock of a busy machine would measure its other processes.
-    before_s = sum(resource.getrusage(resource.RUSAGE_CHILDREN)[:2])
     done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True)
-    elapsed_s = sum(resource.getrusage(resource.RUSAGE_CHILDREN)[:2]) - before_s
-    assert (done.returncode, done.stdout.strip()) == (2, "")
+    modules, *slow = done.stdout.split()
+    assert (done.returncode, slow) == (2, [])
+    assert int(modules) < 900, "380, and 570 with the hub's client; torch and transformers alone are 2,000"
     assert says in done.stderr and len(done.stderr.splitlines()) <= 5
     assert list(tmp_path.iterdir()) == []
-    assert 0 < elapsed_s < limit_s
