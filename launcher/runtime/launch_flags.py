@@ -47,7 +47,7 @@ def check_launch_flags(model: ModelSection, train: TrainSection, *, cores: int) 
     }
     return tuple(
         f"accelerate's {name}={value} has no effect: "
-        + (f"{ours[name][0]} decides, {ours[name][1]}" if name in ours else "no part of the launcher reads it")
+        + (f"{ours[name][0]} decides, which is {ours[name][1]}" if name in ours else "no part of the launcher reads it")
         for name, value in asked.items()
         if name not in ours or DTYPES.get(value, value) != str(ours[name][1])
     )

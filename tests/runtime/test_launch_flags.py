@@ -52,8 +52,8 @@ def test_the_dtype_that_was_asked_for_gives_no_note_where_the_recipe_names_it(as
         ("--gradient-accumulation-steps=8", {}, "gradient_accumulation_steps=8 has no effect: train.accumulation"),
         ("", {"GRADIENT_ACCUMULATION_STEPS": "8"}, "gradient_accumulation_steps=8 has no effect"),
         ("--mixed_precision bf16", {"MIXED_PRECISION": "bf16"}, "mixed_precision=bf16 has no effect: model.dtype"),
-        ("--gradient_clipping 0.5", {}, "gradient_clipping=0.5 has no effect: train.clip decides, 1.0"),
-        ("--num_cpu_threads_per_process 7", {}, "share of the cores decides, 4"),
+        ("--gradient_clipping 0.5", {}, "gradient_clipping=0.5 has no effect: train.clip decides, which is 1.0"),
+        ("--num_cpu_threads_per_process 7", {}, "share of the cores decides, which is 4"),
         ("--zero_stage 2", {}, "zero_stage=2 has no effect: no part of the launcher reads it"),
         ("--downcast_bf16 --cpu", {}, "downcast_bf16=true has no effect"),
     ],
@@ -101,4 +101,4 @@ def test_the_flags_are_read_from_the_process_that_started_this_one(tmp_path):
     )
     command = [sys.executable, str(launcher), "launch", "--gradient_accumulation_steps", "8", str(script)]
     done = subprocess.run(command, env={"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=True)
-    assert "gradient_accumulation_steps=8 has no effect: train.accumulation decides, 1 False" in done.stdout
+    assert "gradient_accumulation_steps=8 has no effect: train.accumulation decides, which is 1 False" in done.stdout
