@@ -27,6 +27,7 @@ from launcher.report.trackers import make_trackers
 from launcher.runtime.clock import boot_clock_s, seconds_since
 from launcher.runtime.environment import prepare_environment, quick_imports
 from launcher.runtime.failures import classified, code_and_reason
+from launcher.runtime.launch_flags import check_launch_flags
 from launcher.runtime.ranks import RankInfo, end_with_parent, rank_info
 from launcher.runtime.signals import listening
 from launcher.train.before_torch import check_inputs, check_run_folder
@@ -61,16 +62,19 @@ def run(recipe: str, *overrides: str, quiet: bool = False) -> RunRecord:
 
 def make_request(resolved: Resolved, info: RankInfo) -> Request:
     """Settle the process's environment and locate the model. Raises RecipeError where that is not there or cannot be
-    trained, or where report=PATH cannot be written, DataError where local data is not there; all before torch."""
+    trained, where Accelerate was asked for what contradicts the recipe, or where report=PATH cannot be written,
+    DataError where local data is not there; all before torch."""
     end_with_parent()
     target = resolved.report
     if target and (target.is_dir() or not os.access(target.parent, os.W_OK)):
         raise RecipeError(f"report=PATH must be a file in a folder that can be written; {target} is not.")
     prepare_environment()
-    note, shipped = prepare_cache(workers=info.cores), recipes_dir()
-    source = locate(resolved.recipe.model, shipped / "architectures")
-    check_inputs(resolved.recipe, config_file(source, resolved.recipe.model.revision))
-    return Request(resolved.recipe, resolved.name, source, shipped, info, notes=(note,) if note else ())
+    recipe, shipped = resolved.recipe, recipes_dir()
+    notes = check_launch_flags(recipe.model, recipe.train, cores=info.cores)
+    cache_note = prepare_cache(workers=info.cores)
+    source = locate(recipe.model, shipped / "architectures")
+    check_inputs(recipe, config_file(source, recipe.model.revision))
+    return Request(recipe, resolved.name, source, shipped, info, notes=(*notes, *([cache_note] if cache_note else [])))
 
 
 def train(request: Request, console: Console, *, report_copy: Path | None) -> RunRecord:

@@ -59,6 +59,25 @@ def unsaid(quotes: list[str], said: list[str]) -> list[str]:
     return [quote for quote in quotes if not any(all(part in text for part in parts[quote]) for text in said)]
 
 
+def claims(package: Path) -> Iterator[str]:
+    """The claim of every Verdict that the package makes; what an f-string fills in is `…`."""
+    for path in package.rglob("*.py"):
+        nodes = list(ast.walk(ast.parse(path.read_text(encoding="utf-8"))))
+        assigned = {
+            target.id: node.value
+            for node in nodes
+            if isinstance(node, ast.Assign)
+            for target in node.targets
+            if isinstance(target, ast.Name)
+        }
+        for node in nodes:
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "Verdict":
+                claim = node.args[0]
+                value = assigned[claim.id] if isinstance(claim, ast.Name) else claim
+                parts = value.values if isinstance(value, ast.JoinedStr) else [value]
+                yield "".join(str(part.value) if isinstance(part, ast.Constant) else "…" for part in parts)
+
+
 @pytest.mark.parametrize("name", PAGE_NAMES)
 def test_links_paths_and_keys_of_a_page_exist(name: str) -> None:
     text = (ROOT / name).read_text(encoding="utf-8")
@@ -97,6 +116,15 @@ def test_python_on_a_page_parses_and_imports_what_exists() -> None:
     assert len(code) >= 4 and len(imports) >= 6
     for node in imports:
         assert all(hasattr(importlib.import_module(node.module or ""), alias.name) for alias in node.names)
+
+
+def test_every_claim_has_a_row_and_every_test_that_a_row_names_exists() -> None:
+    text, made = (ROOT / "docs" / "claims.md").read_text(encoding="utf-8"), set(claims(ROOT / "launcher"))
+    assert {"every step ran compiled", "saved adapter reloads", "… against fp32 is eager's"} <= made
+    assert unsaid(sorted(made), quoted_messages(text)) == []
+    tests = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "tests").rglob("test_*.py"))
+    named = re.findall(r"`(test_\w+)`", text)
+    assert len(named) > 40 and [name for name in named if f"def {name}(" not in tests] == []
 
 
 def test_the_readme_is_one_screen_and_every_page_is_linked_from_it() -> None:

@@ -98,6 +98,16 @@ class EvalRecord:
 
 
 @dataclass(frozen=True)
+class GraphRecord:
+    """What is inside one compiled graph. Calls of opaque operators and reads by the host are among its nodes."""
+
+    region: str
+    nodes: int  # calls of the FX graph, nested bodies included
+    opaque: dict[str, int]  # calls by operator: the compiler does not see into them
+    digest: str  # of program and inputs
+
+
+@dataclass(frozen=True)
 class CompileRecord:
     """What torch.compile did in this process."""
 
@@ -110,13 +120,19 @@ class CompileRecord:
     forward_s: float
     backward_s: float
     cache_hits: int
-    graph_hash: str  # of all graphs; equal ranks have equal hashes; "-" when nothing was compiled
+    graph_hash: str  # of all graphs and the operators' sources; equal ranks have equal ones; "-": nothing was compiled
     graph_break_reasons: tuple[str, ...] = ()  # reason and user line, one each
     recompile_reasons: tuple[str, ...] = ()  # the guard that failed, one each
     backend_errors: int = 0
     backend_error_reasons: tuple[str, ...] = ()
     fallbacks: tuple[str, ...] = ()  # compile.mode=warn only: what runs uncompiled, and why
     graphs_by_region: dict[str, int] = field(default_factory=dict)
+    graphs: tuple[GraphRecord, ...] = ()  # in the order of compilation
+    steps: int = 0  # after warm-up
+    steps_compiled: int = 0  # of them, those whose every micro batch made all planned calls of compiled code
+    evaluations: int = 0  # micro batches evaluated after warm-up
+    evaluations_compiled: int = 0
+    calls: dict[str, int] = field(default_factory=dict)  # planned for one micro batch of the largest shape
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,7 @@ from launcher.train.metrics import MetricsReader, StepMetrics
 from launcher.train.request import Request
 from launcher.train.sample import generate
 from launcher.train.setup import Worker, prepare_inputs
-from launcher.train.verdicts import compile_verdicts, loss_verdict
+from launcher.train.verdicts import compile_verdicts
 
 SKIPS_IN_A_ROW = 20  # fp16: a scale that halves this often without one good step will not recover
 
@@ -272,7 +272,7 @@ def _sample(worker: Worker) -> Sample | None:
 def _run_record(worker: Worker, history: RunHistory, saved: Verdict) -> RunRecord:
     step_s, tokens = history.steady
     ranks: tuple[RankRecord, ...] = tuple(gather(rank_record(worker, step_s=step_s, tokens=tokens)))
-    compiled = [] if worker.recipe.compile.mode == "off" else compile_verdicts(ranks)
+    compiled = [] if worker.recipe.compile.mode == "off" else compile_verdicts([rank.compile for rank in ranks])
     return RunRecord(
         recipe=worker.recipe.model_dump(mode="json"),
         start=start_record(worker),
@@ -280,7 +280,7 @@ def _run_record(worker: Worker, history: RunHistory, saved: Verdict) -> RunRecor
         evals=tuple(history.evals),
         elapsed_s=worker.clock.elapsed_s,
         ranks=ranks,
-        verdicts=(*compiled, loss_verdict(history.steps, history.evals), saved),
+        verdicts=(*compiled, saved),
         data=dict(worker.prepared.data.counts),
         adapter=str(worker.folder.adapter) if saved.holds and worker.recipe.model.init != "random" else None,
     )

@@ -12,6 +12,7 @@ import gc
 import hashlib
 import os
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -227,8 +228,7 @@ class Worker:
         self._make_step()
         samples = [self._sample(width) for width in self.prepared.data.widths]
         self.probe = max(samples, key=lambda batch: batch.supervised_tokens)
-        with applied(self.policy):
-            self.plan.warm_up(lambda: self.step.rehearse(samples))
+        self.plan.warm_up(lambda: self.step.rehearse(samples))
         self.accelerator.wait_for_everyone()
         self.plan.arm()
         self.ledger.mark("after compile")
@@ -253,7 +253,12 @@ class Worker:
         """The compile plan, the step that it compiles, and the state that a resume needs of both step and loader."""
         built, data = self.built, self.prepared.data
         regions = regions_of(built, shapes=len(data.widths))
-        self.plan = Plan(regions, compile=self.recipe.compile, observer=self.observer)
+        self.plan = Plan(
+            regions,
+            compile=self.recipe.compile,
+            observer=self.observer,
+            settings=partial(applied, self.policy),
+        )
         self.step = TrainStep(
             built.packed,
             self.recipe.train,

@@ -15,6 +15,7 @@ from launcher.records.preview import BlockPreview, DocumentPreview, LengthBin, P
 from launcher.records.run import (
     CompileRecord,
     EvalRecord,
+    GraphRecord,
     RankRecord,
     RunRecord,
     Sample,
@@ -83,7 +84,12 @@ def compile_record(**changes: Any) -> CompileRecord:
     record = CompileRecord(
         planned_graphs=3, expected_graphs=3, compilations=6, graph_breaks=0, recompiles=0, limit_hits=0,
         forward_s=12.34, backward_s=20.15, cache_hits=2, graph_hash="9f86d081884c7d659a2feaa0c55ad015",
-        graphs_by_region={"layer": 2, "loss": 1},
+        graphs_by_region={"layer": 2, "loss": 1}, steps=8, steps_compiled=8, evaluations=4, evaluations_compiled=4,
+        graphs=(
+            GraphRecord("layer", 49, {"qlora.linears": 3, "qlora.rotary": 1}, "a"),
+            GraphRecord("layer", 49, {"qlora.linears": 3, "qlora.rotary": 1}, "b"), GraphRecord("loss", 24, {}, "c"),
+        ),
+        calls={"layer": 16, "layer backward": 16, "loss": 2},
     )  # fmt: skip
     return replace(record, **changes)
 

@@ -19,7 +19,8 @@ from tests.conftest import fresh_dynamo, request_for, small_recipe, stock_loss
 
 pytestmark = pytest.mark.usefixtures("clean_dynamo")
 STRICT_CLAIMS = [
-    "zero graph breaks", "zero recompiles", "exactly the planned graphs", "loss finite", "saved adapter reloads",
+    "zero graph breaks", "zero recompiles", "exactly the planned graphs", "every step ran compiled",
+    "saved adapter reloads",
 ]  # fmt: skip
 
 
@@ -281,3 +282,26 @@ def test_stock_peft_in_another_process_and_folder_gives_the_trained_loss(finishe
     stock = stock_loss(history, tmp_path, dtype="float32", device="cpu")
     assert stock == pytest.approx(history.evals[-1].eval_loss, rel=1e-3)
     assert history.evals[-1].eval_loss != pytest.approx(history.evals[0].eval_loss, rel=1e-3)
+
+
+@pytest.mark.parametrize("mode", ["strict", "warn"])
+def test_a_run_whose_layers_lose_their_compiled_code_stops_or_says_so(make_recipe, mode):
+    history, events = RunHistory(), []
+
+    def run_through():
+        for event in run(request_for(make_recipe(compile={"mode": mode}, data={"validation": 0})), history):
+            events.append(event)
+            if isinstance(event, StepRecord) and event.step == 2:
+                history.worker.built.packed.body.layers[1]._compiled_call_impl = None
+
+    if mode == "strict":
+        with pytest.raises(
+            ContractError, match=r"layer 2, layer backward 2, loss 1\); one ran layer 1, layer backward"
+        ):
+            run_through()
+        assert len(history.steps) == 2
+        return
+    run_through()
+    [broken] = [verdict for verdict in events[-1].verdicts if not verdict.holds]
+    assert broken.claim == "every step ran compiled" and broken.evidence.startswith("2 of 4 steps, 0 of 2 evaluated")
+    assert events[-1].ranks[0].compile.fallbacks == ()

@@ -26,6 +26,10 @@ def test_the_rank_table_has_a_row_for_each_rank_and_the_extremes_of_several(rank
         lines = [line for line in section(text, "Ranks") if line.startswith(word)]
         assert all(f" {peak:,} " in line for line in lines)
     assert "graphs by region: layer 2, loss 1" in section(text, "Ranks")
+    inside = (
+        "inside the graphs: layer 49 nodes, of them 4 opaque calls (qlora.linears 3, qlora.rotary 1) · loss 24 nodes"
+    )
+    assert inside in section(text, "Ranks")
 
 
 @pytest.mark.parametrize(
