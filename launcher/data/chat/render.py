@@ -1,13 +1,13 @@
 """Rows become text, with the spans of characters that the loss sees.
 
-A chat is rendered by the tokenizer's own template. Where the template marks the assistant's text with `{% generation %}`
-blocks, as transformers defines them, these are the spans. Elsewhere an assistant turn's span is what the model would
-have to write. turns.py finds it.
+A chat is rendered by the tokenizer's own template. Where the template marks the assistant's text with
+`{% generation %}` blocks, as transformers defines them, these are the spans. Elsewhere an assistant turn's span is what
+the model would have to write: turns.py finds it.
 
     text   <bos>[user]Hi[end][assistant]Hello.[end]\\n[user]Bye[end]\\n
     span                                Hello.[end]
 
-A turn of which a template writes nothing but control tokens trains nothing.
+A turn of thoughts alone, of which a template writes nothing but control tokens, trains nothing.
 
 A template that asks for today's date gets a fixed one: the same rows give the same tokens on any day.
 """
@@ -17,13 +17,13 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import accumulate
+from itertools import accumulate, groupby, pairwise
 
 from transformers import PreTrainedTokenizerBase
 
 from launcher.data.chat.named_templates import without_today
 from launcher.data.chat.spelled_out import MARKS, Messages, SpelledOut, restored
-from launcher.data.chat.turns import Span, Turns, UnshownTurn
+from launcher.data.chat.turns import THOUGHTS_ALONE, Span, Turns, UnshownTurn
 from launcher.data.read.rows import Conversation, RowFault, Text
 
 CUT = "rows_cut_by_template"
@@ -33,8 +33,8 @@ GENERATION = re.compile(r"\{%([-+]?)\s*(end)?generation\s*([-+]?)%\}")
 
 @dataclass(frozen=True)
 class Rendered:
-    """A row as text. `spans`: the characters that the loss sees; None: all. `stand_ins`: the string that each replaces.
-    `framed`: the text gets a begin and an end token when tokenised. `remarks`: names of the counts that the row adds to.
+    """A row as text. `spans`: the characters that the loss sees; None: all. `stand_ins`: the string that each
+    replaces. `framed`: the text gets a begin and an end token when tokenised. `remarks`: as of Document.
     """
 
     text: str
@@ -72,9 +72,13 @@ class ChatRenderer:
                 return Rendered(text, None, stand_ins, remarks=remarks)
             find = self._marked_spans if self._marked_template else self._turns.spans
             spans = find(messages, turns, text)
-        spans = [span for span in spans if self._spelled_out.control.sub("", text[slice(*span)]).strip()]
-        if not all(text[slice(*span)].rstrip().endswith(self._end_tokens) for span in spans):
+        written = [text[slice(*span)] for span in spans]
+        if sum(part.rstrip().endswith(self._end_tokens) for part in written) < len(turns):
             remarks += (ENDLESS,)
+        if any(THOUGHTS_ALONE.search(messages[turn]["content"]) for turn in turns):
+            spans = [
+                s for s, part in zip(spans, written, strict=True) if self._spelled_out.control.sub("", part).strip()
+            ]
         return Rendered(text, spans, stand_ins, remarks=remarks)
 
     def render_prompt(self, row: Conversation) -> Rendered:
@@ -99,7 +103,7 @@ class ChatRenderer:
     def _marked_template(self) -> str:
         """The template with a character of MARKS at the begin and end of every generation block; "" without one.
 
-        transformers' own record of the blocks has no public way in without tokens, and is wrong inside macros.
+        transformers' own record of the blocks is wrong inside macros.
         """
         begin, end = MARKS
 
@@ -113,29 +117,17 @@ class ChatRenderer:
         return template if count else ""
 
     def _marked_spans(self, messages: Messages, turns: Sequence[int], text: str) -> list[Span]:
-        """The spans of generation blocks, without those of assistant turns that are not to be supervised.
-
-        Such a turn's spans are those that change with its content.
-        """
-        written, spans = self._read_marks(messages)
-        if written != text:
-            raise UnshownTurn(turns[0] if turns else 0)
-        others = [i for i, m in enumerate(messages) if m["role"] == "assistant" and i not in set(turns)]
-        if not others:
-            return spans
-        for changed in (others, [i for i in others if messages[i]["content"].strip()]):
-            other_text, other_spans = self._read_marks(
-                [{**m, "content": m["content"] + "x"} if i in changed else m for i, m in enumerate(messages)]
-            )
-            if len(other_spans) == len(spans):
-                pairs = zip(spans, other_spans, strict=True)
-                return [span for span, other in pairs if text[slice(*span)] == other_text[slice(*other)]]
-        raise UnshownTurn(others[0])
-
-    def _read_marks(self, messages: Messages) -> tuple[str, list[Span]]:
+        """The spans of generation blocks, without those between the begin of another assistant turn and the next."""
         pieces = re.split(f"[{MARKS}]", self._apply(messages, template=self._marked_template))
+        if "".join(pieces) != text:
+            raise UnshownTurn(turns[0] if turns else 0)
         borders = list(accumulate(map(len, pieces)))
-        return "".join(pieces), list(zip(borders[::2], borders[1::2], strict=False))
+        spans = list(zip(borders[::2], borders[1::2], strict=False))
+        assistants = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
+        groups = [(is_chosen, next(indices)) for is_chosen, indices in groupby(assistants, set(turns).__contains__)]
+        begins = [0, *(self._turns.begin(messages, first, text) for _, first in groups[1:]), len(text)]
+        chosen = [part for (is_chosen, _), part in zip(groups, pairwise(begins), strict=False) if is_chosen]
+        return [span for span in spans if any(begin < span[1] <= end for begin, end in chosen)]
 
     @contextmanager
     def _faults(self, row: Conversation) -> Iterator[None]:
@@ -147,7 +139,8 @@ class ChatRenderer:
                 "to mask all but the assistant, a chat template must write what comes before a turn the same whatever "
                 "follows, and show where the turn ends."
             )
-            found = f"{self._name} does not, message {turn.index + 1}. data.loss_on=all needs none; data.template has others."
+            remedy = "data.loss_on=all needs none; data.template has others."
+            found = f"{self._name} does not, message {turn.index + 1}. {remedy}"
             raise RowFault("unmaskable", where=row.where, rule=rule, found=found) from None
         except Exception as error:
             found = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"

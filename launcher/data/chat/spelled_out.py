@@ -5,7 +5,8 @@ tokenising    the strings are put back, and the template's control tokens are di
               strings as characters and the disguises as added tokens, so that a row is tokenised in one piece: some
               tokenizers write a blank at the beginning of every piece.
 
-Only rows that spell out a control token pay for it.
+Only rows that spell out a control token pay for it. Thoughts between control tokens, at which a template splits the
+assistant's content, are no such strings.
 """
 
 import random
@@ -36,17 +37,24 @@ class SpelledOut:
         # Two patterns: alternatives that begin with the same characters are found a hundred times faster than mixed.
         longest_first = sorted(control_tokens(tokenizer).values(), key=len, reverse=True)
         self.control = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
-        self._to_replace = re.compile(f"{self.control.pattern}|{PRIVATE.pattern}")
+        split_at = re.findall(r"""split\(\s*["']([^"']+)["']""", str(tokenizer.chat_template))
+        hidden = [string for string in longest_first if string not in split_at]
+        self._of_assistant = re.compile("|".join(map(re.escape, hidden)) or "(?!)")
 
-    def hide(self, rows_messages: Sequence[Message]) -> tuple[Messages, dict[str, str]]:
+    def hide(self, row_messages: Sequence[Message]) -> tuple[Messages, dict[str, str]]:
         """The messages with stand-ins, and the string that each stands for; private characters are replaced too."""
-        messages = [{"role": message.role, "content": message.content} for message in rows_messages]
-        if not any(self.control.search(m["content"]) or PRIVATE.search(m["content"]) for m in messages):
+        messages = [{"role": message.role, "content": message.content} for message in row_messages]
+        patterns = [self._of_assistant if m["role"] == "assistant" else self.control for m in messages]
+        pairs = list(zip(patterns, messages, strict=True))
+        if not any(pattern.search(m["content"]) or PRIVATE.search(m["content"]) for pattern, m in pairs):
             return messages, {}
-        strings = sorted({string for message in messages for string in self._to_replace.findall(message["content"])})
-        stand_in = {string: chr(0x100000 + index) for index, string in enumerate(strings)}
-        for message in messages:
-            message["content"] = self._to_replace.sub(lambda m: stand_in[m[0]] * len(m[0]), message["content"])
+        stand_in: dict[str, str] = {}
+        for pattern, message in pairs:
+            message["content"] = re.sub(
+                f"{pattern.pattern}|{PRIVATE.pattern}",
+                lambda m: stand_in.setdefault(m[0], chr(0x100000 + len(stand_in))) * len(m[0]),
+                message["content"],
+            )
         return messages, {char: string for string, char in stand_in.items()}
 
     def encode(self, text: str, stand_ins: Mapping[str, str]) -> tuple[EncodingFast, Ints]:

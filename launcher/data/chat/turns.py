@@ -8,8 +8,8 @@ So an empty thinking block that a template writes into the turn is supervised. A
 another way than the last one (without their thinking): spans lie in `text`, so this does no harm. Where the generation
 prompt ends in an opening ("<think>\\n") that the turn in `text` lacks, the span begins before the opening.
 
-A mark behind each content, in one more rendering, shows where the content ends in `text`. The template's ending follows:
-what it writes of a turn whatever comes next. It is found on a sample chat:
+A mark behind each content, in one more rendering, shows where the content ends in `text`. The template's ending
+follows: what it writes of a turn whatever comes next. It is found on a sample chat:
 
     [end]\\n[user]thank you    another message follows
     [end]\\n[eos]              the chat ends
@@ -18,9 +18,10 @@ what it writes of a turn whatever comes next. It is found on a sample chat:
 The turn that ends the chat has all that is written up to the last control token. No character of the next turn is ever
 in a span. Where a template has no ending (the next turn's opening ends a turn), a span is the content alone.
 
-Long chats: rendering a prompt for every turn would take time with the square of their turns. So prompts are rendered for
-the first turns, then ever fewer (the 1st, 2nd, 3rd, 5th, 9th, ... and the last), which shows templates that rewrite what
-came before. In between, a turn begins behind the next `lead`: what the sample's question and generation prompt end in.
+Long chats: rendering a prompt for every turn would take time with the square of their turns. So prompts are rendered
+for ever fewer turns (the 1st, 2nd, 3rd, 5th, 9th, ... and the last), which shows templates that rewrite what came
+before. In between, a turn begins behind the only `lead` there: what the template writes between the sample's question
+and its answer.
 """
 
 import re
@@ -36,8 +37,8 @@ Span = tuple[int, int]  # half-open range of characters
 Apply = Callable[..., str]  # (messages, prompt=False) -> text
 
 SYSTEM = {"role": "system", "content": "be brief"}
-SAMPLE = ("what is a river", "a stream of water", "thank you")  # user, assistant, user
-CLOSING_TAG = re.compile(r"[>\]]\s*\Z")  # a content that ends like this may be thoughts alone
+SAMPLE = ("3141", "5926", "5358")  # user, assistant, user; digits, since templates may change letters
+THOUGHTS_ALONE = re.compile(r"[>\]]\s*\Z")  # what a content that is nothing else ends like; others do too
 
 
 class UnshownTurn(Exception):
@@ -52,8 +53,8 @@ class UnshownTurn(Exception):
 class TurnFormat:
     """How a template writes an assistant turn that a user's message follows.
 
-    `lead`: what it writes between the question and the turn; "" if no control token shows it. `opening`: what the
-    generation prompt has behind that. `ending`: what ends the turn; None if unknown.
+    `lead`: what it writes between the question and the turn. `opening`: what the generation prompt has behind that, and
+    the turn has not. `ending`: what ends the turn; None if unknown.
     """
 
     lead: str = ""
@@ -76,22 +77,33 @@ class Turns:
         spans, last_end, last_turn = [], 0, -1
         for number, turn in enumerate(turns):
             content_end = content_ends.get(turn, len(text))
-            skipped = sum(message["role"] == "assistant" for message in messages[last_turn + 1 : turn])
-            start = self._behind_lead(text, last_end, skipped)
-            if number & (number - 1) == 0 or turn == turns[-1] or not start or start > content_end:
-                start = self._prompt_end(messages[:turn], text)
-            if start is None or start > content_end:
-                raise UnshownTurn(turn)
+            leads = sum(message["role"] == "assistant" for message in messages[last_turn + 1 : turn + 1])
+            start = self._behind_lead(text, (last_end, content_end), leads)
+            if number & (number - 1) == 0 or turn == turns[-1] or start is None:
+                start = self.begin(messages, turn, text)
             if turn in content_ends:
                 end = self._turn_end(messages[turn]["content"], text, content_end)
             else:
                 end = start + len(self._up_to_end_token(text[start:]))
             is_written = self._control.sub("", text[start:end]).strip()
-            if end is None or not (is_written or CLOSING_TAG.search(messages[turn]["content"])):
+            if (
+                start > content_end
+                or end is None
+                or not (is_written or THOUGHTS_ALONE.search(messages[turn]["content"]))
+            ):
                 raise UnshownTurn(turn)
             spans.append((start, end))
             last_end, last_turn = content_end, turn
         return spans
+
+    def begin(self, messages: Messages, turn: int, text: str) -> int:
+        """Where the model begins to write this turn in `text`. Raises UnshownTurn, and what the template raises."""
+        prompt = self._apply(messages[:turn], prompt=True)
+        if not text.startswith(prompt):
+            prompt = prompt.removesuffix(self._format.opening)
+        if not text.startswith(prompt):
+            raise UnshownTurn(turn)
+        return len(prompt)
 
     def _content_ends(self, messages: Messages, turns: Sequence[int], text: str) -> dict[int, int]:
         """Where the contents of these messages end in `text`, without the chat's last message."""
@@ -116,27 +128,19 @@ class Turns:
         marked = list(messages)
         for turn in inner:
             content = messages[turn]["content"]
-            body = content.rstrip() if before_whitespace or not CLOSING_TAG.search(content) else content
+            body = content.rstrip() if before_whitespace or not THOUGHTS_ALONE.search(content) else content
             marked[turn] = {**messages[turn], "content": f"{body}{begin}{turn}{end}{content[len(body) :]}"}
         pieces = re.split(f"{begin}([0-9]+){end}", self._apply(marked))
         positions = accumulate(map(len, pieces[::2]))
         return dict(zip(map(int, pieces[1::2]), positions, strict=False)), "".join(pieces[::2])
 
-    def _behind_lead(self, text: str, start: int, skipped: int) -> int | None:
-        """The end of the next lead and its opening, after those of `skipped` other turns."""
+    def _behind_lead(self, text: str, between: Span, number: int) -> int | None:
+        """The end of the last of exactly `number` leads, and of the opening behind it."""
         lead, opening = self._format.lead, self._format.opening
-        for _ in range(skipped + 1):
-            found = text.find(lead, start) if lead else -1
-            if found < 0:
-                return None
-            start = found + len(lead)
+        if not lead or text.count(lead, *between) != number:
+            return None
+        start = text.rfind(lead, *between) + len(lead)
         return start + len(opening) if text.startswith(opening, start) else start
-
-    def _prompt_end(self, messages: Messages, text: str) -> int | None:
-        prompt = self._apply(messages, prompt=True)
-        if not text.startswith(prompt):
-            prompt = prompt.removesuffix(self._format.opening)
-        return len(prompt) if text.startswith(prompt) else None
 
     def _turn_end(self, content: str, text: str, content_end: int) -> int | None:
         """The end of a turn whose content ends at `content_end`, but for whitespace, which some templates trim."""
@@ -162,9 +166,9 @@ class Turns:
             try:
                 texts = [self._apply(system + sample[:end]) for end in (1, 2, 3)]
                 prompt = self._apply(system + sample[:1], prompt=True)
-            except Exception:
+                return self._format_of(*texts, prompt)
+            except Exception:  # a template's own, or ValueError: it does not write the contents
                 continue
-            return self._format_of(*texts, prompt)
         return TurnFormat()
 
     def _format_of(self, question: str, answered: str, followed: str, prompt: str) -> TurnFormat:
@@ -174,7 +178,7 @@ class Turns:
         rest = _behind(SAMPLE[1], followed)
         endings = [self._ending(rest, _behind(*pair)) for pair in ((SAMPLE[1], answered), (SAMPLE[0], question))]
         ending = next((ending for ending in endings if ending.endswith(self._end_tokens)), endings[0])
-        return TurnFormat(lead if self._control.search(lead) else "", opening, ending)
+        return TurnFormat(lead, opening, ending)
 
     def _ending(self, followed: str, last: str) -> str:
         """What a turn ends in both where another message follows and where the chat ends."""
@@ -186,4 +190,4 @@ class Turns:
 
 
 def _behind(content: str, text: str) -> str:
-    return text.rpartition(content)[2] if content in text else ""
+    return text[text.rindex(content) + len(content) :]
