@@ -22,7 +22,7 @@ from itertools import accumulate, groupby, pairwise
 from transformers import PreTrainedTokenizerBase
 
 from launcher.data.chat.named_templates import without_today
-from launcher.data.chat.spelled_out import MARKS, Messages, SpelledOut, restored
+from launcher.data.chat.spelled_out import BEGIN, END, Messages, SpelledOut, restored
 from launcher.data.chat.turns import THOUGHTS_ALONE, Span, Turns, UnshownTurn
 from launcher.data.read.rows import Conversation, RowFault, Text
 
@@ -67,7 +67,7 @@ class ChatRenderer:
         turns = _supervised_turns(row, loss_on)
         with self._faults(row):
             text = self._apply(messages)
-            remarks = (CUT,) if _is_cut(messages, text) else ()
+            remarks: tuple[str, ...] = (CUT,) if _is_cut(messages, text) else ()
             if loss_on == "all":
                 return Rendered(text, None, stand_ins, remarks=remarks)
             find = self._marked_spans if self._marked_template else self._turns.spans
@@ -101,24 +101,23 @@ class ChatRenderer:
 
     @cached_property
     def _marked_template(self) -> str:
-        """The template with a character of MARKS at the begin and end of every generation block; "" without one.
+        """The template with BEGIN and END around the text of every generation block; "" without one.
 
         transformers' own record of the blocks is wrong inside macros.
         """
-        begin, end = MARKS
 
         def marked(tag: re.Match[str]) -> str:
             left, is_end, right = tag.groups()
             if is_end:
-                return f"{{%{left} endif %}}{{{{ '{end}' }}}}{{% endwith {right}%}}"
-            return f"{{%{left} with %}}{{{{ '{begin}' }}}}{{% if true {right}%}}"  # `with`: a scope, as the block is
+                return f"{{%{left} endif %}}{{{{ '{END}' }}}}{{% endwith {right}%}}"
+            return f"{{%{left} with %}}{{{{ '{BEGIN}' }}}}{{% if true {right}%}}"  # `with`: a scope, as the block is
 
         template, count = GENERATION.subn(marked, self._template)
         return template if count else ""
 
     def _marked_spans(self, messages: Messages, turns: Sequence[int], text: str) -> list[Span]:
         """The spans of generation blocks, without those between the begin of another assistant turn and the next."""
-        pieces = re.split(f"[{MARKS}]", self._apply(messages, template=self._marked_template))
+        pieces = re.split(f"[{BEGIN}{END}]", self._apply(messages, template=self._marked_template))
         if "".join(pieces) != text:
             raise UnshownTurn(turns[0] if turns else 0)
         borders = list(accumulate(map(len, pieces)))

@@ -25,7 +25,7 @@ from launcher.data.read.rows import Message
 
 Messages = list[dict[str, str]]  # as templates take them
 
-MARKS = "\U0010fffe\U0010ffff"  # what rendering puts into a chat to find places in it: begin and end
+BEGIN, END = "\U0010fffe", "\U0010ffff"  # marks that rendering puts into a chat to find places in it
 PRIVATE = re.compile("[\U00100000-\U0010ffff]")  # Unicode's last plane
 
 
@@ -80,7 +80,8 @@ class SpelledOut:
                 disguise = disguises[token.content] = "".join(draw.choices(private, k=len(token.content)))
                 flags = {name: getattr(token, name) for name in ("single_word", "lstrip", "rstrip", "normalized")}
                 backend.add_tokens([AddedToken(disguise, special=False, **flags)])
-                true_ids[backend.token_to_id(disguise)] = true_id
+                if (index := backend.token_to_id(disguise)) is not None:
+                    true_ids[index] = true_id
         return backend, disguises, true_ids
 
 

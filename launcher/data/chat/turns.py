@@ -31,7 +31,7 @@ from functools import cached_property
 from itertools import accumulate
 from os.path import commonprefix
 
-from launcher.data.chat.spelled_out import MARKS, Messages
+from launcher.data.chat.spelled_out import BEGIN, END, Messages
 
 Span = tuple[int, int]  # half-open range of characters
 Apply = Callable[..., str]  # (messages, prompt=False) -> text
@@ -124,13 +124,12 @@ class Turns:
         Templates trim contents, so a mark is put before the whitespace of a content; of thoughts alone, behind it too:
         then it is all that is left of them.
         """
-        begin, end = MARKS
         marked = list(messages)
         for turn in inner:
             content = messages[turn]["content"]
             body = content.rstrip() if before_whitespace or not THOUGHTS_ALONE.search(content) else content
-            marked[turn] = {**messages[turn], "content": f"{body}{begin}{turn}{end}{content[len(body) :]}"}
-        pieces = re.split(f"{begin}([0-9]+){end}", self._apply(marked))
+            marked[turn] = {**messages[turn], "content": f"{body}{BEGIN}{turn}{END}{content[len(body) :]}"}
+        pieces = re.split(f"{BEGIN}([0-9]+){END}", self._apply(marked))
         positions = accumulate(map(len, pieces[::2]))
         return dict(zip(map(int, pieces[1::2]), positions, strict=False)), "".join(pieces[::2])
 
@@ -164,9 +163,9 @@ class Turns:
         sample = [{"role": role, "content": content} for role, content in zip(roles, SAMPLE, strict=True)]
         for system in ([], [SYSTEM]):
             try:
-                texts = [self._apply(system + sample[:end]) for end in (1, 2, 3)]
+                question, answered, followed = (self._apply(system + sample[:end]) for end in (1, 2, 3))
                 prompt = self._apply(system + sample[:1], prompt=True)
-                return self._format_of(*texts, prompt)
+                return self._format_of(question, answered, followed, prompt)
             except Exception:  # a template's own, or ValueError: it does not write the contents
                 continue
         return TurnFormat()

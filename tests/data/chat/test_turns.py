@@ -121,8 +121,3 @@ def test_a_chat_of_twice_as_many_turns_is_rendered_with_twice_as_many_messages(m
         [document] = encode(tokenizer, row)
         assert len(supervised_runs(tokenizer, document)) == turns
         assert sum(rendered) < 6 * 2 * turns + 20  # the sample chat's messages included
-
-
-def test_a_chat_full_of_spelled_out_control_tokens_is_tokenised_once(tokenizer):
-    [document] = encode(tokenizer, chat(*["user: <|eot|>" * 9 + "a", "assistant: <|eot|>" * 9 + "b"] * 9))
-    assert len(supervised_runs(tokenizer, document)) == 9
