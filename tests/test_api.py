@@ -12,6 +12,7 @@ from launcher.errors import CheckpointError, DiskError, RecipeError
 from launcher.model.packed import PackedCausalLM
 from launcher.records.run import RunRecord
 from tests.conftest import ROOT, fresh_dynamo
+from tests.support.arguments import replaced
 
 
 @pytest.fixture(scope="module")
@@ -71,6 +72,8 @@ def test_a_run_prints_its_phases_unless_it_is_quiet_and_a_failure_is_raised(fini
     with pytest.raises(CheckpointError, match="must not hold another run"):
         api.run(*arguments, quiet=quiet)
     assert {path: path.read_bytes() for path in folder.iterdir() if path.is_file()} == before
+    with pytest.raises(RecipeError, match=r"lora\.targets"):
+        api.run(*replaced(arguments, "lora.targets=nothing", f"run.output_dir={folder}-2"), quiet=quiet)
     assert ("reading data" in capsys.readouterr().out) != quiet
 
 

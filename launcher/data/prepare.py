@@ -33,7 +33,7 @@ from launcher.data.read.sources import open_source
 from launcher.data.splits import held_out, weighted
 from launcher.data.stream import Stream
 from launcher.errors import DataError
-from launcher.recipe.data_section import DataSection, Source
+from launcher.recipe.data_section import DataSection
 from launcher.runtime.ranks import rank_info
 
 ALL_ALIKE = "data.validation={} holds out nothing: the rows are all alike, or there is only one"
@@ -124,11 +124,10 @@ def prepare(data: DataSection, tokenizer: PreTrainedTokenizerBase, *, seed: int)
 
 def _open_validation(data: DataSection) -> list[Feed] | None:
     """The feeds of validation data that is a source of its own."""
-    source = Source(path=data.validation, format="auto") if isinstance(data.validation, str) else data.validation
-    if not isinstance(source, Source):
+    if data.validation_source is None:
         return None
     with _errors_name_validation():
-        return open_source(source, streaming=False)
+        return open_source(data.validation_source, streaming=False)
 
 
 @contextmanager

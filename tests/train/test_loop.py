@@ -66,6 +66,12 @@ def test_a_run_yields_its_folder_start_steps_evals_and_record_in_order(finished)
     assert [path.name for path in folder.iterdir() if path.name != "adapter"] == ["metrics.jsonl"]  # the rest is sinks'
 
 
+def test_the_start_says_in_words_which_rows_are_not_seen_whole(finished):
+    [start] = [event for event in finished[0] if isinstance(event, StartRecord)]
+    [note] = [note for note in start.notes if "truncated" in note]
+    assert "rows truncated" in note and "_" not in note
+
+
 def test_a_run_learns_and_every_claim_holds(finished):
     events, history = finished
     record = events[-1]

@@ -15,6 +15,7 @@ from launcher.data.read.rows import Conversation, Feed, Row, RowFault
 from launcher.data.splits import digest
 from launcher.errors import DataError
 from launcher.recipe.data_section import DataSection
+from launcher.records.counts import counts_in_words
 
 
 class FittedRow(NamedTuple):
@@ -148,13 +149,14 @@ def notes_on(counts: Mapping[str, int]) -> tuple[str, ...]:
 
 def nothing_left(feeds: Sequence[Feed], counts: Counter[str]) -> DataError:
     """The error for feeds without one usable row; `counts` are those of reading them."""
-    dropped = ", ".join(f"{n} {reason}" for reason, n in counts.items() if "dropped" in reason or reason == CUT)
+    reasons = {key: count for key, count in counts.items() if "dropped" in key or key == CUT}
+    found = {"rows_read": counts["rows_read"]} | reasons
     remedy = (
         'Give rows with an answer, like {"messages": [{"role": "user", "content": "…"}, …]} or {"text": "…"},\n'
         "raise data.max_length, or set data.loss_on=all."
     )
     return DataError(
         f"{', '.join(feed.name for feed in feeds)}: 0 usable rows; a source needs one that holds a token to learn.\n"
-        f"Found: {counts['rows_read']} rows read{'; ' if dropped else ''}{dropped}.\n"
+        f"Found: {counts_in_words(found)}.\n"
         + (remedy if counts["rows_read"] else "It is empty: name another, or fill it.")
     )
