@@ -7,8 +7,7 @@
     loader       the position in the data
     early_stop   the best eval loss, and the evaluations since
 
-The training loop's own history is not in it: the records of earlier steps, the first losses, and how many fp16 steps
-were skipped in a row. That belongs to files that a later change writes. Nothing reads `early_stop` yet.
+The training loop's own history is not in it: the records of earlier steps are in metrics.jsonl.
 
 A state holds tensors (on the CPU), numbers, strings, lists and dicts: safetensors and JSON can keep it, without pickle.
 """

@@ -125,7 +125,7 @@ def _next(adapter: str) -> Section:
     )
     rows: list[tuple[Value, Value]] = [
         ("load", "\n".join(code)),
-        ("continue", "merge it into its base, and train the result with model.name=./merged"),
+        ("continue", "raise train.steps and name this run.output_dir again; other data: merge it first"),
         ("how", "docs/adapter.md: the tokenizer, the NF4 base that it was trained on, merging"),
     ]
     return Section("Next", [Facts(rows)])
