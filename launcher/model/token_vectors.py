@@ -78,7 +78,7 @@ def untrained_notes(
         return ()
     unused = sorted(index for index in added.union(range(len(tokenizer), vocabulary)) - read if index < vocabulary)
     others, eos = [*control, *unused[:: 1 + len(unused) // MAX_UNUSED]], tokenizer.eos_token_id
-    reasons = _reasons(head, sorted(written.intersection(control) | ({eos} & set(others))), others)
+    reasons = _reasons(head, sorted(written & set(control) | {eos} & set(others)), others)
     notes = []
     if untrained := [f"{_name(tokenizer, index)} ({reasons[index]})" for index in reasons if index in written]:
         such_as = f", such as {tokenizer.eos_token}" if eos in others and eos not in reasons else ""
