@@ -72,7 +72,7 @@ def untrained_notes(
 
     embedding, head [V, D]. `read`: ids of the data; `written`: those of them that are targets.
     """
-    added, vocabulary = set(tokenizer.added_tokens_decoder) if read else set(), len(embedding)
+    added, vocabulary = set(tokenizer.added_tokens_decoder) if read else set(), min(len(embedding), len(head))
     control = sorted(index for index in added & read if index < vocabulary)
     if not control:
         return ()
@@ -101,19 +101,19 @@ def _reasons(vectors: Tensor, indices: Sequence[int], others: Sequence[int]) -> 
     """
     starts = range(0, len(vectors), max(RUN, len(vectors) // RUNS))
     runs = [vectors[start : start + RUN].cpu().float() for start in starts]
-    ids = torch.cat([*(torch.arange(start, start + len(run)) for start, run in zip(starts, runs, strict=True))])
+    ids = [index for start, run in zip(starts, runs, strict=True) for index in range(start, start + len(run))]
     sample = torch.cat(runs)
-    ids, known = torch.cat([ids, torch.tensor(others)]), torch.cat([sample, _taken(vectors, others)])  # [N], [N, D]
+    all_ids, known = torch.tensor([*ids, *others]), torch.cat([sample, _taken(vectors, others)])  # [N], [N, D]
     usual, mean = sample.norm(dim=1).median(), sample.mean(dim=0)
     reasons = {}
     for index, vector in zip(indices, _taken(vectors, indices), strict=True):
-        same = _near(vector, known) & (ids != index)
+        same = _near(vector, known) & (all_ids != index)
         if vector.norm() <= FAINT * usual:
             reasons[index] = "zero"
         elif _near(vector, mean[None]).any():
             reasons[index] = "the mean of all tokens"
         elif same.any():
-            reasons[index] = f"equal to {len(ids[same].unique())} others"
+            reasons[index] = f"equal to {len(all_ids[same].unique())} others"
     return reasons
 
 
