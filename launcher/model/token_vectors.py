@@ -9,7 +9,9 @@ LoRA changes the hidden state h that the head multiplies, so a token can be lear
     v is the mean           its logit is always the mean of all logits
 
 Two vectors count as equal up to a distance of NEAR. In the shipped base, whose training data is known, the 170 tokens
-that never occurred are 0.10 to 0.13 from their nearest; of those that occurred, none is nearer than 0.54.
+that never occurred are 0.10 to 0.13 from their nearest; of those that occurred, none is nearer than 0.54. After 120
+steps on one question its probability of ending the answer was 1.00 with a trained end token, 0.79 with one at 0.11,
+0.03 at 0.03, and 0.0002 with the mean: what is nearly equal is learned badly, what is equal never.
 
 V  vectors    D  model width    N  some tokens
 """
@@ -83,8 +85,8 @@ def untrained_notes(
     if untrained := [f"{_name(tokenizer, index)} ({reasons[index]})" for index in reasons if index in written]:
         such_as = f", such as {tokenizer.eos_token}" if eos in others and eos not in reasons else ""
         notes.append(
-            f"the output head was never trained for {_listed(untrained)}, and LoRA does not train it: the model cannot "
-            f"learn to write this, nor to end an answer with it. {REMEDY}{such_as}."
+            f"the output head was never trained for {_listed(untrained)}, and LoRA does not train it: the model learns "
+            f"badly or not at all to write this, and to end an answer with it. {REMEDY}{such_as}."
         )
     if alike := [_name(tokenizer, index) for index in _alike(embedding, control)]:
         notes.append(
