@@ -16,18 +16,21 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAn
 from transformers.integrations import replace_with_bnb_linear
 
 from launcher.errors import RecipeError
+from launcher.model.token_vectors import check_pad_id
 from launcher.recipe.schema import ModelSection, QuantSection
 
 
 def load_config(source: str, model: ModelSection) -> Any:
     """The transformers config at `source`. Raises RecipeError for a model that needs its own code to run."""
     try:
-        return AutoConfig.from_pretrained(source, revision=_revision(source, model), trust_remote_code=False)
+        config = AutoConfig.from_pretrained(source, revision=_revision(source, model), trust_remote_code=False)
     except (ValueError, OSError, KeyError) as error:
         raise RecipeError(
             f"model {source!r} must load without remote code and with a config transformers knows:\n"
             f"{_first_line(error)}"
         ) from None
+    check_pad_id(config)
+    return config
 
 
 def load_tokenizer(source: str, model: ModelSection, *, stand_in: Path) -> Any:

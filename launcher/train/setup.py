@@ -30,6 +30,7 @@ from launcher.data.pack.micro_batch import MicroBatch
 from launcher.data.prepare import PreparedData
 from launcher.data.prepare import prepare as prepare_data
 from launcher.data.stream import Stream
+from launcher.data.vocabulary import UsedIds, fit_vocabulary
 from launcher.errors import CheckpointError, ContractError, DataError, LauncherError, RecipeError
 from launcher.memory.forecast import Shapes
 from launcher.memory.ledger import Ledger
@@ -38,6 +39,7 @@ from launcher.memory.policy import Policy, applied, check_policy, choose_policy
 from launcher.model.attention import BlockFacts
 from launcher.model.build import BuiltModel, build_model, choose_dtype, preflight
 from launcher.model.load import load_config, load_tokenizer
+from launcher.model.token_vectors import untrained_notes
 from launcher.recipe.schema import TrainSection
 from launcher.runtime.clock import Clock
 from launcher.runtime.first_rank import one_rank_first
@@ -57,6 +59,7 @@ class Prepared:
     tokenizer: Any
     data: PreparedData
     device: torch.device
+    used_ids: UsedIds = UsedIds()
 
 
 def prepare_inputs(request: Request) -> Prepared:
@@ -77,7 +80,8 @@ def prepare_inputs(request: Request) -> Prepared:
         lambda: prepare_data(recipe.data, tokenizer, seed=recipe.train.seed),
         wait_s=recipe.data.wait_s,
     )
-    return Prepared(config, tokenizer, data, device)
+    data, used_ids = fit_vocabulary(data, tokenizer, vocabulary=config.vocab_size)
+    return Prepared(config, tokenizer, data, device, used_ids)
 
 
 def choose_device(rank_info: RankInfo) -> torch.device:
@@ -209,7 +213,14 @@ class Worker:
             body = self.built.packed.body
             self.host_inputs = HostInputs(len(body.layers), self.accelerator.device)
             body.around = self.host_inputs.around
+        self.untrained_notes = self._untrained_notes()
         return self.built
+
+    def _untrained_notes(self) -> tuple[str, ...]:
+        if self.recipe.model.init == "random":  # nothing is trained
+            return ()
+        model, tokenizer = self.built.packed, self.prepared.tokenizer
+        return untrained_notes(model.embed.weight, model.head.weight, tokenizer, **vars(self.prepared.used_ids))
 
     def _activation_policy(self) -> Policy:
         """As the recipe asks; `auto` by the free memory of the run's fullest GPU, so that all ranks choose the same."""
