@@ -83,6 +83,24 @@ def test_a_validation_file_is_counted_apart(write, tokenizer):
     assert len(texts(prepared.validation, tokenizer)) == prepared.validation_rows == 3
 
 
+def test_the_files_of_a_folder_and_keys_that_nothing_uses_are_noted_also_from_the_cache(write, tokenizer, tmp_path):
+    for name in ("train.jsonl", "test.jsonl", "LICENSE.txt"):
+        write([{**row, "id": 7} for row in CHATS], name=name)
+    data = section(str(tmp_path), validation=str(tmp_path))
+    prepared = prepare(section(str(tmp_path), validation=0), tokenizer, seed=0)
+    assert prepared.notes == (
+        f"data: {tmp_path}: read train.jsonl; left out LICENSE.txt (about the data); test.jsonl (split test)",
+        "data: nothing uses id (60 rows)",
+    )
+    (tmp_path / "LICENSE.txt").unlink()
+    cached = prepare(section(str(tmp_path), validation=0), tokenizer, seed=0).notes
+    assert cached[1:] == (f"data: {tmp_path}: read train.jsonl; left out test.jsonl (split test)", prepared.notes[1])
+    write([{**row, "id": 7} for row in CHATS[:1]], name="test.jsonl")
+    notes = prepare(data, tokenizer, seed=0).notes
+    assert f"data: {tmp_path}: read test.jsonl; left out train.jsonl (split train)" in notes
+    assert "data.validation: nothing uses id (1 row)" in notes
+
+
 def test_sources_of_several_formats_are_trained_on_together_and_counted_by_what_the_loss_sees(write, tokenizer):
     parts = [CHATS, [{"text": "a river"}], [{"prompt": "a", "completion": " river flows"}] * 2]
     paths = [write(part, name=f"{index}.jsonl") for index, part in enumerate(parts)]
@@ -230,7 +248,7 @@ def test_a_weighted_source_that_would_only_validate_is_refused(write, tokenizer,
 
 
 def test_texts_are_not_read_again_for_an_example(write, tokenizer, monkeypatch):
-    monkeypatch.setattr(example_module, "read_rows", lambda *_, **__: pytest.fail("read again"))
+    monkeypatch.setattr(example_module, "read_rows", lambda *_, **__: map(pytest.fail, ["read again"]))
     prepared = prepare(section(write([{"text": f"river {n}"} for n in range(20)]), validation=0.3), tokenizer, seed=0)
     assert prepared.example is None and prepared.validation_rows == 6
 

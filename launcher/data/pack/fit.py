@@ -131,7 +131,7 @@ class UsableRows:
 
 def nothing_left(feeds: Sequence[Feed], counts: Counter[str]) -> DataError:
     """The error for feeds without one usable row; `counts` are those of reading them."""
-    dropped = ", ".join(f"{n} {reason}" for reason, n in counts.items() if "dropped" in reason)
+    dropped = ", ".join(f"{n} {why}" for why, n in counts.items() if why.startswith(("rows_dropped", "pieces_dropped")))
     remedy = (
         'Give rows with an answer, like {"messages": [{"role": "user", "content": "…"}, …]} or {"text": "…"},\n'
         "raise data.max_length, or set data.loss_on=all."

@@ -86,8 +86,10 @@ def _data(record: PreviewRecord) -> Section:
 
 
 def _counts(record: PreviewRecord, *, validation: bool) -> list[tuple[str, str, str]]:
-    """What happened to the rows, rows read first: "rows_dropped_no_answer" as "rows dropped: no answer"."""
+    """What happened to the rows, rows read first: "rows_dropped_no_answer" as "rows dropped: no answer". Unused keys
+    are left to the notes."""
     keys = [key for key in record.counts if key not in OWN_ROWS and key.startswith("validation_") is validation]
+    keys = [key for key in keys if "_key_" not in key]
     keys.sort(key=lambda key: not key.endswith("rows_read"))
     return [(key.replace("_", " ").replace("dropped ", "dropped: "), whole(record.counts[key]), "") for key in keys]
 
