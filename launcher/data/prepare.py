@@ -26,7 +26,7 @@ from launcher.data.documents import Documents, Longs
 from launcher.data.example import Example, find_example
 from launcher.data.pack.blocks import Blocks
 from launcher.data.pack.buckets import lay_out
-from launcher.data.pack.fit import UsableRows, fit_rows, nothing_left
+from launcher.data.pack.fit import UsableRows, fit_rows, notes_on, nothing_left
 from launcher.data.read.formats import read_rows
 from launcher.data.read.rows import Feed
 from launcher.data.read.sources import errors_name_validation, open_source, open_validation
@@ -84,8 +84,9 @@ def prepare(data: DataSection, tokenizer: PreTrainedTokenizerBase, *, seed: int)
     """The blocks of a data section: from the cache of an earlier run, or made and cached. The same on every rank.
 
     Counts: rows_read, rows_dropped_<reason>, pieces_dropped_zero_supervised, truncated and split (rows that were too
-    long), empty_assistant_turns (where masked), unused_key_<name> and dropped_key_<name> (rows with a key that nothing
-    uses), rows_repeated and rows_left_out (by weights), of several sources
+    long), empty_assistant_turns (where masked), rows_cut_by_template (it leaves out text of them),
+    rows_without_end_token (of an answer), unused_key_<name> and dropped_key_<name> (rows with a key that nothing uses),
+    rows_repeated and rows_left_out (by weights), of several sources
     source_<n>_rows_of_an_epoch (n from 1; a repeated row counts each time), documents, tokens and supervised_tokens
     (the targets) for training, validation_documents. Where validation data is a source of its own, its other counts
     have the prefix validation_, and its rows are dropped from training; with a fraction, rows_read = train_rows +
@@ -180,7 +181,7 @@ def _prepare_blocks(inputs: _Inputs, identity: str) -> PreparedData:
         loss_on=dict(Counter(usable.loss_on[row] for row in train_rows)),
         template=inputs.pool.encoder.template,
         identity=identity,
-        notes=() if validation or data.validation == 0 else (ALL_ALIKE.format(data.validation),),
+        notes=notes_on(counts) + (() if validation or data.validation == 0 else (ALL_ALIKE.format(data.validation),)),
     )
 
 
@@ -214,7 +215,7 @@ def _prepare_stream(inputs: _Inputs, identity: str) -> PreparedData:
         loss_on=dict(stream.first_window.loss_on),
         template=inputs.pool.encoder.template,
         identity=identity,
-        notes=_notes_of_stream(stream),
+        notes=_notes_of_stream(stream) + notes_on(stream.counts),
     )
 
 

@@ -58,10 +58,10 @@ class RowFault(DataError):
         return copyreg.__newobj__, (type(self), *self.args), self.__dict__  # type: ignore[attr-defined]
 
 
-CUT = "Cut the row into several, raise data.max_row_mib, or set data.bad_rows=skip to drop and count such rows."
+CUT_OR_SKIP = "Cut the row into several, raise data.max_row_mib, or set data.bad_rows=skip to drop and count such rows."
 
 
-def too_large(where: str, found: str, max_bytes: int, remedy: str = CUT) -> RowFault:
+def too_large(where: str, found: str, max_bytes: int, remedy: str = CUT_OR_SKIP) -> RowFault:
     rule = f"a row has at most data.max_row_mib={max_bytes / 2**20:.4g} MiB ({max_bytes:,} bytes)."
     return RowFault("too_large", where=where, rule=rule, found=found, remedy=remedy)
 

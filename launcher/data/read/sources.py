@@ -43,32 +43,35 @@ def open_source(source: Source, *, data: DataSection, validates: bool = False) -
     Raises DataError: there is no such file, folder or dataset, a folder has no files of one supported kind and of the
     split, a file cannot be read, or config, revision or (of a file) split is given for a local path.
     """
+    files, note = local_files(source, validates=validates)
     streaming = data.streaming and not validates
-    notes: list[str] = []
+    feeds = [_file_feed(file, source, data, streaming=streaming) for file in files]
+    return OpenedSource(feeds or [open_dataset(source, streaming=streaming)], [note] if note else [])
+
+
+def local_files(source: Source, *, validates: bool = False) -> folders.Selection:
+    """The local files of a source; none if it can only be a dataset of the hub. Raises DataError as open_source."""
     try:
         path = Path(source.path).expanduser()
         if path.is_dir():
             _refuse_keys(source, "config", "revision")
             kinds = {file: kind_of(file) for file in _files_in(path)}
             defaults = folders.VALIDATION if validates else folders.TRAINING
-            selected, note = folders.select(path, kinds, split=source.split, defaults=defaults)
-            files, notes = [path / file for file in selected], [note]
-        elif files := _local_file(source, path):
+            files, note = folders.select(path, kinds, split=source.split, defaults=defaults)
+            return folders.Selection([path / file for file in files], note)
+        if files := _local_file(source, path):
             _refuse_keys(source, "config", "revision", "split")
-        else:
-            return OpenedSource([open_dataset(source, streaming=streaming)], [])
+        return folders.Selection(files, "")
     except (OSError, RuntimeError) as error:  # RuntimeError: "~user" of a user without a home
         raise _refused(source, f"{error}") from error
-    return OpenedSource([_file_feed(file, source, data, streaming=streaming) for file in files], notes)
 
 
 def open_validation(data: DataSection) -> OpenedSource | None:
     """The feeds of validation data that is a source of its own."""
-    source = Source(path=data.validation, format="auto") if isinstance(data.validation, str) else data.validation
-    if not isinstance(source, Source):
+    if data.validation_source is None:
         return None
     with errors_name_validation():
-        return open_source(source, data=data, validates=True)
+        return open_source(data.validation_source, data=data, validates=True)
 
 
 @contextmanager
