@@ -163,8 +163,7 @@ class StreamReader:
                 raise nothing_left(self._stream.sources[source], self._counts)
 
     def _one_pass(self, source: int) -> Iterator[Row]:
-        for feed in self._stream.sources[source]:
-            yield from read_rows(feed, bad_rows=self._stream.data.bad_rows, counts=self._counts)
+        return read_rows(self._stream.sources[source], data=self._stream.data, counts=self._counts)
 
     def _next(self, source: int) -> Row:
         passes, rows_done = self._positions[source]

@@ -257,7 +257,7 @@ class Worker:
         train, data, rank_info = self.recipe.train, self.prepared.data, self.rank_info
         share: Any = {"micro_batch": train.micro_batch, "rank": rank_info.rank, "world_size": rank_info.world_size}
         self.batches = train_loader(data.train, accumulation=train.accumulation, seed=train.seed, **share)
-        self.eval_batches = eval_batches(data.validation, **share) if data.validation else []
+        self.eval_batches = eval_batches(data.validation, **share) if data.validation else None
         self.steps = total_steps(train, self.batches)
 
     def _make_step(self) -> None:
