@@ -60,7 +60,7 @@ def parity(request: Request) -> Iterator[str | ParityRecord]:
         compiled = measure_compiled(worker, batches)
     # The start record of a run of as many steps as batches, without a folder.
     start = replace(start_record(worker), run_dir="", steps=len(batches))
-    compile, dtype = worker.observer.record(), worker.built.dtype
+    compile, dtype, loaded = worker.observer.record(), worker.built.dtype, worker.built.loaded
     release(worker)
     del worker
     stock = partial(measure_stock, request, prepared, batches, dtype=dtype, adapters=adapters)
@@ -75,7 +75,7 @@ def parity(request: Request) -> Iterator[str | ParityRecord]:
             comparison.add(*measured, supervised_tokens=batch.supervised_tokens)
     free(prepared.device)
     gate = gate_of(dtype)
-    verdicts = comparison.verdicts(gate)
+    verdicts = (*loaded, *comparison.verdicts(gate))
     if compile.fallbacks:  # compile.mode=warn: what was compared is not what the recipe asks for
         verdicts += (Verdict("the compiled model is compiled", False, compile.fallbacks[0]),)
     yield ParityRecord(

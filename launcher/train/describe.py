@@ -48,7 +48,7 @@ def start_record(worker: Worker) -> StartRecord:
         activations=_activations(worker),
         forecast_mib=worker.policy.forecast_mib,
         loss_tokens=tuple(built.packed.loss_rows(train.micro_batch * width) for width in widths),
-        notes=worker.request.notes + data.notes + _incomplete_rows(data.counts) + _blank_steps(worker),
+        notes=worker.request.notes + built.notes + data.notes + _incomplete_rows(data.counts) + _blank_steps(worker),
     )
 
 

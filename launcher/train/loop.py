@@ -219,7 +219,7 @@ def _run_record(worker: Worker, history: RunHistory, saved: Verdict, sample: Sam
         evals=tuple(history.evals),
         elapsed_s=worker.clock.elapsed_s,
         ranks=ranks,
-        verdicts=(*compiled, loss_verdict(history.steps, history.evals), saved),
+        verdicts=(*worker.built.loaded, *compiled, loss_verdict(history.steps, history.evals), saved),
         data=dict(worker.prepared.data.counts),
         sample=sample,
     )

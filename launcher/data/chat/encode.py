@@ -8,7 +8,7 @@ In plain text they are control tokens, since text rendered beforehand is a usual
 
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from tokenizers import Tokenizer
@@ -19,7 +19,7 @@ from launcher.data.chat.named_templates import control_tokens, fitting_templates
 from launcher.data.chat.render import ChatRenderer, Rendered, Span, render_text
 from launcher.data.documents import Bools, Document, Ints
 from launcher.data.read.rows import Conversation, Message, Row, RowFault, Text
-from launcher.errors import DataError
+from launcher.errors import DataError, RecipeError
 from launcher.recipe.data_section import DataSection
 
 
@@ -99,9 +99,16 @@ class Encoder:
         return "".join(piece for piece, _ in rendered.pieces()), document.input_ids.tolist()
 
     def _check_template(self, row: Conversation) -> None:
-        if self.tokenizer.chat_template:
-            return
+        templates: Any = self.tokenizer.chat_template
         fitting = " or ".join(fitting_templates(self.tokenizer))
+        if isinstance(templates, dict) and "default" not in templates:
+            raise RecipeError(
+                f"one of a tokenizer's named chat templates must be called default; {self.tokenizer.name_or_path} has "
+                f"{', '.join(templates)}.\nSave the one that you mean as chat_template.jinja in the model's folder"
+                + (f", or set data.template={fitting}." if fitting else ".")
+            )
+        if templates:
+            return
         remedy = f"Set data.template={fitting}, use" if fitting else "No template of data.template fits it: use"
         raise DataError(
             f"{row.where}: rows of messages need a tokenizer with a chat template, or data.template.\n"

@@ -34,7 +34,7 @@ def bench_record(
         recipe=recipe, rows=rows, start=ours.start, compile=ours.compile, ceiling=ours.ceiling, workload=workload,
         ours=side, naive=naive, speed_up=speed_up, memory_ratio=memory_ratio, pay_back_steps=pay_back_steps,
         loss_differences=tuple(differences), loss_tolerance=ours.loss_tolerance, notes=notes,
-        verdicts=tuple(_verdicts(side, naive, tolerance=ours.loss_tolerance)),
+        verdicts=(*ours.loaded, *_verdicts(side, naive, tolerance=ours.loss_tolerance)),
     )  # fmt: skip
 
 
