@@ -155,7 +155,7 @@ def build_model(
 def build_base(recipe: Recipe, source: str, config: Any, *, dtype: torch.dtype, device: torch.device) -> Base:
     """The frozen base that the recipe asks for, on `device`: loaded or random, the same at each call."""
     if recipe.model.init == "random":
-        base = random_base(config, quant=recipe.quant, dtype=dtype, device=device, seed=recipe.train.seed)
+        base = Base(random_base(config, quant=recipe.quant, dtype=dtype, device=device, seed=recipe.train.seed))
     else:
         base = load_base(source, config, quant=recipe.quant, dtype=dtype, device=device, revision=recipe.model.revision)
     base.model.config.use_cache = False

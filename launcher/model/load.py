@@ -24,7 +24,7 @@ from transformers import (
     PreTrainedModel,
 )
 from transformers.integrations import replace_with_bnb_linear
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, find_adapter_config_file
+from transformers.utils import find_adapter_config_file
 
 from launcher.errors import RecipeError
 from launcher.model.weight_files import Headers, check_headers, read_headers
@@ -177,21 +177,22 @@ def _from_folder(
 
 @contextmanager
 def _without_adapter(headers: Headers) -> Iterator[str]:
-    """The folder of the weights. Where it also holds an adapter, which transformers would attach unasked, a folder of
-    links to the weights alone."""
-    files = {Path(header.file) for header in headers.values()}
-    folder = min(files).parent
+    """The folder of the weights; or, where it also holds an adapter, which transformers would attach unasked, a folder
+    of links to its other files."""
+    folder = Path(next(iter(headers.values())).file).parent
     if not (folder / ADAPTER_CONFIG).is_file():
         yield str(folder)
         return
     with TemporaryDirectory() as links:
-        for file in (*files, folder / SAFE_WEIGHTS_INDEX_NAME):
-            if file.exists():
+        for file in folder.iterdir():
+            if file.name != ADAPTER_CONFIG:
                 (Path(links) / file.name).symlink_to(file.absolute())
         yield links
 
 
-def random_base(config: Any, *, quant: QuantSection, dtype: torch.dtype, device: torch.device, seed: int) -> Base:
+def random_base(
+    config: Any, *, quant: QuantSection, dtype: torch.dtype, device: torch.device, seed: int
+) -> PreTrainedModel:
     """An untrained model of this architecture, drawn and quantised on `device` one weight at a time: the whole model
     never exists in full precision, so an 8B architecture fits wherever its NF4 form does."""
     model: Any = empty_model(config, dtype=dtype)
@@ -217,7 +218,7 @@ def random_base(config: Any, *, quant: QuantSection, dtype: torch.dtype, device:
     with torch.device(device):  # its frequencies are buffers that are computed, not loaded
         model.model.rotary_emb = type(model.model.rotary_emb)(config=config)
     model.tie_weights()
-    return Base(model)
+    return model
 
 
 def is_prequantised(config: Any) -> bool:

@@ -90,7 +90,10 @@ def _weight_files(source: str, revision: str | None, *, download: bool) -> list[
             raise _without_weights(Path(source)) from None
         if not download:
             return None
-        raise RecipeError(f"the weights of {source} must be in reach: {error}") from None
+        raise RecipeError(
+            f"the hub or the local cache must have {SAFE_WEIGHTS_NAME} or {SAFE_WEIGHTS_INDEX_NAME} of {source}: "
+            f"{str(error).splitlines()[0]}\nCheck the connection, or convert the checkpoint to safetensors."
+        ) from None
     try:
         files, _ = get_checkpoint_shard_files(source, index, **where)
     except Exception as error:  # what is wrong with a file may show as any error
@@ -164,7 +167,7 @@ def _check_kinds(
 ) -> None:
     companions: dict[str, set[str]] = {name: set() for name in found if is_packed(headers, name)}
     for companion in filter(None, map(COMPANION.fullmatch, headers)):
-        companions[companion[1]].add(companion[2])
+        companions.setdefault(companion[1], set()).add(companion[2])
     packed = list(companions)
     kinds = sorted({headers[name].dtype for name in found if name not in packed} - {*FLOATS})
     if kinds:

@@ -101,10 +101,11 @@ class Encoder:
     def _check_template(self, row: Conversation) -> None:
         templates: Any = self.tokenizer.chat_template
         fitting = " or ".join(fitting_templates(self.tokenizer))
+        name = self.tokenizer.name_or_path or "this tokenizer"
         if isinstance(templates, dict) and "default" not in templates:
             raise RecipeError(
-                f"one of a tokenizer's named chat templates must be called default; {self.tokenizer.name_or_path} has "
-                f"{', '.join(templates)}.\nSave the one that you mean as chat_template.jinja in the model's folder"
+                f"one of a tokenizer's named chat templates must be called default; {name} has {', '.join(templates)}.\n"
+                "Save the one that you mean as chat_template.jinja in the model's folder"
                 + (f", or set data.template={fitting}." if fitting else ".")
             )
         if templates:
@@ -112,7 +113,7 @@ class Encoder:
         remedy = f"Set data.template={fitting}, use" if fitting else "No template of data.template fits it: use"
         raise DataError(
             f"{row.where}: rows of messages need a tokenizer with a chat template, or data.template.\n"
-            f"Found: none in {self.tokenizer.name_or_path or 'this tokenizer'}, and data.template=auto.\n"
+            f"Found: none in {name}, and data.template=auto.\n"
             f'{remedy} an instruct model, or give the rows as {{"text": "..."}}.'
         )
 
