@@ -97,10 +97,10 @@ def _within_a_step(linear: Linear4bit, starts: list[int], stored: Tensor) -> boo
     blocks = torch.tensor(starts) // BLOCK
     pairs = torch.cat([base.packed.flatten()[s // 2 : (s + BLOCK) // 2] for s in starts]).cpu().long()
     values = base.code.cpu()[torch.stack([pairs >> 4, pairs & 15], 1).flatten()]
-    scale, off = base.absmax.cpu()[blocks].float(), torch.zeros(len(starts))
+    scale, off = base.absmax[blocks.to(base.absmax.device)].cpu(), torch.zeros(len(starts))
     if base.absmax2 is not None and base.code2 is not None and base.offset is not None:
         code2, level2 = base.code2.cpu(), base.absmax2.cpu()[blocks // BLOCK2]
-        scale = code2[base.absmax.cpu()[blocks].long()] * level2 + base.offset.cpu()
+        scale = code2[scale.long()] * level2 + base.offset.cpu()
         off = level2 * _widest_gap(code2) / 2
     gap = _widest_gap(base.code.cpu()) / 2
     bound = (gap + 0.01) * scale.abs() + (1 + gap) * off

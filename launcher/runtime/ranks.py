@@ -95,6 +95,12 @@ def broadcast(value: Any) -> Any:
     return broadcast_object_list([value])[0]
 
 
+def raise_on_all_ranks(error: LauncherError | None) -> None:
+    """Raise on every rank the error of the first rank that has one: else the others would wait for it."""
+    for failure in filter(None, gather(error)):
+        raise failure
+
+
 def check_same_on_all_ranks(rule: str, digest: str, *, error: type[LauncherError], remedy: str) -> None:
     """Compare the digests of all ranks. `rule` completes "every rank must ...".
 

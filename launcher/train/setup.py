@@ -39,7 +39,14 @@ from launcher.model.load import load_config, load_tokenizer
 from launcher.recipe.schema import TrainSection
 from launcher.runtime.clock import Clock
 from launcher.runtime.first_rank import one_rank_first
-from launcher.runtime.ranks import RankInfo, broadcast, check_same_on_all_ranks, gather, hold_process_group
+from launcher.runtime.ranks import (
+    RankInfo,
+    broadcast,
+    check_same_on_all_ranks,
+    gather,
+    hold_process_group,
+    raise_on_all_ranks,
+)
 from launcher.train.optim import check_optimizer, gates_on_device
 from launcher.train.regions import regions_of
 from launcher.train.request import Request
@@ -158,21 +165,24 @@ class Worker:
                 self.folder.create()
             except LauncherError as error:
                 problem = error
-        problem = broadcast(problem)
-        if problem is not None:
-            raise problem
+        raise_on_all_ranks(problem)
 
     def build(self) -> BuiltModel:
         """Load, quantise and adapt the model, and choose what its forward pass keeps; the ledger notes each phase."""
         self.ledger.mark("before load")
-        self.built = build_model(
-            self.recipe,
-            self.request.source,
-            self.prepared.config,
-            device=self.accelerator.device,
-            blocks=block_facts(self.prepared.data, micro_batch=self.recipe.train.micro_batch),
-            phase=self.ledger.mark,
-        )
+        problem: LauncherError | None = None
+        try:
+            self.built = build_model(
+                self.recipe,
+                self.request.source,
+                self.prepared.config,
+                device=self.accelerator.device,
+                blocks=block_facts(self.prepared.data, micro_batch=self.recipe.train.micro_batch),
+                phase=self.ledger.mark,
+            )
+        except RecipeError as error:  # the base is not what its files hold, on this rank
+            problem = error
+        raise_on_all_ranks(problem)
         if self.rank_info.world_size > 1:  # ranks exchange only gradients: those that begin differently stay different
             check_same_on_all_ranks(
                 "start from the same adapter",

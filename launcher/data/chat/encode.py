@@ -100,16 +100,18 @@ class Encoder:
 
     def _check_template(self, row: Conversation) -> None:
         templates: Any = self.tokenizer.chat_template
+        without_default = isinstance(templates, dict) and "default" not in templates
+        if templates and not without_default:
+            return
         fitting = " or ".join(fitting_templates(self.tokenizer))
         name = self.tokenizer.name_or_path or "this tokenizer"
-        if isinstance(templates, dict) and "default" not in templates:
+        if without_default:
             raise RecipeError(
-                f"one of a tokenizer's named chat templates must be called default; {name} has {', '.join(templates)}.\n"
+                "one of a tokenizer's named chat templates must be called default; "
+                f"{name} has {', '.join(templates)}.\n"
                 "Save the one that you mean as chat_template.jinja in the model's folder"
                 + (f", or set data.template={fitting}." if fitting else ".")
             )
-        if templates:
-            return
         remedy = f"Set data.template={fitting}, use" if fitting else "No template of data.template fits it: use"
         raise DataError(
             f"{row.where}: rows of messages need a tokenizer with a chat template, or data.template.\n"
