@@ -20,15 +20,17 @@ from launcher.compile.inductor_cache import prepare_cache
 from launcher.errors import RecipeError
 from launcher.recipe.field_types import recipes_dir
 from launcher.recipe.load import Resolved, resolve
-from launcher.recipe.locate import locate
+from launcher.recipe.locate import config_file, locate
 from launcher.records.run import Event, RunRecord
 from launcher.report import Screen, make_console
 from launcher.report.trackers import make_trackers
-from launcher.runtime.clock import boot_clock_s
+from launcher.runtime.clock import boot_clock_s, seconds_since
 from launcher.runtime.environment import prepare_environment, quick_imports
 from launcher.runtime.failures import classified, code_and_reason
+from launcher.runtime.launch_flags import check_launch_flags
 from launcher.runtime.ranks import RankInfo, end_with_parent, rank_info
 from launcher.runtime.signals import listening
+from launcher.train.before_torch import check_inputs, check_run_folder
 from launcher.train.request import Request
 
 
@@ -59,16 +61,20 @@ def run(recipe: str, *overrides: str, quiet: bool = False) -> RunRecord:
 
 
 def make_request(resolved: Resolved, info: RankInfo) -> Request:
-    """Settle the process's environment and locate the model. Raises RecipeError where there is no such model, or where
-    report=PATH cannot be written: a run must not find that at its end."""
+    """Settle the process's environment and locate the model. Raises RecipeError where that is not there or cannot be
+    trained, where Accelerate was asked for what contradicts the recipe, or where report=PATH cannot be written,
+    DataError where local data is not there; all before torch."""
     end_with_parent()
     target = resolved.report
     if target and (target.is_dir() or not os.access(target.parent, os.W_OK)):
         raise RecipeError(f"report=PATH must be a file in a folder that can be written; {target} is not.")
     prepare_environment()
-    note, shipped = prepare_cache(workers=info.cores), recipes_dir()
-    source = locate(resolved.recipe.model, shipped / "architectures")
-    return Request(resolved.recipe, resolved.name, source, shipped, info, notes=(note,) if note else ())
+    recipe, shipped = resolved.recipe, recipes_dir()
+    notes = check_launch_flags(recipe.model, recipe.train, cores=info.cores)
+    cache_note = prepare_cache(workers=info.cores)
+    source = locate(recipe.model, shipped / "architectures")
+    check_inputs(recipe, config_file(source, recipe.model.revision))
+    return Request(recipe, resolved.name, source, shipped, info, notes=(*notes, *([cache_note] if cache_note else [])))
 
 
 def train(request: Request, console: Console, *, report_copy: Path | None) -> RunRecord:
@@ -77,8 +83,9 @@ def train(request: Request, console: Console, *, report_copy: Path | None) -> Ru
     `report_copy` is where else the report is written. Raises the errors of launcher/errors.py.
     """
     info = request.rank_info
+    check_run_folder(request.recipe, request.name)
     files, trackers = RunFiles(info.rank, report_copy=report_copy), make_trackers(request.recipe.run.trackers)
-    with Screen(console) as screen:
+    with Screen(console, clock=seconds_since(request.started_s)) as screen:
         screen.show("importing torch")
         with quick_imports():
             import launcher.train.loop  # noqa: F401

@@ -19,9 +19,10 @@ from launcher.recipe.help import print_request
 from launcher.recipe.load import Resolved, resolve
 from launcher.report import Screen, make_console
 from launcher.report import error as print_error
+from launcher.runtime.clock import seconds_since
 from launcher.runtime.environment import quick_imports
 from launcher.runtime.failures import classified, code_and_reason
-from launcher.runtime.ranks import RankInfo, rank_info
+from launcher.runtime.ranks import RankInfo, rank_info, under_launcher
 from launcher.runtime.signals import Terminated, listen
 from launcher.train.request import Request
 
@@ -44,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return error.code
     except (KeyboardInterrupt, Terminated) as stop:
         code, reason = code_and_reason(stop)
-        print_error(make_console(sys.stderr), f"rank {info.rank}: {reason}; nothing was saved", code)
+        _print_error(f"rank {info.rank}: {reason}; nothing was saved", code)
         return code
 
 
@@ -56,7 +57,7 @@ def _preview(resolved: Resolved, info: RankInfo, console: Console) -> None:
     if not info.is_main:  # one process sees all there is to see
         return
     request = make_request(resolved, info)
-    with Screen(console) as screen:
+    with Screen(console, clock=seconds_since()) as screen:
         screen.show("preparing the data")
         with quick_imports():
             from launcher.data.prepare import prepare
@@ -100,7 +101,7 @@ def _compare(events: Callable[[Request], Iterator[Any]], resolved: Resolved, inf
         )
     request = make_request(resolved, info)
     record: Any = None
-    with Screen(console) as screen, classified(info):
+    with Screen(console, clock=seconds_since()) as screen, classified(info):
         for record in events(request):
             screen.show(record)
         if resolved.report:
@@ -124,4 +125,8 @@ def _print_failure(error: LauncherError, info: RankInfo) -> None:
     reporter = error.reporter if error.reporter is not None else 0 if shared else info.local_rank
     if info.local_rank == reporter:
         prefix = f"rank {info.rank}: " if info.world_size > 1 and not shared else ""
-        print_error(make_console(sys.stderr), prefix + str(error), error.code)
+        _print_error(prefix + str(error), error.code)
+
+
+def _print_error(message: str, code: int) -> None:
+    print_error(make_console(sys.stderr), message, code, framed=under_launcher())

@@ -165,13 +165,14 @@ def stock_loss(history: Any, folder: Path, *, dtype: str, device: str) -> float:
 @contextmanager
 def fresh_dynamo() -> Iterator[None]:
     """No cached frames and no armed guard, before and after."""
-    import torch
     import torch._dynamo
+
+    from launcher.compile.dynamo_config import set_in_all_threads
 
     torch._dynamo.reset()
     yield
     torch._dynamo.reset()
-    torch._dynamo.config.error_on_recompile = False
+    set_in_all_threads("error_on_recompile", False)
 
 
 @pytest.fixture

@@ -12,6 +12,7 @@ from launcher.errors import CheckpointError, DiskError, RecipeError
 from launcher.model.packed import PackedCausalLM
 from launcher.records.run import RunRecord
 from tests.conftest import ROOT, fresh_dynamo
+from tests.support.arguments import replaced
 
 
 @pytest.fixture(scope="module")
@@ -71,6 +72,8 @@ def test_a_run_prints_its_phases_unless_it_is_quiet_and_a_failure_is_raised(fini
     with pytest.raises(CheckpointError, match="must not hold another run"):
         api.run(*arguments, quiet=quiet)
     assert {path: path.read_bytes() for path in folder.iterdir() if path.is_file()} == before
+    with pytest.raises(RecipeError, match=r"lora\.targets"):
+        api.run(*replaced(arguments, "lora.targets=nothing", f"run.output_dir={folder}-2"), quiet=quiet)
     assert ("reading data" in capsys.readouterr().out) != quiet
 
 
@@ -98,10 +101,11 @@ def test_a_notebook_gets_its_memory_compiler_and_signal_handlers_back(small_argu
     """In a process that has not imported torch, after a run that failed once its contract was armed."""
     script = tmp_path / "notebook.py"
     script.write_text(
-        "import gc, signal, sys, time\n"
-        "time.sleep(3)\n"
+        "import gc, signal, sys\n"
         "from launcher import api\n"
         "from launcher.errors import DiskError\n"
+        "from launcher.runtime import clock\n"
+        "clock.process_started_s = lambda: clock.boot_clock_s() - 1e9\n"
         "assert 'torch' not in sys.modules\n"
         "from launcher.checkpoint.folder import RunFiles\n"
         "show = RunFiles.show\n"
@@ -117,7 +121,7 @@ def test_a_notebook_gets_its_memory_compiler_and_signal_handlers_back(small_argu
         "double(torch.ones(2)), double(torch.ones(3))\n"
         "RunFiles.show = show\n"
         "record = api.run('tiny', *sys.argv[1:], 'run.output_dir=done', quiet=True)\n"
-        "assert record.elapsed_s['imports'] < 3, record.elapsed_s\n"
+        "assert record.elapsed_s['imports'] < 1e6, 'they count from the call, not from the process'\n"
         "assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL\n"
         "assert signal.getsignal(signal.SIGINT) is signal.default_int_handler\n"
         "torch._dynamo.reset()\n"

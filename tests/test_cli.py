@@ -16,6 +16,7 @@ from launcher.errors import ContractError, DataError
 from tests.conftest import ROOT
 from tests.support.arguments import replaced
 
+HANG_S = 600  # no measure of speed: a process that hangs is to fail a test, not to stop the suite
 MAIN = [sys.executable, str(ROOT / "launcher" / "main.py")]
 
 
@@ -79,8 +80,18 @@ def test_bad_input_is_a_short_message_with_its_code_and_leaves_nothing(
     assert sorted(tmp_path.rglob("*")) == before
 
 
+@pytest.mark.parametrize("variable", ["ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID", None])
+def test_under_a_process_launcher_a_message_stands_in_a_frame(main, monkeypatch, variable):
+    for name in ("ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID"):
+        monkeypatch.delenv(name, raising=False)
+    if variable:
+        monkeypatch.setenv(variable, "no")
+    lines = main("recipe=tiny", "lerning_rate=1")[2].splitlines()
+    assert [line[0] for line in lines] == (["━", "e", "━"] if variable else ["e"])
+
+
 def test_a_run_ends_with_0_prints_plain_text_and_leaves_its_files(small, tmp_path):
-    done = subprocess.run([*MAIN, *small], capture_output=True, text=True, timeout=300, cwd=tmp_path)
+    done = subprocess.run([*MAIN, *small], capture_output=True, text=True, timeout=HANG_S, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "\x1b" not in done.stdout
     assert "PASS" in done.stdout
@@ -98,12 +109,11 @@ def test_a_signal_ends_the_run_with_its_code_and_says_so(small, tmp_path, signum
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a background job inherits it ignored
     )
     try:
-        deadline = time.monotonic() + 120
         metrics = tmp_path / "out" / "metrics.jsonl"
-        while not (metrics.exists() and metrics.stat().st_size) and time.monotonic() < deadline:
+        while not (metrics.exists() and metrics.stat().st_size) and process.poll() is None:
             time.sleep(0.2)
         process.send_signal(signum)
-        assert process.wait(timeout=25) == code
+        assert process.wait(timeout=HANG_S) == code
     finally:
         process.kill()
     assert json.loads((tmp_path / "out" / "status.json").read_text())["code"] == code

@@ -1,13 +1,17 @@
 """The documents say what is there: links, paths, recipe keys and quoted messages are compared with the tree."""
 
 import ast
+import importlib
+import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import yaml
 
 from launcher.recipe.fields import LEAVES, SECTIONS
+from launcher.recipe.load import resolve
 from tests.conftest import ROOT
 
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -55,6 +59,25 @@ def unsaid(quotes: list[str], said: list[str]) -> list[str]:
     return [quote for quote in quotes if not any(all(part in text for part in parts[quote]) for text in said)]
 
 
+def claims(package: Path) -> Iterator[str]:
+    """The claim of every Verdict that the package makes; what an f-string fills in is `…`."""
+    for path in package.rglob("*.py"):
+        nodes = list(ast.walk(ast.parse(path.read_text(encoding="utf-8"))))
+        assigned = {
+            target.id: node.value
+            for node in nodes
+            if isinstance(node, ast.Assign)
+            for target in node.targets
+            if isinstance(target, ast.Name)
+        }
+        for node in nodes:
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "Verdict":
+                claim = node.args[0]
+                value = assigned[claim.id] if isinstance(claim, ast.Name) else claim
+                parts = value.values if isinstance(value, ast.JoinedStr) else [value]
+                yield "".join(str(part.value) if isinstance(part, ast.Constant) else "…" for part in parts)
+
+
 @pytest.mark.parametrize("name", PAGE_NAMES)
 def test_links_paths_and_keys_of_a_page_exist(name: str) -> None:
     text = (ROOT / name).read_text(encoding="utf-8")
@@ -68,6 +91,40 @@ def test_every_message_of_the_troubleshooting_page_is_one_of_ours() -> None:
     quotes = quoted_messages((ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8"))
     assert len(quotes) > 20
     assert unsaid(quotes, list(messages(ROOT / "launcher"))) == []
+
+
+def blocks_of(page: Path, language: str) -> list[str]:
+    """The fenced blocks of a page that are in this language."""
+    return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+
+
+def test_the_recipe_for_own_data_is_one_and_its_rows_are_chats(tmp_path: Path) -> None:
+    page = ROOT / "docs" / "own-data.md"
+    [recipe], [rows] = blocks_of(page, "yaml"), blocks_of(page, "json")
+    (tmp_path / "my.yaml").write_text(recipe)
+    resolved = resolve([f"recipe={tmp_path / 'my.yaml'}"]).recipe
+    assert resolved.data.sources[0].path == str(tmp_path / "my-chats.jsonl") and resolved.train.epochs == 3
+    explained = re.findall(r"`([a-z]+\.[a-z_]+)`", page.read_text(encoding="utf-8"))
+    assert {f"{name}.{key}" for name, section in yaml.safe_load(recipe).items() for key in section} <= {*explained}
+    roles = [[message["role"] for message in json.loads(row)["messages"]] for row in rows.splitlines()]
+    assert roles == [["user", "assistant"]] * 2
+
+
+def test_python_on_a_page_parses_and_imports_what_exists() -> None:
+    code = [ast.parse(block) for page in PAGES for block in blocks_of(page, "python")]
+    imports = [node for tree in code for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
+    assert len(code) >= 4 and len(imports) >= 6
+    for node in imports:
+        assert all(hasattr(importlib.import_module(node.module or ""), alias.name) for alias in node.names)
+
+
+def test_every_claim_has_a_row_and_every_test_that_a_row_names_exists() -> None:
+    text, made = (ROOT / "docs" / "claims.md").read_text(encoding="utf-8"), set(claims(ROOT / "launcher"))
+    assert {"every step ran compiled", "saved adapter reloads", "… against fp32 is eager's"} <= made
+    assert unsaid(sorted(made), quoted_messages(text)) == []
+    tests = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "tests").rglob("test_*.py"))
+    named = re.findall(r"`(test_\w+)`", text)
+    assert len(named) > 40 and [name for name in named if f"def {name}(" not in tests] == []
 
 
 def test_the_readme_is_one_screen_and_every_page_is_linked_from_it() -> None:

@@ -1,10 +1,13 @@
 """The files of a run, all in its folder: rank 0's metrics.jsonl and report.json, and status.json: how the run ended."""
 
+import errno
 import json
 import math
 import os
 import shutil
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -26,13 +29,28 @@ class RunFolder:
         self.adapter = path / "adapter"
         self.adapter_staging = path / "adapter.part"  # until the adapter is proved
 
+    def check(self) -> None:
+        """Raise as `create` would, as far as that can be told; makes nothing."""
+        ancestor = next(path for path in (self.path, *self.path.parents) if os.path.exists(path))
+        with self._refusals():
+            if not ancestor.is_dir():
+                raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
+            if any(path.exists() for path in (self.status, self.report, self.adapter, self.metrics)):
+                raise FileExistsError
+            if not os.access(ancestor, os.W_OK | os.X_OK):
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
     def create(self) -> None:
         """Make the folder. Raises CheckpointError if it holds a run already, RecipeError if it cannot be made."""
-        try:
+        self.check()
+        with self._refusals():
             self.path.mkdir(parents=True, exist_ok=True)
-            if any(path.exists() for path in (self.status, self.report, self.adapter)):
-                raise FileExistsError
             open(self.metrics, "x").close()  # of two runs that start together one gets it
+
+    @contextmanager
+    def _refusals(self) -> Iterator[None]:
+        try:
+            yield
         except FileExistsError:
             raise CheckpointError(
                 f"run.output_dir must not hold another run; {self.path} does. Choose another folder or remove it."

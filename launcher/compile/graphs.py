@@ -1,6 +1,7 @@
 """CUDA graphs: the kernels of a step are recorded once and replayed by one launch instead of thousands.
 
-Captured work reads and writes tensors whose addresses stay the same, never waits for the device, and returns nothing.
+Captured work reads and writes tensors whose addresses stay the same and never waits for the device. What it returns is
+of the host, and every replay returns what the capture did.
 All graphs of a run share one memory pool. Nothing in the pool outlives a replay, so they may run in any order; the
 largest is captured first, and the others reuse its memory.
 
@@ -21,7 +22,7 @@ import torch
 from launcher.errors import LESS_MEMORY, ContractError, MemoryExhausted, RecipeError
 from launcher.recipe.schema import CompileSection
 
-Work = Callable[[], None]
+Work = Callable[[], Any]
 OUT_OF_MEMORY = "out of memory"  # part of torch's message
 
 _failed: list[Any] = []  # kept alive: torch's host allocator may still ask a failed graph for its stream
@@ -93,12 +94,16 @@ class Graphs:
         try:
             # thread_local: NCCL's watchdog queries the device from its own thread, and must not break the capture.
             with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
-                work()
+                result = work()
         except Exception:
             torch.cuda.set_stream(current)  # torch stays on the capturing stream when ending the capture fails
             self._recover(graph)
             raise
-        replay: Work = graph.replay
+
+        def replay() -> Any:
+            graph.replay()
+            return result
+
         return replay
 
     def _recover(self, graph: torch.cuda.CUDAGraph) -> None:

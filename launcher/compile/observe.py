@@ -1,7 +1,8 @@
 """Counts what torch.compile does in this process: graphs, breaks, recompiles, limit hits, seconds, cache hits.
 
-It needs three sources:
-- the wrapper around the backend sees every graph, so it counts them by region and hashes them;
+It has three sources:
+- the wrapper around the backend sees every graph, so it counts them by region and hashes them; what it returns counts
+  the calls of compiled code, forward and backward: a graph that exists may still not be what runs;
 - dynamo's compilation metrics list every attempt with seconds and reasons, failed and refused ones included;
 - dynamo's counters have the breaks that raised nothing, and the cache hits.
 
@@ -9,7 +10,6 @@ Dynamo's counters live as long as the process: all numbers are differences from 
 """
 
 import hashlib
-import re
 from collections import Counter, defaultdict
 from collections.abc import Callable
 from typing import Any
@@ -19,7 +19,9 @@ import torch._dynamo
 from torch._dynamo.exc import FailOnRecompileLimitHit
 from torch._dynamo.utils import counters, get_compilation_metrics, set_compilation_metrics_limit
 
-from launcher.records.run import CompileRecord
+from launcher.compile.contents import contents
+from launcher.compile.inductor_cache import OPS, key_tag
+from launcher.records.run import CompileRecord, GraphRecord
 
 COMPILE_ERRORS = (torch._dynamo.exc.TorchDynamoException, FailOnRecompileLimitHit)
 MAX_METRICS = 100_000  # dynamo keeps the last 64 by default
@@ -32,20 +34,41 @@ class Observer:
         set_compilation_metrics_limit(MAX_METRICS)
         self._first = len(get_compilation_metrics())
         self._armed_at: int | None = None
-        self._graphs: list[tuple[str, str]] = []  # (region, digest) in order of compilation
+        self._graphs: list[GraphRecord] = []  # in order of compilation
         self._planned: int | None = None  # number of graphs when warm-up ended
         self._counters = _flat_counters()
         self.expected: dict[str, int] = {}  # graphs that warm-up must compile, by region
         self.fallbacks: list[str] = []
+        self.calls: Counter[str] = Counter()  # of compiled code: "REGION" forward, "REGION backward"
+        self.expected_calls: dict[str, int] = {}  # of one micro batch of the largest shape
+        self.passes: Counter[tuple[str, bool]] = Counter()  # ("step" or "evaluation", whether it ran compiled)
 
     def backend(self, region: str, inner: Callable[..., Any]) -> Callable[..., Any]:
         """A dynamo backend like `inner` which also counts each graph under `region`."""
 
         def observed(graph: torch.fx.GraphModule, example_inputs: list[Any]) -> Any:
-            self._graphs.append((region, _digest(graph, example_inputs)))
-            return inner(graph, example_inputs)
+            self._graphs.append(contents(region, graph, example_inputs))
+            return self._counted(region, inner(graph, example_inputs))
 
         return observed
+
+    def _counted(self, region: str, compiled: Callable[..., Any]) -> Callable[..., Any]:
+        """`compiled`, which then counts its calls. Its outputs have one node of autograd in common, whose pre-hook
+        counts those of the backward pass: it works the same for code from a cache."""
+
+        def count_backward(gradients: object) -> None:
+            self.calls[f"{region} backward"] += 1
+
+        def call(*inputs: Any) -> Any:
+            self.calls[region] += 1
+            outputs = compiled(*inputs)
+            for output in outputs:
+                if isinstance(output, torch.Tensor) and output.grad_fn is not None:
+                    output.grad_fn.register_prehook(count_backward)
+                    break
+            return outputs
+
+        return call
 
     def arm(self) -> None:
         """Warm-up is over: from now on every compilation is unplanned."""
@@ -54,7 +77,7 @@ class Observer:
 
     def graphs_by_region(self) -> dict[str, int]:
         """The number of graphs so far, by region."""
-        return dict(Counter(region for region, _ in self._graphs))
+        return dict(Counter(graph.region for graph in self._graphs))
 
     @property
     def unplanned(self) -> int:
@@ -70,7 +93,7 @@ class Observer:
             if metric.fail_type is not None:
                 failed[failure_kind(metric.fail_type)].append(metric)
         # In warm-up the second graph of a region may be planned (train, eval): only those in excess are recompiles.
-        warm = Counter(region for region, _ in self._graphs[: self._planned])
+        warm = Counter(graph.region for graph in self._graphs[: self._planned])
         excess = sum((warm - Counter(self.expected)).values())
         late = self._after_warm_up()
         unplanned = [m for m in done if m.recompile_reason and m not in late][-excess:] if excess else []
@@ -94,6 +117,12 @@ class Observer:
             backend_error_reasons=tuple(_reason(m) for m in failed["backend"]),
             fallbacks=tuple(self.fallbacks),
             graphs_by_region=self.graphs_by_region(),
+            graphs=tuple(self._graphs),
+            steps=self._passes("step"),
+            steps_compiled=self.passes["step", True],
+            evaluations=self._passes("evaluation"),
+            evaluations_compiled=self.passes["evaluation", True],
+            calls=self.expected_calls,
         )
 
     def _after_warm_up(self) -> list[Any]:
@@ -108,30 +137,18 @@ class Observer:
     def _forward_metrics(self, since: int | None = None) -> list[Any]:
         return [m for m in self._metrics(since) if m.is_forward is not False and not m.is_runtime]
 
+    def _passes(self, kind: str) -> int:
+        return self.passes[kind, True] + self.passes[kind, False]
+
     def _hash(self) -> str:
         if not self._graphs:
             return "-"
-        return hashlib.sha256("".join(digest for _, digest in self._graphs).encode()).hexdigest()[:16]
+        program = "".join([key_tag(OPS), *(graph.digest for graph in self._graphs)])
+        return hashlib.sha256(program.encode()).hexdigest()[:16]
 
 
 def _flat_counters() -> Counter[str]:
     return Counter({f"{group}.{key}": n for group, entries in counters.items() for key, n in entries.items()})
-
-
-def _digest(graph: torch.fx.GraphModule, example_inputs: list[Any]) -> str:
-    """A digest of code and inputs without addresses or device indices: equal on all ranks for equal programs."""
-    inputs = [
-        f"{tuple(t.shape)}{t.stride()}{t.dtype}{t.device.type}{t.requires_grad}"
-        if isinstance(t, torch.Tensor)
-        else str(t)
-        for t in example_inputs
-    ]
-    return hashlib.sha256("\n".join([without_device_index(graph.code), *inputs]).encode()).hexdigest()
-
-
-def without_device_index(code: str) -> str:
-    """Graph code with `cuda, index=1` and `cuda:1` replaced by `cuda`, since each rank names its own device."""
-    return re.sub(r"(?<=')(cuda)(?:', index=\d+|:\d+')", r"\1'", code)
 
 
 def failure_kind(error_type: str) -> str:

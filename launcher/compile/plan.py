@@ -6,13 +6,14 @@ state dicts, and an adapter saved under such names loads as zeros without an err
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
 import torch._dynamo
-import torch._inductor.config
 
+from launcher.compile.dynamo_config import set_in_all_threads
+from launcher.compile.graphs import Work
 from launcher.compile.observe import COMPILE_ERRORS, Observer, failure_kind
 from launcher.compile.regions import Region, select
 from launcher.errors import ContractError
@@ -30,28 +31,40 @@ REMEDIES = {
     "backend": "Try another compile.backend or compile.scope=regions; compile.mode=warn goes on uncompiled.",
     "break": "Change the line, take the region out with compile.scope=regions, or run with compile.mode=warn.",
 }
+# Given with every graph, so that it holds for the backward pass too, which autograd's thread compiles. Inductor would
+# otherwise try padded matrix products, and where it kept them, a padded copy of the head.
+INDUCTOR_CONFIG = {"shape_padding": False}
 # torch 2.13 and later raise this as a plain RuntimeError; before that, the graph count after warm-up shows it.
 NOTHING_COMPILED = "fullgraph=True found no compiled frames"
 
 
 class Plan:
-    """The compiled regions of one process. One plan at a time: a new one resets dynamo."""
+    """The compiled regions of one process. One plan at a time: a new one resets dynamo. Every graph is compiled inside
+    `settings()`, whenever and in whichever thread that happens."""
 
-    def __init__(self, regions: Sequence[Region], *, compile: CompileSection, observer: Observer) -> None:
+    def __init__(
+        self,
+        regions: Sequence[Region],
+        *,
+        compile: CompileSection,
+        observer: Observer,
+        settings: Callable[[], AbstractContextManager[None]] = nullcontext,
+    ) -> None:
         self.mode = compile.mode
         self.observer = observer
         self._chosen = [] if compile.mode == "off" else select(regions, compile)
-        self._inner = compile.backend
+        self._settings = settings
+        inner = self._backend(compile.backend)
         torch._dynamo.reset()
-        torch._dynamo.config.error_on_recompile = False
+        self.release()
         expected: Counter[str] = Counter()
         for region in self._chosen:
             expected[region.name] += region.graphs
-            self._apply(region)
+            self._apply(region, inner)
         observer.expected = dict(expected)
         # Dynamo limits the graphs of one piece of code; the plan may need more.
         graphs = max((region.graphs for region in self._chosen), default=0)
-        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, graphs)
+        set_in_all_threads("recompile_limit", max(torch._dynamo.config.recompile_limit, graphs))
 
     @contextmanager
     def enforced(self) -> Iterator[None]:
@@ -71,9 +84,7 @@ class Plan:
         strict: any compile error, and any difference from the expected graphs, is a ContractError.
         warn: if anything cannot be compiled, everything runs uncompiled, and the record says so.
         """
-        # Inductor would try padded matrix products, and where it kept them, a padded copy of the head.
-        with torch._inductor.config.patch(shape_padding=False):
-            self.call(run)
+        self.call(run)
         compiled = self.observer.graphs_by_region()
         if self.mode == "strict" and compiled != self.observer.expected:
             raise ContractError(_count_message(self.observer.expected, compiled))
@@ -81,7 +92,7 @@ class Plan:
     def arm(self) -> None:
         """Warm-up is over on every rank: from now on any compilation is unplanned, and in strict mode an error."""
         self.observer.arm()
-        torch._dynamo.config.error_on_recompile = self.mode == "strict"
+        set_in_all_threads("error_on_recompile", self.mode == "strict")
 
     def call(self, function: Callable[..., Any], *arguments: Any) -> Any:
         """Call a function that runs compiled code. In warn mode, after a compile error, everything runs uncompiled and
@@ -115,10 +126,45 @@ class Plan:
 
     def release(self) -> None:
         """Allow other code of this process to compile again."""
-        torch._dynamo.config.error_on_recompile = False
+        set_in_all_threads("error_on_recompile", False)
 
-    def _apply(self, region: Region) -> None:
-        inner = torch._dynamo.lookup_backend(self._inner)
+    def checked(self, work: Work, *, tokens: int, train: bool) -> Callable[[], bool]:
+        """`work`, a pass over a micro batch of `tokens` positions, which then returns whether it ran compiled: whether
+        it made every planned call of compiled code. Strict: raises ContractError where it did not."""
+        calls = self.observer.calls
+        expected: Counter[str] = Counter()
+        for region in self._chosen:
+            expected[region.name] += region.forward_calls(tokens, train)
+            expected[f"{region.name} backward"] += region.backward_calls if train else 0
+        expected = +expected
+        if train and sum(expected.values()) >= sum(self.observer.expected_calls.values()):
+            self.observer.expected_calls = dict(expected)
+
+        def run() -> bool:
+            before = calls.copy()
+            work()
+            made = calls - before
+            compiled = bool(expected) and all(
+                made[name] >= n if name.endswith(" backward") else made[name] == n for name, n in expected.items()
+            )
+            if self.mode == "strict" and not compiled:
+                raise ContractError(_calls_message(expected, made))
+            return compiled
+
+        return run
+
+    def _backend(self, name: str) -> Callable[..., Any]:
+        """The backend of this name, which compiles with the plan's settings."""
+        inner = torch._dynamo.lookup_backend(name)
+        options: dict[str, Any] = {"config_patches": INDUCTOR_CONFIG} if name == "inductor" else {}
+
+        def compile(graph: torch.fx.GraphModule, example_inputs: list[Any]) -> Any:
+            with self._settings():
+                return inner(graph, example_inputs, **options)
+
+        return compile
+
+    def _apply(self, region: Region, inner: Callable[..., Any]) -> None:
         options: dict[str, Any] = {
             "fullgraph": True,
             "dynamic": False,
@@ -145,12 +191,21 @@ def _user_line(error: BaseException) -> list[str]:
     return [f"at {stack[-1].filename}:{stack[-1].lineno} in {stack[-1].name}"] if stack else []
 
 
-def _count_message(expected: dict[str, int], compiled: dict[str, int]) -> str:
-    def show(counts: dict[str, int]) -> str:
-        return ", ".join(f"{name} {n}" for name, n in sorted(counts.items())) or "none"
-
+def _calls_message(expected: Counter[str], made: Counter[str]) -> str:
     return (
-        f"warm-up must compile exactly the planned graphs ({show(expected)}); it compiled {show(compiled)}.\n"
+        f"every micro batch must run compiled code ({_counts(expected)}); one ran {_counts(made)}.\n"
+        "Something turned compiled code off: torch.compiler.set_stance or disable, TORCHDYNAMO_DISABLE, or a forward "
+        "that was replaced.\nTake it out, or run with compile.mode=warn."
+    )
+
+
+def _counts(counts: dict[str, int]) -> str:
+    return ", ".join(f"{name} {n}" for name, n in sorted(counts.items())) or "none"
+
+
+def _count_message(expected: dict[str, int], compiled: dict[str, int]) -> str:
+    return (
+        f"warm-up must compile exactly the planned graphs ({_counts(expected)}); it compiled {_counts(compiled)}.\n"
         "More than planned: calls that should be equal differ (TORCH_LOGS=recompiles names the guard).\n"
         "Fewer: part of the model was skipped by the compiler. compile.mode=warn goes on regardless."
     )

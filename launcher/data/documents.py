@@ -21,10 +21,14 @@ Bools = NDArray[np.bool_]
 
 @dataclass(frozen=True)
 class Document:
-    """The tokens of one conversation or text, and for each of them whether it is a target of the loss."""
+    """The tokens of one conversation or text, and for each of them whether it is a target of the loss.
+
+    `remarks`: names of the counts that it adds to.
+    """
 
     input_ids: Ints
     supervised: Bools
+    remarks: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.input_ids)

@@ -26,14 +26,14 @@ from launcher.data.documents import Documents, Longs
 from launcher.data.example import Example, find_example
 from launcher.data.pack.blocks import Blocks
 from launcher.data.pack.buckets import lay_out
-from launcher.data.pack.fit import UsableRows, fit_rows, nothing_left
+from launcher.data.pack.fit import UsableRows, fit_rows, notes_on, nothing_left
 from launcher.data.read.formats import read_rows
 from launcher.data.read.rows import Feed
 from launcher.data.read.sources import open_source
 from launcher.data.splits import held_out, weighted
 from launcher.data.stream import Stream
 from launcher.errors import DataError
-from launcher.recipe.data_section import DataSection, Source
+from launcher.recipe.data_section import DataSection
 from launcher.runtime.ranks import rank_info
 
 ALL_ALIKE = "data.validation={} holds out nothing: the rows are all alike, or there is only one"
@@ -83,7 +83,8 @@ def prepare(data: DataSection, tokenizer: PreTrainedTokenizerBase, *, seed: int)
     """The blocks of a data section: from the cache of an earlier run, or made and cached. The same on every rank.
 
     Counts: rows_read, rows_dropped_<reason>, pieces_dropped_zero_supervised, truncated and split (rows that were too
-    long), empty_assistant_turns (where masked), rows_repeated and rows_left_out (by weights), of several sources
+    long), empty_assistant_turns (where masked), rows_cut_by_template (it leaves out text of them),
+    rows_without_end_token (of an answer), rows_repeated and rows_left_out (by weights), of several sources
     source_<n>_rows_of_an_epoch (n from 1; a repeated row counts each time), documents, tokens and supervised_tokens
     (the targets) for training, validation_documents. Where validation data is a source of its own, its other counts
     have the prefix validation_, and its rows are dropped from training; with a fraction, rows_read = train_rows +
@@ -123,11 +124,10 @@ def prepare(data: DataSection, tokenizer: PreTrainedTokenizerBase, *, seed: int)
 
 def _open_validation(data: DataSection) -> list[Feed] | None:
     """The feeds of validation data that is a source of its own."""
-    source = Source(path=data.validation, format="auto") if isinstance(data.validation, str) else data.validation
-    if not isinstance(source, Source):
+    if data.validation_source is None:
         return None
     with _errors_name_validation():
-        return open_source(source, streaming=False)
+        return open_source(data.validation_source, streaming=False)
 
 
 @contextmanager
@@ -190,7 +190,7 @@ def _prepare_blocks(inputs: _Inputs, identity: str) -> PreparedData:
         loss_on=dict(Counter(usable.loss_on[row] for row in train_rows)),
         template=inputs.pool.encoder.template,
         identity=identity,
-        notes=() if validation or data.validation == 0 else (ALL_ALIKE.format(data.validation),),
+        notes=notes_on(counts) + (() if validation or data.validation == 0 else (ALL_ALIKE.format(data.validation),)),
     )
 
 
@@ -224,7 +224,7 @@ def _prepare_stream(inputs: _Inputs, identity: str) -> PreparedData:
         loss_on=dict(stream.first_window.loss_on),
         template=inputs.pool.encoder.template,
         identity=identity,
-        notes=_notes_of_stream(stream),
+        notes=_notes_of_stream(stream) + notes_on(stream.counts),
     )
 
 

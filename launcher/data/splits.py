@@ -13,11 +13,15 @@ _quoted = json.JSONEncoder().encode  # of a string; json.dumps of the lists take
 
 
 def digest(row: Row, *, seed: int) -> bytes:
-    """16 bytes that depend on the row's content and the seed only, not on its place."""
+    """16 bytes that depend on the row's content and the seed only, not on its place.
+
+    Whitespace around a message, a prompt, a completion or a text makes no difference.
+    """
     if isinstance(row, Conversation):
-        content = f"[{', '.join([f'[{_quoted(m.role)}, {_quoted(m.content)}]' for m in row.messages])}]"
+        content = f"[{', '.join([f'[{_quoted(m.role)}, {_quoted(m.content.strip())}]' for m in row.messages])}]"
     else:
-        content = _quoted(row.text)
+        parts = row.text[: row.answer or 0], row.text[row.answer or 0 :]
+        content = _quoted(" ".join(part.strip() for part in parts if part.strip()))
     return hashlib.blake2b(content.encode(), digest_size=16, salt=seed.to_bytes(8, "little")).digest()
 
 

@@ -6,12 +6,14 @@ decoder layers that are called with (hidden, attention_mask=, position_embedding
 """
 
 from dataclasses import dataclass
-from typing import Any
-
-from torch import nn
+from typing import TYPE_CHECKING, Any
 
 from launcher.errors import RecipeError
-from launcher.model.packed import Body
+
+if TYPE_CHECKING:  # config_file.py reads FAMILIES before torch is imported
+    from torch import nn
+
+    from launcher.model.packed import Body
 
 # Rotary tables of these kinds do not depend on the length of the input, so one table serves the whole run.
 STATIC_ROPE = ("default", "linear", "llama3", "yarn")
@@ -38,7 +40,9 @@ FAMILIES = {
 
 
 def family_of(config: Any, *, max_length: int) -> Family:
-    """The family of a transformers config, after checking that the compiled forward computes what the config says.
+    """The family of a config, after checking that the compiled forward computes what the config says.
+
+    `config` is transformers', or has only what config.json says: what that leaves out is not checked.
 
     Raises RecipeError for an unknown family, attention dropout, a length-dependent rotary table, a length beyond the
     model's positions, or a sliding window shorter than `max_length` tokens.
@@ -55,12 +59,12 @@ def family_of(config: Any, *, max_length: int) -> Family:
     rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
     if rope not in STATIC_ROPE:
         raise RecipeError(f"rotary embeddings must be of a kind in {', '.join(STATIC_ROPE)}; this model uses {rope!r}")
-    if max_length > config.max_position_embeddings:
+    if max_length > getattr(config, "max_position_embeddings", max_length):
         raise RecipeError(
             f"data.max_length may be at most the model's {config.max_position_embeddings} positions; "
             f"it is {max_length}. Lower data.max_length."
         )
-    window = _window(config) if family.windowed else None
+    window = _window(config) if family.windowed else None  # None too where only config.json is known
     if window is not None and window < max_length:
         raise RecipeError(
             f"data.max_length may be at most the model's sliding attention window of {window} tokens; "
@@ -84,11 +88,11 @@ def _window(config: Any) -> int | None:
     return window
 
 
-def layer_norms(family: Family, body: Body) -> tuple[nn.Module, ...]:
+def layer_norms(family: Family, body: "Body") -> "tuple[nn.Module, ...]":
     """Every width-D norm of the body, the final one included: they share one compiled graph."""
     return tuple(getattr(layer, name) for layer in body.layers for name in family.norms) + (body.norm,)
 
 
-def layer_mlps(family: Family, body: Body) -> tuple[nn.Module, ...]:
+def layer_mlps(family: Family, body: "Body") -> "tuple[nn.Module, ...]":
     """The feed-forward block of every layer."""
     return tuple(getattr(layer, family.mlp) for layer in body.layers)

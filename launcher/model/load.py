@@ -15,14 +15,7 @@ from typing import Any
 import torch
 from bitsandbytes.nn import Linear4bit, Params4bit
 from torch import nn
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    BitsAndBytesConfig,
-    PreTrainedConfig,
-    PreTrainedModel,
-)
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
 from transformers.integrations import replace_with_bnb_linear
 from transformers.utils import find_adapter_config_file
 
@@ -33,11 +26,6 @@ from launcher.recipe.schema import ModelSection, QuantSection
 from launcher.records.run import Verdict
 
 ADAPTER_CONFIG = "adapter_config.json"  # PEFT's: transformers attaches the adapter of a folder that holds it
-SIZES = (
-    *("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"),
-    *("head_dim", "vocab_size", "max_position_embeddings"),
-)
-MOST_LAYERS = 1000  # several times those of the deepest model
 
 
 @dataclass(frozen=True)
@@ -51,35 +39,13 @@ class Base:
 
 def load_config(source: str, model: ModelSection) -> Any:
     """The transformers config at `source`. Raises RecipeError for a model that needs its own code to run."""
-    revision = _revision(source, model)
     try:
-        _check_sizes(PreTrainedConfig.get_config_dict(source, revision=revision)[0])
-        return AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=False)
-    except RecipeError:
-        raise
+        return AutoConfig.from_pretrained(source, revision=_revision(source, model), trust_remote_code=False)
     except Exception as error:  # what is wrong with the file may show as any error
         raise RecipeError(
             f"model {source!r} must load without remote code and with a config.json that transformers knows:\n"
             f"{_first_line(error)}"
         ) from None
-
-
-def _check_sizes(values: dict[str, Any]) -> None:
-    """Raise RecipeError for sizes that no model has; config.json may leave any out."""
-    sizes = {name: values[name] for name in SIZES if values.get(name) is not None}
-    for name, size in sizes.items():
-        most = MOST_LAYERS if name == "num_hidden_layers" else 2**31
-        if not isinstance(size, int) or not 1 <= size <= most:
-            raise RecipeError(f"config.json must have a whole number from 1 to {most:,} as {name}; it has {size!r}.")
-    heads = sizes.get("num_attention_heads", 1)
-    if "head_dim" not in sizes and (hidden := sizes.get("hidden_size", heads)) % heads:
-        raise RecipeError(
-            f"config.json without head_dim must have a hidden_size that its heads divide; it has {hidden} for {heads}."
-        )
-    if heads % (groups := sizes.get("num_key_value_heads", 1)):
-        raise RecipeError(
-            f"config.json must have num_key_value_heads that divide num_attention_heads; it has {groups} and {heads}."
-        )
 
 
 def load_tokenizer(source: str, model: ModelSection, *, stand_in: Path) -> Any:

@@ -26,12 +26,12 @@ from launcher.errors import NonFiniteError
 from launcher.proof.gate import Comparison, Measured, gate_of
 from launcher.proof.stock import PaddedBatch, accumulate, collate, stock_model
 from launcher.records.parity import ParityRecord
-from launcher.records.run import Verdict
 from launcher.runtime.clock import Clock
 from launcher.train.describe import start_record
 from launcher.train.loss_scale import LossScale
 from launcher.train.request import Request
 from launcher.train.setup import Prepared, Worker, prepare_inputs
+from launcher.train.verdicts import steps_verdict
 
 B_STD = 0.02  # of the drawn LoRA B: as large as a base weight; the update is then a few percent of the base's output
 MAX_POSITIONS = 4096  # of a stock model's forward pass, which makes fp32 logits of all of them
@@ -76,8 +76,8 @@ def parity(request: Request) -> Iterator[str | ParityRecord]:
     free(prepared.device)
     gate = gate_of(dtype)
     verdicts = (*loaded, *comparison.verdicts(gate))
-    if compile.fallbacks:  # compile.mode=warn: what was compared is not what the recipe asks for
-        verdicts += (Verdict("the compiled model is compiled", False, compile.fallbacks[0]),)
+    if recipe.compile.mode != "off":
+        verdicts += (steps_verdict([compile]),)
     yield ParityRecord(
         recipe=recipe.model_dump(mode="json"),
         start=start,

@@ -1,14 +1,17 @@
 """The command line: `recipe=NAME key=value ...`, split and checked for form. load.py checks what the keys mean."""
 
 import difflib
+import os
 import re
+import shlex
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from launcher.errors import RecipeError
 from launcher.recipe.field_types import recipe_names
-from launcher.recipe.yaml_lines import read_value
+from launcher.recipe.yaml_lines import inline, read_value
 
 MODES = {
     "train": "fine-tune (the default)",
@@ -17,6 +20,7 @@ MODES = {
     "preview": "print what would be trained on, token by token; needs no GPU, writes no run folder",
     "show": "print the resolved recipe and where each value comes from",
     "schema": "print the JSON schema of a recipe",
+    "keys": "print the table of keys in docs/keys.md",
 }
 OPTIONS = {"recipe": "", "mode": "train", "report": "", "blocks": "2"}  # the keys outside every section, their defaults
 
@@ -49,6 +53,16 @@ def closest(word: str, names: Iterable[str], likeness: float = 0.6) -> str | Non
     return next(iter(difflib.get_close_matches(word, list(names), n=1, cutoff=likeness)), None)
 
 
+def nearest_recipe(word: str) -> str | None:
+    """What `recipe=word` was most likely to be: a file of the user's own, else a shipped recipe."""
+    own = Path(word)
+    if os.path.isfile(f"{word}.yaml"):
+        return f"{word}.yaml"
+    if own.suffix == ".yaml" and (near := closest(own.name, [path.name for path in own.parent.glob("*.yaml")])):
+        return str(own.with_name(near))
+    return closest(word.removesuffix(".yaml"), recipe_names())
+
+
 def parse(argv: Sequence[str]) -> Arguments:
     """Split a command line."""
     arguments, given = Arguments(), dict[str, str]()
@@ -56,7 +70,7 @@ def parse(argv: Sequence[str]) -> Arguments:
         key, equals, text = argument.partition("=")
         key = key.strip()
         if not equals or not key:
-            recipe = argument if argument.endswith(".yaml") else closest(argument, recipe_names())
+            recipe = argument if argument.endswith(".yaml") else nearest_recipe(argument)
             remedy = f"did you mean recipe={bare(recipe)}?" if recipe else "try train.steps=100, or --help alone"
             arguments.refuse(argument, f"every argument is key=value; got {shown(argument)}; {remedy}")
         elif key not in OPTIONS:
@@ -74,8 +88,14 @@ def _override(arguments: Arguments, key: str, text: str) -> None:
     try:
         arguments.overrides.append((key, read_value(text)))
     except RecipeError as error:
-        remedy = "write plain text, [a, b] or {key: value}"
-        arguments.refuse(key, f"{bare(key)}: {error}; got {shown(text)}; {remedy}")
+        arguments.refuse(key, f"{bare(key)}: {error}; got {shown(text)}; {_quoted(key, text)}")
+
+
+def _quoted(key: str, text: str) -> str:
+    """The remedy for a value that YAML cannot read."""
+    if text[0] + text[-1:] in ("[]", "{}"):
+        return """quote the text in it that holds any of : , # [ ] { } & * ! % @, as in '[{path: "a: b"}]'"""
+    return f"quote it: {shlex.quote(f'{bare(key)}={inline(text[:60])}')}"
 
 
 def _check_options(arguments: Arguments, given: dict[str, str]) -> None:

@@ -2,13 +2,17 @@
 
 from typing import Annotated, Literal
 
-from pydantic import BeforeValidator, Field, ValidationInfo, field_validator
+from pydantic import BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator
 
 from launcher.recipe.field_types import Section, Text, number_before_path, off_is, recipes_dir
 
 
 class Source(Section):
     """Where rows come from: a file, a folder of files or a dataset of the hub."""
+
+    model_config = ConfigDict(
+        json_schema_extra={"type": ["object", "string"]}
+    )  # a text is its path: fields.py's as_list
 
     path: Text = Field(
         description="File (.jsonl, .json, .csv, .parquet, .txt), folder of such files, or dataset id on the hub.",
@@ -31,8 +35,9 @@ class DataSection(Section):
     sources: list[Source] = Field(
         default_factory=lambda: [Source(path=str(recipes_dir() / "tiny" / "train.jsonl"))],
         min_length=1,
-        description="Training data; giving it replaces the recipe's. Default: the shipped instruction set.",
-        examples=[[{"path": "./my.jsonl"}]],
+        description="Training data: paths, or entries with a path; giving it replaces the recipe's.",
+        examples=["./my.jsonl"],
+        json_schema_extra={"type": ["array", "object", "string"]},
     )
     streaming: bool = Field(
         False,
@@ -66,6 +71,12 @@ class DataSection(Section):
     wait_s: int = Field(
         3600, ge=1, description="Seconds that a machine's other ranks wait while one of them prepares the data."
     )
+
+    @property
+    def validation_source(self) -> Source | None:
+        """The validation data, where it is data of its own."""
+        given = self.validation
+        return Source(path=given) if isinstance(given, str) else given if isinstance(given, Source) else None
 
     @field_validator("sources")
     @classmethod

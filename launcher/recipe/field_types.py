@@ -11,6 +11,7 @@ from pydantic_core import PydanticCustomError
 from launcher.errors import RecipeError
 
 HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")  # "name" or "owner/name", of a model or a dataset; a full match
+SHORT_DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 HUB_TIMEOUT_S = 5.0  # for one small request to the hub, to see whether it answers
 
 Item = TypeVar("Item", bound=str)
@@ -33,6 +34,11 @@ def off_is(replacement: Any) -> BeforeValidator:
     return BeforeValidator(lambda value: replacement if on_or_off(value) == "off" else value)
 
 
+def dtype_name(value: Any) -> Any:
+    """A short name of a dtype becomes PyTorch's: bf16 is bfloat16."""
+    return SHORT_DTYPES.get(value, value) if isinstance(value, str) else value
+
+
 def number_before_path(value: Any) -> Any:
     """Text that reads as a number becomes one: '1.5' is a fraction out of range, not the path of a file."""
     text = value.lower().replace(".inf", "inf").replace(".nan", "nan") if isinstance(value, str) else value
@@ -49,7 +55,11 @@ def refuse_repeats(values: list[Item]) -> list[Item]:
 
 OnOff = BeforeValidator(on_or_off)
 Text = Annotated[str, Field(min_length=1)]
-Distinct = Annotated[list[Item], AfterValidator(refuse_repeats), Field(json_schema_extra={"uniqueItems": True})]
+Distinct = Annotated[
+    list[Item],
+    AfterValidator(refuse_repeats),
+    Field(json_schema_extra={"uniqueItems": True, "type": ["array", "string"]}),  # fields.py's as_list
+]
 
 
 def recipes_dir() -> Path:

@@ -5,6 +5,7 @@ All of it is read from schema.py; only the names that other trainers use for our
 
 import re
 import shlex
+from collections.abc import Iterable
 from functools import cache
 from typing import Any
 
@@ -16,6 +17,8 @@ Json = dict[str, Any]
 
 OTHER_NAMES = {  # another trainer's name: our key
     "learning_rate": "train.lr",
+    "max_seq_length": "data.max_length",
+    "packing": "data.batching",
     "max_steps": "train.steps",
     "num_train_epochs": "train.epochs",
     "batch": "train.micro_batch",
@@ -35,8 +38,11 @@ OTHER_NAMES = {  # another trainer's name: our key
     "seq_len": "data.max_length",
     "model_name_or_path": "model.name",
     "torch_dtype": "model.dtype",
+    "bf16": "model.dtype",
+    "fp16": "model.dtype",
     "attn_implementation": "model.attention",
     "load_in_4bit": "quant.type",
+    "gradient_checkpointing": "memory.activations",
     "report_to": "run.trackers",
 }
 
@@ -70,6 +76,28 @@ def names_in(key: str) -> tuple[str, ...]:
 
 SECTIONS = names_in("")
 LEAVES = tuple(f"{section}.{name}" for section in SECTIONS for name in names_in(section))
+GROUPS = tuple(g for s in SECTIONS for g in ((s, "data.sources[0]") if s == "data" else (s,)))  # all that have keys
+
+
+def as_list(key: str, value: Any) -> Any:
+    """A value as its key holds it: where that is a list, a text is its entries with commas between, an entry alone is
+    the only one, and of an entry with a path the path alone will do."""
+    schema = field(key)
+    if "array" not in schema.get("type", ()):
+        return value
+    entries = [part.strip() for part in value.split(",")] if isinstance(value, str) else value
+    entries = [entries] if isinstance(entries, dict) else entries
+    if isinstance(entries, list) and "properties" in _follow(schema["items"]):
+        return [{"path": entry} if isinstance(entry, str) else entry for entry in entries]
+    return entries
+
+
+def shown_default(key: str) -> str:
+    """The default of a key as a command line gives it; what it is, in brackets, where it is no plain value."""
+    schema = field(key)
+    if "default" in schema:
+        return inline(schema["default"])
+    return "(the shipped set)" if key == "data.sources" else "(required)"
 
 
 def accepts(key: str) -> str:
@@ -85,7 +113,7 @@ def _words(schema: Json) -> str:
         return f"one of {', '.join(schema['enum'])}"
     if "const" in schema:
         return str(schema["const"])
-    match schema["type"]:
+    match schema["type"] if isinstance(schema["type"], str) else schema["type"][0]:
         case "array":
             minimum = f", at least {schema['minItems']}" if "minItems" in schema else ""
             return f"a list of {_words(schema['items'])}{minimum}" + (", each once" if "uniqueItems" in schema else "")
@@ -107,11 +135,16 @@ def _range(schema: Json) -> str:
     return " " + " and ".join(bounds) if bounds else ""
 
 
-def assignment(key: str) -> str:
-    """A `key=value` that is accepted, quoted for the shell: the default, else the schema's example."""
+def example(key: str) -> Any:
+    """A value that a key accepts: the default, else the schema's example."""
     schema = field(key)
     default = schema.get("default")
-    return shlex.quote(f"{key}={inline(default if default or 'examples' not in schema else schema['examples'][0])}")
+    return default if default or "examples" not in schema else schema["examples"][0]
+
+
+def assignment(key: str, value: Any) -> str:
+    """`key=value`, quoted for the shell."""
+    return shlex.quote(f"{key}={inline(value)}")
 
 
 def unknown(key: str, got: str) -> str:
@@ -129,7 +162,7 @@ def nearest(key: str) -> str | None:
     """The existing key that a mistyped one most likely stands for, by spelling or by another trainer's name."""
     parent, _, name = key.rpartition(".")
     if parent.endswith("]") and names_in(parent):
-        near = closest(name, names_in(parent))
+        near = _closest_key(name, names_in(parent))
         return f"{parent}.{near}" if near else None
     plain = key.lstrip("+-~").replace("-", "_").lower()
     leaf = ".".join(re.split(r"[.\[]", plain)[:2])
@@ -145,6 +178,16 @@ def nearest(key: str) -> str | None:
         nearby = everywhere | {word: word for word in SECTIONS}
     # The exact name in another section is more likely meant than a similar name in the section that was written.
     for names, likeness in ((nearby, 1.0), (everywhere, 1.0), (nearby, 0.6), (everywhere, 0.75)):
-        if near := closest(name, names, likeness):
+        if near := _closest_key(name, names, likeness):
             return names[near]
     return None
+
+
+def _closest_key(word: str, names: Iterable[str], likeness: float = 0.6) -> str | None:
+    """The name most like `word` of those that differ in spelling, not in a word: save_every is no eval_every."""
+
+    def misspells(name: str) -> bool:
+        parts = re.split("[_.]", name)
+        return all(closest(part, parts) for part in word.split("_")) or name.replace("_", "") == word.replace("_", "")
+
+    return closest(word, filter(misspells, names), likeness)

@@ -4,7 +4,7 @@ The layers are plain dicts of dotted keys; pydantic validates what they merge to
 Nothing here imports torch: a wrong recipe is answered in a fraction of a second.
 """
 
-import os
+import os.path
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,15 +13,15 @@ from typing import Any, Literal, NoReturn
 from pydantic import ValidationError
 
 from launcher.errors import RecipeError
-from launcher.recipe.command_line import bare, closest, parse, shown
+from launcher.recipe.command_line import bare, nearest_recipe, parse, shown
 from launcher.recipe.field_types import recipe_names, recipes_dir
-from launcher.recipe.fields import LEAVES, SECTIONS, accepts, assignment, unknown
-from launcher.recipe.schema import Recipe
+from launcher.recipe.fields import LEAVES, SECTIONS, accepts, as_list, assignment, example, unknown
+from launcher.recipe.paths import Values, from_folder, misplaced
+from launcher.recipe.schema import ALTERNATIVES, Recipe
 from launcher.recipe.yaml_lines import read_file
 
 MAX_LINES = 5  # of a message
 Origin = Literal["default", "file", "command line"]
-Values = dict[str, Any]  # by dotted key
 
 
 @dataclass(frozen=True)
@@ -53,13 +53,18 @@ def resolve(argv: Sequence[str]) -> Resolved:
         problems[str(error)] = "recipe"
         # The file may have set the end of training: a missing one is not the command line's fault.
         path, tree, places = Path(), {"train.epochs": 1}, {}
-    from_file = _layer(_flat(tree), path.absolute().parent, problems)
-    overrides = (pair for key, value in arguments.overrides for pair in _flat({key: value}))
-    from_line = _layer(overrides, Path.cwd(), problems)
+    folder = path.absolute().parent
+    from_file = _layer(_flat(tree), problems)
+    from_line = _layer((pair for key, value in arguments.overrides for pair in _flat({key: value})), problems)
+    _drop_overruled(from_file, from_line)
+    values = from_folder(from_file, folder) | from_folder(from_line, Path.cwd())
     try:
-        recipe = Recipe.model_validate(_nested(from_file | from_line))
+        recipe = Recipe.model_validate(_nested(values))
     except ValidationError as error:
-        problems |= _problems(error, places, from_line)
+        problems |= _problems(error, places, from_file, from_line)
+    used = {key: value for key, value in from_file.items() if key not in from_line}
+    for key, problem in (*misplaced(used, folder, folder), *misplaced(from_line, Path.cwd(), folder)):
+        problems.setdefault(problem, key)
     if problems:
         _refuse(problems)
     origins: dict[str, Origin] = dict.fromkeys(LEAVES, "default")
@@ -77,15 +82,18 @@ def resolve(argv: Sequence[str]) -> Resolved:
 def _recipe_path(recipe: str) -> Path:
     names = recipe_names()
     listed = f"the recipes are {', '.join(names)}, or a path that ends in .yaml"
-    near = closest(recipe.removesuffix(".yaml"), names)
-    hint = f"did you mean recipe={near}? " if near else ""
+    near = nearest_recipe(recipe)
+    hint = f"did you mean recipe={bare(near)}? " if near else ""
     if not recipe:
         raise RecipeError(f"recipe=NAME is required; got none; {listed}")
     if recipe.endswith(".yaml"):
         path = Path(recipe).expanduser()
-        if not path.exists():
-            raise RecipeError(f"recipe must be a file if it ends in .yaml; {recipe!r} does not exist; {hint or listed}")
+        if not os.path.exists(path):
+            rule = "recipe must be a file if it ends in .yaml"
+            raise RecipeError(f"{rule}; {shown(recipe)} does not exist; {hint.strip() or listed}")
         return path
+    if recipe not in names and os.path.isfile(recipe):
+        raise RecipeError(f"a recipe's file must end in .yaml; got {shown(recipe)}; rename it")
     if recipe not in names:
         raise RecipeError(f"recipe must exist; got {shown(recipe)}; {hint}{listed}")
     return recipes_dir() / f"{recipe}.yaml"
@@ -101,27 +109,24 @@ def _flat(tree: Values, prefix: str = "") -> Iterator[tuple[str, Any]]:
             yield key, value
 
 
-def _layer(pairs: Iterable[tuple[str, Any]], folder: Path, problems: dict[str, str]) -> Values:
-    """What one place sets, its relative paths starting from `folder`; keys that it sets twice go to `problems`."""
+def _layer(pairs: Iterable[tuple[str, Any]], problems: dict[str, str]) -> Values:
+    """What one place sets; keys that it sets twice go to `problems`."""
     values: Values = {}
     for key, value in pairs:
         if key in values:
             got = f"got {shown(values[key])} and {shown(value)}"
             problems[f"{bare(key)} is given twice; {got}; remove one"] = bare(key)
         else:
-            values[key] = _from_folder(value, folder)
+            values[key] = as_list(key, value) if key in LEAVES else value
     return values
 
 
-def _from_folder(value: Any, folder: Path) -> Any:
-    """Texts that begin with ./ or ../ become paths from `folder`, ~/ from the home folder; the rest stays as it is."""
-    if isinstance(value, dict):
-        return {key: _from_folder(item, folder) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_from_folder(item, folder) for item in value]
-    if isinstance(value, str) and value.startswith(("./", "../")):
-        return os.path.normpath(folder / value)
-    return os.path.expanduser(value) if isinstance(value, str) and value.startswith("~/") else value
+def _drop_overruled(from_file: Values, from_line: Values) -> None:
+    """A key on the command line displaces the file's other key for the same thing. Both in one place stay: an error."""
+    for pair in ALTERNATIVES:
+        for key, other in (pair, pair[::-1]):
+            if from_line.get(key) is not None and from_file.get(key) is None:
+                from_file.pop(other, None)
 
 
 def _nested(values: Values) -> Values:
@@ -136,24 +141,37 @@ def _nested(values: Values) -> Values:
     return tree
 
 
-def _problems(error: ValidationError, places: dict[str, str], from_line: Values) -> dict[str, str]:
+def _problems(error: ValidationError, places: dict[str, str], from_file: Values, from_line: Values) -> dict[str, str]:
     """One problem a key, though pydantic reports every branch of a union. `places` are the file's, by dotted key."""
     problems: dict[str, str] = {}
     for detail in error.errors(include_url=False):
         key, leaf = _keys(detail["loc"])
         place = "command line" if leaf in from_line else places.get(key) or places.get(leaf)
-        got = f"got {'nothing' if detail['type'] == 'missing' else shown(detail['input'])} ({place})"
+        given = (from_file | from_line).get(key, detail["input"])  # as written, paths too
+        got = f"got {'nothing' if detail['type'] == 'missing' else shown(given)} ({place})"
         if detail["type"] == "value_error":  # a rule between keys
             text = str(detail["ctx"]["error"])
         elif detail["type"] == "extra_forbidden":
             text = unknown(key, got)
         elif key in SECTIONS:
-            first = next(leaf for leaf in LEAVES if leaf.startswith(f"{key}."))
-            text = f"{key} is a section; {got}; try {assignment(first)}"
+            text = f"{key} is a section; {got}; try {_within_section(key, given)}"
         else:
-            text = f"{key} must be {accepts(key)}; {got}; try {assignment(leaf)}"
+            text = f"{key} must be {accepts(key)}; {got}; try {assignment(leaf, example(leaf))}"
         problems.setdefault(key, text)
     return {text: bare(key) for key, text in problems.items()}
+
+
+def _within_section(section: str, value: Any) -> str:
+    """The assignment that a value for a whole section most likely meant: to the first key that takes it."""
+    leaves = [leaf for leaf in LEAVES if leaf.startswith(f"{section}.")]
+    for leaf in leaves:
+        try:
+            Recipe.model_validate(_nested({leaf: as_list(leaf, value)}))
+        except ValidationError as error:
+            if any(_keys(detail["loc"])[1] == leaf for detail in error.errors(include_url=False)):
+                continue
+        return assignment(leaf, value)
+    return assignment(leaves[0], example(leaves[0]))
 
 
 def _keys(location: tuple[int | str, ...]) -> tuple[str, str]:

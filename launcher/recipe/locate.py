@@ -39,6 +39,16 @@ def locate(model: ModelSection, architectures: Path) -> str:
     return name
 
 
+def config_file(source: str, revision: str | None) -> Path | None:
+    """config.json of a located model, where this machine has it."""
+    if Path(source).is_dir():
+        return Path(source) / "config.json"
+    from huggingface_hub import try_to_load_from_cache
+
+    cached = try_to_load_from_cache(source, "config.json", revision=revision)
+    return Path(cached) if isinstance(cached, str) else None
+
+
 def _shipped(name: str, architectures: Path) -> str:
     folder = architectures / name.rsplit("/", 1)[-1]
     if (folder / "config.json").is_file():
@@ -51,13 +61,15 @@ def _shipped(name: str, architectures: Path) -> str:
 
 
 def _require_hub(name: str, revision: str | None) -> None:
-    """Raise RecipeError, within seconds, unless the hub id is in the local cache or the hub answers for it."""
-    from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
+    """Have config.json in the local cache. Raises RecipeError, within seconds, if the hub does not answer for it."""
+    from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url
 
-    if isinstance(try_to_load_from_cache(name, "config.json", revision=revision), str):
+    if config_file(name, revision):
         return
-    try:  # one request, not the client's download, which retries six times for half a minute
+    try:
+        # One request first: the client's download retries six times for half a minute.
         get_hf_file_metadata(hf_hub_url(name, "config.json", revision=revision), timeout=HUB_TIMEOUT_S)
+        hf_hub_download(name, "config.json", revision=revision)
     except Exception as error:  # the client has a dozen kinds, from DNS to licence gates; all mean "not to be had"
         reason = next(iter(str(error).strip().splitlines()), "") or type(error).__name__
         raise RecipeError(

@@ -6,10 +6,12 @@ Errors, `mode=show`, `--help` and the JSON schema are written from these fields.
 
 from typing import Annotated, Literal
 
-from pydantic import Field, ValidationInfo, field_validator
+from pydantic import BeforeValidator, Field, ValidationInfo, field_validator
 
 from launcher.recipe.data_section import DataSection
-from launcher.recipe.field_types import Distinct, OnOff, Section, Text, off_is
+from launcher.recipe.field_types import Distinct, OnOff, Section, Text, dtype_name, off_is
+
+ALTERNATIVES = (("train.steps", "train.epochs"), ("memory.budget", "memory.activations"))  # one takes the other's place
 
 
 class ModelSection(Section):
@@ -22,9 +24,13 @@ class ModelSection(Section):
     init: Literal["pretrained", "random"] = Field(
         "pretrained", description="random: the architecture alone, seeded weights and the tiny tokenizer, offline."
     )
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
-        "auto", description="Compute precision; auto: the best that the device has."
-    )
+    dtype: Annotated[
+        Literal["auto", "float32", "bfloat16", "float16"],
+        BeforeValidator(
+            dtype_name,
+            json_schema_input_type=Literal["auto", "float32", "bfloat16", "float16", "fp32", "bf16", "fp16"],
+        ),
+    ] = Field("auto", description="Compute precision; auto: the best that the device has.")
     attention: Literal["auto", "sdpa", "varlen", "causal", "cudnn"] = Field(
         "auto",
         description="Attention core: masked SDPA, or variable-length kernels (CUDA); where a block is one document, "
@@ -112,9 +118,13 @@ class MemorySection(Section):
 class TrainSection(Section):
     """The loop: how long, how large a batch, and the optimizer."""
 
-    steps: int | None = Field(None, ge=1, description="Optimizer steps; wins over epochs.", examples=[200])
+    steps: int | None = Field(None, ge=1, description="Optimizer steps; or give train.epochs.", examples=[200])
     epochs: float | None = Field(
-        None, gt=0, description="Passes over the packed data, if steps is null.", examples=[1.0], validate_default=True
+        None,
+        gt=0,
+        description="Passes over the packed data; or give train.steps.",
+        examples=[1.0],
+        validate_default=True,
     )
     micro_batch: int = Field(1, ge=1, description="Blocks per forward pass and process.")
     accumulation: int = Field(1, ge=1, description="Forward passes per optimizer step.")
@@ -140,10 +150,13 @@ class TrainSection(Section):
 
     @field_validator("epochs")
     @classmethod
-    def _has_an_end(cls, epochs: float | None, info: ValidationInfo) -> float | None:
+    def _has_one_end(cls, epochs: float | None, info: ValidationInfo) -> float | None:
         # A field's validator, not the model's: that would run only once all fields are valid, and hide this error.
-        if epochs is None and info.data.get("steps", 0) is None:
+        steps = info.data.get("steps", 0)  # 0: it has an error of its own
+        if epochs is None and steps is None:
             raise ValueError("train.steps or train.epochs must be set; got neither; try train.steps=200")
+        if epochs is not None and steps:
+            raise ValueError(f"train.steps and train.epochs both set the end; got {steps} and {epochs:g}; give one")
         return epochs
 
 

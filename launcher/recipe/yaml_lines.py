@@ -18,6 +18,7 @@ from launcher.errors import RecipeError
 KINDS = ("str", "int", "float", "bool", "null", "timestamp", "map", "seq")
 PLAIN_TAGS = frozenset(f"tag:yaml.org,2002:{kind}" for kind in KINDS)
 PLAIN = re.compile(r"[^\[\]{},:#\"'!&*|>%@`?-][^\[\]{},:#\"']*")  # text that needs no quotes, in a list either
+QUOTE = "put text that holds any of : # [ ] { } & * ! % @ in quotes, and indent with blanks"
 MAX_DEPTH = 20
 NULLS = frozenset(("", "~", "null", "Null", "NULL"))
 
@@ -50,7 +51,10 @@ def read_value(text: str) -> Any:
     """
     if not text.startswith(("[", "{", '"', "'", "!")):
         return None if text in NULLS else text
-    return _Walk("value").parse(text)
+    try:
+        return _Walk("value").parse(text)
+    except RecipeError as error:
+        raise RecipeError(str(error).partition(": ")[2].partition("; ")[0]) from None
 
 
 def inline(value: Any) -> str:
@@ -80,7 +84,8 @@ class _Walk:
             node = yaml.compose(text, Loader=yaml.SafeLoader)
         except yaml.MarkedYAMLError as error:
             problem = " ".join(filter(None, (error.context, error.problem)))
-            raise RecipeError(f"{self.file}:{error.problem_mark.line + 1}: not valid YAML ({problem})") from None
+            place = f"{self.file}:{error.problem_mark.line + 1}"
+            raise RecipeError(f"{place}: not valid YAML ({problem}); {QUOTE}") from None
         except yaml.YAMLError as error:
             raise RecipeError(f"{self.file}: not valid YAML ({' '.join(str(error).split())})") from None
         except RecursionError:

@@ -3,11 +3,20 @@
 Stdlib only. Units are in the names: `_mib` is 2**20 bytes, `_s` seconds, `_ms` milliseconds. Counts are per process.
 """
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 REPORT_SCHEMA = 1
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A phase begins that can tell how far it has come."""
+
+    name: str
+    progress: Callable[[], str]  # e.g. "graphs: layer 1 of 2"; may be called from any thread
 
 
 @dataclass(frozen=True)
@@ -78,6 +87,16 @@ class EvalRecord:
 
 
 @dataclass(frozen=True)
+class GraphRecord:
+    """What is inside one compiled graph. Calls of opaque operators and reads by the host are among its nodes."""
+
+    region: str
+    nodes: int  # calls of the FX graph, nested bodies included
+    opaque: dict[str, int]  # calls by operator: the compiler does not see into them
+    digest: str  # of program and inputs
+
+
+@dataclass(frozen=True)
 class CompileRecord:
     """What torch.compile did in this process."""
 
@@ -90,13 +109,19 @@ class CompileRecord:
     forward_s: float
     backward_s: float
     cache_hits: int
-    graph_hash: str  # of all graphs; equal ranks have equal hashes; "-" when nothing was compiled
+    graph_hash: str  # of all graphs and the operators' sources; equal ranks have equal ones; "-": nothing was compiled
     graph_break_reasons: tuple[str, ...] = ()  # reason and user line, one each
     recompile_reasons: tuple[str, ...] = ()  # the guard that failed, one each
     backend_errors: int = 0
     backend_error_reasons: tuple[str, ...] = ()
     fallbacks: tuple[str, ...] = ()  # compile.mode=warn only: what runs uncompiled, and why
     graphs_by_region: dict[str, int] = field(default_factory=dict)
+    graphs: tuple[GraphRecord, ...] = ()  # in the order of compilation
+    steps: int = 0  # after warm-up
+    steps_compiled: int = 0  # of them, those whose every micro batch made all planned calls of compiled code
+    evaluations: int = 0  # micro batches evaluated after warm-up
+    evaluations_compiled: int = 0
+    calls: dict[str, int] = field(default_factory=dict)  # planned for one micro batch of the largest shape
 
 
 @dataclass(frozen=True)
@@ -175,6 +200,8 @@ class RunRecord:
     verdicts: tuple[Verdict, ...]
     data: dict[str, int] = field(default_factory=dict)  # rows read, dropped by reason, documents, tokens
     sample: Sample | None = None
+    no_sample: str = ""  # why there is none
+    adapter: str | None = None  # its folder; None where it was not proven, or where its base is random
 
     def as_report(self) -> dict[str, Any]:
         """report.json (its keys are public: add, never rename)."""
@@ -195,8 +222,10 @@ class RunRecord:
             "verdicts": [asdict(v) for v in self.verdicts],
             "ranks": [r.as_report() for r in self.ranks],
             "sample": asdict(self.sample) if self.sample else None,
+            "no_sample": self.no_sample,
+            "adapter": self.adapter,
         }
 
 
 # What a run yields and a sink is shown, in this order; the text is the name of the phase that begins.
-Event = str | RunOpened | StartRecord | StepRecord | EvalRecord | RunRecord
+Event = str | Phase | RunOpened | StartRecord | StepRecord | EvalRecord | RunRecord

@@ -12,6 +12,7 @@ from rich.text import Text
 
 PAGE_WIDTH = 120  # columns at most: longer lines are hard to follow
 NEAREST_ASCII = {"×": "x", "·": "|", "→": ">", "✓": "+", "✗": "x", "─": "-", "━": "=", "…": "."}
+LAUNCHER_BELOW = "the process launcher's own traceback may follow"
 # Controls, lone surrogates, line and paragraph separators, and format characters: these reorder the text beside them,
 # or have no width and are not seen.
 ESCAPED_CATEGORIES = ("Cc", "Cf", "Cs", "Zl", "Zp")
@@ -45,9 +46,17 @@ def literal(text: str, style: str = "") -> Text:
     return Text("".join(map(_visible, text)), style)
 
 
-def error(console: Console, message: str, code: int) -> None:
-    """Print "error: MESSAGE (exit code CODE)", the message verbatim and never re-wrapped: paths stay whole in a log."""
+def error(console: Console, message: str, code: int, *, framed: bool = False) -> None:
+    """Print "error: MESSAGE (exit code CODE)", the message verbatim and never re-wrapped: paths stay whole in a log.
+
+    `framed`: between two rules, for the eye to find above the traceback that a process launcher prints after it. All
+    is one write, so that the lines of several processes do not mix.
+    """
     line = Text.assemble(("error: ", "bold red"), literal(message), (f" (exit code {code})", "dim"))
+    if framed:
+        width = page_width(console)
+        rules = [f"━━ {title} ".ljust(width, "━")[:width] for title in ("qlora-launcher", LAUNCHER_BELOW)]
+        line = Text("\n").join([Text(rules[0], "bold red"), line, Text(rules[1], "bold red")])
     console.print(line, soft_wrap=True, highlight=False)
 
 

@@ -2,7 +2,7 @@
 
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -24,9 +24,15 @@ def process_started_s() -> float:
     return start_ticks(os.getpid()) / os.sysconf("SC_CLK_TCK")
 
 
+def seconds_since(started_s: float | None = None) -> Callable[[], float]:
+    """A clock that counts seconds from `started_s`, by `boot_clock_s`; None: from the start of this process."""
+    zero = process_started_s() if started_s is None else started_s
+    return lambda: boot_clock_s() - zero
+
+
 def process_age_s() -> float:
     """Seconds since this process was started."""
-    return boot_clock_s() - process_started_s()
+    return seconds_since()()
 
 
 class Clock:
@@ -37,8 +43,7 @@ class Clock:
     """
 
     def __init__(self, started_s: float | None = None) -> None:
-        started_s = process_started_s() if started_s is None else started_s
-        self.elapsed_s: dict[str, float] = {"imports": boot_clock_s() - started_s}
+        self.elapsed_s: dict[str, float] = {"imports": seconds_since(started_s)()}
         self._inner_s = 0.0  # of phases that have ended inside the present one
 
     @contextmanager

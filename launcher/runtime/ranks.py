@@ -46,13 +46,18 @@ def rank_info() -> RankInfo:
     return RankInfo(number("RANK", 0), number("LOCAL_RANK", 0), world, number("LOCAL_WORLD_SIZE", world))
 
 
+def under_launcher() -> bool:
+    """Whether torchrun or `accelerate launch` has started this process."""
+    return any(name in os.environ for name in LAUNCHER_VARIABLES)
+
+
 def end_with_parent() -> None:
     """Under a launcher, ask the kernel to send SIGTERM to this process when the launcher dies (Linux).
 
     `accelerate launch` with one process would otherwise leave its trainer running. Without a launcher the parent is a
     shell, which may end before its job.
     """
-    if any(name in os.environ for name in LAUNCHER_VARIABLES):
+    if under_launcher():
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 

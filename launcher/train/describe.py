@@ -1,15 +1,22 @@
 """The records that a worker gives of itself: what is about to run, and what this rank did."""
 
 import math
+import os
 import statistics
 from collections.abc import Sequence
 
 import torch
 
 from launcher.data.loader import TrainLoader
+from launcher.records.counts import counts_in_words
 from launcher.records.run import RankRecord, StartRecord
 from launcher.train.setup import Worker
 
+CPU_INFO = "/proc/cpuinfo"
+CPU_UNITS = {  # words of CPU_INFO, of x86 and Arm; without them a product takes 3 to 360 times as long as in fp32
+    torch.bfloat16: {"avx512_bf16", "amx_bf16", "bf16"},
+    torch.float16: {"avx512_fp16", "amx_fp16", "asimdhp"},
+}
 INCOMPLETE = ("dropped", "truncated", "split", "repeated", "left_out")  # in names of counts: rows not seen whole, once
 
 
@@ -48,7 +55,14 @@ def start_record(worker: Worker) -> StartRecord:
         activations=_activations(worker),
         forecast_mib=worker.policy.forecast_mib,
         loss_tokens=tuple(built.packed.loss_rows(train.micro_batch * width) for width in widths),
-        notes=worker.request.notes + built.notes + data.notes + _incomplete_rows(data.counts) + _blank_steps(worker),
+        notes=(
+            *worker.request.notes,
+            *built.notes,
+            *data.notes,
+            *_incomplete_rows(data.counts),
+            *_blank_steps(worker),
+            *slow_dtype_note(built.dtype, worker.accelerator.device),
+        ),
     )
 
 
@@ -72,7 +86,18 @@ def _blank_steps(worker: Worker) -> tuple[str, ...]:
 def _incomplete_rows(counts: dict[str, int]) -> tuple[str, ...]:
     """A note when rows did not reach training whole and exactly once, with the data's counts by reason."""
     reasons = {key: count for key, count in counts.items() if count and any(word in key for word in INCOMPLETE)}
-    return (f"data: {', '.join(f'{count:,} {key}' for key, count in reasons.items())}",) if reasons else ()
+    return (f"data: {counts_in_words(reasons)}",) if reasons else ()
+
+
+def slow_dtype_note(dtype: torch.dtype, device: torch.device) -> tuple[str, ...]:
+    """A note when the CPU has no instructions for the dtype."""
+    if device.type != "cpu" or dtype not in CPU_UNITS or not os.path.exists(CPU_INFO):
+        return ()
+    with open(CPU_INFO, encoding="utf-8", errors="replace") as file:
+        if CPU_UNITS[dtype] & set(file.read().split()):
+            return ()
+    name = str(dtype).removeprefix("torch.")
+    return (f"{name} is slow on this CPU, which has no instructions for it; model.dtype=float32 is many times as fast",)
 
 
 def _device_name(device: torch.device, *, index: bool = False) -> str:

@@ -4,14 +4,24 @@ sinks of its events (api.py). Only the adapter is saved here, since its proof ne
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import cast
 
 import torch
 
 from launcher.checkpoint.adapter import save_proven
 from launcher.errors import CheckpointError, ContractError, LauncherError, NonFiniteError
-from launcher.records.run import EvalRecord, Event, RankRecord, RunOpened, RunRecord, Sample, StepRecord, Verdict
+from launcher.records.run import (
+    EvalRecord,
+    Event,
+    Phase,
+    RankRecord,
+    RunOpened,
+    RunRecord,
+    Sample,
+    StepRecord,
+    Verdict,
+)
 from launcher.runtime.clock import Clock
 from launcher.runtime.ranks import broadcast, gather
 from launcher.runtime.signals import raise_if_stopped
@@ -20,7 +30,7 @@ from launcher.train.metrics import MetricsReader, StepMetrics
 from launcher.train.request import Request
 from launcher.train.sample import generate
 from launcher.train.setup import Worker, prepare_inputs
-from launcher.train.verdicts import compile_verdicts, loss_verdict
+from launcher.train.verdicts import compile_verdicts
 
 SKIPS_IN_A_ROW = 20  # fp16: a scale that halves this often without one good step will not recover
 
@@ -73,7 +83,7 @@ def _run(request: Request, history: RunHistory) -> Iterator[Event]:
     yield "loading model"
     with clock.phase("load"):
         worker.build()
-    yield "compiling"
+    yield Phase("compiling", worker.compile_progress)
     with clock.phase("compile"):
         worker.compile()
     yield start_record(worker)
@@ -81,9 +91,11 @@ def _run(request: Request, history: RunHistory) -> Iterator[Event]:
     yield "saving adapter"
     with clock.phase("save"):
         saved = _save(worker)
+    if not (no_sample := _why_no_sample(worker)):
+        yield "generating the sample"
     with clock.phase("sample"):
-        sample = _sample(worker)
-    record = _run_record(worker, history, saved, sample)
+        sample = None if no_sample else _sample(worker)
+    record = replace(_run_record(worker, history, saved), sample=sample, no_sample=no_sample)
     worker.accelerator.end_training()
     yield record
     if not saved.holds:
@@ -192,9 +204,21 @@ def _probe_loss(worker: Worker) -> float:
     return float(worker.plan.call(worker.step.eval_loss, probe)) / max(1, probe.supervised_tokens)
 
 
+def _why_no_sample(worker: Worker) -> str:
+    """Why the run has no sample; "" where it has one."""
+    data = worker.prepared.data
+    if not worker.recipe.run.sample_tokens:
+        return "run.sample_tokens=0"
+    if not data.validation_rows:
+        return "no row validates (data.validation)"
+    if data.example is None:
+        return "no validation row is a chat that ends in an answer, with a question shorter than data.max_length"
+    return ""
+
+
 def _sample(worker: Worker) -> Sample | None:
     example, recipe = worker.prepared.data.example, worker.recipe
-    if not (worker.rank_info.is_main and example and recipe.run.sample_tokens):
+    if not (worker.rank_info.is_main and example):
         return None
     return generate(
         worker.built.packed,
@@ -205,13 +229,13 @@ def _sample(worker: Worker) -> Sample | None:
     )
 
 
-def _run_record(worker: Worker, history: RunHistory, saved: Verdict, sample: Sample | None) -> RunRecord:
+def _run_record(worker: Worker, history: RunHistory, saved: Verdict) -> RunRecord:
     steady = history.steady
     step_s = [step.step_s for step in history.steps[steady]]
     ranks: tuple[RankRecord, ...] = tuple(
         gather(rank_record(worker, step_s=step_s, tokens=history.rank_tokens[steady]))
     )
-    compiled = [] if worker.recipe.compile.mode == "off" else compile_verdicts(ranks)
+    compiled = [] if worker.recipe.compile.mode == "off" else compile_verdicts([rank.compile for rank in ranks])
     return RunRecord(
         recipe=worker.recipe.model_dump(mode="json"),
         start=start_record(worker),
@@ -219,7 +243,7 @@ def _run_record(worker: Worker, history: RunHistory, saved: Verdict, sample: Sam
         evals=tuple(history.evals),
         elapsed_s=worker.clock.elapsed_s,
         ranks=ranks,
-        verdicts=(*worker.built.loaded, *compiled, loss_verdict(history.steps, history.evals), saved),
+        verdicts=(*worker.built.loaded, *compiled, saved),
         data=dict(worker.prepared.data.counts),
-        sample=sample,
+        adapter=str(worker.folder.adapter) if saved.holds and worker.recipe.model.init != "random" else None,
     )

@@ -1,5 +1,7 @@
 """Names the regions of a built model that a compile plan may choose from; compile/ knows nothing of the model."""
 
+import math
+
 from launcher.compile.regions import Region
 from launcher.model.attention import CORES, register_attention
 from launcher.model.build import BuiltModel
@@ -11,12 +13,35 @@ def regions_of(built: BuiltModel, *, shapes: int) -> list[Region]:
     """Training and evaluation call each region with every one of the planned `shapes`; the chunks of the loss have one
     shape, and each of its functions serves one of the two."""
     packed, losses, path = built.packed, built.packed.loss_functions, built.attention
+    layers = len(packed.body.layers)
+
+    def chunks(tokens: int) -> int:
+        return math.ceil(packed.loss_rows(tokens) / packed.loss_chunk)
+
     return [
         Region("layer", 2 * shapes, modules=tuple(packed.body.layers)),
         Region("body", 2 * shapes, modules=(packed.body,)),
         Region("mlp", 2 * shapes, modules=layer_mlps(built.family, packed.body)),
         Region("rmsnorm", 2 * shapes, modules=layer_norms(built.family, packed.body)),
-        Region("attention", 2 * shapes, function=CORES[path], install=lambda f: register_attention(path, f)),
-        Region("loss", 1, function=chunk_loss_and_grad, install=lambda f: setattr(losses, "loss_and_grad", f)),
-        Region("loss", 1, function=chunk_loss, install=lambda f: setattr(losses, "loss", f)),
+        Region(
+            "attention",
+            2 * shapes,
+            function=CORES[path],
+            install=lambda f: register_attention(path, f),
+            calls=lambda tokens, train: layers,
+        ),
+        Region(
+            "loss",
+            1,
+            function=chunk_loss_and_grad,
+            install=lambda f: setattr(losses, "loss_and_grad", f),
+            calls=lambda tokens, train: chunks(tokens) if train else 0,
+        ),
+        Region(
+            "loss",
+            1,
+            function=chunk_loss,
+            install=lambda f: setattr(losses, "loss", f),
+            calls=lambda tokens, train: 0 if train else chunks(tokens),
+        ),
     ]

@@ -12,6 +12,7 @@ import gc
 import hashlib
 import os
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -216,14 +217,19 @@ class Worker:
         self._make_step()
         samples = [self._sample(width) for width in self.prepared.data.widths]
         self.probe = max(samples, key=lambda batch: batch.supervised_tokens)
-        with applied(self.policy):
-            self.plan.warm_up(lambda: self.step.rehearse(samples))
+        self.plan.warm_up(lambda: self.step.rehearse(samples))
         self.accelerator.wait_for_everyone()
         self.plan.arm()
         self.ledger.mark("after compile")
         self.cuda_graphs = self._capture(samples)
         # LoRA dropout differs by rank; and it must not depend on what warm-up and capture have drawn.
         torch.manual_seed(self.recipe.train.seed + self.rank_info.rank)
+
+    def compile_progress(self) -> str:
+        """Graphs handed to the backend so far, of those planned, by region: "graphs: layer 1 of 2, loss 0 of 2"."""
+        begun, planned = self.observer.graphs_by_region(), self.observer.expected
+        counts = ", ".join(f"{region} {begun.get(region, 0)} of {count}" for region, count in planned.items())
+        return f"graphs: {counts}" if counts else ""
 
     def _make_loaders(self) -> None:
         train, data, rank_info = self.recipe.train, self.prepared.data, self.rank_info
@@ -236,7 +242,12 @@ class Worker:
         """The compile plan, the step that it compiles, and the state that a resume needs of both step and loader."""
         built, data = self.built, self.prepared.data
         regions = regions_of(built, shapes=len(data.widths))
-        self.plan = Plan(regions, compile=self.recipe.compile, observer=self.observer)
+        self.plan = Plan(
+            regions,
+            compile=self.recipe.compile,
+            observer=self.observer,
+            settings=partial(applied, self.policy),
+        )
         self.step = TrainStep(
             built.packed,
             self.recipe.train,

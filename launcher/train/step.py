@@ -21,7 +21,7 @@ fp16 differs: an overflowing gradient is ordinary there. It skips the update, ha
 all on the device. bitsandbytes' optimizers have no gate and take the learning rate from the host, which waits for both.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -70,11 +70,11 @@ class StepResult:
 
 @dataclass
 class Calls:
-    """The work on a micro batch of one shape, once it is in `staging`."""
+    """The work on a micro batch of one shape, once it is in `staging`; each says whether it ran compiled."""
 
     staging: Staging
-    train: Work
-    evaluate: Work
+    train: Callable[[], bool]
+    evaluate: Callable[[], bool]
 
 
 class TrainStep:
@@ -123,14 +123,14 @@ class TrainStep:
         summed loss, fp32 scalar. The next step overwrites both."""
         self._gradients.clear()
         factor = 1 / max(1, batch.supervised_tokens)
-        for micro in batch.micro_batches:
-            self._loaded(micro, factor=factor).train()
+        compiled = [self._loaded(micro, factor=factor).train() for micro in batch.micro_batches]
+        self.plan.observer.passes["step", all(compiled)] += 1
         self._gradients.reduce()
         return self._gradients.loss_sum
 
     def eval_loss(self, micro: MicroBatch) -> Tensor:
         """This rank's summed loss of one micro batch, without gradients, fp32 scalar; the next call overwrites it."""
-        self._loaded(micro).evaluate()
+        self.plan.observer.passes["evaluation", self._loaded(micro).evaluate()] += 1
         return self._eval_loss
 
     def rehearse(self, samples: Sequence[MicroBatch]) -> None:
@@ -212,8 +212,12 @@ class TrainStep:
         fields = arguments(micro)
         shape = tuple(field.shape for field in fields)
         if shape not in self._calls:
-            staging = Staging(fields, self.device)
-            self._calls[shape] = Calls(staging, lambda: self._train(staging), lambda: self._evaluate(staging))
+            staging, tokens = Staging(fields, self.device), micro.labels.numel()
+            self._calls[shape] = Calls(
+                staging,
+                self.plan.checked(lambda: self._train(staging), tokens=tokens, train=True),
+                self.plan.checked(lambda: self._evaluate(staging), tokens=tokens, train=False),
+            )
         calls = self._calls[shape]
         calls.staging.fill(fields, factor=factor)
         return calls

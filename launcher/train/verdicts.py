@@ -1,14 +1,13 @@
 """The claims of a run, each decided from counters. A claim that does not hold fails a strict run (code 9)."""
 
-import math
 from collections.abc import Sequence
 
-from launcher.records.run import EvalRecord, RankRecord, StepRecord, Verdict
+from launcher.records.run import CompileRecord, Verdict
 
 
-def compile_verdicts(ranks: Sequence[RankRecord]) -> list[Verdict]:
-    """Graph breaks, recompiles, graph counts and, with several ranks, whether they compiled the same graphs."""
-    records = [rank.compile for rank in ranks]
+def compile_verdicts(records: Sequence[CompileRecord]) -> list[Verdict]:
+    """Graph breaks, recompiles, graph counts, whether steps ran compiled and, with several ranks, whether they compiled
+    the same graphs. `records`: one of each rank."""
     breaks = [record.graph_breaks for record in records]
     recompiles = [record.recompiles for record in records]
     limits = [record.limit_hits for record in records]
@@ -18,6 +17,7 @@ def compile_verdicts(ranks: Sequence[RankRecord]) -> list[Verdict]:
         Verdict("zero graph breaks", not any(breaks), _counts(breaks, "graph breaks")),
         Verdict("zero recompiles", not any(recompiles + limits), _counts(recompiles, "recompiles")),
         Verdict("exactly the planned graphs", planned, f"{compilations}, {records[0].expected_graphs} planned"),
+        steps_verdict(records),
     ]
     if len(records) > 1:
         hashes = sorted({record.graph_hash for record in records})
@@ -26,14 +26,13 @@ def compile_verdicts(ranks: Sequence[RankRecord]) -> list[Verdict]:
     return verdicts
 
 
-def loss_verdict(steps: Sequence[StepRecord], evals: Sequence[EvalRecord]) -> Verdict:
-    """Whether the loss of every step and evaluation is finite."""
-    losses = [step.loss for step in steps] + [record.eval_loss for record in evals]
-    finite = sum(map(math.isfinite, losses))
-    skipped = sum(step.skipped for step in steps)
-    suffix = f", {skipped} steps skipped for fp16 overflow" if skipped else ""
-    evidence = f"{finite} of {len(losses)}: {len(steps)} steps, {len(evals)} evaluations{suffix}"
-    return Verdict("loss finite", finite == len(losses), evidence)
+def steps_verdict(records: Sequence[CompileRecord]) -> Verdict:
+    """Whether every step and evaluation after warm-up made all planned calls of compiled code, on every rank."""
+    passes = [(r.steps_compiled, r.steps, r.evaluations_compiled, r.evaluations) for r in records]
+    holds = all(steps and done == steps and evaluated == evaluations for done, steps, evaluated, evaluations in passes)
+    figures = [f"{p[0]} of {p[1]} steps, {p[2]} of {p[3]} evaluated micro batches" for p in dict.fromkeys(passes)]
+    calls = ", ".join(f"{name} {n}" for name, n in records[0].calls.items())
+    return Verdict("every step ran compiled", holds, f"{' / '.join(figures)}; calls a micro batch: {calls or 'none'}")
 
 
 def _counts(counts: Sequence[int], noun: str) -> str:

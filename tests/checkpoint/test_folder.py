@@ -40,16 +40,27 @@ def test_rank_0_writes_a_line_for_each_metric_and_null_for_what_json_lacks(folde
 @pytest.mark.parametrize("name", ["status.json", "report.json", "adapter", "metrics.jsonl"])
 def test_a_folder_that_holds_a_run_is_refused_and_left_alone(tmp_path, name):
     (tmp_path / name).write_text("theirs")
-    with pytest.raises(CheckpointError, match="must not hold another run"):
-        RunFolder(tmp_path).create()
+    for opened in (RunFolder(tmp_path).check, RunFolder(tmp_path).create):
+        with pytest.raises(CheckpointError, match="must not hold another run"):
+            opened()
     RunFiles(0).end(code=4, reason="another run's folder")  # its folder was never opened
     assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [(name, "theirs")]
 
 
 def test_a_folder_that_cannot_be_made_is_the_recipes_fault(tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(RecipeError, match="run.output_dir must be a folder that can be written"):
-        RunFolder(tmp_path / "file" / "run").create()
+    for path in (tmp_path / "file" / "run", tmp_path / "file"):
+        for opened in (RunFolder(path).check, RunFolder(path).create):
+            with pytest.raises(RecipeError, match="run.output_dir must be a folder that can be written"):
+                opened()
+
+
+def test_the_check_of_a_folder_makes_nothing_and_finds_what_may_not_be_written(tmp_path, monkeypatch):
+    RunFolder(tmp_path / "new" / "run").check()
+    assert list(tmp_path.iterdir()) == []
+    monkeypatch.setattr("os.access", lambda path, mode: path != tmp_path)
+    with pytest.raises(RecipeError, match="Permission denied"):
+        RunFolder(tmp_path / "new" / "run").check()
 
 
 def test_default_folders_of_one_second_differ(tmp_path, monkeypatch):

@@ -27,17 +27,6 @@ def test_more_planned_shapes_than_dynamos_own_limit_are_compiled_and_nothing_aft
             plan.call(call, block, max(SHAPES) + 1)
 
 
-def test_products_are_compiled_without_padding_and_the_compilers_setting_is_restored() -> None:
-    block, settings = Block(), []
-
-    def run() -> None:
-        settings.append(torch._inductor.config.shape_padding)
-        call(block, 2)
-
-    plan_for(block)[0].warm_up(run)
-    assert settings == [False] and torch._inductor.config.shape_padding
-
-
 @pytest.mark.parametrize("difference", [-1, 1])
 def test_one_shape_more_or_fewer_than_planned_is_refused_in_warm_up(difference: int) -> None:
     block = Block()

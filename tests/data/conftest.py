@@ -3,10 +3,15 @@
 import json
 
 import pytest
+from hypothesis import HealthCheck, settings
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from tests.support.templates import CORPUS, FAMILY_TOKENS, OWN_TOKENS, TEMPLATES
+
+# Neither an example nor the drawing of examples is timed: a busy machine fails no test.
+settings.register_profile("untimed", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("untimed")
 
 
 @pytest.fixture(scope="session")

@@ -131,7 +131,7 @@ def test_an_example_leaves_room_for_an_answer(write, tokenizer):
 def test_nothing_left_to_learn_is_an_error_that_says_where_it_went(write, tokenizer, row):
     with pytest.raises(DataError, match="0 usable rows") as caught:
         prepare(section(write([row, row])), tokenizer, seed=0)
-    assert "Found: 2 rows read; 2 rows_dropped_zero_supervised" in str(caught.value)
+    assert "Found: 2 rows read; 2 rows dropped: nothing to learn" in str(caught.value)
     assert caught.value.code == 3 and len(str(caught.value).splitlines()) <= 5
     assert prepare(section(write([row, row]), loss_on="all"), tokenizer, seed=0).train_rows == 2
 
@@ -210,7 +210,7 @@ def test_rows_of_the_validation_data_are_not_trained_on(write, tokenizer):
     assert (prepared.train_rows, prepared.validation_rows) == (55, 6)
     assert prepared.counts["rows_dropped_in_validation"] == 5
     assert not set(texts(prepared.train, tokenizer)) & set(texts(prepared.validation, tokenizer))
-    with pytest.raises(DataError, match="0 usable rows.*\nFound: 60 rows read; 60 rows_dropped_in_validation"):
+    with pytest.raises(DataError, match="0 usable rows.*\nFound: 60 rows read; 60 rows dropped: in validation"):
         prepare(section(write(CHATS), validation=write(CHATS, name="same.jsonl")), tokenizer, seed=0)
 
 
@@ -250,3 +250,41 @@ def test_an_error_in_validation_data_says_so_and_one_in_training_data_does_not(w
             assert str(caught.value).startswith(prefix + expected) and caught.value.code == 3
     with pytest.raises(RowFault):
         prepare(section(good, validation=bad), tokenizer, seed=0)
+
+
+def test_rows_of_the_validation_data_are_known_by_their_words(write, tokenizer):
+    rows = [ask(f" {row['messages'][0]['content']}\n", row["messages"][1]["content"] + "\n ") for row in CHATS[:5]]
+    prepared = prepare(section(write(CHATS), validation=write(rows, name="validation.jsonl")), tokenizer, seed=0)
+    assert (prepared.train_rows, prepared.counts["rows_dropped_in_validation"]) == (55, 5)
+
+
+DROPS_THOUGHTS = (  # and ends no turn
+    "{% for m in messages %}{{ '<|head|>' + m.role + '<|/head|>' + m.content.split('</think>')[-1] }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|head|>assistant<|/head|>' }}{% endif %}"
+)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_what_a_template_leaves_out_and_answers_without_an_end_are_counted_and_said(
+    write, make_tokenizer, streaming, tokenizer
+):
+    rows = [*CHATS, *(ask(f"Sum of 2 and {n}?", f"<think>2 + {n}</think>{2 + n}") for n in range(3))]
+    options = {"validation": 0, "streaming": streaming, "max_length": 64}
+    prepared = prepare(section(write(rows), **options), make_tokenizer(DROPS_THOUGHTS), seed=0)
+    passes = prepared.counts["rows_read"] // 63
+    assert prepared.counts["rows_cut_by_template"] == pytest.approx(3 * passes, abs=3)
+    assert prepared.counts["rows_without_end_token"] == prepared.counts["rows_read"]
+    [cut] = [note for note in prepared.notes if "leaves out text" in note]
+    [endless] = [note for note in prepared.notes if "cannot learn to stop" in note]
+    assert f"of {prepared.counts['rows_cut_by_template']:,} of {prepared.counts['rows_read']:,} rows" in cut
+    assert f"in {prepared.counts['rows_read']:,} of" in endless
+    fine = prepare(section(write(rows), **options), tokenizer, seed=0)
+    assert not {"rows_cut_by_template", "rows_without_end_token"} & fine.counts.keys()
+    assert not any("template" in note or "end token" in note for note in fine.notes)
+
+
+def test_a_source_of_thoughts_that_the_template_drops_says_so(write, make_tokenizer):
+    rows = [ask("Sum?", "<think>Five.</think>")] * 2
+    template = DROPS_THOUGHTS.replace("[-1] }}", "[-1] + '<|eot|>' }}")
+    with pytest.raises(DataError, match="2 rows cut by template.*2 rows dropped: nothing to learn"):
+        prepare(section(write(rows), validation=0), make_tokenizer(template), seed=0)

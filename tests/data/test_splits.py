@@ -22,6 +22,20 @@ def test_a_digest_is_of_the_rows_content_as_json_and_of_the_seed():
         assert digest(row, seed=7) == expected.digest() != digest(row, seed=8)
 
 
+def test_rows_that_differ_in_surrounding_whitespace_are_the_same_row():
+    def turns(question, answer):
+        return Conversation((Message("user", question), Message("assistant", answer)), "f:1")
+
+    for row, *same in (
+        (Text("a b", "f:1"), Text("a b \n", "f:1"), Text("\ta b", "f:1")),
+        (Text("a?b", "f:1", answer=2), Text(" a? b\n", "f:1", answer=3), Text("a?\n b", "f:1", answer=3)),
+        (turns("a", "b"), turns("a ", "b"), turns("\na", " b\n")),
+    ):
+        assert {digest(other, seed=0) for other in same} == {digest(row, seed=0)}
+    different = [Text("a b", ""), Text("ab", ""), Text("a  b", ""), turns("a", "b"), turns("a b", ""), turns("", "a b")]
+    assert len({digest(row, seed=0) for row in different}) == len(different)
+
+
 @pytest.mark.parametrize(("rows", "fraction", "expected"), [(2, 0.01, 1), (2, 0.99, 1), (10, 0.05, 1), (100, 0.25, 25)])
 def test_a_tiny_set_validates_on_at_least_one_row_and_trains_on_at_least_one(rows, fraction, expected):
     assert held_out(digests(*map(str, range(rows))), fraction=fraction).sum() == expected

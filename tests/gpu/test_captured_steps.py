@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from launcher.compile import graphs
+from launcher.compile.plan import Plan
 from launcher.errors import ContractError, NonFiniteError
 from launcher.memory.ledger import MIB
 from launcher.records.run import EvalRecord, RunRecord, StepRecord
@@ -59,6 +60,9 @@ def test_fifty_captured_steps_have_the_losses_of_uncaptured_ones(recipe_of, dtyp
         assert record.start.cuda_graphs == ("on" if mode == "on" else "off (as asked)")
         assert ("capture" in record.elapsed_s) == (mode == "on")
         assert all(verdict.holds for verdict in record.verdicts)
+        compiled = record.ranks[0].compile
+        assert (compiled.steps, compiled.steps_compiled) == (50, 50)
+        assert compiled.evaluations == compiled.evaluations_compiled >= 4
         assert [step.step for step in steps] == list(range(1, 51))
         assert [evaluation.step for evaluation in evals] == [0, 20, 40, 50]
         runs.append((steps, evals))
@@ -106,6 +110,37 @@ def test_a_replay_reads_the_new_batch(recipe_of):
     worker.plan.release()
     assert replayed == pytest.approx(direct, rel=2e-3)
     assert len(set(replayed)) == 8
+
+
+def test_a_replay_counts_as_the_calls_of_its_capture_and_an_uncaptured_step_as_its_own(recipe_of):
+    recipe = {"compile": {"mode": "warn"}}
+    for mode, compiled_steps in (("on", 2), ("off", 1)):
+        recipe["compile"]["cuda_graphs"] = mode
+        worker = compiled(recipe_of(**recipe))
+        worker.step(next(worker.batches))
+        with torch.compiler.set_stance("force_eager"):  # a replay runs no Python
+            worker.step(next(worker.batches))
+        record = worker.observer.record()
+        assert (record.steps, record.steps_compiled) == (2, compiled_steps)
+        assert record.calls["layer"] == record.calls["layer backward"] == len(worker.built.packed.body.layers)
+        worker.plan.release()
+
+
+def test_a_capture_of_what_does_not_run_compiled_stops_a_strict_run(recipe_of):
+    worker, arm = built(recipe_of()), Plan.arm
+
+    def lose(plan):
+        arm(plan)
+        worker.built.packed.body.layers[0]._compiled_call_impl = None
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Plan, "arm", lose)
+        with pytest.raises(ContractError, match="every micro batch must run compiled code"):
+            worker.compile()
+    worker.plan.release()
+    later = compiled(recipe_of())  # the process can still capture
+    assert later.cuda_graphs == "on"
+    later.plan.release()
 
 
 def test_each_replay_draws_a_new_dropout_mask_and_a_seed_repeats_them(recipe_of):

@@ -108,4 +108,4 @@ def test_a_captured_step_computes_what_stock_code_computes(
     print(dtype, scope, record.loss_error, record.gradient_error, min(a.least_cosine for a in record.adapters))
     assert record.start.cuda_graphs == "on"
     assert record.holds, record.verdicts
-    assert len(record.verdicts) == 5 and len(record.adapters) == 14
+    assert record.verdicts[-1].claim == "every step ran compiled" and len(record.adapters) == 14

@@ -40,8 +40,9 @@ def perturbed(recipe, lengths=ANY):
 def recipe_of(six_layers, rows_file):
     """Recipe factory: two micro batches a step."""
 
-    def make(activations, **data):
+    def make(activations, *, mode="strict", **data):
         sections = {"memory": {"activations": activations}, "data": data, "train": {"accumulation": 2}}
+        sections["compile"] = {"mode": mode}
         return small_recipe(six_layers, rows_file, six_layers, **sections)
 
     return make
@@ -277,7 +278,7 @@ def test_a_host_without_enough_memory_is_an_error_that_says_how_much_was_needed(
 
 @pytest.mark.usefixtures("clean_dynamo")
 def test_uncompiled_layers_get_their_inputs_back_too(recipe_of):
-    worker = perturbed(recipe_of("offload"))
+    worker = perturbed(recipe_of("offload", mode="warn"))
     worker.plan.fall_back("as compile.mode=warn does")
     batch = next(worker.batches)
     offloaded = measured(worker, batch)

@@ -32,7 +32,7 @@ def arguments(small_model: Path, rows_file: Path) -> list[str]:
 def run_main(mode: str, arguments: list[str], folder: Path) -> tuple[str, dict[str, Any]]:
     """What a process that succeeds prints, and its report, which is all that it leaves."""
     command = [sys.executable, str(ROOT / "launcher" / "main.py"), f"mode={mode}", *arguments]
-    process = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=folder)
+    process = subprocess.run(command, capture_output=True, text=True, timeout=900, cwd=folder)
     assert process.returncode == 0, process.stderr
     assert "\x1b" not in process.stdout and "PASS" in process.stdout and "FAIL" not in process.stdout
     assert [path.name for path in folder.iterdir()] == ["report.json"]

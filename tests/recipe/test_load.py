@@ -40,6 +40,51 @@ def test_null_on_the_command_line_takes_back_what_the_file_set(own):
     assert (train.steps, train.epochs) == (None, 2)
 
 
+@pytest.mark.parametrize(
+    ("file", "line", "expected"),
+    [
+        ("train: {steps: 7}", "train.epochs=3", (None, 3, None, "auto")),
+        ("train: {epochs: 3}", "train.steps=7", (7, None, None, "auto")),
+        ("train: {steps: 7}", "train={epochs: 2}", (None, 2, None, "auto")),
+        ("train: {steps: 7}", "train.epochs=null", (7, None, None, "auto")),
+        ("train: {steps: 7}\nmemory: {activations: full}", "memory.budget=0.5", (7, None, 0.5, "auto")),
+        ("train: {steps: 7}\nmemory: {budget: 0.5}", "memory.activations=none", (7, None, None, "none")),
+        ("train: {steps: 7}\nmemory: {budget: 0.5, activations: auto}", "memory.budget=0.2", (7, None, 0.2, "auto")),
+    ],
+)
+def test_a_key_on_the_command_line_displaces_the_files_other_key_for_the_same_thing(own, file, line, expected):
+    own.write_text(file)
+    recipe = resolve([f"recipe={own}", line]).recipe
+    assert (recipe.train.steps, recipe.train.epochs, recipe.memory.budget, recipe.memory.activations) == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "paths"),
+    [
+        ("./a.jsonl", ["{cwd}/a.jsonl"]),
+        ("a.jsonl, ./b.csv", ["a.jsonl", "{cwd}/b.csv"]),
+        ("[./a.jsonl, {path: owner/name, split: test}]", ["{cwd}/a.jsonl", "owner/name"]),
+        ("{path: ./a.jsonl}", ["{cwd}/a.jsonl"]),
+        ('["a,b.jsonl"]', ["a,b.jsonl"]),
+    ],
+)
+def test_sources_may_be_paths_or_one_entry_on_both_layers(own, monkeypatch, text, paths):
+    monkeypatch.chdir(own.parent)
+    expected = [path.format(cwd=own.parent) for path in paths]
+    own.write_text(f"train: {{steps: 1}}\ndata:\n  sources: {text}\n")
+    for arguments in ([f"recipe={own}"], ["recipe=tiny", f"data.sources={text}"]):
+        assert [source.path for source in resolve(arguments).recipe.data.sources] == expected
+
+
+def test_a_list_may_be_words_with_commas_and_a_dtype_may_have_its_short_name(own):
+    own.write_text("train: {steps: 1}\nlora: {targets: 'q_proj, v_proj'}\nmodel: {dtype: bf16}\n")
+    recipe = resolve([f"recipe={own}", "compile.regions=mlp,loss", "run.trackers=tensorboard"]).recipe
+    assert (recipe.lora.targets, recipe.compile.regions) == (["q_proj", "v_proj"], ["mlp", "loss"])
+    assert (recipe.run.trackers, recipe.model.dtype) == (["tensorboard"], "bfloat16")
+    for short, name in (("fp32", "float32"), ("fp16", "float16")):
+        assert resolve(["recipe=tiny", f"model.dtype={short}"]).recipe.model.dtype == name
+
+
 @pytest.mark.parametrize("text", ["train:\n  epochs: 1\nlora:\n", "# only a comment\n"])
 def test_a_section_or_file_left_empty_sets_nothing(own, text):
     own.write_text(text)
@@ -112,3 +157,43 @@ def test_a_missing_file_is_named_and_a_shipped_recipe_of_that_name_suggested(ref
     monkeypatch.chdir(tmp_path)
     assert "gone.yaml" in refusal("recipe=sub/gone.yaml")
     assert "did you mean recipe=tiny" in refusal("recipe=tiny.yaml")
+
+
+def test_a_recipe_of_ones_own_is_suggested_where_a_name_or_path_nearly_names_it(refusal, own, monkeypatch):
+    monkeypatch.chdir(own.parents[1])
+    for argument in ("recipe=folder/own", "folder/own", "recipe=folder/onw.yaml"):
+        assert "did you mean recipe=folder/own.yaml?" in refusal(argument)
+    own.rename(own.with_suffix(".yml"))
+    assert "must end in .yaml; got 'folder/own.yml'; rename it" in refusal("recipe=folder/own.yml")
+
+
+@pytest.mark.parametrize(
+    ("file", "line", "key", "remedy"),
+    [
+        ("data: {sources: beside.jsonl}", "", "data.sources[0].path", "./beside.jsonl"),
+        ("data: {sources: ./here.jsonl}", "", "data.sources[0].path", "here.jsonl"),
+        ("data: {validation: beside.jsonl}", "", "data.validation", "./beside.jsonl"),
+        ("model: {name: base}", "", "model.name", "./base"),
+        ("", "data.sources=here.jsonl,./beside.jsonl", "data.sources[1].path", "folder/beside.jsonl"),
+        ("", "data.validation={path: beside.jsonl}", "data.validation", "folder/beside.jsonl"),
+    ],
+)
+def test_a_path_that_lies_in_the_other_folder_is_refused_with_what_finds_it(
+    refusal, own, monkeypatch, file, line, key, remedy
+):
+    root = own.parents[1]
+    monkeypatch.chdir(root)
+    (own.parent / "beside.jsonl").touch()
+    (own.parent / "base").mkdir()
+    (root / "here.jsonl").touch()
+    own.write_text(f"train: {{steps: 1}}\n{file}\n")
+    arguments = ["recipe=folder/own.yaml", *filter(None, [line])]
+    assert f"{key} is looked for in" in refusal(*arguments)
+    assert refusal(*arguments).endswith(f"did you mean {remedy}?")
+    at = own.parent if remedy.startswith("./") else root
+    assert (at / remedy).exists()
+    (own.parent / "beside.jsonl").rename(root / "beside.jsonl")  # where the bare name and the command line look
+    (own.parent / "base").rename(root / "base")
+    (root / "here.jsonl").rename(own.parent / "here.jsonl")
+    if "here" not in line:
+        resolve(arguments)

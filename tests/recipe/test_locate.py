@@ -1,10 +1,11 @@
 """Where `model.name` is: a folder, a shipped architecture or a hub id."""
 
+import huggingface_hub
 import pytest
 
 from launcher.errors import RecipeError
 from launcher.recipe.field_types import recipes_dir
-from launcher.recipe.locate import locate
+from launcher.recipe.locate import config_file, locate
 from launcher.recipe.schema import ModelSection
 
 ARCHITECTURES = recipes_dir() / "architectures"
@@ -34,3 +35,16 @@ def test_a_model_that_cannot_be_had_is_named_with_the_remedy(tmp_path, monkeypat
     monkeypatch.chdir(tmp_path)
     with pytest.raises(RecipeError, match=expected):
         locate(ModelSection.model_validate({"name": name, "init": init}), ARCHITECTURES)
+
+
+def test_the_config_of_a_hub_model_is_had_before_torch_needs_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(huggingface_hub, "get_hf_file_metadata", lambda url, timeout: None)  # the hub answers
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda *what, revision: cached.append(str(tmp_path / "c")))
+    cached: list[str] = []
+    monkeypatch.setattr(
+        huggingface_hub, "try_to_load_from_cache", lambda *what, revision: cached[0] if cached else None
+    )
+    assert config_file("owner/name", None) is None
+    assert locate(ModelSection(name="owner/name"), ARCHITECTURES) == "owner/name"
+    assert config_file("owner/name", None) == tmp_path / "c"
+    assert config_file(str(tmp_path), None) == tmp_path / "config.json"

@@ -1,6 +1,6 @@
 """Every wrong command line and recipe is refused with rule, value and remedy, all at once, and nothing in it runs."""
 
-import resource
+import shlex
 import subprocess
 import sys
 
@@ -65,6 +65,7 @@ def test_only_a_whole_number_of_blocks_is_taken(refusal, blocks):
         ("data.sources.0.path=x", "data.sources"),
         ("train.lr[0].x=1", "train.lr"),
         ("trian={lr: 1}", "train"),
+        ("bf16=true", "model.dtype"),
     ],
 )
 def test_an_unknown_key_is_named_with_its_nearest_match(refusal, argument, nearest):
@@ -72,6 +73,14 @@ def test_an_unknown_key_is_named_with_its_nearest_match(refusal, argument, neare
     key, _, value = argument.partition("=")
     assert f"unknown key {key}" in message and value.strip("{}")[-1] in message
     assert f"did you mean {nearest}" in message
+
+
+@pytest.mark.parametrize(
+    "key", ["train.save_every", "train.save_steps", "save_total_limit", "data.bad_words", "lora.from"]
+)
+def test_a_key_with_another_word_is_no_misspelling(refusal, key):
+    message = refusal("recipe=tiny", f"{key}=5")
+    assert f"unknown key {key}" in message and "did you mean" not in message and " has " in message
 
 
 def test_the_suggestion_for_a_wrong_key_states_the_expected_range(refusal):
@@ -113,16 +122,22 @@ def test_unknown_keys_of_a_file_are_named_with_their_line(refusal, own):
         ("model.dtype=int8", "one of auto, float32, bfloat16, float16"),
         ("model.name=", "text"),
         ("quant.double=perhaps", "true or false"),
-        ("lora.targets=q_proj", "a list of text"),
+        ("lora.targets=", "a list of text"),
         ("lora.targets=[q_proj,q_proj]", "each once"),
         ("compile.regions=[mlp,mpl]", "one of mlp, rmsnorm, attention, loss"),
-        ("data.sources=a.jsonl", "a list of {path, format, weight, config, split, revision}"),
+        ("data.sources=", "a list of {path, format, weight, config, split, revision}"),
         ("data.sources=[]", "at least 1"),
         ("train.lr={a: b}", "a number > 0 and <= 1"),
         ("data.validation={path: a, pth: b}", "or {path, format"),
         ("data.validation=1.5", "a number >= 0 and < 1, or text"),
         ("train.clip=-1", "a number > 0, or null"),
-        ("train=5", "train is a section"),
+        ("train=5", "train is a section; got '5' (command line); try train.steps=5"),
+        ("train=cosine", "try train.schedule=cosine"),
+        ("train=0.5", "try train.epochs=0.5"),
+        ("data=./a.jsonl", "got './a.jsonl' (command line); try data.sources=./a.jsonl"),
+        ("lora=8", "try lora.r=8"),
+        ("compile=off", "try compile.mode=off"),
+        ("quant=8bit", "try quant.type=nf4"),
     ],
 )
 def test_a_wrong_value_is_answered_with_rule_value_and_remedy(refusal, argument, rule):
@@ -142,6 +157,7 @@ def test_a_wrong_value_is_answered_with_rule_value_and_remedy(refusal, argument,
         (["memory.budget=0.5", "memory.activations=full"], "memory.budget", "got 0.5 and full"),
         (["compile.scope=regions", "compile.regions=[]"], "compile.scope=regions", "one or more of compile.regions"),
         (["train.steps=null"], "train.steps or train.epochs", "must be set"),
+        (["train.steps=5", "train.epochs=3"], "train.steps and train.epochs", "got 5 and 3; give one"),
     ],
 )
 def test_keys_that_exclude_or_need_each_other_are_refused(refusal, arguments, key, rule):
@@ -150,7 +166,7 @@ def test_keys_that_exclude_or_need_each_other_are_refused(refusal, arguments, ke
 
 
 def test_the_value_that_a_remedy_proposes_is_itself_accepted(refusal):
-    for argument in ("train.lr=x", "lora.r=x", "data.sources=x", "train.steps=x", "run.trackers=x", "quant.double=x"):
+    for argument in ("train.lr=x", "lora.r=x", "data.sources=", "train.steps=x", "run.trackers=x", "quant.double=x"):
         remedy = refusal("recipe=tiny", argument).split("try ")[1].strip("'")
         resolve(["recipe=tiny", remedy])
 
@@ -160,6 +176,28 @@ def test_all_errors_of_both_layers_come_together(refusal, own):
     message = refusal(f"recipe={own}", "batch=-1", "model.dtype=int8")
     for part in ("train.lr", "own.yaml:2", "train.warmup", "unknown key batch", "model.dtype", "train.steps"):
         assert part in message
+
+
+def test_a_file_that_sets_both_ends_is_refused_whatever_the_command_line_says(refusal, own):
+    own.write_text("train: {steps: 5, epochs: 3}\n")
+    for line in ([], ["train.steps=7"]):
+        assert "train.steps and train.epochs both set the end" in refusal(f"recipe={own}", *line)
+
+
+@pytest.mark.parametrize("text", ["[x", "{a", '"a', "'it", "!tag", "[a: b: c", "{path: a: b", "[\x1b[31m"])
+def test_a_value_that_yaml_cannot_read_is_to_be_quoted_and_quoted_it_is_read(refusal, text):
+    message = refusal("recipe=tiny", f"run.output_dir={text}")
+    assert "quote it: " in message and "\x1b" not in message
+    remedy = shlex.split(message.split("quote it: ")[1])
+    assert resolve(["recipe=tiny", *remedy]).recipe.run.output_dir == text
+
+
+@pytest.mark.parametrize("value", ["[{path: x, split: train[:10%]}]", "[{path: a: b}]", "{path: @a}"])
+def test_text_within_a_list_that_yaml_cannot_read_is_to_be_quoted_too(refusal, own, value):
+    assert "quote the text in it" in refusal("recipe=tiny", f"data.sources={value}")
+    own.write_text(f"train: {{steps: 1}}\ndata:\n  sources: {value}\n")
+    message = refusal(f"recipe={own}")
+    assert "own.yaml:3: not valid YAML" in message and "in quotes" in message
 
 
 def test_many_errors_stay_within_five_lines_and_each_key_is_named(refusal):
@@ -183,22 +221,19 @@ def test_a_terminal_never_receives_control_codes_from_a_value(refusal, own):
 
 
 @pytest.mark.parametrize(
-    ("wrong", "says", "limit_s"),
-    [("lerning_rate=1", "did you mean train.lr", 1.0), ("model.name=no/where", "Offline", 5.0)],
+    ("wrong", "says"), [("lerning_rate=1", "did you mean train.lr"), ("model.name=no/where", "Offline")]
 )
-def test_a_wrong_recipe_ends_the_program_with_code_2_before_torch_and_leaves_nothing(tmp_path, wrong, says, limit_s):
+def test_a_wrong_recipe_ends_the_program_with_code_2_before_torch_and_leaves_nothing(tmp_path, wrong, says):
     main = recipes_dir().parent / "launcher" / "main.py"
     program = (
         "import runpy, sys\n"
         f"sys.argv = [{str(main)!r}, 'recipe=tiny', {wrong!r}]\n"
         "try: runpy.run_path(sys.argv[0], run_name='__main__')\n"
-        "finally: print(*{'torch', 'transformers', 'numpy', 'accelerate'} & set(sys.modules))\n"
+        "finally: print(len(sys.modules), *{'torch', 'transformers', 'numpy', 'accelerate'} & set(sys.modules))\n"
     )
-    # Processor time: the wall clock of a busy machine would measure its other processes.
-    before_s = sum(resource.getrusage(resource.RUSAGE_CHILDREN)[:2])
     done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True)
-    elapsed_s = sum(resource.getrusage(resource.RUSAGE_CHILDREN)[:2]) - before_s
-    assert (done.returncode, done.stdout.strip()) == (2, "")
+    modules, *slow = done.stdout.split()
+    assert (done.returncode, slow) == (2, [])
+    assert int(modules) < 900, "380, and 570 with the hub's client; torch and transformers alone are 2,000"
     assert says in done.stderr and len(done.stderr.splitlines()) <= 5
     assert list(tmp_path.iterdir()) == []
-    assert 0 < elapsed_s < limit_s

@@ -35,6 +35,14 @@ def test_an_error_is_printed_verbatim_and_ends_with_the_exit_code() -> None:
     assert "\x1b[" in coloured.getvalue(), "red on a terminal"
 
 
+def test_under_a_process_launcher_an_error_stands_verbatim_between_two_rules() -> None:
+    message, stream = "unknown key\nvalue: " + "x" * 300, io.StringIO()
+    error(make_console(stream), message, 2, framed=True)
+    first, *lines, last, end = stream.getvalue().split("\n")
+    assert "\n".join(lines) == f"error: {message} (exit code 2)" and end == ""
+    assert [(len(rule), rule[:3], rule[-3:]) for rule in (first, last)] == [(120, "━━ ", "━━━")] * 2
+
+
 def test_a_terminal_has_colour_unless_no_color_or_a_notebook_says_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
     assert make_console(Terminal()).is_terminal and make_console(Terminal()).color_system is not None
     monkeypatch.setenv("NO_COLOR", "1")
@@ -58,7 +66,7 @@ def test_a_console_that_is_no_terminal_is_plain_and_of_fixed_width(
 
 def test_an_output_that_is_not_unicode_gets_readable_text_and_no_crash() -> None:
     raw = io.BytesIO()
-    with Screen(make_console(io.TextIOWrapper(raw, encoding="ascii"))) as screen:
+    with Screen(make_console(io.TextIOWrapper(raw, encoding="ascii")), clock=lambda: 0.0) as screen:
         for record in (start_record(model="modèle"), run_record(), preview_record()):
             screen.show(record)
     text = raw.getvalue().decode("ascii")

@@ -76,7 +76,7 @@ def test_text_of_users_and_models_is_never_read_as_markup_or_as_control_codes() 
     )  # fmt: skip
     stream = io.StringIO()
     console = Console(file=stream, width=300, force_terminal=False)
-    with Screen(console) as screen:
+    with Screen(console, clock=lambda: 0.0) as screen:
         screen.show(HOSTILE)
         screen.show(start_record(recipe=HOSTILE, model=HOSTILE, notes=(HOSTILE,)))
         screen.show(run)

@@ -2,14 +2,14 @@
 
 import subprocess
 import sys
-import time
 
 import pytest
 
 from launcher.runtime import clock
-from launcher.runtime.clock import Clock, process_age_s
+from launcher.runtime.clock import Clock, boot_clock_s, process_age_s, process_started_s, seconds_since
 
-AGE = "import time; time.sleep(0.3); from launcher.runtime.clock import process_age_s; print(process_age_s())"
+BIRTH = "from launcher.runtime.clock import process_started_s; print(process_started_s())"
+TICK_S = 0.01  # in which the start of a process is counted
 
 
 def test_a_phase_inside_another_is_counted_once(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -24,11 +24,15 @@ def test_a_phase_inside_another_is_counted_once(monkeypatch: pytest.MonkeyPatch)
     assert (phases.elapsed_s["compile"], phases.elapsed_s["capture"]) == (7.0 + 1.0, 3.0)
 
 
-def test_the_age_of_a_process_begins_with_it_and_ignores_the_time_of_day(monkeypatch: pytest.MonkeyPatch) -> None:
-    start = time.monotonic()
-    done = subprocess.run([sys.executable, "-c", AGE], capture_output=True, text=True, check=True)
-    lived_s = time.monotonic() - start
-    assert 0.3 < float(done.stdout) <= lived_s + 0.02  # it is counted in ticks of 10 ms
-    before = process_age_s()
-    monkeypatch.setattr(time, "time", lambda: 0.0)
-    assert before <= Clock().elapsed_s["imports"] < before + 60
+def test_a_process_began_between_its_start_and_its_answer() -> None:
+    before_s = boot_clock_s()
+    done = subprocess.run([sys.executable, "-c", BIRTH], capture_output=True, text=True, check=True)
+    assert before_s - TICK_S <= float(done.stdout) <= boot_clock_s()
+
+
+def test_ages_are_differences_of_one_clock_which_is_not_the_time_of_day(monkeypatch: pytest.MonkeyPatch) -> None:
+    started_s = process_started_s()
+    monkeypatch.setattr(clock, "boot_clock_s", lambda: started_s + 7.5)
+    monkeypatch.setattr(clock.time, "time", lambda: 0.0)
+    assert process_age_s() == Clock().elapsed_s["imports"] == seconds_since()() == pytest.approx(7.5)
+    assert Clock(started_s + 5).elapsed_s["imports"] == seconds_since(started_s + 5)() == pytest.approx(2.5)

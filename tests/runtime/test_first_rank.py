@@ -18,7 +18,7 @@ from launcher.runtime.ranks import RankInfo
 from tests.conftest import ROOT
 
 WORKER = """
-import json, os, sys, time
+import glob, json, os, sys, time
 from launcher.data.read.rows import RowFault
 from launcher.errors import DataError
 from launcher.runtime.first_rank import one_rank_first
@@ -27,8 +27,11 @@ from launcher.runtime.ranks import rank_info
 def work():
     report["work_at"] = time.time()
     exec(sys.argv[1])
-    report["done_at"] = time.time()
     return "value"
+
+def wait_for(path, files=1):
+    while len(glob.glob(path)) < files:
+        time.sleep(0.05)
 
 report = {}
 print("ready", file=sys.stderr, flush=True)
@@ -61,15 +64,14 @@ class Launch:
 
     def wait_for_work(self) -> "Launch":
         """Until a rank has begun to work."""
-        for _ in range(600):
-            if list(self.files.glob("*.json")):
-                return self
+        while not list(self.files.glob("*.json")):
+            assert all(process.poll() is None for process in self.ranks.values()), "no rank has begun"
             time.sleep(0.05)
-        raise AssertionError("no rank has begun")
+        return self
 
     def reports(self) -> list[dict[str, Any]]:
         """What each rank reports, in the order in which they did the work."""
-        reports = [json.loads(process.communicate(timeout=60)[0]) for process in self.ranks.values()]
+        reports = [json.loads(process.communicate(timeout=600)[0]) for process in self.ranks.values()]
         return sorted(reports, key=lambda report: report.get("work_at", float("inf")))
 
 
@@ -90,17 +92,20 @@ def test_on_a_file_system_without_locks_a_rank_works_at_once(monkeypatch, tmp_pa
 
 
 def test_one_rank_works_and_the_others_after_it_at_the_same_time(tmp_path):
-    first, *others = Launch(tmp_path, "time.sleep(1)", of=3).start(1, 2, 0).reports()
-    assert all(report["value"] == "value" and not report["torch"] for report in (first, *others))
-    assert all(report["work_at"] >= first["done_at"] for report in others)
-    assert others[1]["work_at"] < others[0]["done_at"]
+    """The first leaves a mark when it is done; each of the others waits, at its work, for the other one."""
+    done = str(tmp_path / "done")
+    work = (
+        f"if not os.path.exists({done!r}):\n    time.sleep(0.2)\n    open({done!r}, 'x')\n"
+        f"else:\n    open(f'{tmp_path}/{{os.getpid()}}.at-work', 'x')\n    wait_for('{tmp_path}/*.at-work', files=2)"
+    )
+    reports = Launch(tmp_path, work, of=3).start(1, 2, 0).reports()
+    assert all(report["value"] == "value" and not report["torch"] for report in reports)
 
 
 def test_the_error_of_the_first_rank_is_that_of_the_others_and_one_rank_reports_it(tmp_path):
     go = tmp_path / "go"
-    wait = f"while not os.path.exists({str(go)!r}): time.sleep(0.05)"
     fault = "raise RowFault('null', where='rows.jsonl:7', rule='a rule', found='null')"
-    launch = Launch(tmp_path, f"{wait}\n{fault}", of=3).start(2).wait_for_work().start(0, 1)
+    launch = Launch(tmp_path, f"wait_for({str(go)!r})\n{fault}", of=3).start(2).wait_for_work().start(0, 1)
     go.touch()
     first, *others = launch.reports()
     kind, message = first["error"]
@@ -111,21 +116,29 @@ def test_the_error_of_the_first_rank_is_that_of_the_others_and_one_rank_reports_
 
 
 def test_an_unforeseen_error_of_the_first_rank_is_repeated_by_the_others_under_its_name(tmp_path):
-    first, other = Launch(tmp_path, "time.sleep(1); raise ValueError('a fault')").start(0, 1).reports()
+    go = tmp_path / "go"
+    launch = Launch(tmp_path, f"wait_for({str(go)!r})\nraise ValueError('a fault')").start(0).wait_for_work().start(1)
+    go.touch()
+    first, other = launch.reports()
     assert first["error"] == ["ValueError", "a fault"]
     assert other["error"] == ["LauncherError", "ValueError: a fault"] and "work_at" not in other
 
 
 def test_when_the_working_rank_is_killed_the_next_one_works(tmp_path):
-    launch = Launch(tmp_path, "time.sleep(3)").start(0).wait_for_work().start(1)
+    go = tmp_path / "go"
+    launch = Launch(tmp_path, f"wait_for({str(go)!r})").start(0).wait_for_work().start(1)
     working = launch.ranks.pop(0)
     working.kill()
     assert working.wait() == -signal.SIGKILL
+    go.touch()
     assert [report["value"] for report in launch.reports()] == ["value"]
 
 
 def test_waiting_ends_after_wait_s_and_names_the_process_that_works(tmp_path):
-    launch = Launch(tmp_path, "time.sleep(5)", wait_s=1.0).start(0).wait_for_work().start(1)
+    go = tmp_path / "go"
+    launch = Launch(tmp_path, f"wait_for({str(go)!r})", wait_s=1.0).start(0).wait_for_work().start(1)
+    launch.ranks[1].wait()
+    go.touch()
     first, other = launch.reports()
     kind, message = other["error"]
     assert kind == "LostRank"
@@ -135,7 +148,7 @@ def test_waiting_ends_after_wait_s_and_names_the_process_that_works(tmp_path):
 
 
 def test_launches_do_not_see_each_other(tmp_path):
-    good = Launch(tmp_path, "time.sleep(1)", port=1).start(0, 1)
+    good = Launch(tmp_path, port=1).start(0, 1)
     bad = Launch(tmp_path, "raise DataError('0 rows')", port=2).start(0, 1)
     assert [report["error"] for report in bad.reports()] == [["DataError", "0 rows"]] * 2
     assert [report["value"] for report in good.reports()] == ["value"] * 2

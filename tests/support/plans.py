@@ -30,12 +30,12 @@ class Other(Block):
 
 
 def plan_for(
-    *modules: nn.Module, mode: Any = "strict", graphs: int = 1, backend: str = "aot_eager"
+    *modules: nn.Module, mode: Any = "strict", graphs: int = 1, backend: str = "aot_eager", **settings: Any
 ) -> tuple[Plan, Observer]:
     """A plan that compiles the modules as region "layer", of which warm-up must compile `graphs`."""
     observer = Observer()
     compile = CompileSection(mode=mode, scope="layer", regions=[], backend=backend)
-    return Plan([Region("layer", graphs, modules=modules)], compile=compile, observer=observer), observer
+    return Plan([Region("layer", graphs, modules=modules)], compile=compile, observer=observer, **settings), observer
 
 
 def call(block: nn.Module, *sizes: int) -> None:

@@ -15,6 +15,7 @@ from launcher.records.preview import BlockPreview, DocumentPreview, LengthBin, P
 from launcher.records.run import (
     CompileRecord,
     EvalRecord,
+    GraphRecord,
     RankRecord,
     RunRecord,
     Sample,
@@ -83,7 +84,12 @@ def compile_record(**changes: Any) -> CompileRecord:
     record = CompileRecord(
         planned_graphs=3, expected_graphs=3, compilations=6, graph_breaks=0, recompiles=0, limit_hits=0,
         forward_s=12.34, backward_s=20.15, cache_hits=2, graph_hash="9f86d081884c7d659a2feaa0c55ad015",
-        graphs_by_region={"layer": 2, "loss": 1},
+        graphs_by_region={"layer": 2, "loss": 1}, steps=8, steps_compiled=8, evaluations=4, evaluations_compiled=4,
+        graphs=(
+            GraphRecord("layer", 49, {"qlora.linears": 3, "qlora.rotary": 1}, "a"),
+            GraphRecord("layer", 49, {"qlora.linears": 3, "qlora.rotary": 1}, "b"), GraphRecord("loss", 24, {}, "c"),
+        ),
+        calls={"layer": 16, "layer backward": 16, "loss": 2},
     )  # fmt: skip
     return replace(record, **changes)
 
@@ -111,7 +117,7 @@ def run_record(*ranks: RankRecord, steps: int = 8, **changes: Any) -> RunRecord:
         evals=(EvalRecord(0, 2.9134), EvalRecord(steps, 1.4711)),
         elapsed_s={"data": 3.21, "load": 14.9, "compile": 41.0, "train": 102.7, "save": 0.8},
         ranks=ranks or (rank_record(0),), verdicts=(Verdict("no graph break", True, "0 breaks on 1 rank"),),
-        sample=Sample("define [green]lexicon[/]", "a list of words", "a book of words"),
+        sample=Sample("define [green]lexicon[/]", "a list of words", "a book of words"), adapter="/runs/own/adapter",
     )  # fmt: skip
     return replace(record, **changes)
 

@@ -11,7 +11,7 @@ from launcher.checkpoint import adapter
 from launcher.errors import CheckpointError, ContractError, NonFiniteError, RecipeError
 from launcher.model.packed import PackedCausalLM
 from launcher.recipe.load import resolve
-from launcher.records.run import EvalRecord, RunOpened, RunRecord, StartRecord, StepRecord
+from launcher.records.run import EvalRecord, Phase, RunOpened, RunRecord, StartRecord, StepRecord
 from launcher.train import setup
 from launcher.train.loop import RunHistory, run
 from launcher.train.state import EarlyStop
@@ -19,8 +19,8 @@ from tests.conftest import fresh_dynamo, request_for, small_recipe, stock_loss
 
 pytestmark = pytest.mark.usefixtures("clean_dynamo")
 STRICT_CLAIMS = [
-    "base loaded whole", "zero graph breaks", "zero recompiles", "exactly the planned graphs", "loss finite",
-    "saved adapter reloads",
+    "base loaded whole", "zero graph breaks", "zero recompiles", "exactly the planned graphs",
+    "every step ran compiled", "saved adapter reloads",
 ]  # fmt: skip
 
 
@@ -57,14 +57,24 @@ def plain_losses(small_model, rows_file, tmp_path_factory):
 def test_a_run_yields_its_folder_start_steps_evals_and_record_in_order(finished):
     events, history = finished
     folder = history.worker.folder.path
-    records = [event for event in events if not isinstance(event, str)]
+    records = [event for event in events if not isinstance(event, str | Phase)]
     steps = [StepRecord] * 3
     kinds = [RunOpened, StartRecord, EvalRecord, *steps, EvalRecord, *steps, EvalRecord, RunRecord]
     assert [type(record) for record in records] == kinds
     assert records[0].path == folder
     assert [record.step for record in records if isinstance(record, EvalRecord)] == [0, 3, 6]
     assert [record.step for record in records if isinstance(record, StepRecord)] == [1, 2, 3, 4, 5, 6]
+    phases = [event if isinstance(event, str) else event.name for event in events if isinstance(event, str | Phase)]
+    assert phases == [
+        "reading data", "starting processes", "loading model", "compiling", "saving adapter", "generating the sample",
+    ]  # fmt: skip
     assert [path.name for path in folder.iterdir() if path.name != "adapter"] == ["metrics.jsonl"]  # the rest is sinks'
+
+
+def test_the_start_says_in_words_which_rows_are_not_seen_whole(finished):
+    [start] = [event for event in finished[0] if isinstance(event, StartRecord)]
+    [note] = [note for note in start.notes if "truncated" in note]
+    assert "rows truncated" in note and "_" not in note
 
 
 def test_a_run_learns_and_every_claim_holds(finished):
@@ -76,6 +86,7 @@ def test_a_run_learns_and_every_claim_holds(finished):
     assert compiled.compilations < 10
     assert compiled.graphs_by_region == {"layer": 2, "loss": 2}
     assert history.worker.state.step == 6
+    assert record.adapter == str(history.worker.folder.path / "adapter") and record.no_sample == ""
     assert history.worker.state.early_stop == EarlyStop(best_eval_loss=record.evals[-1].eval_loss)
 
 
@@ -130,6 +141,38 @@ def test_a_run_without_validation_has_no_eval_loss_and_the_same_graphs(make_reci
     assert record.evals == ()
     assert record.as_report()["loss"]["eval_first"] is None
     assert record.ranks[0].compile.planned_graphs == 4
+
+
+@pytest.mark.parametrize(
+    ("data", "run", "why"),
+    [
+        ({}, {"sample_tokens": 0}, "run.sample_tokens=0"),
+        ({"validation": 0}, {}, "no row validates (data.validation)"),
+        ({"sources": [{"path": "texts.jsonl"}]}, {}, "no validation row is a chat"),
+    ],
+)
+def test_a_run_without_a_sample_says_why_and_has_no_phase_for_it(make_recipe, tmp_path, monkeypatch, data, run, why):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "texts.jsonl").write_text("".join(f'{{"text": "the river {n} runs"}}\n' for n in range(40)))
+    run = {"output_dir": str(tmp_path / "run"), **run}
+    events = events_of(make_recipe(data=data, run=run, compile={"mode": "off"}, train={"steps": 1}))
+    assert "generating the sample" not in events
+    assert events[-1].sample is None and why in events[-1].no_sample
+    assert events[-1].as_report()["no_sample"] == events[-1].no_sample
+
+
+def test_compiling_tells_how_many_graphs_of_each_region_have_begun(make_recipe):
+    seen, history = [], RunHistory()
+    events = run(request_for(make_recipe(train={"steps": 1})), history)
+    compiling = next(event for event in events if isinstance(event, Phase))
+    assert compiling.progress() == "", "nothing is planned yet"
+    observer = history.worker.observer
+    observe = observer.backend
+    observer.backend = lambda region, inner: observe(
+        region, lambda *arguments: seen.append(compiling.progress()) or inner(*arguments)
+    )
+    list(events)
+    assert seen == [f"graphs: layer {layer} of 2, loss {loss} of 2" for layer, loss in ((1, 0), (1, 1), (2, 1), (2, 2))]
 
 
 def test_reading_the_device_seldom_loses_no_step_and_no_evaluation(make_recipe):
@@ -239,3 +282,26 @@ def test_stock_peft_in_another_process_and_folder_gives_the_trained_loss(finishe
     stock = stock_loss(history, tmp_path, dtype="float32", device="cpu")
     assert stock == pytest.approx(history.evals[-1].eval_loss, rel=1e-3)
     assert history.evals[-1].eval_loss != pytest.approx(history.evals[0].eval_loss, rel=1e-3)
+
+
+@pytest.mark.parametrize("mode", ["strict", "warn"])
+def test_a_run_whose_layers_lose_their_compiled_code_stops_or_says_so(make_recipe, mode):
+    history, events = RunHistory(), []
+
+    def run_through():
+        for event in run(request_for(make_recipe(compile={"mode": mode}, data={"validation": 0})), history):
+            events.append(event)
+            if isinstance(event, StepRecord) and event.step == 2:
+                history.worker.built.packed.body.layers[1]._compiled_call_impl = None
+
+    if mode == "strict":
+        with pytest.raises(
+            ContractError, match=r"layer 2, layer backward 2, loss 1\); one ran layer 1, layer backward"
+        ):
+            run_through()
+        assert len(history.steps) == 2
+        return
+    run_through()
+    [broken] = [verdict for verdict in events[-1].verdicts if not verdict.holds]
+    assert broken.claim == "every step ran compiled" and broken.evidence.startswith("2 of 4 steps, 0 of 2 evaluated")
+    assert events[-1].ranks[0].compile.fallbacks == ()

@@ -2,21 +2,21 @@
 
     row -> what of it the loss sees -> text with spans of characters (render.py) -> token ids and mask
 
-A token is supervised if it covers a character of a span. Control tokens spelled out in a message are plain characters.
-In plain text they are control tokens, since text rendered beforehand is a usual source.
+A token is supervised if it covers a character of a span. Control tokens spelled out in a message are plain characters
+(spelled_out.py). In plain text they are control tokens, since text rendered beforehand is a usual source.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
-from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
-from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from transformers.tokenization_utils_base import EncodingFast
 
 from launcher.data.chat.named_templates import control_tokens, fitting_templates, put_template
-from launcher.data.chat.render import ChatRenderer, Rendered, Span, render_text
+from launcher.data.chat.render import ENDLESS, ChatRenderer, Rendered, render_text
+from launcher.data.chat.spelled_out import SpelledOut, copy_of
+from launcher.data.chat.turns import Span
 from launcher.data.documents import Bools, Document, Ints
 from launcher.data.read.rows import Conversation, Message, Row, RowFault, Text
 from launcher.errors import DataError, RecipeError
@@ -70,10 +70,10 @@ class Encoder:
             self.template = "the tokenizer's own" if tokenizer.chat_template else "none"
         else:
             put_template(tokenizer, data.template)
-        self._renderer = ChatRenderer(tokenizer, name=self.template)
+        self._spelled_out = SpelledOut(tokenizer)
+        self._renderer = ChatRenderer(tokenizer, spelled_out=self._spelled_out, name=self.template)
         # The backend is called directly: the tokenizer around it halves the speed, and changes it at every call.
-        self._backend = _copy(tokenizer.backend_tokenizer, plain=False)
-        self._bos, self._eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+        self._backend = copy_of(tokenizer.backend_tokenizer)
         self._control_ids = control_tokens(tokenizer).keys()
 
     def encode(self, rows: Sequence[Row]) -> list[EncodedRow]:
@@ -96,7 +96,7 @@ class Encoder:
         rendered = self._renderer.render_prompt(row)
         [document] = self._tokenise([rendered])
         assert isinstance(document, Document)
-        return "".join(piece for piece, _ in rendered.pieces()), document.input_ids.tolist()
+        return rendered.shown, document.input_ids.tolist()
 
     def _check_template(self, row: Conversation) -> None:
         templates: Any = self.tokenizer.chat_template
@@ -135,34 +135,15 @@ class Encoder:
 
     def _document(self, item: Rendered, encodings: Iterator[EncodingFast]) -> Document:
         if item.stand_ins:
-            return self._document_of_pieces(item)
-        ids, supervised = self._masked(next(encodings), item.spans)
-        return self._framed(ids, supervised, item.spans) if item.framed else Document(ids, supervised)
+            encoding, ids = self._spelled_out.encode(item.text, item.stand_ins)
+        else:
+            encoding = next(encodings)
+            ids = np.array(encoding.ids, dtype=np.int32)
+        document = Document(ids, self._supervised(encoding, ids, item.spans), item.remarks)
+        return self._framed(document, item) if item.framed else document
 
-    def _document_of_pieces(self, item: Rendered) -> Document:
-        """Piece by piece: strings that stand-ins replaced are plain characters, the rest may hold control tokens."""
-        parts = []
-        start = 0
-        for piece, plain in item.pieces():
-            encoding = (self._plain_backend if plain else self._backend).encode(piece, add_special_tokens=False)
-            parts.append(self._masked(encoding, _within(item.spans, start, start + len(piece))))
-            start += len(piece)
-        ids, supervised = zip(*parts, strict=True)
-        return Document(np.concatenate(ids), np.concatenate(supervised))
-
-    @cached_property
-    def _plain_backend(self) -> Tokenizer:
-        """Knows no control tokens. Made when a row first needs it: half a second for a vocabulary of 150,000.
-
-        A second copy, since a switch thrown on one backend between calls would reach into those of other threads.
-        """
-        return _copy(self._backend, plain=True)
-
-    def _masked(self, encoding: EncodingFast, spans: Sequence[Span] | None) -> tuple[Ints, Bools]:
-        """Token ids and mask. Rust finds the tokens of a span: lists of offsets in Python cost twice as much as all the
-        rest here.
-        """
-        ids = np.array(encoding.ids, dtype=np.int32)
+    def _supervised(self, encoding: EncodingFast, ids: Ints, spans: Sequence[Span] | None) -> Bools:
+        """The mask. Rust finds the tokens of a span: lists of offsets in Python cost twice as much as all the rest."""
         supervised = np.full(len(ids), spans is None)
         for span in spans or ():
             first, last = _first_covering(encoding, range(*span)), _first_covering(encoding, range(*span)[::-1])
@@ -173,24 +154,18 @@ class Encoder:
             while last + 1 < len(ids) and _begin(encoding, last + 1) < span[1]:
                 last += 1  # a character may have several tokens
             supervised[first : last + 1] = True
-        return ids, supervised
+        return supervised
 
-    def _framed(self, ids: Ints, supervised: Bools, spans: Sequence[Span] | None) -> Document:
-        """bos + text + eos, where the tokenizer has them and the text does not bring them along."""
-        if self._bos is not None and ids[:1] != [self._bos]:
-            ids, supervised = np.insert(ids, 0, self._bos), np.insert(supervised, 0, spans is None)
-        if self._eos is not None and ids[-1:] != [self._eos]:
-            ids, supervised = np.append(ids, np.int32(self._eos)), np.append(supervised, spans is None or bool(spans))
-        return Document(ids, supervised)
-
-
-def _copy(backend: Tokenizer, *, plain: bool) -> Tokenizer:
-    """`plain`: control tokens spelled out in a text are plain characters."""
-    copy = Tokenizer.from_str(backend.to_str())
-    copy.no_truncation()
-    copy.no_padding()
-    copy.encode_special_tokens = plain
-    return copy
+    def _framed(self, document: Document, item: Rendered) -> Document:
+        """bos + text + eos, where the tokenizer has them and the text does not bring them along, within whitespace."""
+        ids, supervised, spans = document.input_ids, document.supervised, item.spans
+        bos, eos = self.tokenizer.bos_token, self.tokenizer.eos_token
+        if bos is not None and not item.text.lstrip().startswith(bos):
+            ids, supervised = np.insert(ids, 0, self.tokenizer.bos_token_id), np.insert(supervised, 0, spans is None)
+        if eos is not None and not item.text.rstrip().endswith(eos):
+            ids = np.append(ids, np.int32(self.tokenizer.eos_token_id))
+            supervised = np.append(supervised, spans is None or bool(spans))
+        return Document(ids, supervised, () if eos is not None or spans == [] else (ENDLESS,))
 
 
 def _first_covering(encoding: EncodingFast, characters: Iterable[int]) -> int | None:
@@ -201,10 +176,3 @@ def _first_covering(encoding: EncodingFast, characters: Iterable[int]) -> int | 
 def _begin(encoding: EncodingFast, token: int) -> int:
     characters = encoding.token_to_chars(token)
     return characters[0] if characters else 0
-
-
-def _within(spans: Sequence[Span] | None, start: int, end: int) -> list[Span] | None:
-    """The parts of the spans that lie in text[start:end], counted from its start; some may be empty."""
-    if spans is None:
-        return None
-    return [(max(first, start) - start, min(last, end) - start) for first, last in spans]

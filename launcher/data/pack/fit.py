@@ -2,18 +2,20 @@
 
 from array import array
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
 
 from launcher.data.chat.encode import EncodedRow
+from launcher.data.chat.render import CUT, ENDLESS
 from launcher.data.documents import Document, Documents, Longs
 from launcher.data.read.rows import Conversation, Feed, Row, RowFault
 from launcher.data.splits import digest
 from launcher.errors import DataError
 from launcher.recipe.data_section import DataSection
+from launcher.records.counts import counts_in_words
 
 
 class FittedRow(NamedTuple):
@@ -51,6 +53,7 @@ def fit_rows(
         else:
             if loss_on != "all":
                 counts["empty_assistant_turns"] += _empty_turns(row)
+            counts.update(document.remarks)
             documents = _learnable_pieces(row, document, counts, data=data)
         yield FittedRow(row, loss_on, row_digest, documents)
 
@@ -129,15 +132,31 @@ class UsableRows:
         return np.repeat(starts, sizes) + within_row
 
 
+def notes_on(counts: Mapping[str, int]) -> tuple[str, ...]:
+    """What the model cannot learn from the rows that one would expect it to."""
+    notes = {
+        CUT: "the chat template leaves out text of {}, such as thoughts: it trains nothing; set another data.template",
+        ENDLESS: "in {}, an answer has no end token that the loss sees: the model cannot learn to stop; set a "
+        "data.template that has one, or stop at the next turn's opening when generating",
+    }
+    rows_read = counts["rows_read"]
+    return tuple(
+        "data: " + note.format(f"{counts[name]:,} of {rows_read:,} rows")
+        for name, note in notes.items()
+        if counts[name]
+    )
+
+
 def nothing_left(feeds: Sequence[Feed], counts: Counter[str]) -> DataError:
     """The error for feeds without one usable row; `counts` are those of reading them."""
-    dropped = ", ".join(f"{n} {reason}" for reason, n in counts.items() if "dropped" in reason)
+    reasons = {key: count for key, count in counts.items() if "dropped" in key or key == CUT}
+    found = {"rows_read": counts["rows_read"]} | reasons
     remedy = (
         'Give rows with an answer, like {"messages": [{"role": "user", "content": "…"}, …]} or {"text": "…"},\n'
         "raise data.max_length, or set data.loss_on=all."
     )
     return DataError(
         f"{', '.join(feed.name for feed in feeds)}: 0 usable rows; a source needs one that holds a token to learn.\n"
-        f"Found: {counts['rows_read']} rows read{'; ' if dropped else ''}{dropped}.\n"
+        f"Found: {counts_in_words(found)}.\n"
         + (remedy if counts["rows_read"] else "It is empty: name another, or fill it.")
     )

@@ -34,10 +34,7 @@ def open_source(source: Source, *, streaming: bool) -> list[Feed]:
     Raises DataError: there is no such file, folder or dataset, a folder has no file of a supported kind, a file cannot
     be read, or config, split or revision is given for a local path.
     """
-    try:
-        files = _local_files(source)
-    except (OSError, RuntimeError) as error:  # RuntimeError: "~user" of a user without a home
-        raise _refused(source, f"{error}") from error
+    files = local_files(source)
     if not files:
         return [open_dataset(source, streaming=streaming)]
     for key in ("config", "split", "revision"):
@@ -49,8 +46,15 @@ def open_source(source: Source, *, streaming: bool) -> list[Feed]:
     return [_file_feed(file, source, streaming=streaming) for file in files]
 
 
+def local_files(source: Source) -> list[Path]:
+    """The local files of a source; none if it can only be a dataset of the hub. Raises DataError as open_source."""
+    try:
+        return _local_files(source)
+    except (OSError, RuntimeError) as error:  # RuntimeError: "~user" of a user without a home
+        raise _refused(source, f"{error}") from error
+
+
 def _local_files(source: Source) -> list[Path]:
-    """The local files of a source; none if it can only be a dataset of the hub."""
     path = Path(source.path).expanduser()
     if path.is_dir():
         return _files_in(path)

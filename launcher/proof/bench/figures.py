@@ -9,6 +9,7 @@ from typing import Any
 from launcher.proof.difference import difference
 from launcher.records.bench import BenchRecord, Ceiling, OursRecord, SideRecord, Spread, Workload
 from launcher.records.run import Verdict
+from launcher.train.verdicts import steps_verdict
 
 
 def bench_record(
@@ -34,7 +35,11 @@ def bench_record(
         recipe=recipe, rows=rows, start=ours.start, compile=ours.compile, ceiling=ours.ceiling, workload=workload,
         ours=side, naive=naive, speed_up=speed_up, memory_ratio=memory_ratio, pay_back_steps=pay_back_steps,
         loss_differences=tuple(differences), loss_tolerance=ours.loss_tolerance, notes=notes,
-        verdicts=(*ours.loaded, *_verdicts(side, naive, tolerance=ours.loss_tolerance)),
+        verdicts=(
+            *ours.loaded,
+            *_verdicts(side, naive, tolerance=ours.loss_tolerance),
+            *([steps_verdict([ours.compile])] if ours.compile.expected_graphs else []),
+        ),
     )  # fmt: skip
 
 

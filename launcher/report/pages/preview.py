@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 
+from launcher.records.counts import count_name
 from launcher.records.preview import BlockPreview, PreviewRecord, TextPart
 from launcher.report.pages.formatting import counted, counts, extent, whole
 from launcher.report.pages.page import Column, Page, Section, Styled, Table, Tokens, Value
@@ -86,10 +87,10 @@ def _data(record: PreviewRecord) -> Section:
 
 
 def _counts(record: PreviewRecord, *, validation: bool) -> list[tuple[str, str, str]]:
-    """What happened to the rows, rows read first: "rows_dropped_no_answer" as "rows dropped: no answer"."""
+    """What happened to the rows, rows read first."""
     keys = [key for key in record.counts if key not in OWN_ROWS and key.startswith("validation_") is validation]
     keys.sort(key=lambda key: not key.endswith("rows_read"))
-    return [(key.replace("_", " ").replace("dropped ", "dropped: "), whole(record.counts[key]), "") for key in keys]
+    return [(count_name(key), whole(record.counts[key]), "") for key in keys]
 
 
 def _lengths(record: PreviewRecord) -> Section:

@@ -24,6 +24,7 @@ def rank_sections(ranks: Sequence[RankRecord]) -> Iterator[Section]:
     if regions := ranks[0].compile.graphs_by_region:
         counts = ", ".join(f"{name} {count}" for name, count in regions.items())
         items.append(Styled(f"graphs by region: {counts}", "dim"))
+        items.append(Styled(_insides(ranks[0].compile), "dim"))
     yield Section("Ranks", items, "counts are per process")
     for name, value in MUST_AGREE:
         values = [value(r.compile) for r in ranks]
@@ -40,6 +41,17 @@ def event_sections(ranks: Sequence[RankRecord]) -> Iterator[Section]:
     yield _reasons("Runs uncompiled", [(rank, len(c.fallbacks), c.fallbacks) for rank, c in compiled])
     hits = [(rank, c.limit_hits, [counted(c.limit_hits, "hit")] if c.limit_hits else []) for rank, c in compiled]
     yield _reasons("Recompile limit hits", hits)
+
+
+def _insides(compiled: CompileRecord) -> str:
+    """What the graphs hold, those that differ only in shape or gradient mode once: nodes, and calls of opaque operators
+    by name."""
+    insides: dict[str, None] = {}
+    for graph in compiled.graphs:
+        names = ", ".join(f"{name} {count}" for name, count in graph.opaque.items())
+        opaque = f", of them {counted(sum(graph.opaque.values()), 'opaque call')} ({names})" if names else ""
+        insides[f"{graph.region} {counted(graph.nodes, 'node')}{opaque}"] = None
+    return f"inside the graphs: {' · '.join(insides)}"
 
 
 def _columns(ranks: Sequence[RankRecord]) -> list[Column]:

@@ -1,4 +1,4 @@
-"""The summary of a run: what each rank did, what it cost, how the loss went, and whether each claim holds."""
+"""The summary of a run: losses, what each rank did, what it cost, whether each claim holds, what to do next."""
 
 from collections.abc import Iterator, Sequence
 
@@ -15,20 +15,22 @@ SAMPLE_SHOWN = 1200  # characters of a sample's text; of a longer one the beginn
 
 
 def run_page(run: RunRecord) -> Page:
-    """The whole run. The verdicts and the total stand last: where the eye is when it ends."""
+    """The whole run. What has been learned comes first; the verdicts and what to do next stand where the eye is when it
+    ends."""
     return Page(list(_sections(run)))
 
 
 def _sections(run: RunRecord) -> Iterator[Section]:
+    yield _losses(run.steps, run.evals)
+    yield _sample(run.sample, run.no_sample)
     yield from rank_sections(run.ranks)
     yield _memory(run.ranks, run.start.forecast_mib)
-    yield elapsed(run.elapsed_s)
-    yield _losses(run.steps, run.evals)
     yield from event_sections(run.ranks)
-    if run.sample is not None:
-        yield _sample(run.sample)
+    yield elapsed(run.elapsed_s)
     yield verdicts(run.verdicts)
     yield Section("", [Styled(_total(run.ranks), "strong"), f"run folder {run.start.run_dir}"])
+    if run.adapter is not None and all(verdict.holds for verdict in run.verdicts):
+        yield _next(run.adapter)
 
 
 def _memory(ranks: Sequence[RankRecord], forecast_mib: float | None) -> Section:
@@ -95,7 +97,9 @@ def _change(first: float, last: float) -> str:
     return f"{formatting.loss(first)} → {formatting.loss(last)}{relative}"
 
 
-def _sample(sample: Sample) -> Section:
+def _sample(sample: Sample | None, no_sample: str) -> Section:
+    if sample is None:
+        return Section("Sample", [f"none: {no_sample}"] if no_sample else [])
     rows: list[tuple[Value, Value]] = [
         ("prompt", _shortened(sample.prompt)),
         ("expected", _shortened(sample.expected)),
@@ -110,6 +114,21 @@ def _shortened(text: str) -> str:
     if left_out > 0:
         return f"{text[:half]} … ({left_out:,} characters left out) … {text[-half:]}"
     return text or "(nothing)"
+
+
+def _next(adapter: str) -> Section:
+    """What can be done with the adapter: three lines of stock code, and where this is explained."""
+    code = (
+        "from peft import AutoPeftModelForCausalLM",
+        f"adapter = {adapter!r}",
+        "model = AutoPeftModelForCausalLM.from_pretrained(adapter)",
+    )
+    rows: list[tuple[Value, Value]] = [
+        ("load", "\n".join(code)),
+        ("continue", "merge it into its base, and train the result with model.name=./merged"),
+        ("how", "docs/adapter.md: the tokenizer, the NF4 base that it was trained on, merging"),
+    ]
+    return Section("Next", [Facts(rows)])
 
 
 def _total(ranks: Sequence[RankRecord]) -> str:

@@ -1,8 +1,11 @@
+import string
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 import pytest
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
 from transformers.tokenization_python import PreTrainedTokenizer
 
 from launcher.data.chat.encode import Encoder
@@ -11,6 +14,7 @@ from launcher.data.read.rows import Message, Row, RowFault, Text
 from launcher.errors import DataError, RecipeError
 from launcher.recipe.data_section import DataSection
 from tests.support.chats import MANY_TURNS, chat, encode, encoder, same, supervised_text
+from tests.support.templates import CORPUS, LLAMA3, OWN_TOKENS
 
 TURNS = list(zip(["user", "assistant"] * 3, ["a", "one", "b", "two", "c", "three"], strict=True))
 WHOLE_CHAT = "<|bos|>" + "".join(f"<|head|>{role}<|/head|>\n\n{content}<|eot|>" for role, content in TURNS)
@@ -176,3 +180,54 @@ def test_a_loss_that_plain_text_has_no_part_for_is_refused(tokenizer, loss_on, l
 def test_a_slow_tokenizer_is_refused():
     with pytest.raises(DataError, match=r"fast tokenizer.*\nFound: PythonBackend.*\n.*tokenizer.json"):
         Encoder(PreTrainedTokenizer.__new__(PreTrainedTokenizer), data=DataSection())
+
+
+def sentencepiece_like(kind):
+    """A tokenizer that writes a blank at the beginning of a text, or of every piece of it."""
+    backend = Tokenizer(models.BPE(unk_token="<unk>"))
+    if kind == "prepend":
+        backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+        backend.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.Fuse()])
+    elif kind == "byte level":
+        backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+        backend.decoder = decoders.ByteLevel()
+    else:
+        backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=kind)
+        backend.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.Fuse()])
+    alphabet = [*string.printable.replace(" ", "▁"), *pre_tokenizers.ByteLevel.alphabet()]
+    trainer = trainers.BpeTrainer(vocab_size=420, initial_alphabet=alphabet, special_tokens=["<unk>"])
+    backend.train_from_iterator(CORPUS, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=backend, chat_template=LLAMA3, **OWN_TOKENS)
+
+
+@pytest.mark.parametrize("kind", ["first", "always", "prepend", "byte level"])
+@pytest.mark.parametrize("literal", ["<|eot|>", "<|head|><|head|>", "<|eot|>\U0010ffff<|bos|>"])
+def test_a_spelled_out_control_token_gets_no_blanks_around_it(kind, literal):
+    tokenizer = sentencepiece_like(kind)
+    plain = chat("user: say a b", "assistant: it is a b.")
+    [document] = encode(tokenizer, plain)
+    expected = str(tokenizer.decode(document.input_ids)).replace("a b", f"a{literal}b")
+    [spelled] = encode(tokenizer, chat(f"user: say a{literal}b", f"assistant: it is a{literal}b."))
+    assert str(tokenizer.decode(spelled.input_ids)).replace("<unk>", "\U0010ffff") == expected
+    assert supervised_text(tokenizer, spelled).strip().replace("<unk>", "\U0010ffff") == f"it is a{literal}b.<|eot|>"
+    assert spelled.input_ids.tolist().count(tokenizer.eos_token_id) == 2
+    assert spelled.supervised[-1] and max(spelled.input_ids) < len(tokenizer)
+
+
+@pytest.mark.parametrize("before", ["", "\n", " ", "\n<|bos|>", " \t<|bos|>"])
+@pytest.mark.parametrize("after", ["", "\n", " ", "<|eot|>\n", "<|eot|> \r\n"])
+def test_a_text_rendered_beforehand_keeps_its_begin_and_end_within_whitespace(tokenizer, before, after):
+    text = f"{before}a river{after}"
+    framed = ("" if "<|bos|>" in before else "<|bos|>") + text + ("" if "<|eot|>" in after else "<|eot|>")
+    for answer in (None, len(before)):
+        [document] = encode(tokenizer, Text(text, "f:1", answer=answer))
+        assert tokenizer.decode(document.input_ids) == framed
+        assert document.supervised[document.input_ids == tokenizer.eos_token_id].all()
+
+
+def test_an_answer_of_a_tokenizer_without_end_token_is_remarked(make_tokenizer):
+    tokenizer = make_tokenizer("llama3")
+    assert encode(tokenizer, Text("a river", "f:1", answer=2))[0].remarks == ()
+    tokenizer.eos_token = None
+    [text, blank] = encode(tokenizer, Text("a river", "f:1", answer=2), Text("a ", "f:1", answer=2))
+    assert (text.remarks, blank.remarks) == (("rows_without_end_token",), ())

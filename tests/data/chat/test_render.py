@@ -47,10 +47,12 @@ OPEN_HEAD = LLAMA3.replace("<|head|>assistant<|/head|>\n\n", "<|head|>assistant"
     [
         pytest.param(PLAIN, ["b", "ver"], "b\n|ver\n", id="the next turn ends this one"),
         pytest.param(ENDS_CHAT, ["b"], "b\n<|eot|>", id="a control token ends the chat and not the turn"),
+        pytest.param(ENDS_CHAT, ["b", "b"], "b\n|b\n<|eot|>", id="what both ends begin with"),
         pytest.param(LAST_WORDS, ["b"], "bTHE END", id="words behind the last turn alone"),
+        pytest.param(LAST_WORDS, ["b", "d"], "b|dTHE END", id="nothing that both ends have"),
         pytest.param(OPENS_TURNS, ["Hello", "Hello"], "Hello\n|Hello\n", id="a control token opens the next turn"),
         pytest.param(OPEN_HEAD, ["Hello"], "<|/head|>\n\nHello<|eot|>", id="a control token before the answer"),
-        pytest.param(UPPER, ["B"], "B\n", id="a template that changes nothing of this answer"),
+        pytest.param(UPPER, ["b", "b"], "B\n|B\n", id="a template that changes the answer"),
     ],
 )
 def test_a_turn_is_what_a_template_writes_of_it(make_tokenizer, template, answers, seen):
@@ -107,16 +109,6 @@ def test_a_generation_prompt_that_opens_thoughts_does_not_hide_where_an_answer_b
     assert supervised_text(tokenizer, silent) == "Hello<|eot|>"
 
 
-def test_a_long_chat_is_rendered_once_for_each_turn_and_once_whole(make_tokenizer, monkeypatch):
-    turns, tokenizer = 150, make_tokenizer("llama3")
-    row = chat(*[turn for n in range(turns) for turn in (f"user: question {n}", f"assistant: answer {n}")])
-    rendered, apply = [], tokenizer.apply_chat_template
-    monkeypatch.setattr(tokenizer, "apply_chat_template", lambda m, **kw: rendered.append(len(m)) or apply(m, **kw))
-    [document] = encode(tokenizer, row)
-    assert len(supervised_runs(tokenizer, document)) == turns
-    assert len(rendered) == turns + 1 + 4  # and four times the sample chat
-
-
 FORGETFUL = (  # writes more before a turn once something follows it
     "{%- for m in messages %}{{- '<|head|>' + m['role'] + ('' if loop.last else '!') + '<|/head|>' }}"
     "{{- m['content'] + '<|eot|>' }}{%- endfor %}{%- if add_generation_prompt %}{{- '<|head|>assistant<|/head|>' }}"
@@ -134,6 +126,7 @@ def test_a_template_that_rewrites_what_came_before_is_refused_with_a_way_out(mak
 
 
 ALL_AT_ONCE = "{% for m in messages %}{{ m['role'] + ': ' + m['content'] }}{% endfor %}{{ '<|eot|>' }}"
+ADDS_A_STOP = LLAMA3.replace("m['content'] | trim", "m['content'] + ('' if m['content'].endswith('.') else '.')")
 MUTE = (  # reads contents as lists of parts, which they are not
     "{%- for m in messages %}{{- '<|head|>' + m['role'] + '<|/head|>' }}{%- for part in m['content'] %}"
     "{{- part['text'] }}{%- endfor %}{{- '<|eot|>' }}{%- endfor %}"
@@ -144,12 +137,10 @@ MUTE = (  # reads contents as lists of parts, which they are not
 @pytest.mark.parametrize(
     ("template", "turns"),
     [
-        (ENDS_CHAT, ["user: a", "assistant: b", "user: b"]),
-        (ENDS_CHAT, ["user: a", "assistant: b", "user: c", "assistant: b"]),
-        (LAST_WORDS, ["user: a", "assistant: b", "user:  ", "assistant: d"]),
         (ALL_AT_ONCE, ["user: a", "assistant: b"]),
-        (UPPER, ["user: A", "assistant: b"]),
         (MUTE, ["user: a", "assistant: b"]),
+        (MUTE, ["user: a", "assistant: b", "user: c"]),
+        (ADDS_A_STOP, ["user: a", "assistant: b.", "user: c"]),
     ],
 )
 def test_a_template_that_does_not_show_a_turn_or_its_end_is_refused(make_tokenizer, template, turns):

@@ -1,29 +1,25 @@
-"""Preparing costs what it should: CPU seconds, so that a busy machine does not matter."""
-
-import time
+"""Preparing costs what it should, counted in lines of code that are run: a busy machine does not matter."""
 
 from transformers import AutoTokenizer
 
-from launcher.data import prepare as prepare_module
 from launcher.data.prepare import prepare
 from launcher.recipe.data_section import DataSection
 from tests.conftest import TINY
+from tests.support.counting import lines_run
 
-BUDGET_S = 2.5  # for 4,000 rows in one process; measured 0.9 to 1.3 on a busy machine
-
-
-def cpu_s(path, tokenizer):
-    data = DataSection.model_validate({"sources": [{"path": str(path)}], "max_length": 2048})
-    start = time.process_time()
-    prepare(data, tokenizer, seed=0)
-    return time.process_time() - start
+LINES_A_ROW = 450  # 225 to 250 where this was written
 
 
-def test_four_thousand_short_chats_are_prepared_within_their_budget_and_loaded_in_a_tenth(monkeypatch):
+def test_preparing_short_chats_costs_a_few_hundred_lines_a_row_and_loading_them_none(tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(TINY / "base")
-    with monkeypatch.context() as cold:
-        cold.setattr(prepare_module.cache, "load", lambda identity: None)
-        made = min(cpu_s(TINY / "train.jsonl", tokenizer) for _ in range(2))
-    loaded = cpu_s(TINY / "train.jsonl", tokenizer)
-    assert made < BUDGET_S
-    assert loaded < made / 10 + 0.1
+    with open(TINY / "train.jsonl", encoding="utf-8") as shipped:
+        rows = [next(shipped) for _ in range(800)]
+    loaded = []
+    for count in (200, 800):
+        file = tmp_path / f"{count}.jsonl"
+        file.write_text("".join(rows[:count]), encoding="utf-8")
+        data = DataSection.model_validate({"sources": [{"path": str(file)}], "max_length": 2048})
+        made = lines_run(lambda data=data: prepare(data, tokenizer, seed=0))
+        assert 100 * count < made < LINES_A_ROW * count
+        loaded.append(lines_run(lambda data=data: prepare(data, tokenizer, seed=0)))
+    assert loaded[0] == loaded[1] < 1000

@@ -258,7 +258,7 @@ contents = (words | spelled_out).filter(lambda text: "</think>" not in text)
 chats = st.builds(
     lambda turns, system: chat(*turns, system=system), st.lists(contents, min_size=1, max_size=7), st.none() | contents
 )
-quick = settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+quick = settings(max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 
 
 @each_family

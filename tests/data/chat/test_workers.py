@@ -159,7 +159,7 @@ def run_unguarded(folder, start=""):
     script = folder / "unguarded.py"
     script.write_text(UNGUARDED.replace("BASE", repr(str(TINY / "base"))).replace("START", start))
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    return subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True, timeout=60)
+    return subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True, timeout=600)
 
 
 def test_an_interrupt_while_a_worker_is_started_ends_the_process(tmp_path):

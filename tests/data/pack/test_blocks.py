@@ -60,7 +60,7 @@ def with_random_targets(lengths: list[int], seed: int) -> Documents:
     world=st.integers(1, 3),
     seed=st.integers(0, 99),
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_no_micro_batch_has_more_targets_than_the_bound_of_its_width(lengths, batching, micro_batch, world, seed):
     """Three epochs of every rank, evaluation and warm-up; blank blocks of the last batches and ranks included."""
     order = np.random.default_rng(seed).permutation(len(lengths))

@@ -20,7 +20,7 @@ def positions(widths: tuple[int, ...], lengths: np.ndarray) -> int:
     return int(np.array(widths)[np.searchsorted(widths, lengths)].sum())
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=60, derandomize=True)
 @given(lengths=st.lists(st.integers(1, 76), min_size=1, max_size=60), max_length=st.sampled_from([76, 80, 200]))
 def test_no_other_widths_of_that_number_pad_less_and_six_would_save_little(lengths, max_length):
     widths = choose_widths(np.array(lengths), max_length=max_length)

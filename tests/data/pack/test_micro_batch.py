@@ -1,7 +1,6 @@
 """What a micro batch holds, however documents were laid out in blocks."""
 
 import re
-import time
 from collections import Counter
 
 import numpy as np
@@ -16,6 +15,7 @@ from launcher.data.pack.buckets import bucket, lay_out
 from launcher.data.pack.micro_batch import IGNORE, MicroBatch, micro_batch_of
 from launcher.data.pack.packing import pack
 from launcher.recipe.data_section import DataSection
+from tests.support.counting import lines_run
 from tests.support.documents import documents_of
 
 PAD = 0
@@ -88,19 +88,15 @@ def test_a_batch_moves_whole(drawn_blocks):
     assert (moved.tokens, moved.supervised_tokens) == (batch.tokens, batch.supervised_tokens)
 
 
-def test_a_micro_batch_of_packed_text_is_made_in_two_milliseconds():
-    lengths = np.random.default_rng(0).integers(60, 220, 3000)
-    blocks = pack(documents_of(lengths), np.arange(3000), max_length=2048, pad_id=PAD, seed=0)
-    assert 10 < 3000 / len(blocks) < 20
-    times = []
-    for block in range(0, 100, 2):
-        start = time.perf_counter()
-        micro_batch_of(blocks, [block, block + 1])
-        times.append(time.perf_counter() - start)
-    assert sorted(times)[25] < 2e-3  # 0.3 ms where this was written
+@pytest.mark.parametrize("longest", [220, 2000])
+def test_a_micro_batch_costs_twenty_lines_a_document_and_none_a_token(longest):
+    lengths = np.random.default_rng(0).integers(longest // 2, longest, 3000)
+    blocks = pack(documents_of(lengths), np.arange(3000), max_length=16_384, pad_id=PAD, seed=0)
+    documents = len(blocks[0]) + len(blocks[1])
+    assert 10 * documents < lines_run(lambda: micro_batch_of(blocks, [0, 1])) < 20 * documents
 
 
-@settings(max_examples=150, deadline=None, derandomize=True)
+@settings(max_examples=150, derandomize=True)
 @given(
     masks=st.lists(st.lists(st.booleans(), min_size=1, max_size=24), min_size=1, max_size=30),
     repeats=st.lists(st.integers(0, 29), max_size=12),

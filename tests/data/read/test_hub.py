@@ -2,7 +2,7 @@ import datetime
 import json
 import logging
 import shutil
-import time
+import threading
 from types import SimpleNamespace
 from typing import Any
 
@@ -31,10 +31,11 @@ def answer(tmp_path, monkeypatch):
     asked: list[tuple[str, str | None]] = []
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
 
-    def set_answer(value: str | Exception, after_s: float = 0) -> list[tuple[str, str | None]]:
+    def set_answer(value: str | Exception, once: threading.Event | None = None) -> list[tuple[str, str | None]]:
         def dataset_info(self: Any, name: str, revision: str | None = None, **_: Any) -> Any:
             asked.append((name, revision))
-            time.sleep(after_s)
+            if once is not None:
+                once.wait()
             if isinstance(value, Exception):
                 raise value
             return SimpleNamespace(sha=value)
@@ -75,20 +76,18 @@ def loads(monkeypatch):
 
 
 @pytest.mark.parametrize("path", [NAME, "rows"])
-def test_an_unreachable_hub_is_reported_within_seconds_with_the_offline_way(path):
-    start = time.monotonic()
+def test_an_unreachable_hub_is_reported_with_the_offline_way(path):
     message = refusal(path)  # the suite runs offline
-    assert time.monotonic() - start < 10
     assert repr(path) in message and "data.sources=[{path: ./folder}]" in message and "Online: " in message
 
 
 def test_a_hub_that_does_not_answer_is_not_waited_for(answer, monkeypatch):
     assert hub.HUB_TIMEOUT_S <= 5
     monkeypatch.setattr(hub, "HUB_TIMEOUT_S", 0.2)
-    answer(COMMIT, after_s=5)
-    start = time.monotonic()
-    assert "no answer within" in refusal("owner/none")
-    assert time.monotonic() - start < 4
+    answering = threading.Event()
+    answer(COMMIT, once=answering)
+    assert "no answer within" in refusal("owner/none") and not answering.is_set()
+    answering.set()
 
 
 def test_a_dataset_that_the_hub_refuses_is_not_taken_from_the_cache(answer, cached):

@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from launcher.proof.bench.figures import pay_back, rate, with_figures
+from launcher.proof.bench.figures import bench_record, pay_back, rate, with_figures
 from launcher.proof.difference import difference
 from launcher.records.bench import SideRecord
 from tests.support.records import OURS, WORKLOAD, bench_of, bench_side
@@ -50,7 +50,7 @@ def test_the_figures_of_two_sides() -> None:
     assert record.ours.tokens_per_s == pytest.approx(1_000)  # of the measured steps alone: 100 in 0.1 s
     assert record.ours.ceiling_share == pytest.approx(0.5)  # 10,000 FLOP in 0.1 s, of 200,000 a second
     assert record.loss_differences == (0.0,) * 4
-    assert record.holds and len(record.verdicts) == 3
+    assert record.holds and len(record.verdicts) == 4
 
 
 def test_the_rate_with_blocks_of_several_widths_is_the_median_over_steps_of_their_own_tokens() -> None:
@@ -79,7 +79,15 @@ def test_a_first_loss_beyond_the_tolerance_is_a_failure(loss: float) -> None:
 
 def test_other_batches_are_a_failure_though_the_losses_agree() -> None:
     record = bench_of(bench_side(batches="other"))
-    assert [verdict.holds for verdict in record.verdicts] == [True, False, True] and not record.holds
+    assert [verdict.holds for verdict in record.verdicts] == [True, False, True, True] and not record.holds
+
+
+def test_steps_that_did_not_run_compiled_are_a_failure_unless_nothing_was_to_be_compiled() -> None:
+    compiled = replace(OURS, compile=replace(OURS.compile, steps_compiled=7))
+    record = bench_record({}, rows="data", workload=WORKLOAD, ours=compiled, naive=None)
+    assert "every step ran compiled: 7 of 8 steps" in record.failure
+    off = replace(OURS, compile=replace(OURS.compile, steps_compiled=0, expected_graphs=0))
+    assert bench_record({}, rows="data", workload=WORKLOAD, ours=off, naive=None).holds
 
 
 @pytest.mark.parametrize("naive", [bench_side(), None])

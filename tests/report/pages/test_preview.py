@@ -31,7 +31,7 @@ def test_without_blocks_the_figures_stand_alone() -> None:
 def test_the_table_has_each_figure_once() -> None:
     expected = """rows read 4,330
 rows dropped: no answer 13
-truncated 2
+rows truncated 2
 training rows 4,101
 documents 4,102 in an epoch
 shortest document 4 tokens

@@ -1,5 +1,6 @@
 """The summary of a run: ranks, disagreements and their reasons, memory, time, losses, verdicts, the total."""
 
+import ast
 import re
 from dataclasses import replace
 from typing import Any
@@ -25,6 +26,10 @@ def test_the_rank_table_has_a_row_for_each_rank_and_the_extremes_of_several(rank
         lines = [line for line in section(text, "Ranks") if line.startswith(word)]
         assert all(f" {peak:,} " in line for line in lines)
     assert "graphs by region: layer 2, loss 1" in section(text, "Ranks")
+    inside = (
+        "inside the graphs: layer 49 nodes, of them 4 opaque calls (qlora.linears 3, qlora.rotary 1) · loss 24 nodes"
+    )
+    assert inside in section(text, "Ranks")
 
 
 @pytest.mark.parametrize(
@@ -123,10 +128,30 @@ def test_memory_on_a_cpu_is_called_resident_memory() -> None:
 
 
 def test_the_end_has_compilations_the_speed_of_all_ranks_the_peak_and_the_folder() -> None:
-    *_, total, folder = shown(run_record(rank_record(0), rank_record(1, compilations=9))).splitlines()
+    record = run_record(rank_record(0), rank_record(1, compilations=9), adapter=None)
+    *_, total, folder = shown(record).splitlines()
     assert total.strip() == "6 to 9 compilations per process · 150,625 tokens/s · peak 7,491 MiB VRAM"
     assert folder.strip() == f"run folder {start_record().run_dir}"
     assert "6 compilations in this process" in shown(run_record())
+
+
+def test_what_was_learned_comes_first_and_what_to_do_next_last() -> None:
+    titles = re.findall(r"^─ (\S+)", shown(run_record(rank_record(0, graph_breaks=1))), re.M)
+    assert titles == ["Loss", "Sample", "Ranks", "VRAM", "Graph", "Elapsed", "Verdicts", "Next"]
+
+
+def test_what_to_do_next_is_code_that_loads_the_adapter_of_a_run_whose_claims_hold() -> None:
+    lines = section(shown(run_record(adapter="/runs/it's/adapter")), "Next")
+    code = "\n".join([lines[1].removeprefix("load "), *lines[2:4]])
+    names = {node.id for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Name)}
+    assert names == {"AutoPeftModelForCausalLM", "adapter", "model"} and "/runs/it's/adapter" in code
+    failed = (Verdict("no recompile", False, "2 recompiles"),)
+    assert all("─ Next" not in shown(run_record(**change)) for change in ({"adapter": None}, {"verdicts": failed}))
+
+
+def test_a_sample_that_is_missing_says_why() -> None:
+    text = shown(run_record(sample=None, no_sample="run.sample_tokens=0"))
+    assert section(text, "Sample")[1] == "none: run.sample_tokens=0"
 
 
 def test_elapsed_time_is_listed_by_phase_with_its_sum() -> None:

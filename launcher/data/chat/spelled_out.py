@@ -1,0 +1,101 @@
+"""Control tokens that a message spells out ("<|eot|>") stay plain characters: a message cannot end its own turn.
+
+rendering     every such string becomes a stand-in: a private character, repeated to the string's length
+tokenising    the strings are put back, and the template's control tokens are disguised instead. The backend sees the
+              strings as characters and the disguises as added tokens, so that a row is tokenised in one piece: some
+              tokenizers write a blank at the beginning of every piece.
+
+Only rows that spell out a control token pay for it. Thoughts between control tokens, at which a template splits the
+assistant's content, are no such strings.
+"""
+
+import random
+import re
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+
+import numpy as np
+from tokenizers import AddedToken, Tokenizer
+from transformers import PreTrainedTokenizerBase
+from transformers.tokenization_utils_base import EncodingFast
+
+from launcher.data.chat.named_templates import control_tokens
+from launcher.data.documents import Ints
+from launcher.data.read.rows import Message
+
+Messages = list[dict[str, str]]  # as templates take them
+
+BEGIN, END = "\U0010fffe", "\U0010ffff"  # marks that rendering puts into a chat to find places in it
+PRIVATE = re.compile("[\U00100000-\U0010ffff]")  # Unicode's last plane
+
+
+class SpelledOut:
+    """The control tokens of a tokenizer, and how messages may spell them out."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self._tokenizer = tokenizer
+        # Two patterns: alternatives that begin with the same characters are found a hundred times faster than mixed.
+        longest_first = sorted(control_tokens(tokenizer).values(), key=len, reverse=True)
+        self.control = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
+        split_at = re.findall(r"""split\(\s*["']([^"']+)["']""", str(tokenizer.chat_template))
+        hidden = [string for string in longest_first if string not in split_at]
+        self._of_assistant = re.compile("|".join(map(re.escape, hidden)) or "(?!)")
+
+    def hide(self, row_messages: Sequence[Message]) -> tuple[Messages, dict[str, str]]:
+        """The messages with stand-ins, and the string that each stands for; private characters are replaced too."""
+        messages = [{"role": message.role, "content": message.content} for message in row_messages]
+        patterns = [self._of_assistant if m["role"] == "assistant" else self.control for m in messages]
+        pairs = list(zip(patterns, messages, strict=True))
+        if not any(pattern.search(m["content"]) or PRIVATE.search(m["content"]) for pattern, m in pairs):
+            return messages, {}
+        stand_in: dict[str, str] = {}
+        for pattern, message in pairs:
+            message["content"] = re.sub(
+                f"{pattern.pattern}|{PRIVATE.pattern}",
+                lambda m: stand_in.setdefault(m[0], chr(0x100000 + len(stand_in))) * len(m[0]),
+                message["content"],
+            )
+        return messages, {char: string for string, char in stand_in.items()}
+
+    def encode(self, text: str, stand_ins: Mapping[str, str]) -> tuple[EncodingFast, Ints]:
+        """A rendered text's encoding, whose offsets fit the text, and its ids, without those of disguises."""
+        backend, disguises, true_ids = self._disguised
+        text = restored(self.control.sub(lambda match: disguises[match[0]], text), stand_ins)
+        encoding = backend.encode(text, add_special_tokens=False)
+        return encoding, np.array([true_ids.get(index, index) for index in encoding.ids], np.int32)
+
+    @cached_property
+    def _disguised(self) -> tuple[Tokenizer, dict[str, str], dict[int, int]]:
+        """A backend that knows control tokens only by their disguises; those, and the ids that they stand for.
+
+        A disguise is as long as its token, and drawn, so that no message can spell it out. Made when a row first needs
+        it: half a second for a vocabulary of 150,000.
+        """
+        backend, draw = copy_of(self._tokenizer.backend_tokenizer), random.SystemRandom()
+        backend.encode_special_tokens = True
+        private = [*map(chr, range(0xF0000, 0xFFFFE))]
+        disguises, true_ids = {}, {}
+        for true_id, token in self._tokenizer.added_tokens_decoder.items():
+            if token.special:
+                disguise = disguises[token.content] = "".join(draw.choices(private, k=len(token.content)))
+                flags = {name: getattr(token, name) for name in ("single_word", "lstrip", "rstrip", "normalized")}
+                backend.add_tokens([AddedToken(disguise, special=False, **flags)])
+                if (index := backend.token_to_id(disguise)) is not None:
+                    true_ids[index] = true_id
+        return backend, disguises, true_ids
+
+
+def restored(text: str, stand_ins: Mapping[str, str]) -> str:
+    """The text with the strings that the stand-ins stand for."""
+    for char, string in stand_ins.items():
+        text = text.replace(char * len(string), string)
+    return text
+
+
+def copy_of(backend: Tokenizer) -> Tokenizer:
+    """A tokenizer of its own, without truncation and padding, to which control tokens are control tokens."""
+    copy = Tokenizer.from_str(backend.to_str())
+    copy.no_truncation()
+    copy.no_padding()
+    copy.encode_special_tokens = False
+    return copy

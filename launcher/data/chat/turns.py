@@ -1,0 +1,192 @@
+"""Where a template without generation blocks begins and ends the assistant's turns.
+
+    prompt = render(messages[:i], generation prompt)     <bos>[user]Hi[end][assistant]
+    text   = render(messages)                            <bos>[user]Hi[end][assistant]Hello.[end]\\n[user]Bye[end]\\n
+    span   = what follows the prompt in text, up to the last control token of the turn      Hello.[end]
+
+So an empty thinking block that a template writes into the turn is supervised. A template may write earlier turns in
+another way than the last one (without their thinking): spans lie in `text`, so this does no harm. Where the generation
+prompt ends in an opening ("<think>\\n") that the turn in `text` lacks, the span begins before the opening.
+
+A mark behind each content, in one more rendering, shows where the content ends in `text`. The template's ending
+follows: what it writes of a turn whatever comes next. It is found on a sample chat:
+
+    [end]\\n[user]thank you    another message follows
+    [end]\\n[eos]              the chat ends
+    [end]                     what both have: up to the last control token, or the leading whitespace without one
+
+The turn that ends the chat has all that is written up to the last control token. No character of the next turn is ever
+in a span. Where a template has no ending (the next turn's opening ends a turn), a span is the content alone.
+
+Long chats: rendering a prompt for every turn would take time with the square of their turns. So prompts are rendered
+for ever fewer turns (the 1st, 2nd, 3rd, 5th, 9th, ... and the last), which shows templates that rewrite what came
+before. In between, a turn begins behind the only `lead` there: what the template writes between the sample's question
+and its answer.
+"""
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate
+from os.path import commonprefix
+
+from launcher.data.chat.spelled_out import BEGIN, END, Messages
+
+Span = tuple[int, int]  # half-open range of characters
+Apply = Callable[..., str]  # (messages, prompt=False) -> text
+
+SYSTEM = {"role": "system", "content": "be brief"}
+SAMPLE = ("3141", "5926", "5358")  # user, assistant, user; digits, since templates may change letters
+THOUGHTS_ALONE = re.compile(r"[>\]]\s*\Z")  # what a content that is nothing else ends like; others do too
+
+
+class UnshownTurn(Exception):
+    """The template does not show where the message of this index begins or ends."""
+
+    def __init__(self, index: int) -> None:
+        super().__init__(index)
+        self.index = index
+
+
+@dataclass(frozen=True)
+class TurnFormat:
+    """How a template writes an assistant turn that a user's message follows.
+
+    `lead`: what it writes between the question and the turn. `opening`: what the generation prompt has behind that, and
+    the turn has not. `ending`: what ends the turn; None if unknown.
+    """
+
+    lead: str = ""
+    opening: str = ""
+    ending: str | None = None
+
+
+class Turns:
+    """Finds assistant turns in the texts that `apply` renders. `end_tokens`: what may end a turn."""
+
+    def __init__(self, apply: Apply, *, control: re.Pattern[str], end_tokens: tuple[str, ...]) -> None:
+        self._apply, self._control, self._end_tokens = apply, control, end_tokens
+
+    def spans(self, messages: Messages, turns: Sequence[int], text: str) -> list[Span]:
+        """The span of each of these messages in `text`, which is their chat; it may be empty.
+
+        Raises UnshownTurn, and what the template raises.
+        """
+        content_ends = self._content_ends(messages, turns, text)
+        spans, last_end, last_turn = [], 0, -1
+        for number, turn in enumerate(turns):
+            content_end = content_ends.get(turn, len(text))
+            leads = sum(message["role"] == "assistant" for message in messages[last_turn + 1 : turn + 1])
+            start = self._behind_lead(text, (last_end, content_end), leads)
+            if number & (number - 1) == 0 or turn == turns[-1] or start is None:
+                start = self.begin(messages, turn, text)
+            if turn in content_ends:
+                end = self._turn_end(messages[turn]["content"], text, content_end)
+            else:
+                end = start + len(self._up_to_end_token(text[start:]))
+            is_written = self._control.sub("", text[start:end]).strip()
+            if (
+                start > content_end
+                or end is None
+                or not (is_written or THOUGHTS_ALONE.search(messages[turn]["content"]))
+            ):
+                raise UnshownTurn(turn)
+            spans.append((start, end))
+            last_end, last_turn = content_end, turn
+        return spans
+
+    def begin(self, messages: Messages, turn: int, text: str) -> int:
+        """Where the model begins to write this turn in `text`. Raises UnshownTurn, and what the template raises."""
+        prompt = self._apply(messages[:turn], prompt=True)
+        if not text.startswith(prompt):
+            prompt = prompt.removesuffix(self._format.opening)
+        if not text.startswith(prompt):
+            raise UnshownTurn(turn)
+        return len(prompt)
+
+    def _content_ends(self, messages: Messages, turns: Sequence[int], text: str) -> dict[int, int]:
+        """Where the contents of these messages end in `text`, without the chat's last message."""
+        inner = [turn for turn in turns if turn + 1 < len(messages)]
+        if not inner:
+            return {}
+        for before_whitespace in (False, True):
+            ends, written = self._read_marks(messages, inner, before_whitespace)
+            if written == text and len(ends) == len(inner):
+                return ends
+        raise UnshownTurn(next((turn for turn in inner if turn not in ends), inner[0]))
+
+    def _read_marks(
+        self, messages: Messages, inner: Sequence[int], before_whitespace: bool
+    ) -> tuple[dict[int, int], str]:
+        """Where the marks of these messages are in the chat, and the chat without marks.
+
+        Templates trim contents, so a mark is put before the whitespace of a content; of thoughts alone, behind it too:
+        then it is all that is left of them.
+        """
+        marked = list(messages)
+        for turn in inner:
+            content = messages[turn]["content"]
+            body = content.rstrip() if before_whitespace or not THOUGHTS_ALONE.search(content) else content
+            marked[turn] = {**messages[turn], "content": f"{body}{BEGIN}{turn}{END}{content[len(body) :]}"}
+        pieces = re.split(f"{BEGIN}([0-9]+){END}", self._apply(marked))
+        positions = accumulate(map(len, pieces[::2]))
+        return dict(zip(map(int, pieces[1::2]), positions, strict=False)), "".join(pieces[::2])
+
+    def _behind_lead(self, text: str, between: Span, number: int) -> int | None:
+        """The end of the last of exactly `number` leads, and of the opening behind it."""
+        lead, opening = self._format.lead, self._format.opening
+        if not lead or text.count(lead, *between) != number:
+            return None
+        start = text.rfind(lead, *between) + len(lead)
+        return start + len(opening) if text.startswith(opening, start) else start
+
+    def _turn_end(self, content: str, text: str, content_end: int) -> int | None:
+        """The end of a turn whose content ends at `content_end`, but for whitespace, which some templates trim."""
+        if self._format.ending is None:
+            return None
+        whitespace = content[len(content.rstrip()) :]
+        for ending in (whitespace + self._format.ending, self._format.ending):
+            if text.startswith(ending, content_end):
+                return content_end + len(ending)
+        return content_end
+
+    def _up_to_end_token(self, text: str) -> str:
+        """Without the whitespace after an end token."""
+        body = text.rstrip()
+        return body if body.endswith(self._end_tokens) else text
+
+    @cached_property
+    def _format(self) -> TurnFormat:
+        """Found on a sample chat, with a system message if it must be; the default for a template that refuses both."""
+        roles = ("user", "assistant", "user")
+        sample = [{"role": role, "content": content} for role, content in zip(roles, SAMPLE, strict=True)]
+        for system in ([], [SYSTEM]):
+            try:
+                question, answered, followed = (self._apply(system + sample[:end]) for end in (1, 2, 3))
+                prompt = self._apply(system + sample[:1], prompt=True)
+                return self._format_of(question, answered, followed, prompt)
+            except Exception:  # a template's own, or ValueError: it does not write the contents
+                continue
+        return TurnFormat()
+
+    def _format_of(self, question: str, answered: str, followed: str, prompt: str) -> TurnFormat:
+        shared = commonprefix([prompt, followed])
+        opening = prompt[len(shared) :] if shared.startswith(question) else ""
+        lead = _behind(SAMPLE[0], prompt.removesuffix(opening))
+        rest = _behind(SAMPLE[1], followed)
+        endings = [self._ending(rest, _behind(*pair)) for pair in ((SAMPLE[1], answered), (SAMPLE[0], question))]
+        ending = next((ending for ending in endings if ending.endswith(self._end_tokens)), endings[0])
+        return TurnFormat(lead, opening, ending)
+
+    def _ending(self, followed: str, last: str) -> str:
+        """What a turn ends in both where another message follows and where the chat ends."""
+        shared = commonprefix([followed, last])
+        if shared != last:  # not to be cut within a control token
+            tokens = [match.end() for match in self._control.finditer(followed) if match.end() <= len(shared)]
+            shared = shared[: tokens[-1] if tokens else len(shared) - len(shared.lstrip())]
+        return self._up_to_end_token(shared)
+
+
+def _behind(content: str, text: str) -> str:
+    return text[text.rindex(content) + len(content) :]
