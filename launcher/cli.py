@@ -6,6 +6,7 @@ torch is imported only once the recipe is known to be good: a mistyped key is an
 import io
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 from rich.console import Console
@@ -62,13 +63,19 @@ def _preview(resolved: Resolved, info: RankInfo, console: Console) -> None:
         with quick_imports():
             from launcher.data.prepare import prepare
             from launcher.data.preview import preview_record
+            from launcher.data.vocabulary import fit_vocabulary
             from launcher.model.families import family_of
             from launcher.model.load import load_config, load_tokenizer
+            from launcher.model.token_vectors import stored_vectors, untrained_notes
 
         recipe, name, source = resolved.recipe, resolved.name, request.source
-        family_of(load_config(source, recipe.model), max_length=recipe.data.max_length)  # refuses what training refuses
+        config = load_config(source, recipe.model)
+        family_of(config, max_length=recipe.data.max_length)  # refuses what training refuses
         tokenizer = load_tokenizer(source, recipe.model, stand_in=request.shipped / "tiny" / "base")
         data = prepare(recipe.data, tokenizer, seed=recipe.train.seed)
+        data, used = fit_vocabulary(data, tokenizer, vocabulary=config.vocab_size)
+        if vectors := stored_vectors(source, config, recipe.model):
+            data = replace(data, notes=untrained_notes(*vectors, tokenizer, **vars(used)) + data.notes)
         screen.show(preview_record(data, tokenizer, recipe=recipe, name=name, source=source, blocks=resolved.blocks))
 
 

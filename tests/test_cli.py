@@ -10,6 +10,8 @@ import sys
 import time
 
 import pytest
+from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer
 
 from launcher import cli
 from launcher.errors import ContractError, DataError
@@ -134,6 +136,44 @@ def test_a_preview_shows_the_blocks_without_weights_and_leaves_nothing(main, pre
     assert re.search(r"rows read +60\b", out)
     assert "auto → assistant in 54 rows" in out  # of the 60, six validate
     assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.fixture
+def base(small_model, tmp_path):
+    """A copy of the small model that may be changed."""
+    shutil.copytree(small_model, tmp_path / "base")
+    return tmp_path / "base"
+
+
+@pytest.mark.parametrize("mode", ["mode=train", "mode=preview"])
+@pytest.mark.parametrize(("fault", "code", "says"), [("pad", 2, "pad_token_id"), ("end", 3, "'<|4096|>' (id 8192)")])
+def test_ids_beyond_the_embedding_are_refused_before_weights_are_read(main, small, base, mode, fault, code, says):
+    if fault == "pad":
+        config = json.loads((base / "config.json").read_text())
+        (base / "config.json").write_text(json.dumps(config | {"pad_token_id": config["vocab_size"]}))
+    else:
+        tokenizer = AutoTokenizer.from_pretrained(base)
+        tokenizer.add_special_tokens({"extra_special_tokens": [f"<|{number}|>" for number in range(4097)]})
+        tokenizer.chat_template = tokenizer.chat_template.replace("eos_token", "'<|4096|>'")
+        tokenizer.save_pretrained(base)
+    returned, _, err = main(*replaced(small, "model.name=./base"), mode)
+    assert (returned, says in err) == (code, True), err
+    assert len(err.strip().splitlines()) <= 5
+    assert not (base.parent / "out").exists()
+
+
+def test_a_run_and_its_preview_name_an_end_token_that_was_never_trained(main, small, base):
+    tensors = load_file(base / "model.safetensors")
+    tensors["lm_head.weight"][AutoTokenizer.from_pretrained(base).eos_token_id] = 0
+    save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
+    arguments = replaced(small, "model.name=./base", "compile.mode=off", "train.steps=1", "run.sample_tokens=0")
+    said = "output head was never trained for <|end|> (zero)"
+    for mode in ("mode=preview", "mode=train"):
+        code, out, err = main(*arguments, mode)
+        assert (code, said in " ".join(out.split())) == (0, True), out + err
+    assert said in json.loads((base.parent / "out" / "report.json").read_text())["start"]["notes"][0]
+    code, out, err = main(*replaced(arguments, "model.init=random", "run.output_dir=random"), "mode=train")
+    assert (code, said in " ".join(out.split())) == (0, False), out + err
 
 
 def test_a_preview_that_nobody_reads_to_its_end_has_no_traceback(previewed, tmp_path):

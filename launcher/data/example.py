@@ -4,7 +4,6 @@ from collections import Counter
 from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
-from itertools import chain
 
 from launcher.data.chat.encode import Encoder
 from launcher.data.read.formats import read_rows
@@ -29,7 +28,7 @@ def find_example(
     Reads the feeds again, up to that row: keeping every row for the sake of one would cost memory.
     """
     left = set(digests)
-    rows = chain.from_iterable(read_rows(feed, bad_rows="skip", counts=Counter()) for feed in feeds)
+    rows = read_rows(feeds, data=encoder.data.model_copy(update={"bad_rows": "skip"}), counts=Counter())
     while left and (row := next(rows, None)) is not None:
         row_digest = digest(row, seed=seed)
         if row_digest in left and isinstance(row, Conversation):

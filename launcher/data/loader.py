@@ -112,10 +112,24 @@ class TrainLoader(Iterator[StepBatch]):
         return steps.reshape(-1, *self._step_shape)
 
 
-def eval_batches(blocks: Blocks, *, micro_batch: int, rank: int, world_size: int) -> list[MicroBatch]:
+@dataclass(frozen=True)
+class EvalBatches:
+    """Micro batches, each made when its turn comes: all together they would take 28 bytes a position."""
+
+    blocks: Blocks
+    plan: Longs  # [micro batches, B]: numbers of blocks
+
+    def __len__(self) -> int:
+        return len(self.plan)
+
+    def __iter__(self) -> Iterator[MicroBatch]:
+        return (micro_batch_of(self.blocks, numbers) for numbers in self.plan)
+
+
+def eval_batches(blocks: Blocks, *, micro_batch: int, rank: int, world_size: int) -> EvalBatches:
     """This rank's share of all blocks: disjoint, exhaustive over the ranks, and as many batches on each of them."""
     plan = _filled(_cut(np.arange(len(blocks)), blocks.widths, micro_batch), world_size)
-    return [micro_batch_of(blocks, numbers) for numbers in plan[rank::world_size]]
+    return EvalBatches(blocks, plan[rank::world_size])
 
 
 def sample_batch(blocks: Blocks, width: int, *, micro_batch: int) -> MicroBatch:

@@ -10,8 +10,8 @@ lay_out           -> blocks, which go into the cache
 """
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from contextlib import closing, contextmanager
+from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from itertools import chain
 from typing import cast
@@ -29,7 +29,8 @@ from launcher.data.pack.buckets import lay_out
 from launcher.data.pack.fit import UsableRows, fit_rows, notes_on, nothing_left
 from launcher.data.read.formats import read_rows
 from launcher.data.read.rows import Feed
-from launcher.data.read.sources import open_source
+from launcher.data.read.sources import errors_name_validation, open_source, open_validation
+from launcher.data.read.unused import unused_notes
 from launcher.data.splits import held_out, weighted
 from launcher.data.stream import Stream
 from launcher.errors import DataError
@@ -84,7 +85,8 @@ def prepare(data: DataSection, tokenizer: PreTrainedTokenizerBase, *, seed: int)
 
     Counts: rows_read, rows_dropped_<reason>, pieces_dropped_zero_supervised, truncated and split (rows that were too
     long), empty_assistant_turns (where masked), rows_cut_by_template (it leaves out text of them),
-    rows_without_end_token (of an answer), rows_repeated and rows_left_out (by weights), of several sources
+    rows_without_end_token (of an answer), unused_key_<name> and dropped_key_<name> (rows with a key that nothing uses),
+    rows_repeated and rows_left_out (by weights), of several sources
     source_<n>_rows_of_an_epoch (n from 1; a repeated row counts each time), documents, tokens and supervised_tokens
     (the targets) for training, validation_documents. Where validation data is a source of its own, its other counts
     have the prefix validation_, and its rows are dropped from training; with a fraction, rows_read = train_rows +
@@ -96,48 +98,37 @@ def prepare(data: DataSection, tokenizer: PreTrainedTokenizerBase, *, seed: int)
     encoder = Encoder(tokenizer, data=data)
     # Any id will do: padding is a document of its own, without loss.
     pad_id = next(i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if i is not None)
-    train = [open_source(source, streaming=data.streaming) for source in data.sources]
-    validation = _open_validation(data)
+    train = [open_source(source, data=data) for source in data.sources]
+    validation = open_validation(data)
     opened = [*train, *([validation] if validation is not None else [])]
     identity = cache.fingerprint(
         data,
-        identities=[[feed.identity for feed in feeds] for feeds in opened],
+        identities=[[feed.identity for feed in source.feeds] for source in opened],
         tokenizer=tokenizer,
         seed=seed,
     )
     pool = EncoderPool(encoder, workers=rank_info().cores)
-    inputs = _Inputs(data, pool, train, validation, pad_id, seed)
-    if data.streaming:
+    inputs = _Inputs(data, pool, [source.feeds for source in train], validation and validation.feeds, pad_id, seed)
+    prepared = _prepared(inputs, identity)
+    notes = [*(f"data: {note}" for source in opened for note in source.notes), *unused_notes(prepared.counts)]
+    return replace(prepared, notes=(*prepared.notes, *notes))
+
+
+def _prepared(inputs: _Inputs, identity: str) -> PreparedData:
+    """From the stream, from the cache, or made and cached."""
+    if inputs.data.streaming:
         try:
             return _prepare_stream(inputs, identity)  # which goes on using the pool
         except BaseException:
-            pool.close()
+            inputs.pool.close()
             raise
     entry = cache.load(identity)
     if entry is not None:
         return _from_entry(entry, identity)
-    with closing(pool):
+    with closing(inputs.pool):
         prepared = _prepare_blocks(inputs, identity)
     note = cache.save(_to_entry(prepared), identity)
     return replace(prepared, notes=(*prepared.notes, note)) if note else prepared
-
-
-def _open_validation(data: DataSection) -> list[Feed] | None:
-    """The feeds of validation data that is a source of its own."""
-    if data.validation_source is None:
-        return None
-    with _errors_name_validation():
-        return open_source(data.validation_source, streaming=False)
-
-
-@contextmanager
-def _errors_name_validation() -> Iterator[None]:
-    """Errors say that they are about the validation data."""
-    try:
-        yield
-    except DataError as error:
-        error.args = (f"data.validation: {error}",)
-        raise
 
 
 def _to_entry(prepared: PreparedData) -> cache.Entry:
@@ -245,8 +236,7 @@ def _usable_rows(
     data, usable = inputs.data, UsableRows()
     for index, feeds in enumerate(sources):
         counts_before, rows_before = Counter(counts), len(usable)
-        rows = chain.from_iterable(read_rows(feed, bad_rows=data.bad_rows, counts=counts) for feed in feeds)
-        encoded = inputs.pool.encode(rows)
+        encoded = inputs.pool.encode(read_rows(feeds, data=data, counts=counts))
         for fitted in fit_rows(encoded, counts, data=data, seed=inputs.seed, excluded=excluded):
             if fitted.documents:
                 usable.add(fitted, source=index)
@@ -259,7 +249,7 @@ def _rows_of_validation_source(inputs: _Inputs, counts: Counter[str]) -> UsableR
     if inputs.validation is None:
         return None
     own_counts: Counter[str] = Counter()
-    with _errors_name_validation():
+    with errors_name_validation():
         usable = _usable_rows([inputs.validation], inputs, own_counts, excluded=frozenset())
     counts.update({f"validation_{name}": count for name, count in own_counts.items()})
     return usable

@@ -10,7 +10,7 @@ So steps do not depend on the number of ranks, and no rank has to ask another fo
 """
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import count
 from typing import NamedTuple
@@ -18,7 +18,7 @@ from typing import NamedTuple
 import numpy as np
 
 from launcher.data.chat.workers import EncoderPool
-from launcher.data.documents import Document, Documents
+from launcher.data.documents import Document, Documents, Ints
 from launcher.data.pack.blocks import Blocks
 from launcher.data.pack.buckets import bucket
 from launcher.data.pack.fit import fit_rows, nothing_left
@@ -66,6 +66,7 @@ class Stream:
     excluded: frozenset[bytes]  # digests of rows that validate
     validation_counts: Counter[str]
     min_max_documents: int  # of the validation blocks
+    check: Callable[[Ints], None] | None = None  # is given the token ids of every later window; raises DataError
     max_documents: int = field(init=False, default=0)  # as in Blocks; not known before the first window
     first_window: Window = field(init=False)
 
@@ -144,7 +145,10 @@ class StreamReader:
                     loss_on[row.loss_on] += 1
                     self._useful_sources.add(source)
             self._check_useful()
-        blocks = stream.lay_out(Documents.of(documents), seed=int(random.integers(2**32)))
+        joined = Documents.of(documents)
+        if stream.check:
+            stream.check(joined.input_ids)
+        blocks = stream.lay_out(joined, seed=int(random.integers(2**32)))
         return Window(blocks, Counter(counts), loss_on, list(self._positions))
 
     def draw(self, random: np.random.Generator, number: int) -> tuple[list[int], list[Row]]:
@@ -159,8 +163,7 @@ class StreamReader:
                 raise nothing_left(self._stream.sources[source], self._counts)
 
     def _one_pass(self, source: int) -> Iterator[Row]:
-        for feed in self._stream.sources[source]:
-            yield from read_rows(feed, bad_rows=self._stream.data.bad_rows, counts=self._counts)
+        return read_rows(self._stream.sources[source], data=self._stream.data, counts=self._counts)
 
     def _next(self, source: int) -> Row:
         passes, rows_done = self._positions[source]

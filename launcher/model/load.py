@@ -20,6 +20,7 @@ from transformers.integrations import replace_with_bnb_linear
 from transformers.utils import find_adapter_config_file
 
 from launcher.errors import RecipeError
+from launcher.model.token_vectors import check_pad_id
 from launcher.model.weight_files import Headers, check_headers, read_headers
 from launcher.model.weight_values import compare_with_files
 from launcher.recipe.schema import ModelSection, QuantSection
@@ -40,12 +41,14 @@ class Base:
 def load_config(source: str, model: ModelSection) -> Any:
     """The transformers config at `source`. Raises RecipeError for a model that needs its own code to run."""
     try:
-        return AutoConfig.from_pretrained(source, revision=_revision(source, model), trust_remote_code=False)
+        config = AutoConfig.from_pretrained(source, revision=_revision(source, model), trust_remote_code=False)
     except Exception as error:  # what is wrong with the file may show as any error
         raise RecipeError(
             f"model {source!r} must load without remote code and with a config.json that transformers knows:\n"
             f"{_first_line(error)}"
         ) from None
+    check_pad_id(config)
+    return config
 
 
 def load_tokenizer(source: str, model: ModelSection, *, stand_in: Path) -> Any:

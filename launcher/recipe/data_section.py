@@ -25,7 +25,9 @@ class Source(Section):
         None, gt=0, description="Share of an epoch's rows, relative to the other weights; all sources have one or none."
     )
     config: Text | None = Field(None, description="Configuration of a hub dataset.", examples=["default"])
-    split: Text | None = Field(None, description="Split of a hub dataset; null: train.", examples=["train"])
+    split: Text | None = Field(
+        None, description="Split of a hub dataset, or of a folder by its files' names; null: train.", examples=["train"]
+    )
     revision: Text | None = Field(None, description="Branch, tag or commit of a hub dataset.", examples=["main"])
 
 
@@ -58,6 +60,14 @@ class DataSection(Section):
     bad_rows: Literal["raise", "skip"] = Field(
         "raise", description="A row that cannot be read stops the run, or is skipped and counted."
     )
+    unused: Literal["raise", "drop"] = Field(
+        "raise",
+        description="A key that would change what is learned but is not honoured (weight, tools, reasoning_content) "
+        "makes its row faulty, or is left out and counted.",
+    )
+    max_row_mib: float = Field(
+        8, ge=0.001, le=1024, description="MiB of the largest row that is read; a larger one is faulty."
+    )
     too_long: Literal["truncate", "split", "drop", "raise"] = Field(
         "truncate", description="What happens to a document longer than max_length; counted."
     )
@@ -71,6 +81,10 @@ class DataSection(Section):
     wait_s: int = Field(
         3600, ge=1, description="Seconds that a machine's other ranks wait while one of them prepares the data."
     )
+
+    @property
+    def max_row_bytes(self) -> int:
+        return round(self.max_row_mib * 2**20)
 
     @property
     def validation_source(self) -> Source | None:

@@ -6,6 +6,8 @@ import gc
 import os
 import signal
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -100,9 +102,15 @@ def broadcast(value: Any) -> Any:
     return broadcast_object_list([value])[0]
 
 
-def raise_on_all_ranks(error: LauncherError | None) -> None:
-    """Raise on every rank the error of the first rank that has one: else the others would wait for it."""
-    for failure in filter(None, gather(error)):
+@contextmanager
+def failing_together(kind: type[LauncherError]) -> Iterator[None]:
+    """Around what every rank does: an error of this kind on one rank is raised on all, which else would wait for it."""
+    own: LauncherError | None = None
+    try:
+        yield
+    except kind as error:
+        own = error
+    for failure in filter(None, gather(own)):
         raise failure
 
 

@@ -14,8 +14,10 @@ def check_inputs(recipe: Recipe, config_file: Path | None) -> None:
     this machine), and DataError for local data that is not there."""
     if config_file:
         check_config_file(config_file, max_length=recipe.data.max_length)
-    for source in filter(None, (*recipe.data.sources, recipe.data.validation_source)):
+    for source in recipe.data.sources:
         local_files(source)
+    if recipe.data.validation_source:
+        local_files(recipe.data.validation_source, validates=True)
 
 
 def check_run_folder(recipe: Recipe, name: str) -> None:

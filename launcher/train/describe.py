@@ -56,6 +56,7 @@ def start_record(worker: Worker) -> StartRecord:
         forecast_mib=worker.policy.forecast_mib,
         loss_tokens=tuple(built.packed.loss_rows(train.micro_batch * width) for width in widths),
         notes=(
+            *worker.untrained_notes,
             *worker.request.notes,
             *built.notes,
             *data.notes,

@@ -29,6 +29,7 @@ from launcher.data.pack.micro_batch import MicroBatch
 from launcher.data.prepare import PreparedData
 from launcher.data.prepare import prepare as prepare_data
 from launcher.data.stream import Stream
+from launcher.data.vocabulary import UsedIds, fit_vocabulary
 from launcher.errors import ContractError, DataError, LauncherError, RecipeError
 from launcher.memory.forecast import Shapes
 from launcher.memory.ledger import Ledger
@@ -37,6 +38,7 @@ from launcher.memory.policy import Policy, applied, check_policy, choose_policy
 from launcher.model.attention import BlockFacts
 from launcher.model.build import BuiltModel, build_model, preflight
 from launcher.model.load import load_config, load_tokenizer
+from launcher.model.token_vectors import untrained_notes
 from launcher.recipe.schema import TrainSection
 from launcher.runtime.clock import Clock
 from launcher.runtime.first_rank import one_rank_first
@@ -44,9 +46,9 @@ from launcher.runtime.ranks import (
     RankInfo,
     broadcast,
     check_same_on_all_ranks,
+    failing_together,
     gather,
     hold_process_group,
-    raise_on_all_ranks,
 )
 from launcher.train.optim import check_optimizer, gates_on_device
 from launcher.train.regions import regions_of
@@ -63,6 +65,7 @@ class Prepared:
     tokenizer: Any
     data: PreparedData
     device: torch.device
+    used_ids: UsedIds = UsedIds()
 
 
 def prepare_inputs(request: Request) -> Prepared:
@@ -83,7 +86,8 @@ def prepare_inputs(request: Request) -> Prepared:
         lambda: prepare_data(recipe.data, tokenizer, seed=recipe.train.seed),
         wait_s=recipe.data.wait_s,
     )
-    return Prepared(config, tokenizer, data, device)
+    data, used_ids = fit_vocabulary(data, tokenizer, vocabulary=config.vocab_size)
+    return Prepared(config, tokenizer, data, device, used_ids)
 
 
 def choose_device(rank_info: RankInfo) -> torch.device:
@@ -160,19 +164,14 @@ class Worker:
 
     def open_folder(self) -> None:
         """Create the run folder on rank 0. Every rank raises the error that rank 0 met."""
-        problem: LauncherError | None = None
-        if self.rank_info.is_main:
-            try:
+        with failing_together(LauncherError):
+            if self.rank_info.is_main:
                 self.folder.create()
-            except LauncherError as error:
-                problem = error
-        raise_on_all_ranks(problem)
 
     def build(self) -> BuiltModel:
         """Load, quantise and adapt the model, and choose what its forward pass keeps; the ledger notes each phase."""
         self.ledger.mark("before load")
-        problem: LauncherError | None = None
-        try:
+        with failing_together(RecipeError):  # a base that is not what its files hold
             self.built = build_model(
                 self.recipe,
                 self.request.source,
@@ -181,9 +180,6 @@ class Worker:
                 blocks=block_facts(self.prepared.data, micro_batch=self.recipe.train.micro_batch),
                 phase=self.ledger.mark,
             )
-        except RecipeError as error:  # the base is not what its files hold, on this rank
-            problem = error
-        raise_on_all_ranks(problem)
         if self.rank_info.world_size > 1:  # ranks exchange only gradients: those that begin differently stay different
             check_same_on_all_ranks(
                 "start from the same adapter",
@@ -197,7 +193,14 @@ class Worker:
             body = self.built.packed.body
             self.host_inputs = HostInputs(len(body.layers), self.accelerator.device)
             body.around = self.host_inputs.around
+        self.untrained_notes = self._untrained_notes()
         return self.built
+
+    def _untrained_notes(self) -> tuple[str, ...]:
+        if self.recipe.model.init == "random":  # nothing is trained
+            return ()
+        model, tokenizer = self.built.packed, self.prepared.tokenizer
+        return untrained_notes(model.embed.weight, model.head.weight, tokenizer, **vars(self.prepared.used_ids))
 
     def _activation_policy(self) -> Policy:
         """As the recipe asks; `auto` by the free memory of the run's fullest GPU, so that all ranks choose the same."""
@@ -235,7 +238,7 @@ class Worker:
         train, data, rank_info = self.recipe.train, self.prepared.data, self.rank_info
         share: Any = {"micro_batch": train.micro_batch, "rank": rank_info.rank, "world_size": rank_info.world_size}
         self.batches = train_loader(data.train, accumulation=train.accumulation, seed=train.seed, **share)
-        self.eval_batches = eval_batches(data.validation, **share) if data.validation else []
+        self.eval_batches = eval_batches(data.validation, **share) if data.validation else None
         self.steps = total_steps(train, self.batches)
 
     def _make_step(self) -> None:

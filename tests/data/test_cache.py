@@ -207,6 +207,8 @@ SECTIONS: list[dict[str, Any]] = [
     {"max_length": 1024},
     {"loss_on": "all"},
     {"bad_rows": "skip"},
+    {"unused": "drop"},
+    {"max_row_mib": 1},
     {"too_long": "drop"},
     {"validation": 0.1},
     {"validation": "rows.jsonl"},

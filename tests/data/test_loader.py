@@ -1,6 +1,7 @@
 """The order of blocks: an epoch shows each once, however many ranks there are, and a state gives the same order on."""
 
 import json
+import tracemalloc
 from collections.abc import Sequence
 from functools import cache
 from itertools import islice
@@ -137,6 +138,19 @@ def test_evaluation_has_every_block_once_in_equally_many_batches_on_each_rank(bl
     assert sorted(name for name in names_in(batches) if name) == list(NAMES)
     assert sum(b.supervised_tokens for b in batches) == blocks.supervised_tokens
     assert {tuple(b.input_ids.shape) for b in batches} == {(3, width) for width in blocks.shapes}
+
+
+def test_evaluation_holds_one_batch_at_a_time():
+    """Kept, 28 bytes a position would stay for the whole run."""
+    blocks = pack(documents_of([1000] * 100), np.arange(100), max_length=1000, pad_id=0, seed=0)
+    one_pass = len(blocks) * 1000 * 28
+    tracemalloc.start()
+    try:
+        batches = eval_batches(blocks, micro_batch=1, rank=0, world_size=1)
+        assert sum(batch.tokens for batch in batches) == sum(batch.tokens for batch in batches) == blocks.tokens
+        assert tracemalloc.get_traced_memory()[1] < one_pass / 10
+    finally:
+        tracemalloc.stop()
 
 
 def test_a_sample_has_the_width_asked_for_and_is_filled_up_with_blanks():

@@ -230,7 +230,7 @@ def test_a_weighted_source_that_would_only_validate_is_refused(write, tokenizer,
 
 
 def test_texts_are_not_read_again_for_an_example(write, tokenizer, monkeypatch):
-    monkeypatch.setattr(example_module, "read_rows", lambda *_, **__: pytest.fail("read again"))
+    monkeypatch.setattr(example_module, "read_rows", lambda *_, **__: map(pytest.fail, ["read again"]))
     prepared = prepare(section(write([{"text": f"river {n}"} for n in range(20)]), validation=0.3), tokenizer, seed=0)
     assert prepared.example is None and prepared.validation_rows == 6
 

@@ -1,6 +1,7 @@
 """The layers' inputs wait in host memory, copied on a stream of their own, captured or not."""
 
 from contextlib import nullcontext
+from itertools import islice
 from types import SimpleNamespace
 
 import pytest
@@ -57,7 +58,7 @@ def measured(recipe, data=None):
         worker.step.accumulate(batch)
         gradients.append([parameter.grad.cpu() for parameter in worker.step.parameters])
     losses = [float(worker.step(next(worker.batches)).loss_sum) for _ in range(20)]
-    losses += [float(worker.step.eval_loss(micro)) for micro in worker.eval_batches[:3]]
+    losses += [float(worker.step.eval_loss(micro)) for micro in islice(worker.eval_batches, 3)]
     worker.plan.check()
     buffers = worker.host_inputs.buffers if worker.host_inputs else {}
     result = SimpleNamespace(

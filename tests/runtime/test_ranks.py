@@ -18,8 +18,11 @@ def test_a_rank_that_differs_is_shown_beside_the_others(monkeypatch):
 
 
 def test_the_error_of_one_rank_is_raised_on_every_rank(monkeypatch):
-    monkeypatch.setattr(ranks, "gather", lambda value: [None, value, ContractError("of the second rank")])
-    with pytest.raises(ContractError, match="of the second rank"):
-        ranks.raise_on_all_ranks(None)
+    monkeypatch.setattr(ranks, "gather", lambda value: [None, value, ContractError("of the third rank")])
+    with pytest.raises(ContractError, match="of the third rank"), ranks.failing_together(ContractError):
+        pass
+    with pytest.raises(ContractError, match="its own"), ranks.failing_together(ContractError):
+        raise ContractError("its own")
     monkeypatch.setattr(ranks, "gather", lambda value: [None, value])
-    ranks.raise_on_all_ranks(None)
+    with ranks.failing_together(ContractError):
+        pass

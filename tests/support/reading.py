@@ -8,33 +8,46 @@ import pytest
 
 from launcher.data.read.formats import read_rows
 from launcher.data.read.rows import Feed, Row, RowFault
-from launcher.data.read.sources import open_source
+from launcher.data.read.sources import OpenedSource, open_source
 from launcher.errors import DataError
-from launcher.recipe.data_section import Source
+from launcher.recipe.data_section import DataSection, Source
 
 
-def feeds(path: Path | str, *, streaming: bool = False, **keys: Any) -> list[Feed]:
-    return open_source(Source.model_validate({"path": str(path), **keys}), streaming=streaming)
+def sections(path: Path | str, keys: dict[str, Any]) -> tuple[Source, DataSection]:
+    """A source and a data section, each with those of the keys that it has."""
+    of_source = {key: value for key, value in keys.items() if key in Source.model_fields}
+    of_data = {key: value for key, value in keys.items() if key not in Source.model_fields}
+    return Source.model_validate({"path": str(path), **of_source}), DataSection.model_validate(
+        {"validation": 0, **of_data}
+    )
 
 
-def fields(path: Path | str | Feed) -> list[Any]:
+def opened(path: Path | str, *, validates: bool = False, **keys: Any) -> OpenedSource:
+    source, data = sections(path, keys)
+    return open_source(source, data=data, validates=validates)
+
+
+def feeds(path: Path | str, **keys: Any) -> list[Feed]:
+    return opened(path, **keys).feeds
+
+
+def fields(path: Path | str | Feed, **keys: Any) -> list[Any]:
     """Columns and values of each raw row of a file or feed; the fault of a row that cannot be read."""
-    [feed] = [path] if isinstance(path, Feed) else feeds(path)
+    [feed] = [path] if isinstance(path, Feed) else feeds(path, **keys)
     return [raw if isinstance(raw, RowFault) else raw.fields for raw in feed.raw_rows()]
 
 
-def read(path: Path | str, *, format: str = "auto", bad_rows: str = "raise") -> tuple[list[Row], Counter[str]]:
-    """The usable rows of a file, and what was counted."""
+def read(path: Path | str, **keys: Any) -> tuple[list[Row], Counter[str]]:
+    """The usable rows of a file or folder, and what was counted. `keys`: of the source and of the data section."""
     counts: Counter[str] = Counter()
-    [feed] = feeds(path, format=format)
-    return list(read_rows(feed, bad_rows=bad_rows, counts=counts)), counts
+    _, data = sections(path, keys)
+    return list(read_rows(feeds(path, **keys), data=data, counts=counts)), counts
 
 
-def refusal(path: Path | str, *, bad_rows: str = "raise", **keys: Any) -> str:
-    """The message of the DataError that a source ends with."""
+def refusal(path: Path | str, **keys: Any) -> str:
+    """The message of the DataError that a source with these keys, and a data section with these, ends with."""
     with pytest.raises(DataError) as caught:
-        for feed in feeds(path, **keys):
-            list(read_rows(feed, bad_rows=bad_rows, counts=Counter()))
+        read(path, **keys)
     message = str(caught.value)
     assert caught.value.code == 3 and len(message.splitlines()) <= 5
     return message

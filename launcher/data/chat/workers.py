@@ -25,7 +25,7 @@ from typing import TypeVar
 from transformers import PreTrainedTokenizerBase
 
 from launcher.data.chat.encode import EncodedRow, Encoder
-from launcher.data.read.rows import Row, Text
+from launcher.data.read.rows import Row
 from launcher.errors import LauncherError
 from launcher.recipe.data_section import DataSection
 
@@ -55,7 +55,7 @@ class EncoderPool:
         """
         chunked = chunks(rows)
         while (self._workers == 1 or self._characters_left > 0) and (chunk := next(chunked, None)):
-            self._characters_left -= sum(map(_characters, chunk))
+            self._characters_left -= sum(row.characters for row in chunk)
             yield from zip(chunk, self.encoder.encode(chunk), strict=True)
         submitted = ((chunk, self._submit(chunk)) for chunk in chunked)
         for chunk, future in _read_ahead(submitted, AHEAD * self._workers):
@@ -94,7 +94,7 @@ def chunks(rows: Iterable[Row]) -> Iterator[list[Row]]:
     try:
         for row in rows:
             chunk.append(row)
-            characters += _characters(row)
+            characters += row.characters
             if len(chunk) == CHUNK_ROWS or characters >= CHUNK_CHARACTERS:
                 yield chunk
                 chunk, characters = [], 0
@@ -104,10 +104,6 @@ def chunks(rows: Iterable[Row]) -> Iterator[list[Row]]:
         raise
     if chunk:
         yield chunk
-
-
-def _characters(row: Row) -> int:
-    return len(row.text) if isinstance(row, Text) else sum(len(message.content) for message in row.messages)
 
 
 def _read_ahead(items: Iterator[T], number: int) -> Iterator[T]:

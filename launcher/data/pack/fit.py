@@ -149,7 +149,9 @@ def notes_on(counts: Mapping[str, int]) -> tuple[str, ...]:
 
 def nothing_left(feeds: Sequence[Feed], counts: Counter[str]) -> DataError:
     """The error for feeds without one usable row; `counts` are those of reading them."""
-    reasons = {key: count for key, count in counts.items() if "dropped" in key or key == CUT}
+    reasons = {
+        key: count for key, count in counts.items() if key.startswith(("rows_dropped", "pieces_dropped")) or key == CUT
+    }
     found = {"rows_read": counts["rows_read"]} | reasons
     remedy = (
         'Give rows with an answer, like {"messages": [{"role": "user", "content": "…"}, …]} or {"text": "…"},\n'

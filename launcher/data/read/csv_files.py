@@ -9,24 +9,28 @@ from collections.abc import Iterator
 from itertools import count
 from pathlib import Path
 
-from launcher.data.read.rows import RawRow, RowFault, shown
+from launcher.data.read.rows import RawRow, RowFault, shown, too_large
 from launcher.data.read.tables import distinct
 from launcher.data.read.text_files import lines
 from launcher.errors import DataError
 
 SEPARATORS = {";": "semicolons", "\t": "tabs", "|": "bars"}  # that files named .csv have instead of commas
-MAX_CELL_CHARACTERS = 2**27  # so that a quote that is never closed does not read the whole file into memory
+NO_SKIP = (
+    "Close its quotes, cut it into several, or raise data.max_row_mib. "
+    "Nothing tells where the next row begins, so data.bad_rows=skip does not help."
+)
 
 
-def read_csv(path: Path, name: str) -> Iterator[RawRow | RowFault]:
-    """Raises DataError when the header cannot be read."""
-    csv.field_size_limit(MAX_CELL_CHARACTERS)
-    faults: list[RowFault] = []  # of the row that is being read
-    table = csv.reader(_text_lines(path, name, faults), strict=True)
-    columns = _header(table, name, faults)
+def read_csv(path: Path, name: str, max_bytes: int) -> Iterator[RawRow | RowFault]:
+    """Raises DataError when the header cannot be read, or a row is longer than `max_bytes`."""
+    csv.field_size_limit(max_bytes)
+    text_lines = _TextLines(path, name, max_bytes)
+    table = csv.reader(text_lines, strict=True)
+    columns = _header(table, name, text_lines)
     for number in count(1):
         where = f"{name} row {number}"
-        cells: list[str] = []
+        text_lines.begin_row()
+        faults, cells = text_lines.faults, list[str]()
         try:
             cells = next(filter(None, table), [])  # past blank lines
             if not cells:
@@ -37,26 +41,43 @@ def read_csv(path: Path, name: str) -> Iterator[RawRow | RowFault]:
         except csv.Error as error:
             faults.append(_fault(where, "cells are divided by commas, or quoted.", f"{error}, line {table.line_num}"))
         yield faults[0] if faults else RawRow(where, dict(zip(columns, cells, strict=True)))
-        faults.clear()
 
 
-def _text_lines(path: Path, name: str, faults: list[RowFault]) -> Iterator[str]:
-    """The lines of the file. One that is not UTF-8 adds to `faults`."""
-    for line in lines(path, name):
+class _TextLines(Iterator[str]):
+    """The lines of the file. One that is not UTF-8 adds to the `faults` of its row, and does not end it.
+
+    Raises RowFault for a row that is longer than `max_bytes`: it may have a quote that is never closed, so that nothing
+    tells where the next row begins.
+    """
+
+    def __init__(self, path: Path, name: str, max_bytes: int) -> None:
+        self._lines, self._max_bytes = lines(path, name, max_bytes), max_bytes
+        self.begin_row()
+
+    def begin_row(self) -> None:
+        self.faults: list[RowFault] = []
+        self._row_bytes = self._first = 0
+
+    def __next__(self) -> str:
+        line = next(self._lines)
+        self._first = self._first if self._row_bytes else line.line
+        self._row_bytes += len(line.raw)
+        if self._row_bytes > self._max_bytes:
+            raise too_large(f"{line.name}:{self._first}", "a row of more", self._max_bytes, NO_SKIP)
         try:
-            yield line.decoded()
+            return line.decoded()
         except RowFault as fault:
-            faults.append(fault)
-            yield line.raw.decode(errors="replace")
+            self.faults.append(fault)
+            return line.raw.decode(errors="replace")
 
 
-def _header(table: Iterator[list[str]], name: str, faults: list[RowFault]) -> list[str]:
+def _header(table: Iterator[list[str]], name: str, text_lines: _TextLines) -> list[str]:
     try:
         columns = next(filter(None, table), [])
     except csv.Error as error:
         raise _fault(name, "the first line of a .csv file is its header.", f"{error}") from None
-    if faults:
-        raise faults[0]
+    if text_lines.faults:
+        raise text_lines.faults[0]
     separator = next((mark for mark in SEPARATORS if mark in columns[0]), None) if len(columns) == 1 else None
     if separator:
         raise DataError(

@@ -3,56 +3,91 @@
 format              columns                     row
 messages            messages                    [{"role", "content"}, …] -> Conversation
 sharegpt            conversations               [{"from", "value"}, …] -> Conversation; items with "role" are messages
-alpaca              instruction, input, output  -> Conversation of two messages; answer: the second
+alpaca              instruction, input, output  -> Conversation that ends in two messages; answer: the last
 prompt_completion   prompt, completion          strings -> Text; message lists -> Conversation; answer: the completion
 text                text                        -> Text
 
-Faulty rows follow data.bad_rows. Empty rows are always dropped and counted.
+The first three may have a column "system", a Conversation's first message; alpaca "history", pairs of messages before.
+unused.py has what else a row may hold. Faulty rows follow data.bad_rows. Empty rows are always dropped and counted.
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
-from launcher.data.read.rows import ROLES, SKIP, Conversation, Feed, Message, Row, RowFault, Text, shown, shown_under
+from launcher.data.read.rows import (
+    ROLES,
+    SKIP,
+    Conversation,
+    Feed,
+    Message,
+    RawRow,
+    Row,
+    RowFault,
+    Text,
+    shown,
+    shown_under,
+    too_large,
+)
+from launcher.data.read.unused import UsedKeys, count_unused, unused_keys
 from launcher.errors import DataError
+from launcher.recipe.data_section import DataSection
 
 Fields = dict[str, Any]
 RowParser = Callable[[Fields, str], Row | None]  # (fields, where) of a raw row -> the row; None: it is empty
 
 
-def read_rows(feed: Feed, *, bad_rows: str, counts: Counter[str]) -> Iterator[Row]:
-    """The usable rows of a feed. Adds to `counts` as it goes: rows_read, rows_dropped_<reason>.
+def read_rows(feeds: Iterable[Feed], *, data: DataSection, counts: Counter[str]) -> Iterator[Row]:
+    """The usable rows of the feeds. Adds to `counts` as it goes: rows_read, rows_dropped_<reason>, and of the usable
+    rows unused_key_<name> and dropped_key_<name>.
 
-    rows_read = rows yielded + all dropped. A feed without usable rows is no error here.
+    rows_read = rows yielded + all dropped. A feed without usable rows is no error here. A source's first row tells the
+    format of all its feeds.
 
-    Raises DataError: a row is faulty and `bad_rows` is "raise" (a RowFault), the columns fit several formats, or the
+    Raises DataError: a row is faulty and data.bad_rows is "raise" (a RowFault), the columns fit several formats, or the
     source cannot be read any further.
     """
-    parse = None if feed.format == "auto" else _FORMATS[feed.format].parse
-    for raw in feed.raw_rows():
-        counts["rows_read"] += 1
-        try:
-            if isinstance(raw, RowFault):
-                raise raw
-            parse = parse or _detected(raw.fields, raw.where)
-            row = parse(raw.fields, raw.where)
-        except RowFault as fault:
-            if bad_rows == "raise":
-                raise
-            counts[f"rows_dropped_{fault.reason}"] += 1
-            continue
-        if row is None:
-            counts["rows_dropped_empty"] += 1
-        else:
-            yield row
+    source, format = None, None
+    for feed in feeds:
+        if source != (feed.source, feed.format):
+            source, format = (feed.source, feed.format), _FORMATS.get(feed.format)
+        for raw in feed.raw_rows():
+            counts["rows_read"] += 1
+            try:
+                if isinstance(raw, RowFault):
+                    raise raw
+                format = format or _detected(raw.fields, raw.where)
+                row, unused = _parsed(raw, format, data)
+            except RowFault as fault:
+                if data.bad_rows == "raise":
+                    raise
+                counts[f"rows_dropped_{fault.reason}"] += 1
+                continue
+            if row is None:
+                counts["rows_dropped_empty"] += 1
+            else:
+                count_unused(unused, counts)
+                yield row
 
 
-def _detected(fields: Fields, where: str) -> RowParser:
-    """The parser of the one format whose columns a source's first row has."""
+def _parsed(raw: RawRow, format: "_Format", data: DataSection) -> tuple[Row | None, list[str]]:
+    """The row, and the counters of its unused keys."""
+    if raw.fields.keys().isdisjoint(format.columns):
+        rule = f"all rows of a source have its format, here with the column {' and '.join(map(shown, format.columns))}."
+        columns = shown(f"the columns {', '.join(sorted(raw.fields)) or '(none)'}")
+        raise _wrong_type(raw.where, rule, columns, f"Name files of another format as sources of their own. {SKIP}")
+    unused = unused_keys(raw.fields, format.used, raw.where, drop=data.unused == "drop")
+    row = format.parse(raw.fields, raw.where)
+    if row is not None and row.characters > data.max_row_bytes:
+        raise too_large(raw.where, f"{row.characters:,} characters", data.max_row_bytes)
+    return row, unused
+
+
+def _detected(fields: Fields, where: str) -> "_Format":
+    """The one format whose columns a source's first row has."""
     names = [name for name, format in _FORMATS.items() if fields.keys() >= set(format.columns)]
     if len(names) == 1:
-        return _FORMATS[names[0]].parse
+        return _FORMATS[names[0]]
     columns = shown(f"the columns {', '.join(sorted(fields)) or '(none)'}")
     if names:
         raise DataError(
@@ -65,7 +100,7 @@ def _detected(fields: Fields, where: str) -> RowParser:
 
 def _parse_messages(fields: Fields, where: str) -> Conversation | None:
     messages = _messages(fields, "messages", where)
-    return Conversation(messages, where) if messages else None
+    return Conversation(_system(fields, where, messages) + messages, where) if messages else None
 
 
 def _parse_sharegpt(fields: Fields, where: str) -> Conversation | None:
@@ -73,16 +108,41 @@ def _parse_sharegpt(fields: Fields, where: str) -> Conversation | None:
     first = turns[0] if isinstance(turns, list) and turns and isinstance(turns[0], dict) else {}
     keys = _MESSAGE if first.get("from") is None and first.get("role") is not None else _TURN
     messages = _messages(fields, "conversations", where, keys)
-    return Conversation(messages, where) if messages else None
+    return Conversation(_system(fields, where, messages) + messages, where) if messages else None
 
 
 def _parse_alpaca(fields: Fields, where: str) -> Conversation | None:
     instruction, output = _string(fields, "instruction", where), _string(fields, "output", where)
     context = _string(fields, "input", where) if fields.get("input") is not None else ""
+    before = _system(fields, where) + _history(fields, where)
     if not output.strip():
         return None
     prompt = "\n\n".join(part for part in (instruction, context) if part.strip())
-    return Conversation((Message("user", prompt), Message("assistant", output)), where, answer=1)
+    messages = (*before, Message("user", prompt), Message("assistant", output))
+    return Conversation(messages, where, answer=len(messages) - 1)
+
+
+def _system(fields: Fields, where: str, messages: tuple[Message, ...] = ()) -> tuple[Message, ...]:
+    """The column "system" as the message that comes before the others, if it is there."""
+    text = _string(fields, "system", where) if fields.get("system") is not None else ""
+    if not text.strip():
+        return ()
+    if messages and messages[0].role == "system":
+        if messages[0].content == text:
+            return ()
+        rule = 'a conversation has one system message: in the column "system", or as its first message.'
+        raise _wrong_type(where, rule, f"{shown(text)} and {shown(messages[0].content)}")
+    return (Message("system", text),)
+
+
+def _history(fields: Fields, where: str) -> tuple[Message, ...]:
+    pairs = fields.get("history")
+    if pairs is None or pairs == "":
+        return ()
+    for pair in pairs if isinstance(pairs, list) else [pairs]:
+        if not isinstance(pair, list) or len(pair) != 2 or not all(isinstance(text, str) for text in pair):
+            raise _wrong_type(where, '"history" is a list of [question, answer] pairs of strings.', shown(pair))
+    return tuple(Message(role, text) for pair in pairs for role, text in zip(("user", "assistant"), pair, strict=True))
 
 
 def _parse_prompt_completion(fields: Fields, where: str) -> Row | None:
@@ -107,14 +167,30 @@ def _parse_text(fields: Fields, where: str) -> Text | None:
 class _Format(NamedTuple):
     columns: tuple[str, ...]  # that `auto` recognises it by
     parse: RowParser
+    used: UsedKeys
 
 
+_ROLE_CONTENT = frozenset({"role", "content"})
 _FORMATS = {
-    "messages": _Format(("messages",), _parse_messages),
-    "sharegpt": _Format(("conversations",), _parse_sharegpt),
-    "alpaca": _Format(("instruction", "output"), _parse_alpaca),
-    "prompt_completion": _Format(("prompt", "completion"), _parse_prompt_completion),
-    "text": _Format(("text",), _parse_text),
+    "messages": _Format(
+        ("messages",), _parse_messages, UsedKeys(frozenset({"messages", "system"}), ("messages",), _ROLE_CONTENT)
+    ),
+    "sharegpt": _Format(
+        ("conversations",),
+        _parse_sharegpt,
+        UsedKeys(frozenset({"conversations", "system"}), ("conversations",), _ROLE_CONTENT | {"from", "value"}),
+    ),
+    "alpaca": _Format(
+        ("instruction", "output"),
+        _parse_alpaca,
+        UsedKeys(frozenset({"instruction", "input", "output", "system", "history"})),
+    ),
+    "prompt_completion": _Format(
+        ("prompt", "completion"),
+        _parse_prompt_completion,
+        UsedKeys(frozenset({"prompt", "completion"}), ("prompt", "completion"), _ROLE_CONTENT),
+    ),
+    "text": _Format(("text",), _parse_text, UsedKeys(frozenset({"text"}))),
 }
 
 
@@ -148,9 +224,6 @@ def _message(item: Any, where: str, keys: _Keys) -> Message:
     if not isinstance(role, str) or role not in keys.roles:
         rule = f"a role is one of {', '.join(keys.roles)}."
         raise RowFault("unknown_role", where=where, rule=rule, found=shown_under(keys.role, item))
-    if item.get("tool_calls") or item.get("function_call"):
-        rule = "a message is text; calls of tools are not supported."
-        raise RowFault("tools", where=where, rule=rule, found=f"tool calls in a message of role {role}")
     if not isinstance(text, str):
         parts = '{"type": "text", "text"} parts'
         rule = f'the "{keys.text}" of a message is a string or a list of {parts} (here of {role}).'

@@ -26,6 +26,7 @@ def open_dataset(source: Source, *, streaming: bool) -> Feed:
     commit = answer if isinstance(answer, str) else _cached_commit(source, answer)
     note = "" if online else ", from the cache: the hub cannot be reached"
     return Feed(
+        source=source.path,
         name=f"{source.path} (commit {commit[:12]}{note})",
         format=source.format,
         identity=f"hub:{source.path}:{source.config or ''}:{split}:{commit}",

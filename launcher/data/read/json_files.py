@@ -19,19 +19,21 @@ NO_SKIP = "Correct the file there. It is read as a whole, so data.bad_rows=skip 
 _OBJECT_LINES = re.compile(rb"\s*\{.*\}[ \t\r]*\n\s*\{")  # no single JSON value begins like this
 
 
-def read_json(path: Path, name: str) -> Iterator[RawRow | RowFault]:
+def read_json(path: Path, name: str, max_bytes: int) -> Iterator[RawRow | RowFault]:
     """Raises DataError when the file is not UTF-8, not JSON, too large, or has no list of objects or several."""
     with opened(path, name) as stream:
-        if (size := path.stat().st_size) > MAX_BYTES:
+        offset, size = stream.tell(), path.stat().st_size
+        unpacked_at_most = MAX_BYTES + 1 if path.suffix.lower() == ".gz" else -1
+        raw = stream.read(unpacked_at_most) if size <= MAX_BYTES else b""
+        if (size := max(size, len(raw))) > MAX_BYTES:
             raise DataError(
                 f"{name}: a .json file has at most {MAX_BYTES:,} bytes, as it is read as a whole.\n"
                 f"Found: {size:,} bytes.\nWrite one object to a line and name the file .jsonl: that has no limit."
             )
-        offset, raw = stream.tell(), stream.read()
     if _OBJECT_LINES.match(raw):
-        yield from read_jsonl(path, name)
+        yield from read_jsonl(path, name, max_bytes)
     elif raw and not raw.isspace():
-        yield from _rows(Passage(raw, name, 1, offset, NO_SKIP))
+        yield from _rows(Passage(raw, name, 1, offset, MAX_BYTES, NO_SKIP))
 
 
 def _rows(file: Passage) -> Iterator[RawRow | RowFault]:

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from launcher.data.read.rows import RawRow, RowFault, shown
+from launcher.data.read.rows import RawRow, RowFault, shown, too_large
 from launcher.data.read.tables import BATCH_ROWS, distinct, one_line, unreadable
 from launcher.data.read.text_files import opened
 
@@ -16,24 +16,32 @@ if TYPE_CHECKING:
     import pyarrow
 
 READ_AHEAD_BYTES = 2**20  # per column; without a limit, the columns of a row group are read whole
+BATCH_BYTES = 2**26  # of a batch, if rows are as large as the average of their row group
 
 
-def read_parquet(path: Path, name: str) -> Iterator[RawRow | RowFault]:
-    """Cells become plain Python values. Raises DataError where the file cannot be read."""
+def read_parquet(path: Path, name: str, max_bytes: int) -> Iterator[RawRow | RowFault]:
+    """Cells become plain Python values. Raises DataError where the file cannot be read.
+
+    A row of more than `max_bytes` is a fault, found before its cells become Python values. If the sizes of its row
+    group show that there is one, all rows of the group are such faults, and none is read.
+    """
     number = 0
-    for batch in _batches(path, name):
-        distinct(batch.schema.names, name)
-        try:
-            rows: list[dict[str, Any]] | list[None] = batch.to_pylist()
-        except Exception:  # OverflowError, UnicodeDecodeError, Arrow's own: one cell that Python cannot hold
-            rows = [None] * batch.num_rows
-        for index, fields in enumerate(rows):
+    for batch in _batches(path, name, max_bytes):
+        if isinstance(batch, RowFault):
+            yield batch
             number += 1
-            where = f"{name} row {number}"
-            yield RawRow(where, fields) if fields is not None else _cell_by_cell(batch, index, where)
+            continue
+        distinct(batch.schema.names, name)
+        fits = batch.nbytes <= max_bytes
+        for part in [batch] if fits else (batch.slice(index, 1) for index in range(batch.num_rows)):
+            if part.nbytes > max_bytes:
+                yield too_large(f"{name} row {number + 1}", f"{part.nbytes:,} bytes", max_bytes)
+            else:
+                yield from _rows(part, name, number)
+            number += part.num_rows
 
 
-def _batches(path: Path, name: str) -> "Iterator[pyarrow.RecordBatch]":
+def _batches(path: Path, name: str, max_bytes: int) -> "Iterator[pyarrow.RecordBatch | RowFault]":
     from pyarrow.parquet import ParquetFile  # a third of a second, only for those who have such files
 
     number = 0
@@ -42,12 +50,32 @@ def _batches(path: Path, name: str) -> "Iterator[pyarrow.RecordBatch]":
             return
         try:
             file = ParquetFile(stream, buffer_size=READ_AHEAD_BYTES, pre_buffer=False)
-            for group in range(file.num_row_groups):  # one by one: Arrow cannot join nested dictionaries across groups
-                for batch in file.iter_batches(batch_size=BATCH_ROWS, row_groups=[group]):
+            for index in range(file.num_row_groups):  # one by one: Arrow cannot join nested dictionaries across groups
+                group = file.metadata.row_group(index)
+                rows = group.num_rows
+                largest = max((group.column(c).total_uncompressed_size for c in range(group.num_columns)), default=0)
+                if largest > max_bytes * rows:
+                    found = f"{largest:,} bytes in one column of the rows {number + 1} to {number + rows}"
+                    yield from [too_large(f"{name} row {number + 1}", found, max_bytes)] * rows
+                    number += rows
+                    continue
+                batch_rows = min(BATCH_ROWS, max(1, BATCH_BYTES * rows // max(1, group.total_byte_size)))
+                for batch in file.iter_batches(batch_size=batch_rows, row_groups=[index]):
                     yield batch
                     number += batch.num_rows
         except Exception as error:  # Arrow's kinds, and any other that a damaged file causes
             raise unreadable(name, error, after=number, remedy="Write the file anew") from error
+
+
+def _rows(batch: "pyarrow.RecordBatch", name: str, before: int) -> Iterator[RawRow | RowFault]:
+    """The rows of a batch that comes after `before` others."""
+    try:
+        rows: list[dict[str, Any]] | list[None] = batch.to_pylist()
+    except Exception:  # OverflowError, UnicodeDecodeError, Arrow's own: one cell that Python cannot hold
+        rows = [None] * batch.num_rows
+    for index, fields in enumerate(rows):
+        where = f"{name} row {before + index + 1}"
+        yield RawRow(where, fields) if fields is not None else _cell_by_cell(batch, index, where)
 
 
 def _cell_by_cell(batch: "pyarrow.RecordBatch", index: int, where: str) -> RawRow | RowFault:

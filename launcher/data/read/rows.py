@@ -27,12 +27,20 @@ class Conversation:
     where: str  # its place in messages: "file:line" or "file row 7"
     answer: int | None = None  # index of the first message of the completion, in formats that mark one
 
+    @property
+    def characters(self) -> int:
+        return sum(len(message.content) for message in self.messages)
+
 
 @dataclass(frozen=True)
 class Text:
     text: str
     where: str
     answer: int | None = None  # index of the first character of the completion, in formats that mark one
+
+    @property
+    def characters(self) -> int:
+        return len(self.text)
 
 
 Row = Conversation | Text
@@ -50,6 +58,14 @@ class RowFault(DataError):
         return copyreg.__newobj__, (type(self), *self.args), self.__dict__  # type: ignore[attr-defined]
 
 
+CUT_OR_SKIP = "Cut the row into several, raise data.max_row_mib, or set data.bad_rows=skip to drop and count such rows."
+
+
+def too_large(where: str, found: str, max_bytes: int, remedy: str = CUT_OR_SKIP) -> RowFault:
+    rule = f"a row has at most data.max_row_mib={max_bytes / 2**20:.4g} MiB ({max_bytes:,} bytes)."
+    return RowFault("too_large", where=where, rule=rule, found=found, remedy=remedy)
+
+
 class RawRow(NamedTuple):
     """A row as its source holds it, before its format is known."""
 
@@ -59,12 +75,13 @@ class RawRow(NamedTuple):
 
 @dataclass(frozen=True)
 class Feed:
-    """The rows of one file or one hub dataset, all in one format.
+    """The rows of one file or one hub dataset. All feeds of a source have one format.
 
     `identity` changes with the content: it holds a hash of the file's bytes, or the commit of the dataset. A streamed
     file may be too large to be read twice: its path, size and modification time are used instead of its bytes.
     """
 
+    source: str  # Source.path
     name: str  # of the file or dataset, in messages
     format: str  # Source.format
     identity: str

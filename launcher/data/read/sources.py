@@ -2,9 +2,12 @@
 
 import hashlib
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
+from launcher.data.read import folders
 from launcher.data.read.csv_files import read_csv
 from launcher.data.read.hub import open_dataset
 from launcher.data.read.json_files import read_json
@@ -12,10 +15,10 @@ from launcher.data.read.parquet_files import read_parquet
 from launcher.data.read.rows import Feed, RawRow, RowFault
 from launcher.data.read.text_files import opened, read_jsonl, read_text
 from launcher.errors import DataError
-from launcher.recipe.data_section import Source
+from launcher.recipe.data_section import DataSection, Source
 from launcher.recipe.field_types import HUB_ID
 
-FileReader = Callable[[Path, str], Iterator[RawRow | RowFault]]  # (path, its name in messages) -> its rows
+FileReader = Callable[[Path, str, int], Iterator[RawRow | RowFault]]  # (path, its name, most bytes of a row) -> rows
 FILE_READERS: dict[str, FileReader] = {
     ".jsonl": read_jsonl,
     ".json": read_json,
@@ -23,61 +26,97 @@ FILE_READERS: dict[str, FileReader] = {
     ".parquet": read_parquet,
     ".txt": read_text,
 }
-SUPPORTED = ", ".join(FILE_READERS)
+SUPPORTED = ", ".join(FILE_READERS) + " (texts also as .gz)"
 
 
-def open_source(source: Source, *, streaming: bool) -> list[Feed]:
-    """The feeds of a source, those of a folder sorted by path. No row is read yet.
+class OpenedSource(NamedTuple):
+    feeds: list[Feed]  # those of a folder sorted by path
+    notes: list[str]  # which files of a folder are read and which are not
 
-    Streaming: no feed is read before training, and a hub dataset is not downloaded as a whole.
 
-    Raises DataError: there is no such file, folder or dataset, a folder has no file of a supported kind, a file cannot
-    be read, or config, split or revision is given for a local path.
+def open_source(source: Source, *, data: DataSection, validates: bool = False) -> OpenedSource:
+    """The feeds of a source of this data section; no row is read yet.
+
+    With data.streaming no feed is read before training, and a hub dataset is not downloaded as a whole. Validation data
+    is not streamed, and of a folder its validation files are taken.
+
+    Raises DataError: there is no such file, folder or dataset, a folder has no files of one supported kind and of the
+    split, a file cannot be read, or config, revision or (of a file) split is given for a local path.
     """
-    files = local_files(source)
-    if not files:
-        return [open_dataset(source, streaming=streaming)]
-    for key in ("config", "split", "revision"):
+    files, note = local_files(source, validates=validates)
+    streaming = data.streaming and not validates
+    feeds = [_file_feed(file, source, data, streaming=streaming) for file in files]
+    return OpenedSource(feeds or [open_dataset(source, streaming=streaming)], [note] if note else [])
+
+
+def local_files(source: Source, *, validates: bool = False) -> folders.Selection:
+    """The local files of a source; none if it can only be a dataset of the hub. Raises DataError as open_source."""
+    try:
+        path = Path(source.path).expanduser()
+        if path.is_dir():
+            _refuse_keys(source, "config", "revision")
+            kinds = {file: kind_of(file) for file in _files_in(path)}
+            defaults = folders.VALIDATION if validates else folders.TRAINING
+            files, note = folders.select(path, kinds, split=source.split, defaults=defaults)
+            return folders.Selection([path / file for file in files], note)
+        if files := _local_file(source, path):
+            _refuse_keys(source, "config", "revision", "split")
+        return folders.Selection(files, "")
+    except (OSError, RuntimeError) as error:  # RuntimeError: "~user" of a user without a home
+        raise _refused(source, f"{error}") from error
+
+
+def open_validation(data: DataSection) -> OpenedSource | None:
+    """The feeds of validation data that is a source of its own."""
+    if data.validation_source is None:
+        return None
+    with errors_name_validation():
+        return open_source(data.validation_source, data=data, validates=True)
+
+
+@contextmanager
+def errors_name_validation() -> Iterator[None]:
+    """Errors say that they are about the validation data."""
+    try:
+        yield
+    except DataError as error:
+        error.args = (f"data.validation: {error}",)
+        raise
+
+
+def kind_of(path: Path) -> str:
+    """A key of FILE_READERS, or "" for files that are not read. A file in the format of gzip has the kind it holds."""
+    suffix = path.suffix.lower()
+    if suffix == ".gz":
+        suffix = path.with_suffix("").suffix.lower().replace(".parquet", "")  # which needs to be read out of order
+    return suffix if suffix in FILE_READERS else ""
+
+
+def _refuse_keys(source: Source, *keys: str) -> None:
+    for key in keys:
         if (value := getattr(source, key)) is not None:
             raise DataError(
                 f"{source.path}: {key} belongs to a dataset of the hub.\nFound: {key}: {value!r} beside a local path.\n"
                 f"Remove it from the source, or name the file of that {key}."
             )
-    return [_file_feed(file, source, streaming=streaming) for file in files]
 
 
-def local_files(source: Source) -> list[Path]:
-    """The local files of a source; none if it can only be a dataset of the hub. Raises DataError as open_source."""
-    try:
-        return _local_files(source)
-    except (OSError, RuntimeError) as error:  # RuntimeError: "~user" of a user without a home
-        raise _refused(source, f"{error}") from error
-
-
-def _local_files(source: Source) -> list[Path]:
-    path = Path(source.path).expanduser()
-    if path.is_dir():
-        return _files_in(path)
+def _local_file(source: Source, path: Path) -> list[Path]:
+    """The file; none if the source can only be a dataset of the hub."""
     if path.exists():
-        if path.is_file() and path.suffix.lower() in FILE_READERS:
+        if path.is_file() and kind_of(path):
             return [path]
         raise _refused(source, f"a {path.suffix or 'nameless'} file" if path.is_file() else "no regular file")
-    is_local = source.path.startswith((".", "/", "~")) or path.suffix.lower() in FILE_READERS
+    is_local = source.path.startswith((".", "/", "~")) or kind_of(path)
     if is_local or not HUB_ID.fullmatch(source.path):
         raise _refused(source, f"no such file or folder; looked for {path.absolute()}")
     return []
 
 
 def _files_in(folder: Path) -> list[Path]:
+    """The files of the folder and its subfolders, relative to it, without hidden ones."""
     paths = [path.relative_to(folder) for path in sorted(folder.rglob("*")) if path.is_file()]
-    files = [path for path in paths if not any(part.startswith(".") for part in path.parts)]
-    if supported := [folder / path for path in files if path.suffix.lower() in FILE_READERS]:
-        return supported
-    names = ", ".join([str(path) for path in files[:5]] + ["…"] * (len(files) > 5)) or "nothing that is not hidden"
-    raise DataError(
-        f"{folder}: a folder holds files of the kinds {SUPPORTED}.\nFound: {names}.\n"
-        "Name another folder, or convert the data."
-    )
+    return [path for path in paths if not any(part.startswith(".") for part in path.parts)]
 
 
 def _refused(source: Source, found: str) -> DataError:
@@ -87,12 +126,13 @@ def _refused(source: Source, found: str) -> DataError:
     )
 
 
-def _file_feed(file: Path, source: Source, *, streaming: bool) -> Feed:
-    suffix, name = file.suffix.lower(), str(file)
+def _file_feed(file: Path, source: Source, data: DataSection, *, streaming: bool) -> Feed:
+    kind, name = kind_of(file), str(file)
     with opened(file, name) as stream:
         if streaming:
             status = file.stat()
-            identity = f"{suffix}:{file.absolute()}:{status.st_size}:{status.st_mtime_ns}"
+            identity = f"{kind}:{file.absolute()}:{status.st_size}:{status.st_mtime_ns}"
         else:
-            identity = f"{suffix}:{hashlib.file_digest(stream, 'blake2b').hexdigest()[:32]}"
-    return Feed(name, source.format, identity, partial(FILE_READERS[suffix], file, name))
+            identity = f"{kind}:{hashlib.file_digest(stream, 'blake2b').hexdigest()[:32]}"
+    raw_rows = partial(FILE_READERS[kind], file, name, data.max_row_bytes)
+    return Feed(source.path, name, source.format, identity, raw_rows)

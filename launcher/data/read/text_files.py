@@ -1,19 +1,25 @@
 """Text files as raw rows: .jsonl has one JSON object per line, .txt one text per line. Blank lines are skipped.
 
-Lines are read as bytes and decoded one by one, so that a fault can name the line and the byte offset.
+Lines are read as bytes and decoded one by one, so that a fault can name the line and the byte offset. Of a line beyond
+the size of a row only the beginning is held. A name that ends in .gz is read through gzip, with offsets in its content.
 """
 
+import gzip
 import json
 import re
+import zlib
 from codecs import BOM_UTF8
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from io import BufferedReader
+from itertools import count
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
-from launcher.data.read.rows import SKIP, RawRow, RowFault, shown
+from launcher.data.read.rows import SKIP, RawRow, RowFault, shown, too_large
 from launcher.errors import DataError
+
+SKIPPED_BYTES = 2**20  # read at a time of what is left of a line that is too long
 
 _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 # Steps from escape to escape, so that neither "\\ud83d" (an escaped backslash) nor a complete pair matches.
@@ -29,6 +35,7 @@ class Passage(NamedTuple):
     name: str  # of the file, in messages
     line: int  # number of its first line
     offset: int  # of its first byte in the file
+    max_bytes: int  # longer than this, it is only a beginning and refused
     remedy: str = SKIP
 
     def where(self, at: int = 0) -> str:
@@ -36,7 +43,9 @@ class Passage(NamedTuple):
         return f"{self.name}:{self.line + content[:at].count(10)}"
 
     def decoded(self) -> str:
-        """The text. Raises RowFault where a byte is zero or not UTF-8."""
+        """The text. Raises RowFault where it is too long, or a byte is zero or not UTF-8."""
+        if len(self.raw) > self.max_bytes:
+            raise too_large(self.where(), f"a line of more, from byte offset {self.offset} of the file", self.max_bytes)
         try:
             text = self.raw.decode()
             if "\0" not in text:
@@ -80,37 +89,47 @@ LONE_SURROGATE = "the escape of a lone surrogate, which no text can hold,"
 def opened(path: Path, name: str) -> Iterator[BufferedReader]:
     """The file, opened after a UTF-8 byte-order mark. Raises DataError when it cannot be opened or read."""
     try:
-        with path.open("rb") as stream:
+        with gzip.open(path) if path.suffix.lower() == ".gz" else path.open("rb") as file:
+            stream = cast(BufferedReader, file)
             if stream.read(len(BOM_UTF8)) != BOM_UTF8:
                 stream.seek(0)
             yield stream
-    except OSError as error:
+    except (OSError, EOFError, zlib.error) as error:  # the last two, and some of the first: a damaged .gz
         raise DataError(
-            f"{name}: a source must be readable.\nFound: {error.strerror}.\nCorrect its permissions, or name another."
+            f"{name}: a source must be readable.\nFound: {getattr(error, 'strerror', None) or error}.\n"
+            "Correct its permissions or write it anew, or name another."
         ) from error
 
 
-def lines(path: Path, name: str) -> Iterator[Passage]:
-    """All lines of the file, blank ones included."""
+def lines(path: Path, name: str, max_bytes: int) -> Iterator[Passage]:
+    """All lines of the file, blank ones included; of one longer than `max_bytes` so many bytes and one more."""
     with opened(path, name) as stream:
         offset = stream.tell()
-        for number, raw in enumerate(stream, start=1):
-            yield Passage(raw, name, number, offset)
+        for number in count(1):
+            raw = piece = stream.readline(max_bytes + 1)
+            if not raw:
+                return
+            yield Passage(raw, name, number, offset, max_bytes)
             offset += len(raw)
+            while len(raw) > max_bytes and piece and not piece.endswith(b"\n"):
+                piece = stream.readline(SKIPPED_BYTES)
+                offset += len(piece)
 
 
-def read_jsonl(path: Path, name: str) -> Iterator[RawRow | RowFault]:
-    return _rows_of_lines(path, name, _object)
+def read_jsonl(path: Path, name: str, max_bytes: int) -> Iterator[RawRow | RowFault]:
+    return _rows_of_lines(lines(path, name, max_bytes), _object)
 
 
-def read_text(path: Path, name: str) -> Iterator[RawRow | RowFault]:
+def read_text(path: Path, name: str, max_bytes: int) -> Iterator[RawRow | RowFault]:
     """Each line becomes the column "text"."""
-    return _rows_of_lines(path, name, lambda line: {"text": line.decoded().rstrip("\r\n")})
+    return _rows_of_lines(lines(path, name, max_bytes), lambda line: {"text": line.decoded().rstrip("\r\n")})
 
 
-def _rows_of_lines(path: Path, name: str, parse: Callable[[Passage], dict[str, Any]]) -> Iterator[RawRow | RowFault]:
-    for line in lines(path, name):
-        if line.raw.isspace():
+def _rows_of_lines(
+    passages: Iterator[Passage], parse: Callable[[Passage], dict[str, Any]]
+) -> Iterator[RawRow | RowFault]:
+    for line in passages:
+        if line.raw.isspace() and len(line.raw) <= line.max_bytes:
             continue
         try:
             yield RawRow(line.where(), parse(line))

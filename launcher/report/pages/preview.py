@@ -87,8 +87,9 @@ def _data(record: PreviewRecord) -> Section:
 
 
 def _counts(record: PreviewRecord, *, validation: bool) -> list[tuple[str, str, str]]:
-    """What happened to the rows, rows read first."""
+    """What happened to the rows, rows read first. Unused keys are left to the notes."""
     keys = [key for key in record.counts if key not in OWN_ROWS and key.startswith("validation_") is validation]
+    keys = [key for key in keys if "_key_" not in key]
     keys.sort(key=lambda key: not key.endswith("rows_read"))
     return [(count_name(key), whole(record.counts[key]), "") for key in keys]
 

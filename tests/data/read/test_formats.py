@@ -5,6 +5,7 @@ import pytest
 
 from launcher.data.read.formats import read_rows
 from launcher.data.read.rows import Conversation, RowFault, Text
+from launcher.recipe.data_section import DataSection
 from tests.support.reading import feeds, read, refusal
 
 TURNS = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."}]
@@ -20,7 +21,6 @@ PAIRS = [("user", "Hi"), ("assistant", "Hello.")]
     ("row", "expected", "answer"),
     [
         (CHAT, PAIRS, None),
-        ({"messages": TURNS, "prompt": "Hi", "id": 7}, PAIRS, None),
         ({"messages": [{**TURNS[0], "name": None, "tool_calls": []}]}, PAIRS[:1], None),
         ({"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}] * 2}]}, [("user", "aa")], None),
         ({"conversations": [HUMAN, GPT]}, PAIRS, None),
@@ -65,7 +65,7 @@ def test_texts_stay_as_they_are_and_mark_where_a_completion_begins(write, row, t
         (CHAT, {"messages": "Hi"}, "wrong_type", '"Hi"'),
         (CHAT, {"messages": ["Hi"]}, "wrong_type", '"Hi"'),
         (CHAT, {"messages": json.dumps(TURNS)}, "wrong_type", "Save the data as .jsonl or .parquet"),
-        (CHAT, {"text": "a", "id": 1}, "wrong_type", 'Found: no "messages"; the keys are "text, id"\n'),
+        (CHAT, {"text": "a", "id": 1}, "wrong_type", 'Found: "the columns id, text"\n'),
         (CHAT, {"messages": [{"role": "user"}]}, "wrong_type", 'Found: no "content"; the keys are "role"\n'),
         (CHAT, {"messages": [{"role": "user", "content": None}]}, "wrong_type", "Found: null"),
         (CHAT, {"messages": [{"role": "user", "content": 7}]}, "wrong_type", "7"),
@@ -76,7 +76,7 @@ def test_texts_stay_as_they_are_and_mark_where_a_completion_begins(write, row, t
         (CHAT, {"messages": [{"content": "Hi"}]}, "unknown_role", 'Found: no "role"; the keys are "content"\n'),
         (CHAT, {"messages": [{"role": "tool", "content": "7"}]}, "unknown_role", "system, user, assistant.\n"),
         (CHAT, {"messages": [{"role": ["user"], "content": "Hi"}]}, "unknown_role", "a list"),
-        (CHAT, {"messages": [{"role": "assistant", "content": None, "tool_calls": [{}]}]}, "tools", "tool calls"),
+        (CHAT, {"messages": [{"role": "assistant", "content": None, "tool_calls": [{}]}]}, "tools", "tool_calls"),
         (CHAT, b'{"messages": [{"role": "user", "content": "caf\xe9"}]}', "encoding", "byte 0xe9"),
         (CHAT, b'{"messages": [{"role": "user", "content": "\\ud83d!"}]}', "encoding", "lone surrogate"),
         ({"conversations": [HUMAN]}, {"conversations": "Hi"}, "wrong_type", '"conversations" is a list of {"from", '),
@@ -144,7 +144,7 @@ def test_a_skipped_first_row_leaves_the_format_to_the_next(write):
 def test_rows_are_given_while_the_source_is_read(write):
     path = write([{"text": "one"}, {"text": "two"}, b"{"])
     counts: Counter[str] = Counter()
-    rows = read_rows(feeds(path)[0], bad_rows="raise", counts=counts)
+    rows = read_rows(feeds(path), data=DataSection(), counts=counts)
     assert next(rows) == Text("one", f"{path}:1") and counts == {"rows_read": 1}
     with pytest.raises(RowFault):
         list(rows)

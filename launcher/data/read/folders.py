@@ -1,0 +1,98 @@
+"""Which files of a folder are read: those of one kind and of one split."""
+
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from launcher.errors import DataError
+
+# Words in the name of a file or of its folder. Like those of `datasets`, which is slow to import: datasets.data_files
+_SPLIT = re.compile(
+    r"(?<![a-z])(?:(?P<train>train(?:ing)?)|(?P<validation>validation|valid|val|dev)|(?P<test>test(?:ing)?)"
+    r"|(?P<eval>eval(?:uation)?))(?:set)?(?![a-z])"
+)
+TRAINING = (("train", None),)  # the splits that are read, if the recipe names none: the first of these that has files
+VALIDATION = (("validation",), ("eval",), ("test",), (None,))  # None: files without a split in their name
+# Texts and objects that come with data and are none.
+_ABOUT = re.compile(
+    r"(?:licen[cs]e|readme|requirements|notice|changelog|changes|copying|citation|authors|contributing|robots"
+    r"|dataset_infos?|dataset_dict|state|config|metadata|package)\b.*\.(?:txt|json)(?:\.gz)?",
+    re.IGNORECASE,
+)
+SHOWN = 5  # files that a message names of each sort
+
+
+class Selection(NamedTuple):
+    files: list[Path]  # relative to the folder
+    note: str  # which files these are, and which are left out for what reason; for preview and report
+
+
+def select(
+    folder: Path, kinds: Mapping[Path, str], *, split: str | None, defaults: Sequence[Sequence[str | None]]
+) -> Selection:
+    """`kinds`: the files, relative to the folder, and the kind of each; "": of none that is read.
+
+    Raises DataError: no file is left, they are of several kinds, or it is not clear which split is meant.
+    """
+    reasons = {path: "no kind of file that is read" for path, kind in kinds.items() if not kind}
+
+    def data() -> list[Path]:
+        return [path for path in kinds if path not in reasons]
+
+    reasons |= {path: "about the data" for path in data() if _ABOUT.fullmatch(path.name)}
+    if tables := sorted({kinds[path] for path in data()} - {".txt"}):
+        reasons |= {path: f"text beside {' and '.join(tables)}" for path in data() if kinds[path] == ".txt"}
+    packed = [path for path in data() if path.suffix.lower() == ".gz"]
+    if len(packed) < len(data()):
+        reasons |= dict.fromkeys(packed, "packed, beside files that are not")  # often the same rows
+    files = _of_split(folder, data(), split, defaults)
+    chosen = {*files}
+    reasons |= {path: f"split {split_of(path) or 'not named'}" for path in data() if path not in chosen}
+    left_out: dict[str, list[Path]] = defaultdict(list)
+    for path, reason in reasons.items():
+        left_out[reason].append(path)
+    found = sorted({kinds[path] for path in files})
+    if len(found) != 1:
+        raise DataError(
+            f"{folder}: a folder holds data files of one kind.\n"
+            f"Found: {', '.join(found) or _listed(kinds) or 'nothing that is not hidden'}.\n"
+            "Name the files or folders one by one in data.sources, or convert the data."
+        )
+    others = "; ".join(f"{_listed(paths)} ({reason})" for reason, paths in left_out.items())
+    return Selection(files, f"{folder}: read {_listed(files)}" + (f"; left out {others}" if others else ""))
+
+
+def split_of(path: Path) -> str | None:
+    """train, validation, test or eval, by the last such word of the path."""
+    words = [match.lastgroup for match in _SPLIT.finditer(path.as_posix().lower())]
+    return words[-1] if words else None
+
+
+def _of_split(
+    folder: Path, files: Sequence[Path], split: str | None, defaults: Sequence[Sequence[str | None]]
+) -> list[Path]:
+    by_split = {path: split_of(path) for path in files}
+    splits = set(by_split.values())
+    if split is not None:
+        known = _SPLIT.fullmatch(split.lower())
+        word = re.compile(rf"(?<![a-z]){re.escape(split.lower())}(?![a-z])")
+        chosen = [p for p in files if (by_split[p] == known.lastgroup if known else word.search(p.as_posix().lower()))]
+    else:
+        wanted = next((names for names in defaults if splits & {*names}), splits if len(splits) == 1 else ())
+        chosen = [path for path in files if by_split[path] in wanted]
+    if files and not chosen:
+        raise DataError(
+            f"{folder}: one split of a folder is read, train unless split names another; names of files tell it.\n"
+            f"Found: {f'split: {split!r} and ' if split else ''}files of the splits "
+            f"{', '.join(sorted(str(name or '(not named)') for name in splits))}.\n"
+            "Name one with split: beside the source's path, or name a file."
+        )
+    return chosen
+
+
+def _listed(paths: Iterable[Path]) -> str:
+    names = [path.as_posix() for path in paths]
+    more = [f"{len(names) - SHOWN:,} more"] if len(names) > SHOWN else []
+    return ", ".join(names[:SHOWN] + more)

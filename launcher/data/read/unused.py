@@ -1,0 +1,108 @@
+"""Keys that no format uses. Those that would change what is learned are refused or dropped; the others are counted."""
+
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+from launcher.data.read.rows import RowFault, shown
+
+# What a key says (rows_dropped_<it> counts the rows that are refused for it) -> its names, of columns and of messages.
+_MEANINGS = {
+    "tools": "tools functions tool_calls tool_call_id function_call",
+    "reasoning": "reasoning_content reasoning thinking thought thoughts",
+    "weight": "weight loss loss_weight sample_weight train trainable loss_mask train_detail training_detail label",
+    "media": "image images video videos audio audios",
+    "context": "system system_prompt history chat_template_kwargs name",
+}
+MEANING_OF = {name: meaning for meaning, names in _MEANINGS.items() for name in names.split()}
+OF_MESSAGES = {"name", "loss"}  # as columns they may be anything
+MAX_NAMED = 30  # names of unused keys that are counted one by one: rows may have any number of keys
+REMEDY = "Remove it, set data.unused=drop to train without it (counted), or data.bad_rows=skip to drop such rows."
+
+
+class UsedKeys(NamedTuple):
+    """What a format uses of a row: its columns, those of them that hold messages, and the keys of a message."""
+
+    columns: frozenset[str]
+    messages: tuple[str, ...] = ()
+    of_message: frozenset[str] = frozenset()
+
+
+def unused_keys(fields: Mapping[str, Any], used: UsedKeys, where: str, *, drop: bool) -> list[str]:
+    """The counters of what a row has and its format does not use: unused_key_<name>, dropped_key_<name>. Keys without
+    a value (null, "", [], {}) are none.
+
+    Raises RowFault for a key that would change what is learned; with `drop` it is left out.
+    """
+    keys: dict[str, None] = {}  # in the order of the row, each once
+    for column, key, value, role in _unused(fields, used):
+        name, known = f"{column}.{key}" if column else key, key.lower()
+        meaning = MEANING_OF.get(known) if column or known not in OF_MESSAGES else None
+        if meaning is None or (meaning == "weight" and _says_what_happens(known, value, role, used)):
+            keys[f"unused_key_{shown(name)[1:-1]}"] = None
+        elif drop:
+            keys[f"dropped_key_{name}"] = None
+        else:
+            rule = f'a key that changes what is learned is honoured or refused; "{name}" is not honoured yet.'
+            found = f'"{key}": {shown(value)}' + ("" if not column else f" in a message of role {shown(role)}")
+            raise RowFault(meaning, where=where, rule=rule, found=found, remedy=REMEDY)
+    return list(keys)
+
+
+def count_unused(keys: Iterable[str], counts: Counter[str]) -> None:
+    """Adds a row's counters to `counts`, in which the number of names stays small."""
+    for key in keys:
+        if key not in counts and sum("_key_" in known for known in counts) >= MAX_NAMED:
+            key = f"{key.partition('_key_')[0]}_key_(others)"
+        counts[key] += 1
+
+
+def unused_notes(counts: Mapping[str, int]) -> Iterator[str]:
+    """What the counters of unused keys say, for preview and report."""
+    for section, prefix in (("data", ""), ("data.validation", "validation_")):
+        for kind, text in (("unused", "nothing uses"), ("dropped", "dropped, though it changes what is learned:")):
+            start = f"{prefix}{kind}_key_"
+            rows = {key.removeprefix(start): count for key, count in counts.items() if key.startswith(start)}
+            if rows:
+                named = ", ".join(f"{name} ({count:,} row{'s' * (count > 1)})" for name, count in rows.items())
+                yield f"{section}: {text} {named}"
+
+
+def _unused(fields: Mapping[str, Any], used: UsedKeys) -> Iterator[tuple[str, str, Any, Any]]:
+    """Each key that has a value and is not used: (column of its message or "", key, value, role of its message)."""
+    for key, value in fields.items():
+        if key not in used.columns and not _is_empty(value):
+            yield "", key, value, None
+    for column in used.messages:
+        messages = fields.get(column)
+        for message in messages if isinstance(messages, list) else ():
+            if not isinstance(message, dict) or message.keys() <= used.of_message:
+                continue
+            role = message.get("role") or message.get("from")
+            for key, value in message.items():
+                if key not in used.of_message and not _is_empty(value):
+                    yield column, key, value, role
+
+
+def _is_empty(value: Any) -> bool:
+    if isinstance(value, dict):  # Parquet has every field of an object, and null for those that a row lacks
+        return all(map(_is_empty, value.values()))
+    if isinstance(value, str):
+        return value.strip() in ("", "[]", "{}", "null")  # lists and objects may be written as JSON
+    return value is None or value != value or (isinstance(value, list | tuple) and not value)  # NaN: null of pandas
+
+
+def _says_what_happens(key: str, value: Any, role: Any, used: UsedKeys) -> bool:
+    """Whether a weight asks for nothing else than is done: an answer has the weight 1, other messages have 0 or 1.
+
+    A label other than 0 is a class of texts, or says that the answer is good.
+    """
+    if isinstance(value, str):  # cells of .csv files
+        value = {"true": 1.0, "false": 0.0}.get(value.strip().lower(), value)
+    try:
+        number = float(value)
+    except (TypeError, ValueError, OverflowError):
+        return key == "label"
+    if key == "label":
+        return number > 0 or (value is not False and used.columns == {"text"})
+    return number == 1 or (number == 0 and role in ("user", "human", "system"))
