@@ -6,24 +6,27 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from launcher.errors import RecipeError
 from launcher.model.attention import BlockFacts, attention_name, check_attention, choose_attention, register_attention
 from launcher.model.families import Family, family_of, head_width
 from launcher.model.grouped import group_projections
 from launcher.model.load import (
+    Base,
     bnb_config,
     check_prequantized,
-    check_weights,
     count_parameters,
+    empty_model,
+    is_prequantised,
     load_base,
     random_base,
 )
 from launcher.model.lora import ADAPTER, attach_lora, check_targets
 from launcher.model.packed import PackedCausalLM, use_native_norm
+from launcher.model.weight_files import check_depth, check_headers, read_headers
 from launcher.ops.linear_ce import chunk_rows, product_rows
 from launcher.recipe.schema import Recipe
+from launcher.records.run import Verdict
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -41,6 +44,8 @@ class BuiltModel:
     parameters: int
     trainable: int
     quantization: str
+    loaded: tuple[Verdict, ...]  # whether the base is what its files hold; empty for random weights
+    notes: tuple[str, ...]
 
     def sizes(self) -> dict[str, int]:
         """What decides how much memory a token of a micro batch takes, as memory/forecast.py's Shapes names it."""
@@ -78,12 +83,15 @@ def preflight(recipe: Recipe, source: str, config: Any, device: torch.device) ->
     """Check, before any weight is read, that model and device can do what the recipe asks. Raises RecipeError."""
     family_of(config, max_length=recipe.data.max_length)
     check_attention(recipe.model.attention, device, choose_dtype(recipe.model.dtype, device))
+    headers = None
     if recipe.model.init == "pretrained":
         check_prequantized(config, recipe.quant)
-        check_weights(source)
-    with torch.device("meta"):
-        skeleton = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+        headers = read_headers(source, recipe.model.revision)
+        check_depth(headers or {}, config.num_hidden_layers)
+    skeleton = empty_model(config)
     check_targets(skeleton, recipe.lora.targets)
+    if headers is not None:
+        check_headers(headers, skeleton, prequantised=is_prequantised(config), double=recipe.quant.double)
 
 
 def build_model(
@@ -103,7 +111,8 @@ def build_model(
     family = family_of(config, max_length=recipe.data.max_length)
     dtype = choose_dtype(recipe.model.dtype, device)
     path, why = choose_attention(recipe.model.attention, device, dtype, alone=blocks.alone, head=head_width(config))
-    base = build_base(recipe, source, config, dtype=dtype, device=device)
+    loaded = build_base(recipe, source, config, dtype=dtype, device=device)
+    base: Any = loaded.model
     register_attention(path)
     base.set_attn_implementation(attention_name(path))
     phase("after load")
@@ -129,19 +138,27 @@ def build_model(
     phase("after adapters")
     parameters, trainable = count_parameters(peft)
     return BuiltModel(
-        peft, packed.train(), family, dtype, path, why, parameters, trainable, _describe(config, recipe, dtype)
+        peft,
+        packed.train(),
+        family,
+        dtype,
+        attention=path,
+        attention_why=why,
+        parameters=parameters,
+        trainable=trainable,
+        quantization=_describe(config, recipe, dtype),
+        loaded=() if loaded.verdict is None else (loaded.verdict,),
+        notes=loaded.notes,
     )
 
 
-def build_base(
-    recipe: Recipe, source: str, config: Any, *, dtype: torch.dtype, device: torch.device
-) -> PreTrainedModel:
+def build_base(recipe: Recipe, source: str, config: Any, *, dtype: torch.dtype, device: torch.device) -> Base:
     """The frozen base that the recipe asks for, on `device`: loaded or random, the same at each call."""
     if recipe.model.init == "random":
-        base = random_base(config, quant=recipe.quant, dtype=dtype, device=device, seed=recipe.train.seed)
+        base = Base(random_base(config, quant=recipe.quant, dtype=dtype, device=device, seed=recipe.train.seed))
     else:
         base = load_base(source, config, quant=recipe.quant, dtype=dtype, device=device, revision=recipe.model.revision)
-    base.config.use_cache = False
+    base.model.config.use_cache = False
     return base
 
 

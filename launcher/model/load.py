@@ -5,28 +5,46 @@ inside the decoder layers are quantised; embedding, norms and head stay in the c
 """
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 from bitsandbytes.nn import Linear4bit, Params4bit
-from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
 from transformers.integrations import replace_with_bnb_linear
+from transformers.utils import find_adapter_config_file
 
 from launcher.errors import RecipeError
 from launcher.model.token_vectors import check_pad_id
+from launcher.model.weight_files import Headers, check_headers, read_headers
+from launcher.model.weight_values import compare_with_files
 from launcher.recipe.schema import ModelSection, QuantSection
+from launcher.records.run import Verdict
+
+ADAPTER_CONFIG = "adapter_config.json"  # PEFT's: transformers attaches the adapter of a folder that holds it
+
+
+@dataclass(frozen=True)
+class Base:
+    """The frozen base. `verdict` says whether it is what its files hold; None for random weights."""
+
+    model: PreTrainedModel
+    verdict: Verdict | None = None
+    notes: tuple[str, ...] = ()
 
 
 def load_config(source: str, model: ModelSection) -> Any:
     """The transformers config at `source`. Raises RecipeError for a model that needs its own code to run."""
     try:
         config = AutoConfig.from_pretrained(source, revision=_revision(source, model), trust_remote_code=False)
-    except (ValueError, OSError, KeyError) as error:
+    except Exception as error:  # what is wrong with the file may show as any error
         raise RecipeError(
-            f"model {source!r} must load without remote code and with a config transformers knows:\n"
+            f"model {source!r} must load without remote code and with a config.json that transformers knows:\n"
             f"{_first_line(error)}"
         ) from None
     check_pad_id(config)
@@ -39,29 +57,11 @@ def load_tokenizer(source: str, model: ModelSection, *, stand_in: Path) -> Any:
         source = str(stand_in)
     try:
         return AutoTokenizer.from_pretrained(source, revision=_revision(source, model), trust_remote_code=False)
-    except (ValueError, OSError, KeyError) as error:
+    except Exception as error:  # what is wrong with a file may show as any error
         raise RecipeError(
             f"model {source!r} must come with a tokenizer: {_first_line(error)}\n"
             "Put its tokenizer files into the folder."
         ) from None
-
-
-def check_weights(source: str) -> None:
-    """Raise RecipeError unless a local folder holds safetensors files that open. The download checks a hub id."""
-    if not os.path.isdir(source):
-        return
-    files = sorted(Path(source).glob("*.safetensors"))
-    if not files:
-        raise RecipeError(
-            f"a model folder must hold its weights as safetensors; {source} has none.\n"
-            "Complete the checkpoint, or try the architecture alone with model.init=random."
-        )
-    for file in files:
-        try:
-            with safe_open(file, framework="pt"):
-                pass
-        except (SafetensorError, OSError) as error:
-            raise RecipeError(f"weights must be whole; {file} is not: {error}\nCopy or download it again.") from None
 
 
 def bnb_config(quant: QuantSection, dtype: torch.dtype) -> BitsAndBytesConfig | None:
@@ -76,22 +76,30 @@ def bnb_config(quant: QuantSection, dtype: torch.dtype) -> BitsAndBytesConfig | 
     )
 
 
+def empty_model(config: Any, *, dtype: torch.dtype | None = None) -> PreTrainedModel:
+    """The model of `config` on the meta device. Raises RecipeError where transformers cannot build one."""
+    try:
+        with torch.device("meta"):
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
+            return model
+    except Exception as error:  # what is wrong with a config may show as any error
+        raise RecipeError(
+            f"config.json must describe a model that transformers can build; it raises {_first_line(error)}"
+        ) from None
+
+
 def load_base(
     source: str, config: Any, *, quant: QuantSection, dtype: torch.dtype, device: torch.device, revision: str | None
-) -> PreTrainedModel:
-    """Load the checkpoint at `source` (folder or hub id) to `device`, and quantise it unless it already is."""
-    ready = getattr(config, "quantization_config", None) is not None
-    wanted = None if ready else bnb_config(quant, dtype)
-    model = AutoModelForCausalLM.from_pretrained(
-        source,
-        revision=revision,
-        dtype=dtype,
-        device_map={"": device},
-        trust_remote_code=False,
-        use_safetensors=True,
-        # An explicit None would switch off the quantisation of the checkpoint itself.
-        **({"quantization_config": wanted} if wanted else {}),
-    )
+) -> Base:
+    """Load the checkpoint at `source` (folder or hub id) to `device`, quantise it unless it already is, and compare it
+    with its files. Raises RecipeError where it cannot be loaded, or is not what the files hold."""
+    headers = read_headers(source, revision, download=True)
+    assert headers is not None, "downloaded"
+    if not os.path.isdir(source):  # a folder has passed preflight
+        check_headers(headers, empty_model(config), prequantised=is_prequantised(config), double=quant.double)
+    adapter = find_adapter_config_file(source, revision=revision)
+    with _without_adapter(headers) as folder:
+        model, missing = _from_folder(folder, config, quant=quant, dtype=dtype, device=device)
     # A checkpoint quantised for bf16 may run on a GPU without it, so compute in this run's dtype. transformers leaves
     # what such a checkpoint has not quantised (embeddings, norms, head) in the dtype that it was saved in.
     for module in model.modules():
@@ -100,7 +108,55 @@ def load_base(
     for parameter in model.parameters():
         if parameter.is_floating_point() and not isinstance(parameter, Params4bit):  # NF4 may be stored as bf16
             parameter.data = parameter.data.to(dtype)
-    return model
+    verdict = compare_with_files(model, headers, missing)
+    if not verdict.holds:
+        raise RecipeError(
+            f"the base must be what its files hold; {verdict.evidence}.\n"
+            "Copy or download the checkpoint again; if that changes nothing, this version of transformers misreads it."
+        )
+    note = "the adapter in the model's folder (adapter_config.json) is ignored: a new one is trained, on the base alone"
+    return Base(model, verdict, (note,) if adapter else ())
+
+
+def _from_folder(
+    folder: str, config: Any, *, quant: QuantSection, dtype: torch.dtype, device: torch.device
+) -> tuple[PreTrainedModel, set[str]]:
+    """The model that transformers loads, and the names of parameters that it has not filled."""
+    wanted = None if is_prequantised(config) else bnb_config(quant, dtype)
+    try:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            folder,
+            config=config,
+            dtype=dtype,
+            device_map={"": device},
+            trust_remote_code=False,
+            use_safetensors=True,
+            output_loading_info=True,
+            # An explicit None would switch off the quantisation of the checkpoint itself.
+            **({"quantization_config": wanted} if wanted else {}),
+        )
+    except (torch.OutOfMemoryError, torch.AcceleratorError):
+        raise
+    except Exception as error:  # what is wrong with a checkpoint may show as any error
+        raise RecipeError(
+            f"the weights must load as config.json describes them; transformers raises {_first_line(error)}"
+        ) from error
+    return loaded[0], set(loaded[1]["missing_keys"])
+
+
+@contextmanager
+def _without_adapter(headers: Headers) -> Iterator[str]:
+    """The folder of the weights; or, where it also holds an adapter, which transformers would attach unasked, a folder
+    of links to its other files."""
+    folder = Path(next(iter(headers.values())).file).parent
+    if not (folder / ADAPTER_CONFIG).is_file():
+        yield str(folder)
+        return
+    with TemporaryDirectory() as links:
+        for file in folder.iterdir():
+            if file.name != ADAPTER_CONFIG:
+                (Path(links) / file.name).symlink_to(file.absolute())
+        yield links
 
 
 def random_base(
@@ -108,8 +164,7 @@ def random_base(
 ) -> PreTrainedModel:
     """An untrained model of this architecture, drawn and quantised on `device` one weight at a time: the whole model
     never exists in full precision, so an 8B architecture fits wherever its NF4 form does."""
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
+    model: Any = empty_model(config, dtype=dtype)
     quantization = bnb_config(quant, dtype)
     if quantization is not None:
         replace_with_bnb_linear(model, modules_to_not_convert=["lm_head"], quantization_config=quantization)
@@ -135,6 +190,11 @@ def random_base(
     return model
 
 
+def is_prequantised(config: Any) -> bool:
+    """Whether the checkpoint is already quantised, by its config."""
+    return getattr(config, "quantization_config", None) is not None
+
+
 def check_prequantized(config: Any, quant: QuantSection) -> None:
     """Raise RecipeError where a checkpoint is already quantised, and not as `quant` asks."""
     quantized_as = getattr(config, "quantization_config", None)
@@ -142,6 +202,7 @@ def check_prequantized(config: Any, quant: QuantSection) -> None:
         return
     settings = quantized_as if isinstance(quantized_as, dict) else quantized_as.to_dict()
     kind = settings.get("bnb_4bit_quant_type") if settings.get("load_in_4bit") else settings.get("quant_method")
+    kind = "bitsandbytes 8-bit" if settings.get("load_in_8bit") else kind
     if kind != quant.type:
         raise RecipeError(
             f"quant.type={quant.type} must be what the checkpoint holds; it is already quantised as {kind!r}.\n"
@@ -179,4 +240,5 @@ def _revision(source: str, model: ModelSection) -> str | None:
 
 
 def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0][:200]
+    text = " ".join(str(error).split())[:200]
+    return text if isinstance(error, ValueError | OSError) and text else f"{type(error).__name__}: {text}"

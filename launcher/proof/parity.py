@@ -28,9 +28,10 @@ from launcher.proof.stock import PaddedBatch, accumulate, collate, stock_model
 from launcher.records.parity import ParityRecord
 from launcher.runtime.clock import Clock
 from launcher.train.describe import start_record
+from launcher.train.inputs import Prepared, prepare_inputs
 from launcher.train.loss_scale import LossScale
 from launcher.train.request import Request
-from launcher.train.setup import Prepared, Worker, prepare_inputs
+from launcher.train.setup import Worker
 from launcher.train.verdicts import steps_verdict
 
 B_STD = 0.02  # of the drawn LoRA B: as large as a base weight; the update is then a few percent of the base's output
@@ -60,7 +61,7 @@ def parity(request: Request) -> Iterator[str | ParityRecord]:
         compiled = measure_compiled(worker, batches)
     # The start record of a run of as many steps as batches, without a folder.
     start = replace(start_record(worker), run_dir="", steps=len(batches))
-    compile, dtype = worker.observer.record(), worker.built.dtype
+    compile, dtype, loaded = worker.observer.record(), worker.built.dtype, worker.built.loaded
     release(worker)
     del worker
     stock = partial(measure_stock, request, prepared, batches, dtype=dtype, adapters=adapters)
@@ -75,7 +76,7 @@ def parity(request: Request) -> Iterator[str | ParityRecord]:
             comparison.add(*measured, supervised_tokens=batch.supervised_tokens)
     free(prepared.device)
     gate = gate_of(dtype)
-    verdicts = comparison.verdicts(gate)
+    verdicts = (*loaded, *comparison.verdicts(gate))
     if recipe.compile.mode != "off":
         verdicts += (steps_verdict([compile]),)
     yield ParityRecord(

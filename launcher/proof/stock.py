@@ -49,7 +49,7 @@ def stock_model(
     `reference`: all fp32, on the weights that the quantised ones of that run stand for. On a GPU the layers are
     checkpointed, as runs on small cards are: it costs time and changes no result.
     """
-    base = build_base(recipe, source, config, dtype=dtype, device=device)
+    base = build_base(recipe, source, config, dtype=dtype, device=device).model
     if reference:
         _dequantise(base)
     base.set_attn_implementation("sdpa")

@@ -24,7 +24,9 @@ def locate(model: ModelSection, architectures: Path) -> str:
     folder = Path(name).expanduser()
     if folder.is_dir():
         if not (folder / "config.json").is_file():
-            raise RecipeError(f"a model folder must hold config.json; {folder} does not. Name the checkpoint's folder.")
+            adapter = (folder / "adapter_config.json").is_file()
+            remedy = "It is a LoRA adapter's: name its base." if adapter else "Name the checkpoint's folder."
+            raise RecipeError(f"a model folder must hold config.json; {folder} does not. {remedy}")
         return str(folder.resolve())
     if name.startswith((".", "/", "~")) or not HUB_ID.fullmatch(name):
         raise RecipeError(

@@ -6,7 +6,7 @@ proof/bench/figures.py computes what is derived. Memory is resident memory on a 
 from dataclasses import dataclass, field
 
 from launcher.records.proof import ProofRecord
-from launcher.records.run import CompileRecord, StartRecord, VramRecord
+from launcher.records.run import CompileRecord, StartRecord, Verdict, VramRecord
 
 
 @dataclass(frozen=True)
@@ -67,6 +67,7 @@ class OursRecord:
     compile: CompileRecord
     ceiling: Ceiling
     loss_tolerance: float
+    loaded: tuple[Verdict, ...] = ()  # whether the base is what its files hold; empty for random weights
 
 
 @dataclass(frozen=True, kw_only=True)

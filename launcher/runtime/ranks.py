@@ -6,6 +6,8 @@ import gc
 import os
 import signal
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -98,6 +100,18 @@ def broadcast(value: Any) -> Any:
     from accelerate.utils import broadcast_object_list
 
     return broadcast_object_list([value])[0]
+
+
+@contextmanager
+def failing_together(kind: type[LauncherError]) -> Iterator[None]:
+    """Around what every rank does: an error of this kind on one rank is raised on all, which else would wait for it."""
+    own: LauncherError | None = None
+    try:
+        yield
+    except kind as error:
+        own = error
+    for failure in filter(None, gather(own)):
+        raise failure
 
 
 def check_same_on_all_ranks(rule: str, digest: str, *, error: type[LauncherError], remedy: str) -> None:

@@ -59,6 +59,7 @@ def start_record(worker: Worker) -> StartRecord:
             *worker.untrained_notes,
             *worker.request.notes,
             *_resumed(worker),
+            *built.notes,
             *data.notes,
             *_incomplete_rows(data.counts),
             *_blank_steps(worker),

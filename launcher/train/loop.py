@@ -29,10 +29,11 @@ from launcher.runtime.ranks import broadcast, gather
 from launcher.runtime.signals import deferring, stop_vote, voted_stop
 from launcher.train.checkpoints import Checkpoints
 from launcher.train.describe import rank_record, start_record
+from launcher.train.inputs import prepare_inputs
 from launcher.train.metrics import MetricsReader, StepMetrics
 from launcher.train.request import Request
 from launcher.train.sample import generate
-from launcher.train.setup import Worker, prepare_inputs
+from launcher.train.setup import Worker
 from launcher.train.verdicts import compile_verdicts
 
 SKIPS_IN_A_ROW = 20  # fp16: a scale that halves this often without one good step will not recover
@@ -280,7 +281,7 @@ def _run_record(worker: Worker, history: RunHistory, saved: Verdict) -> RunRecor
         evals=tuple(history.evals),
         elapsed_s=worker.clock.elapsed_s,
         ranks=ranks,
-        verdicts=(*compiled, saved),
+        verdicts=(*worker.built.loaded, *compiled, saved),
         data=dict(worker.prepared.data.counts),
         adapter=str(worker.folder.adapter) if saved.holds and worker.recipe.model.init != "random" else None,
     )

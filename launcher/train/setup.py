@@ -1,17 +1,14 @@
 """Everything before the first step, in the order in which it happens.
 
-prepare_inputs    what is known without weights: config, tokenizer, data, device. Finds every fault of recipe and
-                  data before the process group, the run folder or the weights exist.
-Worker            the process group; every rank has read the same
-.open_folder      the run folder and the trackers
+prepare_inputs    what is known without weights (inputs.py)
+Worker            the process group; every rank has read the same; the data loader
+.open_folder      the run folder, and what the run goes on from
 .build            the model: loaded, quantised, adapted; the activation policy
-.compile          data loader, compile plan, step; warm-up, capture; the state that a resume needs
+.compile          compile plan, step; warm-up, capture; the state that a resume needs
 """
 
 import gc
 import hashlib
-import os
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,104 +19,32 @@ from accelerate import Accelerator, PartialState
 from launcher.checkpoint.adapter import adapter_digest
 from launcher.checkpoint.folder import RunFolder, default_folder, named_folder
 from launcher.checkpoint.resume import Resumed, cut_back, open_folder
-from launcher.compile.graphs import CaptureFailed, check_graphs, outcome
+from launcher.compile.graphs import CaptureFailed, outcome
 from launcher.compile.observe import Observer
 from launcher.compile.plan import Plan
-from launcher.data.loader import StreamLoader, TrainLoader, eval_batches, sample_batch, train_loader
+from launcher.data.loader import eval_batches, sample_batch, train_loader
 from launcher.data.pack.micro_batch import MicroBatch
-from launcher.data.prepare import PreparedData
-from launcher.data.prepare import prepare as prepare_data
-from launcher.data.stream import Stream
-from launcher.data.vocabulary import UsedIds, fit_vocabulary
 from launcher.errors import CheckpointError, ContractError, DataError, LauncherError, RecipeError
 from launcher.memory.forecast import Shapes
 from launcher.memory.ledger import Ledger
 from launcher.memory.offload import HostInputs
-from launcher.memory.policy import Policy, applied, check_policy, choose_policy
-from launcher.model.attention import BlockFacts
-from launcher.model.build import BuiltModel, build_model, choose_dtype, preflight
-from launcher.model.load import load_config, load_tokenizer
+from launcher.memory.policy import Policy, applied, choose_policy
+from launcher.model.build import BuiltModel, build_model, choose_dtype
 from launcher.model.token_vectors import untrained_notes
-from launcher.recipe.schema import TrainSection
 from launcher.runtime.clock import Clock
-from launcher.runtime.first_rank import one_rank_first
-from launcher.runtime.ranks import RankInfo, broadcast, check_same_on_all_ranks, gather, hold_process_group
-from launcher.train.optim import check_optimizer, gates_on_device
+from launcher.runtime.ranks import (
+    broadcast,
+    check_same_on_all_ranks,
+    failing_together,
+    gather,
+    hold_process_group,
+)
+from launcher.train.inputs import Prepared, block_facts, total_steps
+from launcher.train.optim import gates_on_device
 from launcher.train.regions import regions_of
 from launcher.train.request import Request
 from launcher.train.state import TrainState, check_identity, run_identity
 from launcher.train.step import TrainStep
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """What a run knows before it touches weights."""
-
-    config: Any
-    tokenizer: Any
-    data: PreparedData
-    device: torch.device
-    used_ids: UsedIds = UsedIds()
-
-
-def prepare_inputs(request: Request) -> Prepared:
-    """Check the recipe against model and device, and prepare the data: one process of each machine first, the others
-    from its cache.
-
-    Raises RecipeError (2) and DataError (3); writes nothing but caches.
-    """
-    recipe, source, device = request.recipe, request.source, choose_device(request.rank_info)
-    config = load_config(source, recipe.model)
-    preflight(recipe, source, config, device)
-    check_optimizer(recipe.train, device)
-    check_graphs(recipe.compile, device)
-    check_policy(recipe, device)
-    tokenizer = load_tokenizer(source, recipe.model, stand_in=request.shipped / "tiny" / "base")
-    data = one_rank_first(
-        request.rank_info,
-        lambda: prepare_data(recipe.data, tokenizer, seed=recipe.train.seed),
-        wait_s=recipe.data.wait_s,
-    )
-    data, used_ids = fit_vocabulary(data, tokenizer, vocabulary=config.vocab_size)
-    return Prepared(config, tokenizer, data, device, used_ids)
-
-
-def choose_device(rank_info: RankInfo) -> torch.device:
-    """This process's own GPU; the CPU where there is none or Accelerate is told to use it. Raises RecipeError when
-    there are fewer GPUs than processes."""
-    use_cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
-    if use_cpu or not torch.cuda.is_available():
-        return torch.device("cpu")
-    processes, gpus = rank_info.local_world_size, torch.cuda.device_count()
-    if processes > gpus:
-        raise RecipeError(
-            f"every process needs a GPU of its own; {processes} were started on {gpus} GPU(s). "
-            f"Launch with --num_processes {gpus}."
-        )
-    return torch.device("cuda", rank_info.local_rank)
-
-
-def block_facts(data: PreparedData, *, micro_batch: int) -> BlockFacts:
-    """What the prepared data tells the model. The later windows of a stream are laid out like the first, but of their
-    targets nothing is known, and packed ones may hold several documents a block."""
-    streamed = isinstance(data.train, Stream)
-    sets = [data.first_blocks, *([data.validation] if data.validation else [])]
-    bounds = [] if streamed else [blocks.max_targets(micro_batch) for blocks in sets]
-    packed_later = isinstance(data.train, Stream) and data.train.data.batching == "packed"
-    return BlockFacts(
-        data.widths,
-        alone=not packed_later and all(blocks.single_documents for blocks in sets),
-        targets={width: max(bound.get(width, 0) for bound in bounds) for width in data.widths if bounds},
-        max_seqlen=max(blocks.max_seqlen for blocks in sets),
-    )
-
-
-def total_steps(train: TrainSection, loader: TrainLoader | StreamLoader) -> int:
-    """Optimizer steps of the run."""
-    if train.steps is not None:
-        return train.steps
-    assert isinstance(loader, TrainLoader), "a recipe that streams has train.steps"
-    return max(1, round((train.epochs or 0) * loader.steps_per_epoch))
 
 
 class Worker:
@@ -163,17 +88,12 @@ class Worker:
     def open_folder(self) -> None:
         """Create the run folder on rank 0, or open it again and find what the run goes on from (`resumed`). Every rank
         raises the error that rank 0 met; no file has changed then."""
-        problem, resumed = None, None
-        if self.rank_info.is_main:
-            try:
-                if resumed := open_folder(self.folder, self.recipe.run.resume):
-                    self._check_resumed(resumed)
-                    cut_back(self.folder, resumed)
-            except LauncherError as error:
-                problem = error
-        problem, self.resumed = broadcast((problem, resumed))
-        if problem is not None:
-            raise problem
+        resumed = None
+        with failing_together(LauncherError):
+            if self.rank_info.is_main and (resumed := open_folder(self.folder, self.recipe.run.resume)):
+                self._check_resumed(resumed)
+                cut_back(self.folder, resumed)
+        self.resumed = broadcast(resumed)
 
     def _check_resumed(self, resumed: Resumed) -> None:
         """Raise CheckpointError if this is not the run of the checkpoint, or if it has no steps left."""
@@ -192,14 +112,15 @@ class Worker:
     def build(self) -> BuiltModel:
         """Load, quantise and adapt the model, and choose what its forward pass keeps; the ledger notes each phase."""
         self.ledger.mark("before load")
-        self.built = build_model(
-            self.recipe,
-            self.request.source,
-            self.prepared.config,
-            device=self.accelerator.device,
-            blocks=block_facts(self.prepared.data, micro_batch=self.recipe.train.micro_batch),
-            phase=self.ledger.mark,
-        )
+        with failing_together(RecipeError):  # a base that is not what its files hold
+            self.built = build_model(
+                self.recipe,
+                self.request.source,
+                self.prepared.config,
+                device=self.accelerator.device,
+                blocks=block_facts(self.prepared.data, micro_batch=self.recipe.train.micro_batch),
+                phase=self.ledger.mark,
+            )
         if self.rank_info.world_size > 1:  # ranks exchange only gradients: those that begin differently stay different
             check_same_on_all_ranks(
                 "start from the same adapter",

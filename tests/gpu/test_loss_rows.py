@@ -18,7 +18,8 @@ from launcher.ops.linear_ce import (
     linear_cross_entropy_reference,
 )
 from launcher.train import setup
-from launcher.train.setup import Worker, block_facts
+from launcher.train.inputs import block_facts
+from launcher.train.setup import Worker
 from tests.support.tensors import relative_error
 from tests.support.workers import built, documents, perturb
 

@@ -8,7 +8,7 @@ from launcher.errors import RecipeError
 from launcher.memory.forecast import Kept, Shapes, forecast
 from launcher.memory.ledger import MIB
 from launcher.memory.policy import KEPT, Policy, applied, check_policy, choose_policy
-from launcher.train import setup
+from launcher.train import inputs
 from tests.conftest import request_for
 from tests.support.models import build
 from tests.support.tensors import saved_for_backward
@@ -85,10 +85,10 @@ def test_a_policy_that_the_recipe_does_not_allow_is_refused(make_recipe, section
 
 
 def test_offload_is_refused_on_a_cpu_before_data_is_read(make_recipe, monkeypatch):
-    monkeypatch.setattr(setup, "prepare_data", lambda *_, **__: pytest.fail("data was read"))
+    monkeypatch.setattr(inputs, "prepare_data", lambda *_, **__: pytest.fail("data was read"))
     recipe = make_recipe(memory={"activations": "offload"})
     with pytest.raises(RecipeError, match="the device is cpu, its memory is the host's.\nUse memory.activations=full"):
-        setup.prepare_inputs(request_for(recipe))
+        inputs.prepare_inputs(request_for(recipe))
     check_policy(recipe, CUDA)
 
 

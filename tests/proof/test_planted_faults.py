@@ -22,8 +22,9 @@ from launcher.recipe.schema import Recipe
 from launcher.records.run import Verdict
 from launcher.runtime.clock import Clock
 from launcher.train import regions
+from launcher.train.inputs import Prepared, prepare_inputs
 from launcher.train.request import Request
-from launcher.train.setup import Prepared, Worker, prepare_inputs
+from launcher.train.setup import Worker
 from tests.conftest import request_for
 
 pytestmark = pytest.mark.usefixtures("clean_dynamo")

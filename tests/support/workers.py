@@ -10,8 +10,9 @@ from launcher.data.pack.buckets import lay_out
 from launcher.data.prepare import PreparedData
 from launcher.model.load import load_config
 from launcher.runtime.clock import Clock
+from launcher.train.inputs import Prepared, prepare_inputs
 from launcher.train.request import Request
-from launcher.train.setup import Prepared, Worker, prepare_inputs
+from launcher.train.setup import Worker
 from tests.conftest import request_for
 from tests.support.tensors import add_noise
 

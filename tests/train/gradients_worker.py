@@ -18,8 +18,9 @@ def main() -> None:
     info = rank_info()
     prepare_environment()
     from launcher.runtime.clock import Clock
+    from launcher.train.inputs import prepare_inputs
     from launcher.train.request import Request
-    from launcher.train.setup import Worker, prepare_inputs
+    from launcher.train.setup import Worker
 
     recipe = resolve(argv).recipe
     request = Request(recipe, "test", recipe.model.name, ROOT / "recipes", info)

@@ -11,7 +11,7 @@ from torch.nn.attention.varlen import varlen_attn
 
 from launcher.model import attention as paths
 from launcher.ops import document_attention as ops
-from launcher.train.setup import block_facts, prepare_inputs
+from launcher.train.inputs import block_facts, prepare_inputs
 from tests.conftest import TINY, request_for
 from tests.support.workers import compiled, documents
 

@@ -19,8 +19,8 @@ from tests.conftest import fresh_dynamo, request_for, small_recipe, stock_loss
 
 pytestmark = pytest.mark.usefixtures("clean_dynamo")
 STRICT_CLAIMS = [
-    "zero graph breaks", "zero recompiles", "exactly the planned graphs", "every step ran compiled",
-    "saved adapter reloads",
+    "base loaded whole", "zero graph breaks", "zero recompiles", "exactly the planned graphs",
+    "every step ran compiled", "saved adapter reloads",
 ]  # fmt: skip
 
 

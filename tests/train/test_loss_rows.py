@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from launcher.data.loader import StepBatch
-from launcher.train.setup import block_facts, prepare_inputs
+from launcher.train.inputs import block_facts, prepare_inputs
 from tests.conftest import request_for
 from tests.support.workers import compiled, documents
 

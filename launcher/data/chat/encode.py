@@ -7,7 +7,7 @@ A token is supervised if it covers a character of a span. Control tokens spelled
 """
 
 from collections.abc import Iterable, Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
@@ -19,7 +19,7 @@ from launcher.data.chat.spelled_out import SpelledOut, copy_of
 from launcher.data.chat.turns import Span
 from launcher.data.documents import Bools, Document, Ints
 from launcher.data.read.rows import Conversation, Message, Row, RowFault, Text
-from launcher.errors import DataError
+from launcher.errors import DataError, RecipeError
 from launcher.recipe.data_section import DataSection
 
 
@@ -99,13 +99,23 @@ class Encoder:
         return rendered.shown, document.input_ids.tolist()
 
     def _check_template(self, row: Conversation) -> None:
-        if self.tokenizer.chat_template:
+        templates: Any = self.tokenizer.chat_template
+        without_default = isinstance(templates, dict) and "default" not in templates
+        if templates and not without_default:
             return
         fitting = " or ".join(fitting_templates(self.tokenizer))
+        name = self.tokenizer.name_or_path or "this tokenizer"
+        if without_default:
+            raise RecipeError(
+                "one of a tokenizer's named chat templates must be called default; "
+                f"{name} has {', '.join(templates)}.\n"
+                "Save the one that you mean as chat_template.jinja in the model's folder"
+                + (f", or set data.template={fitting}." if fitting else ".")
+            )
         remedy = f"Set data.template={fitting}, use" if fitting else "No template of data.template fits it: use"
         raise DataError(
             f"{row.where}: rows of messages need a tokenizer with a chat template, or data.template.\n"
-            f"Found: none in {self.tokenizer.name_or_path or 'this tokenizer'}, and data.template=auto.\n"
+            f"Found: none in {name}, and data.template=auto.\n"
             f'{remedy} an instruct model, or give the rows as {{"text": "..."}}.'
         )
 

@@ -36,6 +36,7 @@ def bench_record(
         ours=side, naive=naive, speed_up=speed_up, memory_ratio=memory_ratio, pay_back_steps=pay_back_steps,
         loss_differences=tuple(differences), loss_tolerance=ours.loss_tolerance, notes=notes,
         verdicts=(
+            *ours.loaded,
             *_verdicts(side, naive, tolerance=ours.loss_tolerance),
             *([steps_verdict([ours.compile])] if ours.compile.expected_graphs else []),
         ),

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from launcher.model.build import choose_dtype
 from launcher.proof.stock import PaddedBatch, accumulate, stock_model
+from launcher.train.inputs import Prepared
 from launcher.train.optim import make_optimizer, schedule
 from launcher.train.request import Request
-from launcher.train.setup import Prepared
 
 
 class NaiveStep:

@@ -103,9 +103,10 @@ def ours(request: Request) -> Iterator[str | OursRecord]:
         worker.plan.check()
         side = measurement.record()  # before the matrix products, which need memory of their own
         yield "the device's matrix products"
-        dtype = worker.built.dtype
-        ceiling = matmul_ceiling(dtype, prepared.device)
-        yield OursRecord(side, start_record(worker), worker.observer.record(), ceiling, gate_of(dtype).loss)
+        built = worker.built
+        ceiling = matmul_ceiling(built.dtype, prepared.device)
+        tolerance = gate_of(built.dtype).loss
+        yield OursRecord(side, start_record(worker), worker.observer.record(), ceiling, tolerance, built.loaded)
     except torch.OutOfMemoryError as error:
         memory = measurement.ledger.as_text()
         raise MemoryExhausted(f"our side ran out of memory; held by phase: {memory}.\n{LESS_MEMORY}") from error

@@ -13,8 +13,8 @@ from launcher.proof.bench.flops import model_flops
 from launcher.proof.stock import supervised_documents
 from launcher.recipe.schema import Recipe
 from launcher.records.bench import Workload
+from launcher.train.inputs import Prepared, prepare_inputs
 from launcher.train.request import Request
-from launcher.train.setup import Prepared, prepare_inputs
 
 WARM_UP_STEPS = 3  # between the first step and the measured ones: allocators fill, graphs are captured
 

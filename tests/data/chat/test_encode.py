@@ -11,7 +11,7 @@ from transformers.tokenization_python import PreTrainedTokenizer
 from launcher.data.chat.encode import Encoder
 from launcher.data.documents import Document
 from launcher.data.read.rows import Message, Row, RowFault, Text
-from launcher.errors import DataError
+from launcher.errors import DataError, RecipeError
 from launcher.recipe.data_section import DataSection
 from tests.support.chats import MANY_TURNS, chat, encode, encoder, same, supervised_text
 from tests.support.templates import CORPUS, LLAMA3, OWN_TOKENS
@@ -147,6 +147,17 @@ def test_whatever_a_template_raises_is_a_fault(make_tokenizer):
     template = "{% for m in messages %}{{ 1 // (m['content'] | length - 3) }}{{ m['content'] }}{% endfor %}<|eot|>"
     [(_, fault)] = encoder(make_tokenizer(template)).encode([chat("user: abc", "assistant: Hello")])
     assert isinstance(fault, RowFault) and "Found: ZeroDivisionError" in str(fault)
+
+
+def test_named_templates_without_a_default_are_listed_with_the_remedy(make_tokenizer):
+    tokenizer = make_tokenizer("llama3")
+    tokenizer.chat_template = {"rag": tokenizer.chat_template, "tool_use": tokenizer.chat_template}
+    with pytest.raises(
+        RecipeError, match=r"(?s)default.* has rag, tool_use.*chat_template\.jinja.*data\.template=chatml"
+    ):
+        encode(tokenizer, turns())
+    [document] = encode(tokenizer, text())  # plain text needs none
+    assert len(document)
 
 
 def test_chats_without_a_template_are_refused_and_texts_are_not(make_tokenizer):
