@@ -5,6 +5,7 @@ A save copies the device's state between two steps; a thread writes it behind th
 
 import platform
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +94,12 @@ class Checkpoints:
             return None
         folder = self._worker.folder.path
         return f"step {self._saved_step} is saved; the same command goes on from it with run.output_dir={folder}"
+
+    def close(self) -> None:
+        """Let the write that goes on come to its end, however the training ended; its error would hide that."""
+        if self._writer is not None:
+            with suppress(Exception):
+                self._writer.finish()
 
     def parts_until(self, step: int) -> tuple[RunPart, ...]:
         """The parts of the run, the present one ending with `step`."""

@@ -4,6 +4,7 @@ sinks of its events (api.py). Only the adapter is saved here, since its proof ne
 
 import math
 from collections.abc import Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field, replace
 from itertools import takewhile
 from typing import cast
@@ -106,8 +107,9 @@ def _run(request: Request, history: RunHistory) -> Iterator[Event]:
             worker.state.load_state_dict(resumed.state["state"])
             history.go_on(resumed)
     checkpoints = Checkpoints(worker, resumed)
-    yield start_record(worker)
-    yield from _train(worker, history, checkpoints)
+    with closing(checkpoints):
+        yield start_record(worker)
+        yield from _train(worker, history, checkpoints)
     yield "saving adapter"
     with clock.phase("save"):
         saved = _save(worker)
