@@ -58,7 +58,7 @@ def test_parity_within_the_gate_leaves_only_its_report(arguments: list[str], tmp
     printed, report = run_main("parity", arguments, tmp_path)
     assert "Adapter gradients" in printed
     assert report.keys() == {
-        "schema", "mode", "holds", "recipe", "start", "compile", "gate", "batches", "adapters", "loss_error",
+        "schema", "mode", "holds", "recipe", "start", "compile", "gate", "batches", "adapters", "lengths", "loss_error",
         "gradient_error", "verdicts", "elapsed_s", "notes",
     }  # fmt: skip
     assert report["holds"] is True and report["recipe"]["proof"]["parity"] == 1

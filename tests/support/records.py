@@ -10,7 +10,7 @@ from rich.console import Console
 
 from launcher.proof.bench.figures import bench_record
 from launcher.records.bench import BenchRecord, Ceiling, OursRecord, SideRecord, Workload
-from launcher.records.parity import AdapterParity, Gate, Pair, ParityBatch, ParityRecord
+from launcher.records.parity import AdapterParity, Gate, Length, Pair, ParityBatch, ParityRecord
 from launcher.records.preview import BlockPreview, DocumentPreview, LengthBin, PreviewRecord, TextPart
 from launcher.records.run import (
     CompileRecord,
@@ -129,6 +129,7 @@ def parity_record(**changes: Any) -> ParityRecord:
             AdapterParity("q", "A", 16, 0.999999, "layer 3, batch 2", 4e-3, 0.98),
             AdapterParity("k", "B", 16, 0.9987, "layer 3, batch 2", 4e-3, 0.98),
         ),
+        lengths=(Length("q A", 1.001, 0.999, 0.01), Length("k B", 1.009, 0.999, 0.01)),
         loss_error=Pair(1e-3, 2e-3), gradient_error=Pair(0.011, 0.010), verdicts=(Verdict("loss", True, "small"),),
         elapsed_s={"eager": 2.0}, notes=("measured with lora.dropout=0",),
     )  # fmt: skip
