@@ -168,8 +168,8 @@ def smaller_weight(right: Any) -> Any:
         ((nf4, "plain_merged_weight", smaller_weight), {LOSS, ERROR}, {ERROR}),
     ],
     ids=[
-        "loss-chunk", "longer", "shorter", "scaling", "documents", "positions", "gate-kernel", "rotary-kernel", "adapter-kernel",
-        "weight-kernel",
+        "loss-chunk", "longer", "shorter", "scaling", "documents", "positions", "gate-kernel", "rotary-kernel",
+        "adapter-kernel", "weight-kernel",
     ],
 )  # fmt: skip
 def test_a_planted_fault_closes_the_gate(
