@@ -61,8 +61,8 @@ class Comparison:
         for name in reference.gradients:
             ours, stock, fp32 = (m.gradients[name].double().flatten() for m in (compiled, eager, reference))
             layer, kind, matrix = adapter_of(name)
-            errors = ours - fp32, stock - fp32
-            sums = torch.stack([ours @ fp32, stock @ fp32, fp32 @ fp32, *(error @ error for error in errors)])
+            apart = ours - fp32, stock - fp32
+            sums = torch.stack([ours @ fp32, stock @ fp32, fp32 @ fp32, *(error @ error for error in apart)])
             total += sums
             for group in (ALL, f"{kind} {matrix}", f"layer {layer}"):
                 self._products[group] = self._products.get(group, 0) + sums

@@ -147,7 +147,7 @@ def bench_side(seconds: float = 0.5, *, first_s: float = 5.0, loss: float = 2.5,
 
 
 NAIVE = bench_side()
-WORKLOAD = Workload((90, 90, 100, 100), (50,) * 4, (9_000, 9_000, 10_000, 10_000), "abc")
+WORKLOAD = Workload((90, 90, 100, 100), (50,) * 4, (9_000, 9_000, 10_000, 10_000), (4, 5, 4, 8), "abc")
 OURS = OursRecord(
     bench_side(0.1, first_s=20.0, peak_allocated_mib=1_000.0, peak_reserved_mib=1_100.0),
     start_record(device="cpu", widths=(64, 128), world_size=1), compile_record(),
@@ -156,11 +156,17 @@ OURS = OursRecord(
 
 
 def bench_of(
-    naive: SideRecord | None = NAIVE, *, rows: str = "data", notes: tuple[str, ...] = (), **ours: Any
+    naive: SideRecord | None = NAIVE,
+    *,
+    plain: SideRecord | None = None,
+    rows: str = "data",
+    notes: tuple[str, ...] = (),
+    **ours: Any,
 ) -> BenchRecord:
-    """Naive against OURS, whose side is changed by the fields in `ours`."""
+    """Naive sides against OURS, whose side is changed by the fields in `ours`."""
+    sides = {name: side for name, side in (("naive", naive), ("plain", plain)) if side is not None}
     changed = replace(OURS, side=replace(OURS.side, **ours))
-    return bench_record({}, rows=rows, workload=WORKLOAD, ours=changed, naive=naive, notes=notes)
+    return bench_record({}, rows=rows, workload=WORKLOAD, ours=changed, sides=sides, notes=notes)
 
 
 QUESTION = DocumentPreview(
