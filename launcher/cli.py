@@ -92,8 +92,9 @@ def _parity(resolved: Resolved, info: RankInfo, console: Console) -> None:
 
 def _bench(resolved: Resolved, info: RankInfo, console: Console) -> None:
     record = _compare(bench, resolved, info, console)
-    if record.naive and record.naive.failure and not record.naive.out_of_memory:
-        raise ChildFailed(f"naive must come to its end to be compared; it did not: {record.naive.failure}.")
+    for naive in (record.naive, record.plain):
+        if naive and naive.failure and not naive.out_of_memory:
+            raise ChildFailed(f"naive must come to its end to be compared; it did not: {naive.failure}.")
 
 
 def _compare(events: Callable[[Request], Iterator[Any]], resolved: Resolved, info: RankInfo, console: Console) -> Any:

@@ -1,6 +1,6 @@
 """Forecasts the peak memory of a training step from the model's sizes and what the layers keep.
 
-Letters: N tokens of a micro batch, D model width, F feed-forward width, V vocabulary.
+Letters: N tokens of a micro batch, S positions of a block, D model width, F feed-forward width, V vocabulary.
 """
 
 from dataclasses import dataclass
@@ -24,6 +24,8 @@ class Shapes:
     loss_chunk: int  # tokens whose logits live at once
     itemsize: int  # bytes of the compute dtype
     trainable: int  # parameters
+    repeated: int = 0  # features by which keys and values grow where each is repeated for its group of query heads
+    masked: int = 0  # S, where attention reads an [S, S] mask of the compute dtype
     dropped: int = 0  # sum of in-features of a layer's adapters, where dropout gives each an input of its own
 
 
@@ -35,22 +37,34 @@ class Kept(NamedTuple):
     on_host: bool = False
 
 
+KEEP_ALL = Kept(1.0, True)
+
+
 def forecast(shapes: Shapes, kept: Kept, *, held_mib: float) -> float:
     """Peak MiB of a training step: the `held_mib` of weights and adapters, gradients and two moments of the adapters,
     what the layers keep on the device, and the temporaries of the loss or of one layer's backward pass, whichever are
     larger."""
     s = shapes
     column = s.itemsize * s.tokens / MIB  # MiB of one number per token
-    # A layer's input, the sum after attention, attention's inputs and output, gate and up; then the norms' outputs.
-    selective = (2 * s.hidden + 2 * s.query + 2 * s.key_value + 2 * s.intermediate + s.dropped) * column
-    everything = selective + 2 * s.hidden * column
-    least = s.hidden * column
-    layer = least + kept.budget * ((everything if kept.elementwise else selective) - least)
     # The feed-forward block: its input's gradient, h, incoming and outgoing gradients; gate and up dequantised.
     work = (3 * s.intermediate + 2 * s.hidden) * column + 2 * s.intermediate * s.hidden * s.itemsize / MIB
     if kept.budget < 1:
-        work += everything - layer  # of the layer that is being recomputed
+        work += _layer_mib(s, KEEP_ALL) - _layer_mib(s, kept)  # of the layer that is being recomputed
     loss = s.loss_chunk * s.vocabulary * s.itemsize / MIB + 3 * s.hidden * column
     adapters = 4 * 4 * s.trainable / MIB  # summed gradients, those of this pass, two moments; fp32
-    layers = min(s.layers, INPUTS_ON_DEVICE) if kept.on_host else s.layers
-    return held_mib + adapters + layers * layer + max(work, loss)
+    return held_mib + adapters + layers_mib(s, kept) + s.masked * column + max(work, loss)
+
+
+def layers_mib(shapes: Shapes, kept: Kept) -> float:
+    """MiB that the layers keep on the device for the backward pass."""
+    layers = min(shapes.layers, INPUTS_ON_DEVICE) if kept.on_host else shapes.layers
+    return layers * _layer_mib(shapes, kept)
+
+
+def _layer_mib(s: Shapes, kept: Kept) -> float:
+    """MiB that one layer keeps for the backward pass."""
+    # Its input, the sum after attention, attention's inputs and output, gate and up; then the norms' outputs, and the
+    # repeated keys and values, which are computed again where elementwise results are.
+    selective = 2 * s.hidden + 2 * s.query + 2 * s.key_value + 2 * s.intermediate + s.dropped
+    most = selective + (2 * s.hidden + s.repeated if kept.elementwise else 0)
+    return (s.hidden + kept.budget * (most - s.hidden)) * s.itemsize * s.tokens / MIB

@@ -22,14 +22,14 @@ import torch
 import torch._functorch.config
 
 from launcher.errors import RecipeError
-from launcher.memory.forecast import Kept, Shapes, forecast
+from launcher.memory.forecast import KEEP_ALL, Kept, Shapes, forecast
 from launcher.recipe.schema import Recipe
 
 USABLE = 0.92  # share of the memory free before training that a forecast may fill
 
 
 KEPT = {  # fastest first
-    "none": Kept(1.0, True),
+    "none": KEEP_ALL,
     "selective": Kept(1.0, False),
     "full": Kept(0.0, False),
     "offload": Kept(0.0, False, on_host=True),

@@ -52,12 +52,14 @@ class BuiltModel:
         config: Any = self.peft.config
         lora: Any = self.peft.peft_config[ADAPTER]
         head = head_width(config)
+        query, key_value = config.num_attention_heads * head, config.num_key_value_heads * head
         adapted: list[Any] = [module for module in self.packed.body.layers[0].modules() if hasattr(module, "lora_A")]
         return {
             "layers": config.num_hidden_layers,
             "hidden": config.hidden_size,
-            "query": config.num_attention_heads * head,
-            "key_value": config.num_key_value_heads * head,
+            "query": query,
+            "key_value": key_value,
+            "repeated": 2 * (query - key_value) if self.attention in ("sdpa", "causal") else 0,
             "intermediate": config.intermediate_size,
             "vocabulary": config.vocab_size,
             "loss_chunk": self.packed.loss_chunk,

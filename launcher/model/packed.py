@@ -42,8 +42,8 @@ class Body(nn.Module):
     def forward(
         self, hidden: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, cu_seqlens: Tensor, max_seqlen: int
     ) -> Tensor:
-        """hidden [B, S, D], cos and sin [B, S, E], mask [B, 1, S, S] or None, cu_seqlens [documents + 1] and the bound
-        on their length -> [B, S, D]."""
+        """hidden [B, S, D], cos and sin [B, S, E], mask [B, 1, S, S] (added to the scores) or None, cu_seqlens
+        [documents + 1] and the bound on their length -> [B, S, D]."""
         boundaries = {"attention_mask": mask, "cu_seqlens": cu_seqlens, "max_seqlen": max_seqlen}
         for number, layer in enumerate(self.layers):
             with self.around(number, hidden):
@@ -103,7 +103,11 @@ class PackedCausalLM(nn.Module):
             # Nothing below the first layer is trained. Without this, layer 0's input would need no gradient and the
             # other layers' would: two graphs instead of one.
             hidden.requires_grad_()
-        mask = document_mask(document_ids) if self.attention == "sdpa" else None
+        mask = None
+        if self.attention == "sdpa":
+            # Added to the scores. From a boolean mask every layer would make one of these, and keep it.
+            visible = document_mask(document_ids)
+            mask = hidden.new_zeros(visible.shape).masked_fill_(~visible, float("-inf"))
         cos, sin = self.cos[position_ids], self.sin[position_ids]
         return self.body(hidden, cos, sin, mask, cu_seqlens, max_seqlen or self.max_seqlen)
 

@@ -59,7 +59,8 @@ def _is_thin(x: Tensor, rank: int) -> bool:
 
 
 def plain_gradients(dy: Tensor, x: Tensor, a: Tensor, b: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
-    """The plain form of one projection, on any device and for any rank."""
+    """The plain form of one projection, on any device and for any rank. It rounds s A and s B; of the two factors, the
+    kernels scale one before and one after its product. The difference is nothing where s is a power of two."""
     scaled_a, scaled_b = (a * scaling).to(x.dtype), (b * scaling).to(x.dtype)
     return _wide_sum((dy @ scaled_b).T, x), _wide_sum(dy.T, x @ scaled_a.T)
 

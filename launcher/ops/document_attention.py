@@ -42,7 +42,8 @@ def fused_missing(device: torch.device, dtype: torch.dtype, *, capability: tuple
 
 
 def masked_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float) -> Tensor:
-    """query [B, H, S, E], key and value [B, K, S, E], mask bool [B, 1, S, S] -> [B, S, H, E]."""
+    """query [B, H, S, E], key and value [B, K, S, E], mask [B, 1, S, S], bool or added to the scores ->
+    [B, S, H, E]."""
     # Expanded heads rather than enable_gqa: with a mask that flag leaves CUDA only the O(S * S) math kernel.
     groups = query.shape[1] // key.shape[1]
     key, value = _repeat_heads(key, groups), _repeat_heads(value, groups)

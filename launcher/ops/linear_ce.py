@@ -8,8 +8,13 @@ multiplication: the logits are computed once, and only one [R, V] chunk of them 
 
 For one row with logits z, target t and p = softmax(z):   loss = logsumexp(z) - z[t],   dloss/dh = (p - onehot(t)) W.
 
-The loss is the *sum* over supervised rows. Its gradient is stored unscaled, and the caller's factor (one over the
-global token count, times the fp16 loss scale) arrives as the incoming gradient: nothing underflows in half precision.
+The loss is the *sum* over supervised rows. Its gradient is stored without the caller's factor (one over the global
+token count, times the fp16 loss scale), which arrives as the incoming gradient.
+
+fp16 needs more: where p[t] is nearly 1, the other p are below its smallest number, and so would be the gradient. So
+each row p - onehot(t) is multiplied by a power of two that brings its largest entry, 1 - p[t], to between 128 and 256;
+the product is divided by it in fp32, and stored in fp32. The product then holds for weights up to 128. In bf16 and
+fp32, which have the range, the power is 1 and nothing is done.
 
 Prompts and padding have no target: half of the rows in instruction data, and each costs the whole vocabulary. Where it
 is known beforehand that at most M < N rows are supervised, only M rows go through the product: they are gathered chunk
@@ -30,6 +35,8 @@ from torch import Tensor
 
 from launcher.ops.projection_group import HAS_TRITON
 
+SCALED_TO = 8  # log2 of the most that an entry of a scaled row may be
+SMALLEST = 2.0**-24  # the least 1 - p[t] that is brought there: the powers stay finite
 CHUNK_COST = 128  # rows whose time a chunk costs on top: it reads the whole head, and launches its kernels
 TILE = 8  # a chunk has a multiple of this many rows, for the alignment of half-precision products
 MIN_SAVED = 0.05  # share of the rows below which none are left out; `product_rows` says why
@@ -44,39 +51,63 @@ def chunk_loss(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
 
 
 def chunk_loss_and_grad(hidden: Tensor, weight: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """`chunk_loss` and its gradient with respect to hidden ([R, D], hidden's dtype)."""
+    """`chunk_loss` and its gradient with respect to hidden: [R, D] in `gradient_dtype` of hidden's."""
     logits = hidden @ weight.T
     if logits.is_cuda and HAS_TRITON:
-        losses = softmax_gradient_(logits, labels)
-        return losses.sum(), logits @ weight
-    loss, grad_logits = softmax_gradient(logits, labels)
-    return loss, grad_logits.to(hidden.dtype) @ weight
+        losses, scales = softmax_gradient_(logits, labels)
+        loss = losses.sum()
+    else:
+        loss, gradient = softmax_gradient(logits, labels)
+        logits, scales = scaled_rows(gradient, hidden.dtype)
+    grad = logits @ weight
+    return loss, grad.float() / scales[:, None] if hidden.dtype == torch.float16 else grad
+
+
+def gradient_dtype(dtype: torch.dtype) -> torch.dtype:
+    """In which the gradient of hidden states of `dtype` waits for the caller's factor."""
+    return torch.float32 if dtype == torch.float16 else dtype
 
 
 def softmax_gradient(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """The plain form. logits [R, V], labels [R] -> summed loss and its gradient with respect to the logits, fp32."""
+    """The plain form. logits [R, V], labels [R] -> summed loss and its gradient with respect to the logits, fp32.
+
+    p[t] - 1 is computed as minus the sum of the other p, which keeps its digits where p[t] is nearly 1."""
+    targets, supervised = labels.clamp_min(0)[:, None], labels >= 0
     logits = logits.float()
-    supervised = labels >= 0
-    targets = labels.clamp_min(0)[:, None]
-    target_logit = logits.gather(1, targets).squeeze(1)
-    log_sum = torch.logsumexp(logits, dim=1)
-    loss = ((log_sum - target_logit) * supervised).sum()
+    top = logits.amax(1, keepdim=True)
     is_target = torch.arange(logits.shape[1], device=labels.device)[None, :] == targets
-    return loss, (torch.exp(logits - log_sum[:, None]) - is_target.float()) * supervised[:, None]
+    others = torch.where(is_target, 0.0, torch.exp(logits - top))
+    rest, target = others.sum(1, keepdim=True), logits.gather(1, targets) - top
+    total = rest + torch.exp(target)
+    loss = ((total.log() - target) * supervised[:, None]).sum()
+    return loss, torch.where(is_target, -rest, others) / total * supervised[:, None]
+
+
+def scaled_rows(gradient: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """gradient [R, V] fp32 -> in `dtype`, for fp16 with each row multiplied by its power of two; these powers [R]."""
+    if dtype != torch.float16:
+        return gradient.to(dtype), gradient.new_ones(gradient.shape[0])
+    largest = gradient.abs().amax(1).clamp_min(SMALLEST)
+    scales = torch.exp2(SCALED_TO - torch.ceil(torch.log2(largest)))
+    return (gradient * scales[:, None]).to(dtype), scales
 
 
 @torch.library.custom_op("qlora::softmax_gradient_", mutates_args=("logits",))
-def softmax_gradient_(logits: Tensor, labels: Tensor) -> Tensor:
-    """Losses [R], fp32, of logits [R, V] on CUDA; overwrites the logits by their gradient. Two passes over one buffer,
-    where the compiled plain form needs two buffers."""
-    losses = torch.empty(logits.shape[0], dtype=torch.float32, device=logits.device)
-    _softmax_gradient[(logits.shape[0],)](logits, labels, losses, logits.shape[1], BV=8192, num_warps=8)
-    return losses
+def softmax_gradient_(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """logits [R, V] on CUDA -> losses [R], fp32, and the powers of two [R] of fp16 rows (of other dtypes undefined);
+    overwrites the logits by their gradient, of fp16 times these powers. Two passes over one buffer, where the compiled
+    plain form needs two buffers."""
+    losses, scales = (torch.empty(len(logits), dtype=torch.float32, device=logits.device) for _ in range(2))
+    _softmax_gradient[(logits.shape[0],)](
+        logits, labels, losses, scales, logits.shape[1], SMALLEST=SMALLEST, SCALED_TO=SCALED_TO, BV=8192, num_warps=8
+    )
+    return losses, scales
 
 
 @softmax_gradient_.register_fake
-def _(logits: Tensor, labels: Tensor) -> Tensor:
-    return logits.new_empty(logits.shape[0], dtype=torch.float32)
+def _(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    losses, scales = (logits.new_empty(logits.shape[0], dtype=torch.float32) for _ in range(2))
+    return losses, scales
 
 
 if HAS_TRITON:
@@ -84,7 +115,9 @@ if HAS_TRITON:
     import triton.language as tl
 
     @triton.jit
-    def _softmax_gradient(logits, labels, losses, V, BV: tl.constexpr):  # type: ignore[no-untyped-def]
+    def _softmax_gradient(  # type: ignore[no-untyped-def]
+        logits, labels, losses, scales, V, SMALLEST: tl.constexpr, SCALED_TO: tl.constexpr, BV: tl.constexpr,
+    ):  # fmt: skip
         """One row: the running maximum and sums, BV columns at a time, then the gradient. The eviction hints keep the
         row in the device's cache until it is read again."""
         row = tl.program_id(0).to(tl.int64)
@@ -93,22 +126,29 @@ if HAS_TRITON:
         # Read before the sums: their barriers separate it from the second loop, which overwrites it.
         target = tl.load(start + tl.maximum(label, 0)).to(tl.float32)
         top = -float("inf")
-        total = tl.zeros((BV,), tl.float32)
+        rest = tl.zeros((BV,), tl.float32)  # of all but the target
         for first in range(0, V, BV):
             column = first + tl.arange(0, BV)
             z = tl.load(start + column, mask=column < V, other=-float("inf"), eviction_policy="evict_last").to(
                 tl.float32
             )
             higher = tl.maximum(top, tl.max(z, 0))
-            total = total * tl.exp(top - higher) + tl.exp(z - higher)
+            others = tl.where(column == label, 0.0, tl.exp(z - higher))
+            rest = rest * tl.exp(top - higher) + others
             top = higher
-        log_sum = top + tl.log(tl.sum(total, 0))
+        rest_sum = tl.sum(rest, 0)
+        total = rest_sum + tl.exp(target - top)
         supervised = tl.where(label >= 0, 1.0, 0.0)
-        tl.store(losses + row, (log_sum - target) * supervised)
+        tl.store(losses + row, (tl.log(total) - (target - top)) * supervised)
+        factor = supervised / total
+        if logits.dtype.element_ty == tl.float16:
+            scale = tl.exp2(SCALED_TO - tl.ceil(tl.log2(tl.maximum(rest_sum / total, SMALLEST))))
+            tl.store(scales + row, scale)
+            factor *= scale
         for first in range(0, V, BV):
             column = first + tl.arange(0, BV)
             z = tl.load(start + column, mask=column < V, other=0.0, eviction_policy="evict_first").to(tl.float32)
-            gradient = (tl.exp(z - log_sum) - tl.where(column == label, 1.0, 0.0)) * supervised
+            gradient = tl.where(column == label, -rest_sum, tl.exp(z - top)) * factor
             gradient = gradient.to(logits.dtype.element_ty)
             tl.store(start + column, gradient, mask=column < V, eviction_policy="evict_first")
 
@@ -176,13 +216,14 @@ class _LinearCrossEntropy(torch.autograd.Function):
         ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, chunk: int, fns: ChunkFunctions, bound: int | None
     ) -> Tensor:
         total, rows = _total_and_rows(labels, bound)
-        grad = hidden.new_empty(hidden.shape if rows is None else (len(rows), hidden.shape[1]))
+        shape = hidden.shape if rows is None else (len(rows), hidden.shape[1])
+        grad = hidden.new_empty(shape, dtype=gradient_dtype(hidden.dtype))
         for h, y, place in _chunks(hidden.detach(), labels, rows, chunk=chunk):
             loss, grad_h = fns.loss_and_grad(h, weight, y)
             total += loss
             grad[place] = grad_h[: place.stop - place.start]
         ctx.save_for_backward(grad, rows)
-        ctx.tokens = len(labels)
+        ctx.tokens, ctx.dtype = len(labels), hidden.dtype
         return total
 
     @staticmethod
@@ -190,7 +231,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         grad, rows = ctx.saved_tensors
         # The factor is fp32 and may be large (fp16 loss scale over token count): multiply in fp32, round once. With one
         # dimension it takes part in type promotion, and one kernel does both.
-        grad = torch.mul(grad, grad_output.reshape(1), out=torch.empty_like(grad))
+        grad = torch.mul(grad, grad_output.reshape(1), out=torch.empty_like(grad, dtype=ctx.dtype))
         if rows is not None:  # each row occurs once, so the result does not depend on an order
             grad = grad.new_zeros(ctx.tokens, grad.shape[1]).index_copy_(0, rows, grad)
         return grad, None, None, None, None, None

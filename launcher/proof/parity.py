@@ -86,6 +86,7 @@ def parity(request: Request) -> Iterator[str | ParityRecord]:
         gate=gate,
         batches=tuple(comparison.batches),
         adapters=comparison.adapters,
+        lengths=comparison.lengths(gate),
         loss_error=comparison.loss_error,
         gradient_error=comparison.gradient_error,
         verdicts=verdicts,

@@ -195,7 +195,11 @@ class ProofSection(Section):
     bench_rows: Literal["data", "random"] = Field(
         "data", description="What mode=bench trains on; random: blocks of max_length random tokens, all supervised."
     )
-    bench_naive: bool = Field(True, description="Whether mode=bench measures the naive side too.")
+    bench_naive: Annotated[Literal["checkpointed", "plain", "on", "off"], OnOff] = Field(
+        "on",
+        description="Stock code that mode=bench measures too: with gradient checkpointing, without it (plain), on: "
+        "both, or off.",
+    )
 
 
 class Recipe(Section):

@@ -16,6 +16,7 @@ class Workload:
     tokens: tuple[int, ...]  # padding not counted
     supervised_tokens: tuple[int, ...]
     flops: tuple[int, ...]  # of the model (proof/bench/flops.py), without recomputation
+    naive_passes: tuple[int, ...]  # forward passes of the naive side, which pads; ours makes one a micro batch
     batches: str  # digest of ids, labels and document boundaries
 
 
@@ -70,9 +71,19 @@ class OursRecord:
     loaded: tuple[Verdict, ...] = ()  # whether the base is what its files hold; empty for random weights
 
 
+@dataclass(frozen=True)
+class Comparison:
+    """Ours beside one naive side. Ratios and differences are None or empty where that was left out or failed."""
+
+    speed_up: float | None = None  # median step of naive by that of ours
+    memory_ratio: float | None = None  # peak of allocated memory of ours by that of naive
+    pay_back_steps: int | None = None  # steps after the first until ours is ahead; None also where it never is
+    loss_differences: tuple[float, ...] = ()  # of each step, relative to naive's loss
+
+
 @dataclass(frozen=True, kw_only=True)
-class BenchRecord(ProofRecord):
-    """The whole comparison. Ratios and differences are None or empty where naive was left out or failed."""
+class BenchRecord(ProofRecord, Comparison):
+    """The whole comparison, with `naive` where nothing else is said."""
 
     mode = "bench"
     rule = "both sides must train on the same: their speeds cannot be compared where it says:"
@@ -83,8 +94,7 @@ class BenchRecord(ProofRecord):
     workload: Workload
     ours: SideRecord
     naive: SideRecord | None  # None where it was left out
-    speed_up: float | None  # median step of naive by that of ours
-    memory_ratio: float | None  # peak of allocated memory of ours by that of naive
-    pay_back_steps: int | None  # steps after the first until ours is ahead of naive; None also where it never is
-    loss_differences: tuple[float, ...]  # of each step, relative to naive's loss
+    naive_checkpointed: bool  # whether `naive` recomputes its layers
+    plain: SideRecord | None  # beside a checkpointed `naive`, the same without checkpointing
+    to_plain: Comparison
     loss_tolerance: float  # largest difference at the first step

@@ -18,6 +18,8 @@ class Gate:
     error_floor: float  # added to that: where both errors are rounding noise, their ratio says nothing
     eager_error: float  # largest error of eager's own gradients against fp32: beyond it the reference is not trusted
     loss_batches: int  # with fewer batches the mean loss error scatters too much to be judged
+    length: float = 0.35  # share of eager's gradient error by which the length over all adapters may differ from 1
+    part_length: float = 0.7  # the same for one kind of adapter matrix, and for one layer
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,16 @@ class AdapterParity:
     eager_cosine: float  # least cosine of eager and reference: how far stock code itself is from fp32
 
 
+@dataclass(frozen=True)
+class Length:
+    """The length of gradients along fp32's, over all batches: c . r / r . r, which is 1 for the reference itself."""
+
+    of: str  # "all adapters", "q A", "layer 3"
+    compiled: float
+    eager: float
+    limit: float  # largest difference of the compiled one from 1
+
+
 @dataclass(frozen=True, kw_only=True)
 class ParityRecord(ProofRecord):
     """The whole comparison. The weights are never updated: each batch is one measurement at the same weights."""
@@ -66,6 +78,7 @@ class ParityRecord(ProofRecord):
     gate: Gate
     batches: tuple[ParityBatch, ...]
     adapters: tuple[AdapterParity, ...]
+    lengths: tuple[Length, ...]
     loss_error: Pair  # means over the batches
     gradient_error: Pair
     elapsed_s: dict[str, float]  # by phase, in order

@@ -145,11 +145,15 @@ class Worker:
 
     def _activation_policy(self) -> Policy:
         """As the recipe asks; `auto` by the free memory of the run's fullest GPU, so that all ranks choose the same."""
-        tokens = self.recipe.train.micro_batch * max(self.prepared.data.widths)
+        width = max(self.prepared.data.widths)
         free = gather(self.ledger.free_mib())
         return choose_policy(
             self.recipe,
-            Shapes(tokens=tokens, **self.built.sizes()),
+            Shapes(
+                tokens=self.recipe.train.micro_batch * width,
+                masked=width if self.built.attention == "sdpa" else 0,
+                **self.built.sizes(),
+            ),
             held_mib=self.ledger.used_mib(),
             free_mib=None if None in free else min(free),
         )

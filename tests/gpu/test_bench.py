@@ -31,14 +31,17 @@ def test_ours_is_faster_and_smaller_on_the_same_work(recipe_1b: Callable[..., An
     print(dtype, rows, record.ours.tokens_per_s, record.naive.tokens_per_s, record.pay_back_steps)
 
 
-def test_a_naive_side_that_does_not_fit_says_so_and_gives_its_peak(recipe_1b: Callable[..., Any]) -> None:
+@pytest.mark.parametrize("checkpointed", [True, False])
+def test_a_naive_side_that_does_not_fit_says_so_and_gives_its_peak(
+    recipe_1b: Callable[..., Any], checkpointed: bool
+) -> None:
     recipe = recipe_1b(proof={"bench": 1, "bench_rows": "random"})
     total = torch.cuda.get_device_properties(0).total_memory
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + 3 * 2**30) / total)
     try:
-        *_, record = side.naive(request_for(recipe))
+        *_, record = side.naive(request_for(recipe), checkpointed=checkpointed)
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
     assert not isinstance(record, str) and record.out_of_memory

@@ -56,7 +56,11 @@ def test_one_launch_dequantises_bit_for_bit_as_bitsandbytes_and_adds_the_update(
     assert torch.equal(merged([base], [], [], [out], dtype), weight)
     a, b = torch.randn(rank, features, device="cuda") * 0.1, torch.randn(out, rank, device="cuda") * 0.1
     true = plain_merged_weight(base, a, b, 2.0, weight.shape)
-    assert relative_error(merged([base], [a], [b], [out], dtype), true) < ROUNDING[dtype]
+    ours = merged([base], [a], [b], [out], dtype)
+    assert relative_error(ours, true) < ROUNDING[dtype]
+    if dtype != torch.float32:  # the plain form in a dtype rounds what the kernel rounds
+        rounded = plain_merged_weight(base, a, b, 2.0, weight.shape, dtype).to(dtype)
+        assert relative_error(ours, rounded) < ROUNDING[dtype] / 4
     assert relative_error(weight, true) > 10 * ROUNDING[dtype]
 
 
@@ -155,14 +159,15 @@ def test_the_gradient_that_overwrites_the_logits_is_the_plain_one(rows, vocabula
     labels = torch.randint(0, vocabulary, (rows,), device="cuda")
     labels[::3] = IGNORE
     loss, plain = softmax_gradient(logits, labels)
-    losses = softmax_gradient_(logits, labels)
+    losses, scales = softmax_gradient_(logits, labels)
     assert losses.sum().item() == pytest.approx(loss.item(), rel=1e-5)
-    assert relative_error(logits, plain) < ROUNDING[dtype]
+    unscaled = logits.float() / scales[:, None] if dtype == torch.float16 else logits
+    assert relative_error(unscaled, plain) < ROUNDING[dtype]
     assert not logits[::3].any() and not losses[::3].any() and logits[1].any()
 
 
 def test_a_logit_that_is_not_finite_makes_its_rows_loss_nan():
     logits = torch.ones(3, 5000, device="cuda", dtype=torch.bfloat16)
     logits[0, 4999], logits[1, 3] = float("nan"), float("inf")
-    losses = softmax_gradient_(logits, torch.ones(3, dtype=torch.int64, device="cuda"))
+    losses, _ = softmax_gradient_(logits, torch.ones(3, dtype=torch.int64, device="cuda"))
     assert losses.isnan().tolist() == [True, True, False]

@@ -106,6 +106,7 @@ def test_a_captured_step_computes_what_stock_code_computes(
     )
     *_, record = parity(request_for(recipe))
     print(dtype, scope, record.loss_error, record.gradient_error, min(a.least_cosine for a in record.adapters))
+    print(*record.lengths, sep="\n")
     assert record.start.cuda_graphs == "on"
     assert record.holds, record.verdicts
     assert record.verdicts[-1].claim == "every step ran compiled" and len(record.adapters) == 14

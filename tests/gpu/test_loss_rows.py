@@ -20,6 +20,7 @@ from launcher.ops.linear_ce import (
 from launcher.train import setup
 from launcher.train.inputs import block_facts
 from launcher.train.setup import Worker
+from tests.support.certain_rows import check_certain_rows
 from tests.support.tensors import relative_error
 from tests.support.workers import built, documents, perturb
 
@@ -123,3 +124,8 @@ def test_rows_with_a_target_are_selected_and_scattered_back_without_waiting(
     assert float((gradient - true_gradient).norm()) <= tolerance * float(true_gradient.norm())
     assert not gradient[labels == IGNORE].any()
     assert broken.isnan() == (targets > 0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_row_whose_target_is_nearly_certain_keeps_the_gradient_of_the_other_logits(dtype: torch.dtype) -> None:
+    check_certain_rows("cuda", dtype)

@@ -5,7 +5,7 @@ import torch
 import torch._dynamo
 
 from launcher.errors import RecipeError
-from launcher.memory.forecast import Kept, Shapes, forecast
+from launcher.memory.forecast import Kept, Shapes, forecast, layers_mib
 from launcher.memory.ledger import MIB
 from launcher.memory.policy import KEPT, Policy, applied, check_policy, choose_policy
 from launcher.train import inputs
@@ -137,3 +137,18 @@ def test_the_forecast_includes_what_dropout_keeps(make_recipe, name):
     more, expected = kept[1] - kept[0], forecasts[1] - forecasts[0]
     assert more > 0.4  # MiB: half of what is kept without dropout
     assert 0.6 * more < expected < 1.2 * more
+
+
+@pytest.mark.parametrize("name", ["none", "selective"])
+def test_the_forecast_includes_the_repeated_heads_and_the_one_mask_of_masked_attention(make_recipe, name):
+    kept = {n: kept_and_gradients(make_recipe(), Policy(n, KEPT[n], "", None))[0] / MIB for n in (name, "full")}
+    built = build(make_recipe())
+    assert built.attention == "sdpa" and built.sizes()["repeated"] == 64
+    shapes = Shapes(tokens=2 * 64, masked=64, **built.sizes())
+    more = layers_mib(shapes, KEPT[name]) - layers_mib(shapes, KEPT["full"])  # embedding, norm and loss keep as much
+    assert more == pytest.approx(kept[name] - kept["full"], rel=0.03)
+    without = replace(shapes, masked=0)
+    mask_mib = 2 * 64 * 64 * 4 / MIB
+    assert forecast(shapes, KEPT[name], held_mib=0) - forecast(without, KEPT[name], held_mib=0) == pytest.approx(
+        mask_mib
+    )

@@ -1,54 +1,95 @@
-"""A packed model of every family computes what the stock model computes, with one graph for all its layers."""
+"""What trains computes what the stock model of every family computes, with one graph for all its layers."""
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
 
 from launcher.compile.observe import Observer
 from launcher.compile.plan import Plan
 from launcher.compile.regions import Region
 from launcher.errors import RecipeError
-from launcher.model.families import FAMILIES, family_of
-from launcher.recipe.schema import CompileSection
+from launcher.model.attention import BlockFacts
+from launcher.model.build import build_model
+from launcher.model.families import FAMILIES, Family, family_of
+from launcher.proof.parity import perturb, trainable
+from launcher.proof.stock import stock_model
+from launcher.recipe.schema import CompileSection, Recipe
 from tests.conftest import small_config
-from tests.support.models import LENGTHS, packed_batch, packed_form
+from tests.support.models import LENGTHS, packed_batch
+from tests.support.tensors import relative_error
+
+CPU = torch.device("cpu")
+LAYERS = 6  # more than the period of any pattern of layers: SmolLM3 omits positions in every fourth, Gemma 3 has six
+RECIPE = Recipe.model_validate(
+    {
+        "model": {"init": "random", "dtype": "float32"},
+        "lora": {"r": 4},
+        "data": {"max_length": 20},
+        "train": {"steps": 1, "micro_batch": 2},
+    }
+)
 
 
-def build(model_type, **changes):
-    torch.manual_seed(0)
-    return AutoModelForCausalLM.from_config(small_config(model_type, **changes)).requires_grad_(False)
+def build(config):
+    """The model of a run, grouped projections included, its LoRA B drawn."""
+    built = build_model(RECIPE, "", config, device=CPU, blocks=BlockFacts((20,), alone=False), phase=lambda _: None)
+    return built, perturb(built.peft, seed=0)
 
 
 def stock_loss_one_by_one(model, ids):
-    """Summed token losses of all documents, each alone, by transformers' own forward."""
-    total, start = 0.0, 0
-    for size in LENGTHS:
-        if size > 1:
-            piece = ids[:1, start : start + size]
-            total += float(model(input_ids=piece, labels=piece).loss) * (size - 1)
-        start += size
-    return total + float(model(input_ids=ids[1:], labels=ids[1:]).loss) * 19
+    """Summed token losses of all documents, each alone, by transformers' own forward; adds their gradients."""
+    total = 0.0
+    pieces = [ids[:1, end - size : end] for size, end in zip(LENGTHS, torch.tensor(LENGTHS).cumsum(0), strict=True)]
+    for piece in (*pieces, ids[1:]):
+        if piece.shape[1] > 1:
+            loss = model(input_ids=piece, labels=piece).loss * (piece.shape[1] - 1)
+            loss.backward()
+            total += float(loss.detach())
+    return total
+
+
+def errors(config):
+    """Relative differences of what trains from the stock model, in NF4 with LoRA: of the loss, and by adapter."""
+    built, adapters = build(config)
+    stock = stock_model(RECIPE, "", config, dtype=torch.float32, device=CPU)
+    with torch.no_grad():
+        for name, parameter in trainable(stock):
+            parameter.copy_(adapters[name])
+    ids, *rest = packed_batch(config.vocab_size)
+    loss = built.packed(ids, *rest)
+    loss.backward()
+    expected = stock_loss_one_by_one(stock, ids)
+    ours, theirs = ({name: p.grad for name, p in trainable(model)} for model in (built.peft, stock))
+    assert ours.keys() == theirs.keys() and expected > 10
+    return abs(loss.item() / expected - 1), {name: relative_error(ours[name], theirs[name]) for name in ours}
 
 
 @pytest.mark.parametrize("model_type", sorted(FAMILIES))
-def test_packed_loss_of_each_family_equals_its_stock_model_document_by_document(model_type):
-    model = build(model_type)
-    ids, *rest = packed_batch(model.config.vocab_size)
-    with torch.no_grad():
-        expected = stock_loss_one_by_one(model, ids)
-        loss = float(packed_form(model)(ids, *rest))
-    assert loss == pytest.approx(expected, rel=1e-5)
-    assert loss > 10
+def test_what_trains_of_each_family_has_the_loss_and_gradients_of_its_stock_model_document_by_document(model_type):
+    loss, gradients = errors(small_config(model_type, num_hidden_layers=LAYERS))
+    assert loss < 1e-5
+    assert max(gradients.values()) < 1e-3 and len(gradients) == LAYERS * 7 * 2
+
+
+@pytest.mark.parametrize(
+    ("model_type", "changes"),
+    [("smollm3", {"pad_token_id": 0}), ("granite", {"logits_scaling": 8.0}), ("cohere", {}), ("helium", {})],
+)
+def test_a_row_alone_makes_no_family_of_a_model_that_computes_something_else(model_type, changes, monkeypatch):
+    """As SmolLM3, whose every fourth layer has no positions: grouped attention would rotate its queries and keys."""
+    monkeypatch.setitem(FAMILIES, model_type, Family(model_type))
+    _, gradients = errors(small_config(model_type, num_hidden_layers=LAYERS, **changes))
+    assert max(gradients.values()) > 0.1
 
 
 @pytest.mark.parametrize("model_type", sorted(FAMILIES))
 @pytest.mark.usefixtures("clean_dynamo")
 def test_each_family_compiles_one_train_and_one_eval_graph_for_all_layers(model_type):
-    model = build(model_type, num_hidden_layers=3)
-    packed, observer = packed_form(model), Observer()
+    config = small_config(model_type, num_hidden_layers=LAYERS)
+    built, _ = build(config)
+    packed, observer = built.packed, Observer()
     compile = CompileSection(backend="aot_eager", regions=[])
     plan = Plan([Region("layer", 2, modules=tuple(packed.body.layers))], compile=compile, observer=observer)
-    batch = packed_batch(model.config.vocab_size)
+    batch = packed_batch(config.vocab_size)
 
     def train_and_evaluate():
         packed.hidden_states(batch[0], *batch[2:]).sum().backward()
@@ -56,7 +97,7 @@ def test_each_family_compiles_one_train_and_one_eval_graph_for_all_layers(model_
             packed.hidden_states(batch[0], *batch[2:])
 
     plan.warm_up(train_and_evaluate)
-    other = packed_batch(model.config.vocab_size, seed=1)
+    other = packed_batch(config.vocab_size, seed=1)
     plan.call(packed.hidden_states, other[0], *other[2:])
     assert observer.record().graphs_by_region == {"layer": 2}
     assert observer.record().recompiles == 0

@@ -10,6 +10,7 @@ from launcher.ops.linear_ce import (
     linear_cross_entropy_reference,
     product_rows,
 )
+from tests.support.certain_rows import check_certain_rows
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 5e-3}
 
@@ -55,6 +56,11 @@ def test_a_large_loss_scale_does_not_overflow_the_fp16_gradient_when_tokens_shar
     (loss * (65536.0 / 64)).backward()
     assert torch.isfinite(hidden.grad).all()
     assert hidden.grad.abs().max() > 1
+
+
+@pytest.mark.parametrize("dtype", list(TOLERANCE))
+def test_a_row_whose_target_is_nearly_certain_keeps_the_gradient_of_the_other_logits(dtype):
+    check_certain_rows("cpu", dtype)
 
 
 class LargestTensor(TorchDispatchMode):

@@ -25,6 +25,17 @@ def test_without_an_update_the_weight_is_bit_for_bit_that_of_bitsandbytes(featur
     assert not torch.equal(merged([a], [b]), weight)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_in_half_precision_a_and_the_scaled_b_are_rounded_as_the_kernel_rounds_them(dtype):
+    torch.manual_seed(0)
+    base, weight = quantised(64, 128, dtype=torch.float32)
+    a, b = adapters(64, 128, 16)
+    ours = merged_weights([base], [a], [b], scaling=0.3, outs=[128], out=torch.empty(128, 64, dtype=dtype))
+    rounded = weight + (0.3 * b).to(dtype).float() @ a.to(dtype).float()
+    assert torch.equal(ours, rounded.to(dtype))
+    assert not torch.equal(ours, (weight + 0.3 * (b @ a)).to(dtype))
+
+
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 3e-2)])
 @pytest.mark.parametrize(("features", "out", "rank"), SHAPES)
 @pytest.mark.parametrize("compiled", [False, True])

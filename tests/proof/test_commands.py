@@ -58,7 +58,7 @@ def test_parity_within_the_gate_leaves_only_its_report(arguments: list[str], tmp
     printed, report = run_main("parity", arguments, tmp_path)
     assert "Adapter gradients" in printed
     assert report.keys() == {
-        "schema", "mode", "holds", "recipe", "start", "compile", "gate", "batches", "adapters", "loss_error",
+        "schema", "mode", "holds", "recipe", "start", "compile", "gate", "batches", "adapters", "lengths", "loss_error",
         "gradient_error", "verdicts", "elapsed_s", "notes",
     }  # fmt: skip
     assert report["holds"] is True and report["recipe"]["proof"]["parity"] == 1
@@ -76,9 +76,10 @@ def test_bench_measures_both_sides_in_processes_of_their_own_and_leaves_only_its
     assert "compile pays back" in printed or "compile never pays back" in printed
     assert report.keys() == {
         "schema", "mode", "holds", "recipe", "rows", "start", "compile", "ceiling", "workload", "ours", "naive",
+        "naive_checkpointed", "plain", "to_plain",
         "speed_up", "memory_ratio", "pay_back_steps", "loss_differences", "loss_tolerance", "verdicts", "notes",
     }  # fmt: skip
-    for side in (report["ours"], report["naive"]):
+    for side in (report["ours"], report["naive"], report["plain"]):
         assert side.keys() == {
             "phases_s", "first_step_s", "losses", "steps_s", "vram", "peak_allocated_mib", "peak_reserved_mib",
             "batches", "failure", "out_of_memory", "step_ms", "tokens_per_s", "ceiling_share", "before_mib",

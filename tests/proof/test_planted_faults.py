@@ -29,7 +29,7 @@ from tests.conftest import request_for
 
 pytestmark = pytest.mark.usefixtures("clean_dynamo")
 BATCHES = 2
-LOSS, COSINE, ERROR = range(3)  # places of the verdicts; ERROR is the gradient error against fp32
+LOSS, COSINE, ERROR, _, LENGTH = range(5)  # places of the verdicts; ERROR and LENGTH are against fp32
 Fault = tuple[Any, str, Callable[[Any], Any]]  # the owner of a function, its name, and what makes it wrong
 
 
@@ -158,18 +158,19 @@ def smaller_weight(right: Any) -> Any:
     ("fault", "broken", "broken_in_half"),
     [
         (scaled_loss_gradient(lambda labels: 1.0 + 0.5 * (labels[0] % 2)), {COSINE, ERROR}, {COSINE, ERROR}),
-        (scaled_loss_gradient(lambda labels: 1.01), {ERROR}, set()),  # the right direction: no cosine sees it
+        (scaled_loss_gradient(lambda labels: 1.02), {ERROR, LENGTH}, {LENGTH}),  # no cosine sees it
+        (scaled_loss_gradient(lambda labels: 0.98), {ERROR, LENGTH}, {LENGTH}),
         ((lora, "qlora_linear", larger_scaling), {LOSS, ERROR}, set()),
         ((packed, "document_mask", every_document_the_first), {LOSS, COSINE, ERROR}, {LOSS, COSINE, ERROR}),
         (changed_positions(lambda positions: positions % 5), {LOSS, COSINE, ERROR}, set()),
-        ((feed_forward, "plain_swiglu_gradient", longer_gate_gradient), {ERROR}, set()),
+        ((feed_forward, "plain_swiglu_gradient", longer_gate_gradient), {ERROR, LENGTH}, {LENGTH}),
         ((rotary, "plain_rotary_gradient", rotated_forward), {COSINE, ERROR}, {COSINE, ERROR}),
         ((adapter_gradients, "plain_gradients", b_rounded_to_signs), {COSINE, ERROR}, {COSINE, ERROR}),
         ((nf4, "plain_merged_weight", smaller_weight), {LOSS, ERROR}, {ERROR}),
     ],
     ids=[
-        "loss-chunk", "length", "scaling", "documents", "positions", "gate-kernel", "rotary-kernel", "adapter-kernel",
-        "weight-kernel",
+        "loss-chunk", "longer", "shorter", "scaling", "documents", "positions", "gate-kernel", "rotary-kernel",
+        "adapter-kernel", "weight-kernel",
     ],
 )  # fmt: skip
 def test_a_planted_fault_closes_the_gate(
@@ -179,8 +180,9 @@ def test_a_planted_fault_closes_the_gate(
     broken: set[int],
     broken_in_half: set[int],
 ) -> None:
-    """`broken`: the verdicts that must not hold, which without a fault do. Empty: bfloat16's rounding may hide it."""
-    cases = [(models_in("float32"), broken), (models_in("bfloat16"), broken_in_half)]
+    """`broken`: the verdicts that must not hold, which without a fault do. Empty: half precision may hide it."""
+    cases = [(models_in("float32"), broken)]
+    cases += [(models_in(dtype), broken_in_half) for dtype in ("bfloat16", "float16")]
     plant(monkeypatch, fault)
     for models, expected in cases:
         verdicts = models.verdicts() if expected else ()
@@ -206,6 +208,29 @@ def test_a_flipped_gradient_of_one_adapter_kind_is_named(models: Models) -> None
     verdicts = comparison.verdicts(models.gate)
     assert not verdicts[COSINE].holds and not verdicts[ERROR].holds
     assert "k A -" in verdicts[COSINE].evidence and "q A" not in verdicts[COSINE].evidence
+
+
+KINDS = [f"{kind}_proj.lora_{m}" for kind in ("q", "k", "v", "o", "gate", "up", "down") for m in "AB"]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize(("where", "factors"), [("layers.1.", (1.1,)), *((kind, (1.1, 0.9)) for kind in KINDS)])
+def test_gradients_of_one_kind_or_layer_that_are_a_tenth_too_long_or_short_are_named(
+    models_in: Callable[[str], Models], dtype: str, where: str, factors: tuple[float, ...]
+) -> None:
+    models = models_in(dtype)
+    named = "layer 1" if where == "layers.1." else where.replace("_proj.lora_", " ")
+    for factor in factors:
+        scaled = [
+            replace(m, gradients={name: g * factor if where in name else g for name, g in m.gradients.items()})
+            for m in models.faultless
+        ]
+        comparison = models.compare(scaled)
+        verdict = comparison.verdicts(models.gate)[LENGTH]
+        assert not verdict.holds and f"{named} " in verdict.evidence
+        wrong = [each.of for each in comparison.lengths(models.gate) if not abs(each.compiled - 1) <= each.limit]
+        assert named in wrong
+        assert named == "layer 1" or not [kind for kind in wrong if kind[-1] in "AB" and kind != named]
 
 
 def test_all_models_have_the_same_adapters_and_every_gradient_has_a_direction(models: Models) -> None:

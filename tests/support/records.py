@@ -10,7 +10,7 @@ from rich.console import Console
 
 from launcher.proof.bench.figures import bench_record
 from launcher.records.bench import BenchRecord, Ceiling, OursRecord, SideRecord, Workload
-from launcher.records.parity import AdapterParity, Gate, Pair, ParityBatch, ParityRecord
+from launcher.records.parity import AdapterParity, Gate, Length, Pair, ParityBatch, ParityRecord
 from launcher.records.preview import BlockPreview, DocumentPreview, LengthBin, PreviewRecord, TextPart
 from launcher.records.run import (
     CompileRecord,
@@ -135,6 +135,7 @@ def parity_record(**changes: Any) -> ParityRecord:
             AdapterParity("q", "A", 16, 0.999999, "layer 3, batch 2", 4e-3, 0.98),
             AdapterParity("k", "B", 16, 0.9987, "layer 3, batch 2", 4e-3, 0.98),
         ),
+        lengths=(Length("q A", 1.001, 0.999, 0.01), Length("k B", 1.009, 0.999, 0.01)),
         loss_error=Pair(1e-3, 2e-3), gradient_error=Pair(0.011, 0.010), verdicts=(Verdict("loss", True, "small"),),
         elapsed_s={"eager": 2.0}, notes=("measured with lora.dropout=0",),
     )  # fmt: skip
@@ -152,7 +153,7 @@ def bench_side(seconds: float = 0.5, *, first_s: float = 5.0, loss: float = 2.5,
 
 
 NAIVE = bench_side()
-WORKLOAD = Workload((90, 90, 100, 100), (50,) * 4, (9_000, 9_000, 10_000, 10_000), "abc")
+WORKLOAD = Workload((90, 90, 100, 100), (50,) * 4, (9_000, 9_000, 10_000, 10_000), (4, 5, 4, 8), "abc")
 OURS = OursRecord(
     bench_side(0.1, first_s=20.0, peak_allocated_mib=1_000.0, peak_reserved_mib=1_100.0),
     start_record(device="cpu", widths=(64, 128), world_size=1), compile_record(),
@@ -161,11 +162,17 @@ OURS = OursRecord(
 
 
 def bench_of(
-    naive: SideRecord | None = NAIVE, *, rows: str = "data", notes: tuple[str, ...] = (), **ours: Any
+    naive: SideRecord | None = NAIVE,
+    *,
+    plain: SideRecord | None = None,
+    rows: str = "data",
+    notes: tuple[str, ...] = (),
+    **ours: Any,
 ) -> BenchRecord:
-    """Naive against OURS, whose side is changed by the fields in `ours`."""
+    """Naive sides against OURS, whose side is changed by the fields in `ours`."""
+    sides = {name: side for name, side in (("naive", naive), ("plain", plain)) if side is not None}
     changed = replace(OURS, side=replace(OURS.side, **ours))
-    return bench_record({}, rows=rows, workload=WORKLOAD, ours=changed, naive=naive, notes=notes)
+    return bench_record({}, rows=rows, workload=WORKLOAD, ours=changed, sides=sides, notes=notes)
 
 
 QUESTION = DocumentPreview(

@@ -1,10 +1,10 @@
-"""The parent process of mode=bench: data, ours and naive, each measured in a child process. Imports no torch.
+"""The parent process of mode=bench: data, ours and the naive sides, each measured in a child process. Imports no torch.
 
 The data comes first and alone, so that both sides find it prepared and the libraries and model files in the page cache.
 Ours runs before naive: whatever is still cold by then counts against us.
 """
 
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from functools import partial
 from typing import Any
 
@@ -14,6 +14,9 @@ from launcher.proof.bench.processes import ChildFailed, run_child
 from launcher.records.bench import BenchRecord, OursRecord, SideRecord, Workload
 from launcher.runtime.environment import prepare_environment, quick_imports
 from launcher.train.request import Request
+
+# The naive sides of `proof.bench_naive`, with checkpointing ("naive") and without ("plain").
+PARTS_OF = {"on": ("naive", "plain"), "checkpointed": ("naive",), "plain": ("plain",), "off": ()}
 
 
 def bench(request: Request) -> Iterator[str | BenchRecord]:
@@ -26,24 +29,23 @@ def bench(request: Request) -> Iterator[str | BenchRecord]:
     workload: Workload = yield from _run("workload", request, name="the data: ")
     yield "ours: starting"
     ours: OursRecord = yield from _run("ours", request, name="our side: ")
-    naive: SideRecord | None = None
-    if proof.bench_naive:
-        yield "naive: starting"
+    sides: dict[str, SideRecord] = {}
+    for name in PARTS_OF[proof.bench_naive]:
+        yield f"{name}: starting"
         try:
-            naive = yield from _run("naive", request)
+            sides[name] = yield from _run(name, request)
         except LauncherError as error:
-            naive = SideRecord(failure=str(error))
+            sides[name] = SideRecord(failure=str(error))
     notes = [*ours.compile.fallbacks]
     if request.recipe.compile.mode == "off":
         notes.append("compile.mode=off: ours is not compiled")
-    if naive is not None and naive.failure:
-        notes.append(f"naive: {naive.failure}")
+    notes += [f"{name}: {side.failure}" for name, side in sides.items() if side.failure]
     yield bench_record(
         request.recipe.model_dump(mode="json"),
         rows=proof.bench_rows,
         workload=workload,
         ours=ours,
-        naive=naive,
+        sides=sides,
         notes=tuple(notes),
     )
 
@@ -63,10 +65,12 @@ def _run(part: str, request: Request, *, name: str = "") -> Generator[str, None,
 
 
 def measure(part: str, request: Request) -> Iterator[Any]:
-    """What a child process runs: "workload", "ours" or "naive". Yields phases and, last, the part's record."""
+    """What a child process runs: "workload", "ours", "naive" or "plain". Yields phases and, last, the part's record."""
     prepare_environment()
     with quick_imports():
         from launcher.proof.bench.side import naive, ours
         from launcher.proof.bench.workload import workload
 
-    yield from {"workload": workload, "ours": ours, "naive": naive}[part](request)
+    parts: dict[str, Callable[[Request], Iterator[Any]]]
+    parts = {"workload": workload, "ours": ours, "naive": naive, "plain": partial(naive, checkpointed=False)}
+    yield from parts[part](request)

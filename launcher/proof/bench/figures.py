@@ -2,45 +2,56 @@
 
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 from launcher.proof.difference import difference
-from launcher.records.bench import BenchRecord, Ceiling, OursRecord, SideRecord, Spread, Workload
+from launcher.records.bench import BenchRecord, Ceiling, Comparison, OursRecord, SideRecord, Spread, Workload
 from launcher.records.run import Verdict
 from launcher.train.verdicts import steps_verdict
 
 
 def bench_record(
-    recipe: dict[str, Any], *, rows: str, workload: Workload, ours: OursRecord, naive: SideRecord | None,
-    notes: tuple[str, ...] = (),
+    recipe: dict[str, Any], *, workload: Workload, ours: OursRecord, sides: Mapping[str, SideRecord],
+    rows: str, notes: tuple[str, ...] = (),
 ) -> BenchRecord:  # fmt: skip
-    """The record of one comparison. `recipe` is the resolved one, `rows` its proof.bench_rows."""
+    """The record of one comparison. `recipe` is the resolved one, `rows` its proof.bench_rows; `sides`: "naive", with
+    gradient checkpointing, and "plain", without, as far as they were measured."""
     side = with_figures(ours.side, workload, ours.ceiling)
-    naive = with_figures(naive, workload, ours.ceiling) if naive else None
-    differences = [difference(*losses) for losses in zip(side.losses, naive.losses if naive else (), strict=False)]
-    speed_up = memory_ratio = pay_back_steps = None
-    if naive and naive.step_ms:
-        assert side.step_ms and side.first_step_s and naive.first_step_s, "both sides have finished"
-        assert side.peak_allocated_mib and naive.peak_allocated_mib
-        speed_up = naive.step_ms.median / side.step_ms.median
-        memory_ratio = side.peak_allocated_mib / naive.peak_allocated_mib
-        pay_back_steps = pay_back(
-            side.first_step_s - naive.first_step_s,
-            naive_s=naive.step_ms.median / 1000,
-            ours_s=side.step_ms.median / 1000,
-        )
+    measured = [with_figures(sides[name], workload, ours.ceiling) for name in ("naive", "plain") if name in sides]
+    naive, plain = [*measured, None, None][:2]
     return BenchRecord(
         recipe=recipe, rows=rows, start=ours.start, compile=ours.compile, ceiling=ours.ceiling, workload=workload,
-        ours=side, naive=naive, speed_up=speed_up, memory_ratio=memory_ratio, pay_back_steps=pay_back_steps,
-        loss_differences=tuple(differences), loss_tolerance=ours.loss_tolerance, notes=notes,
+        ours=side, naive=naive, naive_checkpointed="naive" in sides, plain=plain, **vars(compared(side, naive)),
+        to_plain=compared(side, plain), loss_tolerance=ours.loss_tolerance, notes=notes,
         verdicts=(
             *ours.loaded,
-            *_verdicts(side, naive, tolerance=ours.loss_tolerance),
+            *_verdicts(side, measured, tolerance=ours.loss_tolerance),
             *([steps_verdict([ours.compile])] if ours.compile.expected_graphs else []),
         ),
     )  # fmt: skip
+
+
+def compared(ours: SideRecord, naive: SideRecord | None) -> Comparison:
+    """Ours beside a naive side, both with their figures."""
+    if naive is None:
+        return Comparison()
+    differences = tuple(difference(*losses) for losses in zip(ours.losses, naive.losses, strict=False))
+    if not naive.step_ms:
+        return Comparison(loss_differences=differences)
+    assert ours.step_ms and ours.first_step_s and naive.first_step_s, "both sides have finished"
+    assert ours.peak_allocated_mib and naive.peak_allocated_mib
+    return Comparison(
+        speed_up=naive.step_ms.median / ours.step_ms.median,
+        memory_ratio=ours.peak_allocated_mib / naive.peak_allocated_mib,
+        pay_back_steps=pay_back(
+            ours.first_step_s - naive.first_step_s,
+            naive_s=naive.step_ms.median / 1000,
+            ours_s=ours.step_ms.median / 1000,
+        ),
+        loss_differences=differences,
+    )
 
 
 def with_figures(side: SideRecord, workload: Workload, ceiling: Ceiling) -> SideRecord:
@@ -75,18 +86,20 @@ def pay_back(delay_s: float, *, naive_s: float, ours_s: float) -> int | None:
     return max(0, math.ceil(round(steps, 6)))  # 10 / (0.3 - 0.1) is 50, not a step more
 
 
-def _verdicts(ours: SideRecord, naive: SideRecord | None, *, tolerance: float) -> list[Verdict]:
-    """Whether every loss is finite, and both sides did the same work where naive took its first step."""
-    losses = [*ours.losses, *(naive.losses if naive else ())]
-    bad = [loss for loss in losses if not math.isfinite(loss)]
+def _verdicts(ours: SideRecord, measured: Sequence[SideRecord], *, tolerance: float) -> list[Verdict]:
+    """Whether every loss is finite, and all sides did the same work as far as they took a first step."""
+    bad = [loss for side in (ours, *measured) for loss in side.losses if not math.isfinite(loss)]
     finite = Verdict("all losses are finite", not bad, f"{len(bad)} of them are not: {bad[:1] or 'none'}")
-    if naive is None or not naive.losses:
+    others = [side for side in measured if side.losses]
+    if not others:
         return [finite]
+    naive = max(others, key=lambda side: difference(ours.losses[0], side.losses[0]))
     relative = difference(ours.losses[0], naive.losses[0])
     figures = f"ours {ours.losses[0]:.6f}, naive {naive.losses[0]:.6f}"
     evidence = f"{figures}: {relative:.1e} apart, at most {tolerance:.0e}"
+    same = all(side.batches == ours.batches for side in others)
     return [
         finite,
-        Verdict("both sides have the same batches", ours.batches == naive.batches, "by digest"),
+        Verdict("both sides have the same batches", same, "by digest"),
         Verdict("both sides have the same loss at step 1", relative <= tolerance, evidence),
     ]

@@ -1,4 +1,5 @@
-"""The training step of a user without this project: stock modules, gradient checkpointing, autocast, nothing compiled.
+"""The training step of a user without this project: stock modules, autocast, nothing compiled; with gradient
+checkpointing, as it is recommended for small cards, or plain.
 
 It has every advantage that a careful user has without packing: documents are sorted by length and padded in groups as
 large as our micro batches (so full blocks of one document have the same shape on both sides); batches are collated
@@ -21,13 +22,15 @@ from launcher.train.request import Request
 class NaiveStep:
     """Model, optimizer, schedule and fp16 scaler."""
 
-    def __init__(self, request: Request, prepared: Prepared) -> None:
+    def __init__(self, request: Request, prepared: Prepared, *, checkpointed: bool) -> None:
         recipe, device = request.recipe, prepared.device
         train = recipe.train
         self.dtype = choose_dtype(recipe.model.dtype, device)
         self.model: Any = stock_model(recipe, request.source, prepared.config, dtype=self.dtype, device=device)
-        # On CPUs too, where stock_model leaves it out: the comparison is the same everywhere.
-        self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        if checkpointed:  # on CPUs too, where stock_model leaves it out: the comparison is the same everywhere
+            self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        else:
+            self.model.gradient_checkpointing_disable()
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizer = make_optimizer(self.parameters, train, lr=train.lr)
         assert train.steps is not None, "bench_inputs sets it"

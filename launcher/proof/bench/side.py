@@ -112,23 +112,24 @@ def ours(request: Request) -> Iterator[str | OursRecord]:
         raise MemoryExhausted(f"our side ran out of memory; held by phase: {memory}.\n{LESS_MEMORY}") from error
 
 
-def naive(request: Request) -> Iterator[str | SideRecord]:
-    """Measure stock modules in a plain loop. Yields phases and, last, the record: partial if memory ran out."""
+def naive(request: Request, *, checkpointed: bool = True) -> Iterator[str | SideRecord]:
+    """Measure stock modules in a simple loop. Yields phases and, last, the record: partial if memory ran out."""
     torch.set_num_threads(request.rank_info.cores)
+    name = "naive" if checkpointed else "plain"
     measurement = Measurement()
     clock = measurement.clock
     try:
         with clock.phase("data"):
             request, prepared = bench_inputs(request)
-        yield "naive: loading"
+        yield f"{name}: loading"
         measurement.ledger = Ledger(prepared.device)
         with clock.phase("load"):
-            step = NaiveStep(request, prepared)
+            step = NaiveStep(request, prepared, checkpointed=checkpointed)
         measurement.ledger.mark("after load")
         batches = step_batches(request, prepared)
         measurement.batches = hash_batches(batches)
         padded = [collate(batch, pinned=prepared.device.type == "cuda") for batch in batches]
-        yield f"naive: {len(padded)} steps"
+        yield f"{name}: {len(padded)} steps"
         measurement.time_steps(step, padded, [batch.supervised_tokens for batch in padded])
         yield measurement.record()
     except torch.OutOfMemoryError:

@@ -10,7 +10,7 @@ from launcher.data.documents import Documents
 from launcher.data.loader import StepBatch, train_loader
 from launcher.data.pack.blocks import Blocks
 from launcher.proof.bench.flops import model_flops
-from launcher.proof.stock import supervised_documents
+from launcher.proof.stock import collate, supervised_documents
 from launcher.recipe.schema import Recipe
 from launcher.records.bench import Workload
 from launcher.train.inputs import Prepared, prepare_inputs
@@ -96,6 +96,7 @@ def workload(request: Request) -> Iterator[Workload]:
     yield Workload(
         tokens=tuple(batch.tokens for batch in batches),
         supervised_tokens=tuple(batch.supervised_tokens for batch in batches),
+        naive_passes=tuple(len(collate(batch).groups) for batch in batches),
         flops=tuple(flops.of(n, targets=batch.supervised_tokens) for n, batch in zip(lengths, batches, strict=True)),
         batches=hash_batches(batches),
     )

@@ -1,4 +1,4 @@
-"""mode=bench as a page: naive and ours side by side, then what the difference comes to."""
+"""mode=bench as a page: naive, plain and ours side by side, then what the difference comes to."""
 
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -68,7 +68,9 @@ def _facts(record: BenchRecord) -> list[tuple[Value, Value]]:
     events = f"{counted(compiled.graph_breaks, 'graph break')}, {counted(compiled.recompiles, 'recompile')}"
     cached = f"{counted(compiled.cache_hits, 'hit')} of the compile cache"
     autocast = "" if start.dtype == "float32" else f", autocast to {start.dtype}"
-    naive = f"stock transformers, PEFT and bitsandbytes, gradient checkpointing{autocast}"
+    stock = f"stock transformers, PEFT and bitsandbytes{autocast}"
+    checkpointing = "with gradient checkpointing" if record.naive_checkpointed else "no gradient checkpointing"
+    passes = f"{extent(work.naive_passes)} a step, padded, for our {whole(start.accumulation)}"
     shape = f"{start.micro_batch} × {', '.join(map(whole, start.widths))} × accumulation {start.accumulation}"
     rows = "random rows" if record.rows == "random" else "the recipe's data"
     product = f"{_flops(ceiling.flops_per_s)}: the fastest {ceiling.dtype} product of {ceiling.size:,}²"
@@ -77,7 +79,9 @@ def _facts(record: BenchRecord) -> list[tuple[Value, Value]]:
         ("ours", f"{start.compile} · attention {start.attention} · {graphs}, {events}, {cached}"),
         ("CUDA graphs", start.cuda_graphs),
         ("activations", start.activations),
-        *([("naive", naive)] if record.naive else []),
+        *([("naive", f"{stock}, {checkpointing}")] if record.naive else []),
+        *([("plain", "the same without gradient checkpointing")] if record.plain else []),
+        *([("its passes", passes)] if record.naive else []),
         ("shared", f"seed, adapters, batches, optimizer ({start.optimizer})"),
         ("a step", f"{shape} of {rows}"),
         ("its tokens", f"{extent(work.tokens)}, of them {extent(work.supervised_tokens)} targets"),
@@ -94,28 +98,36 @@ def _phases(record: BenchRecord) -> list[Figure]:
     def phase(name: str) -> Figure:
         return Figure(name, lambda side: side.phases_s.get(name), "{:,.1f}")
 
-    names = dict.fromkeys([*record.ours.phases_s, *(record.naive.phases_s if record.naive else ())])
+    names = dict.fromkeys(name for side in (record.ours, record.naive, record.plain) if side for name in side.phases_s)
     return [*map(phase, names), Figure("to the end of the first step", lambda side: side.first_step_s, "{:,.1f}")]
 
 
 def _table(record: BenchRecord, rows: Sequence[Figure]) -> Table:
-    ours, naive = record.ours, record.naive
-    columns = [
-        Column("", [row.label for row in rows], numeric=False),
-        Column("ours", [Styled(row.shown(ours), "strong") for row in rows]),
-    ]
-    if naive:
-        columns.insert(1, Column("naive", [row.shown(naive) for row in rows]))
-        columns.append(Column("ours to naive", [row.ratio(ours, naive) for row in rows]))
-    return Table(columns)
+    ours, naive = record.ours, _naive_sides(record)
+    return Table(
+        [
+            Column("", [row.label for row in rows], numeric=False),
+            *(Column(name, [row.shown(side) for row in rows]) for name, side in naive.items()),
+            Column("ours", [Styled(row.shown(ours), "strong") for row in rows]),
+            *(Column(f"ours to {name}", [row.ratio(ours, side) for row in rows]) for name, side in naive.items()),
+        ]
+    )
+
+
+def _naive_sides(record: BenchRecord) -> dict[str, SideRecord]:
+    sides = {"naive": record.naive, "plain": record.plain}
+    return {name: side for name, side in sides.items() if side}
 
 
 def _losses(record: BenchRecord) -> Section:
-    ours, naive = record.ours.losses, record.naive.losses if record.naive else ()
+    ours = record.ours.losses
     steps = sampled(range(len(ours)), LOSSES_SHOWN)
-    columns = [Column("step", [f"{n + 1:,}" for n in steps]), Column("ours", [loss(ours[n]) for n in steps])]
-    if naive:
-        columns.insert(1, Column("naive", [loss(naive[n]) if n < len(naive) else NOTHING for n in steps]))
+    columns = [Column("step", [f"{n + 1:,}" for n in steps])]
+    for name, side in _naive_sides(record).items():
+        losses = side.losses
+        columns.append(Column(name, [loss(losses[n]) if n < len(losses) else NOTHING for n in steps]))
+    columns.append(Column("ours", [loss(ours[n]) for n in steps]))
+    if record.naive and record.naive.losses:
         columns.append(Column("difference", [_difference(record, n) for n in steps]))
     note = f"mean of a supervised token{sample_note(len(steps), len(ours), 'steps')}"
     return Section("Loss", [Table(columns)], note)
@@ -130,20 +142,25 @@ def _difference(record: BenchRecord, step: int) -> Value:
 
 
 def _outcome(record: BenchRecord) -> list[str]:
-    ours, naive = record.ours, record.naive
+    ours = record.ours
     assert ours.tokens_per_s is not None and ours.peak_allocated_mib is not None, "our side has finished"
     figures = f"ours {whole(ours.tokens_per_s)} tokens/s, peak {whole(ours.peak_allocated_mib)} MiB"
-    if naive is None:
-        return [figures]
-    if naive.failure:
-        return [figures, "naive ran out of memory" if naive.out_of_memory else "naive failed"]
-    assert record.speed_up is not None and record.memory_ratio is not None
-    ratios = f"{record.speed_up:.2f} × the speed of naive, {record.memory_ratio:.2f} × its memory"
-    return [f"{figures}: {ratios}", _pay_back(record, naive)]
+    lines, comparisons = [], {"naive": record, "plain": record.to_plain}
+    for name, side in _naive_sides(record).items():
+        compared = comparisons[name]
+        if side.failure:
+            lines.append(f"{name} ran out of memory" if side.out_of_memory else f"{name} failed")
+            continue
+        assert compared.speed_up is not None and compared.memory_ratio is not None
+        ratios = f"{compared.speed_up:.2f} × the speed of {name}, {compared.memory_ratio:.2f} × its memory"
+        beside = "beside plain, " if name == "plain" else ""
+        lines += [ratios, beside + _pay_back(record, side, compared.pay_back_steps)]
+    if lines and record.speed_up is not None:
+        figures = f"{figures}: {lines.pop(0)}"
+    return [figures, *lines]
 
 
-def _pay_back(record: BenchRecord, naive: SideRecord) -> str:
-    steps = record.pay_back_steps
+def _pay_back(record: BenchRecord, naive: SideRecord, steps: int | None) -> str:
     assert record.ours.first_step_s is not None and naive.first_step_s is not None
     delay_s = record.ours.first_step_s - naive.first_step_s
     if steps is None:

@@ -65,6 +65,8 @@ def _batches(record: ParityRecord) -> Section:
 
 def _adapters(record: ParityRecord) -> Section:
     adapters, gate = record.adapters, record.gate
+    by_kind = {length.of: length for length in record.lengths}
+    lengths = [by_kind[f"{a.kind} {a.matrix}"] for a in adapters]
     columns = [
         Column("adapter", [f"{a.kind} {a.matrix}" for a in adapters], numeric=False),
         Column("modules", [whole(a.modules) for a in adapters], 2),
@@ -73,10 +75,17 @@ def _adapters(record: ParityRecord) -> Section:
             [flagged(f"{a.least_cosine:.5f}", a.least_cosine >= gate.cosine) for a in adapters],
         ),
         Column("where", [Styled(a.where, "dim") for a in adapters], 1, numeric=False),
-        Column("norm difference\ncompiled, eager", [f"{a.norm_difference:.1e}" for a in adapters]),
-        Column("cosine\neager, fp32", [f"{a.eager_cosine:.5f}" for a in adapters], 1),
+        Column("norm difference\ncompiled, eager", [f"{a.norm_difference:.1e}" for a in adapters], 2),
+        Column("length\ncompiled", [flagged(f"{a.compiled:.4f}", abs(a.compiled - 1) <= a.limit) for a in lengths]),
+        Column("\neager", [f"{a.eager:.4f}" for a in lengths], 1),
+        Column("\n1 ±", [f"{a.limit:.1e}" for a in lengths], 1),
+        Column("cosine\neager, fp32", [f"{a.eager_cosine:.5f}" for a in adapters], 2),
     ]
-    return Section("Adapter gradients", [Table(columns)], "the worst of each kind, over its layers and all batches")
+    return Section(
+        "Adapter gradients",
+        [Table(columns)],
+        "of each kind the worst module and batch; lengths along fp32's, over all of them",
+    )
 
 
 def _errors(record: ParityRecord) -> Section:

@@ -21,8 +21,8 @@ Events = Callable[..., list[Any]]
 def events(make_recipe: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> Events:
     """The events of a bench whose processes yield the given records, or raise the given errors."""
 
-    def run(*, naive: Any = NAIVE, ours: Any = OURS, **sections: dict[str, Any]) -> list[Any]:
-        results = {"workload": WORKLOAD, "ours": ours, "naive": naive}
+    def run(*, naive: Any = NAIVE, plain: Any = NAIVE, ours: Any = OURS, **sections: dict[str, Any]) -> list[Any]:
+        results = {"workload": WORKLOAD, "ours": ours, "naive": naive, "plain": plain}
 
         def run_child(task: Any, request: Any) -> Iterator[Any]:
             assert task.func is compare.measure
@@ -38,18 +38,43 @@ def events(make_recipe: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> 
     return run
 
 
-def test_data_comes_first_then_ours_then_naive(events: Events) -> None:
+def test_data_comes_first_then_ours_then_naive_with_checkpointing_and_without(events: Events) -> None:
     *phases, record = events()
     assert phases == [
         "reading data", "measures workload", "ours: starting", "measures ours", "naive: starting", "measures naive",
+        "plain: starting", "measures plain",
     ]  # fmt: skip
     assert isinstance(record, BenchRecord) and record.holds and record.notes == ()
     assert record.recipe["train"]["steps"] == 4  # as the user gave it, not as long as the measurement
 
 
-def test_the_naive_side_can_be_left_out(events: Events) -> None:
-    *phases, record = events(proof={"bench_naive": False})
-    assert "measures naive" not in phases and record.naive is None and record.holds
+@pytest.mark.parametrize(
+    ("wanted", "parts", "checkpointed"),
+    [
+        (True, ["naive", "plain"], True), ("checkpointed", ["naive"], True), ("plain", ["plain"], False),
+        (False, [], False),
+    ],
+)  # fmt: skip
+def test_the_recipe_chooses_the_naive_sides(events: Events, wanted: Any, parts: list[str], checkpointed: bool) -> None:
+    *phases, record = events(proof={"bench_naive": wanted})
+    assert [phase[9:] for phase in phases if phase.startswith("measures")] == ["workload", "ours", *parts]
+    assert record.naive_checkpointed == checkpointed and record.holds
+    assert [record.naive is not None, record.plain is not None] == [len(parts) > 0, len(parts) > 1]
+    assert (record.to_plain.speed_up is not None) == (len(parts) > 1)
+
+
+def test_a_plain_side_that_does_not_fit_costs_no_other_figure(events: Events) -> None:
+    full = replace(NAIVE, failure="out of memory before its first step ended", out_of_memory=True, losses=())
+    record = events(plain=full)[-1]
+    assert record.notes == (f"plain: {full.failure}",) and record.speed_up and record.to_plain.speed_up is None
+
+
+@pytest.mark.parametrize(("changes", "broken"), [({"batches": "other"}, 1), ({"losses": (2.6,)}, 2)])
+def test_a_plain_side_that_does_other_work_is_a_failure_too(
+    events: Events, changes: dict[str, Any], broken: int
+) -> None:
+    record = events(plain=replace(NAIVE, **changes))[-1]
+    assert [place for place, verdict in enumerate(record.verdicts) if not verdict.holds] == [broken]
 
 
 @pytest.mark.parametrize(

@@ -54,7 +54,8 @@ def last(events: Any) -> Any:
 
 def benched(request: Request) -> BenchRecord:
     work, ours, naive = (last(part(request)) for part in (workload, side.ours, side.naive))
-    return bench_record({}, rows=request.recipe.proof.bench_rows, workload=work, ours=ours, naive=naive)
+    sides = {"naive": naive}
+    return bench_record({}, rows=request.recipe.proof.bench_rows, workload=work, ours=ours, sides=sides)
 
 
 @pytest.mark.parametrize(
@@ -159,10 +160,18 @@ def test_our_side_out_of_memory_is_an_error_that_says_what_it_held(
         list(side.ours(requested()))
 
 
-def test_the_naive_side_is_checkpointed_and_nothing_in_it_is_ours(requested: Requested) -> None:
-    step = NaiveStep(*bench_inputs(requested()))
+@pytest.mark.parametrize("checkpointed", [True, False])
+def test_nothing_in_the_naive_side_is_ours_and_its_layers_are_recomputed_only_where_asked(
+    requested: Requested, checkpointed: bool
+) -> None:
+    request, prepared = bench_inputs(requested())
+    step = NaiveStep(request, prepared, checkpointed=checkpointed)
     layer = step.model.base_model.model.model.layers[0]
-    assert layer.gradient_checkpointing and layer.training
+    calls: list[int] = []
+    layer.input_layernorm.register_forward_hook(lambda *_: calls.append(1))
+    padded = collate(step_batches(request, prepared)[0])
+    step(padded)
+    assert layer.training and len(calls) == len(padded.groups) * (2 if checkpointed else 1)
     packages = {type(module).__module__.split(".")[0] for module in step.model.modules()}
     assert "launcher" not in packages and {"peft", "transformers", "bitsandbytes"} <= packages
 

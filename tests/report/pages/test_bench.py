@@ -41,12 +41,32 @@ def test_the_end_says_what_it_comes_to() -> None:
 def test_the_head_says_what_was_compared() -> None:
     record = bench_of()
     text = " ".join(shown(record).split())
-    assert "bench of recipe own [bold]" in text and "gradient checkpointing, autocast to bfloat16" in text
+    assert "bench of recipe own [bold]" in text and "with gradient checkpointing" in text
     assert "2 × 64, 128 × accumulation 4 of the recipe's data" in text
     assert "of random rows" in shown(bench_of(rows="random"))
     assert "90 to 100, of them 50 targets" in text and "0 graph breaks, 0 recompiles, 2 hits" in text
     assert "0.0 GFLOP/s: the fastest bfloat16 product of 8,192²" in text
     assert "783 TFLOP/s: the fastest" in shown(replace(record, ceiling=Ceiling("bfloat16", 8192, 7.83e14)))
+
+
+def test_a_plain_naive_side_stands_beside_the_checkpointed_one_or_in_its_place() -> None:
+    both = bench_of(plain=bench_side(0.25, peak_allocated_mib=4_000.0))
+    text = " ".join(shown(both).split())
+    assert "step ms, median 500.0 250.0 100.0 0.20 × 0.40 ×" in section(shown(both), "Steps")
+    assert "1 2.5000 2.5000 2.5000 0.0e+00" in section(shown(both), "Loss")
+    assert "naive stock transformers, PEFT and bitsandbytes, autocast to bfloat16, with gradient checkpointing" in text
+    assert (
+        "its passes 4 to 8 a step, padded, for our 4" in text
+        and "plain the same without gradient checkpointing" in text
+    )
+    assert "5.00 × the speed of naive, 0.50 × its memory" in text
+    assert "2.50 × the speed of plain, 0.25 × its memory" in text and "beside plain, compile pays back after" in text
+    full = bench_side(steps_s=(), losses=(), first_step_s=None, failure="f", out_of_memory=True)
+    assert "plain ran out of memory" in shown(bench_of(plain=full)) and "5.00 × the speed" in shown(
+        bench_of(plain=full)
+    )
+    alone = " ".join(shown(bench_of(None, plain=bench_side())).split())
+    assert "no gradient checkpointing" in alone and "5.00 × the speed of naive" in alone and " plain" not in alone
 
 
 def test_without_a_naive_side_there_is_no_column_of_it() -> None:
