@@ -17,9 +17,9 @@ class BundleWriter:
         self._writing: Future[Any] | None = None
 
     def write(self, state: State, *, step: int, wait: Callable[[], None]) -> None:
-        """Begin to write the bundle of `step`, after the one before it. `wait` returns when the tensors of `state` may
-        be read; nobody may change them. Raises the error of the write before."""
-        self.finish()
+        """Begin to write the bundle of `step`; the one before it has been finished. `wait` returns when the tensors of
+        `state` may be read; nobody may change them until `finish`."""
+        assert self._writing is None, "one bundle is written at a time"
         self._writing = self._thread.submit(self._write, state, step, wait)
 
     def check(self) -> None:

@@ -9,6 +9,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from launcher.checkpoint.adapter import save_tensors
 from launcher.checkpoint.bundle import State
 from launcher.checkpoint.resume import Resumed
@@ -58,6 +60,7 @@ class Checkpoints:
         self._enabled = train.save_every != 0
         self._saved_step: int | None = worker.state.step if resumed else None
         self._writer: BundleWriter | None = None
+        self._pinned: dict[str, Tensor] = {}  # host memory of the copies
         if worker.rank_info.is_main and self._enabled:
             self._writer = BundleWriter(folder.checkpoints, keep=train.keep, save_adapter=self._save_adapter)
         names = {id(parameter): name for name, parameter in worker.built.peft.named_parameters()}
@@ -80,7 +83,9 @@ class Checkpoints:
         if not self._enabled or self._saved_step == step:
             return
         with self._worker.clock.phase("checkpoint"):
-            state, wait = self._worker.state.begin_copy()
+            if self._writer is not None:
+                self._writer.finish()  # it reads the memory that the copy uses again
+            state, wait = self._worker.state.begin_copy(self._pinned)
             self._saved_step = step
             if self._writer is not None:
                 self._writer.write({"state": state, "run": self._history(step)}, step=step, wait=wait)

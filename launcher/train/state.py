@@ -63,20 +63,24 @@ class TrainState:
     def state_dict(self) -> dict[str, Any]:
         """A copy of everything. Every rank must call it, and gets the random states of all ranks. Waits for the
         device."""
-        state, wait = self.begin_copy()
+        state, wait = self.begin_copy({})
         wait()
         return state
 
-    def begin_copy(self) -> tuple[dict[str, Any], Callable[[], None]]:
-        """As `state_dict`, but its tensors of a CUDA device are pinned host memory that the device still writes: read
-        them after the function that is returned too, which any thread may call. Training may go on meanwhile."""
+    def begin_copy(self, pinned: dict[str, Tensor]) -> tuple[dict[str, Any], Callable[[], None]]:
+        """As `state_dict`, but its tensors of a CUDA device are host memory that the device still writes: read them
+        after the function that is returned too, which any thread may call. Training may go on meanwhile.
+
+        `pinned`: host memory of an earlier copy that nobody reads any more. It is used again and added to, as making
+        it takes longer than the copy.
+        """
         live = self._step.live_state()
         self._wait()
         random_states = gather(random_state(self._step.device))
         state = {
             "identity": _copied(self._identity),
             "step": self.step,
-            "training": _copied(live),
+            "training": _copied(live, pinned),
             "random": {str(rank): state for rank, state in enumerate(random_states)},
             "loader": _copied(self._loader.state_dict()),
             "early_stop": {name: value for name, value in asdict(self.early_stop).items() if value is not None},
@@ -175,16 +179,20 @@ def set_random_state(state: dict[str, Any], device: torch.device) -> None:
         torch.cuda.set_rng_state(state["cuda"], device)
 
 
-def _copied(value: Any) -> Any:
-    """The same tree of plain values, with its tensors copied to the CPU; the copies of a CUDA device are enqueued."""
+def _copied(value: Any, pinned: dict[str, Tensor] | None = None, name: str = "") -> Any:
+    """The same tree of plain values, with its tensors copied to the CPU. The copies of a CUDA device are enqueued, into
+    the tensors of these names in `pinned`, which are made where they are missing."""
     if isinstance(value, dict):
-        return {key: _copied(inner) for key, inner in value.items()}
+        return {key: _copied(inner, pinned, f"{name}.{key}") for key, inner in value.items()}
     if isinstance(value, list | tuple):
-        return [_copied(inner) for inner in value]
+        return [_copied(inner, pinned, name) for inner in value]
     if not isinstance(value, Tensor):
         return value
-    host = torch.empty(value.shape, dtype=value.dtype, pin_memory=value.is_cuda)
-    return host.copy_(value.detach(), non_blocking=value.is_cuda)
+    if not value.is_cuda or pinned is None:
+        return value.detach().to("cpu", copy=True)
+    if name not in pinned:
+        pinned[name] = torch.empty(value.shape, dtype=value.dtype, pin_memory=True)
+    return pinned[name].copy_(value.detach(), non_blocking=True)
 
 
 def _copy_into(live: dict[str, Any], state: dict[str, Any]) -> None:

@@ -39,7 +39,8 @@ def test_a_naive_side_that_does_not_fit_says_so_and_gives_its_peak(
     total = torch.cuda.get_device_properties(0).total_memory
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
-    torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + 3 * 2**30) / total)
+    limit = torch.cuda.memory_reserved() + 3 * 2**30
+    torch.cuda.set_per_process_memory_fraction(limit / total)
     try:
         *_, record = side.naive(request_for(recipe), checkpointed=checkpointed)
     finally:
@@ -47,5 +48,5 @@ def test_a_naive_side_that_does_not_fit_says_so_and_gives_its_peak(
     assert not isinstance(record, str) and record.out_of_memory
     assert "out of memory before its first step ended; held by phase: after load" in record.failure
     assert record.peak_allocated_mib and record.before_mib
-    assert record.before_mib <= record.peak_allocated_mib < 4_000
+    assert record.before_mib <= record.peak_allocated_mib <= limit / 2**20
     assert record.steps_s == ()

@@ -81,7 +81,7 @@ def test_fp16_overflows_skip_halve_and_recover_as_in_uncaptured_steps(recipe_of)
         worker = compiled(recipe_of(model={"dtype": "float16"}, compile={"cuda_graphs": mode}))
         worker.step.scaler.update(2.0**30)
         results = [worker.step(next(worker.batches)).metrics.tolist() for _ in range(30)]
-        losses, _, rates, skipped = zip(*results, strict=True)
+        losses, _, rates, skipped, _ = zip(*results, strict=True)
         outcomes.append((skipped, rates, worker.step.scaler.get_scale()))
         assert all(math.isfinite(loss) for loss in losses)
         assert all(torch.isfinite(p).all() for p in worker.step.parameters)

@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from launcher.checkpoint.bundle import read_bundle, write_bundle
 from tests.conftest import TINY, small_config
 from tests.support.states import flat, leaves, through_files, train
 from tests.support.workers import compiled, perturb
@@ -83,3 +84,24 @@ def test_a_resumed_run_goes_on_captured_or_not_with_the_tensors_it_had(
         assert [m[part] for m in resumed] != pytest.approx(fresh, rel=tolerance)
     assert float((adapters(again) - start - moved).norm() / moved.norm()) < 0.2
     assert whole.state.step == again.state.step == 8
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "adamw_8bit", "paged_adamw_8bit"])
+def test_a_copy_behind_the_next_steps_is_of_the_step_at_which_it_was_begun_and_a_bundle_keeps_it(
+    make_recipe, wide_model, tmp_path, optimizer
+):
+    """Twice, as the second copy uses the first one's memory."""
+    train_section = {"steps": 12, "optimizer": optimizer}
+    sections = {"model": {"name": str(wide_model), "dtype": "bfloat16"}, "compile": {"backend": "inductor"}}
+    worker, pinned = compiled(make_recipe(**sections, lora={"r": RANK}, train=train_section)), {}
+    for step in (2, 4):
+        train(worker, 2)
+        expected = flat(worker.state.state_dict())
+        state, wait = worker.state.begin_copy(pinned)
+        train(worker, 1)
+        wait()
+        assert flat(state) == expected
+        bundle = write_bundle(tmp_path, state, step=step, adapter=lambda folder: folder.mkdir())
+        assert flat(read_bundle(bundle)) == expected
+    assert pinned and all(tensor.is_pinned() for tensor in pinned.values())
+    worker.plan.release()
