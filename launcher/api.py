@@ -99,7 +99,7 @@ def _train(request: Request, files: RunFiles, sinks: Sequence[Sink]) -> RunRecor
     history = loop.RunHistory()
     try:
         with classified(request.rank_info, lambda: history.ledger):
-            for event in loop.run(request, history):
+            for event in loop.training(request, history):
                 for sink in sinks:
                     sink.show(event)
     except BaseException as failure:

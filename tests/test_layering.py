@@ -90,6 +90,26 @@ def within(name: str, packages: set[str]) -> bool:
     return any(name == package or name.startswith(f"{package}.") for package in packages)
 
 
+def names_in_two_modules(package: Path) -> dict[str, list[str]]:
+    """Public functions, classes and constants of one name that stand in several modules, with the modules."""
+    places: dict[str, list[str]] = {}
+    for module, path in modules(package).items():
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", node)]
+            names = [getattr(target, "id", getattr(target, "name", "_")) for target in targets]
+            for name in names:
+                if not name.startswith("_") and len(name) > 1 and not isinstance(node, ast.Import | ast.ImportFrom):
+                    places.setdefault(name, []).append(module)
+    return {name: found for name, found in places.items() if len(set(found)) > 1}
+
+
+def test_a_name_stands_for_one_thing_in_the_whole_package(tmp_path: Path) -> None:
+    assert names_in_two_modules(ROOT / "launcher") == {}
+    for file in ("a.py", "b.py"):
+        (tmp_path / file).write_text("SIZE = 1\nclass Row: ...\ndef _own(): ...\n")
+    assert names_in_two_modules(tmp_path) == {"SIZE": ["a", "b"], "Row": ["a", "b"]}
+
+
 def layering_faults(package: Path) -> list[str]:
     """What breaks the import rules, "a imports b" each. A relative import always does: the rules name whole modules."""
     known, faults = modules(package), []
@@ -185,7 +205,7 @@ def test_every_package_that_is_imported_is_required() -> None:
         ("compile/plan.py", "from ..errors import RecipeError", "compile.plan imports ..errors"),
         ("compile/plan.py", "def f():\n    import launcher.model.build", "compile.plan imports model.build"),
         ("compile/plan.py", "from launcher.recipe.load import resolve", "compile.plan imports recipe.load"),
-        ("data/pack/packing.py", "from launcher.train.loop import run", "data.pack.packing imports train.loop"),
+        ("data/pack/packing.py", "from launcher.train.loop import training", "data.pack.packing imports train.loop"),
         ("train/loop.py", "from launcher.report import summary", "train.loop imports report"),
         ("train/loop.py", "from launcher import cli", "train.loop imports cli"),
         ("ops/linear_ce.py", "import transformers.models", "ops.linear_ce imports transformers.models"),

@@ -15,7 +15,7 @@ import torch._dynamo
 from launcher.compile.dynamo_config import set_in_all_threads
 from launcher.compile.graphs import Work
 from launcher.compile.observe import COMPILE_ERRORS, Observer, failure_kind
-from launcher.compile.regions import Region, select
+from launcher.compile.regions import Region, select_regions
 from launcher.errors import ContractError
 from launcher.recipe.schema import CompileSection
 
@@ -52,7 +52,7 @@ class Plan:
     ) -> None:
         self.mode = compile.mode
         self.observer = observer
-        self._chosen = [] if compile.mode == "off" else select(regions, compile)
+        self._chosen = [] if compile.mode == "off" else select_regions(regions, compile)
         self._settings = settings
         inner = self._backend(compile.backend)
         torch._dynamo.reset()

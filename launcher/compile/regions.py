@@ -34,7 +34,7 @@ class Region:
         return sum(any(p.requires_grad for p in module.parameters()) for module in self.modules)
 
 
-def select(regions: Sequence[Region], compile: CompileSection) -> list[Region]:
+def select_regions(regions: Sequence[Region], compile: CompileSection) -> list[Region]:
     """The regions that `compile.scope` and `compile.regions` ask for.
 
     Scope layer compiles the decoder layer, model the whole body, regions the listed parts of them. The loss is outside

@@ -33,7 +33,7 @@ from launcher.data.pack.blocks import Blocks
 from launcher.recipe.data_section import DataSection
 from launcher.runtime.private_cache import private_cache
 
-MAX_BYTES = 20 * 2**30  # of all entries together
+MAX_CACHE_BYTES = 20 * 2**30  # of all entries together
 MAX_ENTRIES = 32
 LEFTOVER_S = 86_400.0  # a temporary file of this age was left by a process that was killed
 SUFFIX = ".safetensors"
@@ -187,7 +187,7 @@ def _evict(folder: Path, *, keep: Path) -> None:
     total = 0
     for count, path in enumerate(entries, start=1):
         total += path.lstat().st_size
-        if path != keep and (count > MAX_ENTRIES or total > MAX_BYTES):
+        if path != keep and (count > MAX_ENTRIES or total > MAX_CACHE_BYTES):
             _remove(path)
 
 

@@ -36,8 +36,8 @@ FAINT = 0.05  # norm, as a share of the usual one; a shorter vector counts as ne
 VANISHING = 1e-3  # the same of embeddings, which the first norm scales up unless they vanish
 RUNS, RUN = 16, 256  # so many runs of so many vectors stand for all
 MAX_UNUSED = 512  # unused control tokens that are compared with
-MAX_NAMED = 4  # tokens in a note
-REMEDY = "Use the instruct model, or a chat template whose control tokens are trained"
+MAX_TOKENS_NAMED = 4  # tokens in a note
+UNTRAINED_REMEDY = "Use the instruct model, or a chat template whose control tokens are trained"
 
 
 def check_pad_id(config: Any) -> None:
@@ -87,12 +87,12 @@ def untrained_notes(
         such_as = f", such as {tokenizer.eos_token}" if eos in others and eos not in reasons else ""
         notes.append(
             f"the output head was never trained for {_listed(untrained)}, and LoRA does not train it: the model learns "
-            f"badly or not at all to write this, and to end an answer with it. {REMEDY}{such_as}."
+            f"badly or not at all to write this, and to end an answer with it. {UNTRAINED_REMEDY}{such_as}."
         )
     if alike := [_name(tokenizer, index) for index in _alike(embedding, control)]:
         notes.append(
             f"the embedding was never trained for {_listed(alike)}, and LoRA does not train it: the model reads them "
-            f"as the same token. {REMEDY}."
+            f"as the same token. {UNTRAINED_REMEDY}."
         )
     return tuple(notes)
 
@@ -143,4 +143,6 @@ def _name(tokenizer: Any, index: int) -> str:
 
 
 def _listed(names: Sequence[str]) -> str:
-    return ", ".join(names[:MAX_NAMED]) + (f" and {len(names) - MAX_NAMED} more" if len(names) > MAX_NAMED else "")
+    return ", ".join(names[:MAX_TOKENS_NAMED]) + (
+        f" and {len(names) - MAX_TOKENS_NAMED} more" if len(names) > MAX_TOKENS_NAMED else ""
+    )

@@ -38,8 +38,8 @@ from launcher.ops.projection_group import HAS_TRITON
 SCALED_TO = 8  # log2 of the most that an entry of a scaled row may be
 SMALLEST = 2.0**-24  # the least 1 - p[t] that is brought there: the powers stay finite
 CHUNK_COST = 128  # rows whose time a chunk costs on top: it reads the whole head, and launches its kernels
-TILE = 8  # a chunk has a multiple of this many rows, for the alignment of half-precision products
-MIN_SAVED = 0.05  # share of the rows below which none are left out; `product_rows` says why
+ROW_MULTIPLE = 8  # a chunk has a multiple of this many rows, for the alignment of half-precision products
+MIN_ROWS_SAVED = 0.05  # share of the rows below which none are left out; `product_rows` says why
 
 
 def chunk_loss(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
@@ -167,7 +167,7 @@ def product_rows(tokens: int, max_targets: int) -> int:
     # scattering rows costs about ten small kernels and five passes over [N, D]: an estimated 90 us for 4,096 rows on an
     # H200, where Llama 1B's head takes 1.6 us per row. So leaving out a twentieth pays at that size, and breaks even at
     # a quarter of it. Full blocks, whose every token but the first is a target, keep the path without indices.
-    return max(1, max_targets) if max_targets <= (1 - MIN_SAVED) * tokens else tokens
+    return max(1, max_targets) if max_targets <= (1 - MIN_ROWS_SAVED) * tokens else tokens
 
 
 def chunk_rows(rows: Collection[int], vocabulary: int, budget_mib: int, *, itemsize: int = 4) -> int:
@@ -176,10 +176,10 @@ def chunk_rows(rows: Collection[int], vocabulary: int, budget_mib: int, *, items
 
     There is one size, since each would need its own graph. It is the one with the least work over all shapes (rows
     computed, padding included, plus CHUNK_COST per chunk) among those that divide a shape into equal chunks. For a
-    single shape that gives the fewest equal chunks of a multiple of TILE rows.
+    single shape that gives the fewest equal chunks of a multiple of ROW_MULTIPLE rows.
     """
     max_rows = max(1, budget_mib * 2**20 // (itemsize * vocabulary))
-    step = TILE if max_rows >= TILE else 1
+    step = ROW_MULTIPLE if max_rows >= ROW_MULTIPLE else 1
     max_rows -= max_rows % step
     fewest = [-(-n // max_rows) for n in rows]  # chunks of each shape
     pairs = ((n, chunks) for n, least in zip(rows, fewest, strict=True) for chunks in range(least, 2 * least + 1))

@@ -37,7 +37,7 @@ class Arguments:
         self.problems[problem] = bare(key)
 
 
-def shown(value: Any) -> str:
+def echoed(value: Any) -> str:
     """A value as an error quotes it: on one line, control characters escaped, cut at 60 characters."""
     text = "null" if value is None else repr(value)
     return text if len(text) <= 60 else text[:56] + " ..."
@@ -45,7 +45,7 @@ def shown(value: Any) -> str:
 
 def bare(key: str) -> str:
     """A key as an error names it: like a value, without the quotes."""
-    return shown(key)[1:-1]
+    return echoed(key)[1:-1]
 
 
 def closest(word: str, names: Iterable[str], likeness: float = 0.6) -> str | None:
@@ -72,11 +72,11 @@ def parse(argv: Sequence[str]) -> Arguments:
         if not equals or not key:
             recipe = argument if argument.endswith(".yaml") else nearest_recipe(argument)
             remedy = f"did you mean recipe={bare(recipe)}?" if recipe else "try train.steps=100, or --help alone"
-            arguments.refuse(argument, f"every argument is key=value; got {shown(argument)}; {remedy}")
+            arguments.refuse(argument, f"every argument is key=value; got {echoed(argument)}; {remedy}")
         elif key not in OPTIONS:
             _override(arguments, key, text)
         elif key in given:
-            arguments.refuse(key, f"{key} is given twice; got {shown(given[key])} and {shown(text)}; remove one")
+            arguments.refuse(key, f"{key} is given twice; got {echoed(given[key])} and {echoed(text)}; remove one")
         else:
             given[key] = text
     arguments.options |= given
@@ -88,7 +88,7 @@ def _override(arguments: Arguments, key: str, text: str) -> None:
     try:
         arguments.overrides.append((key, read_value(text)))
     except RecipeError as error:
-        arguments.refuse(key, f"{bare(key)}: {error}; got {shown(text)}; {_quoted(key, text)}")
+        arguments.refuse(key, f"{bare(key)}: {error}; got {echoed(text)}; {_quoted(key, text)}")
 
 
 def _quoted(key: str, text: str) -> str:
@@ -102,15 +102,15 @@ def _check_options(arguments: Arguments, given: dict[str, str]) -> None:
     mode, report, blocks = arguments.options["mode"], given.get("report"), given.get("blocks")
     if mode not in MODES:
         remedy = f"try mode={closest(mode, MODES) or 'show'}"
-        arguments.refuse("mode", f"mode must be one of {', '.join(MODES)}; got {shown(mode)}; {remedy}")
+        arguments.refuse("mode", f"mode must be one of {', '.join(MODES)}; got {echoed(mode)}; {remedy}")
     if report == "":
         arguments.refuse("report", "report must be a path; got nothing; try report=./report.json")
     elif report and mode == "preview":
         rule = "report is written by mode=train, mode=parity and mode=bench"
-        arguments.refuse("report", f"{rule}; got {shown(report)} with mode=preview; remove one")
+        arguments.refuse("report", f"{rule}; got {echoed(report)} with mode=preview; remove one")
     if blocks is not None and mode != "preview":
-        got = f"got {shown(blocks)} with mode={bare(mode)}"
+        got = f"got {echoed(blocks)} with mode={bare(mode)}"
         arguments.refuse("blocks", f"blocks belongs to mode=preview; {got}; remove it")
     elif blocks is not None and not re.fullmatch("[0-9]{1,9}", blocks):
         rule = "blocks must be a whole number >= 0"
-        arguments.refuse("blocks", f"{rule}; got {shown(blocks)}; try blocks={OPTIONS['blocks']}")
+        arguments.refuse("blocks", f"{rule}; got {echoed(blocks)}; try blocks={OPTIONS['blocks']}")

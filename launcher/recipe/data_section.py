@@ -4,17 +4,17 @@ from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator
 
-from launcher.recipe.field_types import Section, Text, number_before_path, off_is, recipes_dir
+from launcher.recipe.field_types import NonEmptyText, RecipeSection, number_before_path, off_is, recipes_dir
 
 
-class Source(Section):
+class Source(RecipeSection):
     """Where rows come from: a file, a folder of files or a dataset of the hub."""
 
     model_config = ConfigDict(
         json_schema_extra={"type": ["object", "string"]}
     )  # a text is its path: fields.py's as_list
 
-    path: Text = Field(
+    path: NonEmptyText = Field(
         description="File (.jsonl, .json, .csv, .parquet, .txt), folder of such files, or dataset id on the hub.",
         examples=["./my.jsonl"],
     )
@@ -24,14 +24,16 @@ class Source(Section):
     weight: float | None = Field(
         None, gt=0, description="Share of an epoch's rows, relative to the other weights; all sources have one or none."
     )
-    config: Text | None = Field(None, description="Configuration of a hub dataset.", examples=["default"])
-    split: Text | None = Field(
+    config: NonEmptyText | None = Field(None, description="Configuration of a hub dataset.", examples=["default"])
+    split: NonEmptyText | None = Field(
         None, description="Split of a hub dataset, or of a folder by its files' names; null: train.", examples=["train"]
     )
-    revision: Text | None = Field(None, description="Branch, tag or commit of a hub dataset.", examples=["main"])
+    revision: NonEmptyText | None = Field(
+        None, description="Branch, tag or commit of a hub dataset.", examples=["main"]
+    )
 
 
-class DataSection(Section):
+class DataSection(RecipeSection):
     """What is trained on, and how rows become blocks of tokens."""
 
     sources: list[Source] = Field(
@@ -72,7 +74,7 @@ class DataSection(Section):
         "truncate", description="What happens to a document longer than max_length; counted."
     )
     validation: Annotated[
-        Annotated[float, Field(ge=0, lt=1)] | Text | Source, BeforeValidator(number_before_path), off_is(0.0)
+        Annotated[float, Field(ge=0, lt=1)] | NonEmptyText | Source, BeforeValidator(number_before_path), off_is(0.0)
     ] = Field(
         0.05,
         description="Fraction of the rows held out (0: none), or validation data: a path, or an entry like a source's.",

@@ -14,10 +14,10 @@ HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")  # "name" or "owner/name", 
 SHORT_DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 HUB_TIMEOUT_S = 5.0  # for one small request to the hub, to see whether it answers
 
-Item = TypeVar("Item", bound=str)
+Word = TypeVar("Word", bound=str)
 
 
-class Section(BaseModel):
+class RecipeSection(BaseModel):
     """A part of a recipe. A rule between keys is a validator that raises ValueError with the whole message."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
@@ -47,16 +47,16 @@ def number_before_path(value: Any) -> Any:
     return value
 
 
-def refuse_repeats(values: list[Item]) -> list[Item]:
+def refuse_repeats(values: list[Word]) -> list[Word]:
     if len(set(values)) < len(values):
         raise PydanticCustomError("repeated", "an entry is given twice")
     return values
 
 
 OnOff = BeforeValidator(on_or_off)
-Text = Annotated[str, Field(min_length=1)]
+NonEmptyText = Annotated[str, Field(min_length=1)]
 Distinct = Annotated[
-    list[Item],
+    list[Word],
     AfterValidator(refuse_repeats),
     Field(json_schema_extra={"uniqueItems": True, "type": ["array", "string"]}),  # fields.py's as_list
 ]

@@ -13,7 +13,7 @@ from typing import Any, Literal, NoReturn
 from pydantic import ValidationError
 
 from launcher.errors import RecipeError
-from launcher.recipe.command_line import bare, nearest_recipe, parse, shown
+from launcher.recipe.command_line import bare, echoed, nearest_recipe, parse
 from launcher.recipe.field_types import recipe_names, recipes_dir
 from launcher.recipe.fields import LEAVES, SECTIONS, accepts, as_list, assignment, example, unknown
 from launcher.recipe.paths import Values, from_folder, misplaced
@@ -90,12 +90,12 @@ def _recipe_path(recipe: str) -> Path:
         path = Path(recipe).expanduser()
         if not os.path.exists(path):
             rule = "recipe must be a file if it ends in .yaml"
-            raise RecipeError(f"{rule}; {shown(recipe)} does not exist; {hint.strip() or listed}")
+            raise RecipeError(f"{rule}; {echoed(recipe)} does not exist; {hint.strip() or listed}")
         return path
     if recipe not in names and os.path.isfile(recipe):
-        raise RecipeError(f"a recipe's file must end in .yaml; got {shown(recipe)}; rename it")
+        raise RecipeError(f"a recipe's file must end in .yaml; got {echoed(recipe)}; rename it")
     if recipe not in names:
-        raise RecipeError(f"recipe must exist; got {shown(recipe)}; {hint}{listed}")
+        raise RecipeError(f"recipe must exist; got {echoed(recipe)}; {hint}{listed}")
     return recipes_dir() / f"{recipe}.yaml"
 
 
@@ -114,7 +114,7 @@ def _layer(pairs: Iterable[tuple[str, Any]], problems: dict[str, str]) -> Values
     values: Values = {}
     for key, value in pairs:
         if key in values:
-            got = f"got {shown(values[key])} and {shown(value)}"
+            got = f"got {echoed(values[key])} and {echoed(value)}"
             problems[f"{bare(key)} is given twice; {got}; remove one"] = bare(key)
         else:
             values[key] = as_list(key, value) if key in LEAVES else value
@@ -148,7 +148,7 @@ def _problems(error: ValidationError, places: dict[str, str], from_file: Values,
         key, leaf = _keys(detail["loc"])
         place = "command line" if leaf in from_line else places.get(key) or places.get(leaf)
         given = (from_file | from_line).get(key, detail["input"])  # as written, paths too
-        got = f"got {'nothing' if detail['type'] == 'missing' else shown(given)} ({place})"
+        got = f"got {'nothing' if detail['type'] == 'missing' else echoed(given)} ({place})"
         if detail["type"] == "value_error":  # a rule between keys
             text = str(detail["ctx"]["error"])
         elif detail["type"] == "extra_forbidden":

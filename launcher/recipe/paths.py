@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from launcher.recipe.command_line import bare, shown
+from launcher.recipe.command_line import bare, echoed
 
 Values = dict[str, Any]  # by dotted key
 
@@ -36,7 +36,7 @@ def misplaced(values: Values, folder: Path, recipe_folder: Path) -> Iterator[tup
         remedy = near if other == folder or not near.startswith("..") else there
         where = "beside the recipe file" if other == recipe_folder else "in the working directory"
         rule = f"{bare(key)} is looked for in {bare(str(start))}"
-        yield key, f"{rule}; got {shown(text)}, which lies {where}; did you mean {bare(remedy)}?"
+        yield key, f"{rule}; got {echoed(text)}, which lies {where}; did you mean {bare(remedy)}?"
 
 
 def _named_paths(values: Values) -> Iterator[tuple[str, str]]:

@@ -9,18 +9,18 @@ from typing import Annotated, Literal
 from pydantic import BeforeValidator, Field, ValidationInfo, field_validator
 
 from launcher.recipe.data_section import DataSection
-from launcher.recipe.field_types import Distinct, OnOff, Section, Text, dtype_name, off_is
+from launcher.recipe.field_types import Distinct, NonEmptyText, OnOff, RecipeSection, dtype_name, off_is
 
 ALTERNATIVES = (("train.steps", "train.epochs"), ("memory.budget", "memory.activations"))  # one takes the other's place
 
 INTERVAL = r"^[1-9]\d*[smh]$"  # of train.save_every
 
 
-class ModelSection(Section):
+class ModelSection(RecipeSection):
     """Which base model, and in which precision it computes."""
 
-    name: Text = Field("unsloth/Llama-3.2-1B-Instruct", description="Hub id or local folder of the base model.")
-    revision: Text | None = Field(
+    name: NonEmptyText = Field("unsloth/Llama-3.2-1B-Instruct", description="Hub id or local folder of the base model.")
+    revision: NonEmptyText | None = Field(
         None, description="Branch, tag or commit on the hub; null: the newest.", examples=["main"]
     )
     init: Literal["pretrained", "random"] = Field(
@@ -40,27 +40,27 @@ class ModelSection(Section):
     )
 
 
-class QuantSection(Section):
+class QuantSection(RecipeSection):
     """How the frozen base weights are stored."""
 
     type: Literal["nf4", "none"] = Field("nf4", description="4-bit NormalFloat, or not quantised.")
     double: bool = Field(True, description="Quantise the NF4 scales once more (saves about 0.4 bit per weight).")
 
 
-class LoraSection(Section):
+class LoraSection(RecipeSection):
     """The low-rank adapters, the only weights that are trained."""
 
     r: int = Field(16, ge=1, le=1024, description="Rank of the adapters.")
     alpha: float = Field(32.0, gt=0, description="Scale of the update; it is multiplied by alpha / r.")
     dropout: float = Field(0.0, ge=0, lt=1, description="Probability of dropping an adapter's input.")
-    targets: Distinct[Text] = Field(
+    targets: Distinct[NonEmptyText] = Field(
         ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
         min_length=1,
         description="Names of the linear modules that get an adapter; each must match.",
     )
 
 
-class CompileSection(Section):
+class CompileSection(RecipeSection):
     """What torch.compile compiles, and what happens when its contract breaks."""
 
     mode: Annotated[Literal["strict", "warn", "off"], OnOff] = Field(
@@ -91,7 +91,7 @@ class CompileSection(Section):
         return regions
 
 
-class MemorySection(Section):
+class MemorySection(RecipeSection):
     """Budgets of memory."""
 
     activations: Literal["auto", "none", "selective", "full", "offload"] = Field(
@@ -117,7 +117,7 @@ class MemorySection(Section):
         return budget
 
 
-class TrainSection(Section):
+class TrainSection(RecipeSection):
     """The loop: how long, how large a batch, and the optimizer."""
 
     steps: int | None = Field(None, ge=1, description="Optimizer steps; or give train.epochs.", examples=[200])
@@ -169,13 +169,13 @@ class TrainSection(Section):
         return epochs
 
 
-class RunSection(Section):
+class RunSection(RecipeSection):
     """What a run leaves behind."""
 
-    output_dir: Text | None = Field(
+    output_dir: NonEmptyText | None = Field(
         None, description="Folder of the run; null: runs/<recipe>-<time>.", examples=["./runs/mine"]
     )
-    resume: Text = Field(
+    resume: NonEmptyText = Field(
         "auto",
         description="auto: go on from the newest checkpoint in run.output_dir, if it has one; never: such a folder is "
         "refused; or a run's folder, or that of one of its checkpoints, to go on there.",
@@ -187,7 +187,7 @@ class RunSection(Section):
     sample_tokens: int = Field(48, ge=0, le=1024, description="Tokens of the sample printed at the end; 0: none.")
 
 
-class ProofSection(Section):
+class ProofSection(RecipeSection):
     """How much a proof measures."""
 
     parity: int = Field(16, ge=1, description="Batches that mode=parity compares.")
@@ -202,7 +202,7 @@ class ProofSection(Section):
     )
 
 
-class Recipe(Section):
+class Recipe(RecipeSection):
     """A fine-tune: everything that decides its result, and what it leaves behind."""
 
     model: ModelSection = Field(default_factory=ModelSection)

@@ -17,7 +17,7 @@ from launcher.errors import RecipeError
 
 KINDS = ("str", "int", "float", "bool", "null", "timestamp", "map", "seq")
 PLAIN_TAGS = frozenset(f"tag:yaml.org,2002:{kind}" for kind in KINDS)
-PLAIN = re.compile(r"[^\[\]{},:#\"'!&*|>%@`?-][^\[\]{},:#\"']*")  # text that needs no quotes, in a list either
+UNQUOTED = re.compile(r"[^\[\]{},:#\"'!&*|>%@`?-][^\[\]{},:#\"']*")  # text that needs no quotes, in a list either
 QUOTE = "put text that holds any of : # [ ] { } & * ! % @ in quotes, and indent with blanks"
 MAX_DEPTH = 20
 NULLS = frozenset(("", "~", "null", "Null", "NULL"))
@@ -65,7 +65,7 @@ def inline(value: Any) -> str:
         return "[" + ", ".join(map(inline, value)) + "]"
     if not isinstance(value, str):
         return json.dumps(value).removesuffix(".0")
-    if PLAIN.fullmatch(value) and value.isprintable() and value == value.strip() and value not in NULLS:
+    if UNQUOTED.fullmatch(value) and value.isprintable() and value == value.strip() and value not in NULLS:
         return value
     return json.dumps(value, ensure_ascii=not value.isprintable())
 

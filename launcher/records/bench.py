@@ -72,7 +72,7 @@ class OursRecord:
 
 
 @dataclass(frozen=True)
-class Comparison:
+class SpeedComparison:
     """Ours beside one naive side. Ratios and differences are None or empty where that was left out or failed."""
 
     speed_up: float | None = None  # median step of naive by that of ours
@@ -82,7 +82,7 @@ class Comparison:
 
 
 @dataclass(frozen=True, kw_only=True)
-class BenchRecord(ProofRecord, Comparison):
+class BenchRecord(ProofRecord, SpeedComparison):
     """The whole comparison, with `naive` where nothing else is said."""
 
     mode = "bench"
@@ -96,5 +96,5 @@ class BenchRecord(ProofRecord, Comparison):
     naive: SideRecord | None  # None where it was left out
     naive_checkpointed: bool  # whether `naive` recomputes its layers
     plain: SideRecord | None  # beside a checkpointed `naive`, the same without checkpointing
-    to_plain: Comparison
+    to_plain: SpeedComparison
     loss_tolerance: float  # largest difference at the first step

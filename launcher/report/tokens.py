@@ -34,7 +34,7 @@ def _escaped(text: str) -> str:
 
 
 COLOURED = Marks(("", ""), ("", ""), "↵", re.compile("↵"))
-PLAIN = Marks(("«", "»"), ("⟦", "⟧"), "↵", re.compile("[«»⟦⟧↵]"))
+PLAIN_MARKS = Marks(("«", "»"), ("⟦", "⟧"), "↵", re.compile("[«»⟦⟧↵]"))
 PLAIN_ASCII = Marks(  # doubled brackets; a single one at an end of the part, where a mark may stand beside it
     ("<<", ">>"), ("[[", "]]"), "\\n", re.compile(r"<<+|>>+|\[\[+|]]+|\A[<>\[\]]|[<>\[\]]\Z|\\(?=n)")
 )
@@ -44,7 +44,7 @@ def marks_of(console: Console) -> Marks:
     """The marks that a console needs: none where it has colour."""
     if console.color_system is not None and not console.no_color:
         return COLOURED
-    return PLAIN_ASCII if console.options.ascii_only else PLAIN
+    return PLAIN_ASCII if console.options.ascii_only else PLAIN_MARKS
 
 
 def tokens_text(parts: Sequence[TextPart], marks: Marks) -> Text:

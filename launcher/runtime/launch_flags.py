@@ -23,10 +23,10 @@ OBEYED = {  # flags that start, place and watch processes
     "main_process_port", "max_restarts", "module", "monitor_interval", "multi_gpu", "no_python", "num_machines",
     "num_processes", "quiet", "rdzv_backend", "rdzv_conf", "role", "same_network", "tee", "use_cpu",
 }  # fmt: skip
-COMMANDS = ("accelerate", "accelerate-launch", "accelerate.commands.launch")
+LAUNCH_COMMANDS = ("accelerate", "accelerate-launch", "accelerate.commands.launch")
 INERT = ("", "no", "none", "false", "0", "default")  # values that ask for nothing, in lower case
 STRATEGIES = ("use_deepspeed", "use_fsdp", "use_megatron_lm", "use_parallelism_config", "tpu")
-DTYPES = {"bf16": "bfloat16", "fp16": "float16"}
+PRECISIONS = {"bf16": "bfloat16", "fp16": "float16"}
 
 
 def check_launch_flags(model: ModelSection, train: TrainSection, *, cores: int) -> tuple[str, ...]:
@@ -49,7 +49,7 @@ def check_launch_flags(model: ModelSection, train: TrainSection, *, cores: int) 
         f"accelerate's {name}={value} has no effect: "
         + (f"{ours[name][0]} decides, which is {ours[name][1]}" if name in ours else "no part of the launcher reads it")
         for name, value in asked.items()
-        if name not in ours or DTYPES.get(value, value) != str(ours[name][1])
+        if name not in ours or PRECISIONS.get(value, value) != str(ours[name][1])
     )
 
 
@@ -67,7 +67,7 @@ def _from_environment() -> dict[str, str]:
 
 def _from_command(words: Sequence[str]) -> dict[str, str]:
     """The flags of `accelerate launch ... script.py ...`; of another command none. A flag without a value is "true"."""
-    starts = [n for n, word in enumerate(words) if Path(word).name in COMMANDS]
+    starts = [n for n, word in enumerate(words) if Path(word).name in LAUNCH_COMMANDS]
     if not starts:
         return {}
     flags = {}
@@ -91,7 +91,7 @@ def _contradiction(name: str, value: str, dtype: str) -> str | None:
         )
     if name == "dynamo_backend":
         return f"the recipe decides what is compiled; {asked}.\nLeave it out: compile.mode and compile.backend decide."
-    if name != "mixed_precision" or (value in DTYPES and dtype in ("auto", DTYPES[value])):
+    if name != "mixed_precision" or (value in PRECISIONS and dtype in ("auto", PRECISIONS[value])):
         return None
-    remedy = f"Set model.dtype={DTYPES[value]}, or leave it out." if value in DTYPES else "Leave it out."
+    remedy = f"Set model.dtype={PRECISIONS[value]}, or leave it out." if value in PRECISIONS else "Leave it out."
     return f"model.dtype decides the compute precision; it is {dtype}, and {asked}.\n{remedy}"

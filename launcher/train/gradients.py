@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, distributed, nn
 
-ALIGNMENT = 4  # fp32 values in 16 bytes
+ALIGNMENT = 4  # values of 4 bytes in 16 bytes
 
 
 class FlatGradients:

@@ -74,7 +74,7 @@ class RunHistory:
         return [step.step_s for step in self.steps[len(self.steps) - steady :]], self.rank_tokens[start:]
 
 
-def run(request: Request, history: RunHistory) -> Iterator[Event]:
+def training(request: Request, history: RunHistory) -> Iterator[Event]:
     """Train as the request says; yields events in the order of records/run.py and fills `history`.
 
     Raises the errors of launcher/errors.py, after the events of all good steps.

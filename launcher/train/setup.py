@@ -39,9 +39,9 @@ from launcher.runtime.ranks import (
     gather,
     hold_process_group,
 )
+from launcher.train.compiled_regions import regions_of
 from launcher.train.inputs import Prepared, block_facts, total_steps
 from launcher.train.optim import gates_on_device
-from launcher.train.regions import regions_of
 from launcher.train.request import Request
 from launcher.train.state import TrainState, check_identity, run_identity
 from launcher.train.step import TrainStep

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-ALIGNMENT = 4  # int32 values in 16 bytes
+from launcher.train.gradients import ALIGNMENT
 
 
 class Staging:

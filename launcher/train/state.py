@@ -28,7 +28,7 @@ from launcher.runtime.ranks import gather
 from launcher.train.step import TrainStep
 
 MAY_CHANGE = {"steps", "epochs", "eval_every", "save_every", "keep", "log_every"}  # keys of train, on a resume
-SHOWN = 5  # differences that a refusal names
+MAX_DIFFERENCES = 5  # differences that a refusal names
 
 
 @dataclass
@@ -132,10 +132,10 @@ def check_identity(saved: dict[str, Any], here: dict[str, Any]) -> None:
 
 def _refuse(differences: list[str]) -> None:
     if differences:
-        more = f"\n... and {len(differences) - SHOWN} more" if len(differences) > SHOWN else ""
+        more = f"\n... and {len(differences) - MAX_DIFFERENCES} more" if len(differences) > MAX_DIFFERENCES else ""
         raise CheckpointError(
             "a run goes on only from a state of the same recipe, data and number of processes; these differ:\n"
-            + "\n".join(differences[:SHOWN])
+            + "\n".join(differences[:MAX_DIFFERENCES])
             + f"{more}\nResume with the recipe and the data of the checkpoint, or start a new run."
         )
 
@@ -185,7 +185,7 @@ def _copied(value: Any, pinned: dict[str, Tensor] | None = None, name: str = "")
     if isinstance(value, dict):
         return {key: _copied(inner, pinned, f"{name}.{key}") for key, inner in value.items()}
     if isinstance(value, list | tuple):
-        return [_copied(inner, pinned, name) for inner in value]
+        return [_copied(inner, pinned, f"{name}.{index}") for index, inner in enumerate(value)]
     if not isinstance(value, Tensor):
         return value
     if not value.is_cuda or pinned is None:

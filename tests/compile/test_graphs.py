@@ -8,7 +8,7 @@ from launcher.errors import ContractError, RecipeError
 from launcher.recipe.load import resolve
 from launcher.recipe.schema import CompileSection
 from launcher.train import setup
-from launcher.train.loop import RunHistory, run
+from launcher.train.loop import RunHistory, training
 from tests.conftest import request_for
 from tests.support.workers import compiled
 
@@ -23,7 +23,7 @@ def test_the_choice_reads_bare_words_as_yaml_does(given, kept):
 def test_graphs_are_refused_on_a_cpu_before_any_weight_is_read(make_recipe, monkeypatch):
     monkeypatch.setattr(setup, "build_model", lambda *_, **__: pytest.fail("the model was built"))
     with pytest.raises(RecipeError, match="compile.cuda_graphs=on needs a CUDA device") as caught:
-        list(run(request_for(make_recipe(compile={"cuda_graphs": "on"})), RunHistory()))
+        list(training(request_for(make_recipe(compile={"cuda_graphs": "on"})), RunHistory()))
     assert caught.value.code == 2
     check_graphs(CompileSection(cuda_graphs="on"), CUDA)
     check_graphs(CompileSection(cuda_graphs="auto"), CPU)

@@ -158,7 +158,7 @@ def test_the_least_recently_used_entries_go_first_and_never_the_one_just_written
     loaded(NAME)  # now the most recently used
     save(make_entry(), "c" * 40)
     assert names(folder) == [NAME, "c" * 40]
-    monkeypatch.setattr(cache, "MAX_BYTES", 1)
+    monkeypatch.setattr(cache, "MAX_CACHE_BYTES", 1)
     os.utime(file_of(folder, NAME), (time.time() + 60,) * 2)
     save(make_entry(), "d" * 40)
     assert names(folder) == ["d" * 40]

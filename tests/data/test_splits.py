@@ -6,18 +6,18 @@ import json
 import numpy as np
 import pytest
 
-from launcher.data.read.rows import Conversation, Message, Text
+from launcher.data.read.rows import Conversation, Message, PlainText
 from launcher.data.splits import digest, held_out, weighted
 
 
 def digests(*names: str, seed: int = 0) -> list[bytes]:
-    return [digest(Text(name, where=f"f:{i}"), seed=seed) for i, name in enumerate(names)]
+    return [digest(PlainText(name, where=f"f:{i}"), seed=seed) for i, name in enumerate(names)]
 
 
 def test_a_digest_is_of_the_rows_content_as_json_and_of_the_seed():
     odd = 'a "b", ["c"]\\ \n \x00 é 😀 \ud800'
     conversation = Conversation((Message("user", odd), Message("assistant", "")), "f:1")
-    for row, content in ((conversation, [["user", odd], ["assistant", ""]]), (Text(odd, "f:2"), odd)):
+    for row, content in ((conversation, [["user", odd], ["assistant", ""]]), (PlainText(odd, "f:2"), odd)):
         expected = hashlib.blake2b(json.dumps(content).encode(), digest_size=16, salt=(7).to_bytes(8, "little"))
         assert digest(row, seed=7) == expected.digest() != digest(row, seed=8)
 
@@ -27,12 +27,23 @@ def test_rows_that_differ_in_surrounding_whitespace_are_the_same_row():
         return Conversation((Message("user", question), Message("assistant", answer)), "f:1")
 
     for row, *same in (
-        (Text("a b", "f:1"), Text("a b \n", "f:1"), Text("\ta b", "f:1")),
-        (Text("a?b", "f:1", answer=2), Text(" a? b\n", "f:1", answer=3), Text("a?\n b", "f:1", answer=3)),
+        (PlainText("a b", "f:1"), PlainText("a b \n", "f:1"), PlainText("\ta b", "f:1")),
+        (
+            PlainText("a?b", "f:1", answer=2),
+            PlainText(" a? b\n", "f:1", answer=3),
+            PlainText("a?\n b", "f:1", answer=3),
+        ),
         (turns("a", "b"), turns("a ", "b"), turns("\na", " b\n")),
     ):
         assert {digest(other, seed=0) for other in same} == {digest(row, seed=0)}
-    different = [Text("a b", ""), Text("ab", ""), Text("a  b", ""), turns("a", "b"), turns("a b", ""), turns("", "a b")]
+    different = [
+        PlainText("a b", ""),
+        PlainText("ab", ""),
+        PlainText("a  b", ""),
+        turns("a", "b"),
+        turns("a b", ""),
+        turns("", "a b"),
+    ]
     assert len({digest(row, seed=0) for row in different}) == len(different)
 
 

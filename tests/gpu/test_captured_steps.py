@@ -11,7 +11,7 @@ from launcher.compile.plan import Plan
 from launcher.errors import ContractError, NonFiniteError
 from launcher.memory.ledger import MIB
 from launcher.records.run import EvalRecord, RunRecord, StepRecord
-from launcher.train.loop import RunHistory, run
+from launcher.train.loop import RunHistory, training
 from launcher.train.step import arguments
 from tests.conftest import request_for
 from tests.support.workers import built, compiled, perturb
@@ -31,7 +31,7 @@ def recipe_of(recipe_over):
 
 
 def run_through(recipe):
-    events = list(run(request_for(recipe), RunHistory()))
+    events = list(training(request_for(recipe), RunHistory()))
     steps, evals, [record] = (
         [e for e in events if isinstance(e, kind)] for kind in (StepRecord, EvalRecord, RunRecord)
     )
@@ -251,7 +251,7 @@ def test_updates_of_bitsandbytes_stay_uncaptured_while_micro_steps_are_captured(
 def test_a_weight_that_becomes_nan_ends_a_captured_run_at_its_step_with_the_metrics_of_all_before(recipe_of):
     progress = RunHistory()
     with pytest.raises(NonFiniteError, match="step 5 has loss nan") as caught:
-        for event in run(request_for(recipe_of(train={"steps": 20})), progress):
+        for event in training(request_for(recipe_of(train={"steps": 20})), progress):
             if isinstance(event, StepRecord) and event.step == 3:  # read while step 4 is under way
                 with torch.no_grad():
                     progress.worker.step.parameters[0].view(-1)[0] = float("nan")

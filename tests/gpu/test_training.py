@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from launcher.records.run import RunRecord, StepRecord
-from launcher.train.loop import RunHistory, run
+from launcher.train.loop import RunHistory, training
 from tests.conftest import request_for, stock_loss
 from tests.support.packed_and_alone import packed_and_alone
 from tests.support.workers import ANY, TWO, compiled, documents
@@ -16,7 +16,7 @@ pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("clean_dynamo")]
 
 def train(recipe):
     history = RunHistory()
-    events = list(run(request_for(recipe), history))
+    events = list(training(request_for(recipe), history))
     record = next(event for event in events if isinstance(event, RunRecord))
     return history, [event for event in events if isinstance(event, StepRecord)], record
 

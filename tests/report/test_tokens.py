@@ -8,7 +8,7 @@ import pytest
 from rich.console import Console
 
 from launcher.records.preview import DocumentPreview, TextPart
-from launcher.report.tokens import COLOURED, PLAIN, PLAIN_ASCII, Marks, tokens_text
+from launcher.report.tokens import COLOURED, PLAIN_ASCII, PLAIN_MARKS, Marks, tokens_text
 from tests.support.records import ESCAPED, HOSTILE, preview_record, shown, without_codes
 
 
@@ -46,7 +46,7 @@ LOOKALIKES = "a « b » c ⟦d⟧ ↵ e << f >> [[g]] \\n [x] < y"
     ("marks", "parts", "expected"),
     [
         (
-            PLAIN,
+            PLAIN_MARKS,
             [TextPart(LOOKALIKES, False)],
             "a \\xab b \\xbb c \\u27e6d\\u27e7 \\u21b5 e << f >> [[g]] \\n [x] < y",
         ),

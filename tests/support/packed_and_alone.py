@@ -18,7 +18,7 @@ from launcher.data.pack.micro_batch import IGNORE, MicroBatch, micro_batch_of
 from launcher.data.pack.packing import pack
 from launcher.model.build import BuiltModel
 from launcher.recipe.schema import Recipe
-from launcher.train.regions import regions_of
+from launcher.train.compiled_regions import regions_of
 from launcher.train.step import arguments
 from tests.conftest import WIDTH
 from tests.support.models import build

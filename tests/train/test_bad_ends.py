@@ -11,7 +11,7 @@ from launcher.errors import CheckpointError, ContractError, NonFiniteError
 from launcher.model.packed import PackedCausalLM
 from launcher.records.run import StepRecord
 from launcher.train import setup
-from launcher.train.loop import RunHistory, run
+from launcher.train.loop import RunHistory, training
 from tests.conftest import request_for
 from tests.support.runs import events_of
 
@@ -71,7 +71,7 @@ def test_an_adapter_that_is_wrong_on_disk_fails_the_run_after_its_record(make_re
     monkeypatch.setattr(adapter, "save_adapter", save)
     events = []
     with pytest.raises(CheckpointError, match="must give back what was trained"):
-        events.extend(run(request_for(make_recipe(compile={"mode": "off"})), RunHistory()))
+        events.extend(training(request_for(make_recipe(compile={"mode": "off"})), RunHistory()))
     assert [verdict.claim for verdict in events[-1].verdicts if not verdict.holds] == ["saved adapter reloads"]
     assert not (tmp_path / "run" / "adapter").exists()
 
@@ -95,7 +95,7 @@ def test_a_run_whose_layers_lose_their_compiled_code_stops_or_says_so(make_recip
     history, events = RunHistory(), []
 
     def run_through():
-        for event in run(request_for(make_recipe(compile={"mode": mode}, data={"validation": 0})), history):
+        for event in training(request_for(make_recipe(compile={"mode": mode}, data={"validation": 0})), history):
             events.append(event)
             if isinstance(event, StepRecord) and event.step == 2:
                 history.worker.built.packed.body.layers[1]._compiled_call_impl = None

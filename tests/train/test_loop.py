@@ -7,7 +7,7 @@ import pytest
 from launcher.errors import RecipeError
 from launcher.recipe.load import resolve
 from launcher.records.run import EvalRecord, Phase, RunOpened, RunRecord, StartRecord, StepRecord
-from launcher.train.loop import RunHistory, run
+from launcher.train.loop import RunHistory, training
 from launcher.train.state import EarlyStop
 from tests.conftest import fresh_dynamo, request_for, small_recipe, stock_loss
 from tests.support.runs import events_of, record_of
@@ -150,7 +150,7 @@ def test_a_run_without_a_sample_says_why_and_has_no_phase_for_it(make_recipe, tm
 
 def test_compiling_tells_how_many_graphs_of_each_region_have_begun(make_recipe):
     seen, history = [], RunHistory()
-    events = run(request_for(make_recipe(train={"steps": 1})), history)
+    events = training(request_for(make_recipe(train={"steps": 1})), history)
     compiling = next(event for event in events if isinstance(event, Phase))
     assert compiling.progress() == "", "nothing is planned yet"
     observer = history.worker.observer

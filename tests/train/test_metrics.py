@@ -8,7 +8,7 @@ import torch
 from launcher.errors import ContractError
 from launcher.model.packed import PackedCausalLM
 from launcher.train import metrics
-from launcher.train.loop import RunHistory, run
+from launcher.train.loop import RunHistory, training
 from launcher.train.metrics import MetricsReader
 from launcher.train.step import StepResult
 from tests.conftest import request_for
@@ -76,6 +76,6 @@ def test_the_good_steps_before_a_broken_contract_are_read_even_if_not_due(make_r
     progress = RunHistory()
     recipe = make_recipe(train={"steps": 6, "log_every": 4}, data={"validation": 0})
     with pytest.raises(ContractError, match="no recompile is allowed"):
-        list(run(request_for(recipe), progress))
+        list(training(request_for(recipe), progress))
     assert [step.step for step in progress.steps] == [1, 2]
     progress.worker.plan.release()

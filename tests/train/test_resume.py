@@ -17,7 +17,7 @@ from launcher.data import stream
 from launcher.errors import CheckpointError, DiskError
 from launcher.records.run import Event, RunOpened, RunRecord, StepRecord
 from launcher.runtime.signals import Terminated, listening
-from launcher.train.loop import RunHistory, run
+from launcher.train.loop import RunHistory, training
 from tests.conftest import request_for
 
 pytestmark = pytest.mark.usefixtures("clean_dynamo")
@@ -42,7 +42,7 @@ def make(make_recipe: MakeRecipe, tmp_path: Path) -> MakeRecipe:
 def trained(recipe: Any, *, until: int | None = None, act: Callable[[], None] | None = None) -> list[Event]:
     """Train and write the run's files; `act` after the record of step `until`, or an end there as by a kill."""
     files, events = RunFiles(0), list[Event]()
-    running = run(request_for(recipe), RunHistory())
+    running = training(request_for(recipe), RunHistory())
     for event in running:
         files.show(event)
         events.append(event)

@@ -18,7 +18,7 @@ from launcher.data.chat.render import ENDLESS, ChatRenderer, Rendered, render_te
 from launcher.data.chat.spelled_out import SpelledOut, copy_of
 from launcher.data.chat.turns import Span
 from launcher.data.documents import Bools, Document, Ints
-from launcher.data.read.rows import Conversation, Message, Row, RowFault, Text
+from launcher.data.read.rows import Conversation, Message, PlainText, Row, RowFault
 from launcher.errors import DataError, RecipeError
 from launcher.recipe.data_section import DataSection
 
@@ -40,7 +40,7 @@ def resolve_loss_on(row: Row, choice: str) -> str:
     if choice == "auto":
         plain = "assistant" if isinstance(row, Conversation) else "all"
         return plain if row.answer is None else "completion"
-    if isinstance(row, Text) and (choice == "assistant" or (choice == "completion" and row.answer is None)):
+    if isinstance(row, PlainText) and (choice == "assistant" or (choice == "completion" and row.answer is None)):
         need, lack = ("chats", "assistant") if choice == "assistant" else ("prompts and completions", "completion")
         raise DataError(
             f"{row.where}: data.loss_on={choice} needs {need}.\nFound: plain text, which has no {lack}.\n"
@@ -120,7 +120,7 @@ class Encoder:
         )
 
     def _render(self, row: Row, loss_on: str) -> Rendered | RowFault:
-        if isinstance(row, Text):
+        if isinstance(row, PlainText):
             return render_text(row, loss_on)
         self._check_template(row)
         try:

@@ -24,7 +24,7 @@ CONTROL = {  # strings of a template that must be special tokens: those end a tu
     "qwen3": ("<|im_start|>", "<|im_end|>"),
 }
 DATE = datetime(2024, 7, 26)  # the default of Llama 3.1's own template, where it knows no date
-PLAIN = {"qwen3": ("<think>", "</think>")}  # one added token each, which a message may spell out
+ADDED_TOKENS = {"qwen3": ("<think>", "</think>")}  # one added token each, which a message may spell out
 
 
 def control_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[int, str]:
@@ -36,7 +36,7 @@ def missing_tokens(tokenizer: PreTrainedTokenizerBase, name: str) -> list[str]:
     """The tokens that the template needs and the tokenizer lacks."""
     control, added = control_tokens(tokenizer).values(), tokenizer.get_added_vocab()
     missing = [token for token in CONTROL[name] if token not in control]
-    return missing + [token for token in PLAIN.get(name, ()) if token not in added]
+    return missing + [token for token in ADDED_TOKENS.get(name, ()) if token not in added]
 
 
 def fitting_templates(tokenizer: PreTrainedTokenizerBase) -> list[str]:

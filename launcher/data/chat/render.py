@@ -24,7 +24,7 @@ from transformers import PreTrainedTokenizerBase
 from launcher.data.chat.named_templates import without_today
 from launcher.data.chat.spelled_out import BEGIN, END, Messages, SpelledOut, restored
 from launcher.data.chat.turns import THOUGHTS_ALONE, Span, Turns, UnshownTurn
-from launcher.data.read.rows import Conversation, RowFault, Text
+from launcher.data.read.rows import Conversation, PlainText, RowFault
 
 CUT = "rows_cut_by_template"
 ENDLESS = "rows_without_end_token"
@@ -147,7 +147,7 @@ class ChatRenderer:
             raise RowFault("template", where=row.where, rule=rule, found=found) from error
 
 
-def render_text(row: Text, loss_on: str) -> Rendered:
+def render_text(row: PlainText, loss_on: str) -> Rendered:
     """Plain text, framed. A blank completion is not supervised, like a blank assistant turn."""
     if loss_on == "all":
         return Rendered(row.text, None, {}, framed=True)

@@ -19,9 +19,9 @@ from launcher.recipe.data_section import DataSection
 
 MAX_WIDTHS = 6  # each costs two compiled graphs
 MULTIPLE = 8  # tensor cores take half-precision matrices in steps of 8
-MAX_CANDIDATES = 512  # widths considered; for longer documents they lie further apart
+MAX_WIDTHS_TRIED = 512  # widths considered; for longer documents they lie further apart
 ATTENTION_TILE = 128  # positions: a bound on document length between two multiples saves nothing
-MIN_SAVED = 0.02  # of the positions: more widths must save at least this share
+MIN_POSITIONS_SAVED = 0.02  # of the positions: more widths must save at least this share
 
 
 def lay_out(
@@ -55,11 +55,11 @@ def choose_widths(lengths: Longs, *, max_length: int) -> tuple[int, ...]:
     The padding is the least possible with so many widths, all multiples of 8 except a `max_length` that is none; the
     largest holds the longest document. Fewer widths are chosen where six would save less than 2 % of the positions.
     """
-    step = MULTIPLE * -(-int(lengths.max()) // (MULTIPLE * MAX_CANDIDATES))
+    step = MULTIPLE * -(-int(lengths.max()) // (MULTIPLE * MAX_WIDTHS_TRIED))
     rounded = np.minimum(-(-lengths // step) * step, max_length)
     plans = _least_positions(*np.unique(rounded, return_counts=True))
     least = plans[-1][0]
-    return next(widths for positions, widths in plans if positions * (1 - MIN_SAVED) <= least)
+    return next(widths for positions, widths in plans if positions * (1 - MIN_POSITIONS_SAVED) <= least)
 
 
 def bucket(documents: Documents, indices: Longs, *, widths: Sequence[int], pad_id: int) -> Blocks:

@@ -20,7 +20,7 @@ import numpy as np
 from launcher.data.documents import Documents, Longs
 from launcher.data.pack.blocks import Blocks
 
-MAX_CANDIDATES = 32  # different lengths whose sums are considered for one block; more give no fuller blocks
+MAX_LENGTHS = 32  # different lengths whose sums are considered for one block; more give no fuller blocks
 
 
 def pack(
@@ -64,7 +64,7 @@ def _by_sums(lengths: Sequence[int], *, capacity: int, limit: int) -> list[list[
         _take(values[-1], left, values)
         fitting = values[: bisect_right(values, room)]
         steps, sums, below = [], 1, (2 << room) - 1
-        for value in fitting[:: -max(1, -(-len(fitting) // MAX_CANDIDATES))]:  # the longest first
+        for value in fitting[:: -max(1, -(-len(fitting) // MAX_LENGTHS))]:  # the longest first
             steps.append((value, sums))
             copies, some = min(left[value], room // value), 1
             while copies:  # 1, 2, 4, ... of them and the rest add up to any number: 300 are 9 shifts

@@ -9,13 +9,13 @@ from collections.abc import Iterator
 from itertools import count
 from pathlib import Path
 
-from launcher.data.read.rows import RawRow, RowFault, shown, too_large
+from launcher.data.read.rows import RawRow, RowFault, shown_value, too_large
 from launcher.data.read.tables import distinct
 from launcher.data.read.text_files import lines
 from launcher.errors import DataError
 
 SEPARATORS = {";": "semicolons", "\t": "tabs", "|": "bars"}  # that files named .csv have instead of commas
-NO_SKIP = (
+CSV_REMEDY = (
     "Close its quotes, cut it into several, or raise data.max_row_mib. "
     "Nothing tells where the next row begins, so data.bad_rows=skip does not help."
 )
@@ -63,7 +63,7 @@ class _TextLines(Iterator[str]):
         self._first = self._first if self._row_bytes else line.line
         self._row_bytes += len(line.raw)
         if self._row_bytes > self._max_bytes:
-            raise too_large(f"{line.name}:{self._first}", "a row of more", self._max_bytes, NO_SKIP)
+            raise too_large(f"{line.name}:{self._first}", "a row of more", self._max_bytes, CSV_REMEDY)
         try:
             return line.decoded()
         except RowFault as fault:
@@ -82,7 +82,7 @@ def _header(table: Iterator[list[str]], name: str, text_lines: _TextLines) -> li
     if separator:
         raise DataError(
             f"{name}: the cells of a .csv file are divided by commas.\n"
-            f"Found: one column, {shown(columns[0])}, divided by {SEPARATORS[separator]}.\n"
+            f"Found: one column, {shown_value(columns[0])}, divided by {SEPARATORS[separator]}.\n"
             "Save the table with commas, or write its rows into a .jsonl file."
         )
     return distinct(columns, name)

@@ -21,7 +21,7 @@ _ABOUT = re.compile(
     r"|dataset_infos?|dataset_dict|state|config|metadata|package)\b.*\.(?:txt|json)(?:\.gz)?",
     re.IGNORECASE,
 )
-SHOWN = 5  # files that a message names of each sort
+MAX_FILES_NAMED = 5  # files that a message names of each sort
 
 
 class Selection(NamedTuple):
@@ -29,7 +29,7 @@ class Selection(NamedTuple):
     note: str  # which files these are, and which are left out for what reason; for preview and report
 
 
-def select(
+def select_files(
     folder: Path, kinds: Mapping[Path, str], *, split: str | None, defaults: Sequence[Sequence[str | None]]
 ) -> Selection:
     """`kinds`: the files, relative to the folder, and the kind of each; "": of none that is read.
@@ -94,5 +94,5 @@ def _of_split(
 
 def _listed(paths: Iterable[Path]) -> str:
     names = [path.as_posix() for path in paths]
-    more = [f"{len(names) - SHOWN:,} more"] if len(names) > SHOWN else []
-    return ", ".join(names[:SHOWN] + more)
+    more = [f"{len(names) - MAX_FILES_NAMED:,} more"] if len(names) > MAX_FILES_NAMED else []
+    return ", ".join(names[:MAX_FILES_NAMED] + more)

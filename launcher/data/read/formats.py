@@ -4,8 +4,8 @@ format              columns                     row
 messages            messages                    [{"role", "content"}, …] -> Conversation
 sharegpt            conversations               [{"from", "value"}, …] -> Conversation; items with "role" are messages
 alpaca              instruction, input, output  -> Conversation that ends in two messages; answer: the last
-prompt_completion   prompt, completion          strings -> Text; message lists -> Conversation; answer: the completion
-text                text                        -> Text
+prompt_completion   prompt, completion          strings -> PlainText; message lists -> Conversation; answer: completion
+text                text                        -> PlainText
 
 The first three may have a column "system", a Conversation's first message; alpaca "history", pairs of messages before.
 unused.py has what else a row may hold. Faulty rows follow data.bad_rows. Empty rows are always dropped and counted.
@@ -21,12 +21,12 @@ from launcher.data.read.rows import (
     Conversation,
     Feed,
     Message,
+    PlainText,
     RawRow,
     Row,
     RowFault,
-    Text,
-    shown,
     shown_under,
+    shown_value,
     too_large,
 )
 from launcher.data.read.unused import UsedKeys, count_unused, unused_keys
@@ -73,8 +73,9 @@ def read_rows(feeds: Iterable[Feed], *, data: DataSection, counts: Counter[str])
 def _parsed(raw: RawRow, format: "_Format", data: DataSection) -> tuple[Row | None, list[str]]:
     """The row, and the counters of its unused keys."""
     if raw.fields.keys().isdisjoint(format.columns):
-        rule = f"all rows of a source have its format, here with the column {' and '.join(map(shown, format.columns))}."
-        columns = shown(f"the columns {', '.join(sorted(raw.fields)) or '(none)'}")
+        expected = " and ".join(map(shown_value, format.columns))
+        rule = f"all rows of a source have its format, here with the column {expected}."
+        columns = shown_value(f"the columns {', '.join(sorted(raw.fields)) or '(none)'}")
         raise _wrong_type(raw.where, rule, columns, f"Name files of another format as sources of their own. {SKIP}")
     unused = unused_keys(raw.fields, format.used, raw.where, drop=data.unused == "drop")
     row = format.parse(raw.fields, raw.where)
@@ -88,7 +89,7 @@ def _detected(fields: Fields, where: str) -> "_Format":
     names = [name for name, format in _FORMATS.items() if fields.keys() >= set(format.columns)]
     if len(names) == 1:
         return _FORMATS[names[0]]
-    columns = shown(f"the columns {', '.join(sorted(fields)) or '(none)'}")
+    columns = shown_value(f"the columns {', '.join(sorted(fields)) or '(none)'}")
     if names:
         raise DataError(
             f"{where}: a source has one format.\nFound: {columns}.\n"
@@ -131,7 +132,7 @@ def _system(fields: Fields, where: str, messages: tuple[Message, ...] = ()) -> t
         if messages[0].content == text:
             return ()
         rule = 'a conversation has one system message: in the column "system", or as its first message.'
-        raise _wrong_type(where, rule, f"{shown(text)} and {shown(messages[0].content)}")
+        raise _wrong_type(where, rule, f"{shown_value(text)} and {shown_value(messages[0].content)}")
     return (Message("system", text),)
 
 
@@ -141,14 +142,14 @@ def _history(fields: Fields, where: str) -> tuple[Message, ...]:
         return ()
     for pair in pairs if isinstance(pairs, list) else [pairs]:
         if not isinstance(pair, list) or len(pair) != 2 or not all(isinstance(text, str) for text in pair):
-            raise _wrong_type(where, '"history" is a list of [question, answer] pairs of strings.', shown(pair))
+            raise _wrong_type(where, '"history" is a list of [question, answer] pairs of strings.', shown_value(pair))
     return tuple(Message(role, text) for pair in pairs for role, text in zip(("user", "assistant"), pair, strict=True))
 
 
 def _parse_prompt_completion(fields: Fields, where: str) -> Row | None:
     prompt, completion = fields.get("prompt"), fields.get("completion")
     if isinstance(prompt, str) and isinstance(completion, str):
-        return Text(prompt + completion, where, answer=len(prompt)) if completion.strip() else None
+        return PlainText(prompt + completion, where, answer=len(prompt)) if completion.strip() else None
     if isinstance(prompt, list) and isinstance(completion, list):
         question, answer = _messages(fields, "prompt", where), _messages(fields, "completion", where)
         if not any(message.content.strip() for message in answer):
@@ -159,9 +160,9 @@ def _parse_prompt_completion(fields: Fields, where: str) -> Row | None:
     raise _wrong_type(where, rule, shown_under(column, fields))
 
 
-def _parse_text(fields: Fields, where: str) -> Text | None:
+def _parse_text(fields: Fields, where: str) -> PlainText | None:
     text = _string(fields, "text", where)
-    return Text(text, where) if text.strip() else None
+    return PlainText(text, where) if text.strip() else None
 
 
 class _Format(NamedTuple):
@@ -214,12 +215,12 @@ def _messages(fields: Fields, column: str, where: str, keys: _Keys = _MESSAGE) -
     if not isinstance(items, str) or not items.lstrip().startswith("["):
         raise _wrong_type(where, rule, shown_under(column, fields))
     remedy = "Save the data as .jsonl or .parquet, with the list as a list; a cell of a .csv file is text."
-    raise _wrong_type(where, rule, f"a list written as text, {shown(items)}", remedy)
+    raise _wrong_type(where, rule, f"a list written as text, {shown_value(items)}", remedy)
 
 
 def _message(item: Any, where: str, keys: _Keys) -> Message:
     if not isinstance(item, dict):
-        raise _wrong_type(where, f'a message is a {{"{keys.role}", "{keys.text}"}} object.', shown(item))
+        raise _wrong_type(where, f'a message is a {{"{keys.role}", "{keys.text}"}} object.', shown_value(item))
     role, text = item.get(keys.role), item.get(keys.text)
     if not isinstance(role, str) or role not in keys.roles:
         rule = f"a role is one of {', '.join(keys.roles)}."
@@ -235,9 +236,9 @@ def _message(item: Any, where: str, keys: _Keys) -> Message:
 
 def _text_of_part(part: Any, where: str, rule: str) -> str:
     if not isinstance(part, dict):
-        raise _wrong_type(where, rule, f"a list with {shown(part)}")
+        raise _wrong_type(where, rule, f"a list with {shown_value(part)}")
     if part.get("type") != "text" or not isinstance(part.get("text"), str):
-        raise _wrong_type(where, rule, f"a list with a part of type {shown(part.get('type'))}")
+        raise _wrong_type(where, rule, f"a list with a part of type {shown_value(part.get('type'))}")
     return str(part["text"])
 
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from launcher.data.read.rows import RawRow, RowFault, shown, too_large
+from launcher.data.read.rows import RawRow, RowFault, shown_value, too_large
 from launcher.data.read.tables import BATCH_ROWS, distinct, one_line, unreadable
 from launcher.data.read.text_files import opened
 
@@ -86,7 +86,7 @@ def _cell_by_cell(batch: "pyarrow.RecordBatch", index: int, where: str) -> RawRo
             fields[column] = array[index].as_py()
         except Exception as error:
             reason = "encoding" if isinstance(error, UnicodeDecodeError) else "wrong_type"
-            rule = f"the column {shown(column)} holds values that can be read."
+            rule = f"the column {shown_value(column)} holds values that can be read."
             found = f"a value of type {one_line(array.type)}: {one_line(error)}"
             return RowFault(reason, where=where, rule=rule, found=found)
     return RawRow(where, fields)

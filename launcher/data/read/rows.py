@@ -1,6 +1,6 @@
 """What a row is: a conversation or a text, whatever its source and format. Later stages know neither.
 
-source -> Feed -> RawRow (columns as they were read) -> Row (a Conversation or a Text); RowFault where one fails
+source -> Feed -> RawRow (columns as they were read) -> Row (a Conversation or a PlainText); RowFault where one fails
 """
 
 import copyreg
@@ -33,7 +33,7 @@ class Conversation:
 
 
 @dataclass(frozen=True)
-class Text:
+class PlainText:
     text: str
     where: str
     answer: int | None = None  # index of the first character of the completion, in formats that mark one
@@ -43,7 +43,7 @@ class Text:
         return len(self.text)
 
 
-Row = Conversation | Text
+Row = Conversation | PlainText
 
 
 class RowFault(DataError):
@@ -88,7 +88,7 @@ class Feed:
     raw_rows: Callable[[], Iterator[RawRow | RowFault]]  # each call starts at the first row
 
 
-def shown(value: Any) -> str:
+def shown_value(value: Any) -> str:
     """A value as JSON for a message: at most 80 characters, one line, ASCII only (no control codes for the terminal).
 
     Values that JSON cannot hold (dates, bytes, decimals) are shown as the name of their type.
@@ -107,5 +107,7 @@ def shown(value: Any) -> str:
 def shown_under(key: str, fields: dict[str, Any]) -> str:
     """The value of a key, for a message; if the key is missing, the keys that are there."""
     if key in fields:
-        return shown(fields[key])
-    return f'no "{key}"; the keys are {shown(", ".join(map(str, fields)))}' if fields else f'no "{key}"; it is empty'
+        return shown_value(fields[key])
+    return (
+        f'no "{key}"; the keys are {shown_value(", ".join(map(str, fields)))}' if fields else f'no "{key}"; it is empty'
+    )

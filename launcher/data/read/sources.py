@@ -57,7 +57,7 @@ def local_files(source: Source, *, validates: bool = False) -> folders.Selection
             _refuse_keys(source, "config", "revision")
             kinds = {file: kind_of(file) for file in _files_in(path)}
             defaults = folders.VALIDATION if validates else folders.TRAINING
-            files, note = folders.select(path, kinds, split=source.split, defaults=defaults)
+            files, note = folders.select_files(path, kinds, split=source.split, defaults=defaults)
             return folders.Selection([path / file for file in files], note)
         if files := _local_file(source, path):
             _refuse_keys(source, "config", "revision", "split")

@@ -1,6 +1,6 @@
 """What .csv files, .parquet files and datasets of the hub have in common."""
 
-from launcher.data.read.rows import shown
+from launcher.data.read.rows import shown_value
 from launcher.errors import DataError
 
 BATCH_ROWS = 1000  # rows of a table in memory at a time
@@ -10,7 +10,9 @@ def distinct(columns: list[str], name: str) -> list[str]:
     """The columns of a table. Raises DataError if two have the same name."""
     if len(set(columns)) < len(columns):
         repeated = next(column for column in columns if columns.count(column) > 1)
-        raise DataError(f"{name}: columns have different names.\nFound: {shown(repeated)} twice.\nRename one of them.")
+        raise DataError(
+            f"{name}: columns have different names.\nFound: {shown_value(repeated)} twice.\nRename one of them."
+        )
     return columns
 
 

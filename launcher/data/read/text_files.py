@@ -16,7 +16,7 @@ from itertools import count
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
-from launcher.data.read.rows import SKIP, RawRow, RowFault, shown, too_large
+from launcher.data.read.rows import SKIP, RawRow, RowFault, shown_value, too_large
 from launcher.errors import DataError
 
 SKIPPED_BYTES = 2**20  # read at a time of what is left of a line that is too long
@@ -62,7 +62,7 @@ class Passage(NamedTuple):
             return json.loads(text)
         except json.JSONDecodeError as error:
             at = len(text[: error.pos].encode())
-            excerpt = shown(text[error.pos : error.pos + 40])
+            excerpt = shown_value(text[error.pos : error.pos + 40])
             found = f"{error.msg} at byte offset {self.offset + at} of the file: {excerpt}"
         except (ValueError, RecursionError) as error:  # a number of thousands of digits; brackets nested too deeply
             found = f"{error}"
@@ -141,7 +141,7 @@ def _object(line: Passage) -> dict[str, Any]:
     rule = "every line is one JSON object."
     fields = line.parsed(rule)
     if not isinstance(fields, dict):
-        raise RowFault("wrong_type", where=line.where(), rule=rule, found=shown(fields))
+        raise RowFault("wrong_type", where=line.where(), rule=rule, found=shown_value(fields))
     if (at := lone_surrogate(line.raw)) >= 0:
         raise not_unicode(LONE_SURROGATE, line.offset + at, where=line.where())
     return fields

@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
-from launcher.data.read.rows import RowFault, shown
+from launcher.data.read.rows import RowFault, shown_value
 
 # What a key says (rows_dropped_<it> counts the rows that are refused for it) -> its names, of columns and of messages.
 _MEANINGS = {
@@ -16,8 +16,10 @@ _MEANINGS = {
 }
 MEANING_OF = {name: meaning for meaning, names in _MEANINGS.items() for name in names.split()}
 OF_MESSAGES = {"name", "loss"}  # as columns they may be anything
-MAX_NAMED = 30  # names of unused keys that are counted one by one: rows may have any number of keys
-REMEDY = "Remove it, set data.unused=drop to train without it (counted), or data.bad_rows=skip to drop such rows."
+MAX_KEYS_COUNTED = 30  # names of unused keys that are counted one by one: rows may have any number of keys
+UNUSED_REMEDY = (
+    "Remove it, set data.unused=drop to train without it (counted), or data.bad_rows=skip to drop such rows."
+)
 
 
 class UsedKeys(NamedTuple):
@@ -39,20 +41,22 @@ def unused_keys(fields: Mapping[str, Any], used: UsedKeys, where: str, *, drop: 
         name, known = f"{column}.{key}" if column else key, key.lower()
         meaning = MEANING_OF.get(known) if column or known not in OF_MESSAGES else None
         if meaning is None or (meaning == "weight" and _says_what_happens(known, value, role, used)):
-            keys[f"unused_key_{shown(name)[1:-1]}"] = None
+            keys[f"unused_key_{shown_value(name)[1:-1]}"] = None
         elif drop:
             keys[f"dropped_key_{name}"] = None
         else:
             rule = f'a key that changes what is learned is honoured or refused; "{name}" is not honoured yet.'
-            found = f'"{key}": {shown(value)}' + ("" if not column else f" in a message of role {shown(role)}")
-            raise RowFault(meaning, where=where, rule=rule, found=found, remedy=REMEDY)
+            found = f'"{key}": {shown_value(value)}' + (
+                "" if not column else f" in a message of role {shown_value(role)}"
+            )
+            raise RowFault(meaning, where=where, rule=rule, found=found, remedy=UNUSED_REMEDY)
     return list(keys)
 
 
 def count_unused(keys: Iterable[str], counts: Counter[str]) -> None:
     """Adds a row's counters to `counts`, in which the number of names stays small."""
     for key in keys:
-        if key not in counts and sum("_key_" in known for known in counts) >= MAX_NAMED:
+        if key not in counts and sum("_key_" in known for known in counts) >= MAX_KEYS_COUNTED:
             key = f"{key.partition('_key_')[0]}_key_(others)"
         counts[key] += 1
 

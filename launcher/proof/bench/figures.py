@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from launcher.proof.difference import difference
-from launcher.records.bench import BenchRecord, Ceiling, Comparison, OursRecord, SideRecord, Spread, Workload
+from launcher.records.bench import BenchRecord, Ceiling, OursRecord, SideRecord, SpeedComparison, Spread, Workload
 from launcher.records.run import Verdict
 from launcher.train.verdicts import steps_verdict
 
@@ -33,16 +33,16 @@ def bench_record(
     )  # fmt: skip
 
 
-def compared(ours: SideRecord, naive: SideRecord | None) -> Comparison:
+def compared(ours: SideRecord, naive: SideRecord | None) -> SpeedComparison:
     """Ours beside a naive side, both with their figures."""
     if naive is None:
-        return Comparison()
+        return SpeedComparison()
     differences = tuple(difference(*losses) for losses in zip(ours.losses, naive.losses, strict=False))
     if not naive.step_ms:
-        return Comparison(loss_differences=differences)
+        return SpeedComparison(loss_differences=differences)
     assert ours.step_ms and ours.first_step_s and naive.first_step_s, "both sides have finished"
     assert ours.peak_allocated_mib and naive.peak_allocated_mib
-    return Comparison(
+    return SpeedComparison(
         speed_up=naive.step_ms.median / ours.step_ms.median,
         memory_ratio=ours.peak_allocated_mib / naive.peak_allocated_mib,
         pay_back_steps=pay_back(
@@ -63,12 +63,12 @@ def with_figures(side: SideRecord, workload: Workload, ceiling: Ceiling) -> Side
     return replace(
         side,
         step_ms=Spread(statistics.median(ms), p20, p80),
-        tokens_per_s=rate(workload.tokens, side.steps_s),
-        ceiling_share=rate(workload.flops, side.steps_s) / ceiling.flops_per_s,
+        tokens_per_s=mean_rate(workload.tokens, side.steps_s),
+        ceiling_share=mean_rate(workload.flops, side.steps_s) / ceiling.flops_per_s,
     )
 
 
-def rate(amounts: Sequence[int], steps_s: Sequence[float]) -> float:
+def mean_rate(amounts: Sequence[int], steps_s: Sequence[float]) -> float:
     """The median over the measured steps of what a step did per second; `amounts` are of all steps.
 
     Not the mean amount by the median time: with blocks of several widths these belong to different steps.

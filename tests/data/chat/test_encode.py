@@ -10,7 +10,7 @@ from transformers.tokenization_python import PreTrainedTokenizer
 
 from launcher.data.chat.encode import Encoder
 from launcher.data.documents import Document
-from launcher.data.read.rows import Message, Row, RowFault, Text
+from launcher.data.read.rows import Message, PlainText, Row, RowFault
 from launcher.errors import DataError, RecipeError
 from launcher.recipe.data_section import DataSection
 from tests.support.chats import MANY_TURNS, chat, encode, encoder, same, supervised_text
@@ -26,7 +26,7 @@ def turns(answer=None):
 
 
 def text(answer=None):
-    return Text("a river is water", "f:1", answer=answer)
+    return PlainText("a river is water", "f:1", answer=answer)
 
 
 @pytest.mark.parametrize(
@@ -49,19 +49,19 @@ def test_loss_on_says_what_of_a_row_is_supervised(tokenizer, row, loss_on, resol
     [encoded] = encoder(tokenizer, loss_on=loss_on).encode([row])
     assert encoded.loss_on == resolved
     assert supervised_text(tokenizer, encoded.document) == seen
-    assert tokenizer.decode(encoded.document.input_ids) == (WHOLE_TEXT if isinstance(row, Text) else WHOLE_CHAT)
+    assert tokenizer.decode(encoded.document.input_ids) == (WHOLE_TEXT if isinstance(row, PlainText) else WHOLE_CHAT)
 
 
 def test_an_empty_completion_is_not_supervised(tokenizer):
-    [document] = encode(tokenizer, Text("a river \n", "f:1", answer=7))
+    [document] = encode(tokenizer, PlainText("a river \n", "f:1", answer=7))
     assert len(document) and not any(document.supervised)
 
 
 def test_a_token_across_the_border_of_prompt_and_completion_is_supervised(tokenizer):
     [whole] = tokenizer(" river", add_special_tokens=False).input_ids
-    [document] = encode(tokenizer, Text("a river 漢", "f:1", answer=4))  # between "ri" and "ver"
+    [document] = encode(tokenizer, PlainText("a river 漢", "f:1", answer=4))  # between "ri" and "ver"
     assert supervised_text(tokenizer, document) == " river 漢<|eot|>"
-    [behind] = encode(tokenizer, Text("a river 漢", "f:1", answer=7))
+    [behind] = encode(tokenizer, PlainText("a river 漢", "f:1", answer=7))
     assert supervised_text(tokenizer, behind) == " 漢<|eot|>"
     assert whole in document.input_ids[document.supervised]
 
@@ -69,21 +69,21 @@ def test_a_token_across_the_border_of_prompt_and_completion_is_supervised(tokeni
 def test_the_end_token_is_supervised_where_it_is_the_pad_token_too(make_tokenizer):
     tokenizer = make_tokenizer("llama3")
     tokenizer.pad_token = tokenizer.eos_token
-    documents = encode(tokenizer, chat("user: Hi", "assistant: Hello"), Text("Hi, Hello", "f:1", answer=3))
+    documents = encode(tokenizer, chat("user: Hi", "assistant: Hello"), PlainText("Hi, Hello", "f:1", answer=3))
     assert [document.input_ids[-1] for document in documents] == [tokenizer.pad_token_id] * 2
     assert all(document.supervised[-1] for document in documents)
 
 
 def test_many_rows_give_what_each_gives_alone_in_their_order(tokenizer):
-    rows: list[Row] = [MANY_TURNS, Text("a river", "f:1"), chat("user: Hi")]
+    rows: list[Row] = [MANY_TURNS, PlainText("a river", "f:1"), chat("user: Hi")]
     rows += [chat(f"user: Define {n}", f"assistant: {'word ' * (n % 7)}<|eot|>{n}") for n in range(600)]
-    rows += [Text(f"{n} ships", "f:2", answer=n % 5) for n in range(20)]
+    rows += [PlainText(f"{n} ships", "f:2", answer=n % 5) for n in range(20)]
     assert same(encode(tokenizer, *rows), [encode(tokenizer, row)[0] for row in rows])
     assert encoder(tokenizer).encode([]) == []
 
 
 def test_begin_and_end_tokens_that_a_text_brings_along_are_not_doubled(tokenizer):
-    assert same(encode(tokenizer, text()), encode(tokenizer, Text(WHOLE_TEXT, "f:2")))
+    assert same(encode(tokenizer, text()), encode(tokenizer, PlainText(WHOLE_TEXT, "f:2")))
 
 
 def test_the_tokenizer_is_left_as_it_was(tokenizer):
@@ -132,7 +132,7 @@ def test_a_prompt_shows_spelled_out_control_tokens_as_they_were_written(tokenize
 
 def test_a_chat_the_template_refuses_is_a_fault_in_its_place(make_tokenizer):
     good, bad = chat("user: Hi", "assistant: Hello"), chat("user: Hi", "system: late", "assistant: Hello")
-    text = Text("a river", "f:1")
+    text = PlainText("a river", "f:1")
     items = [document for _, document in encoder(make_tokenizer("chatml")).encode([good, bad, text, bad, good])]
     assert [type(item) for item in items] == [Document, RowFault, Document, RowFault, Document]
     fault = items[1]
@@ -166,14 +166,14 @@ def test_chats_without_a_template_are_refused_and_texts_are_not(make_tokenizer):
         encode(tokenizer, MANY_TURNS)  # the tokenizer has ChatML's control tokens
     with pytest.raises(DataError, match=r"chat template"):
         encoder(tokenizer).prompt(MANY_TURNS.messages)
-    assert len(encode(tokenizer, Text("a river", "f:1"))) == 1
+    assert len(encode(tokenizer, PlainText("a river", "f:1"))) == 1
     assert [encoder(make_tokenizer(name)).template for name in (None, "chatml")] == ["none", "the tokenizer's own"]
 
 
 @pytest.mark.parametrize(("loss_on", "lack"), [("assistant", "assistant"), ("completion", "completion")])
 def test_a_loss_that_plain_text_has_no_part_for_is_refused(tokenizer, loss_on, lack):
     with pytest.raises(DataError, match=rf"f:1: data.loss_on={loss_on}.*\n.*no {lack}.*\n.*data.loss_on=auto"):
-        encode(tokenizer, MANY_TURNS, Text("a river", "f:1"), loss_on=loss_on)
+        encode(tokenizer, MANY_TURNS, PlainText("a river", "f:1"), loss_on=loss_on)
     assert len(encode(tokenizer, MANY_TURNS, loss_on=loss_on)) == 1
 
 
@@ -220,14 +220,14 @@ def test_a_text_rendered_beforehand_keeps_its_begin_and_end_within_whitespace(to
     text = f"{before}a river{after}"
     framed = ("" if "<|bos|>" in before else "<|bos|>") + text + ("" if "<|eot|>" in after else "<|eot|>")
     for answer in (None, len(before)):
-        [document] = encode(tokenizer, Text(text, "f:1", answer=answer))
+        [document] = encode(tokenizer, PlainText(text, "f:1", answer=answer))
         assert tokenizer.decode(document.input_ids) == framed
         assert document.supervised[document.input_ids == tokenizer.eos_token_id].all()
 
 
 def test_an_answer_of_a_tokenizer_without_end_token_is_remarked(make_tokenizer):
     tokenizer = make_tokenizer("llama3")
-    assert encode(tokenizer, Text("a river", "f:1", answer=2))[0].remarks == ()
+    assert encode(tokenizer, PlainText("a river", "f:1", answer=2))[0].remarks == ()
     tokenizer.eos_token = None
-    [text, blank] = encode(tokenizer, Text("a river", "f:1", answer=2), Text("a ", "f:1", answer=2))
+    [text, blank] = encode(tokenizer, PlainText("a river", "f:1", answer=2), PlainText("a ", "f:1", answer=2))
     assert (text.remarks, blank.remarks) == (("rows_without_end_token",), ())

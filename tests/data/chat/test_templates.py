@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from launcher.data.chat.encode import Encoder
-from launcher.data.chat.named_templates import CONTROL, PLAIN, fitting_templates
+from launcher.data.chat.named_templates import ADDED_TOKENS, CONTROL, fitting_templates
 from launcher.data.documents import Document
 from launcher.data.read.rows import Conversation, Message, RowFault
 from launcher.errors import DataError
@@ -226,7 +226,7 @@ def test_a_named_template_needs_its_control_tokens(make_family, make_tokenizer, 
     other = "gemma" if family != "gemma" else "llama3"
     with pytest.raises(DataError, match=rf"data.template={family} .*\n.*lacks .*\n.*data\.template={other}") as caught:
         Encoder(make_family(other), data=DataSection.model_validate({"template": family}))
-    assert all(token in str(caught.value) for token in (*CONTROL[family], *PLAIN.get(family, ())))
+    assert all(token in str(caught.value) for token in (*CONTROL[family], *ADDED_TOKENS.get(family, ())))
     assert family in fitting_templates(make_family(family))
     assert fitting_templates(make_family(other)) == [other]
 

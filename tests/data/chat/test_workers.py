@@ -15,7 +15,7 @@ import pytest
 from launcher.data.chat import workers as workers_module
 from launcher.data.chat.workers import EncoderPool, chunks
 from launcher.data.documents import Document
-from launcher.data.read.rows import RowFault, Text
+from launcher.data.read.rows import PlainText, RowFault
 from launcher.errors import DataError, LauncherError
 from tests.conftest import ROOT, TINY
 from tests.support.chats import chat, encoder, same
@@ -63,7 +63,7 @@ def test_many_rows_come_in_order_as_one_process_encodes_them_with_faults_in_thei
 
 def test_an_error_about_all_rows_arrives_as_it_was_raised(pool):
     with pytest.raises(DataError, match=r"^f:1: data.loss_on=assistant needs chats") as caught:
-        list(pool.encode([*GOOD, Text("a river", "f:1")]))
+        list(pool.encode([*GOOD, PlainText("a river", "f:1")]))
     assert type(caught.value) is DataError and caught.value.code == 3
 
 
@@ -107,7 +107,7 @@ def test_an_error_of_reading_comes_after_all_rows_before_it(make_tokenizer, monk
         with pytest.raises(DataError, match=r"^rows.jsonl:11$"):
             encoded.extend(pool.encode(rows()))
         with pytest.raises(DataError, match=r"^f:1: data.loss_on=assistant needs chats"):
-            list(pool.encode(chain([Text("a river", "f:1")], rows())))
+            list(pool.encode(chain([PlainText("a river", "f:1")], rows())))
     assert len(encoded) == 10 and isinstance(encoded[9][1].document, RowFault)
 
 
@@ -123,8 +123,8 @@ def test_few_rows_and_one_core_start_no_process(make_tokenizer, monkeypatch, wor
 def test_chunks_hold_many_short_rows_or_few_long_ones(monkeypatch):
     monkeypatch.setattr(workers_module, "CHUNK_ROWS", 4)
     monkeypatch.setattr(workers_module, "CHUNK_CHARACTERS", 100)
-    rows = [Text("a", "f:1")] * 9 + [chat("user: " + "b" * 60, "assistant: " + "c" * 60)] * 2
-    rows += [Text("d" * 60, "f:2")] * 3
+    rows = [PlainText("a", "f:1")] * 9 + [chat("user: " + "b" * 60, "assistant: " + "c" * 60)] * 2
+    rows += [PlainText("d" * 60, "f:2")] * 3
     assert [len(chunk) for chunk in chunks(rows)] == [4, 4, 2, 1, 2, 1]
     assert [row for chunk in chunks(iter(rows)) for row in chunk] == rows
 
@@ -135,13 +135,13 @@ from multiprocessing.context import SpawnProcess
 from transformers import AutoTokenizer
 from launcher.data.chat import workers
 from launcher.data.chat.encode import Encoder
-from launcher.data.read.rows import Text
+from launcher.data.read.rows import PlainText
 from launcher.recipe.data_section import DataSection
 print("main", flush=True)
 workers.ALONE_CHARACTERS = 0
 pool = workers.EncoderPool(Encoder(AutoTokenizer.from_pretrained(BASE), data=DataSection()), workers=2)
 START
-print(len(list(pool.encode([Text("a river", "f")] * 2000))), flush=True)
+print(len(list(pool.encode([PlainText("a river", "f")] * 2000))), flush=True)
 print(*(process.pid for process in multiprocessing.active_children()), flush=True)
 os.kill(os.getpid(), signal.SIGKILL)
 """

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-from launcher.data.pack.buckets import MAX_WIDTHS, MIN_SAVED, choose_widths, lay_out
+from launcher.data.pack.buckets import MAX_WIDTHS, MIN_POSITIONS_SAVED, choose_widths, lay_out
 from launcher.recipe.data_section import DataSection
 from tests.conftest import TINY
 from tests.support.documents import documents_of
@@ -35,8 +35,8 @@ def test_no_other_widths_of_that_number_pad_less_and_six_would_save_little(lengt
 
     ours, best = positions(widths, np.array(lengths)), least(min(MAX_WIDTHS, len(candidates)))
     assert ours == least(len(widths))
-    assert ours * (1 - MIN_SAVED) <= best
-    assert len(widths) == 1 or least(len(widths) - 1) * (1 - MIN_SAVED) > best  # one fewer would not do
+    assert ours * (1 - MIN_POSITIONS_SAVED) <= best
+    assert len(widths) == 1 or least(len(widths) - 1) * (1 - MIN_POSITIONS_SAVED) > best  # one fewer would not do
 
 
 def test_very_long_documents_are_given_widths_in_no_time_at_all():

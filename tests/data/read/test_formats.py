@@ -4,7 +4,7 @@ from collections import Counter
 import pytest
 
 from launcher.data.read.formats import read_rows
-from launcher.data.read.rows import Conversation, RowFault, Text
+from launcher.data.read.rows import Conversation, PlainText, RowFault
 from launcher.recipe.data_section import DataSection
 from tests.support.reading import feeds, read, refusal
 
@@ -51,7 +51,7 @@ def test_every_format_of_chats_becomes_messages(write, row, expected, answer):
 )
 def test_texts_stay_as_they_are_and_mark_where_a_completion_begins(write, row, text, answer):
     path = write([row])
-    assert read(path)[0] == [Text(text, f"{path}:1", answer)]
+    assert read(path)[0] == [PlainText(text, f"{path}:1", answer)]
 
 
 @pytest.mark.parametrize(
@@ -133,7 +133,7 @@ def test_columns_of_several_formats_are_refused_until_the_recipe_names_one(write
         assert "format: alpaca or format: text" in refusal(path, bad_rows=bad_rows)
     [as_text], _ = read(path, format="text")
     [as_alpaca], _ = read(path, format="alpaca")
-    assert isinstance(as_text, Text) and isinstance(as_alpaca, Conversation)
+    assert isinstance(as_text, PlainText) and isinstance(as_alpaca, Conversation)
 
 
 def test_a_skipped_first_row_leaves_the_format_to_the_next(write):
@@ -145,6 +145,6 @@ def test_rows_are_given_while_the_source_is_read(write):
     path = write([{"text": "one"}, {"text": "two"}, b"{"])
     counts: Counter[str] = Counter()
     rows = read_rows(feeds(path), data=DataSection(), counts=counts)
-    assert next(rows) == Text("one", f"{path}:1") and counts == {"rows_read": 1}
+    assert next(rows) == PlainText("one", f"{path}:1") and counts == {"rows_read": 1}
     with pytest.raises(RowFault):
         list(rows)

@@ -108,6 +108,6 @@ def test_what_is_no_list_of_rows_is_refused(path, raw, found):
 def test_a_file_too_large_for_memory_is_refused_unread_and_jsonl_recommended(path):
     written(path, json.dumps(ROWS))
     with path.open("r+b") as stream:
-        stream.truncate(json_files.MAX_BYTES + 1)  # sparse: takes no disk
+        stream.truncate(json_files.MAX_FILE_BYTES + 1)  # sparse: takes no disk
     message = refusal(path, streaming=True)
     assert "1,073,741,824" in message and "1,073,741,825" in message and ".jsonl" in message

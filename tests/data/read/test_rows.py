@@ -5,7 +5,7 @@ import decimal
 
 import pytest
 
-from launcher.data.read.rows import shown, shown_under
+from launcher.data.read.rows import shown_under, shown_value
 
 
 @pytest.mark.parametrize(
@@ -24,7 +24,7 @@ from launcher.data.read.rows import shown, shown_under
     ids=lambda it: type(it).__name__,
 )
 def test_any_value_is_shown_short_and_in_ascii(value, text):
-    assert shown(value) == text
+    assert shown_value(value) == text
 
 
 def test_a_missing_key_differs_from_an_empty_one_and_names_the_keys_there_are():

@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from launcher.proof.bench.figures import bench_record, pay_back, rate, with_figures
+from launcher.proof.bench.figures import bench_record, mean_rate, pay_back, with_figures
 from launcher.proof.difference import difference
 from launcher.records.bench import SideRecord
 from tests.support.records import OURS, WORKLOAD, bench_of, bench_side
@@ -55,7 +55,7 @@ def test_the_figures_of_two_sides() -> None:
 
 def test_the_rate_with_blocks_of_several_widths_is_the_median_over_steps_of_their_own_tokens() -> None:
     """Three steps of 10 tokens in 1 s and two of 100 in 10 s: 10 a second, not their mean of 46 in the median's 1."""
-    assert rate((7, 7, 10, 100, 10, 100, 10), (1.0, 10.0, 1.0, 10.0, 1.0)) == pytest.approx(10)
+    assert mean_rate((7, 7, 10, 100, 10, 100, 10), (1.0, 10.0, 1.0, 10.0, 1.0)) == pytest.approx(10)
 
 
 @pytest.mark.parametrize(
