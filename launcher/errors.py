@@ -3,10 +3,22 @@
 A message gives the rule, the value and the remedy, in that order; `cli` prints it without a traceback.
 """
 
+import errno
+import os
+
 LESS_MEMORY = (
     "Set memory.activations=full (offload on a GPU), lower train.micro_batch (raise train.accumulation), "
     "data.max_length, memory.loss_chunk_mib or lora.r."
 )
+
+
+FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # no space, no quota, a file larger than may be
+
+
+def is_full_disk(error: BaseException) -> bool:
+    """Whether a write failed for want of space. safetensors and tokenizers raise errors of their own, with the system's
+    message in their text."""
+    return getattr(error, "errno", None) in FULL_DISK or any(os.strerror(code) in str(error) for code in FULL_DISK)
 
 
 class LauncherError(Exception):

@@ -1,7 +1,6 @@
 """Saves the adapter in PEFT's layout, and proves from the files that they restore what was trained."""
 
 import hashlib
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from peft import LoraConfig, PeftConfig, PeftModel, set_peft_model_state_dict
 from safetensors.torch import load_file
 from torch import nn
 
+from launcher.checkpoint.bundle import delete
 from launcher.checkpoint.folder import RunFolder
 from launcher.errors import CheckpointError
 from launcher.model.lora import ADAPTER
@@ -22,6 +22,9 @@ TOLERANCE = 1e-5  # the same graph on the same batch: only a weight that differs
 def save_proven(model: PeftModel, tokenizer: Any, folder: RunFolder, *, loss: Callable[[], float]) -> Verdict:
     """Save the adapter to a staging folder, prove it there, then rename it to `adapter`. An adapter whose proof fails
     is not renamed, and the verdict says why."""
+    earlier = folder.adapter.with_name("adapter.earlier.part")
+    for leftover in (folder.adapter_staging, earlier):  # of a killed process, or a link that someone planted
+        delete(leftover)
     save_adapter(model, tokenizer, folder.adapter_staging)
     claim = "saved adapter reloads"
     try:
@@ -29,9 +32,9 @@ def save_proven(model: PeftModel, tokenizer: Any, folder: RunFolder, *, loss: Ca
     except CheckpointError as error:
         return Verdict(claim, False, str(error))
     if folder.adapter.exists():  # of the run before it was given more steps
-        earlier = folder.adapter.rename(folder.adapter.with_name("adapter.earlier.part"))
+        folder.adapter.rename(earlier)
         folder.adapter_staging.rename(folder.adapter)
-        shutil.rmtree(earlier)
+        delete(earlier)
     else:
         folder.adapter_staging.rename(folder.adapter)
     return Verdict(claim, True, f"loss {before:.6f} trained, {after:.6f} reloaded from disk")

@@ -12,12 +12,12 @@ Writing: staging folder, fsync of every file and folder, rename, fsync of the pa
 A bundle is never changed. Nothing in it can execute: tensors are safetensors, the rest is JSON.
 """
 
-import errno
 import hashlib
 import json
 import os
 import shutil
 from collections.abc import Callable, Collection, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from launcher.errors import CheckpointError, DiskError
+from launcher.errors import CheckpointError, DiskError, is_full_disk
 
 State = dict[str, Any]  # a tree of dicts with strings as keys; leaves are tensors and JSON values
 
@@ -40,22 +40,22 @@ def write_bundle(checkpoints: Path, state: State, *, step: int, adapter: Callabl
     """
     bundle = checkpoints / f"{PREFIX}{step}"
     staging = bundle.with_name(bundle.name + STAGING)
-    shutil.rmtree(staging, ignore_errors=True)
+    tensors = dict(tensors_of(state))
     try:
+        delete(staging)
         staging.mkdir(parents=True)
-        tensors = dict(tensors_of(state))
+        _fsync(checkpoints.parent)
         save_file(tensors, staging / TENSORS)
         (staging / REST).write_text(json.dumps(without_tensors(state)), encoding="utf-8")
         adapter(staging / "adapter")
         (staging / MANIFEST).write_text(json.dumps(_manifest(staging), indent=1), encoding="utf-8")
         for path in (*staging.rglob("*"), staging):
             _fsync(path)
-        if bundle.exists():  # damaged: the run went on from an earlier one
-            shutil.rmtree(bundle)
+        delete(bundle)  # if it is there it is damaged: the run went on from an earlier one
         staging.rename(bundle)
         _fsync(checkpoints)
     except (OSError, SafetensorError) as error:
-        if not _is_full_disk(error):
+        if not is_full_disk(error):
             raise
         free = shutil.disk_usage(checkpoints.parent).free
         needed = sum(tensor.nbytes for tensor in tensors.values())
@@ -64,7 +64,8 @@ def write_bundle(checkpoints: Path, state: State, *, step: int, adapter: Callabl
             "Free space, or lower train.keep. The checkpoints before it are whole."
         ) from error
     finally:
-        shutil.rmtree(staging, ignore_errors=True)
+        with suppress(OSError):
+            delete(staging)
     return bundle
 
 
@@ -100,7 +101,8 @@ def faults_of(bundle: Path) -> Iterator[str]:
 def bundles_of(checkpoints: Path) -> list[Path]:
     """The finished bundles, the newest first; each may be damaged."""
     steps = {path: path.name.removeprefix(PREFIX) for path in checkpoints.glob(f"{PREFIX}*")}
-    return sorted((path for path, step in steps.items() if step.isdecimal()), key=step_of, reverse=True)
+    finished = (path for path, step in steps.items() if step.isdecimal() and path.is_dir() and not path.is_symlink())
+    return sorted(finished, key=step_of, reverse=True)
 
 
 def step_of(bundle: Path) -> int:
@@ -136,14 +138,23 @@ def rotate(checkpoints: Path, *, keep: int, also: Collection[int] = ()) -> None:
 def remove(bundle: Path) -> None:
     """Remove a bundle; a kill meanwhile leaves no half of it under its name."""
     gone = bundle.with_name(bundle.name + STAGING)
+    delete(gone)
     bundle.rename(gone)
-    shutil.rmtree(gone)
+    delete(gone)
 
 
 def clean(checkpoints: Path) -> None:
     """Remove what a process that was killed while it wrote or removed a bundle left."""
     for leftover in checkpoints.glob(f"{PREFIX}*{STAGING}"):
-        shutil.rmtree(leftover)
+        delete(leftover)
+
+
+def delete(path: Path) -> None:
+    """Remove a file or a folder, if it is there; of a link the link, not what it names."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def tensors_of(state: State, name: str = "") -> Iterator[tuple[str, Tensor]]:
@@ -198,8 +209,3 @@ def _fsync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def _is_full_disk(error: Exception) -> bool:
-    """safetensors and tokenizers raise errors of their own, with the system's message in their text."""
-    return getattr(error, "errno", None) == errno.ENOSPC or os.strerror(errno.ENOSPC) in str(error)

@@ -18,8 +18,8 @@ from filelock import FileLock, Timeout
 from launcher.errors import CheckpointError, RecipeError
 from launcher.records.run import EvalRecord, Event, RunOpened, RunRecord, StepRecord
 
-FOLLOWING_CODES = (1, 8, 130, 143)  # a rank may end with these because another one failed
-UNKNOWN_CAUSES = (1, 8)  # these say nothing but that
+# Codes that a rank may end with because another failed; the higher, the less they say of the cause.
+LESS_TELLING = {1: 1, 130: 1, 143: 1, 8: 2}
 
 
 class RunFolder:
@@ -36,25 +36,32 @@ class RunFolder:
         self._lock = FileLock(path / "run.lock", blocking=False)
 
     def check(self, *, resume: str = "never") -> None:
-        """Raise as `create` would, as far as that can be told; makes nothing. A folder with checkpoints is no fault
-        where run.resume allows to go on in it."""
+        """Raise as `create` would, as far as that can be told; makes nothing. Where run.resume allows it, a folder with
+        checkpoints is no fault, nor one of a run that ended before it saved any."""
         ancestor = next(path for path in (self.path, *self.path.parents) if os.path.exists(path))
-        files = (self.status, self.report, self.adapter, self.metrics, self.checkpoints)
+        results, files = (self.report, self.adapter), (self.status, self.metrics, self.checkpoints)
         with self._refusals():
             if not ancestor.is_dir():
                 raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
-            if any(path.exists() for path in files) and not (resume != "never" and self.has_checkpoints):
+            taken = results if resume != "never" else (*results, *files)
+            if any(path.exists() for path in taken) and not (resume != "never" and self.has_checkpoints):
                 raise FileExistsError
+            if self.checkpoints.is_symlink():
+                raise OSError(errno.ELOOP, "checkpoints/ is a link, which is not followed")
             if not os.access(ancestor, os.W_OK | os.X_OK):
                 raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
 
-    def create(self) -> None:
-        """Make the folder. Raises CheckpointError if it holds a run already, RecipeError if it cannot be made."""
-        self.check()
+    def create(self, *, resume: str = "never") -> None:
+        """Make the folder and take it. Raises CheckpointError if it holds a run already, or if another process has it,
+        RecipeError if it cannot be made. The metrics of a run that ended before it saved anything are set aside."""
+        self.check(resume=resume)
         with self._refusals():
             self.path.mkdir(parents=True, exist_ok=True)
-            open(self.metrics, "x").close()  # of two runs that start together one gets it
             self.lock()
+            if self.metrics.exists():
+                self.metrics.replace(self.path / "metrics.earlier.jsonl")
+            self.status.unlink(missing_ok=True)
+            open(self.metrics, "x").close()
 
     @contextmanager
     def _refusals(self) -> Iterator[None]:
@@ -68,6 +75,14 @@ class RunFolder:
             raise RecipeError(
                 f"run.output_dir must be a folder that can be written; {self.path}: {error.strerror}. Choose another."
             ) from None
+
+    @property
+    def finished(self) -> bool:
+        """Whether the run in this folder came to its good end."""
+        try:
+            return json.loads(self.status.read_text(encoding="utf-8"))["code"] == 0
+        except (OSError, ValueError, KeyError, TypeError):
+            return False
 
     @property
     def has_checkpoints(self) -> bool:
@@ -90,7 +105,7 @@ class RunFolder:
     def unlock(self) -> None:
         if self._lock.is_locked:
             Path(self._lock.lock_file).unlink(missing_ok=True)
-            self._lock.release()
+            self._lock.release(force=True)
 
     def discard(self) -> None:
         """Remove what `create` made, if nothing was measured yet; other files in the folder are the user's."""
@@ -135,9 +150,9 @@ class RunFiles:
         folder = self._folder
         if folder is None or (self._rank and not code):
             return
-        if code in FOLLOWING_CODES and folder.status.exists():
+        if folder.status.exists():
             cause = json.loads(folder.status.read_text(encoding="utf-8"))["code"]
-            if cause not in UNKNOWN_CAUSES or code in UNKNOWN_CAUSES:
+            if LESS_TELLING.get(code, 0) >= LESS_TELLING.get(cause, 0):
                 return
         shutil.rmtree(folder.adapter_staging, ignore_errors=True)
         if code in (2, 3) and not folder.metrics.stat().st_size:

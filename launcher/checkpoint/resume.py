@@ -8,6 +8,7 @@ from typing import Any, cast
 
 from launcher.checkpoint.bundle import State, bundles_of, clean, newest_state, read_bundle, remove, step_of
 from launcher.checkpoint.folder import RunFolder, metrics_line, write_text
+from launcher.errors import CheckpointError
 from launcher.records.run import EvalRecord, StepRecord
 
 Records = list[StepRecord | EvalRecord]
@@ -36,8 +37,12 @@ def open_folder(folder: RunFolder, resume: str) -> Resumed | None:
     whole checkpoint.
     """
     if resume == "never" or (resume == "auto" and not folder.has_checkpoints):
-        folder.create()
+        folder.create(resume=resume)
+        clean(folder.checkpoints)
         return None
+    folder.check(resume=resume)
+    if not folder.path.is_dir():
+        raise CheckpointError(f"run.resume must be auto, never, or the folder of a run or checkpoint; got {resume}.")
     folder.lock()
     clean(folder.checkpoints)
     notes: list[str] = []
@@ -77,6 +82,8 @@ def _record(line: str) -> StepRecord | EvalRecord | None:
         kind: Any = EvalRecord if "eval_loss" in values else StepRecord
         known = {field.name for field in fields(kind)}
         numbers = {key: math.inf if value is None else value for key, value in values.items() if key in known}
+        if type(numbers["step"]) is not int or not all(isinstance(value, int | float) for value in numbers.values()):
+            return None
         return cast(StepRecord | EvalRecord, kind(**numbers))
-    except (ValueError, TypeError, AttributeError):
+    except (ValueError, TypeError, KeyError, AttributeError):
         return None

@@ -181,6 +181,17 @@ class RunSection(RecipeSection):
         "refused; or a run's folder, or that of one of its checkpoints, to go on there.",
         examples=["auto", "never", "./runs/mine", "./runs/mine/checkpoints/step-500"],
     )
+
+    @field_validator("resume")
+    @classmethod
+    def _one_folder(cls, resume: str, info: ValidationInfo) -> str:
+        folder = info.data.get("output_dir")
+        if resume not in ("auto", "never") and folder is not None:
+            raise ValueError(
+                f"run.resume names the folder of the run; got {resume} and run.output_dir={folder}; give one"
+            )
+        return resume
+
     trackers: Distinct[Literal["tensorboard"]] = Field(
         [], description="Trackers that receive the metrics.", examples=[["tensorboard"]]
     )

@@ -1,12 +1,11 @@
 """Which of launcher/errors.py an exception amounts to, and the exit code and reason of every end."""
 
-import errno
 import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from launcher.errors import LESS_MEMORY, DiskError, LauncherError, LostRank, MemoryExhausted
+from launcher.errors import LESS_MEMORY, DiskError, LauncherError, LostRank, MemoryExhausted, is_full_disk
 from launcher.runtime.ranks import RankInfo
 from launcher.runtime.signals import Terminated
 
@@ -33,8 +32,9 @@ def _classify(error: Exception, rank_info: RankInfo, ledger: Callable[[], str]) 
         return MemoryExhausted(
             f"the device ran out of memory on rank {rank_info.rank}; held by phase: {ledger()}.\n{LESS_MEMORY}"
         )
-    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-        return DiskError(f"the disk is full: {error.filename or 'a file of the run'} could not be written. Free space.")
+    if is_full_disk(error):
+        file = getattr(error, "filename", None) or "a file of the run"
+        return DiskError(f"the disk is full: {file} could not be written. Free space.")
     lost = isinstance(error, RuntimeError) and any(word in str(error) for word in CONNECTION)
     if lost and rank_info.world_size > 1:
         return LostRank("another rank ended first and closed the connection; its own error says why.")
@@ -45,8 +45,9 @@ def code_and_reason(error: BaseException) -> tuple[int, str]:
     """The exit code of a process that this error ends, and the reason for status.json."""
     if isinstance(error, LauncherError):
         return error.code, str(error)
+    saved = str(error) or "nothing was saved since the last checkpoint"
     if isinstance(error, KeyboardInterrupt):
-        return 128 + signal.SIGINT, f"interrupted; {error}" if str(error) else "interrupted; nothing was saved"
+        return 128 + signal.SIGINT, f"interrupted; {saved}"
     if isinstance(error, Terminated):
-        return 128 + signal.SIGTERM, f"terminated; {error}" if str(error) else "terminated; nothing was saved"
+        return 128 + signal.SIGTERM, f"terminated; {saved}"
     return 1, f"{type(error).__name__}: {error}"

@@ -103,9 +103,9 @@ def broadcast(value: Any) -> Any:
 
 
 @contextmanager
-def failing_together(kind: type[LauncherError]) -> Iterator[None]:
+def failing_together(kind: type[Exception]) -> Iterator[None]:
     """Around what every rank does: an error of this kind on one rank is raised on all, which else would wait for it."""
-    own: LauncherError | None = None
+    own: Exception | None = None
     try:
         yield
     except kind as error:

@@ -72,6 +72,9 @@ def voted_stop(votes: Iterable[float]) -> type[BaseException] | None:
 def _stop(signum: int, frame: FrameType | None) -> None:
     if signum == signal.SIGTERM:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a second one must not interrupt the ending
-    _received.append(Terminated if signum == signal.SIGTERM else KeyboardInterrupt)
-    if len(_received) > 1 or not _deferring:
-        raise _received[-1]
+    kind = Terminated if signum == signal.SIGTERM else KeyboardInterrupt
+    _received.append(kind)
+    # accelerate, interrupted by the same Ctrl-C, ends at once, and with it comes SIGTERM: not the user's second signal.
+    again = len(_received) > 1 and kind is KeyboardInterrupt
+    if again or not _deferring:
+        raise kind

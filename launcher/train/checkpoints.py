@@ -16,7 +16,7 @@ from launcher.checkpoint.bundle import State
 from launcher.checkpoint.resume import Resumed
 from launcher.checkpoint.writer import BundleWriter
 from launcher.records.run import RunPart
-from launcher.runtime.ranks import broadcast
+from launcher.runtime.ranks import broadcast, failing_together
 from launcher.train.setup import Worker
 
 UNITS_S = {"s": 1, "m": 60, "h": 3600}
@@ -46,8 +46,9 @@ class SaveSchedule:
         if past_s >= self._interval_s:
             self._saved_s, self._looked_at = time.monotonic(), step
             return True, step + 1
-        step_s = past_s / max(1, step - self._looked_at)
-        return False, step + max(1, round((self._interval_s - past_s) / (2 * step_s)))
+        steps = max(1, step - self._looked_at)
+        by_speed = round(steps * (self._interval_s - past_s) / (2 * past_s))
+        return False, step + max(1, min(by_speed, 2 * steps))  # the first steps tell little of the speed
 
 
 class Checkpoints:
@@ -83,22 +84,26 @@ class Checkpoints:
         if not self._enabled or self._saved_step == step:
             return
         with self._worker.clock.phase("checkpoint"):
-            if self._writer is not None:
-                self._writer.finish()  # it reads the memory that the copy uses again
+            self._finish_write()  # it reads the memory that the copy uses again
             state, wait = self._worker.state.begin_copy(self._pinned)
             self._saved_step = step
             if self._writer is not None:
                 self._writer.write({"state": state, "run": self._history(step)}, step=step, wait=wait)
 
-    def finish(self) -> str | None:
-        """Wait until the last save is on the disk; what to say of it, None if there is none."""
-        if self._writer is not None:
-            with self._worker.clock.phase("checkpoint"):
-                self._writer.finish()
+    def finish(self) -> str:
+        """Wait until the last save is on the disk, on every rank; what to say of it, "" if there is none."""
+        with self._worker.clock.phase("checkpoint"):
+            self._finish_write()
         if self._saved_step is None:
-            return None
+            return ""
         folder = self._worker.folder.path
-        return f"step {self._saved_step} is saved; the same command goes on from it with run.output_dir={folder}"
+        return f"step {self._saved_step} is saved; with run.output_dir={folder} and no run.resume it goes on from there"
+
+    def _finish_write(self) -> None:
+        """Every rank raises the error that rank 0's write met."""
+        with failing_together(Exception):
+            if self._writer is not None:
+                self._writer.finish()
 
     def close(self) -> None:
         """Let the write that goes on come to its end, however the training ended; its error would hide that."""

@@ -107,6 +107,8 @@ def _run(request: Request, history: RunHistory) -> Iterator[Event]:
             worker.state.load_state_dict(resumed.state["state"])
             history.go_on(resumed)
     checkpoints = Checkpoints(worker, resumed)
+    if resumed:
+        worker.resumed = resumed = replace(resumed, state={})  # as large as the optimizer
     with closing(checkpoints):
         yield start_record(worker)
         yield from _train(worker, history, checkpoints)
@@ -130,7 +132,7 @@ def _run(request: Request, history: RunHistory) -> Iterator[Event]:
 
 def _train(worker: Worker, history: RunHistory, checkpoints: Checkpoints) -> Iterator[StepRecord | EvalRecord]:
     """A signal is deferred to the end of a step, whose state is then saved."""
-    if not history.evals:
+    if not worker.state.step:
         yield from _evaluate(worker, history, step=0)
     pending = MetricsReader()
     with deferring():
@@ -154,11 +156,13 @@ def _train(worker: Worker, history: RunHistory, checkpoints: Checkpoints) -> Ite
             if saves or stop:
                 checkpoints.save()
             if stop:
-                raise stop(checkpoints.finish() or "")
+                raise stop(checkpoints.finish())
             if evaluates or saves:
                 pending.restart()
         checkpoints.save()  # so that a run with more steps can go on from it
-        checkpoints.finish()
+        saved = checkpoints.finish()
+        if stop := voted_stop(gather(stop_vote())):  # received after the last vote
+            raise stop(saved)
     worker.ledger.mark("after training")
 
 
@@ -275,7 +279,11 @@ def _sample(worker: Worker) -> Sample | None:
 def _run_record(worker: Worker, history: RunHistory, saved: Verdict) -> RunRecord:
     step_s, tokens = history.steady
     ranks: tuple[RankRecord, ...] = tuple(gather(rank_record(worker, step_s=step_s, tokens=tokens)))
-    compiled = [] if worker.recipe.compile.mode == "off" else compile_verdicts([rank.compile for rank in ranks])
+    compiled = (
+        []
+        if worker.recipe.compile.mode == "off"
+        else compile_verdicts([rank.compile for rank in ranks], steps=len(history.rank_tokens))
+    )
     return RunRecord(
         recipe=worker.recipe.model_dump(mode="json"),
         start=start_record(worker),

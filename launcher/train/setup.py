@@ -43,7 +43,7 @@ from launcher.train.compiled_regions import regions_of
 from launcher.train.inputs import Prepared, block_facts, total_steps
 from launcher.train.optim import gates_on_device
 from launcher.train.request import Request
-from launcher.train.state import TrainState, check_identity, run_identity
+from launcher.train.state import TrainState, check_identity, check_layout, run_identity
 from launcher.train.step import TrainStep
 
 
@@ -97,8 +97,9 @@ class Worker:
 
     def _check_resumed(self, resumed: Resumed) -> None:
         """Raise CheckpointError if this is not the run of the checkpoint, or if it has no steps left."""
-        check_identity(resumed.state["state"].get("identity", {}), self._identity())
-        if resumed.step >= self.steps and self.folder.adapter.exists():
+        check_layout(resumed.state)
+        check_identity(resumed.state["state"]["identity"], self._identity())
+        if resumed.step > self.steps or (resumed.step == self.steps and self.folder.finished):
             raise CheckpointError(
                 f"a run goes on only if it has steps left; the one in {self.folder.path} has done {resumed.step} of "
                 f"{self.steps}.\nRaise train.steps, or choose another run.output_dir."

@@ -14,7 +14,7 @@ A state holds tensors (on the CPU), numbers, strings, lists and dicts: safetenso
 
 import random
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import numpy as np
@@ -24,9 +24,11 @@ from torch import Tensor
 from launcher.data.loader import StreamLoader, TrainLoader
 from launcher.errors import CheckpointError
 from launcher.recipe.schema import Recipe
+from launcher.records.run import RunPart
 from launcher.runtime.ranks import gather
 from launcher.train.step import TrainStep
 
+STATE_KEYS = {"identity", "step", "training", "random", "loader", "early_stop"}
 MAY_CHANGE = {"steps", "epochs", "eval_every", "save_every", "keep", "log_every"}  # keys of train, on a resume
 MAX_DIFFERENCES = 5  # differences that a refusal names
 
@@ -123,6 +125,17 @@ class TrainState:
         does."""
         if self._step.device.type == "cuda":
             torch.cuda.synchronize(self._step.device)
+
+
+def check_layout(saved: dict[str, Any]) -> None:
+    """Raise CheckpointError for the content of a checkpoint that another version has written."""
+    parts, of_part = saved.get("run", {}).get("parts"), {field.name for field in fields(RunPart)}
+    known = isinstance(parts, list) and all(part.keys() == of_part for part in parts)
+    if not known or saved.get("state", {}).keys() != STATE_KEYS or saved["run"].keys() != {"parts"}:
+        raise CheckpointError(
+            "a checkpoint must have been written by this version; this one has other parts.\n"
+            "Go on with the version that wrote it, or start a new run."
+        )
 
 
 def check_identity(saved: dict[str, Any], here: dict[str, Any]) -> None:

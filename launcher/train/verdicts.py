@@ -5,9 +5,10 @@ from collections.abc import Sequence
 from launcher.records.run import CompileRecord, Verdict
 
 
-def compile_verdicts(records: Sequence[CompileRecord]) -> list[Verdict]:
+def compile_verdicts(records: Sequence[CompileRecord], *, steps: int) -> list[Verdict]:
     """Graph breaks, recompiles, graph counts, whether steps ran compiled and, with several ranks, whether they compiled
-    the same graphs. `records`: one of each rank."""
+    the same graphs. `records`: one of each rank. `steps`: how many were done; none by a run that goes on after its last
+    one."""
     breaks = [record.graph_breaks for record in records]
     recompiles = [record.recompiles for record in records]
     limits = [record.limit_hits for record in records]
@@ -17,8 +18,9 @@ def compile_verdicts(records: Sequence[CompileRecord]) -> list[Verdict]:
         Verdict("zero graph breaks", not any(breaks), _counts(breaks, "graph breaks")),
         Verdict("zero recompiles", not any(recompiles + limits), _counts(recompiles, "recompiles")),
         Verdict("exactly the planned graphs", planned, f"{compilations}, {records[0].expected_graphs} planned"),
-        steps_verdict(records),
     ]
+    if steps:
+        verdicts.append(steps_verdict(records))
     if len(records) > 1:
         hashes = sorted({record.graph_hash for record in records})
         claim = "every rank compiled the same graphs"

@@ -21,7 +21,7 @@ from launcher.proof.stock import supervised_documents
 from launcher.recipe.schema import Recipe
 from launcher.records.run import Verdict
 from launcher.runtime.clock import Clock
-from launcher.train import regions
+from launcher.train import compiled_regions
 from launcher.train.inputs import Prepared, prepare_inputs
 from launcher.train.request import Request
 from launcher.train.setup import Worker
@@ -115,7 +115,7 @@ def scaled_loss_gradient(factor: Callable[[Tensor], Any]) -> Fault:
 
         return planted
 
-    return regions, "chunk_loss_and_grad", wrong
+    return compiled_regions, "chunk_loss_and_grad", wrong
 
 
 def changed_positions(change: Callable[[Tensor], Tensor]) -> Fault:

@@ -10,58 +10,17 @@ from typing import Any
 
 import pytest
 
-from launcher.checkpoint import bundle as bundles
 from launcher.checkpoint.bundle import bundles_of, step_of
-from launcher.checkpoint.folder import RunFiles, RunFolder
+from launcher.checkpoint.folder import RunFiles
 from launcher.data import stream
-from launcher.errors import CheckpointError, DiskError
-from launcher.records.run import Event, RunOpened, RunRecord, StepRecord
-from launcher.runtime.signals import Terminated, listening
-from launcher.train.loop import RunHistory, training
-from tests.conftest import request_for
+from launcher.errors import CheckpointError
+from launcher.records.run import RunOpened, RunRecord
+from launcher.runtime.signals import listening
+from tests.support.runs import adapter, lines, trained
 
 pytestmark = pytest.mark.usefixtures("clean_dynamo")
 
 MakeRecipe = Callable[..., Any]
-OFF = {"mode": "off"}
-TRAIN = {"steps": 8, "save_every": 2, "eval_every": 4}
-
-
-@pytest.fixture
-def make(make_recipe: MakeRecipe, tmp_path: Path) -> MakeRecipe:
-    """Recipes of eight steps that save every second one, in the folder `run` unless another is named."""
-
-    def recipe(folder: str = "run", **sections: Any) -> Any:
-        train = {**TRAIN, **sections.pop("train", {})}
-        place = {"output_dir": str(tmp_path / folder), **sections.pop("run", {})}
-        return make_recipe(**{"compile": OFF, **sections}, train=train, run=place)
-
-    return recipe
-
-
-def trained(recipe: Any, *, until: int | None = None, act: Callable[[], None] | None = None) -> list[Event]:
-    """Train and write the run's files; `act` after the record of step `until`, or an end there as by a kill."""
-    files, events = RunFiles(0), list[Event]()
-    running = training(request_for(recipe), RunHistory())
-    for event in running:
-        files.show(event)
-        events.append(event)
-        if isinstance(event, StepRecord) and event.step == until:
-            if act is None:
-                running.close()
-                return events
-            act()
-    return events
-
-
-def lines(folder: Path) -> list[dict[str, Any]]:
-    """metrics.jsonl without what is measured by a clock or a meter."""
-    read = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in line.items() if key not in ("step_s", "vram_mib")} for line in read]
-
-
-def adapter(folder: Path) -> bytes:
-    return (folder / "adapter" / "adapter_model.safetensors").read_bytes()
 
 
 @pytest.mark.parametrize(
@@ -92,16 +51,6 @@ def test_a_run_that_is_killed_and_started_again_leaves_what_an_uninterrupted_one
     assert first.lost_s > 0
     assert any(f"goes on from step {first.last_step}" in note for note in record.start.notes)
     assert [step.step for step in record.steps] == list(range(1, 9))
-
-
-@pytest.fixture
-def killed(make: MakeRecipe, tmp_path: Path) -> Path:
-    """The folder of a run that ended as by a kill, its checkpoints of the steps 2 and 4 whole."""
-    trained(make(), until=6)
-    folder = tmp_path / "run"
-    for late in [path for path in bundles_of(folder / "checkpoints") if step_of(path) > 4]:
-        shutil.rmtree(late)
-    return folder
 
 
 def test_every_checkpoint_keeps_the_newest_and_an_adapter_for_stock_peft(make: MakeRecipe, tmp_path: Path) -> None:
@@ -161,57 +110,6 @@ def test_a_finished_run_goes_on_with_more_steps_and_is_else_refused(make: MakeRe
         trained(make())
     trained(make(train={"steps": 10}))
     assert [line["step"] for line in lines(tmp_path / "run") if "loss" in line] == list(range(1, 11))
-
-
-def test_a_folder_that_a_run_has_is_refused_and_its_process_named(make: MakeRecipe, killed: Path) -> None:
-    holder = RunFolder(killed)
-    holder.lock()
-    with pytest.raises(CheckpointError, match=f"process {os.getpid()} on .* trains in {killed}"):
-        trained(make())
-    holder.unlock()
-    assert not (killed / "run.lock").exists()
-    trained(make())
-    assert not (killed / "run.lock").exists()
-
-
-@pytest.mark.parametrize(("signum", "kind"), [(signal.SIGTERM, Terminated), (signal.SIGINT, KeyboardInterrupt)])
-def test_a_signal_saves_at_the_next_step_and_the_run_goes_on_from_there(
-    make: MakeRecipe, tmp_path: Path, signum: int, kind: type[BaseException]
-) -> None:
-    trained(make("whole"))
-    with listening(), pytest.raises(kind, match=r"step 4 is saved; .* run.output_dir="):
-        trained(make(train={"save_every": "1h"}), until=3, act=lambda: os.kill(os.getpid(), signum))
-    assert [step_of(path) for path in bundles_of(tmp_path / "run" / "checkpoints")] == [4]
-    trained(make())
-    assert lines(tmp_path / "run") == lines(tmp_path / "whole")
-
-
-def test_a_second_interrupt_ends_at_once(make: MakeRecipe, tmp_path: Path) -> None:
-    def twice() -> None:
-        os.kill(os.getpid(), signal.SIGINT)
-        os.kill(os.getpid(), signal.SIGINT)
-
-    with listening(), pytest.raises(KeyboardInterrupt):
-        trained(make(), until=5, act=twice)
-    assert 2 in [step_of(path) for path in bundles_of(tmp_path / "run" / "checkpoints")]
-    assert [line["step"] for line in lines(tmp_path / "run") if "loss" in line] == [1, 2, 3, 4, 5]
-
-
-def test_a_full_disk_ends_the_run_with_code_7_and_keeps_the_checkpoint_before(
-    make: MakeRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    original, saved = bundles.save_file, list[Path]()
-
-    def save(tensors: Any, path: Path) -> None:
-        saved.append(path)
-        if len(saved) == 2:
-            raise OSError(28, os.strerror(28))
-        original(tensors, path)
-
-    monkeypatch.setattr(bundles, "save_file", save)
-    with pytest.raises(DiskError, match="are free"):
-        trained(make())
-    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-2"]
 
 
 def test_nothing_is_saved_where_it_is_not_wanted(make: MakeRecipe, tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from launcher.proof.bench.naive import NaiveStep
 from launcher.proof.bench.workload import WARM_UP_STEPS, bench_inputs, hash_batches, step_batches, workload
 from launcher.proof.stock import collate
 from launcher.records.bench import BenchRecord, SideRecord
-from launcher.train import regions
+from launcher.train import compiled_regions
 from launcher.train.request import Request
 from launcher.train.step import TrainStep
 from tests.conftest import request_for
@@ -95,7 +95,7 @@ def test_a_wrong_loss_of_one_side_is_found_at_the_first_step(
         loss, grad = chunk_loss_and_grad(hidden, weight, labels)
         return loss * 1.001, grad
 
-    monkeypatch.setattr(regions, "chunk_loss_and_grad", planted)
+    monkeypatch.setattr(compiled_regions, "chunk_loss_and_grad", planted)
     record = benched(requested())
     assert [verdict.holds for verdict in record.verdicts] == [True, True, True, False, True]
     assert record.loss_tolerance == 1e-5
