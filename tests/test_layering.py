@@ -96,6 +96,7 @@ def names_in_two_modules(package: Path) -> dict[str, list[str]]:
     for module, path in modules(package).items():
         for node in ast.parse(path.read_text(encoding="utf-8")).body:
             targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", node)]
+            targets = [inner for target in targets for inner in getattr(target, "elts", [target])]
             names = [getattr(target, "id", getattr(target, "name", "_")) for target in targets]
             for name in names:
                 if not name.startswith("_") and len(name) > 1 and not isinstance(node, ast.Import | ast.ImportFrom):
@@ -106,7 +107,7 @@ def names_in_two_modules(package: Path) -> dict[str, list[str]]:
 def test_a_name_stands_for_one_thing_in_the_whole_package(tmp_path: Path) -> None:
     assert names_in_two_modules(ROOT / "launcher") == {}
     for file in ("a.py", "b.py"):
-        (tmp_path / file).write_text("SIZE = 1\nclass Row: ...\ndef _own(): ...\n")
+        (tmp_path / file).write_text("SIZE, _other = 1, 2\nclass Row: ...\ndef _own(): ...\n")
     assert names_in_two_modules(tmp_path) == {"SIZE": ["a", "b"], "Row": ["a", "b"]}
 
 

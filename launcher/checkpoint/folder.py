@@ -39,6 +39,12 @@ class RunFolder:
         """Raise as `create` would, as far as that can be told; makes nothing. Where run.resume allows it, a folder with
         checkpoints is no fault, nor one of a run that ended before it saved any."""
         ancestor = next(path for path in (self.path, *self.path.parents) if os.path.exists(path))
+        if resume not in ("auto", "never") and not Path(resume).is_dir():
+            there = ", ".join(sorted(path.name for path in self.checkpoints.glob("step-*[0-9]"))) or "none"
+            raise CheckpointError(
+                "run.resume must be auto, never, or the folder of a run or of one of its checkpoints; "
+                f"got {resume}, which is no folder; checkpoints there: {there}."
+            )
         results, files = (self.report, self.adapter), (self.status, self.metrics, self.checkpoints)
         with self._refusals():
             if not ancestor.is_dir():

@@ -8,7 +8,6 @@ from typing import Any, cast
 
 from launcher.checkpoint.bundle import State, bundles_of, clean, newest_state, read_bundle, remove, step_of
 from launcher.checkpoint.folder import RunFolder, metrics_line, write_text
-from launcher.errors import CheckpointError
 from launcher.records.run import EvalRecord, StepRecord
 
 Records = list[StepRecord | EvalRecord]
@@ -41,8 +40,6 @@ def open_folder(folder: RunFolder, resume: str) -> Resumed | None:
         clean(folder.checkpoints)
         return None
     folder.check(resume=resume)
-    if not folder.path.is_dir():
-        raise CheckpointError(f"run.resume must be auto, never, or the folder of a run or checkpoint; got {resume}.")
     folder.lock()
     clean(folder.checkpoints)
     notes: list[str] = []

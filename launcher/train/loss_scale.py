@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 INITIAL = 2.0**16  # this and the three below are torch.amp.GradScaler's defaults
-GROWTH, BACKOFF, INTERVAL = 2.0, 0.5, 2000
+GROWTH, BACKOFF, GROWTH_INTERVAL = 2.0, 0.5, 2000
 
 
 class LossScale:
@@ -30,4 +30,4 @@ class LossScale:
     def follow(self, overflow: Tensor) -> None:
         """Halve the scale after a step that overflowed (`overflow`: fp32, 0 or 1), double it after 2,000 without."""
         if self._enabled:
-            torch._amp_update_scale_(self.value, self.good_steps, overflow, GROWTH, BACKOFF, INTERVAL)
+            torch._amp_update_scale_(self.value, self.good_steps, overflow, GROWTH, BACKOFF, GROWTH_INTERVAL)

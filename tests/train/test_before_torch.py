@@ -40,6 +40,7 @@ def folder(tmp_path):
         (["data.max_length=100000"], 2, "data.max_length may be at most"),
         (["run.output_dir=taken"], 4, "must not hold another run"),
         (["run.output_dir=file/run"], 2, "must be a folder that can be written"),
+        (["run.resume=./nowhere"], 4, "which is no folder; checkpoints there: none"),
         (["run.trackers=tensorboard"], 2, "run.trackers must be installed"),
         (["report=nowhere/report.json"], 2, "report=PATH must be a file"),
         (["data.sources=./gone.jsonl"], 3, "no such file or folder"),

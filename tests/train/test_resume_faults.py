@@ -130,7 +130,7 @@ def test_a_signal_after_the_last_step_is_not_lost(make: MakeRecipe, monkeypatch:
 
 
 def test_a_path_that_is_no_run_is_refused_and_makes_nothing(make: MakeRecipe, tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="must be auto, never, or the folder of a run"):
+    with pytest.raises(CheckpointError, match="which is no folder; checkpoints there: none"):
         trained(make(run={"output_dir": None, "resume": str(tmp_path / "typo")}))
     assert not (tmp_path / "typo").exists()
 

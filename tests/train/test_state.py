@@ -83,7 +83,7 @@ def flat_tensors(state: dict[str, Any]) -> Iterator[tuple[str, Tensor]]:
 def test_the_loss_scale_its_good_steps_and_the_updates_done_are_kept(
     make_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(loss_scale, "INTERVAL", 4)
+    monkeypatch.setattr(loss_scale, "GROWTH_INTERVAL", 4)
     recipe = make_recipe(model={"dtype": "float16"}, compile=OFF, train={"steps": 6, "warmup": 2})
     worker = compiled(recipe)
     worker.step.scaler.update(2.0**40)  # overflows: halved, and the schedule is held

@@ -139,7 +139,7 @@ def test_fp16_overflow_skips_the_update_halves_the_scale_and_holds_the_schedule(
 
 
 def test_the_loss_scale_follows_overflows_as_torchs_scaler_does(monkeypatch):
-    monkeypatch.setattr(loss_scale, "INTERVAL", 2)
+    monkeypatch.setattr(loss_scale, "GROWTH_INTERVAL", 2)
     scale, factors = LossScale(torch.device("cpu"), enabled=True), []
     for overflow in (0, 1, 0, 0, 0, 1):
         scale.follow(torch.tensor(float(overflow)))

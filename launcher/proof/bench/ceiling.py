@@ -9,7 +9,7 @@ from launcher.records.bench import Ceiling
 
 # Where memory is short, the next size is tried. On a CPU that emulates half precision a size of 512 takes 4 s.
 SIZES = {"cuda": (8192, 4096, 2048), "cpu": (512,)}
-RUNS = 5
+MATMUL_RUNS = 5
 RUN_S = 0.05  # one run repeats the product for about so long, so that waiting for the device hardly counts
 
 
@@ -46,7 +46,7 @@ def _product_s(a: Tensor, b: Tensor, *, device: torch.device) -> float:
 
     run_s(1)
     products = max(1, round(RUN_S / run_s(1)))
-    return min(run_s(products) for _ in range(RUNS)) / products
+    return min(run_s(products) for _ in range(MATMUL_RUNS)) / products
 
 
 def synchronise(device: torch.device) -> None:
