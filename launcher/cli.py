@@ -13,7 +13,7 @@ from rich.console import Console
 
 from launcher.api import make_request, train
 from launcher.checkpoint.folder import write_json
-from launcher.errors import ContractError, LauncherError, RecipeError
+from launcher.errors import ContractError, DataError, LauncherError, RecipeError
 from launcher.proof.bench.compare import bench
 from launcher.proof.bench.processes import ChildFailed
 from launcher.recipe.help import print_request
@@ -73,10 +73,16 @@ def _preview(resolved: Resolved, info: RankInfo, console: Console) -> None:
         family_of(config, max_length=recipe.data.max_length)  # refuses what training refuses
         tokenizer = load_tokenizer(source, recipe.model, stand_in=request.shipped / "tiny" / "base")
         data = prepare(recipe.data, tokenizer, seed=recipe.train.seed)
-        data, used = fit_vocabulary(data, tokenizer, vocabulary=config.vocab_size)
-        if vectors := stored_vectors(source, config, recipe.model):
-            data = replace(data, notes=untrained_notes(*vectors, tokenizer, **vars(used)) + data.notes)
+        fault: DataError | None = None
+        try:
+            data, used = fit_vocabulary(data, tokenizer, vocabulary=config.vocab_size)
+            if vectors := stored_vectors(source, config, recipe.model):
+                data = replace(data, notes=untrained_notes(*vectors, tokenizer, **vars(used)) + data.notes)
+        except DataError as error:  # after the blocks, which show where the token stands
+            fault = error
         screen.show(preview_record(data, tokenizer, recipe=recipe, name=name, source=source, blocks=resolved.blocks))
+    if fault:
+        raise fault
 
 
 def _parity(resolved: Resolved, info: RankInfo, console: Console) -> None:

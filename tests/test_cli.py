@@ -159,8 +159,9 @@ def test_ids_beyond_the_embedding_are_refused_before_weights_are_read(main, smal
         tokenizer.add_special_tokens({"extra_special_tokens": [f"<|{number}|>" for number in range(4097)]})
         tokenizer.chat_template = tokenizer.chat_template.replace("eos_token", "'<|4096|>'")
         tokenizer.save_pretrained(base)
-    returned, _, err = main(*replaced(small, "model.name=./base"), mode)
+    returned, out, err = main(*replaced(small, "model.name=./base"), mode)
     assert (returned, says in err) == (code, True), err
+    assert ("⟦<|4096|>⟧" in out) == (code == 3 and mode == "mode=preview")  # a preview shows where the token stands
     assert len(err.strip().splitlines()) <= 5
     assert not (base.parent / "out").exists()
 
