@@ -8,8 +8,9 @@ digest of the outermost code alone would be equal for different programs.
 import hashlib
 import re
 from collections import Counter
-from collections.abc import Iterator
-from types import CodeType, FunctionType, MethodType
+from collections.abc import Iterator, Sequence
+from functools import partial
+from types import CellType, CodeType, FunctionType, MethodType
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ OPAQUE_FUNCTIONS = (
     "triton_kernel_wrapper_mutation",
     "triton_kernel_wrapper_functional",
 )
+COMPILERS = ("torch", "triton")  # packages whose callable objects are told by their names: they hold caches
 HOST_READS = ("item", "tolist")  # traced without a graph break, but the host waits for the value
 
 
@@ -40,7 +42,8 @@ def contents(region: str, graph: GraphModule, example_inputs: list[Any]) -> Grap
         for t in example_inputs
     ]
     code = [f"{name}\n{without_device_index(body.code)}" for name, body in bodies]
-    functions = [_code_text(function.__code__, function) for node in nodes for function in _functions(node.target)]
+    seen: dict[int, Any] = {}
+    functions = [_text(function, seen) for node in nodes for function in _functions(node.target)]
     program = "\n".join([torch.__version__, *inputs, *code, *functions])
     return GraphRecord(region, len(nodes), dict(sorted(opaque.items())), hashlib.sha256(program.encode()).hexdigest())
 
@@ -61,7 +64,7 @@ def _opaque_name(target: Any) -> str | None:
     return name if name in OPAQUE_FUNCTIONS else None
 
 
-def _functions(target: Any) -> Iterator[FunctionType]:
+def _functions(target: Any) -> Iterator[Any]:
     """The Python functions behind a call that graph code only names: the implementation and the backward formula of a
     custom operator, a function that is allowed in graphs, the two halves of an autograd function that is."""
     found: list[Any] = []
@@ -72,19 +75,48 @@ def _functions(target: Any) -> Iterator[FunctionType]:
         found = [getattr(target.__self__, name, None) for name in ("forward", "setup_context", "backward")]
     elif not getattr(target, "__module__", None) or not str(target.__module__).startswith("torch"):
         found = [target]
-    yield from (function for function in found if isinstance(function, FunctionType))
+    yield from (function for function in found if callable(function))
 
 
-def _code_text(code: CodeType, function: FunctionType | None = None) -> str:
-    """Bytecode, names and constants of a function, and the values that it closes over; no file, line or address."""
-    constants = [
-        _code_text(value)
-        if isinstance(value, CodeType)
-        else repr(sorted(map(repr, value)))
-        if isinstance(value, frozenset)
-        else repr(value)
-        for value in code.co_consts
-    ]
-    cells = [cell.cell_contents for cell in (function.__closure__ or ())] if function else []
-    constants += [repr(value) for value in cells if isinstance(value, int | float | str | bool | tuple)]
-    return f"{code.co_name} {code.co_code.hex()} {code.co_names} {constants}"
+def _text(value: Any, seen: dict[int, Any]) -> str:
+    """What decides a function's result, as text without file, line or address. `seen`: the parts that have been told,
+    by id; they are held there, so that no id is used twice."""
+    if value is None or isinstance(value, int | float | complex | str | bytes):
+        return repr(value)
+    if id(value) in seen:
+        return f"part {seen[id(value)][0]}"
+    seen[id(value)] = len(seen), value
+    kind = type(value)
+    return f"{kind.__module__}.{kind.__qualname__}({', '.join(_text(part, seen) for part in _parts(value))})"
+
+
+def _parts(value: Any) -> Sequence[Any]:
+    """The parts that `_text` tells: none of objects that are not called, which may hold caches, ranks or addresses."""
+    kind = type(value)
+    if isinstance(value, CodeType):
+        return value.co_name, value.co_code, value.co_names, value.co_consts
+    if isinstance(value, FunctionType):
+        defaults = value.__defaults__, tuple(sorted((value.__kwdefaults__ or {}).items()))
+        return value.__code__, *defaults, *map(_cell_contents, value.__closure__ or ())
+    if isinstance(value, partial):
+        return value.func, value.args, tuple(sorted(value.keywords.items()))
+    if isinstance(value, tuple):
+        return value
+    if isinstance(value, frozenset):
+        return sorted(map(repr, value))
+    if isinstance(value, MethodType):
+        return value.__func__, value.__self__
+    if not callable(value) or isinstance(value, type) or kind.__module__.split(".")[0] in ("builtins", *COMPILERS):
+        return [getattr(value, "__qualname__", getattr(value, "__name__", ""))]
+    state = sorted(getattr(value, "__dict__", {}).items())
+    return kind.__call__, *(
+        item for item in state if isinstance(item[1], int | float | str | tuple | FunctionType | partial)
+    )
+
+
+def _cell_contents(cell: CellType) -> Any:
+    """The value of a closure's variable; None where it has none yet."""
+    try:
+        return cell.cell_contents
+    except ValueError:
+        return None

@@ -28,9 +28,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from launcher.errors import RecipeError
+from launcher.model.weight_files import EMBEDDING, HEAD
 from launcher.recipe.schema import ModelSection
 
-EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 NEAR = 0.2  # distance of two vectors, as a share of the longer one's norm
 FAINT = 0.05  # norm, as a share of the usual one; a shorter vector counts as nearly zero
 VANISHING = 1e-3  # the same of embeddings, which the first norm scales up unless they vanish
@@ -63,7 +63,9 @@ def stored_vectors(source: str, config: Any, model: ModelSection) -> tuple[Tenso
         for file in Path(source).glob("*.safetensors"):
             with safe_open(file, framework="pt") as tensors:
                 vectors |= {name: tensors.get_tensor(name) for name in {EMBEDDING, HEAD} & set(tensors.keys())}
-        return vectors[EMBEDDING], vectors[EMBEDDING if config.tie_word_embeddings else HEAD]
+        if config.tie_word_embeddings and len(vectors) == 1:  # of both, transformers ties only what is equal
+            vectors = dict.fromkeys((EMBEDDING, HEAD), *vectors.values())
+        return vectors[EMBEDDING], vectors[HEAD]
     except (SafetensorError, OSError, KeyError):
         return None
 
@@ -116,7 +118,7 @@ def _reasons(vectors: Tensor, indices: Sequence[int], others: Sequence[int]) -> 
         elif _near(vector, mean[None]).any():
             reasons[index] = "the mean of all tokens"
         elif same.any():
-            reasons[index] = f"equal to {len(all_ids[same].unique())} others"
+            reasons[index] = f"nearly equal to at least {len(all_ids[same].unique())} others"
     return reasons
 
 

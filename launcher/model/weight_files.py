@@ -15,6 +15,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cache
 from transformers.utils.hub import get_checkpoint_shard_files
 
 from launcher.errors import RecipeError
+from launcher.ops.nf4 import BLOCK, BLOCK2
 
 COMPUTED = re.compile(r"rotary_emb\.inv_freq$")  # buffers that older checkpoints store and the model computes
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"  # a tied head may be stored as a copy, or alone
@@ -163,7 +164,7 @@ def check_headers(headers: Headers, model: Any, *, prequantised: bool, double: b
 
 
 def _check_kinds(
-    headers: Headers, found: Collection[str], linears: Collection[str], *, prequantised: bool, double: bool
+    headers: Headers, found: Collection[str], linears: Mapping[str, nn.Linear], *, prequantised: bool, double: bool
 ) -> None:
     companions: dict[str, set[str]] = {name: set() for name in found if is_packed(headers, name)}
     for companion in filter(None, map(COMPANION.fullmatch, headers)):
@@ -192,6 +193,23 @@ def _check_kinds(
                 f"(else layers of several kinds are compiled);\n{len(names)} are {what}: {listed(names)}.\n"
                 "Name the unquantised checkpoint in model.name."
             )
+    _check_scales(headers, {name: linears[name].in_features * linears[name].out_features for name in packed})
+
+
+def _check_scales(headers: Headers, elements: Mapping[str, int]) -> None:
+    """Raise RecipeError unless the companions of packed weights, of so many elements each, have their sizes."""
+    sizes: dict[str, int] = {}
+    for name, count in elements.items():
+        blocks = -(-count // BLOCK)
+        own = {"absmax": blocks, "nested_absmax": -(-blocks // BLOCK2), "quant_map": 16, "nested_quant_map": 256}
+        sizes |= {f"{name}.{companion}": size for companion, size in own.items() if f"{name}.{companion}" in headers}
+    if wrong := [name for name, size in sizes.items() if torch.Size(headers[name].shape).numel() != size]:
+        raise RecipeError(
+            f"a 4-bit weight must have a scale for each {BLOCK} of its elements, and the tables of NF4;\n"
+            f"{len(wrong)} of these tensors have another size: {listed(wrong)} (the first is "
+            f"{_size(headers[wrong[0]].shape)}, by its weight {sizes[wrong[0]]}).\n"
+            "Copy, download or quantise the checkpoint again."
+        )
 
 
 def is_packed(headers: Headers, name: str) -> bool:

@@ -12,6 +12,7 @@ from bitsandbytes.nn import Linear4bit
 from safetensors import safe_open
 from torch import Tensor
 
+from launcher.errors import RecipeError
 from launcher.model.lora import nf4_of
 from launcher.model.weight_files import Headers, is_packed, listed, weights_of
 from launcher.ops.nf4 import BLOCK, BLOCK2
@@ -26,17 +27,28 @@ def compare_with_files(model: Any, headers: Headers, missing: Iterable[str] = ()
     """Whether every weight of the files is where it belongs in the loaded model, by pieces of each from its first to
     its last: floats equal after the cast, NF4 weights within the quantiser's step, packed ones bit for bit.
 
-    `missing`: names that the loader says it has not filled. Reads a few KiB of each tensor.
+    `missing`: names that the loader says it has not filled. Reads a few KiB of each tensor. Raises RecipeError where
+    those of the files are not finite.
     """
     wrong, names = {*missing}, weights_of(headers)
+    broken: dict[str, None] = {}  # in the order of the files
     with ExitStack() as stack:
         files = {header.file: None for header in headers.values()}
         opened = {file: stack.enter_context(safe_open(file, framework="pt")) for file in files}
 
         def stored(name: str, starts: list[int]) -> Tensor:
-            return _stored(opened[headers[name].file].get_slice(name), starts)
+            values = _stored(opened[headers[name].file].get_slice(name), starts)
+            if values.is_floating_point() and not (is_packed(headers, name) or values.isfinite().all()):
+                broken[name] = None
+            return values
 
         wrong |= {name for name in names if not _is_in_place(model, name, headers, stored)}
+    if broken:
+        raise RecipeError(
+            f"the weights of the base must be finite; {len(broken)} tensors of its files hold NaN or infinity among "
+            f"the values compared: {listed(broken)}.\n"
+            "The checkpoint was saved like this, or damaged since: name or save a sound one."
+        )
     evidence = (
         f"{len(names) - len(wrong)} of {len(names)} tensors have the names, shapes and sampled values of the files"
     )

@@ -32,6 +32,7 @@ PRECISIONS = {"bf16": "bfloat16", "fp16": "float16"}
 def check_launch_flags(model: ModelSection, train: TrainSection, *, cores: int) -> tuple[str, ...]:
     """The notes on what Accelerate was asked for without effect. `cores` is this process's share of the machine's.
 
+    Values are told only of flags that have a counterpart here: that of another may be a secret, and reports are shared.
     Raises RecipeError, for all at once, where it contradicts the recipe or what the launcher can do.
     """
     asked = {**_from_environment(), **_from_command(parent_command())}
@@ -46,8 +47,9 @@ def check_launch_flags(model: ModelSection, train: TrainSection, *, cores: int) 
         "num_cpu_threads_per_process": ("this process's share of the cores", cores),
     }
     return tuple(
-        f"accelerate's {name}={value} has no effect: "
-        + (f"{ours[name][0]} decides, which is {ours[name][1]}" if name in ours else "no part of the launcher reads it")
+        f"accelerate's {name}={value} has no effect: {ours[name][0]} decides, which is {ours[name][1]}"
+        if name in ours
+        else f"accelerate's {name} has no effect: no part of the launcher reads it"
         for name, value in asked.items()
         if name not in ours or PRECISIONS.get(value, value) != str(ours[name][1])
     )

@@ -1,5 +1,6 @@
 """What is said of a graph's inside: equal hashes mean equal programs, and what the compiler does not see has a name."""
 
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,8 @@ from launcher.compile import observe
 from launcher.compile.contents import without_device_index
 from launcher.compile.inductor_cache import OPS
 from tests.support.plans import Block, Other, call, plan_for
+
+SCHEMA = "(Tensor x) -> Tensor"
 
 pytestmark = pytest.mark.usefixtures("clean_dynamo")
 
@@ -62,6 +65,59 @@ def implementation(factor):
     kernel.register_fake(torch.empty_like)
     kernel.register_autograd(lambda ctx, gradient: gradient)
     return kernel
+
+
+class Times:
+    def __init__(self, factor):
+        self.factor = factor
+
+    def __call__(self, ctx, gradient):
+        return gradient * self.factor
+
+
+def formula(kind, factor):
+    """A backward formula that holds `factor` in one place or another; the code is always the same."""
+
+    def inner(gradient):
+        return gradient * factor
+
+    def by_default(ctx, gradient, by=factor):
+        return gradient * by
+
+    def by_keyword(ctx, gradient, *, by=factor):
+        return gradient * by
+
+    def product(by, ctx, gradient, *, other=1):
+        return gradient * by * other
+
+    def itself(ctx, gradient):
+        return itself(ctx, gradient) if gradient is None else inner(gradient)
+
+    kinds = {
+        "default": by_default, "keyword default": by_keyword, "partial": partial(product, factor),
+        "partial, by keyword": partial(product, 1, other=factor), "closure": lambda ctx, gradient: inner(gradient),
+        "closure of itself": itself, "object": Times(factor), "object in a closure": None,
+    }  # fmt: skip
+    held = Times(factor)
+    return kinds[kind] or (lambda ctx, gradient: held(ctx, gradient))
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "default", "keyword default", "partial", "partial, by keyword", "closure", "closure of itself", "object",
+        "object in a closure",
+    ],
+)  # fmt: skip
+def test_the_hash_sees_what_a_backward_formula_holds(kind):
+    def hashed(factor):
+        operator = torch.library.custom_op("launcher_tests::held", lambda x: x * 2, mutates_args=(), schema=SCHEMA)
+        operator.register_fake(torch.empty_like)
+        operator.register_autograd(formula(kind, factor))
+        return record_of(Applied(operator)).graph_hash
+
+    hashes = [hashed(factor) for factor in (2, 2, 3)]
+    assert hashes[0] == hashes[1] != hashes[2]
 
 
 def allowed_in_graph(factor):

@@ -4,12 +4,13 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from launcher.errors import RecipeError
 from launcher.model.load import load_config
 from launcher.model.token_vectors import stored_vectors, untrained_notes
+from launcher.model.weight_files import EMBEDDING, HEAD
 from launcher.recipe.schema import ModelSection
 from tests.conftest import TINY, small_config
 
@@ -102,6 +103,28 @@ def test_a_vector_that_a_resize_added_is_named_from_the_files(tmp_path):
     end = tokenizer.convert_tokens_to_ids("<|im_end|>")
     [note] = untrained_notes(*vectors, tokenizer, read={USER, end}, written={end})
     assert "<|im_end|> (the mean of all tokens)" in note
+
+
+@pytest.mark.parametrize("stored", [(EMBEDDING,), (HEAD,), (EMBEDDING, HEAD)])
+def test_a_tied_head_is_the_one_that_the_files_hold(tmp_path, stored):
+    tensors = {name: torch.full((8192, 64), float(name == HEAD)) for name in stored}
+    AutoModelForCausalLM.from_config(small_config(tie_word_embeddings=True)).save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    save_file(load_file(file) | tensors if EMBEDDING in stored else tensors, file, metadata={"format": "pt"})
+    config = load_config(str(tmp_path), ModelSection())
+    vectors = stored_vectors(str(tmp_path), config, ModelSection())
+    assert vectors is not None
+    assert [float(each[0, 0]) for each in vectors] == [float(stored[0] == HEAD), float(HEAD in stored)]
+    if EMBEDDING in stored:  # as transformers loads it
+        head = AutoModelForCausalLM.from_pretrained(tmp_path).lm_head.weight
+        assert torch.equal(head, vectors[1])
+
+
+def test_how_many_vectors_are_like_one_is_said_as_what_was_counted(tokenizer, trained):
+    head = trained.clone()
+    like_unused(head, [END])
+    [note] = untrained_notes(trained, head, tokenizer, **USED)
+    assert "<|end|> (nearly equal to at least " in note
 
 
 @pytest.mark.parametrize("lack", ["weights", "whole", "head", "trained"])

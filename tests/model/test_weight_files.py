@@ -257,6 +257,10 @@ def test_a_checkpoint_that_is_quantised_in_part_is_refused_by_name(quantised, re
         (without(f"{DOWN}.nested_absmax"), ("1 are quantised otherwise", DOWN)),
         (renamed(lambda n: n.replace("nf4", "fp4")), ("14 are quantised otherwise", "unquantised")),
         (converted(DOWN, lambda t: t[:-1].clone()), ("1 have another shape", DOWN)),
+        (converted(f"{DOWN}.absmax", lambda t: t[:5].clone()), ("1 of these tensors", f"{DOWN}.absmax", "5", "128")),
+        (converted(f"{DOWN}.nested_absmax", lambda t: t.repeat(2)), (f"{DOWN}.nested_absmax", "is 2", "weight 1)")),
+        (converted(f"{DOWN}.quant_map", lambda t: t[:15].clone()), (f"{DOWN}.quant_map", "is 15", "weight 16)")),
+        (converted(f"{DOWN}.nested_quant_map", lambda t: t[:9].clone()), (f"{DOWN}.nested_quant_map", "is 9", "256)")),
     ],
 )
 def test_packed_weights_that_are_not_whole_are_named(quantised, refusal, change, expected):

@@ -91,6 +91,35 @@ def test_weights_with_outliers_are_within_the_quantisers_step(small_model, tmp_p
     assert from_folder(str(folder), quant=QuantSection()).verdict.holds
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("quant", ["none", "nf4"])
+@pytest.mark.parametrize("name", ["model.layers.1.mlp.down_proj.weight", "model.norm.weight"])
+def test_weights_that_are_not_finite_are_named_as_such(small_model, tmp_path, value, quant, name):
+    folder = shutil.copytree(small_model, tmp_path / "not-finite")
+    tensors = load_file(folder / "model.safetensors")
+    tensors[name].view(-1)[-1] = value
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(RecipeError, match=rf"1 tensors of its files hold NaN or infinity.*: {name}\.") as caught:
+        from_folder(str(folder), quant=QuantSection(type=quant))
+    assert caught.value.code == 2 and "misreads" not in str(caught.value)
+
+
+def test_scales_of_packed_weights_that_are_not_finite_are_named_as_such(loaded):
+    base, headers = loaded
+    name = "model.layers.1.mlp.down_proj.weight.nested_absmax"
+    if name not in headers:
+        pytest.skip("only packed weights have scales in their files")
+    file = headers[name].file
+    tensors = load_file(file)
+    sound = tensors[name].clone()
+    try:
+        save_file(tensors | {name: sound * float("nan")}, file, metadata={"format": "pt"})
+        with pytest.raises(RecipeError, match=name):
+            compare_with_files(base.model, headers)
+    finally:
+        save_file(tensors | {name: sound}, file, metadata={"format": "pt"})
+
+
 def test_a_loader_that_fills_the_wrong_place_ends_the_run(small_model, monkeypatch):
     def mixed_up(*arguments, **options):
         model, info = AutoModelForCausalLM.from_pretrained(*arguments, **options)
