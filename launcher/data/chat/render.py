@@ -165,13 +165,15 @@ def _supervised_turns(row: Conversation, loss_on: str) -> list[int]:
 
 
 def _is_cut(messages: Messages, text: str) -> bool:
-    """Whether the text lacks a message's content, or a part of it, such as thoughts. Whitespace may differ."""
+    """Whether the text lacks a message's content, or a part of it, such as thoughts. Whitespace may differ, and blank
+    thoughts, of which no word can be lost.
+    """
     contents = [message["content"].strip() for message in messages]
     return not _has_all(text, contents) and not _has_all(_joined(text), [_joined(content) for content in contents])
 
 
 def _joined(text: str) -> str:
-    return "".join(text.split())
+    return "".join(text.split()).replace("<think></think>", "")
 
 
 def _has_all(text: str, parts: Sequence[str]) -> bool:

@@ -85,6 +85,18 @@ DROPS = LLAMA3.replace("m['content']", "m['content'].split('</think>')[-1]")
         pytest.param(
             STOCK["qwen3"], ["user: a", f"assistant: {THOUGHTS}Five.", "user: b"], True, id="dropped before a question"
         ),
+        pytest.param(
+            STOCK["qwen3"],
+            ["user: a", "assistant: <think>\n\n</think>\n\nFive.", "user: b", "assistant: Six."],
+            False,
+            id="blank thoughts",
+        ),
+        pytest.param(
+            STOCK["qwen3"],
+            ["user: a", "assistant: <think>\n\n</think>\n\nFive.", "user: b", f"assistant: {THOUGHTS}Six.", "user: c"],
+            True,
+            id="blank thoughts and others",
+        ),
         pytest.param(CHATML + "{# #}", ["system: s", "user: a", "assistant: b"], False, id="a system message"),
         pytest.param(
             CHATML.replace("messages %}", "messages if m.role != 'system' %}", 1),
