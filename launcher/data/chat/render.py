@@ -138,6 +138,11 @@ class ChatRenderer:
                 "to mask all but the assistant, a chat template must write what comes before a turn the same whatever "
                 "follows, and show where the turn ends."
             )
+            if turn.index == 0 and row.messages[0].role == "assistant":
+                rule = (
+                    "to mask all but the assistant of a chat that the assistant begins, a chat template must show "
+                    "where the first turn begins and ends."
+                )
             remedy = "data.loss_on=all needs none; data.template has others."
             found = f"{self._name} does not, message {turn.index + 1}. {remedy}"
             raise RowFault("unmaskable", where=row.where, rule=rule, found=found) from None
