@@ -15,14 +15,18 @@ _quoted = json.JSONEncoder().encode  # of a string; json.dumps of the lists take
 def digest(row: Row, *, seed: int) -> bytes:
     """16 bytes that depend on the row's content and the seed only, not on its place.
 
-    Whitespace around a message, a prompt, a completion or a text makes no difference.
+    Whitespace around a message or a text makes no difference, nor do Windows line ends, nor where the completion begins
+    in a text: it is tokenised as one.
     """
     if isinstance(row, Conversation):
-        content = f"[{', '.join([f'[{_quoted(m.role)}, {_quoted(m.content.strip())}]' for m in row.messages])}]"
+        content = f"[{', '.join([f'[{_quoted(m.role)}, {_quoted(_normal(m.content))}]' for m in row.messages])}]"
     else:
-        parts = row.text[: row.answer or 0], row.text[row.answer or 0 :]
-        content = _quoted(" ".join(part.strip() for part in parts if part.strip()))
+        content = _quoted(_normal(row.text))
     return hashlib.blake2b(content.encode(), digest_size=16, salt=seed.to_bytes(8, "little")).digest()
+
+
+def _normal(text: str) -> str:
+    return text.strip().replace("\r\n", "\n")
 
 
 def held_out(digests: Sequence[bytes], *, fraction: float) -> Bools:

@@ -19,12 +19,14 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate, groupby, pairwise
 
+from jinja2 import TemplateSyntaxError
 from transformers import PreTrainedTokenizerBase
 
 from launcher.data.chat.named_templates import without_today
 from launcher.data.chat.spelled_out import BEGIN, END, Messages, SpelledOut, restored
 from launcher.data.chat.turns import THOUGHTS_ALONE, Span, Turns, UnshownTurn
-from launcher.data.read.rows import Conversation, PlainText, RowFault
+from launcher.data.read.rows import SKIP, Conversation, PlainText, RowFault
+from launcher.errors import RecipeError
 
 CUT = "rows_cut_by_template"
 ENDLESS = "rows_without_end_token"
@@ -61,7 +63,8 @@ class ChatRenderer:
         """The chat with the spans that the loss sees: assistant turns, the completion's turns, or None for "all".
 
         Remarks CUT where the template leaves out text of a message, and ENDLESS where a span has no end token.
-        Raises RowFault: the template refuses the chat, or does not show where an assistant turn begins and ends.
+        Raises RowFault: the template refuses the chat, or does not show where an assistant turn begins and ends; and
+        RecipeError: it is no valid Jinja.
         """
         messages, stand_ins = self._spelled_out.hide(row.messages)
         turns = _supervised_turns(row, loss_on)
@@ -130,7 +133,7 @@ class ChatRenderer:
 
     @contextmanager
     def _faults(self, row: Conversation) -> Iterator[None]:
-        """A template is a program of its own: whatever it raises is a fault of this chat."""
+        """A template is a program of its own: whatever it raises is a fault of this chat, but for one that is none."""
         try:
             yield
         except UnshownTurn as turn:
@@ -138,13 +141,27 @@ class ChatRenderer:
                 "to mask all but the assistant, a chat template must write what comes before a turn the same whatever "
                 "follows, and show where the turn ends."
             )
+            if turn.index == 0 and row.messages[0].role == "assistant":
+                rule = (
+                    "to mask all but the assistant of a chat that the assistant begins, a chat template must show "
+                    "where the first turn begins and ends."
+                )
             remedy = "data.loss_on=all needs none; data.template has others."
             found = f"{self._name} does not, message {turn.index + 1}. {remedy}"
             raise RowFault("unmaskable", where=row.where, rule=rule, found=found) from None
+        except TemplateSyntaxError as error:  # also a filter that Jinja does not know
+            line = error.lineno - ("strftime_now" in self._template)  # without_today puts a line before it
+            reason = (error.message or "").rstrip(".")
+            raise RecipeError(
+                f"a chat template must be valid Jinja.\nFound: {self._name}, line {line}: {reason}.\n"
+                "Repair it (chat_template.jinja, or chat_template in tokenizer_config.json, in the model's folder), or "
+                "set data.template to one that ships here."
+            ) from error
         except Exception as error:
             found = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
             rule = f"the chat template ({self._name}) must accept the conversation."
-            raise RowFault("template", where=row.where, rule=rule, found=found) from error
+            remedy = f"{SKIP} If the template is at fault, repair it or set another data.template."
+            raise RowFault("template", where=row.where, rule=rule, found=found, remedy=remedy) from error
 
 
 def render_text(row: PlainText, loss_on: str) -> Rendered:
@@ -165,13 +182,15 @@ def _supervised_turns(row: Conversation, loss_on: str) -> list[int]:
 
 
 def _is_cut(messages: Messages, text: str) -> bool:
-    """Whether the text lacks a message's content, or a part of it, such as thoughts. Whitespace may differ."""
+    """Whether the text lacks a message's content, or a part of it, such as thoughts. Whitespace may differ, and blank
+    thoughts, of which no word can be lost.
+    """
     contents = [message["content"].strip() for message in messages]
     return not _has_all(text, contents) and not _has_all(_joined(text), [_joined(content) for content in contents])
 
 
 def _joined(text: str) -> str:
-    return "".join(text.split())
+    return "".join(text.split()).replace("<think></think>", "")
 
 
 def _has_all(text: str, parts: Sequence[str]) -> bool:

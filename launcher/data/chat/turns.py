@@ -22,6 +22,9 @@ Long chats: rendering a prompt for every turn would take time with the square of
 for ever fewer turns (the 1st, 2nd, 3rd, 5th, 9th, ... and the last), which shows templates that rewrite what came
 before. In between, a turn begins behind the only `lead` there: what the template writes between the sample's question
 and its answer.
+
+A chat's first message has no prompt, since templates take no empty chat. If it is the assistant's, it begins behind the
+only `header` there: the lead without the question's ending.
 """
 
 import re
@@ -53,11 +56,13 @@ class UnshownTurn(Exception):
 class TurnFormat:
     """How a template writes an assistant turn that a user's message follows.
 
-    `lead`: what it writes between the question and the turn. `opening`: what the generation prompt has behind that, and
-    the turn has not. `ending`: what ends the turn; None if unknown.
+    `lead`: what it writes between the question and the turn. `header`: the lead without what ends the question.
+    `opening`: what the generation prompt has behind that, and the turn has not. `ending`: what ends the turn; None if
+    unknown.
     """
 
     lead: str = ""
+    header: str = ""
     opening: str = ""
     ending: str | None = None
 
@@ -98,12 +103,23 @@ class Turns:
 
     def begin(self, messages: Messages, turn: int, text: str) -> int:
         """Where the model begins to write this turn in `text`. Raises UnshownTurn, and what the template raises."""
+        if turn == 0:
+            return self._begin_of_chat(messages, text)
         prompt = self._apply(messages[:turn], prompt=True)
         if not text.startswith(prompt):
             prompt = prompt.removesuffix(self._format.opening)
         if not text.startswith(prompt):
             raise UnshownTurn(turn)
         return len(prompt)
+
+    def _begin_of_chat(self, messages: Messages, text: str) -> int:
+        """Where the model begins to write the chat's first message: behind the header, whatever the content."""
+        header, opening = self._format.header, self._format.opening
+        head = self._apply([{**messages[0], "content": SAMPLE[1]}, *messages[1:]]).partition(SAMPLE[1])[0]
+        start = head.find(header) + len(header)
+        if not header or head.count(header) != 1 or not text.startswith(head[:start]):
+            raise UnshownTurn(0)
+        return start + len(opening) if text.startswith(opening, start) else start
 
     def _content_ends(self, messages: Messages, turns: Sequence[int], text: str) -> dict[int, int]:
         """Where the contents of these messages end in `text`, without the chat's last message."""
@@ -177,7 +193,8 @@ class Turns:
         rest = _behind(SAMPLE[1], followed)
         endings = [self._ending(rest, _behind(*pair)) for pair in ((SAMPLE[1], answered), (SAMPLE[0], question))]
         ending = next((ending for ending in endings if ending.endswith(self._end_tokens)), endings[0])
-        return TurnFormat(lead, opening, ending)
+        question_end = self._ending(lead, _behind(SAMPLE[0], question))
+        return TurnFormat(lead, lead.removeprefix(question_end).lstrip(), opening, ending)
 
     def _ending(self, followed: str, last: str) -> str:
         """What a turn ends in both where another message follows and where the chat ends."""

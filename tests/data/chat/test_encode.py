@@ -147,6 +147,18 @@ def test_whatever_a_template_raises_is_a_fault(make_tokenizer):
     template = "{% for m in messages %}{{ 1 // (m['content'] | length - 3) }}{{ m['content'] }}{% endfor %}<|eot|>"
     [(_, fault)] = encoder(make_tokenizer(template)).encode([chat("user: abc", "assistant: Hello")])
     assert isinstance(fault, RowFault) and "Found: ZeroDivisionError" in str(fault)
+    assert "another data.template" in str(fault)
+
+
+@pytest.mark.parametrize("bad_rows", ["raise", "skip"])
+@pytest.mark.parametrize(("broken", "found"), [("{% if %}", "Expected"), ("{{ strftime_now() | shout }}", "No filter")])
+def test_a_template_that_is_no_jinja_is_no_fault_of_a_row(make_tokenizer, broken, found, bad_rows):
+    made = encoder(make_tokenizer("{{ bos_token }}\n" + broken), bad_rows=bad_rows)
+    with pytest.raises(RecipeError, match=rf"(?s)^a chat template must be.*own, line 2: .*{found}.*data\.template"):
+        made.encode([turns()])
+    with pytest.raises(RecipeError, match="valid Jinja"):
+        made.prompt(MANY_TURNS.messages)
+    assert isinstance(made.encode([text()])[0].document, Document)  # plain text needs no template
 
 
 def test_named_templates_without_a_default_are_listed_with_the_remedy(make_tokenizer):

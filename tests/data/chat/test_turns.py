@@ -1,7 +1,10 @@
 """Where templates in the style of well-known models begin and end a turn, and what they leave out."""
 
+import re
+
 import pytest
 
+from launcher.data.read.rows import RowFault
 from tests.support.chats import MANY_TURNS, chat, encode, encoder, supervised_runs, supervised_text
 from tests.support.styles import STYLES, style_tokens
 from tests.support.templates import CHATML, LLAMA3, STOCK
@@ -41,6 +44,40 @@ def test_a_completion_and_blank_answers_are_told_from_other_turns(make_style, na
     assert supervised_runs(tokenizer, document) == [style.last]
     [document] = encode(tokenizer, chat("user: a", "assistant:  ", "user: b", *TURNS[1:4]))
     assert supervised_runs(tokenizer, document) == [style.first, style.last]
+
+
+REFUSED = ("end tokens as separators", "mistral-v1", "mistral-v3", "mistral-tekken")  # no opening of the turn's own
+
+
+@pytest.mark.parametrize("name", [name for name, style in STYLES.items() if False in style.systems])
+def test_a_chat_may_begin_with_the_assistant_where_the_template_shows_the_turn(make_style, name):
+    style, tokenizer = STYLES[name], make_style(name)
+    [(_, document)] = encoder(tokenizer).encode([chat(*TURNS[1:4])])
+    if name in REFUSED:
+        assert isinstance(document, RowFault) and document.reason == "unmaskable"
+        assert re.match(r"rows.jsonl:3: .*assistant begins.*\n.*message 1\. data.loss_on=all.*\n.*skip", str(document))
+    else:
+        assert supervised_runs(tokenizer, document) == [style.first, style.last]
+    [silent] = encode(tokenizer, chat("assistant:  ", *TURNS[2:4]))
+    assert supervised_runs(tokenizer, silent) == [style.last]
+
+
+@pytest.mark.parametrize("family", ["llama3", "chatml", "gemma", "qwen3"])
+def test_a_first_message_of_the_assistant_is_found_behind_a_system_turn_and_a_dropped_thought(make_family, family):
+    tokenizer = make_family(family, template=STOCK[family])
+    end = "<end_of_turn>" if family == "gemma" else tokenizer.eos_token
+    [alone] = encode(tokenizer, chat("assistant: 5926 Hello"))
+    assert supervised_runs(tokenizer, alone) == [f"5926 Hello{end}"]
+    [thought] = encode(tokenizer, chat(f"assistant: {THOUGHTS}Five.", "user: assistant\nBye"))
+    assert supervised_runs(tokenizer, thought) == [f"{'' if family == 'qwen3' else THOUGHTS}Five.{end}"]
+
+
+@pytest.mark.parametrize("head", ["assistant: I am your assistant: ", "{{ messages[0].content | length }}assistant: "])
+def test_a_first_message_is_refused_where_its_beginning_is_not_safe_to_tell(make_tokenizer, head):
+    lines = "{% for m in messages %}{{ m.role + ': ' + m.content + '\n' }}{% endfor %}"
+    prompt = "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
+    with pytest.raises(RowFault, match=r"(?s)assistant begins.*message 1"):
+        encode(make_tokenizer(head + "{{ '\n' }}" + lines + prompt), chat("assistant: Hello", "user: a"))
 
 
 TWO_MARKS = (  # thoughts and answers are marked one by one, and a blank answer is not written
@@ -84,6 +121,18 @@ DROPS = LLAMA3.replace("m['content']", "m['content'].split('</think>')[-1]")
         pytest.param(STOCK["qwen3"], ["user: a", f"assistant: {THOUGHTS}Five."], False, id="kept in the last turn"),
         pytest.param(
             STOCK["qwen3"], ["user: a", f"assistant: {THOUGHTS}Five.", "user: b"], True, id="dropped before a question"
+        ),
+        pytest.param(
+            STOCK["qwen3"],
+            ["user: a", "assistant: <think>\n\n</think>\n\nFive.", "user: b", "assistant: Six."],
+            False,
+            id="blank thoughts",
+        ),
+        pytest.param(
+            STOCK["qwen3"],
+            ["user: a", "assistant: <think>\n\n</think>\n\nFive.", "user: b", f"assistant: {THOUGHTS}Six.", "user: c"],
+            True,
+            id="blank thoughts and others",
         ),
         pytest.param(CHATML + "{# #}", ["system: s", "user: a", "assistant: b"], False, id="a system message"),
         pytest.param(
