@@ -76,7 +76,8 @@ def _preview(resolved: Resolved, info: RankInfo, console: Console) -> None:
         data, used = fit_vocabulary(data, tokenizer, vocabulary=config.vocab_size)
         if vectors := stored_vectors(source, config, recipe.model):
             data = replace(data, notes=untrained_notes(*vectors, tokenizer, **vars(used)) + data.notes)
-        screen.show(preview_record(data, tokenizer, recipe=recipe, name=name, source=source, blocks=resolved.blocks))
+        shown: dict[str, Any] = {"recipe": recipe, "name": name, "source": source, "blocks": resolved.blocks}
+        screen.show(preview_record(data, tokenizer, **shown, world_size=info.world_size))
 
 
 def _parity(resolved: Resolved, info: RankInfo, console: Console) -> None:
