@@ -108,7 +108,7 @@ def accepts(key: str) -> str:
 def _words(schema: Json) -> str:
     schema = _follow(schema)
     if "anyOf" in schema:
-        return ", or ".join(map(_words, schema["anyOf"]))
+        return ", or ".join(branch.get("description") or _words(branch) for branch in schema["anyOf"])
     if "enum" in schema:
         return f"one of {', '.join(schema['enum'])}"
     if "const" in schema:

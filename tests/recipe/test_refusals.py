@@ -129,6 +129,8 @@ def test_unknown_keys_of_a_file_are_named_with_their_line(refusal, own):
         ("data.validation={path: a, pth: b}", "or {path, format"),
         ("data.validation=1.5", "a number >= 0 and < 1, or text"),
         ("train.clip=-1", "a number > 0, or null"),
+        ("train.save_every=10x", "be steps (a whole number >= 0), or a time as 90s, 10m or 2h, or off;"),
+        ("train.save_every=5min", "be steps (a whole number >= 0), or a time as 90s, 10m or 2h, or off;"),
         ("train=5", "train is a section; got '5' (command line); try train.steps=5"),
         ("train=cosine", "try train.schedule=cosine"),
         ("train=0.5", "try train.epochs=0.5"),
