@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from functools import cache
 from typing import Any
 
-from launcher.recipe.command_line import bare, closest
+from launcher.recipe.command_line import OPTIONS, bare, closest
 from launcher.recipe.schema import Recipe
 from launcher.recipe.yaml_lines import inline
 
@@ -147,9 +147,12 @@ def assignment(key: str, value: Any) -> str:
     return shlex.quote(f"{key}={inline(value)}")
 
 
-def unknown(key: str, got: str) -> str:
+def unknown(key: str, value: Any, got: str) -> str:
     """The error for a key that does not exist: the nearest key and what that accepts, else the keys there are."""
-    if near := nearest(key):
+    word = key.removeprefix("--")
+    if word != key and word not in (*SECTIONS, *OTHER_NAMES) and (option := closest(word, OPTIONS, 0.75)):
+        remedy = f"write {assignment(option, value)}"
+    elif near := nearest(key):
         remedy = f"did you mean {near}{'' if near in SECTIONS else f' ({accepts(near)})'}?"
     else:
         parent = key.rpartition(".")[0]
