@@ -93,9 +93,9 @@ def _parity(resolved: Resolved, info: RankInfo, console: Console) -> None:
 
 def _bench(resolved: Resolved, info: RankInfo, console: Console) -> None:
     record = _compare(bench, resolved, info, console)
-    for naive in (record.naive, record.plain):
-        if naive and naive.failure and not naive.out_of_memory:
-            raise ChildFailed(f"naive must come to its end to be compared; it did not: {naive.failure}.")
+    for name, side in (("naive", record.naive), ("plain", record.plain)):
+        if side and side.failure and not side.out_of_memory:
+            raise ChildFailed(f"{name} must come to its end to be compared; it did not: {side.failure}.")
 
 
 def _compare(events: Callable[[Request], Iterator[Any]], resolved: Resolved, info: RankInfo, console: Console) -> Any:
