@@ -72,7 +72,7 @@ class CompileSection(RecipeSection):
     )
     regions: Distinct[Literal["mlp", "rmsnorm", "attention", "loss"]] = Field(
         ["mlp", "rmsnorm", "attention", "loss"],
-        description="What scope=regions compiles; the loss is compiled in every scope if listed.",
+        description="What scope=regions compiles; other scopes heed only whether it lists the loss.",
     )
     backend: Literal["inductor", "aot_eager"] = Field(
         "inductor", description="inductor generates kernels; aot_eager only traces (quick, for tests)."
