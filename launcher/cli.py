@@ -80,7 +80,8 @@ def _preview(resolved: Resolved, info: RankInfo, console: Console) -> None:
                 data = replace(data, notes=untrained_notes(*vectors, tokenizer, **vars(used)) + data.notes)
         except DataError as error:  # after the blocks, which show where the token stands
             fault = error
-        screen.show(preview_record(data, tokenizer, recipe=recipe, name=name, source=source, blocks=resolved.blocks))
+        shown: dict[str, Any] = {"recipe": recipe, "name": name, "source": source, "blocks": resolved.blocks}
+        screen.show(preview_record(data, tokenizer, **shown, world_size=info.world_size))
     if fault:
         raise fault
 
@@ -98,9 +99,9 @@ def _parity(resolved: Resolved, info: RankInfo, console: Console) -> None:
 
 def _bench(resolved: Resolved, info: RankInfo, console: Console) -> None:
     record = _compare(bench, resolved, info, console)
-    for naive in (record.naive, record.plain):
-        if naive and naive.failure and not naive.out_of_memory:
-            raise ChildFailed(f"naive must come to its end to be compared; it did not: {naive.failure}.")
+    for name, side in (("naive", record.naive), ("plain", record.plain)):
+        if side and side.failure and not side.out_of_memory:
+            raise ChildFailed(f"{name} must come to its end to be compared; it did not: {side.failure}.")
 
 
 def _compare(events: Callable[[Request], Iterator[Any]], resolved: Resolved, info: RankInfo, console: Console) -> Any:

@@ -248,3 +248,12 @@ def train_loader(
     """This rank's endless optimizer steps; a stream brings its own seed."""
     shape = {"micro_batch": micro_batch, "accumulation": accumulation, "rank": rank, "world_size": world_size}
     return StreamLoader(data, **shape) if isinstance(data, Stream) else TrainLoader(data, **shape, seed=seed)
+
+
+def blank_step_note(blocks: int, step_blocks: int) -> tuple[str, ...]:
+    """A note when a step is larger than an epoch of this many blocks: the rest of it is blank."""
+    if blocks >= step_blocks:
+        return ()
+    return (
+        f"a step holds {step_blocks} blocks and the data only {blocks}: lower train.micro_batch or train.accumulation",
+    )

@@ -13,6 +13,7 @@ import numpy as np
 
 from launcher.data.chat.named_templates import control_tokens
 from launcher.data.documents import Longs
+from launcher.data.loader import blank_step_note
 from launcher.data.pack.blocks import Blocks
 from launcher.data.pack.micro_batch import IGNORE, micro_batch_of
 from launcher.data.prepare import PreparedData
@@ -25,13 +26,14 @@ MAX_CHARACTER_TOKENS = 16  # decoded in search of whole characters: one has 4 at
 
 
 def preview_record(
-    data: PreparedData, tokenizer: Any, *, recipe: Recipe, name: str, source: str, blocks: int
+    data: PreparedData, tokenizer: Any, *, recipe: Recipe, name: str, source: str, blocks: int, world_size: int = 1
 ) -> PreviewRecord:
     """The record of data that was prepared with this tokenizer, with the text of the first `blocks` training blocks.
 
-    `name` is that of the recipe, `source` the located model.
+    `name` is that of the recipe, `source` the located model; `world_size` processes would train.
     """
     train, validation = data.first_blocks, data.validation
+    step_blocks = recipe.train.micro_batch * recipe.train.accumulation * world_size
     widths, counts = np.unique(train.widths, return_counts=True)
     return PreviewRecord(
         recipe=name,
@@ -55,7 +57,7 @@ def preview_record(
         validation_rows=data.validation_rows,
         validation_blocks=len(validation) if validation else 0,
         counts=data.counts,
-        notes=data.notes,
+        notes=(*data.notes, *blank_step_note(len(train), step_blocks)),
     )
 
 

@@ -69,7 +69,10 @@ def parse(argv: Sequence[str]) -> Arguments:
     for argument in argv:
         key, equals, text = argument.partition("=")
         key = key.strip()
-        if not equals or not key:
+        if argument.startswith("--") and not equals and (near := closest(key[2:], (*OPTIONS, "help", "version"))):
+            remedy = f"write {near}=..." if near in OPTIONS else f"did you mean --{near}?"
+            arguments.refuse(argument, f"every argument is key=value; got {echoed(argument)}; {remedy}")
+        elif not equals or not key:
             recipe = argument if argument.endswith(".yaml") else nearest_recipe(argument)
             remedy = f"did you mean recipe={bare(recipe)}?" if recipe else "try train.steps=100, or --help alone"
             arguments.refuse(argument, f"every argument is key=value; got {echoed(argument)}; {remedy}")
@@ -95,7 +98,16 @@ def _quoted(key: str, text: str) -> str:
     """The remedy for a value that YAML cannot read."""
     if text[0] + text[-1:] in ("[]", "{}"):
         return """quote the text in it that holds any of : , # [ ] { } & * ! % @, as in '[{path: "a: b"}]'"""
-    return f"quote it: {shlex.quote(f'{bare(key)}={inline(text[:60])}')}"
+    quoted = f"quote it: {shlex.quote(f'{bare(key)}={inline(text[:60])}')}"
+    if text[0] not in "[{" or _closes(text):
+        return quoted
+    rule = "a bracket or brace is not closed; close it, and put the argument in single quotes"
+    return rule if text.startswith("[{") else f"{rule}; where it is text, {quoted}"
+
+
+def _closes(text: str) -> bool:
+    """Whether as many brackets and braces are closed as opened."""
+    return sum(map(text.count, "[{")) <= sum(map(text.count, "]}"))
 
 
 def _check_options(arguments: Arguments, given: dict[str, str]) -> None:

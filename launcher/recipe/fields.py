@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from functools import cache
 from typing import Any
 
-from launcher.recipe.command_line import bare, closest
+from launcher.recipe.command_line import OPTIONS, bare, closest
 from launcher.recipe.schema import Recipe
 from launcher.recipe.yaml_lines import inline
 
@@ -108,7 +108,7 @@ def accepts(key: str) -> str:
 def _words(schema: Json) -> str:
     schema = _follow(schema)
     if "anyOf" in schema:
-        return ", or ".join(map(_words, schema["anyOf"]))
+        return ", or ".join(branch.get("description") or _words(branch) for branch in schema["anyOf"])
     if "enum" in schema:
         return f"one of {', '.join(schema['enum'])}"
     if "const" in schema:
@@ -147,9 +147,12 @@ def assignment(key: str, value: Any) -> str:
     return shlex.quote(f"{key}={inline(value)}")
 
 
-def unknown(key: str, got: str) -> str:
+def unknown(key: str, value: Any, got: str) -> str:
     """The error for a key that does not exist: the nearest key and what that accepts, else the keys there are."""
-    if near := nearest(key):
+    word = key.removeprefix("--")
+    if word != key and word not in (*SECTIONS, *OTHER_NAMES) and (option := closest(word, OPTIONS, 0.75)):
+        remedy = f"write {assignment(option, value)}"
+    elif near := nearest(key):
         remedy = f"did you mean {near}{'' if near in SECTIONS else f' ({accepts(near)})'}?"
     else:
         parent = key.rpartition(".")[0]

@@ -54,8 +54,10 @@ def resolve(argv: Sequence[str]) -> Resolved:
         # The file may have set the end of training: a missing one is not the command line's fault.
         path, tree, places = Path(), {"train.epochs": 1}, {}
     folder = path.absolute().parent
-    from_file = _layer(_flat(tree), problems)
-    from_line = _layer((pair for key, value in arguments.overrides for pair in _flat({key: value})), problems)
+    from_file = _layer(_flat(tree), problems, folder)
+    from_line = _layer(
+        (pair for key, value in arguments.overrides for pair in _flat({key: value})), problems, Path.cwd()
+    )
     _drop_overruled(from_file, from_line)
     values = from_folder(from_file, folder) | from_folder(from_line, Path.cwd())
     try:
@@ -109,15 +111,16 @@ def _flat(tree: Values, prefix: str = "") -> Iterator[tuple[str, Any]]:
             yield key, value
 
 
-def _layer(pairs: Iterable[tuple[str, Any]], problems: dict[str, str]) -> Values:
-    """What one place sets; keys that it sets twice go to `problems`."""
+def _layer(pairs: Iterable[tuple[str, Any]], problems: dict[str, str], folder: Path) -> Values:
+    """What one place sets, whose ./ is `folder`; keys that it sets twice go to `problems`."""
     values: Values = {}
     for key, value in pairs:
         if key in values:
             got = f"got {echoed(values[key])} and {echoed(value)}"
             problems[f"{bare(key)} is given twice; {got}; remove one"] = bare(key)
         else:
-            values[key] = as_list(key, value) if key in LEAVES else value
+            one_path = key == "data.sources" and isinstance(value, str) and os.path.exists(from_folder(value, folder))
+            values[key] = as_list(key, [value] if one_path else value) if key in LEAVES else value
     return values
 
 
@@ -152,7 +155,7 @@ def _problems(error: ValidationError, places: dict[str, str], from_file: Values,
         if detail["type"] == "value_error":  # a rule between keys
             text = str(detail["ctx"]["error"])
         elif detail["type"] == "extra_forbidden":
-            text = unknown(key, got)
+            text = unknown(key, given, got)
         elif key in SECTIONS:
             text = f"{key} is a section; {got}; try {_within_section(key, given)}"
         else:

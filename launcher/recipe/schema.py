@@ -13,7 +13,7 @@ from launcher.recipe.field_types import Distinct, NonEmptyText, OnOff, RecipeSec
 
 ALTERNATIVES = (("train.steps", "train.epochs"), ("memory.budget", "memory.activations"))  # one takes the other's place
 
-INTERVAL = r"^[1-9]\d*[smh]$"  # of train.save_every
+INTERVAL = r"^([1-9]\d*[smh]|off)$"  # of train.save_every
 
 
 class ModelSection(RecipeSection):
@@ -72,7 +72,7 @@ class CompileSection(RecipeSection):
     )
     regions: Distinct[Literal["mlp", "rmsnorm", "attention", "loss"]] = Field(
         ["mlp", "rmsnorm", "attention", "loss"],
-        description="What scope=regions compiles; the loss is compiled in every scope if listed.",
+        description="What scope=regions compiles; other scopes heed only whether it lists the loss.",
     )
     backend: Literal["inductor", "aot_eager"] = Field(
         "inductor", description="inductor generates kernels; aot_eager only traces (quick, for tests)."
@@ -146,10 +146,14 @@ class TrainSection(RecipeSection):
     eval_every: int = Field(
         0, ge=0, description="Steps between evaluations; 0: only before the first step and after the last."
     )
-    save_every: Annotated[Annotated[int, Field(ge=0)] | Annotated[str, Field(pattern=INTERVAL)], off_is(0)] = Field(
+    save_every: Annotated[
+        Annotated[int, Field(ge=0, description="steps (a whole number >= 0)")]
+        | Annotated[str, Field(pattern=INTERVAL, description="a time as 90s, 10m or 2h, or off")],
+        off_is(0),
+    ] = Field(
         "10m",
-        description="Steps between two checkpoints, or a time as 90s, 10m or 2h; the last step and a signal save one "
-        "besides. 0 or off: none.",
+        description="Steps or time between two checkpoints; the last step and a signal save one besides. 0 or off: "
+        "none.",
         examples=["10m", 500],
     )
     keep: int = Field(2, ge=1, description="Checkpoints kept: the newest.")

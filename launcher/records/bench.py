@@ -93,8 +93,7 @@ class BenchRecord(ProofRecord, SpeedComparison):
     ceiling: Ceiling
     workload: Workload
     ours: SideRecord
-    naive: SideRecord | None  # None where it was left out
-    naive_checkpointed: bool  # whether `naive` recomputes its layers
-    plain: SideRecord | None  # beside a checkpointed `naive`, the same without checkpointing
+    naive: SideRecord | None  # with gradient checkpointing; None where it was left out
+    plain: SideRecord | None  # the same without checkpointing; None where it was left out
     to_plain: SpeedComparison
     loss_tolerance: float  # largest difference at the first step

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import torch
 
-from launcher.data.loader import TrainLoader
+from launcher.data.loader import TrainLoader, blank_step_note
 from launcher.records.counts import counts_in_words
 from launcher.records.run import RankRecord, StartRecord
 from launcher.train.setup import Worker
@@ -62,7 +62,9 @@ def start_record(worker: Worker) -> StartRecord:
             *built.notes,
             *data.notes,
             *_incomplete_rows(data.counts),
-            *_blank_steps(worker),
+            *blank_step_note(
+                len(data.first_blocks), train.micro_batch * train.accumulation * worker.rank_info.world_size
+            ),
             *slow_dtype_note(built.dtype, worker.accelerator.device),
         ),
     )
@@ -78,17 +80,6 @@ def _resumed(worker: Worker) -> tuple[str, ...]:
     """What the run goes on from, and what was wrong with its files."""
     resumed = worker.resumed
     return (f"goes on from step {resumed.step:,} ({resumed.bundle})", *resumed.notes) if resumed else ()
-
-
-def _blank_steps(worker: Worker) -> tuple[str, ...]:
-    """A note when a step is larger than an epoch: the rest of it is blank."""
-    train, blocks = worker.recipe.train, len(worker.prepared.data.first_blocks)
-    step_blocks = train.micro_batch * train.accumulation * worker.rank_info.world_size
-    if blocks >= step_blocks:
-        return ()
-    return (
-        f"a step holds {step_blocks} rows and the data only {blocks}: lower train.micro_batch or train.accumulation",
-    )
 
 
 def _incomplete_rows(counts: dict[str, int]) -> tuple[str, ...]:

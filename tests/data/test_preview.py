@@ -148,15 +148,20 @@ def test_a_token_that_nothing_predicts_is_not_shown_as_supervised(tokenizer):
     assert blocks.supervised_tokens == 2 * (len(text) - 1)
 
 
-def record_of(blocks: Blocks, tokenizer: Any, *, shown: int = 2, **changes: Any) -> PreviewRecord:
+def record_of(
+    blocks: Blocks, tokenizer: Any, *, shown: int = 2, accumulation: int = 1, world_size: int = 1, **changes: Any
+) -> PreviewRecord:
     fields: dict[str, Any] = {
         "train": blocks, "validation": None, "counts": {"rows_read": 4, "rows_dropped_empty": 1}, "example": None,
         "train_rows": 3, "validation_rows": 0, "loss_on": {"assistant": 3}, "template": "the tokenizer's",
         "identity": "0", "content": "0", "notes": ("a note",),
     }  # fmt: skip
-    recipe = Recipe.model_validate({"train": {"steps": 1}, "data": {"max_length": 128}})
+    recipe = Recipe.model_validate({"train": {"steps": 1, "accumulation": accumulation}, "data": {"max_length": 128}})
     data = PreparedData(**(fields | changes))
-    return preview_record(data, tokenizer, recipe=recipe, name="own", source="/models/base", blocks=shown)
+    source = "/models/base"
+    return preview_record(
+        data, tokenizer, recipe=recipe, name="own", source=source, blocks=shown, world_size=world_size
+    )
 
 
 def test_the_record_holds_the_figures_of_the_blocks(tokenizer):
@@ -175,6 +180,14 @@ def test_the_record_holds_the_figures_of_the_blocks(tokenizer):
     validated = record_of(blocks, tokenizer, validation=blocks, validation_rows=3)
     assert (validated.validation_rows, validated.validation_blocks) == (3, 3)
     assert [len(record_of(blocks, tokenizer, shown=shown).blocks) for shown in (0, 1, 99)] == [0, 1, 3]
+
+
+@pytest.mark.parametrize(("accumulation", "world_size", "holds"), [(1, 3, 0), (4, 1, 4), (2, 2, 4)])
+def test_a_step_larger_than_the_data_is_noted(tokenizer, accumulation, world_size, holds):
+    blocks = blocks_of(chat(tokenizer, "Q", "A."), blocks=[[0], [0], [0]])
+    notes = record_of(blocks, tokenizer, accumulation=accumulation, world_size=world_size).notes
+    said = f"a step holds {holds} blocks and the data only 3: lower train.micro_batch or train.accumulation"
+    assert notes == ("a note", *([said] if holds else []))
 
 
 @pytest.mark.parametrize(

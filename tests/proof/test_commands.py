@@ -76,7 +76,7 @@ def test_bench_measures_both_sides_in_processes_of_their_own_and_leaves_only_its
     assert "compile pays back" in printed or "compile never pays back" in printed
     assert report.keys() == {
         "schema", "mode", "holds", "recipe", "rows", "start", "compile", "ceiling", "workload", "ours", "naive",
-        "naive_checkpointed", "plain", "to_plain",
+        "plain", "to_plain",
         "speed_up", "memory_ratio", "pay_back_steps", "loss_differences", "loss_tolerance", "verdicts", "notes",
     }  # fmt: skip
     for side in (report["ours"], report["naive"], report["plain"]):

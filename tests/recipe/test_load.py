@@ -197,3 +197,15 @@ def test_a_path_that_lies_in_the_other_folder_is_refused_with_what_finds_it(
     (root / "here.jsonl").rename(own.parent / "here.jsonl")
     if "here" not in line:
         resolve(arguments)
+
+
+@pytest.mark.parametrize("text", ["./a,b.jsonl", "a,b.jsonl"])
+def test_a_path_with_a_comma_that_exists_is_one_source(own, monkeypatch, text):
+    monkeypatch.chdir(own.parent)
+    line = [f"recipe={own}", f"data.sources={text}"]
+    assert [Path(source.path).name for source in resolve(line).recipe.data.sources] == ["a", "b.jsonl"]
+    (own.parent / "a,b.jsonl").touch()
+    assert [Path(source.path).name for source in resolve(line).recipe.data.sources] == ["a,b.jsonl"]
+    own.write_text(f"train: {{steps: 1}}\ndata: {{sources: '{text}'}}\n")
+    monkeypatch.chdir(own.parent.parent if text.startswith("./") else own.parent)
+    assert [Path(source.path).name for source in resolve(line[:1]).recipe.data.sources] == ["a,b.jsonl"]

@@ -17,6 +17,8 @@ from launcher.recipe.load import resolve
     [
         ("tiny", "did you mean recipe=tiny"),
         ("--verbose", "key=value"),
+        ("--recipe", "write recipe=..."),
+        ("--versoin", "did you mean --version?"),
         ("=3", "key=value"),
         ("mode=paint", "train, parity, bench, preview, show"),
         ("mode=", "train, parity, bench, preview, show"),
@@ -129,6 +131,8 @@ def test_unknown_keys_of_a_file_are_named_with_their_line(refusal, own):
         ("data.validation={path: a, pth: b}", "or {path, format"),
         ("data.validation=1.5", "a number >= 0 and < 1, or text"),
         ("train.clip=-1", "a number > 0, or null"),
+        ("train.save_every=10x", "be steps (a whole number >= 0), or a time as 90s, 10m or 2h, or off;"),
+        ("train.save_every=5min", "be steps (a whole number >= 0), or a time as 90s, 10m or 2h, or off;"),
         ("train=5", "train is a section; got '5' (command line); try train.steps=5"),
         ("train=cosine", "try train.schedule=cosine"),
         ("train=0.5", "try train.epochs=0.5"),
@@ -188,6 +192,19 @@ def test_a_value_that_yaml_cannot_read_is_to_be_quoted_and_quoted_it_is_read(ref
     assert "quote it: " in message and "\x1b" not in message
     remedy = shlex.split(message.split("quote it: ")[1])
     assert resolve(["recipe=tiny", *remedy]).recipe.run.output_dir == text
+
+
+@pytest.mark.parametrize("value", ["[{path: ./my-chats.jsonl", "[{path: a}", "[a", "{path: a"])
+def test_an_unclosed_bracket_is_said_to_be_one(refusal, value):
+    message = refusal("recipe=tiny", f"data.sources={value}")
+    assert "a bracket or brace is not closed; close it" in message
+    assert ("where it is text, quote it" in message) == (not value.startswith("[{"))
+
+
+@pytest.mark.parametrize("argument", ["recipe=tiny", "recpie=tiny", "mode=show", "report=a.json"])
+def test_an_option_written_with_dashes_is_told_without_them(refusal, argument):
+    key = argument.split("=")[0].replace("recpie", "recipe")
+    assert f"write {key}={argument.split('=')[1]}" in refusal("recipe=tiny", f"--{argument}")
 
 
 @pytest.mark.parametrize("value", ["[{path: x, split: train[:10%]}]", "[{path: a: b}]", "{path: @a}"])

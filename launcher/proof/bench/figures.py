@@ -19,11 +19,11 @@ def bench_record(
     """The record of one comparison. `recipe` is the resolved one, `rows` its proof.bench_rows; `sides`: "naive", with
     gradient checkpointing, and "plain", without, as far as they were measured."""
     side = with_figures(ours.side, workload, ours.ceiling)
-    measured = [with_figures(sides[name], workload, ours.ceiling) for name in ("naive", "plain") if name in sides]
-    naive, plain = [*measured, None, None][:2]
+    measured = {name: with_figures(other, workload, ours.ceiling) for name, other in sides.items()}
+    naive, plain = measured.get("naive"), measured.get("plain")
     return BenchRecord(
         recipe=recipe, rows=rows, start=ours.start, compile=ours.compile, ceiling=ours.ceiling, workload=workload,
-        ours=side, naive=naive, naive_checkpointed="naive" in sides, plain=plain, **vars(compared(side, naive)),
+        ours=side, naive=naive, plain=plain, **vars(compared(side, naive)),
         to_plain=compared(side, plain), loss_tolerance=ours.loss_tolerance, notes=notes,
         verdicts=(
             *ours.loaded,
@@ -86,18 +86,18 @@ def pay_back(delay_s: float, *, naive_s: float, ours_s: float) -> int | None:
     return max(0, math.ceil(round(steps, 6)))  # 10 / (0.3 - 0.1) is 50, not a step more
 
 
-def _verdicts(ours: SideRecord, measured: Sequence[SideRecord], *, tolerance: float) -> list[Verdict]:
+def _verdicts(ours: SideRecord, measured: Mapping[str, SideRecord], *, tolerance: float) -> list[Verdict]:
     """Whether every loss is finite, and all sides did the same work as far as they took a first step."""
-    bad = [loss for side in (ours, *measured) for loss in side.losses if not math.isfinite(loss)]
+    bad = [loss for side in (ours, *measured.values()) for loss in side.losses if not math.isfinite(loss)]
     finite = Verdict("all losses are finite", not bad, f"{len(bad)} of them are not: {bad[:1] or 'none'}")
-    others = [side for side in measured if side.losses]
+    others = {name: side for name, side in measured.items() if side.losses}
     if not others:
         return [finite]
-    naive = max(others, key=lambda side: difference(ours.losses[0], side.losses[0]))
-    relative = difference(ours.losses[0], naive.losses[0])
-    figures = f"ours {ours.losses[0]:.6f}, naive {naive.losses[0]:.6f}"
+    name = max(others, key=lambda name: difference(ours.losses[0], others[name].losses[0]))
+    relative = difference(ours.losses[0], others[name].losses[0])
+    figures = f"ours {ours.losses[0]:.6f}, {name} {others[name].losses[0]:.6f}"
     evidence = f"{figures}: {relative:.1e} apart, at most {tolerance:.0e}"
-    same = all(side.batches == ours.batches for side in others)
+    same = all(side.batches == ours.batches for side in others.values())
     return [
         finite,
         Verdict("both sides have the same batches", same, "by digest"),

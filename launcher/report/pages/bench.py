@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from launcher.records.bench import BenchRecord, SideRecord
+from launcher.records.bench import BenchRecord, SideRecord, SpeedComparison
 from launcher.report.pages.formatting import counted, extent, loss, on_cpu, whole
 from launcher.report.pages.page import Column, Page, Section, Styled, Table, Value, flagged
 from launcher.report.pages.sections import model_facts, note_facts, notes, sample_note, sampled, verdicts
@@ -69,7 +69,7 @@ def _facts(record: BenchRecord) -> list[tuple[Value, Value]]:
     cached = f"{counted(compiled.cache_hits, 'hit')} of the compile cache"
     autocast = "" if start.dtype == "float32" else f", autocast to {start.dtype}"
     stock = f"stock transformers, PEFT and bitsandbytes{autocast}"
-    checkpointing = "with gradient checkpointing" if record.naive_checkpointed else "no gradient checkpointing"
+    plain = "the same without gradient checkpointing" if record.naive else f"{stock}, no gradient checkpointing"
     passes = f"{extent(work.naive_passes)} a step, padded, for our {whole(start.accumulation)}"
     shape = f"{start.micro_batch} × {', '.join(map(whole, start.widths))} × accumulation {start.accumulation}"
     rows = "random rows" if record.rows == "random" else "the recipe's data"
@@ -79,9 +79,9 @@ def _facts(record: BenchRecord) -> list[tuple[Value, Value]]:
         ("ours", f"{start.compile} · attention {start.attention} · {graphs}, {events}, {cached}"),
         ("CUDA graphs", start.cuda_graphs),
         ("activations", start.activations),
-        *([("naive", f"{stock}, {checkpointing}")] if record.naive else []),
-        *([("plain", "the same without gradient checkpointing")] if record.plain else []),
-        *([("its passes", passes)] if record.naive else []),
+        *([("naive", f"{stock}, with gradient checkpointing")] if record.naive else []),
+        *([("plain", plain)] if record.plain else []),
+        *([("its passes", passes)] if _naive_sides(record) else []),
         ("shared", f"seed, adapters, batches, optimizer ({start.optimizer})"),
         ("a step", f"{shape} of {rows}"),
         ("its tokens", f"{extent(work.tokens)}, of them {extent(work.supervised_tokens)} targets"),
@@ -119,6 +119,11 @@ def _naive_sides(record: BenchRecord) -> dict[str, SideRecord]:
     return {name: side for name, side in sides.items() if side}
 
 
+def _first_comparison(record: BenchRecord) -> SpeedComparison:
+    """With naive; where that was left out, with plain."""
+    return record if record.naive else record.to_plain
+
+
 def _losses(record: BenchRecord) -> Section:
     ours = record.ours.losses
     steps = sampled(range(len(ours)), LOSSES_SHOWN)
@@ -127,7 +132,7 @@ def _losses(record: BenchRecord) -> Section:
         losses = side.losses
         columns.append(Column(name, [loss(losses[n]) if n < len(losses) else NOTHING for n in steps]))
     columns.append(Column("ours", [loss(ours[n]) for n in steps]))
-    if record.naive and record.naive.losses:
+    if any(side.losses for side in list(_naive_sides(record).values())[:1]):
         columns.append(Column("difference", [_difference(record, n) for n in steps]))
     note = f"mean of a supervised token{sample_note(len(steps), len(ours), 'steps')}"
     return Section("Loss", [Table(columns)], note)
@@ -135,9 +140,10 @@ def _losses(record: BenchRecord) -> Section:
 
 def _difference(record: BenchRecord, step: int) -> Value:
     """Judged at the first step only: after it each side has weights of its own."""
-    if step >= len(record.loss_differences):
+    differences = _first_comparison(record).loss_differences
+    if step >= len(differences):
         return NOTHING
-    difference = record.loss_differences[step]
+    difference = differences[step]
     return flagged(f"{difference:.1e}", step > 0 or difference <= record.loss_tolerance)
 
 
@@ -153,9 +159,9 @@ def _outcome(record: BenchRecord) -> list[str]:
             continue
         assert compared.speed_up is not None and compared.memory_ratio is not None
         ratios = f"{compared.speed_up:.2f} × the speed of {name}, {compared.memory_ratio:.2f} × its memory"
-        beside = "beside plain, " if name == "plain" else ""
+        beside = "beside plain, " if name == "plain" and record.naive else ""
         lines += [ratios, beside + _pay_back(record, side, compared.pay_back_steps)]
-    if lines and record.speed_up is not None:
+    if lines and _first_comparison(record).speed_up is not None:
         figures = f"{figures}: {lines.pop(0)}"
     return [figures, *lines]
 

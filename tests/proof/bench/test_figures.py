@@ -75,6 +75,7 @@ def test_a_first_loss_beyond_the_tolerance_is_a_failure(loss: float) -> None:
     assert "same loss at step 1: ours 2.500000, naive" in record.failure and "at most 2e-03" in record.failure
     assert "same batches" not in record.failure
     assert bench_of(bench_side(loss=2.504)).holds
+    assert "ours 2.500000, plain" in bench_of(None, plain=bench_side(loss=loss)).failure
 
 
 def test_other_batches_are_a_failure_though_the_losses_agree() -> None:

@@ -66,7 +66,10 @@ def test_a_plain_naive_side_stands_beside_the_checkpointed_one_or_in_its_place()
         bench_of(plain=full)
     )
     alone = " ".join(shown(bench_of(None, plain=bench_side())).split())
-    assert "no gradient checkpointing" in alone and "5.00 × the speed of naive" in alone and " plain" not in alone
+    assert "plain stock transformers" in alone and "no gradient checkpointing" in alone and "naive" not in alone
+    assert "peak 1,000 MiB: 5.00 × the speed of plain" in alone and "its passes 4 to 8" in alone
+    assert "1 2.5000 2.5000 0.0e+00" in alone and " compile pays back after 38 steps" in alone
+    assert "beside plain" not in alone and bad(bench_of(None, plain=bench_side(loss=math.nan))) == ["inf"]
 
 
 def test_without_a_naive_side_there_is_no_column_of_it() -> None:
