@@ -10,11 +10,12 @@ from launcher.errors import DataError
 
 # Words in the name of a file or of its folder. Like those of `datasets`, which is slow to import: datasets.data_files
 _SPLIT = re.compile(
-    r"(?<![a-z])(?:(?P<train>train(?:ing)?)|(?P<validation>validation|valid|val|dev)|(?P<test>test(?:ing)?)"
-    r"|(?P<eval>eval(?:uation)?))(?:set)?(?![a-z])"
+    r"(?<![a-z])(?:(?P<train>train(?:ing)?)|(?P<validation>validation|valid|val|dev)|(?P<test>tests?|testing)"
+    r"|(?P<eval>evals?|evaluations?)|(?P<holdout>h[oe]ld[-_. ]?out))(?:set)?(?![a-z])"
 )
+_HUMP = re.compile(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])")  # where a word of chatsTest begins
 TRAINING = (("train", None),)  # the splits that are read, if the recipe names none: the first of these that has files
-VALIDATION = (("validation",), ("eval",), ("test",), (None,))  # None: files without a split in their name
+VALIDATION = (("validation",), ("eval",), ("holdout",), ("test",), (None,))  # None: files without a split in their name
 # Texts and objects that come with data and are none.
 _ABOUT = re.compile(
     r"(?:licen[cs]e|readme|requirements|notice|changelog|changes|copying|citation|authors|contributing|robots"
@@ -61,13 +62,19 @@ def select_files(
             "Name the files or folders one by one in data.sources, or convert the data."
         )
     others = "; ".join(f"{_listed(paths)} ({reason})" for reason, paths in left_out.items())
-    return Selection(files, f"{folder}: read {_listed(files)}" + (f"; left out {others}" if others else ""))
+    note = f"{folder}: read {_listed(files)}"
+    if split is None and (name := split_of(files[0])) and not any(name in names for names in defaults):
+        note += f" (by name the split {name}: there is no other)"
+    return Selection(files, note + (f"; left out {others}" if others else ""))
 
 
 def split_of(path: Path) -> str | None:
-    """train, validation, test or eval, by the last such word of the path."""
-    words = [match.lastgroup for match in _SPLIT.finditer(path.as_posix().lower())]
-    return words[-1] if words else None
+    """train, validation, test, eval or holdout, by the name of the file, else of the nearest folder that has such a
+    word. Of several words train counts: such a file is not left out."""
+    for part in reversed(path.parts):
+        if words := [match.lastgroup for match in _SPLIT.finditer(_HUMP.sub("_", part).lower())]:
+            return "train" if "train" in words else words[-1]
+    return None
 
 
 def _of_split(
