@@ -1,7 +1,7 @@
 """Which files of a folder are read: those of one kind and of one split."""
 
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -22,6 +22,9 @@ _ABOUT = re.compile(
     r"|dataset_infos?|dataset_dict|state|config|metadata|package)\b.*\.(?:txt|json)(?:\.gz)?",
     re.IGNORECASE,
 )
+# What a run writes into run.output_dir (checkpoint/folder.py), which may be the folder of the data.
+_RUN_FILES = {"metrics.jsonl", "metrics.earlier.jsonl", "report.json", "status.json", "run.lock"}
+_RUN_FOLDERS = {"adapter", "adapter.part", "checkpoints", "trackers"}
 MAX_FILES_NAMED = 5  # files that a message names of each sort
 
 
@@ -42,6 +45,7 @@ def select_files(
     def data() -> list[Path]:
         return [path for path in kinds if path not in reasons]
 
+    reasons |= dict.fromkeys(_of_runs(data(), kinds), "of a run")
     reasons |= {path: "about the data" for path in data() if _ABOUT.fullmatch(path.name)}
     if tables := sorted({kinds[path] for path in data()} - {".txt"}):
         reasons |= {path: f"text beside {' and '.join(tables)}" for path in data() if kinds[path] == ".txt"}
@@ -75,6 +79,18 @@ def split_of(path: Path) -> str | None:
         if words := [match.lastgroup for match in _SPLIT.finditer(_HUMP.sub("_", part).lower())]:
             return "train" if "train" in words else words[-1]
     return None
+
+
+def _of_runs(files: Iterable[Path], all_files: Iterable[Path]) -> list[Path]:
+    """Those that a run wrote. Two of its files show the folder of a run; one alone may be data."""
+    found = Counter(path.parent for path in all_files if path.name in _RUN_FILES)
+    runs = [folder for folder, count in found.items() if count > 1]
+
+    def is_of(run: Path, path: Path) -> bool:
+        parts = path.relative_to(run).parts if path.is_relative_to(run) else ("",)
+        return parts[0] in (_RUN_FILES if len(parts) == 1 else _RUN_FOLDERS)
+
+    return [path for path in files if any(is_of(run, path) for run in runs)]
 
 
 def _of_split(

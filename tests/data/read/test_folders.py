@@ -5,6 +5,7 @@ import json
 
 import pytest
 
+from launcher.checkpoint.folder import RunFolder
 from tests.support.reading import fields, opened, read, refusal
 
 LINE = json.dumps({"text": "a river"}) + "\n"
@@ -70,6 +71,21 @@ def test_files_of_the_only_split_are_read_and_the_note_says_which_it_is(folder):
     assert note.startswith(f"{path}: read test/a.jsonl, test/b.jsonl (by name the split test: there is no other); left")
     for keys in ({"split": "test"}, {"validates": True}):
         assert "by name" not in opened(path, **keys).notes[0]
+
+
+def test_what_a_run_wrote_into_the_folder_of_the_data_is_left_out(folder):
+    path = folder("a.jsonl", "metrics.jsonl", "run/b.jsonl")
+    assert names_read(path) == ["a.jsonl", "metrics.jsonl", "run/b.jsonl"], "one such file alone may be data"
+    (path / "metrics.jsonl").unlink()
+    for output_dir in (path, path / "run"):
+        run = RunFolder(output_dir)
+        run.create()
+        run.metrics.write_text('{"step": 1}')
+        for file in (run.report, run.status, output_dir / "metrics.earlier.jsonl", run.adapter / "adapter_config.json"):
+            file.parent.mkdir(exist_ok=True)
+            file.write_text("{}")
+    assert names_read(path) == ["a.jsonl", "run/b.jsonl"]
+    assert "metrics.jsonl, " in opened(path).notes[0].partition("left out ")[2]
 
 
 def test_reasons_are_given_and_long_lists_are_cut(folder):
