@@ -47,6 +47,21 @@ MEANINGFUL = [
     ({"prompt": [USER], "completion": [{**REPLY, "thinking": "…"}]}, "completion.thinking", "reasoning"),
     ({"text": "a", "weight": 0}, "weight", "weight"),
     ({"text": "a", "label": False}, "label", "weight"),
+    (chat(masked=True), "messages.masked", "weight"),
+    (chat(mask=1), "messages.mask", "weight"),
+    (chat(mask=0), "messages.mask", "weight"),
+    (chat(train_on_turn=False), "messages.train_on_turn", "weight"),
+    (chat(train="none"), "messages.train", "weight"),
+    ({**chat(), "weights": [0, 1]}, "weights", "weight"),
+    ({**PAIR, "train": "no"}, "train", "weight"),
+    (chat(reasoning_details=[{"text": "Think."}]), "messages.reasoning_details", "reasoning"),
+    (chat(thinking_content="Think."), "messages.thinking_content", "reasoning"),
+    (chat(reasoningContent="Think."), "messages.reasoningContent", "reasoning"),
+    (chat(**{"Reasoning-Content": "Think."}), "messages.Reasoning-Content", "reasoning"),
+    ({**chat(), "system_message": "Be brief."}, "system_message", "context"),
+    ({**PAIR, "system prompt": "Be brief."}, "system prompt", "context"),
+    ({**chat(), "documents": [{"text": "a"}]}, "documents", "context"),
+    ({**PAIR, "rejected": "c"}, "rejected", "preference"),
 ]
 
 
@@ -66,8 +81,12 @@ NOTHING: list[dict[str, Any]] = [
     {"messages": [{**USER, "weight": 0, "train": False}, {**REPLY, "weight": "1.0"}]},
     {**PAIR, "label": True},
     {**PAIR, "label": "arithmetic"},
+    {**PAIR, "label": "no"},
+    {"text": "a", "label": "false"},
     {"text": "a", "label": 0, "name": "a.txt", "loss": 2.5},
     {**ALPACA, "weight": "1", "train": "True"},
+    {**ALPACA, "train": "train"},
+    {"messages": [{**USER, "masked": True}, {**REPLY, "masked": False, "train_on_turn": "yes"}]},
 ]
 EMPTY: list[dict[str, Any]] = [
     chat(tool_calls=[], reasoning_content="", name=None, tool_call_id=" ", function_call={"name": None}),
