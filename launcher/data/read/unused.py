@@ -2,7 +2,7 @@
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Set
 from typing import Any, NamedTuple
 
 from launcher.data.read.rows import RowFault, shown_value
@@ -18,6 +18,7 @@ _MEANINGS = {
     "preference": "rejected",
 }
 MEANING_OF = {name.replace("_", ""): meaning for meaning, names in _MEANINGS.items() for name in names.split()}
+OF_PARTS = {"type", "text"}  # what is used of the parts of a message's content
 OF_MESSAGES = {"name", "loss"}  # as columns they may be anything
 _TRUTH = {"true": 1.0, "yes": 1.0, "on": 1.0, "false": 0.0, "no": 0.0, "off": 0.0}
 MAX_KEYS_COUNTED = 30  # names of unused keys that are counted one by one: rows may have any number of keys
@@ -77,19 +78,29 @@ def unused_notes(counts: Mapping[str, int]) -> Iterator[str]:
 
 
 def _unused(fields: Mapping[str, Any], used: UsedKeys) -> Iterator[tuple[str, str, Any, Any]]:
-    """Each key that has a value and is not used: (column of its message or "", key, value, role of its message)."""
+    """Each key that has a value and is not used: (path of what has it or "", key, value, role of its message)."""
     for key, value in fields.items():
         if key not in used.columns and not _is_empty(value):
             yield "", key, value, None
     for column in used.messages:
         messages = fields.get(column)
         for message in messages if isinstance(messages, list) else ():
-            if not isinstance(message, dict) or message.keys() <= used.of_message:
-                continue
-            role = message.get("role") or message.get("from")
-            for key, value in message.items():
-                if key not in used.of_message and not _is_empty(value):
-                    yield column, key, value, role
+            if isinstance(message, dict):
+                role = message.get("role") or message.get("from")
+                for path, key, value in _unused_of_message(message, column, used.of_message):
+                    yield path, key, value, role
+
+
+def _unused_of_message(message: Mapping[str, Any], column: str, used: Set[str]) -> Iterator[tuple[str, str, Any]]:
+    for key, value in message.items():
+        if key not in used:
+            if not _is_empty(value):
+                yield column, key, value
+        elif isinstance(value, list):  # parts of a content
+            for part in value:
+                for inner, of_part in part.items() if isinstance(part, dict) else ():
+                    if inner not in OF_PARTS and not _is_empty(of_part):
+                        yield f"{column}.{key}", inner, of_part
 
 
 def _is_empty(value: Any) -> bool:
