@@ -1,7 +1,7 @@
 """Which files of a folder are read: those of one kind and of one split."""
 
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -10,17 +10,21 @@ from launcher.errors import DataError
 
 # Words in the name of a file or of its folder. Like those of `datasets`, which is slow to import: datasets.data_files
 _SPLIT = re.compile(
-    r"(?<![a-z])(?:(?P<train>train(?:ing)?)|(?P<validation>validation|valid|val|dev)|(?P<test>test(?:ing)?)"
-    r"|(?P<eval>eval(?:uation)?))(?:set)?(?![a-z])"
+    r"(?<![a-z])(?:(?P<train>train(?:ing)?)|(?P<validation>validation|valid|val|dev)|(?P<test>tests?|testing)"
+    r"|(?P<eval>evals?|evaluations?)|(?P<holdout>h[oe]ld[-_. ]?out))(?:set)?(?![a-z])"
 )
+_HUMP = re.compile(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])")  # where a word of chatsTest begins
 TRAINING = (("train", None),)  # the splits that are read, if the recipe names none: the first of these that has files
-VALIDATION = (("validation",), ("eval",), ("test",), (None,))  # None: files without a split in their name
+VALIDATION = (("validation",), ("eval",), ("holdout",), ("test",), (None,))  # None: files without a split in their name
 # Texts and objects that come with data and are none.
 _ABOUT = re.compile(
     r"(?:licen[cs]e|readme|requirements|notice|changelog|changes|copying|citation|authors|contributing|robots"
     r"|dataset_infos?|dataset_dict|state|config|metadata|package)\b.*\.(?:txt|json)(?:\.gz)?",
     re.IGNORECASE,
 )
+# What a run writes into run.output_dir (checkpoint/folder.py), which may be the folder of the data.
+_RUN_FILES = {"metrics.jsonl", "metrics.earlier.jsonl", "report.json", "status.json", "run.lock"}
+_RUN_FOLDERS = {"adapter", "adapter.part", "checkpoints", "trackers"}
 MAX_FILES_NAMED = 5  # files that a message names of each sort
 
 
@@ -41,6 +45,7 @@ def select_files(
     def data() -> list[Path]:
         return [path for path in kinds if path not in reasons]
 
+    reasons |= dict.fromkeys(_of_runs(data(), kinds), "of a run")
     reasons |= {path: "about the data" for path in data() if _ABOUT.fullmatch(path.name)}
     if tables := sorted({kinds[path] for path in data()} - {".txt"}):
         reasons |= {path: f"text beside {' and '.join(tables)}" for path in data() if kinds[path] == ".txt"}
@@ -61,13 +66,31 @@ def select_files(
             "Name the files or folders one by one in data.sources, or convert the data."
         )
     others = "; ".join(f"{_listed(paths)} ({reason})" for reason, paths in left_out.items())
-    return Selection(files, f"{folder}: read {_listed(files)}" + (f"; left out {others}" if others else ""))
+    note = f"{folder}: read {_listed(files)}"
+    if split is None and (name := split_of(files[0])) and not any(name in names for names in defaults):
+        note += f" (by name the split {name}: there is no other)"
+    return Selection(files, note + (f"; left out {others}" if others else ""))
 
 
 def split_of(path: Path) -> str | None:
-    """train, validation, test or eval, by the last such word of the path."""
-    words = [match.lastgroup for match in _SPLIT.finditer(path.as_posix().lower())]
-    return words[-1] if words else None
+    """train, validation, test, eval or holdout, by the name of the file, else of the nearest folder that has such a
+    word. Of several words train counts: such a file is not left out."""
+    for part in reversed(path.parts):
+        if words := [match.lastgroup for match in _SPLIT.finditer(_HUMP.sub("_", part).lower())]:
+            return "train" if "train" in words else words[-1]
+    return None
+
+
+def _of_runs(files: Iterable[Path], all_files: Iterable[Path]) -> list[Path]:
+    """Those that a run wrote. Two of its files show the folder of a run; one alone may be data."""
+    found = Counter(path.parent for path in all_files if path.name in _RUN_FILES)
+    runs = [folder for folder, count in found.items() if count > 1]
+
+    def is_of(run: Path, path: Path) -> bool:
+        parts = path.relative_to(run).parts if path.is_relative_to(run) else ("",)
+        return parts[0] in (_RUN_FILES if len(parts) == 1 else _RUN_FOLDERS)
+
+    return [path for path in files if any(is_of(run, path) for run in runs)]
 
 
 def _of_split(

@@ -34,6 +34,10 @@ from launcher.errors import DataError
 from launcher.recipe.data_section import DataSection
 
 Fields = dict[str, Any]
+RENAME = (
+    'Rename the columns to those of a format, such as "question" and "answer" to "prompt" and "completion". '
+    "If only some rows lack them, data.bad_rows=skip drops such rows and counts them."
+)
 RowParser = Callable[[Fields, str], Row | None]  # (fields, where) of a raw row -> the row; None: it is empty
 
 
@@ -96,7 +100,7 @@ def _detected(fields: Fields, where: str) -> "_Format":
             f"Say which of them holds the data with format: {' or format: '.join(names)} beside the source's path."
         )
     known = "; ".join(" and ".join(f'"{column}"' for column in format.columns) for format in _FORMATS.values())
-    raise _wrong_type(where, f"a row has the columns of a format: {known}.", columns)
+    raise _wrong_type(where, f"a row has the columns of a format: {known}.", columns, RENAME)
 
 
 def _parse_messages(fields: Fields, where: str) -> Conversation | None:

@@ -18,12 +18,17 @@ if TYPE_CHECKING:
 READ_AHEAD_BYTES = 2**20  # per column; without a limit, the columns of a row group are read whole
 BATCH_BYTES = 2**26  # of a batch, if rows are as large as the average of their row group
 
+# The largest column of a row group that is read row by row, if its sizes tell that it has a row that is too large. That
+# takes three times as much memory: its page as stored, the page unpacked, the cells.
+LARGEST_COLUMN_BYTES = 2**29
+
 
 def read_parquet(path: Path, name: str, max_bytes: int) -> Iterator[RawRow | RowFault]:
     """Cells become plain Python values. Raises DataError where the file cannot be read.
 
     A row of more than `max_bytes` is a fault, found before its cells become Python values. If the sizes of its row
-    group show that there is one, all rows of the group are such faults, and none is read.
+    group show that there is one, and the group is too large to be read, all rows of the group are faults: the first
+    stands for the large one, the others are "beside_too_large".
     """
     number = 0
     for batch in _batches(path, name, max_bytes):
@@ -54,17 +59,32 @@ def _batches(path: Path, name: str, max_bytes: int) -> "Iterator[pyarrow.RecordB
                 group = file.metadata.row_group(index)
                 rows = group.num_rows
                 largest = max((group.column(c).total_uncompressed_size for c in range(group.num_columns)), default=0)
-                if largest > max_bytes * rows:
-                    found = f"{largest:,} bytes in one column of the rows {number + 1} to {number + rows}"
-                    yield from [too_large(f"{name} row {number + 1}", found, max_bytes)] * rows
+                has_too_large = largest > max_bytes * rows
+                if has_too_large and largest > LARGEST_COLUMN_BYTES:
+                    yield from _group_faults(f"{name} row {number + 1}", number, rows, largest, max_bytes)
                     number += rows
                     continue
                 batch_rows = min(BATCH_ROWS, max(1, BATCH_BYTES * rows // max(1, group.total_byte_size)))
+                batch_rows = 1 if has_too_large else batch_rows
                 for batch in file.iter_batches(batch_size=batch_rows, row_groups=[index]):
                     yield batch
                     number += batch.num_rows
         except Exception as error:  # Arrow's kinds, and any other that a damaged file causes
             raise unreadable(name, error, after=number, remedy="Write the file anew") from error
+
+
+def _group_faults(where: str, before: int, rows: int, largest: int, max_bytes: int) -> Iterator[RowFault]:
+    """Of a row group that is not read: at least one row is too large, which one is not known."""
+    remedy = (
+        "Write the file with fewer rows in a row group, raise data.max_row_mib, or set data.bad_rows=skip to drop and "
+        "count all rows of this one: one as too_large, the others as beside_too_large."
+    )
+    found = f"{largest:,} bytes in one column of the rows {before + 1} to {before + rows}"
+    fault = too_large(where, found, max_bytes, remedy)
+    yield fault
+    rule = f"a row group with a row that is too large is read up to {LARGEST_COLUMN_BYTES:,} bytes in a column."
+    beside = RowFault("beside_too_large", where=where, rule=rule, found=found, remedy=remedy)
+    yield from [beside] * (rows - 1)
 
 
 def _rows(batch: "pyarrow.RecordBatch", name: str, before: int) -> Iterator[RawRow | RowFault]:

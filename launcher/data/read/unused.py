@@ -1,7 +1,8 @@
 """Keys that no format uses. Those that would change what is learned are refused or dropped; the others are counted."""
 
+import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Set
 from typing import Any, NamedTuple
 
 from launcher.data.read.rows import RowFault, shown_value
@@ -9,13 +10,17 @@ from launcher.data.read.rows import RowFault, shown_value
 # What a key says (rows_dropped_<it> counts the rows that are refused for it) -> its names, of columns and of messages.
 _MEANINGS = {
     "tools": "tools functions tool_calls tool_call_id function_call",
-    "reasoning": "reasoning_content reasoning thinking thought thoughts",
-    "weight": "weight loss loss_weight sample_weight train trainable loss_mask train_detail training_detail label",
+    "reasoning": "reasoning_content reasoning reasoning_details thinking thinking_content thought thoughts",
+    "weight": "weight weights loss loss_weight sample_weight train trainable train_on_turn loss_mask mask masked "
+    "train_detail training_detail label",
     "media": "image images video videos audio audios",
-    "context": "system system_prompt history chat_template_kwargs name",
+    "context": "system system_prompt system_message history documents chat_template_kwargs name",
+    "preference": "rejected",
 }
-MEANING_OF = {name: meaning for meaning, names in _MEANINGS.items() for name in names.split()}
+MEANING_OF = {name.replace("_", ""): meaning for meaning, names in _MEANINGS.items() for name in names.split()}
+OF_PARTS = {"type", "text"}  # what is used of the parts of a message's content
 OF_MESSAGES = {"name", "loss"}  # as columns they may be anything
+_TRUTH = {"true": 1.0, "yes": 1.0, "on": 1.0, "false": 0.0, "no": 0.0, "off": 0.0}
 MAX_KEYS_COUNTED = 30  # names of unused keys that are counted one by one: rows may have any number of keys
 UNUSED_REMEDY = (
     "Remove it, set data.unused=drop to train without it (counted), or data.bad_rows=skip to drop such rows."
@@ -38,7 +43,7 @@ def unused_keys(fields: Mapping[str, Any], used: UsedKeys, where: str, *, drop: 
     """
     keys: dict[str, None] = {}  # in the order of the row, each once
     for column, key, value, role in _unused(fields, used):
-        name, known = f"{column}.{key}" if column else key, key.lower()
+        name, known = f"{column}.{key}" if column else key, re.sub(r"[-_\s]", "", key.lower())
         meaning = MEANING_OF.get(known) if column or known not in OF_MESSAGES else None
         if meaning is None or (meaning == "weight" and _says_what_happens(known, value, role, used)):
             keys[f"unused_key_{shown_value(name)[1:-1]}"] = None
@@ -73,19 +78,29 @@ def unused_notes(counts: Mapping[str, int]) -> Iterator[str]:
 
 
 def _unused(fields: Mapping[str, Any], used: UsedKeys) -> Iterator[tuple[str, str, Any, Any]]:
-    """Each key that has a value and is not used: (column of its message or "", key, value, role of its message)."""
+    """Each key that has a value and is not used: (path of what has it or "", key, value, role of its message)."""
     for key, value in fields.items():
         if key not in used.columns and not _is_empty(value):
             yield "", key, value, None
     for column in used.messages:
         messages = fields.get(column)
         for message in messages if isinstance(messages, list) else ():
-            if not isinstance(message, dict) or message.keys() <= used.of_message:
-                continue
-            role = message.get("role") or message.get("from")
-            for key, value in message.items():
-                if key not in used.of_message and not _is_empty(value):
-                    yield column, key, value, role
+            if isinstance(message, dict):
+                role = message.get("role") or message.get("from")
+                for path, key, value in _unused_of_message(message, column, used.of_message):
+                    yield path, key, value, role
+
+
+def _unused_of_message(message: Mapping[str, Any], column: str, used: Set[str]) -> Iterator[tuple[str, str, Any]]:
+    for key, value in message.items():
+        if key not in used:
+            if not _is_empty(value):
+                yield column, key, value
+        elif isinstance(value, list):  # parts of a content
+            for part in value:
+                for inner, of_part in part.items() if isinstance(part, dict) else ():
+                    if inner not in OF_PARTS and not _is_empty(of_part):
+                        yield f"{column}.{key}", inner, of_part
 
 
 def _is_empty(value: Any) -> bool:
@@ -99,14 +114,19 @@ def _is_empty(value: Any) -> bool:
 def _says_what_happens(key: str, value: Any, role: Any, used: UsedKeys) -> bool:
     """Whether a weight asks for nothing else than is done: an answer has the weight 1, other messages have 0 or 1.
 
-    A label other than 0 is a class of texts, or says that the answer is good.
+    A label other than 0 is a class of texts, or says that the answer is good. A column "train" may name a split.
     """
     if isinstance(value, str):  # cells of .csv files
-        value = {"true": 1.0, "false": 0.0}.get(value.strip().lower(), value)
+        word = value.strip().lower()
+        value = _TRUTH.get(word, value) if key != "label" or word in ("true", "false") else value
     try:
         number = float(value)
     except (TypeError, ValueError, OverflowError):
-        return key == "label"
+        return key == "label" or (key == "train" and role is None and isinstance(value, str))
     if key == "label":
         return number > 0 or (value is not False and used.columns == {"text"})
+    if key == "mask":  # 1 says "learned" to some, "not learned" to others
+        return False
+    if key == "masked":
+        number = 1 - number
     return number == 1 or (number == 0 and role in ("user", "human", "system"))

@@ -5,6 +5,7 @@ import json
 
 import pytest
 
+from launcher.checkpoint.folder import RunFolder
 from tests.support.reading import fields, opened, read, refusal
 
 LINE = json.dumps({"text": "a river"}) + "\n"
@@ -45,7 +46,9 @@ HUB = ["data/train-00000-of-00002.jsonl", "data/train-00001-of-00002.jsonl", "da
         (["contest.jsonl", "pretrain.jsonl", "latest.jsonl", "devil.jsonl"], None),
         (["Test/a.jsonl", "Train/a.jsonl", "validation/a.jsonl"], ["Train/a.jsonl"]),
         (["training_set.jsonl", "testset.jsonl", "my-valid.1.jsonl"], ["training_set.jsonl"]),
-        (["test/a.jsonl"], ["test/a.jsonl"]),
+        (["a.jsonl", "tests.jsonl", "evals.jsonl", "holdout.jsonl", "heldout.jsonl", "held_out.jsonl"], ["a.jsonl"]),
+        (["a.jsonl", "chatsTest.jsonl", "GSM8KTest.jsonl", "chatsHeldOut.jsonl", "evalSet/b.jsonl"], ["a.jsonl"]),
+        (["train_vs_test.jsonl", "a.jsonl", "conTrain/test.jsonl"], ["a.jsonl", "train_vs_test.jsonl"]),
         ([*HUB, "README.md"], HUB[:2]),
         (["train-1.jsonl.gz", "train-2.jsonl.gz", "test.jsonl.gz"], ["train-1.jsonl.gz", "train-2.jsonl.gz"]),
         (["a.jsonl", "a.jsonl.gz"], ["a.jsonl"]),
@@ -60,6 +63,29 @@ def test_the_training_files_of_one_kind_are_read_and_the_others_named(folder, fi
     read_part, _, left_out = note.removeprefix(f"{path}: read ").partition("; left out ")
     assert read_part.split(", ") == of_training
     assert all(name in left_out for name in files if name not in of_training)
+
+
+def test_files_of_the_only_split_are_read_and_the_note_says_which_it_is(folder):
+    path = folder("test/a.jsonl", "test/b.jsonl", "README.md")
+    [note] = opened(path).notes
+    assert note.startswith(f"{path}: read test/a.jsonl, test/b.jsonl (by name the split test: there is no other); left")
+    for keys in ({"split": "test"}, {"validates": True}):
+        assert "by name" not in opened(path, **keys).notes[0]
+
+
+def test_what_a_run_wrote_into_the_folder_of_the_data_is_left_out(folder):
+    path = folder("a.jsonl", "metrics.jsonl", "run/b.jsonl")
+    assert names_read(path) == ["a.jsonl", "metrics.jsonl", "run/b.jsonl"], "one such file alone may be data"
+    (path / "metrics.jsonl").unlink()
+    for output_dir in (path, path / "run"):
+        run = RunFolder(output_dir)
+        run.create()
+        run.metrics.write_text('{"step": 1}')
+        for file in (run.report, run.status, output_dir / "metrics.earlier.jsonl", run.adapter / "adapter_config.json"):
+            file.parent.mkdir(exist_ok=True)
+            file.write_text("{}")
+    assert names_read(path) == ["a.jsonl", "run/b.jsonl"]
+    assert "metrics.jsonl, " in opened(path).notes[0].partition("left out ")[2]
 
 
 def test_reasons_are_given_and_long_lists_are_cut(folder):
@@ -81,6 +107,7 @@ def test_reasons_are_given_and_long_lists_are_cut(folder):
         (["train.jsonl", "validation.jsonl", "test.jsonl"], ["validation.jsonl"]),
         (["train.jsonl", "test.jsonl"], ["test.jsonl"]),
         (["train.jsonl", "eval.jsonl", "test.jsonl"], ["eval.jsonl"]),
+        (["a.jsonl", "holdout.jsonl", "tests.jsonl"], ["holdout.jsonl"]),
         (["a.jsonl", "b.jsonl"], ["a.jsonl", "b.jsonl"]),
     ],
 )

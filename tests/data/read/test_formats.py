@@ -148,3 +148,13 @@ def test_rows_are_given_while_the_source_is_read(write):
     assert next(rows) == PlainText("one", f"{path}:1") and counts == {"rows_read": 1}
     with pytest.raises(RowFault):
         list(rows)
+
+
+@pytest.mark.parametrize("name", ["rows.csv", "rows.jsonl"])
+def test_columns_of_no_format_are_to_be_renamed_to_those_of_one(tmp_path, name):
+    path = tmp_path / name
+    path.write_text("question,answer\na,b\n" if name == "rows.csv" else '{"question": "a", "answer": "b"}\n')
+    rule, found, remedy = refusal(path).splitlines()
+    assert 'a format: "messages"; "conversations"; "instruction" and "output"; "prompt" and "completion"' in rule
+    assert found == 'Found: "the columns answer, question"' and '"prompt" and "completion"' in remedy
+    assert remedy.startswith("Rename the columns to those of a format")

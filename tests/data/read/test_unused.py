@@ -20,6 +20,10 @@ def chat(**of_reply: Any) -> dict[str, Any]:
     return {"messages": [USER, {**REPLY, **of_reply}]}
 
 
+def in_parts(**of_part: Any) -> dict[str, Any]:
+    return chat(content=[{"type": "text", "text": "Hel"}, {"type": "text", "text": "lo.", **of_part}])
+
+
 MEANINGFUL = [
     (chat(reasoning_content="Think."), "messages.reasoning_content", "reasoning"),
     (chat(thinking="Think."), "messages.thinking", "reasoning"),
@@ -47,6 +51,28 @@ MEANINGFUL = [
     ({"prompt": [USER], "completion": [{**REPLY, "thinking": "…"}]}, "completion.thinking", "reasoning"),
     ({"text": "a", "weight": 0}, "weight", "weight"),
     ({"text": "a", "label": False}, "label", "weight"),
+    (in_parts(weight=0), "messages.content.weight", "weight"),
+    (in_parts(trainOnTurn=False), "messages.content.trainOnTurn", "weight"),
+    (
+        {"conversations": [HUMAN, {"from": "gpt", "value": [{"type": "text", "text": "a", "thinking": "b"}]}]},
+        "conversations.value.thinking",
+        "reasoning",
+    ),
+    (chat(masked=True), "messages.masked", "weight"),
+    (chat(mask=1), "messages.mask", "weight"),
+    (chat(mask=0), "messages.mask", "weight"),
+    (chat(train_on_turn=False), "messages.train_on_turn", "weight"),
+    (chat(train="none"), "messages.train", "weight"),
+    ({**chat(), "weights": [0, 1]}, "weights", "weight"),
+    ({**PAIR, "train": "no"}, "train", "weight"),
+    (chat(reasoning_details=[{"text": "Think."}]), "messages.reasoning_details", "reasoning"),
+    (chat(thinking_content="Think."), "messages.thinking_content", "reasoning"),
+    (chat(reasoningContent="Think."), "messages.reasoningContent", "reasoning"),
+    (chat(**{"Reasoning-Content": "Think."}), "messages.Reasoning-Content", "reasoning"),
+    ({**chat(), "system_message": "Be brief."}, "system_message", "context"),
+    ({**PAIR, "system prompt": "Be brief."}, "system prompt", "context"),
+    ({**chat(), "documents": [{"text": "a"}]}, "documents", "context"),
+    ({**PAIR, "rejected": "c"}, "rejected", "preference"),
 ]
 
 
@@ -66,10 +92,16 @@ NOTHING: list[dict[str, Any]] = [
     {"messages": [{**USER, "weight": 0, "train": False}, {**REPLY, "weight": "1.0"}]},
     {**PAIR, "label": True},
     {**PAIR, "label": "arithmetic"},
+    {**PAIR, "label": "no"},
+    {"text": "a", "label": "false"},
     {"text": "a", "label": 0, "name": "a.txt", "loss": 2.5},
     {**ALPACA, "weight": "1", "train": "True"},
+    {**ALPACA, "train": "train"},
+    in_parts(weight=1, cache_control={"type": "ephemeral"}),
+    {"messages": [{**USER, "masked": True}, {**REPLY, "masked": False, "train_on_turn": "yes"}]},
 ]
 EMPTY: list[dict[str, Any]] = [
+    in_parts(weight=None, cache_control={"type": None}),
     chat(tool_calls=[], reasoning_content="", name=None, tool_call_id=" ", function_call={"name": None}),
     {**chat(), "tools": "[]", "history": None, "images": [], "weight": float("nan"), "system": ""},
     {"conversations": [HUMAN, GPT], "system": None},
@@ -87,6 +119,8 @@ def test_a_key_that_says_nothing_or_what_happens_anyway_is_no_fault(write, row):
 def test_the_columns_that_nothing_uses_are_counted_by_name_however_many_there_are(write):
     rows = [{**chat(), "id": 1, "topic": "x"}, {**chat(), "id": 2}, {**chat(ts=3), "top\x1bic": 1}, {"messages": []}]
     _, counts = read(write(rows))
+    _, of_parts = read(write([in_parts(cache_control={"type": "ephemeral"})]))
+    assert of_parts == {"rows_read": 1, "unused_key_messages.content.cache_control": 1}
     used = {"unused_key_id": 2, "unused_key_topic": 1, "unused_key_messages.ts": 1, "unused_key_top\\u001bic": 1}
     assert counts == {"rows_read": 4, "rows_dropped_empty": 1, **used}
     assert "data: nothing uses id (2 rows), topic (1 row)" in next(iter(unused_notes(counts)))
