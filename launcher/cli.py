@@ -46,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return error.code
     except (KeyboardInterrupt, Terminated) as stop:
         code, reason = code_and_reason(stop)
-        _print_error(f"rank {info.rank}: {reason}", code)
+        _print_error((f"rank {info.rank}: " if info.world_size > 1 else "") + reason, code)
         return code
 
 

@@ -7,7 +7,6 @@ row after those; each imports transformers without torch and takes about 70 MiB.
 """
 
 import gc
-import multiprocessing
 import os
 import signal
 import sys
@@ -16,9 +15,7 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from multiprocessing.connection import wait
 from multiprocessing.context import SpawnContext, SpawnProcess
-from threading import Thread
 from types import ModuleType
 from typing import TypeVar
 
@@ -28,6 +25,7 @@ from launcher.data.chat.encode import EncodedRow, Encoder
 from launcher.data.read.rows import Row
 from launcher.errors import LauncherError
 from launcher.recipe.data_section import DataSection
+from launcher.runtime.child_processes import exit_with_parent
 
 T = TypeVar("T")
 
@@ -160,19 +158,11 @@ _worker_encoder: Encoder  # in a worker process
 
 def _start_worker(tokenizer: PreTrainedTokenizerBase, data: DataSection) -> None:
     global _worker_encoder
-    Thread(target=_end_with_parent, daemon=True).start()
+    exit_with_parent()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # there is a worker for every core
     _worker_encoder = Encoder(tokenizer, data=data)
     gc.freeze()  # the libraries' objects stay, and rendering leaves little garbage:
     gc.set_threshold(100_000)  # at the default of 700, collecting takes up to a sixth of the time
-
-
-def _end_with_parent() -> None:
-    """A parent that is killed closes no queue: without this its workers would wait for ever."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    wait([parent.sentinel])
-    os._exit(1)
 
 
 def _encode_chunk(rows: list[Row]) -> list[EncodedRow]:

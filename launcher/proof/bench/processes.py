@@ -6,16 +6,14 @@ however that ends.
 """
 
 import multiprocessing
-import os
 import signal
-import threading
 import traceback
 from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection
-from multiprocessing.process import parent_process
 from typing import Any
 
 from launcher.errors import LauncherError
+from launcher.runtime.child_processes import exit_with_parent
 from launcher.train.request import Request
 
 Task = Callable[[Request], Iterator[Any]]
@@ -63,7 +61,7 @@ def _death(code: int | None) -> str:
 def _child(task: Task, request: Request, sender: Connection) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal interrupts parent and child: the parent ends both
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    exit_with_parent()
     try:
         for event in task(request):
             sender.send(("event", event))
@@ -74,10 +72,3 @@ def _child(task: Task, request: Request, sender: Connection) -> None:
         traceback.print_exc()
         reason = f"{type(error).__name__}: {error}"[:500]
         sender.send(("error", ChildFailed(f"its process failed: {reason}")))
-
-
-def _end_with_parent() -> None:
-    parent = parent_process()
-    assert parent is not None, "this runs in a child"
-    parent.join()
-    os._exit(1)
