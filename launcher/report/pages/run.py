@@ -30,7 +30,7 @@ def _sections(run: RunRecord) -> Iterator[Section]:
     yield verdicts(run.verdicts)
     yield Section("", [Styled(_total(run.ranks), "strong"), f"run folder {run.start.run_dir}"])
     if run.adapter is not None and all(verdict.holds for verdict in run.verdicts):
-        yield _next(run.adapter)
+        yield _next(run.adapter, checkpoints=run.recipe["train"]["save_every"] != 0)
 
 
 def _memory(ranks: Sequence[RankRecord], forecast_mib: float | None) -> Section:
@@ -116,16 +116,18 @@ def _shortened(text: str) -> str:
     return text or "(nothing)"
 
 
-def _next(adapter: str) -> Section:
+def _next(adapter: str, *, checkpoints: bool) -> Section:
     """What can be done with the adapter: three lines of stock code, and where this is explained."""
     code = (
         "from peft import AutoPeftModelForCausalLM",
         f"adapter = {adapter!r}",
         "model = AutoPeftModelForCausalLM.from_pretrained(adapter)",
     )
+    more_steps = "raise train.steps and name this run.output_dir again; other data: merge it first"
+    merge = "merge it into its base, and train the result with model.name=./merged"
     rows: list[tuple[Value, Value]] = [
         ("load", "\n".join(code)),
-        ("continue", "raise train.steps and name this run.output_dir again; other data: merge it first"),
+        ("continue", more_steps if checkpoints else merge),
         ("how", "docs/adapter.md: the tokenizer, the NF4 base that it was trained on, merging"),
     ]
     return Section("Next", [Facts(rows)])

@@ -145,6 +145,8 @@ def test_what_to_do_next_is_code_that_loads_the_adapter_of_a_run_whose_claims_ho
     code = "\n".join([lines[1].removeprefix("load "), *lines[2:4]])
     names = {node.id for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Name)}
     assert names == {"AutoPeftModelForCausalLM", "adapter", "model"} and "/runs/it's/adapter" in code
+    unsaved = section(shown(run_record(adapter="/a", recipe={"train": {"save_every": 0}})), "Next")
+    assert "raise train.steps" in "".join(lines) and "raise train.steps" not in "".join(unsaved)
     failed = (Verdict("no recompile", False, "2 recompiles"),)
     assert all("─ Next" not in shown(run_record(**change)) for change in ({"adapter": None}, {"verdicts": failed}))
 
