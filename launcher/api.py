@@ -89,7 +89,9 @@ def train(request: Request, console: Console, *, report_copy: Path | None) -> Ru
         screen.show("importing torch")
         with quick_imports():
             import launcher.train.loop  # noqa: F401
-        return _train(request, files, [files, *(trackers if info.is_main else []), screen])
+        record = _train(request, files, [files, *(trackers if info.is_main else []), screen])
+        files.end(code=0, reason="done" + ("; the console was closed on the way" if screen.lost else ""))
+        return record
 
 
 def _train(request: Request, files: RunFiles, sinks: Sequence[Sink]) -> RunRecord:
@@ -107,6 +109,5 @@ def _train(request: Request, files: RunFiles, sinks: Sequence[Sink]) -> RunRecor
         with suppress(OSError):  # a full disk must not hide what ended the run
             files.end(code=code, reason=reason, step=getattr(failure, "step", None))
         raise
-    files.end(code=0, reason="done")
     assert isinstance(event, RunRecord), "a run's last event is its record"
     return event

@@ -4,6 +4,8 @@ import codecs
 import os
 import sys
 import unicodedata
+from collections.abc import Callable
+from contextlib import suppress
 from io import TextIOWrapper
 from typing import IO, Any
 
@@ -16,6 +18,37 @@ LAUNCHER_BELOW = "the process launcher's own traceback may follow"
 # Controls, lone surrogates, line and paragraph separators, and format characters: these reorder the text beside them,
 # or have no width and are not seen.
 ESCAPED_CATEGORIES = ("Cc", "Cf", "Cs", "Zl", "Zp")
+
+
+class LastingStream:
+    """A text stream that outlives its reader: once it cannot be written to (a closed pipe, a full disk), it takes all
+    and keeps nothing. A run must not end with the terminal that watches it."""
+
+    def __init__(self, stream: IO[str]) -> None:
+        self._stream = stream
+        self.lost = False
+
+    def write(self, text: str) -> int:
+        self._try(lambda: self._stream.write(text))
+        return len(text)
+
+    def flush(self) -> None:
+        self._try(self._stream.flush)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def _try(self, write: Callable[[], Any]) -> None:
+        if self.lost:
+            return
+        try:
+            write()
+        except (OSError, ValueError):  # ValueError: it was closed
+            self.lost = True
+            with suppress(OSError, ValueError):  # else the interpreter's own last flush would fail
+                null = os.open(os.devnull, os.O_WRONLY)
+                os.dup2(null, self._stream.fileno())
+                os.close(null)
 
 
 def make_console(file: IO[str] | None = None) -> Console:
@@ -33,7 +66,8 @@ def make_console(file: IO[str] | None = None) -> Console:
         columns = os.environ.get("COLUMNS", "")
         width = columns.isdecimal() and int(columns) or PAGE_WIDTH
         plain = {"force_terminal": False, "force_jupyter": False, "color_system": None, "width": width}
-    return Console(file=file, markup=False, highlight=False, emoji=False, **plain)
+    lasting: Any = LastingStream(stream)
+    return Console(file=lasting, markup=False, highlight=False, emoji=False, **plain)
 
 
 def page_width(console: Console) -> int:

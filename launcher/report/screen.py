@@ -53,6 +53,11 @@ class Screen:
         self._live = live if console.is_interactive else None
         self._heart = threading.Thread(target=self._beat_until_end, daemon=True)
 
+    @property
+    def lost(self) -> bool:
+        """Whether the console could not be written to any more."""
+        return bool(getattr(self._console.file, "lost", False))
+
     def __enter__(self) -> Self:
         if self._live:
             self._live.start()
