@@ -16,7 +16,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -128,11 +128,10 @@ def newest_state(checkpoints: Path) -> tuple[Path, State, list[str]]:
     )
 
 
-def rotate(checkpoints: Path, *, keep: int, also: Collection[int] = ()) -> None:
-    """Remove all bundles but the `keep` newest and those of the steps `also`."""
+def rotate(checkpoints: Path, *, keep: int) -> None:
+    """Remove all bundles but the `keep` newest."""
     for bundle in bundles_of(checkpoints)[keep:]:
-        if step_of(bundle) not in also:
-            remove(bundle)
+        remove(bundle)
 
 
 def remove(bundle: Path) -> None:

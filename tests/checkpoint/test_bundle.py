@@ -94,10 +94,10 @@ def test_without_a_whole_bundle_the_run_is_refused_with_code_4(checkpoints: Path
         newest_state(checkpoints)
 
 
-def test_rotation_keeps_the_newest_and_the_best(checkpoints: Path) -> None:
+def test_rotation_keeps_the_newest(checkpoints: Path) -> None:
     written(checkpoints, 1, 2, 3, 4, 10)
-    rotate(checkpoints, keep=2, also={2})
-    assert [step_of(bundle) for bundle in bundles_of(checkpoints)] == [10, 4, 2]
+    rotate(checkpoints, keep=2)
+    assert [step_of(bundle) for bundle in bundles_of(checkpoints)] == [10, 4]
 
 
 class Killed(BaseException):

@@ -1,5 +1,6 @@
 import importlib.util
 import math
+import time
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -32,3 +33,16 @@ def test_a_tracker_that_is_not_installed_is_refused(monkeypatch):
     with pytest.raises(RecipeError, match="tensorboard is not. pip install") as caught:
         make_trackers(["tensorboard"])
     assert caught.value.code == 2
+
+
+def test_a_run_that_goes_on_shows_each_step_once(tmp_path):
+    for steps_done, steps in ((0, range(1, 6)), (3, range(4, 7))):
+        (tracker,) = make_trackers(["tensorboard"])
+        tracker.show(RunOpened(tmp_path, step=steps_done))
+        for step in steps:
+            tracker.show(StepRecord(step, float(10 * steps_done + step), 1e-3, 0.5, 9, 9, 1.0, 1.0))
+        time.sleep(1.1)  # the files are read in the order of their names, which hold whole seconds
+    events = EventAccumulator(str(tmp_path / "trackers")).Reload()
+    assert [(e.step, e.value) for e in events.Scalars("loss")] == [
+        (1, 1.0), (2, 2.0), (3, 3.0), (4, 34.0), (5, 35.0), (6, 36.0)
+    ]  # fmt: skip
