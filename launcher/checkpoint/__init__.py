@@ -1,1 +1,1 @@
-"""What a run leaves on disk: its folder, its adapter."""
+"""What a run leaves on disk: its folder, its checkpoints, its adapter."""
