@@ -97,8 +97,9 @@ def train(request: Request, console: Console, *, report_copy: Path | None) -> Ru
 def _train(request: Request, files: RunFiles, sinks: Sequence[Sink]) -> RunRecord:
     """A function of its own: what exists while imports are frozen, a cell of `history` too, would never be freed."""
     from launcher.train import loop
+    from launcher.train.history import RunHistory
 
-    history = loop.RunHistory()
+    history = RunHistory()
     try:
         with classified(request.rank_info, lambda: history.ledger):
             for event in loop.training(request, history):

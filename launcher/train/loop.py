@@ -3,75 +3,25 @@ sinks of its events (api.py). Only the adapter is saved here, since its proof ne
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import closing
-from dataclasses import dataclass, field, replace
-from itertools import takewhile
-from typing import cast
+from dataclasses import replace
 
 import torch
 
-from launcher.checkpoint.adapter import save_proven
-from launcher.checkpoint.resume import Resumed
 from launcher.errors import CheckpointError, ContractError, LauncherError, NonFiniteError
-from launcher.records.run import (
-    EvalRecord,
-    Event,
-    Phase,
-    RankRecord,
-    RunOpened,
-    RunRecord,
-    Sample,
-    StepRecord,
-    Verdict,
-)
+from launcher.records.run import EvalRecord, Event, Phase, RunOpened, StepRecord
 from launcher.runtime.clock import Clock
-from launcher.runtime.ranks import broadcast, gather
+from launcher.runtime.ranks import gather
 from launcher.runtime.signals import deferring, stop_vote, voted_stop
 from launcher.train.checkpoints import Checkpoints
-from launcher.train.describe import rank_record, start_record
+from launcher.train.describe import start_record
+from launcher.train.finish import make_sample, run_record, save_adapter_proven, why_no_sample
+from launcher.train.history import RunHistory, step_records
 from launcher.train.inputs import prepare_inputs
-from launcher.train.metrics import MetricsReader, StepMetrics
+from launcher.train.metrics import MetricsReader
 from launcher.train.request import Request
-from launcher.train.sample import generate
 from launcher.train.setup import Worker
-from launcher.train.verdicts import compile_verdicts
-
-SKIPS_IN_A_ROW = 20  # fp16: a scale that halves this often without one good step will not recover
-
-
-@dataclass
-class RunHistory:
-    """What the run has done so far, filled as it goes: also for whoever reports a failure."""
-
-    steps: list[StepRecord] = field(default_factory=list)  # those of earlier parts of the run too
-    evals: list[EvalRecord] = field(default_factory=list)
-    rank_tokens: list[tuple[int, int]] = field(default_factory=list)  # this rank's (all, supervised), by step
-    worker: Worker | None = None
-    last_step: int = 0
-    skipped_in_a_row: int = 0
-    first_read: int = 0  # steps of this part that were read together with the first one
-
-    def go_on(self, resumed: Resumed) -> None:
-        """Take over the records of the run's earlier parts."""
-        self.steps = [record for record in resumed.records if isinstance(record, StepRecord)]
-        self.evals = [record for record in resumed.records if isinstance(record, EvalRecord)]
-        self.last_step = resumed.step
-        self.skipped_in_a_row = len(list(takewhile(lambda step: step.skipped, reversed(self.steps))))
-
-    @property
-    def ledger(self) -> str:
-        """What holds memory, by phase."""
-        return self.worker.ledger.as_text() if self.worker else "nothing yet"
-
-    @property
-    def steady(self) -> tuple[list[float], list[tuple[int, int]]]:
-        """Seconds and this rank's tokens of all steps of this part but the first, which warms allocators and libraries,
-        and those that were read together with it (train.log_every); of all where there are no others."""
-        count = len(self.rank_tokens)
-        steady = count - self.first_read if count > self.first_read else count
-        start = count - steady
-        return [step.step_s for step in self.steps[len(self.steps) - steady :]], self.rank_tokens[start:]
 
 
 def training(request: Request, history: RunHistory) -> Iterator[Event]:
@@ -114,12 +64,12 @@ def _run(request: Request, history: RunHistory) -> Iterator[Event]:
         yield from _train(worker, history, checkpoints)
     yield "saving adapter"
     with clock.phase("save"):
-        saved = _save(worker)
-    if not (no_sample := _why_no_sample(worker)):
+        saved = save_adapter_proven(worker)
+    if not (no_sample := why_no_sample(worker)):
         yield "generating the sample"
     with clock.phase("sample"):
-        sample = None if no_sample else _sample(worker)
-    record = replace(_run_record(worker, history, saved), sample=sample, no_sample=no_sample)
+        sample = None if no_sample else make_sample(worker)
+    record = replace(run_record(worker, history, saved), sample=sample, no_sample=no_sample)
     record = replace(record, parts=checkpoints.parts_until(worker.state.step))
     worker.accelerator.end_training()
     yield record
@@ -146,13 +96,13 @@ def _train(worker: Worker, history: RunHistory, checkpoints: Checkpoints) -> Ite
                 continue
             with worker.clock.phase("train"):
                 readings = pending.read(all=evaluates or saves)
-            yield from _step_records(worker, history, readings)
+            yield from step_records(worker, history, readings)
             worker.plan.check()
             if evaluates:
                 yield from _evaluate(worker, history, step=number)
             stop = voted_stop(reading.stop_votes for reading in readings)
             if stop:
-                yield from _step_records(worker, history, pending.read(all=True))
+                yield from step_records(worker, history, pending.read(all=True))
             if saves or stop:
                 checkpoints.save()
             if stop:
@@ -174,49 +124,8 @@ def _train_step(worker: Worker, history: RunHistory, pending: MetricsReader) -> 
             batch = next(worker.batches)  # while the device works on the step before
             pending.add(worker.step(batch), batch)
     except (LauncherError, KeyboardInterrupt):
-        yield from _step_records(worker, history, pending.read(all=True))
+        yield from step_records(worker, history, pending.read(all=True))
         raise
-
-
-def _step_records(worker: Worker, history: RunHistory, readings: Sequence[StepMetrics]) -> Iterator[StepRecord]:
-    """Raises NonFiniteError naming the first step whose loss or gradient is not finite, after the records before it."""
-    history.first_read = history.first_read or len(readings)
-    for reading in readings:
-        batch = reading.batch
-        record = StepRecord(
-            step=history.last_step + 1,
-            loss=reading.loss_sum / max(1, batch.supervised_tokens),
-            lr=reading.lr,
-            grad_norm=reading.grad_norm,
-            tokens=batch.tokens,
-            supervised_tokens=batch.supervised_tokens,
-            step_s=reading.step_s,
-            vram_mib=worker.ledger.used_mib(),
-            skipped=reading.skipped,
-        )
-        history.skipped_in_a_row = history.skipped_in_a_row + 1 if record.skipped else 0
-        _check_finite(record, history.skipped_in_a_row)
-        history.steps.append(record)
-        history.last_step = record.step
-        micro_batches = batch.micro_batches
-        history.rank_tokens.append(
-            (sum(m.tokens for m in micro_batches), sum(m.supervised_tokens for m in micro_batches))
-        )
-        yield record
-
-
-def _check_finite(record: StepRecord, skipped_in_a_row: int) -> None:
-    if math.isfinite(record.loss) and (math.isfinite(record.grad_norm) or record.skipped):
-        if skipped_in_a_row < SKIPS_IN_A_ROW:
-            return
-        what = f"{skipped_in_a_row} fp16 steps in a row overflowed"
-    else:
-        what = f"loss {record.loss}, gradient norm {record.grad_norm}"
-    raise NonFiniteError(
-        f"loss and gradients must be finite; step {record.step} has {what}. Its update was not applied.\n"
-        "Lower train.lr, look at the data of that step, or use model.dtype=bfloat16 or float32.",
-        step=record.step,
-    )
 
 
 def _evaluate(worker: Worker, history: RunHistory, *, step: int) -> Iterator[EvalRecord]:
@@ -234,64 +143,3 @@ def _evaluate(worker: Worker, history: RunHistory, *, step: int) -> Iterator[Eva
     history.evals.append(record)
     worker.state.early_stop.update(record.eval_loss)
     yield record
-
-
-def _save(worker: Worker) -> Verdict:
-    """Save and prove the adapter on rank 0; every rank gets the verdict."""
-    verdict = None
-    if worker.rank_info.is_main:
-        verdict = save_proven(
-            worker.built.peft, worker.prepared.tokenizer, worker.folder, loss=lambda: _probe_loss(worker)
-        )
-    return cast(Verdict, broadcast(verdict))
-
-
-def _probe_loss(worker: Worker) -> float:
-    probe = worker.probe
-    return float(worker.plan.call(worker.step.eval_loss, probe)) / max(1, probe.supervised_tokens)
-
-
-def _why_no_sample(worker: Worker) -> str:
-    """Why the run has no sample; "" where it has one."""
-    data = worker.prepared.data
-    if not worker.recipe.run.sample_tokens:
-        return "run.sample_tokens=0"
-    if not data.validation_rows:
-        return "no row validates (data.validation)"
-    if data.example is None:
-        return "no validation row is a chat that ends in an answer, with a question shorter than data.max_length"
-    return ""
-
-
-def _sample(worker: Worker) -> Sample | None:
-    example, recipe = worker.prepared.data.example, worker.recipe
-    if not (worker.rank_info.is_main and example):
-        return None
-    return generate(
-        worker.built.packed,
-        worker.prepared.tokenizer,
-        example,
-        tokens=recipe.run.sample_tokens,
-        max_length=recipe.data.max_length,
-    )
-
-
-def _run_record(worker: Worker, history: RunHistory, saved: Verdict) -> RunRecord:
-    step_s, tokens = history.steady
-    ranks: tuple[RankRecord, ...] = tuple(gather(rank_record(worker, step_s=step_s, tokens=tokens)))
-    compiled = (
-        []
-        if worker.recipe.compile.mode == "off"
-        else compile_verdicts([rank.compile for rank in ranks], steps=len(history.rank_tokens))
-    )
-    return RunRecord(
-        recipe=worker.recipe.model_dump(mode="json"),
-        start=start_record(worker),
-        steps=tuple(history.steps),
-        evals=tuple(history.evals),
-        elapsed_s=worker.clock.elapsed_s,
-        ranks=ranks,
-        verdicts=(*worker.built.loaded, *compiled, saved),
-        data=dict(worker.prepared.data.counts),
-        adapter=str(worker.folder.adapter) if saved.holds and worker.recipe.model.init != "random" else None,
-    )

@@ -8,7 +8,8 @@ from launcher.errors import ContractError, RecipeError
 from launcher.recipe.load import resolve
 from launcher.recipe.schema import CompileSection
 from launcher.train import setup
-from launcher.train.loop import RunHistory, training
+from launcher.train.history import RunHistory
+from launcher.train.loop import training
 from tests.conftest import request_for
 from tests.support.workers import compiled
 

@@ -11,7 +11,8 @@ from launcher.compile.plan import Plan
 from launcher.errors import ContractError, NonFiniteError
 from launcher.memory.ledger import MIB
 from launcher.records.run import EvalRecord, RunRecord, StepRecord
-from launcher.train.loop import RunHistory, training
+from launcher.train.history import RunHistory
+from launcher.train.loop import training
 from launcher.train.step import arguments
 from tests.conftest import request_for
 from tests.support.workers import built, compiled, perturb

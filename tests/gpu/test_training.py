@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from launcher.records.run import RunRecord, StepRecord
-from launcher.train.loop import RunHistory, training
+from launcher.train.history import RunHistory
+from launcher.train.loop import training
 from tests.conftest import request_for, stock_loss
 from tests.support.packed_and_alone import packed_and_alone
 from tests.support.workers import ANY, TWO, compiled, documents

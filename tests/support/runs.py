@@ -7,7 +7,8 @@ from typing import Any
 
 from launcher.checkpoint.folder import RunFiles
 from launcher.records.run import Event, RunRecord, StepRecord
-from launcher.train.loop import RunHistory, training
+from launcher.train.history import RunHistory
+from launcher.train.loop import training
 from tests.conftest import request_for
 
 

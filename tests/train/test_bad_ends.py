@@ -11,7 +11,8 @@ from launcher.errors import CheckpointError, ContractError, NonFiniteError
 from launcher.model.packed import PackedCausalLM
 from launcher.records.run import StepRecord
 from launcher.train import setup
-from launcher.train.loop import RunHistory, training
+from launcher.train.history import RunHistory
+from launcher.train.loop import training
 from tests.conftest import request_for
 from tests.support.runs import events_of
 

@@ -7,7 +7,8 @@ import pytest
 from launcher.errors import RecipeError
 from launcher.recipe.load import resolve
 from launcher.records.run import EvalRecord, Phase, RunOpened, RunRecord, StartRecord, StepRecord
-from launcher.train.loop import RunHistory, training
+from launcher.train.history import RunHistory
+from launcher.train.loop import training
 from launcher.train.state import EarlyStop
 from tests.conftest import fresh_dynamo, request_for, small_recipe, stock_loss
 from tests.support.runs import events_of, record_of

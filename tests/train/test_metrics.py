@@ -8,7 +8,8 @@ import torch
 from launcher.errors import ContractError
 from launcher.model.packed import PackedCausalLM
 from launcher.train import metrics
-from launcher.train.loop import RunHistory, training
+from launcher.train.history import RunHistory
+from launcher.train.loop import training
 from launcher.train.metrics import MetricsReader
 from launcher.train.step import StepResult
 from tests.conftest import request_for

@@ -1,52 +1,17 @@
 """Two gloo processes on this machine against one: same global batch, same gradients, two rows in the report."""
 
 import json
-import os
-import signal
-import subprocess
 import sys
 
-import psutil
 import pytest
 import torch
 
 from tests.conftest import ROOT
 from tests.support.arguments import replaced
+from tests.support.launches import LAUNCH, MAIN, finished, succeeded
 
 pytestmark = pytest.mark.slow
-MAIN = ROOT / "launcher" / "main.py"
 WORKERS = ROOT / "tests" / "train"
-# --main_process_port 0 takes a free port, so that two suites on one machine do not meet.
-LAUNCH = [
-    sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(ROOT / "accelerate_configs" / "cpu2.yaml"),
-    "--main_process_port", "0",
-]  # fmt: skip
-
-
-def finished(*command, cwd, timeout_s=900):
-    """Run to its end. After the timeout it is ended with all its processes, and the assertion shows where each was."""
-    variables = {"ACCELERATE_DISABLE_RICH": "1", "HF_HOME": str(cwd / "hf"), "PYTHONFAULTHANDLER": "1"}
-    process = subprocess.Popen(
-        [str(word) for word in command], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=cwd,
-        env={**os.environ, **variables}, start_new_session=True,
-    )  # fmt: skip
-    try:
-        out, err = process.communicate(timeout=timeout_s)
-    except subprocess.TimeoutExpired:
-        # torch's launcher gives each worker a session of its own, so the group is not enough.
-        for child in psutil.Process(process.pid).children(recursive=True):
-            child.send_signal(signal.SIGABRT)
-        process.send_signal(signal.SIGABRT)
-        out, err = process.communicate()
-        raise AssertionError(f"not done after {timeout_s} s\n{out[-2000:]}{err[-8000:]}") from None
-    return subprocess.CompletedProcess(command, process.returncode, out, err)
-
-
-def succeeded(*command, cwd):
-    """Run to its good end; its stdout."""
-    done = finished(*command, cwd=cwd)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    return done.stdout
 
 
 @pytest.fixture

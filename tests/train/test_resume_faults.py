@@ -16,7 +16,7 @@ from launcher.checkpoint.folder import RunFolder
 from launcher.errors import CheckpointError, DiskError, RecipeError
 from launcher.records.run import RunRecord
 from launcher.runtime.signals import Terminated, listening
-from launcher.train import loop
+from launcher.train import finish, loop
 from launcher.train.checkpoints import SaveSchedule
 from tests.support.runs import lines, trained
 
@@ -44,7 +44,7 @@ def test_a_run_that_was_killed_after_its_last_checkpoint_still_leaves_its_adapte
 ) -> None:
     recipe = make(compile={"mode": mode})
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "save_proven", lambda *_, **__: pytest.fail("killed"))
+        patch.setattr(finish, "save_proven", lambda *_, **__: pytest.fail("killed"))
         with pytest.raises(pytest.fail.Exception):
             trained(recipe)
     record = trained(recipe)[-1]
