@@ -5,6 +5,7 @@ A save copies the device's state between two steps; a thread writes it behind th
 
 import platform
 import time
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -77,8 +78,8 @@ class Checkpoints:
             self._writer.check()
         return self._enabled and self._schedule.due(step)
 
-    def save(self) -> None:
-        """Save the state as it is now, unless that is done."""
+    def save(self, eval_losses: Mapping[int, float]) -> None:
+        """Save the state as it is now, unless that is done. `eval_losses`, by step: which of the run is the best."""
         step = self._worker.state.step
         if not self._enabled or self._saved_step == step:
             return
@@ -87,7 +88,8 @@ class Checkpoints:
             state, wait = self._worker.state.begin_copy(self._copies)
             self._saved_step = step
             if self._writer is not None:
-                self._writer.write({"state": state, "run": self._history(step)}, step=step, wait=wait)
+                content = {"state": state, "run": self._history(step)}
+                self._writer.write(content, step=step, eval_losses=eval_losses, wait=wait)
 
     def finish(self) -> str:
         """Wait until the last save is on the disk, on every rank; what to say of it, "" if there is none."""

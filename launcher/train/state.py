@@ -30,7 +30,9 @@ from launcher.train.host_copies import HostCopies
 from launcher.train.step import TrainStep
 
 STATE_KEYS = {"identity", "step", "training", "random", "loader", "early_stop"}
-MAY_CHANGE = {"steps", "epochs", "eval_every", "save_every", "keep", "log_every"}  # keys of train, on a resume
+MAY_CHANGE = {  # keys of train, on a resume
+    "steps", "epochs", "eval_every", "save_every", "keep", "log_every", "patience", "keep_best", "spike_patience",
+}  # fmt: skip
 MAX_DIFFERENCES = 5  # differences that a refusal names
 
 
@@ -46,6 +48,15 @@ class EarlyStop:
             self.best_eval_loss, self.evals_since_best = eval_loss, 0
         else:
             self.evals_since_best += 1
+
+    @property
+    def is_best(self) -> bool:
+        """Whether the last evaluation is the best so far."""
+        return self.best_eval_loss is not None and not self.evals_since_best
+
+    def reached(self, patience: int | None) -> bool:
+        """Whether training ends early, by train.patience."""
+        return patience is not None and self.evals_since_best >= patience
 
 
 class TrainState:
