@@ -44,7 +44,7 @@ def reshard_notes(
     before, now = step_shape_of(saved).blocks, step_shape_of(here).blocks
     data = "each step has the blocks that it would have had"
     if before != now:
-        data = f"a step has {now} blocks in place of {before}; {left_out} blocks are left out to begin at a whole step"
+        data = f"a step has {now} blocks in place of {before}; blocks left out to begin at a whole step: {left_out}"
     notes = [f"run.allow_reshard: goes on with {', '.join(changed)}; {data}"]
     if new_ranks:
         ranks = ", ".join(map(str, new_ranks))

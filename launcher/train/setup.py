@@ -58,7 +58,6 @@ class Worker:
         self.recipe, self.rank_info = request.recipe, request.rank_info
         # Before the first compile: dynamo guards on the thread count, and launchers set it to 1 on CPUs.
         torch.set_num_threads(self.rank_info.cores)
-        self._put_back = use_deterministic_kernels() if self.recipe.train.deterministic else None
         cpu = prepared.device.type == "cpu"
         PartialState(cpu=cpu)  # the process group first: the run folder's name is rank 0's
         hold_process_group()
@@ -82,6 +81,8 @@ class Worker:
         self.resumed: Resumed | None = None
         self.observer = Observer()
         self.ledger = Ledger(self.accelerator.device)
+        # Last: where anything above fails, nobody calls `release`.
+        self._put_back = use_deterministic_kernels() if self.recipe.train.deterministic else None
 
     def release(self) -> None:
         """Let other code of this process compile again, however far this worker has come."""

@@ -62,7 +62,7 @@ def test_fault_32_a_step_of_another_size_goes_on_where_the_data_was_and_says_wha
     """Four steps of two blocks are eight blocks: two and two thirds steps of three."""
     allowed = {"run": {"allow_reshard": True, "output_dir": None, "resume": str(killed / "checkpoints" / "step-4")}}
     events = trained(make(train={"micro_batch": 3, "steps": 6}, **allowed))
-    assert "a step has 3 blocks in place of 2; 1 blocks are left out" in notes(events)
+    assert "a step has 3 blocks in place of 2; blocks left out to begin at a whole step: 1" in notes(events)
     assert read_bundle(killed / "checkpoints" / "step-6")["state"]["loader"] == {"epoch": 0, "offset": 5}
     assert [line["step"] for line in lines(killed) if "loss" in line] == [1, 2, 3, 4, 5, 6]
     with pytest.raises(

@@ -3,12 +3,14 @@
 import pytest
 import torch
 
-from tests.gpu.conftest import merged
 from tests.support.states import flat, through_files, train
 from tests.support.workers import compiled, perturb
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("clean_dynamo")]
-ROWS = {"model": {"dtype": "bfloat16"}, "compile": {"cuda_graphs": "on"}}
+CAPTURED = {
+    "compile": {"cuda_graphs": "on"},
+    "train": {"steps": 12, "accumulation": 2, "deterministic": True},
+}
 
 
 @pytest.mark.parametrize(
@@ -22,10 +24,11 @@ ROWS = {"model": {"dtype": "bfloat16"}, "compile": {"cuda_graphs": "on"}}
         {"compile": {"scope": "model"}},
     ],
 )
-def test_two_captured_runs_and_a_resumed_one_are_bit_equal(recipe_of, sections):
+def test_two_captured_runs_and_a_resumed_one_are_bit_equal(recipe_over, sections):
+    recipe_of = recipe_over(CAPTURED)
+
     def worker_of():
-        always = {"train": {"steps": 12, "accumulation": 2, "deterministic": True}}
-        worker = compiled(recipe_of(**merged(ROWS, always, sections)))
+        worker = compiled(recipe_of(**sections))
         assert worker.cuda_graphs.startswith("on"), worker.cuda_graphs
         perturb(worker)
         return worker
