@@ -27,8 +27,8 @@ class RunFolder:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.metrics, self.report, self.status = (
-            path / name for name in ("metrics.jsonl", "report.json", "status.json")
+        self.metrics, self.report, self.status, self.parts = (
+            path / name for name in ("metrics.jsonl", "report.json", "status.json", "parts.json")
         )
         self.samples, self.bad_batches = path / "samples.jsonl", path / "bad_batches"
         self.adapter = path / "adapter"
@@ -117,6 +117,7 @@ class RunFolder:
     def discard(self) -> None:
         """Remove what `create` made, if nothing was measured yet; other files in the folder are the user's."""
         self.metrics.unlink()
+        self.parts.unlink(missing_ok=True)
         Path(self._lock.lock_file).unlink(missing_ok=True)
         if not any(self.path.iterdir()):
             self.path.rmdir()

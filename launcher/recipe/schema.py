@@ -143,6 +143,11 @@ class TrainSection(RecipeSection):
         1.0, description="Largest norm of the whole gradient; null or off: no clipping."
     )
     seed: int = Field(0, ge=0, lt=2**32, description="Seed of weights, dropout and data order.")
+    deterministic: bool = Field(
+        False,
+        description="Only kernels that give the same bits every time, at some cost, so that two runs on a GPU are "
+        "equal; on a CPU they are in any case.",
+    )
     eval_every: int = Field(
         0, ge=0, description="Steps between evaluations; 0: only before the first step and after the last."
     )
@@ -208,6 +213,12 @@ class RunSection(RecipeSection):
         description="auto: go on from the newest checkpoint in run.output_dir, if it has one; never: such a folder is "
         "refused; or a run's folder, or that of one of its checkpoints, to go on there.",
         examples=["auto", "never", "./runs/mine", "./runs/mine/checkpoints/step-500"],
+    )
+
+    allow_reshard: bool = Field(
+        False,
+        description="Go on with another number of processes, train.micro_batch or train.accumulation than the "
+        "checkpoint's; false: that is refused.",
     )
 
     @field_validator("resume")

@@ -134,6 +134,7 @@ class CompileRecord:
     evaluations: int = 0  # micro batches evaluated after warm-up
     evaluations_compiled: int = 0
     calls: dict[str, int] = field(default_factory=dict)  # planned for one micro batch of the largest shape
+    cache_misses: int = 0  # graphs whose code was generated: neither it nor a fit one was in the cache
 
 
 @dataclass(frozen=True)

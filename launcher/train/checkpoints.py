@@ -3,10 +3,10 @@
 A save copies the device's state between two steps; a thread writes it behind the next ones (checkpoint/writer.py).
 """
 
-import platform
 import time
 from collections.abc import Mapping
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -66,11 +66,7 @@ class Checkpoints:
             self._writer = BundleWriter(folder.checkpoints, keep=train.keep, save_adapter=self._save_adapter)
         names = {id(parameter): name for name, parameter in worker.built.peft.named_parameters()}
         self._peft_names = {name: names[id(p)] for name, p in worker.built.packed.named_parameters() if p.requires_grad}
-        earlier = resumed.state["run"]["parts"] if resumed else []
-        self.parts = [RunPart(**part) for part in earlier]
-        if resumed and self.parts:  # what it did after its last checkpoint is done again
-            self.parts[-1] = RunPart(**{**earlier[-1], "last_step": resumed.step, "lost_s": resumed.lost_s})
-        self.parts.append(RunPart(host=platform.node(), first_step=worker.state.step + 1, last_step=worker.state.step))
+        self.parts = worker.parts
 
     def due(self, step: int) -> bool:
         """Whether to save after this step. Raises the error of the last save, once it has failed."""
@@ -114,8 +110,7 @@ class Checkpoints:
 
     def parts_until(self, step: int) -> tuple[RunPart, ...]:
         """The parts of the run, the present one ending with `step`."""
-        present = self.parts[-1]
-        return (*self.parts[:-1], RunPart(present.host, present.first_step, step, present.lost_s))
+        return (*self.parts[:-1], replace(self.parts[-1], last_step=step))
 
     def _history(self, step: int) -> dict[str, Any]:
         return {"parts": [vars(part) for part in self.parts_until(step)]}
