@@ -62,6 +62,9 @@ def cut_back(folder: RunFolder, resumed: Resumed) -> None:
         if step_of(later) > resumed.step:
             remove(later)
     write_text(folder.metrics, "".join(map(metrics_line, resumed.records)))
+    if folder.samples.exists():
+        lines = folder.samples.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
+        write_text(folder.samples, "".join(line for line in lines if _sample_step(line) <= resumed.step))
     folder.status.unlink(missing_ok=True)
 
 
@@ -70,6 +73,14 @@ def _records(metrics: Path, *, step: int) -> tuple[Records, Records]:
     lines = metrics.read_text(encoding="utf-8", errors="replace").splitlines() if metrics.exists() else []
     records = [record for line in lines if (record := _record(line)) is not None]
     return [r for r in records if r.step <= step], [r for r in records if r.step > step]
+
+
+def _sample_step(line: str) -> float:
+    """The step of a line of samples.jsonl; infinity where a kill tore it."""
+    try:
+        return int(json.loads(line)["step"])
+    except (ValueError, TypeError, KeyError):
+        return math.inf
 
 
 def _record(line: str) -> StepRecord | EvalRecord | None:

@@ -10,6 +10,7 @@ import os
 import shutil
 import stat
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 
 from launcher.errors import DiskError
@@ -77,8 +78,9 @@ def _why_untrusted(folder: Path) -> str | None:
 def _holds_what_others_may_write(folder: Path) -> bool:
     for parent, folders, files in os.walk(folder):
         for name in (*folders, *files):
-            status = os.lstat(os.path.join(parent, name))
-            writable = status.st_mode & OTHERS_MAY_WRITE and not stat.S_ISLNK(status.st_mode)
-            if writable or status.st_uid != os.geteuid():
-                return True
+            with suppress(FileNotFoundError):  # another process compiles
+                status = os.lstat(os.path.join(parent, name))
+                writable = status.st_mode & OTHERS_MAY_WRITE and not stat.S_ISLNK(status.st_mode)
+                if writable or status.st_uid != os.geteuid():
+                    return True
     return False

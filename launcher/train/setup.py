@@ -43,7 +43,7 @@ from launcher.train.compiled_regions import regions_of
 from launcher.train.inputs import Prepared, block_facts, total_steps
 from launcher.train.optim import gates_on_device
 from launcher.train.request import Request
-from launcher.train.state import TrainState, check_identity, check_layout, run_identity
+from launcher.train.state import EarlyStop, TrainState, check_identity, check_layout, run_identity
 from launcher.train.step import TrainStep
 
 
@@ -99,6 +99,13 @@ class Worker:
         """Raise CheckpointError if this is not the run of the checkpoint, or if it has no steps left."""
         check_layout(resumed.state)
         check_identity(resumed.state["state"]["identity"], self._identity())
+        patience = self.recipe.train.patience
+        if self.folder.finished and EarlyStop(**resumed.state["state"]["early_stop"]).reached(patience):
+            raise CheckpointError(
+                f"a run goes on only if it has steps left; the one in {self.folder.path} has ended early, after "
+                f"{patience} evaluations without a lower eval loss.\nRaise train.patience, or choose another "
+                "run.output_dir."
+            )
         if resumed.step > self.steps or (resumed.step == self.steps and self.folder.finished):
             raise CheckpointError(
                 f"a run goes on only if it has steps left; the one in {self.folder.path} has done {resumed.step} of "
@@ -185,6 +192,11 @@ class Worker:
         self.batches = train_loader(data.train, accumulation=train.accumulation, seed=train.seed, **share)
         self.eval_batches = eval_batches(data.validation, **share) if data.validation else None
         self.steps = total_steps(train, self.batches)
+        if self.eval_batches is None and (wanting := "patience" if train.patience else train.keep_best and "keep_best"):
+            raise RecipeError(
+                f"train.{wanting} compares eval losses; no row validates. Raise data.validation (now "
+                f"{self.recipe.data.validation}) or name validation data, or leave train.{wanting} out."
+            )
 
     def _make_step(self) -> None:
         """The compile plan, the step that it compiles, and the state that a resume needs of both step and loader."""

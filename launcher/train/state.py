@@ -26,10 +26,13 @@ from launcher.errors import CheckpointError
 from launcher.recipe.schema import Recipe
 from launcher.records.run import RunPart
 from launcher.runtime.ranks import gather
+from launcher.train.host_copies import HostCopies
 from launcher.train.step import TrainStep
 
 STATE_KEYS = {"identity", "step", "training", "random", "loader", "early_stop"}
-MAY_CHANGE = {"steps", "epochs", "eval_every", "save_every", "keep", "log_every"}  # keys of train, on a resume
+MAY_CHANGE = {  # keys of train, on a resume
+    "steps", "epochs", "eval_every", "save_every", "keep", "log_every", "patience", "keep_best", "spike_patience",
+}  # fmt: skip
 MAX_DIFFERENCES = 5  # differences that a refusal names
 
 
@@ -45,6 +48,15 @@ class EarlyStop:
             self.best_eval_loss, self.evals_since_best = eval_loss, 0
         else:
             self.evals_since_best += 1
+
+    @property
+    def is_best(self) -> bool:
+        """Whether the last evaluation is the best so far."""
+        return self.best_eval_loss is not None and not self.evals_since_best
+
+    def reached(self, patience: int | None) -> bool:
+        """Whether training ends early, by train.patience."""
+        return patience is not None and self.evals_since_best >= patience
 
 
 class TrainState:
@@ -65,16 +77,13 @@ class TrainState:
     def state_dict(self) -> dict[str, Any]:
         """A copy of everything. Every rank must call it, and gets the random states of all ranks. Waits for the
         device."""
-        state, wait = self.begin_copy({})
+        state, wait = self.begin_copy(HostCopies())
         wait()
         return state
 
-    def begin_copy(self, pinned: dict[str, Tensor]) -> tuple[dict[str, Any], Callable[[], None]]:
-        """As `state_dict`, but its tensors of a CUDA device are host memory that the device still writes: read them
-        after the function that is returned too, which any thread may call. Training may go on meanwhile.
-
-        `pinned`: host memory of an earlier copy that nobody reads any more. It is used again and added to, as making
-        it takes longer than the copy.
+    def begin_copy(self, copies: HostCopies) -> tuple[dict[str, Any], Callable[[], None]]:
+        """As `state_dict`, but its tensors of a CUDA device are host memory of `copies` that the device still writes:
+        read them after the function that is returned too, which any thread may call. Training may go on meanwhile.
         """
         live = self._step.live_state()
         self._wait()
@@ -82,7 +91,7 @@ class TrainState:
         state = {
             "identity": _copied(self._identity),
             "step": self.step,
-            "training": _copied(live, pinned),
+            "training": _copied(live, copies),
             "random": {str(rank): state for rank, state in enumerate(random_states)},
             "loader": _copied(self._loader.state_dict()),
             "early_stop": {name: value for name, value in asdict(self.early_stop).items() if value is not None},
@@ -192,20 +201,30 @@ def set_random_state(state: dict[str, Any], device: torch.device) -> None:
         torch.cuda.set_rng_state(state["cuda"], device)
 
 
-def _copied(value: Any, pinned: dict[str, Tensor] | None = None, name: str = "") -> Any:
-    """The same tree of plain values, with its tensors copied to the CPU. The copies of a CUDA device are enqueued, into
-    the tensors of these names in `pinned`, which are made where they are missing."""
-    if isinstance(value, dict):
-        return {key: _copied(inner, pinned, f"{name}.{key}") for key, inner in value.items()}
-    if isinstance(value, list | tuple):
-        return [_copied(inner, pinned, f"{name}.{index}") for index, inner in enumerate(value)]
-    if not isinstance(value, Tensor):
-        return value
-    if not value.is_cuda or pinned is None:
-        return value.detach().to("cpu", copy=True)
-    if name not in pinned:
-        pinned[name] = torch.empty(value.shape, dtype=value.dtype, pin_memory=True)
-    return pinned[name].copy_(value.detach(), non_blocking=True)
+def _copied(value: Any, copies: HostCopies | None = None) -> Any:
+    """The same tree of plain values, with its tensors copied to the CPU. With `copies`, those of a CUDA device are only
+    enqueued."""
+    on_device = [leaf for leaf in _tensors(value) if leaf.is_cuda] if copies else []
+    enqueued = iter(copies.begin(on_device)) if copies and on_device else iter(())
+
+    def copied(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: copied(inner) for key, inner in value.items()}
+        if isinstance(value, list | tuple):
+            return [copied(inner) for inner in value]
+        if not isinstance(value, Tensor):
+            return value
+        return next(enqueued) if copies and value.is_cuda else value.detach().to("cpu", copy=True)
+
+    return copied(value)
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    """The tensors of a tree, in order."""
+    for inner in value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ():
+        yield from _tensors(inner)
+    if isinstance(value, Tensor):
+        yield value
 
 
 def _copy_into(live: dict[str, Any], state: dict[str, Any]) -> None:

@@ -28,7 +28,8 @@ def _sections(run: RunRecord) -> Iterator[Section]:
     yield from event_sections(run.ranks)
     yield elapsed(run.elapsed_s)
     yield verdicts(run.verdicts)
-    yield Section("", [Styled(_total(run.ranks), "strong"), f"run folder {run.start.run_dir}"])
+    stopped = [Styled(f"stopped {run.stopped}", "strong")] if run.stopped else []
+    yield Section("", [*stopped, Styled(_total(run.ranks), "strong"), f"run folder {run.start.run_dir}"])
     if run.adapter is not None and all(verdict.holds for verdict in run.verdicts):
         yield _next(run.adapter, checkpoints=run.recipe["train"]["save_every"] != 0)
 
@@ -63,10 +64,14 @@ def _losses(steps: Sequence[StepRecord], evals: Sequence[EvalRecord]) -> Section
     texts = [f"{name} {_change(values[0], values[-1])}" for name, values in changes if len(values) > 1]
     if texts:
         items.append(" · ".join(texts))
-    if skipped := [f"{s.step:,}" for s in steps if s.skipped]:
-        names = ", ".join([*skipped[:STEPS_SHOWN], *(["…"] if len(skipped) > STEPS_SHOWN else [])])
-        text = f"{counted(len(skipped), 'step')} skipped by the fp16 loss scaler (overflow): {names}"
-        items.append(Styled(text, "warning"))
+    marked = {
+        "skipped by the fp16 loss scaler (overflow)": [f"{s.step:,}" for s in steps if s.skipped],
+        "spiked (the first ones' batches are in bad_batches/)": [f"{s.step:,}" for s in steps if s.spike],
+    }
+    for what, numbers in marked.items():
+        if numbers:
+            names = ", ".join([*numbers[:STEPS_SHOWN], *(["…"] if len(numbers) > STEPS_SHOWN else [])])
+            items.append(Styled(f"{counted(len(numbers), 'step')} {what}: {names}", "warning"))
     is_sample = len(shown_steps) < len(steps) or len(shown_evals) < len(evals)
     note = f"{len(shown_steps)} of {counted(len(steps), 'step')}; all are in metrics.jsonl" if is_sample else ""
     return Section("Loss", items, note)

@@ -104,6 +104,13 @@ def test_the_loss_table_holds_the_eval_losses_and_each_steps_figures() -> None:
     assert lines[7] == "loss 2.3810 → 2.1739 (-8.7 %) · eval loss 2.9134 → 1.4711 (-49.5 %)"
 
 
+def test_spikes_and_an_early_stop_are_said() -> None:
+    steps = tuple(step_record(n, spike=n > 2) for n in range(1, 5))
+    text = shown(replace(run_record(), steps=steps, stopped="early, after step 4 of 8"))
+    assert "2 steps spiked (the first ones' batches are in bad_batches/): 3, 4" in section(text, "Loss")
+    assert "stopped early, after step 4 of 8" in text
+
+
 def test_skipped_steps_are_named_and_a_missing_figure_does_not_break_the_table() -> None:
     steps = (step_record(1, skipped=True, grad_norm=float("inf")), step_record(2, loss=float("nan"), step_s=0.0))
     record = replace(run_record(evals=()), steps=steps)
