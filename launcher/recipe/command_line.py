@@ -23,6 +23,7 @@ MODES = {
     "keys": "print the table of keys in docs/keys.md",
 }
 OPTIONS = {"recipe": "", "mode": "train", "report": "", "blocks": "2"}  # the keys outside every section, their defaults
+MAX_LINES = 5  # of a message
 
 
 @dataclass
@@ -72,6 +73,8 @@ def parse(argv: Sequence[str]) -> Arguments:
         if argument.startswith("--") and not equals and (near := closest(key[2:], (*OPTIONS, "help", "version"))):
             remedy = f"write {near}=..." if near in OPTIONS else f"did you mean --{near}?"
             arguments.refuse(argument, f"every argument is key=value; got {echoed(argument)}; {remedy}")
+        elif not (equals and key) and len(arguments.problems) >= MAX_LINES:
+            arguments.refuse(argument, argument)  # counted only
         elif not equals or not key:
             recipe = argument if argument.endswith(".yaml") else nearest_recipe(argument)
             remedy = f"did you mean recipe={bare(recipe)}?" if recipe else "try train.steps=100, or --help alone"

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import replace
 
+from launcher.data.read.rows import ReadingProgress
 from launcher.errors import CheckpointError, ContractError, LauncherError
 from launcher.records.run import Event, Phase, RunOpened
 from launcher.runtime.clock import Clock
@@ -35,10 +36,10 @@ def training(request: Request, history: RunHistory) -> Iterator[Event]:
 
 
 def _run(request: Request, history: RunHistory) -> Iterator[Event]:
-    clock, recipe = Clock(request.started_s), request.recipe
-    yield "reading data"
+    clock, recipe, progress = Clock(request.started_s), request.recipe, ReadingProgress()
+    yield Phase("reading data", progress)
     with clock.phase("data"):
-        prepared = prepare_inputs(request)
+        prepared = prepare_inputs(request, progress)
     yield "starting processes"
     with clock.phase("start"):
         worker = history.worker = Worker(request, prepared, clock=clock)

@@ -52,7 +52,7 @@ def test_what_is_not_a_plain_mapping_is_refused_with_file_and_line(own, monkeypa
 def test_a_file_that_cannot_be_read_is_named_with_the_reason(tmp_path):
     with pytest.raises(RecipeError, match=r"gone\.yaml.*No such file"):
         read_file(tmp_path / "gone.yaml")
-    with pytest.raises(RecipeError, match="directory"):
+    with pytest.raises(RecipeError, match="a recipe is a file"):
         read_file(tmp_path)
 
 

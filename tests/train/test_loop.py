@@ -153,7 +153,7 @@ def test_a_run_without_a_sample_says_why_and_has_no_phase_for_it(make_recipe, tm
 def test_compiling_tells_how_many_graphs_of_each_region_have_begun(make_recipe):
     seen, history = [], RunHistory()
     events = training(request_for(make_recipe(train={"steps": 1})), history)
-    compiling = next(event for event in events if isinstance(event, Phase))
+    compiling = next(event for event in events if isinstance(event, Phase) and event.name == "compiling")
     assert compiling.progress() == "", "nothing is planned yet"
     observer = history.worker.observer
     observe = observer.backend
