@@ -6,6 +6,7 @@ leaves nothing behind. huggingface_hub is imported only for a name that is no fo
 
 from pathlib import Path
 
+from launcher.credentials import masked
 from launcher.errors import RecipeError
 from launcher.recipe.field_types import HUB_ID, HUB_TIMEOUT_S
 from launcher.recipe.schema import ModelSection
@@ -73,7 +74,7 @@ def _require_hub(name: str, revision: str | None) -> None:
     except Exception as error:  # the client has a dozen kinds, from DNS to licence gates; all mean "not to be had"
         reason = next(iter(str(error).strip().splitlines()), "") or type(error).__name__
         raise RecipeError(
-            f"model {name!r} is not in the local cache and could not be had from the hub: {reason[:160]}\n"
+            f"model {name!r} is not in the local cache and could not be had from the hub: {masked(reason)[:160]}\n"
             "Online: check the name, the revision and your login.\n"
             "Offline: copy the checkpoint here and set model.name=/path/to/folder,\n"
             "or try the architecture alone with model.init=random."

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from launcher.credentials import masked
 from launcher.errors import DataError
 
 ROLES = ("system", "user", "assistant")
@@ -98,7 +99,7 @@ def shown_value(value: Any) -> str:
     if isinstance(value, dict):
         return "an object"
     try:
-        text = json.dumps(value)
+        text = masked(json.dumps(value))
     except (TypeError, ValueError):  # ValueError: an integer with more digits than Python prints
         return f"a value of type {type(value).__name__}"
     return text if len(text) <= 80 else text[:77] + "..."
