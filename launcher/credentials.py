@@ -17,6 +17,7 @@ from urllib.parse import quote
 
 MASK = "***"
 LEAST_CHARACTERS = 8  # of a variable's value: masking a shorter one would garble ordinary text
+LONGEST = 2_000  # characters of a credential that a cut might halve
 
 WORD = r"secret|passw(?:or)?d|passphrase|credentials?|(?:api|access|account|auth|private|secret|signing)[_-]?key"
 TOKEN = "".join(f"(?<!{kind}_)" for kind in ("bos", "eos", "pad", "unk", "sep", "cls", "mask", "end")) + "token"
@@ -24,7 +25,9 @@ SECRET_NAME = re.compile(rf"(?:{WORD}|{TOKEN}|authorization)$", re.IGNORECASE)
 SECRET_VARIABLE = re.compile(
     rf"(?:{WORD}|{TOKEN}|(?:^|_)(?:key|pass|pat|auth)|_pwd)s?(?:_?\d+)?$", re.IGNORECASE
 )  # MY_KEY is a secret in the environment; elsewhere a key is any key
-USERINFO = re.compile(r"([a-zA-Z][a-zA-Z0-9+.-]{0,20}://)(?:[^\s/@:]{0,200}:(?!\d+/)[^\s@]{1,200}|[^\s/@]{1,200})@")
+USERINFO = re.compile(  # as a path, a URL has one slash only
+    r"([a-zA-Z][a-zA-Z0-9+.-]{1,20}:/)(?:(/?)[^\s/@:]{0,200}:(?!\d+/)[^\s@]{1,200}|(/)[^\s/@]{1,200})@"
+)
 PASSWORD = re.compile(r"://[^\s/@:]{0,200}:([^\s@]{1,200})@")  # in an endpoint's or a proxy's URL
 # What stands between a name and its value: an equals sign; a colon, behind `token` only where it is no prose.
 NAMED = re.compile(
@@ -50,9 +53,13 @@ ISSUED = re.compile(
 
 
 def masked(text: str) -> str:
-    """The text with MASK in place of every credential. Masking twice changes nothing more. Mask before cutting a text
-    short: of half a credential nothing may be known any more."""
+    """The text with MASK in place of every credential. Masking twice changes nothing more."""
     return _masker()(text)
+
+
+def shortened(text: str, limit: int) -> str:
+    """The first `limit` characters of a text, masked before it is cut: half a credential might not be known as one."""
+    return masked(text[: limit + LONGEST])[:limit]
 
 
 def masked_tree(value: Any, name: str = "") -> Any:
@@ -88,22 +95,32 @@ def _masker() -> Callable[[str], str]:
     def mask(text: str) -> str:
         if known:
             text = known.sub(MASK, text)
-        text = USERINFO.sub(rf"\1{MASK}@", text)
-        return ISSUED.sub(MASK, NAMED.sub(rf"\1{MASK}", text))
+        if "@" in text:
+            text = USERINFO.sub(rf"\1\2\3{MASK}@", text)
+        if "=" in text or ":" in text:
+            text = NAMED.sub(rf"\1{MASK}", text)
+        return ISSUED.sub(MASK, text)
 
     return mask
 
 
 def _values_of_variables() -> Iterator[str]:
     for name, value in os.environ.items():
-        parts = PASSWORD.findall(value)
-        if SECRET_VARIABLE.search(name) and not (value.startswith(("/", "~")) and os.path.exists(value)):
+        parts = PASSWORD.findall(value) if "@" in value else []
+        if _names_secret(name) and not (value.startswith(("/", "~")) and os.path.exists(value)):
             parts += [value.strip(), *re.split(r"[,;\n]", value)]  # a file's path is no secret; lists are
         yield from (part for part in parts if len(part) >= LEAST_CHARACTERS)
+
+
+@lru_cache(maxsize=4_096)
+def _names_secret(variable: str) -> bool:
+    return bool(SECRET_VARIABLE.search(variable))
 
 
 @lru_cache(maxsize=4)
 def _alternatives(values: tuple[str, ...]) -> re.Pattern[str] | None:
     """What matches any of these values, as it is and as it is escaped in Python, JSON or a URL."""
-    forms = {form for v in values for form in (v, repr(v)[1:-1], json.dumps(v)[1:-1], quote(v, safe=""))}
+    forms = {
+        form for v in values for form in (v, repr(v)[1:-1], ascii(v)[1:-1], json.dumps(v)[1:-1], quote(v, safe=""))
+    }
     return re.compile("|".join(map(re.escape, sorted(forms, key=len, reverse=True)))) if forms else None

@@ -6,7 +6,7 @@ leaves nothing behind. huggingface_hub is imported only for a name that is no fo
 
 from pathlib import Path
 
-from launcher.credentials import masked
+from launcher.credentials import shortened
 from launcher.errors import RecipeError
 from launcher.recipe.field_types import HUB_ID, HUB_TIMEOUT_S
 from launcher.recipe.schema import ModelSection
@@ -65,16 +65,16 @@ def _require_hub(name: str, revision: str | None) -> None:
     """Have config.json in the local cache. Raises RecipeError, within seconds, if the hub does not answer for it."""
     from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url
 
-    if config_file(name, revision):
-        return
     try:
+        if config_file(name, revision):
+            return
         # One request first: the client's download retries six times for half a minute.
         get_hf_file_metadata(hf_hub_url(name, "config.json", revision=revision), timeout=HUB_TIMEOUT_S)
         hf_hub_download(name, "config.json", revision=revision)
     except Exception as error:  # the client has a dozen kinds, from DNS to licence gates; all mean "not to be had"
         reason = next(iter(str(error).strip().splitlines()), "") or type(error).__name__
         raise RecipeError(
-            f"model {name!r} is not in the local cache and could not be had from the hub: {masked(reason)[:160]}\n"
+            f"model {name!r} is not in the local cache and could not be had from the hub: {shortened(reason, 160)}\n"
             "Online: check the name, the revision and your login.\n"
             "Offline: copy the checkpoint here and set model.name=/path/to/folder,\n"
             "or try the architecture alone with model.init=random."

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from launcher.credentials import masked
+from launcher.credentials import shortened
 from launcher.errors import DataError
 
 ROLES = ("system", "user", "assistant")
@@ -99,10 +99,10 @@ def shown_value(value: Any) -> str:
     if isinstance(value, dict):
         return "an object"
     try:
-        text = masked(json.dumps(value))
+        text = json.dumps(value)
     except (TypeError, ValueError):  # ValueError: an integer with more digits than Python prints
         return f"a value of type {type(value).__name__}"
-    return text if len(text) <= 80 else text[:77] + "..."
+    return shortened(text, 80) if len(text) <= 80 else shortened(text, 77) + "..."
 
 
 def shown_under(key: str, fields: dict[str, Any]) -> str:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection
 from typing import Any
 
-from launcher.credentials import masked
+from launcher.credentials import shortened
 from launcher.errors import LauncherError
 from launcher.runtime.child_processes import exit_with_parent
 from launcher.runtime.streams import prepare_standard_streams
@@ -73,5 +73,5 @@ def _child(task: Task, request: Request, sender: Connection) -> None:
         sender.send(("error", error))
     except Exception as error:
         traceback.print_exc()
-        reason = masked(f"{type(error).__name__}: {error}")[:500]
+        reason = shortened(f"{type(error).__name__}: {error}", 500)
         sender.send(("error", ChildFailed(f"its process failed: {reason}")))
