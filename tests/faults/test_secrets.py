@@ -13,6 +13,7 @@ from launcher.errors import RecipeError
 from launcher.proof.bench.processes import ChildFailed, run_child
 from launcher.report import Screen
 from tests.conftest import ROOT
+from tests.support.arguments import replaced
 from tests.support.launches import ALONE, MAIN, finished
 from tests.support.records import start_record
 
@@ -197,3 +198,67 @@ def test_fault_37_a_benchs_child_masks_its_traceback_and_its_reason(capfd):
         list(run_child(int, HF))
     err = capfd.readouterr().err
     assert "Traceback" in err and MASK in err and HF not in err
+
+
+# --- a whole run
+
+WATCH = """
+import os, sys
+def watch(event, arguments):
+    if event in ("socket.connect", "socket.sendto", "socket.getaddrinfo", "socket.gethostbyname"):
+        with open(os.environ["WATCHED"], "a") as file:
+            file.write(f"{event} {arguments[1:]}\\n")
+sys.addaudithook(watch)
+"""
+RUN = (
+    "run.output_dir=run",
+    "report=report.json",
+    "run.trackers=[tensorboard]",
+    f"model.revision={HF}",
+    "train.save_every=1",
+)
+ELSEWHERE = ("home", "temporary", "work")  # HOME, TMPDIR and the working directory
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory, small_arguments):
+    """A finished run with a secret wherever one can be set or typed: its folder, and what it printed. The hub is not
+    switched off: a model and data on this machine must need none."""
+    folder = tmp_path_factory.mktemp("run")
+    for name in (*ELSEWHERE, "cache"):
+        (folder / name).mkdir()
+    (folder / "watch").mkdir()
+    (folder / "watch" / "sitecustomize.py").write_text(WATCH)
+    own = {
+        "HOME": folder / "home", "TMPDIR": folder / "temporary", "XDG_CACHE_HOME": folder / "cache",
+        "HF_HOME": folder / "cache" / "hf", "PYTHONPATH": folder / "watch", "WATCHED": folder / "watched",
+        "HF_HUB_OFFLINE": "0", "TORCHINDUCTOR_CACHE_DIR": "",
+    }  # fmt: skip
+    variables = {name: str(value) for name, value in own.items()} | {"HF_TOKEN": HF} | SET
+    arguments = replaced(list(small_arguments), "compile.backend=inductor", *RUN)
+    done = finished(*ALONE, MAIN, *arguments, cwd=folder / "work", **variables)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
+    return folder, done
+
+
+@pytest.mark.faults
+def test_fault_37_nothing_that_a_run_prints_or_writes_holds_a_secret(run):
+    folder, done = run
+    secrets = [form.encode() for part in (HF, *SET.values(), *PARTS[-5:]) for form in forms(part)]
+    files = [path for path in folder.rglob("*") if path.is_file() and path.parent.name != "watch"]
+    names = {path.name for path in files}
+    assert {"report.json", "status.json", "metrics.jsonl", "state.json", "adapter_config.json", "README.md"} <= names
+    assert any("tfevents" in name for name in names) and len(files) > 30
+    texts = {str(path): path.read_bytes() for path in files} | {"console": (done.stdout + done.stderr).encode()}
+    assert [(name, secret) for name, text in texts.items() for secret in secrets if secret in text] == []
+    report = json.loads((folder / "work" / "report.json").read_text())
+    assert report["recipe"]["model"]["revision"] == MASK, "it was there to be seen"
+
+
+@pytest.mark.faults
+def test_a_run_on_this_machines_files_makes_no_connection_and_writes_only_its_folder_and_the_caches(run):
+    folder, _ = run
+    watched = folder / "watched"
+    assert not watched.exists(), watched.read_text()
+    left = {path.relative_to(folder).as_posix() for name in ELSEWHERE for path in (folder / name).rglob("*")}
+    assert {path for path in left if not path.startswith("work/run")} == {"work/report.json"}
