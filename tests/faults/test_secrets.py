@@ -235,7 +235,9 @@ def run(tmp_path_factory, small_arguments):
         "HF_HUB_OFFLINE": "0", "TORCHINDUCTOR_CACHE_DIR": "",
     }  # fmt: skip
     variables = {name: str(value) for name, value in own.items()} | {"HF_TOKEN": HF} | SET
-    arguments = replaced(list(small_arguments), "compile.backend=inductor", *RUN)
+    arguments = replaced(
+        list(small_arguments), "compile.backend=inductor", *RUN, "compile.scope=regions", "compile.regions=[mlp]"
+    )
     done = finished(*ALONE, MAIN, *arguments, cwd=folder / "work", **variables)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
     return folder, done
