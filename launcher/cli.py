@@ -23,10 +23,11 @@ from launcher.records.run import Phase
 from launcher.report import Screen, make_console
 from launcher.report import error as print_error
 from launcher.runtime.clock import seconds_since
-from launcher.runtime.environment import open_standard_streams, quick_imports
+from launcher.runtime.environment import quick_imports
 from launcher.runtime.failures import classified, code_and_reason
 from launcher.runtime.ranks import RankInfo, rank_info, under_launcher
 from launcher.runtime.signals import Terminated, listen
+from launcher.runtime.streams import prepare_standard_streams
 from launcher.train.request import Request
 
 SHARED_CODES = (2, 3)  # every rank finds these, so one of them prints
@@ -34,7 +35,7 @@ SHARED_CODES = (2, 3)  # every rank finds these, so one of them prints
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command line; returns the exit code. Every failure meant for the user is a message, not a traceback."""
-    open_standard_streams()
+    prepare_standard_streams()
     info = rank_info()
     arguments = list(sys.argv[1:] if argv is None else argv)
     listen()

@@ -6,6 +6,8 @@ A message gives the rule, the value and the remedy, in that order; `cli` prints 
 import errno
 import os
 
+from launcher.credentials import masked
+
 LESS_MEMORY = (
     "Set memory.activations=full (offload on a GPU), lower train.micro_batch (raise train.accumulation), "
     "data.max_length, memory.loss_chunk_mib or lora.r."
@@ -27,7 +29,7 @@ class LauncherError(Exception):
     code = 1
 
     def __init__(self, message: str, *, step: int | None = None) -> None:
-        super().__init__(message)
+        super().__init__(masked(message))
         self.step = step  # of the optimizer, where it is not the last one recorded
         self.reporter: int | None = None  # the local rank that prints it, where the others only repeat it
 

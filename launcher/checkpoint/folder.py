@@ -15,6 +15,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+from launcher.credentials import masked_tree
 from launcher.errors import CheckpointError, RecipeError
 from launcher.records.run import BadBatch, EvalRecord, EvalSamples, Event, RunOpened, RunRecord, StepRecord
 
@@ -209,8 +210,8 @@ def metrics_line(record: StepRecord | EvalRecord) -> str:
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
-    """As `write_text`. NaN and infinity become null."""
-    write_text(path, json.dumps(_finite(content), indent=2) + "\n")
+    """As `write_text`. NaN and infinity become null, credentials are masked."""
+    write_text(path, json.dumps(_finite(masked_tree(content)), indent=2) + "\n")
 
 
 def write_text(path: Path, text: str) -> None:

@@ -116,7 +116,7 @@ def _layer(pairs: Iterable[tuple[str, Any]], problems: dict[str, str], folder: P
     values: Values = {}
     for key, value in pairs:
         if key in values:
-            got = f"got {echoed(values[key])} and {echoed(value)}"
+            got = f"got {echoed(values[key], key)} and {echoed(value, key)}"
             problems[f"{bare(key)} is given twice; {got}; remove one"] = bare(key)
         else:
             one_path = key == "data.sources" and isinstance(value, str) and os.path.exists(from_folder(value, folder))
@@ -154,7 +154,7 @@ def _problems(error: ValidationError, places: dict[str, str], from_file: Values,
             continue
         place = "command line" if leaf in from_line else places.get(key) or places.get(leaf)
         given = (from_file | from_line).get(key, detail["input"])  # as written, paths too
-        got = f"got {'nothing' if detail['type'] == 'missing' else echoed(given)} ({place})"
+        got = f"got {'nothing' if detail['type'] == 'missing' else echoed(given, key)} ({place})"
         if detail["type"] == "value_error":  # a rule between keys
             text = str(detail["ctx"]["error"])
         elif detail["type"] == "extra_forbidden":

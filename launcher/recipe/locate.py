@@ -8,6 +8,7 @@ import errno
 import os
 from pathlib import Path
 
+from launcher.credentials import shortened
 from launcher.errors import RecipeError
 from launcher.recipe.field_types import HUB_ID
 from launcher.recipe.hub_request import HUB_TIMEOUT_S, answered
@@ -82,20 +83,18 @@ def _require_hub(name: str, revision: str | None) -> None:
     """Have config.json in the local cache. Raises RecipeError, within seconds, if the hub does not answer for it."""
     from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url
 
-    if config_file(name, revision):
-        return
-
     def ask() -> None:
         # One request first: the client's download retries six times for half a minute.
         get_hf_file_metadata(hf_hub_url(name, "config.json", revision=revision), timeout=HUB_TIMEOUT_S)
         hf_hub_download(name, "config.json", revision=revision)
 
     try:
-        answered(ask, timeout_s=CONFIG_TIMEOUT_S)
+        if not config_file(name, revision):
+            answered(ask, timeout_s=CONFIG_TIMEOUT_S)
     except Exception as error:  # the client has a dozen kinds, from DNS to licence gates; all mean "not to be had"
         reason = next(iter(str(error).strip().splitlines()), "") or type(error).__name__
         raise RecipeError(
-            f"model {name!r} is not in the local cache and could not be had from the hub: {reason[:160]}\n"
+            f"model {name!r} is not in the local cache and could not be had from the hub: {shortened(reason, 160)}\n"
             "Online: check the name, the revision and your login.\n"
             "Offline: copy the checkpoint here and set model.name=/path/to/folder,\n"
             "or try the architecture alone with model.init=random."

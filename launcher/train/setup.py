@@ -23,6 +23,7 @@ from launcher.checkpoint.resume import Resumed, cut_back, open_folder
 from launcher.compile.graphs import CaptureFailed, outcome
 from launcher.compile.observe import Observer
 from launcher.compile.plan import Plan
+from launcher.credentials import masked_tree
 from launcher.data.loader import eval_batches, sample_batch, train_loader
 from launcher.data.pack.micro_batch import MicroBatch
 from launcher.errors import CheckpointError, ContractError, DataError, LauncherError, RecipeError
@@ -127,7 +128,7 @@ class Worker:
     def _identity(self) -> dict[str, Any]:
         dtype = str(choose_dtype(self.recipe.model.dtype, self.prepared.device)).removeprefix("torch.")
         data, processes = self.prepared.data.content, self.rank_info.world_size
-        return run_identity(self.recipe, data=data, dtype=dtype, processes=processes)
+        return dict(masked_tree(run_identity(self.recipe, data=data, dtype=dtype, processes=processes)))
 
     def build(self) -> BuiltModel:
         """Load, quantise and adapt the model, and choose what its forward pass keeps; the ledger notes each phase."""

@@ -6,6 +6,7 @@ from contextlib import suppress
 from functools import partial
 from typing import Any
 
+from launcher.credentials import shortened
 from launcher.data.read.rows import Feed, RawRow
 from launcher.data.read.tables import BATCH_ROWS, unreadable
 from launcher.errors import DataError
@@ -98,7 +99,7 @@ def _not_found(source: Source, error: Exception) -> DataError:
     reason = next(iter(str(error).strip().splitlines()), "") or type(error).__name__
     return DataError(
         f"dataset {source.path!r} is no file or folder here, not in the local cache, and not to be had from the hub.\n"
-        f"Found: {reason[:160]}\n"
+        f"Found: {shortened(reason, 160)}\n"
         "Online: check the name, the revision and your login.\n"
         "Offline: copy its files here and set data.sources=[{path: ./folder}]."
     )

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple
 
+from launcher.credentials import shortened
 from launcher.errors import DataError
 
 ROLES = ("system", "user", "assistant")
@@ -123,7 +124,7 @@ def shown_value(value: Any) -> str:
         text = json.dumps(value)
     except (TypeError, ValueError):  # ValueError: an integer with more digits than Python prints
         return f"a value of type {type(value).__name__}"
-    return text if len(text) <= 80 else text[:77] + "..."
+    return shortened(text, 80) if len(text) <= 80 else shortened(text, 77) + "..."
 
 
 def shown_under(key: str, fields: dict[str, Any]) -> str:
