@@ -33,10 +33,10 @@ class Arguments:
 
     options: dict[str, str] = field(default_factory=OPTIONS.copy)  # as written, else the default
     overrides: list[tuple[str, Any]] = field(default_factory=list)  # key as written, value as plain data
-    problems: dict[str, str] = field(default_factory=dict)  # rule, value and remedy on one line -> the key
+    problems: dict[str, str] = field(default_factory=dict)  # rule, value and remedy on one line -> the key as written
 
     def refuse(self, key: str, problem: str) -> None:
-        self.problems[problem] = bare(key)
+        self.problems[problem] = key
 
 
 def echoed(value: Any, key: str = "") -> str:

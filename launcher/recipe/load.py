@@ -117,7 +117,7 @@ def _layer(pairs: Iterable[tuple[str, Any]], problems: dict[str, str], folder: P
     for key, value in pairs:
         if key in values:
             got = f"got {echoed(values[key], key)} and {echoed(value, key)}"
-            problems[f"{bare(key)} is given twice; {got}; remove one"] = bare(key)
+            problems[f"{bare(key)} is given twice; {got}; remove one"] = key
         else:
             one_path = key == "data.sources" and isinstance(value, str) and os.path.exists(from_folder(value, folder))
             values[key] = as_list(key, [value] if one_path else value) if key in LEAVES else value
@@ -164,7 +164,7 @@ def _problems(error: ValidationError, places: dict[str, str], from_file: Values,
         else:
             text = f"{key} must be {accepts(key)}; {got}; try {assignment(leaf, example(leaf))}"
         problems.setdefault(key, text)
-    return {text: bare(key) for key, text in problems.items()}
+    return {text: key for key, text in problems.items()}
 
 
 def _within_section(section: str, value: Any) -> str:
@@ -194,5 +194,5 @@ def _refuse(problems: dict[str, str]) -> NoReturn:
         rest = lines[MAX_LINES - 1 :]
         keys = list(dict.fromkeys(problems[line] for line in rest))
         more = ", ..." if len(keys) > MAX_KEYS_NAMED else ""
-        lines[MAX_LINES - 1 :] = [f"and {len(rest):,} more, in {', '.join(keys[:MAX_KEYS_NAMED])}{more}"]
+        lines[MAX_LINES - 1 :] = [f"and {len(rest):,} more, in {', '.join(map(bare, keys[:MAX_KEYS_NAMED]))}{more}"]
     raise RecipeError("\n".join(lines))
