@@ -7,6 +7,7 @@ record.evals[-1].eval_loss, record.start.run_dir
 
 import io
 import os
+import signal
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -25,10 +26,12 @@ from launcher.records.run import Event, RunRecord
 from launcher.report import Screen, make_console
 from launcher.report.trackers import make_trackers
 from launcher.runtime.clock import boot_clock_s, seconds_since
+from launcher.runtime.ending import last_words
 from launcher.runtime.environment import prepare_environment, quick_imports
 from launcher.runtime.failures import classified, code_and_reason
 from launcher.runtime.launch_flags import check_launch_flags
-from launcher.runtime.ranks import RankInfo, end_with_parent, rank_info
+from launcher.runtime.parent import end_with_parent
+from launcher.runtime.ranks import RankInfo, rank_info
 from launcher.runtime.signals import listening
 from launcher.train.before_torch import check_inputs, check_run_folder
 from launcher.train.request import Request
@@ -64,7 +67,6 @@ def make_request(resolved: Resolved, info: RankInfo) -> Request:
     """Settle the process's environment and locate the model. Raises RecipeError where that is not there or cannot be
     trained, where Accelerate was asked for what contradicts the recipe, or where report=PATH cannot be written,
     DataError where local data is not there; all before torch."""
-    end_with_parent()
     target = resolved.report
     if target and (target.is_dir() or not os.access(target.parent, os.W_OK)):
         raise RecipeError(f"report=PATH must be a file in a folder that can be written; {target} is not.")
@@ -85,10 +87,11 @@ def train(request: Request, console: Console, *, report_copy: Path | None) -> Ru
     info = request.rank_info
     check_run_folder(request.recipe, request.name)
     files, trackers = RunFiles(info.rank, report_copy=report_copy), make_trackers(request.recipe.run.trackers)
-    with Screen(console, clock=seconds_since(request.started_s)) as screen:
+    with Screen(console, clock=seconds_since(request.started_s)) as screen, last_words(lambda *_: screen.close()):
         screen.show("importing torch")
         with quick_imports():
             import launcher.train.loop  # noqa: F401
+        end_with_parent(signal.SIGTERM)  # from now on there may be something to save
         record = _train(request, files, [files, *(trackers if info.is_main else []), screen])
         files.end(code=0, reason="done" + ("; the console was closed on the way" if screen.lost else ""))
         return record
@@ -101,7 +104,10 @@ def _train(request: Request, files: RunFiles, sinks: Sequence[Sink]) -> RunRecor
 
     history = RunHistory()
     try:
-        with classified(request.rank_info, lambda: history.ledger):
+        with (
+            last_words(lambda code, reason: files.end(code=code, reason=reason)),
+            classified(request.rank_info, lambda: history.ledger),
+        ):
             for event in loop.training(request, history):
                 for sink in sinks:
                     sink.show(event)

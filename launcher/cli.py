@@ -25,7 +25,8 @@ from launcher.report import error as print_error
 from launcher.runtime.clock import seconds_since
 from launcher.runtime.environment import quick_imports
 from launcher.runtime.failures import classified, code_and_reason
-from launcher.runtime.ranks import RankInfo, rank_info, under_launcher
+from launcher.runtime.parent import under_launcher
+from launcher.runtime.ranks import RankInfo, rank_info
 from launcher.runtime.signals import Terminated, listen
 from launcher.runtime.streams import prepare_standard_streams
 from launcher.train.request import Request
@@ -36,10 +37,11 @@ SHARED_CODES = (2, 3)  # every rank finds these, so one of them prints
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command line; returns the exit code. Every failure meant for the user is a message, not a traceback."""
     prepare_standard_streams()
-    info = rank_info()
     arguments = list(sys.argv[1:] if argv is None else argv)
     listen()
+    info = RankInfo(0, 0, 1, 1)
     try:
+        info = rank_info()
         console = make_console(None if info.is_main else io.StringIO())
         if not print_request(arguments, console=console):
             resolved = resolve(arguments)
@@ -62,7 +64,7 @@ def _preview(resolved: Resolved, info: RankInfo, console: Console) -> None:
     if not info.is_main:  # one process sees all there is to see
         return
     request = make_request(resolved, info)
-    with Screen(console, clock=seconds_since()) as screen:
+    with Screen(console, clock=seconds_since()) as screen, classified(info):
         progress = ReadingProgress()
         screen.show(Phase("preparing the data", progress))
         with quick_imports():

@@ -15,6 +15,7 @@ from transformers import AutoTokenizer
 
 from launcher import cli
 from launcher.errors import ContractError, DataError
+from launcher.runtime.signals import listening
 from tests.conftest import ROOT
 from tests.support.arguments import replaced
 
@@ -26,15 +27,13 @@ MAIN = [sys.executable, str(ROOT / "launcher" / "main.py")]
 def main(monkeypatch, tmp_path, capsys):
     """The command in this process, in the test's folder: a function of its arguments -> (code, stdout, stderr)."""
     monkeypatch.chdir(tmp_path)
-    handlers = {signum: signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)}
 
     def run(*arguments):
         code = cli.main(arguments)
         return (code, *capsys.readouterr())
 
-    yield run
-    for signum, handler in handlers.items():
-        signal.signal(signum, handler)
+    with listening():  # gives the handlers back
+        yield run
 
 
 @pytest.fixture
@@ -189,7 +188,8 @@ def test_a_preview_that_nobody_reads_to_its_end_has_no_traceback(previewed, tmp_
 
 @pytest.fixture
 def second_of_two(monkeypatch):
-    for name, value in {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2"}.items():
+    started = {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}
+    for name, value in started.items():
         monkeypatch.setenv(name, value)
 
 

@@ -82,7 +82,9 @@ class DataSection(RecipeSection):
         validate_default=True,
     )
     wait_s: int = Field(
-        3600, ge=1, description="Seconds that a machine's other ranks wait while one of them prepares the data."
+        3600,
+        ge=1,
+        description="Seconds that ranks wait at the start: for the one that prepares the data, and for all to come.",
     )
 
     @property

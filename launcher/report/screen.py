@@ -67,9 +67,13 @@ class Screen:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self.close(failed=kind is not None)
+
+    def close(self, *, failed: bool = True) -> None:
+        """Print what was not shown yet, and give the terminal its cursor back."""
         self._ended.set()
         with self._lock:
-            self._settle(failed=kind is not None)
+            self._settle(failed=failed)
         if self._live:
             self._live.stop()
 

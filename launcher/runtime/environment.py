@@ -8,6 +8,8 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from launcher.runtime.signals import importing
+
 # Turns that an idle OpenMP thread (GNU's) spins before it sleeps. The default spins for so long that one busy neighbour
 # on a two-core machine made a step of recipe=tiny 2.9 times slower (1,441 against 490 ms); with this it is 1.5 times
 # (745 ms), and the undisturbed step costs the same 488 ms.
@@ -32,16 +34,19 @@ def quick_imports() -> Iterator[None]:
     These imports make millions of objects that all stay. The collector would walk them again and again, a sixth of the
     imports' CPU time (6.2 s with it, 5.1 without; medians of four, CPU). Frozen, they are skipped by every later
     collection, such as the full one before a capture. Whatever exists then is frozen too, and is not freed if it
-    becomes part of a cycle: call this before anything large is made. Does nothing where torch has been imported.
+    becomes part of a cycle: call this before anything large is made. Not where torch has been imported. A signal ends
+    the process, or comes after the imports.
     """
     if "torch" in sys.modules:
-        yield
+        with importing():
+            yield
         return
     was_enabled = gc.isenabled()
     gc.collect()  # garbage of before must not be frozen
     gc.disable()
     try:
-        yield
+        with importing():
+            yield
     finally:
         gc.freeze()
         if was_enabled:

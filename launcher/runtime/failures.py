@@ -1,27 +1,37 @@
 """Which of launcher/errors.py an exception amounts to, and the exit code and reason of every end."""
 
-import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from launcher.errors import LESS_MEMORY, DiskError, LauncherError, LostRank, MemoryExhausted, is_full_disk
 from launcher.runtime.ranks import RankInfo
-from launcher.runtime.signals import Terminated
+from launcher.runtime.signals import Terminated, received_stop, stop_code_and_reason
 
-CONNECTION = ("gloo/", "Connection closed by peer", "NCCL", "ProcessGroup")  # in torch's errors when a rank is gone
+CONNECTION = (
+    "gloo/",
+    "Connection closed by peer",
+    "Connection was likely closed",
+    "NCCL",
+    "ProcessGroup",
+)  # in torch's errors when a rank is gone
 
 
 @contextmanager
 def classified(rank_info: RankInfo, ledger: Callable[[], str] = lambda: "nothing yet") -> Iterator[None]:
-    """Around a run: out of memory, a full disk and a lost rank become errors with a remedy.
+    """Around a run: out of memory, a full disk and a lost rank become errors with a remedy. What a signal has broken
+    is the signal's: a rank whose peer ended because of it, code that it left half done.
 
     `ledger` says what held the memory, by phase.
     """
     try:
         yield
     except Exception as error:
-        if failure := _classify(error, rank_info, ledger):
+        failure = _classify(error, rank_info, ledger)
+        known = failure or error
+        if (stop := received_stop()) and (isinstance(known, LostRank) or not isinstance(known, LauncherError)):
+            raise stop from error
+        if failure:
             raise failure from error
         raise
 
@@ -45,9 +55,6 @@ def code_and_reason(error: BaseException) -> tuple[int, str]:
     """The exit code of a process that this error ends, and the reason for status.json."""
     if isinstance(error, LauncherError):
         return error.code, str(error)
-    saved = str(error) or "nothing was saved since the last checkpoint"
-    if isinstance(error, KeyboardInterrupt):
-        return 128 + signal.SIGINT, f"interrupted; {saved}"
-    if isinstance(error, Terminated):
-        return 128 + signal.SIGTERM, f"terminated; {saved}"
+    if isinstance(error, KeyboardInterrupt | Terminated):
+        return stop_code_and_reason(type(error), saved=str(error))
     return 1, f"{type(error).__name__}: {error}"

@@ -84,8 +84,8 @@ def _run(request: Request, history: RunHistory) -> Iterator[Event]:
 def _train(worker: Worker, history: RunHistory, checkpoints: Checkpoints) -> Iterator[Event]:
     """A signal is deferred to the end of a step, whose state is then saved."""
     train, state = worker.recipe.train, worker.state
-    if not state.step:
-        yield from evaluate(worker, history, step=0)
+    if not state.step or history.lacks_evaluation(every=train.eval_every, last=worker.steps):
+        yield from evaluate(worker, history, step=state.step)
     pending = MetricsReader()
     with deferring():
         for number in range(state.step + 1, worker.steps + 1):
@@ -101,9 +101,9 @@ def _train(worker: Worker, history: RunHistory, checkpoints: Checkpoints) -> Ite
             yield from step_records(worker, history, readings)
             worker.plan.check()
             if evaluates:
-                yield from evaluate(worker, history, step=number)
+                cut_short = yield from evaluate(worker, history, step=number)
                 saves |= train.keep_best and state.early_stop.is_best
-            stop = voted_stop(reading.stop_votes for reading in readings)
+            stop = voted_stop([cut_short if evaluates else 0.0, *(reading.stop_votes for reading in readings)])
             if stop:
                 yield from step_records(worker, history, pending.read(all=True))
             if saves or stop:

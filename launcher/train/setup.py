@@ -41,6 +41,7 @@ from launcher.runtime.ranks import (
     gather,
     hold_process_group,
 )
+from launcher.runtime.rendezvous import wait_for_ranks
 from launcher.train.compiled_regions import regions_of
 from launcher.train.determinism import use_deterministic_kernels
 from launcher.train.inputs import Prepared, block_facts, total_steps
@@ -60,7 +61,9 @@ class Worker:
         # Before the first compile: dynamo guards on the thread count, and launchers set it to 1 on CPUs.
         torch.set_num_threads(self.rank_info.cores)
         cpu = prepared.device.type == "cpu"
+        store = wait_for_ranks(self.rank_info, wait_s=self.recipe.data.wait_s)
         PartialState(cpu=cpu)  # the process group first: the run folder's name is rank 0's
+        del store
         hold_process_group()
         run = self.recipe.run
         folder = broadcast(run.output_dir or named_folder(run.resume) or default_folder(request.name))
