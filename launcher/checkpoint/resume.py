@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any, cast
 
 from launcher.checkpoint.bundle import State, bundles_of, clean, newest_state, read_bundle, remove, step_of
-from launcher.checkpoint.folder import RunFolder, metrics_line, write_text
+from launcher.checkpoint.files import write_text
+from launcher.checkpoint.folder import RunFolder, metrics_line
 from launcher.records.run import EvalRecord, StepRecord
 
 Records = list[StepRecord | EvalRecord]
@@ -61,7 +62,7 @@ def cut_back(folder: RunFolder, resumed: Resumed) -> None:
     for later in bundles_of(folder.checkpoints):
         if step_of(later) > resumed.step:
             remove(later)
-    write_text(folder.metrics, "".join(map(metrics_line, resumed.records)))
+    write_text(folder.metrics, "".join(f"{metrics_line(record)}\n" for record in resumed.records))
     folder.status.unlink(missing_ok=True)
 
 

@@ -3,10 +3,12 @@
 from typing import cast
 
 from launcher.checkpoint.adapter import save_proven
+from launcher.errors import LauncherError
 from launcher.records.run import RankRecord, RunRecord, Sample, Verdict
-from launcher.runtime.ranks import broadcast, gather
+from launcher.runtime.ranks import broadcast, failing_together, gather
 from launcher.train.describe import rank_record, start_record
 from launcher.train.history import RunHistory
+from launcher.train.rescue import rescuing
 from launcher.train.sample import generate
 from launcher.train.setup import Worker
 from launcher.train.verdicts import compile_verdicts
@@ -15,10 +17,11 @@ from launcher.train.verdicts import compile_verdicts
 def save_adapter_proven(worker: Worker) -> Verdict:
     """Save and prove the adapter on rank 0; every rank gets the verdict."""
     verdict = None
-    if worker.rank_info.is_main:
-        verdict = save_proven(
-            worker.built.peft, worker.prepared.tokenizer, worker.folder, loss=lambda: _probe_loss(worker)
-        )
+    with failing_together(LauncherError), rescuing(worker):
+        if worker.rank_info.is_main:
+            verdict = save_proven(
+                worker.built.peft, worker.prepared.tokenizer, worker.folder, loss=lambda: _probe_loss(worker)
+            )
     return cast(Verdict, broadcast(verdict))
 
 

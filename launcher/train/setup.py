@@ -99,7 +99,7 @@ class Worker:
         """Raise CheckpointError if this is not the run of the checkpoint, or if it has no steps left."""
         check_layout(resumed.state)
         check_identity(resumed.state["state"]["identity"], self._identity())
-        if resumed.step > self.steps or (resumed.step == self.steps and self.folder.finished):
+        if resumed.step > self.steps or (resumed.step == self.steps and self.folder.code == 0):
             raise CheckpointError(
                 f"a run goes on only if it has steps left; the one in {self.folder.path} has done {resumed.step} of "
                 f"{self.steps}.\nRaise train.steps, or choose another run.output_dir."
