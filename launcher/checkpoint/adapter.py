@@ -24,10 +24,11 @@ TOLERANCE = 1e-5  # the same graph on the same batch: only a weight that differs
 def save_proven(model: PeftModel, tokenizer: Any, folder: RunFolder, *, loss: Callable[[], float]) -> Verdict:
     """Save the adapter to a staging folder, prove it there, then rename it to `adapter`. An adapter whose proof fails
     is not renamed, and the verdict says why. Raises DiskError and FolderError, as `writing` does."""
-    claim, staging, earlier = "saved adapter reloads", folder.adapter_staging, folder.path / "adapter.earlier.part"
+    claim = "saved adapter reloads"
+    staging, earlier = folder.adapter_staging, folder.path / "adapter.earlier.part"
     needed = sum(parameter.nbytes for parameter in trained_parameters(model).values())
     try:
-        with writing(folder.path, what="the adapter", needed=needed):
+        with writing(folder.path, what="The adapter", needed=needed):
             folder.check_in_place()
             for leftover in (staging, earlier):  # of a killed process, or a link that someone planted
                 delete(leftover)

@@ -45,7 +45,7 @@ def write_bundle(checkpoints: Path, state: State, *, step: int, adapter: Callabl
     tensors = dict(tensors_of(state))
     needed = sum(tensor.nbytes for tensor in tensors.values())
     try:
-        with writing(checkpoints.parent, what="a checkpoint", needed=needed):
+        with writing(checkpoints.parent, what="A checkpoint", needed=needed):
             if checkpoints.is_symlink():
                 raise NotADirectoryError(errno.ELOOP, "checkpoints in it is a link, which is not followed")
             checkpoints.mkdir(exist_ok=True)  # no parents: a run folder that is gone stays gone

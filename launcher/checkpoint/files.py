@@ -15,9 +15,9 @@ from launcher.errors import DISK_FAULTS, DiskError, FolderError, LauncherError, 
 
 
 @contextmanager
-def writing(folder: Path, *, what: str, needed: int) -> Iterator[None]:
-    """Around what writes `what`, of at least `needed` bytes, into `folder`. Raises DiskError where the disk takes no
-    more or fails, FolderError where the folder is gone or may not be written."""
+def writing(folder: Path, *, what: str, needed: int = 0) -> Iterator[None]:
+    """Around what writes `what` into `folder`; `needed`: bytes at least, 0 where that is not known. Raises DiskError
+    where the disk takes no more or fails, FolderError where the folder is gone or may not be written."""
     try:
         yield
     except LauncherError:
@@ -28,9 +28,10 @@ def writing(folder: Path, *, what: str, needed: int) -> Iterator[None]:
             raise
         reason = getattr(error, "strerror", None) or os.strerror(number)
         if number in DISK_FAULTS:
+            size = f"needs more than {needed:,} bytes" if needed else "does not fit"
             raise DiskError(
-                f"the disk must take what a run writes; it says: {reason}. {what} needs more than {needed:,} bytes in "
-                f"{folder}; {_room(folder)} free.\nFree space and run the same command again."
+                f"the disk must take what a run writes; {folder}: {reason}. {what} {size}; {_room(folder)} free.\n"
+                "Free space and run the same command again."
             ) from error
         raise FolderError(
             f"the folder of a run must stay, and stay writable, until its end; {folder}: {reason}."
@@ -46,7 +47,7 @@ def _room(folder: Path) -> str:
     return f"{status.f_bavail * status.f_frsize:,}{' (but no further file may be made)' if no_files else ''} are"
 
 
-def unlinked(path: str, flags: int) -> int:
+def refusing_links(path: str, flags: int) -> int:
     """An opener for `open`: raises OSError (ELOOP) for a link in the place of the file."""
     return os.open(path, flags | os.O_NOFOLLOW, 0o666)
 
@@ -66,7 +67,7 @@ def write_text(path: Path, text: str) -> None:
 
 def append_line(path: Path, line: str) -> None:
     """Append whole or not at all."""
-    with open(path, "ab", buffering=0, opener=unlinked) as file:
+    with open(path, "ab", buffering=0, opener=refusing_links) as file:
         size = file.tell()
         rest = f"{line}\n".encode()
         try:

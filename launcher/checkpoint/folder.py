@@ -14,7 +14,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from launcher.checkpoint.files import append_line, finite, unlinked, writable, write_json, writing
+from launcher.checkpoint.files import append_line, finite, refusing_links, writable, write_json, writing
 from launcher.errors import CheckpointError, RecipeError
 from launcher.records.run import EvalRecord, Event, RunOpened, RunRecord, StepRecord
 
@@ -66,7 +66,7 @@ class RunFolder:
 
     def _check_unused(self) -> None:
         """Raise CheckpointError if another process has the folder; its lock file is neither made nor changed."""
-        with suppress(OSError), open(self._lock.lock_file, "rb", opener=unlinked) as file:
+        with suppress(OSError), open(self._lock.lock_file, "rb", opener=refusing_links) as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
             except BlockingIOError:
@@ -101,7 +101,7 @@ class RunFolder:
     def code(self) -> int | None:
         """The exit code in status.json; None if there is no such file that can be read."""
         try:
-            with open(self.status, encoding="utf-8", opener=unlinked) as file:
+            with open(self.status, encoding="utf-8", opener=refusing_links) as file:
                 return int(json.load(file)["code"])
         except (OSError, ValueError, KeyError, TypeError):
             return None
@@ -119,12 +119,12 @@ class RunFolder:
                 self._lock.acquire()
             except Timeout:
                 raise self._in_use() from None
-            with open(self._lock.lock_file, "w", encoding="utf-8", opener=unlinked) as file:
+            with open(self._lock.lock_file, "w", encoding="utf-8", opener=refusing_links) as file:
                 file.write(f"{os.getpid()} on {platform.node()}")
         self.hold()
 
     def _in_use(self) -> CheckpointError:
-        with open(self._lock.lock_file, encoding="utf-8", errors="replace", opener=unlinked) as file:
+        with open(self._lock.lock_file, encoding="utf-8", errors="replace", opener=refusing_links) as file:
             holder = file.read(200)
         return CheckpointError(
             f"run.output_dir must not be in use; process {holder} trains in {self.path}. "
@@ -182,12 +182,12 @@ class RunFiles:
             return
         if isinstance(event, StepRecord | EvalRecord):
             line = metrics_line(event)
-            with writing(self._folder.path, what=self._folder.metrics.name, needed=len(line)):
+            with writing(self._folder.path, what="A line of metrics.jsonl", needed=len(line)):
                 self._folder.check_in_place()
                 append_line(self._folder.metrics, line)
         elif isinstance(event, RunRecord):
             for path in filter(None, (self._folder.report, self._report_copy)):
-                with writing(path.parent, what="the report", needed=0):
+                with writing(path.parent, what="The report"):
                     write_json(path, event.as_report())
 
     def end(self, *, code: int, reason: str, step: int | None = None) -> None:

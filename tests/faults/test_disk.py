@@ -208,7 +208,10 @@ def test_fault_29_a_json_file_that_finds_no_room_leaves_the_one_before_and_nothi
 
 def test_fault_29_a_full_disk_is_code_7_with_the_bytes_and_leaves_no_staging(checkpoints: Path) -> None:
     written(checkpoints, 1)
-    with largest_file(64), pytest.raises(DiskError, match=r"needs more than 25 bytes .* \d[\d,]* are free") as caught:
+    with (
+        largest_file(64),
+        pytest.raises(DiskError, match=r"needs more than 25 bytes; [\d,]+ are free") as caught,
+    ):
         written(checkpoints, 2)
     assert caught.value.code == 7
     assert [path.name for path in checkpoints.iterdir()] == ["step-1"]
