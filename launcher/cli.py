@@ -13,18 +13,21 @@ from rich.console import Console
 
 from launcher.api import make_request, train
 from launcher.checkpoint.files import write_json
+from launcher.data.read.rows import ReadingProgress
 from launcher.errors import ContractError, DataError, LauncherError, RecipeError
 from launcher.proof.bench.compare import bench
 from launcher.proof.bench.processes import ChildFailed
 from launcher.recipe.help import print_request
 from launcher.recipe.load import Resolved, resolve
+from launcher.records.run import Phase
 from launcher.report import Screen, make_console
 from launcher.report import error as print_error
 from launcher.runtime.clock import seconds_since
-from launcher.runtime.environment import open_standard_streams, quick_imports
+from launcher.runtime.environment import quick_imports
 from launcher.runtime.failures import classified, code_and_reason
 from launcher.runtime.ranks import RankInfo, rank_info, under_launcher
 from launcher.runtime.signals import Terminated, listen
+from launcher.runtime.streams import prepare_standard_streams
 from launcher.train.request import Request
 
 SHARED_CODES = (2, 3)  # every rank finds these, so one of them prints
@@ -32,7 +35,7 @@ SHARED_CODES = (2, 3)  # every rank finds these, so one of them prints
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command line; returns the exit code. Every failure meant for the user is a message, not a traceback."""
-    open_standard_streams()
+    prepare_standard_streams()
     info = rank_info()
     arguments = list(sys.argv[1:] if argv is None else argv)
     listen()
@@ -60,7 +63,8 @@ def _preview(resolved: Resolved, info: RankInfo, console: Console) -> None:
         return
     request = make_request(resolved, info)
     with Screen(console, clock=seconds_since()) as screen:
-        screen.show("preparing the data")
+        progress = ReadingProgress()
+        screen.show(Phase("preparing the data", progress))
         with quick_imports():
             from launcher.data.prepare import prepare
             from launcher.data.preview import preview_record
@@ -73,7 +77,7 @@ def _preview(resolved: Resolved, info: RankInfo, console: Console) -> None:
         config = load_config(source, recipe.model)
         family_of(config, max_length=recipe.data.max_length)  # refuses what training refuses
         tokenizer = load_tokenizer(source, recipe.model, stand_in=request.shipped / "tiny" / "base")
-        data = prepare(recipe.data, tokenizer, seed=recipe.train.seed)
+        data = prepare(recipe.data, tokenizer, seed=recipe.train.seed, progress=progress)
         fault: DataError | None = None
         try:
             data, used = fit_vocabulary(data, tokenizer, vocabulary=config.vocab_size)

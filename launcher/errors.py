@@ -7,6 +7,8 @@ import errno
 import os
 import re
 
+from launcher.credentials import masked
+
 LESS_MEMORY = (
     "Set memory.activations=full (offload on a GPU), lower train.micro_batch (raise train.accumulation), "
     "data.max_length, memory.loss_chunk_mib or lora.r."
@@ -37,7 +39,7 @@ class LauncherError(Exception):
     code = 1
 
     def __init__(self, message: str, *, step: int | None = None) -> None:
-        super().__init__(message)
+        super().__init__(masked(message))
         self.step = step  # of the optimizer, where it is not the last one recorded
         self.reporter: int | None = None  # the local rank that prints it, where the others only repeat it
 
@@ -70,6 +72,12 @@ class FolderError(CheckpointError):
 
 class NonFiniteError(LauncherError):
     """A loss or gradient is NaN or infinite; the update it belongs to was not applied."""
+
+    code = 5
+
+
+class DivergedError(LauncherError):
+    """Losses or gradient norms stay far above the usual, for longer than the recipe bears."""
 
     code = 5
 

@@ -14,6 +14,7 @@ from torch import nn
 
 from launcher.checkpoint.files import delete, sync, writing
 from launcher.checkpoint.folder import RunFolder
+from launcher.credentials import masked
 from launcher.errors import CheckpointError, FolderError
 from launcher.model.lora import ADAPTER
 from launcher.records.run import Verdict
@@ -59,6 +60,8 @@ def save_adapter(model: PeftModel, tokenizer: Any, folder: Path) -> None:
 def save_tensors(model: PeftModel, tensors: dict[str, torch.Tensor] | None, folder: Path) -> None:
     """The model's adapter in PEFT's layout, with `tensors` (by the names of its parameters) in place of its own."""
     model.save_pretrained(str(folder), safe_serialization=True, save_embedding_layers=False, state_dict=tensors)
+    for file in (folder / "adapter_config.json", folder / "README.md"):  # both name the base
+        file.write_text(masked(file.read_text(encoding="utf-8")), encoding="utf-8")
 
 
 def holds_adapter(model: PeftModel, folder: Path) -> bool:

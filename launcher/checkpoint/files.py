@@ -11,6 +11,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from launcher.credentials import masked_tree
 from launcher.errors import DISK_FAULTS, DiskError, FolderError, LauncherError, errno_of
 
 
@@ -65,11 +66,11 @@ def write_text(path: Path, text: str) -> None:
             staging.unlink(missing_ok=True)
 
 
-def append_line(path: Path, line: str) -> None:
+def append_text(path: Path, text: str) -> None:
     """Append whole or not at all."""
     with open(path, "ab", buffering=0, opener=refusing_links) as file:
         size = file.tell()
-        rest = f"{line}\n".encode()
+        rest = text.encode()
         try:
             while rest:  # a disk that is nearly full takes a part of it first
                 rest = rest[file.write(rest) :]
@@ -79,8 +80,8 @@ def append_line(path: Path, line: str) -> None:
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
-    """As `write_text`. NaN and infinity become null."""
-    write_text(path, json.dumps(finite(content), indent=2) + "\n")
+    """As `write_text`. NaN and infinity become null, credentials are masked."""
+    write_text(path, json.dumps(finite(masked_tree(content)), indent=2) + "\n")
 
 
 def finite(value: Any) -> Any:

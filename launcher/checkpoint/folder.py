@@ -14,9 +14,9 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from launcher.checkpoint.files import append_line, finite, refusing_links, writable, write_json, writing
+from launcher.checkpoint.files import append_text, finite, refusing_links, writable, write_json, write_text, writing
 from launcher.errors import CheckpointError, RecipeError
-from launcher.records.run import EvalRecord, Event, RunOpened, RunRecord, StepRecord
+from launcher.records.run import BadBatch, EvalRecord, EvalSamples, Event, RunOpened, RunRecord, StepRecord
 
 # Codes that a rank may end with because another failed; the higher, the less they say of the cause.
 LESS_TELLING = {1: 1, 130: 1, 143: 1, 8: 2}
@@ -27,9 +27,10 @@ class RunFolder:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.metrics, self.report, self.status = (
-            path / name for name in ("metrics.jsonl", "report.json", "status.json")
+        self.metrics, self.report, self.status, self.parts = (
+            path / name for name in ("metrics.jsonl", "report.json", "status.json", "parts.json")
         )
+        self.samples, self.bad_batches = path / "samples.jsonl", path / "bad_batches"
         self.adapter = path / "adapter"
         self.adapter_staging = path / "adapter.part"  # until the adapter is proved
         self.checkpoints = path / "checkpoints"
@@ -57,8 +58,8 @@ class RunFolder:
 
     def _check_kinds(self) -> None:
         """Raise OSError for a link, a pipe or the like in the place of a file or folder of the run."""
-        files = (self.metrics, self.report, self.status, Path(self._lock.lock_file))
-        for path in (*files, self.adapter, self.checkpoints, self.path / "trackers"):
+        files = (self.metrics, self.report, self.status, self.parts, self.samples, Path(self._lock.lock_file))
+        for path in (*files, self.adapter, self.checkpoints, self.bad_batches, self.path / "trackers"):
             kind = stat.S_ISREG if path in files else stat.S_ISDIR
             if os.path.lexists(path) and not kind(path.lstat().st_mode):
                 what = "a link, which is not followed" if path.is_symlink() else "no plain file or folder"
@@ -156,6 +157,7 @@ class RunFolder:
     def discard(self) -> None:
         """Remove what `create` made, if nothing was measured yet; other files in the folder are the user's."""
         self.metrics.unlink()
+        self.parts.unlink(missing_ok=True)
         Path(self._lock.lock_file).unlink(missing_ok=True)
         if not any(self.path.iterdir()):
             self.path.rmdir()
@@ -178,17 +180,24 @@ class RunFiles:
             self._folder.hold()
         if isinstance(event, StepRecord):
             self._step = event.step
+        if isinstance(event, BadBatch) and self._folder:
+            _write_batch(self._folder.bad_batches, event)
         if self._rank or self._folder is None:
             return
-        if isinstance(event, StepRecord | EvalRecord):
-            line = metrics_line(event)
-            with writing(self._folder.path, what="A line of metrics.jsonl", needed=len(line)):
-                self._folder.check_in_place()
-                append_line(self._folder.metrics, line)
+        if isinstance(event, EvalSamples):
+            lines = [json.dumps({"step": event.step, **asdict(sample)}) + "\n" for sample in event.samples]
+            self._append(self._folder, self._folder.samples, "".join(lines))
+        elif isinstance(event, StepRecord | EvalRecord):
+            self._append(self._folder, self._folder.metrics, metrics_line(event))
         elif isinstance(event, RunRecord):
             for path in filter(None, (self._folder.report, self._report_copy)):
                 with writing(path.parent, what="The report"):
                     write_json(path, event.as_report())
+
+    def _append(self, folder: RunFolder, file: Path, text: str) -> None:
+        with writing(folder.path, what=f"What is added to {file.name}", needed=len(text)):
+            folder.check_in_place()
+            append_text(file, text)
 
     def end(self, *, code: int, reason: str, step: int | None = None) -> None:
         """Write status.json: on success rank 0's, else the failed rank's. The launcher masks exit codes as 1.
@@ -229,6 +238,16 @@ def default_folder(recipe: str) -> str:
     return str(path)
 
 
+def _write_batch(folder: Path, batch: BadBatch) -> None:
+    """A line for each document. A full disk must not hide what is wrong with the step."""
+    with suppress(OSError):
+        if folder.is_symlink():
+            return
+        folder.mkdir(exist_ok=True)
+        lines = [json.dumps(asdict(document)) + "\n" for document in batch.documents]
+        write_text(folder / f"step-{batch.step}-rank-{batch.rank}.jsonl", "".join(lines))
+
+
 def metrics_line(record: StepRecord | EvalRecord) -> str:
     """The record's line of metrics.jsonl; null for what JSON lacks."""
-    return json.dumps(finite(asdict(record)))
+    return json.dumps(finite(asdict(record))) + "\n"

@@ -23,13 +23,13 @@ from launcher.data import cache
 from launcher.data.chat.encode import Encoder
 from launcher.data.chat.workers import EncoderPool
 from launcher.data.documents import Documents, Longs
-from launcher.data.example import Example, find_example
+from launcher.data.example import Example, find_examples
 from launcher.data.pack.blocks import Blocks
 from launcher.data.pack.buckets import lay_out
 from launcher.data.pack.fit import UsableRows, fit_rows, notes_on, nothing_left
 from launcher.data.read.formats import read_rows
-from launcher.data.read.rows import Feed
-from launcher.data.read.sources import errors_name_validation, open_source, open_validation
+from launcher.data.read.rows import Feed, ReadingProgress
+from launcher.data.read.sources import OpenedSource, errors_name_validation, open_source, open_validation, unchanged
 from launcher.data.read.unused import unused_notes
 from launcher.data.splits import held_out, weighted
 from launcher.data.stream import Stream
@@ -48,7 +48,7 @@ class PreparedData:
     train: Blocks | Stream
     validation: Blocks | None
     counts: dict[str, int]
-    example: Example | None
+    examples: tuple[Example, ...]  # validation rows whose answers a run generates
     train_rows: int
     validation_rows: int
     loss_on: dict[str, int]  # training rows by what the loss sees of them
@@ -81,7 +81,9 @@ class _Inputs:
     seed: int
 
 
-def prepare(data: DataSection, tokenizer: PreTrainedTokenizerBase, *, seed: int) -> PreparedData:
+def prepare(
+    data: DataSection, tokenizer: PreTrainedTokenizerBase, *, seed: int, progress: ReadingProgress | None = None
+) -> PreparedData:
     """The blocks of a data section: from the cache of an earlier run, or made and cached. The same on every rank.
 
     Counts: rows_read, rows_dropped_<reason>, pieces_dropped_zero_supervised, truncated and split (rows that were too
@@ -94,7 +96,8 @@ def prepare(data: DataSection, tokenizer: PreTrainedTokenizerBase, *, seed: int)
     validation_rows + all dropped rows. Of a stream: what was read for the windows that training has begun with.
     One row, or many equal ones, cannot be split and is all training.
 
-    Raises DataError as sources, formats and chat say, and when nothing is left to train on or to validate on.
+    Raises DataError as sources, formats and chat say, when nothing is left to train on or to validate on, and when a
+    local source changes meanwhile: then nothing is cached.
     """
     encoder = Encoder(tokenizer, data=data)
     # Any id will do: padding is a document of its own, without loss.
@@ -109,24 +112,27 @@ def prepare(data: DataSection, tokenizer: PreTrainedTokenizerBase, *, seed: int)
         seed=seed,
     )
     pool = EncoderPool(encoder, workers=rank_info().cores)
-    inputs = _Inputs(data, pool, [source.feeds for source in train], validation and validation.feeds, pad_id, seed)
-    prepared = _prepared(inputs, identity)
+    progress = progress or ReadingProgress()
+    watched = [[progress.watched(feed) for feed in source.feeds] for source in opened]
+    inputs = _Inputs(data, pool, watched[: len(train)], watched[-1] if validation else None, pad_id, seed)
+    prepared = _prepared(inputs, identity, opened)
     notes = [*(f"data: {note}" for source in opened for note in source.notes), *unused_notes(prepared.counts)]
     return replace(prepared, notes=(*prepared.notes, *notes))
 
 
-def _prepared(inputs: _Inputs, identity: str) -> PreparedData:
+def _prepared(inputs: _Inputs, identity: str, opened: Sequence[OpenedSource]) -> PreparedData:
     """From the stream, from the cache, or made and cached."""
     if inputs.data.streaming:
         try:
-            return _prepare_stream(inputs, identity)  # which goes on using the pool
+            with unchanged(opened):
+                return _prepare_stream(inputs, identity)  # which goes on using the pool
         except BaseException:
             inputs.pool.close()
             raise
     entry = cache.load(identity)
     if entry is not None:
         return _from_entry(entry, identity)
-    with closing(inputs.pool):
+    with closing(inputs.pool), unchanged(opened):
         prepared = _prepare_blocks(inputs, identity)
     entry = _to_entry(prepared)
     note = cache.save(entry, identity)
@@ -135,17 +141,17 @@ def _prepared(inputs: _Inputs, identity: str) -> PreparedData:
 
 def _to_entry(prepared: PreparedData) -> cache.Entry:
     meta = {name: getattr(prepared, name) for name in STORED}
-    meta["example"] = asdict(prepared.example) if prepared.example else None
+    meta["examples"] = [asdict(example) for example in prepared.examples]
     return cache.Entry(prepared.first_blocks, prepared.validation, meta)
 
 
 def _from_entry(entry: cache.Entry, identity: str) -> PreparedData:
     meta = dict(entry.meta)
-    example = meta.pop("example")
+    examples = meta.pop("examples")
     return PreparedData(
         entry.train,
         entry.validation,
-        example=Example(**example) if example else None,
+        examples=tuple(Example(**example) for example in examples),
         identity=identity,
         content=entry.content,
         notes=("data: read from the cache of an earlier run", *meta.pop("notes")),
@@ -178,7 +184,7 @@ def _prepare_blocks(inputs: _Inputs, identity: str) -> PreparedData:
         train=train,
         validation=validation,
         counts=dict(counts),
-        example=_example(validation_source or usable, validation_rows, inputs),
+        examples=_examples(validation_source or usable, validation_rows, inputs),
         train_rows=len(train_rows),
         validation_rows=len(validation_rows),
         loss_on=dict(Counter(usable.loss_on[row] for row in train_rows)),
@@ -213,7 +219,7 @@ def _prepare_stream(inputs: _Inputs, identity: str) -> PreparedData:
         train=stream,
         validation=replace(validation, max_documents=stream.max_documents) if validation else None,
         counts=stream.counts,
-        example=_example(usable, rows, inputs),
+        examples=_examples(usable, rows, inputs),
         train_rows=0,
         validation_rows=len(rows),
         loss_on=dict(stream.first_window.loss_on),
@@ -280,9 +286,9 @@ def _rows_of_an_epoch(rows: Longs, usable: UsableRows, inputs: _Inputs, counts: 
     return rows
 
 
-def _example(usable: UsableRows, rows: Longs, inputs: _Inputs) -> Example | None:
-    """A conversation of these rows, which validate."""
+def _examples(usable: UsableRows, rows: Longs, inputs: _Inputs) -> tuple[Example, ...]:
+    """Conversations of these rows, which validate."""
     feeds = inputs.validation if inputs.validation is not None else chain.from_iterable(inputs.train)
     digests = (usable.digests[row] for row in rows.tolist() if usable.is_chat[row])
     encoder, max_length = inputs.pool.encoder, inputs.data.max_length
-    return find_example(feeds, digests, encoder=encoder, max_length=max_length, seed=inputs.seed)
+    return find_examples(feeds, digests, encoder=encoder, max_length=max_length, seed=inputs.seed)

@@ -19,6 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAn
 from transformers.integrations import replace_with_bnb_linear
 from transformers.utils import find_adapter_config_file
 
+from launcher.credentials import shortened
 from launcher.errors import RecipeError
 from launcher.model.token_vectors import check_pad_id
 from launcher.model.weight_files import Headers, check_headers, read_headers
@@ -240,5 +241,5 @@ def _revision(source: str, model: ModelSection) -> str | None:
 
 
 def _first_line(error: Exception) -> str:
-    text = " ".join(str(error).split())[:200]
+    text = shortened(" ".join(str(error).split()), 200)
     return text if isinstance(error, ValueError | OSError) and text else f"{type(error).__name__}: {text}"

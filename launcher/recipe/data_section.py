@@ -4,6 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator
 
+from launcher.credentials import masked
 from launcher.recipe.field_types import NonEmptyText, RecipeSection, number_before_path, off_is, recipes_dir
 
 
@@ -100,7 +101,7 @@ class DataSection(RecipeSection):
         without = [source.path for source in sources if source.weight is None]
         if 0 < len(without) < len(sources):
             raise ValueError(
-                f"data.sources: either all have a weight or none; {without[0][-60:]} has none; give it one"
+                f"data.sources: either all have a weight or none; {masked(without[0])[-60:]} has none; give it one"
             )
         return sources
 

@@ -12,7 +12,6 @@ from launcher.errors import RecipeError
 
 HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")  # "name" or "owner/name", of a model or a dataset; a full match
 SHORT_DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
-HUB_TIMEOUT_S = 5.0  # for one small request to the hub, to see whether it answers
 
 Word = TypeVar("Word", bound=str)
 

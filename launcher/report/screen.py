@@ -16,6 +16,7 @@ from rich.live import Live
 from rich.spinner import Spinner
 from rich.text import Text
 
+from launcher.credentials import masked_tree
 from launcher.records.run import EvalRecord, Phase, StartRecord, StepRecord
 from launcher.report.console import literal, page_width
 from launcher.report.pages import page_of
@@ -108,7 +109,7 @@ class Screen:
                 self._show_step(event)
             case EvalRecord():
                 self._show_evaluation(event)
-            case _ if page := page_of(event):
+            case _ if page := page_of(masked_tree(event)):
                 self._settle()
                 print_page(self._console, page)
                 self._printed_s, self._step = self._clock(), None
@@ -132,6 +133,9 @@ class Screen:
         self._recent.append(record.step_s)
         if record.skipped:
             self._print(Text(f"step {record.step:,} skipped: fp16 overflow, the loss scale is halved", "yellow"))
+        if record.spike:
+            figures = f"loss {loss(record.loss)}, gradient norm {norm(record.grad_norm)}"
+            self._print(Text(f"step {record.step:,} spiked, far above the usual: {figures}", "yellow"))
         silent = self._clock() - self._printed_s >= SILENCE_S
         if not self._live and (silent or record.step >= self._next_line or record.step == self._total):
             self._next_line = record.step + -(-self._total // LINES)

@@ -46,16 +46,3 @@ def quick_imports() -> Iterator[None]:
         gc.freeze()
         if was_enabled:
             gc.enable()
-
-
-def open_standard_streams() -> None:
-    """Open what was closed of standard input, output and error, as by `>&-`: else the next file that is opened gets its
-    number, and what libraries print would go into that file."""
-    for number in range(3):
-        try:
-            os.fstat(number)
-        except OSError:
-            os.open(os.devnull, os.O_RDWR)  # takes the lowest free number: this one
-    for name in ("stdout", "stderr"):
-        if getattr(sys, name) is None:
-            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115  # as long as the process lives

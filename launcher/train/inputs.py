@@ -13,6 +13,7 @@ from launcher.compile.graphs import check_graphs
 from launcher.data.loader import StreamLoader, TrainLoader
 from launcher.data.prepare import PreparedData
 from launcher.data.prepare import prepare as prepare_data
+from launcher.data.read.rows import ReadingProgress
 from launcher.data.stream import Stream
 from launcher.data.vocabulary import UsedIds, fit_vocabulary
 from launcher.errors import RecipeError
@@ -40,7 +41,7 @@ class Prepared:
     used_ids: UsedIds = UsedIds()
 
 
-def prepare_inputs(request: Request) -> Prepared:
+def prepare_inputs(request: Request, progress: ReadingProgress | None = None) -> Prepared:
     """Check the recipe against model and device, and prepare the data: one process of each machine first, the others
     from its cache.
 
@@ -55,7 +56,7 @@ def prepare_inputs(request: Request) -> Prepared:
     tokenizer = load_tokenizer(source, recipe.model, stand_in=request.shipped / "tiny" / "base")
     data = one_rank_first(
         request.rank_info,
-        lambda: prepare_data(recipe.data, tokenizer, seed=recipe.train.seed),
+        lambda: prepare_data(recipe.data, tokenizer, seed=recipe.train.seed, progress=progress),
         wait_s=recipe.data.wait_s,
     )
     data, used_ids = fit_vocabulary(data, tokenizer, vocabulary=config.vocab_size)

@@ -37,19 +37,19 @@ def rescue(worker: Worker | None, failure: BaseException) -> None:
 def _keep(worker: Worker, *, on_disk: bool) -> str:
     """Find or save the adapter; where it is. `on_disk`: the run folder is still there."""
     model, run, step = worker.built.peft, worker.folder, worker.state.step
-    for folder in (run.adapter, *(bundle / "adapter" for bundle in bundles_of(run.checkpoints)[:1])):
+    for folder in (run.adapter, *(bundle / "adapter" for bundle in bundles_of(run.checkpoints))):
         if holds_adapter(model, folder):
-            return f"The adapter of step {step} is in {folder}."
+            return f"After step {step} the adapter is in {folder}."
     # In the run folder there may be room for it, though not for a checkpoint.
     inside = [run.checkpoints] if on_disk else []
     named = [Path(worker.recipe.run.rescue_dir)] if worker.recipe.run.rescue_dir else []
     faults = []
     for place in (*inside, *named, Path(tempfile.gettempdir()), Path.cwd()):
         try:
-            return f"The adapter of step {step} was saved in {_saved(worker, place)}: copy it from there."
+            return f"After step {step} the adapter was saved in {_saved(worker, place)}: copy it from there."
         except Exception as error:  # of libraries too: whatever it is, the next place may do
             faults.append(f"{place}: {error}")
-    return "\n".join([f"The adapter of step {step} could be saved nowhere:", *faults])
+    return "\n".join([f"After step {step} the adapter could be saved nowhere:", *faults])
 
 
 def _saved(worker: Worker, place: Path) -> Path:

@@ -115,6 +115,7 @@ class TrainStep:
             self.optimizer.found_inf = self._found_inf  # type: ignore[attr-defined]
         self._calls: dict[tuple[torch.Size, ...], Calls] = {}
         self._update: Work = self._run_update
+        self._live_state: dict[str, Any] = {}
 
     def __call__(self, batch: StepBatch) -> StepResult:
         """Run the step. Never waits for the device, except with bitsandbytes' optimizers. Raises ContractError (strict)
@@ -181,15 +182,17 @@ class TrainStep:
     def live_state(self) -> dict[str, Any]:
         """Everything that a step leaves for the next one, by name: the very tensors that training, captured or not,
         reads and writes. Optimizer state that the first step would make is made now."""
-        init_state(self.optimizer)
-        named = [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
-        return {
-            "adapters": {name: parameter.detach() for name, parameter in named},
-            "optimizer": {name: self.optimizer.state[parameter] for name, parameter in named},
-            "rates": {"updates": self._rates.updates},
-            "loss_scale": {"value": self.scaler.value, "good_steps": self.scaler.good_steps},
-            "non_finite": self._bad,
-        }
+        if not self._live_state:
+            init_state(self.optimizer)
+            named = [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
+            self._live_state = {
+                "adapters": {name: parameter.detach() for name, parameter in named},
+                "optimizer": {name: self.optimizer.state[parameter] for name, parameter in named},
+                "rates": {"updates": self._rates.updates},
+                "loss_scale": {"value": self.scaler.value, "good_steps": self.scaler.good_steps},
+                "non_finite": self._bad,
+            }
+        return self._live_state
 
     @contextmanager
     def _gate_closed(self) -> Iterator[None]:

@@ -58,7 +58,7 @@ def test_a_fraction_shares_no_row_with_training(write, tokenizer):
 @pytest.mark.parametrize(("number", "copies", "fraction"), [(60, 1, 0.0), (1, 1, 0.5), (1, 5, 0.05)])
 def test_a_fraction_that_holds_out_nothing_is_said_unless_it_is_zero(write, tokenizer, number, copies, fraction):
     prepared = prepare(section(write(CHATS[:number] * copies), validation=fraction), tokenizer, seed=0)
-    assert (prepared.validation, prepared.example, prepared.validation_rows) == (None, None, 0)
+    assert (prepared.validation, prepared.examples, prepared.validation_rows) == (None, (), 0)
     assert prepared.train_rows == number * copies
     said = [f"data.validation={fraction} holds out nothing" in note for note in prepared.notes]
     assert said == ([True] if fraction else [])
@@ -69,7 +69,7 @@ def test_one_seed_prepares_the_same_and_another_another(write, tokenizer, monkey
     monkeypatch.setattr(prepare_module.cache, "load", lambda identity: None)
     one, same, other = (prepare(data, tokenizer, seed=seed) for seed in (1, 1, 2))
     assert np.array_equal(ids(one), ids(same))
-    assert one.example == same.example
+    assert one.examples == same.examples
     assert not np.array_equal(ids(one), ids(other))
 
 
@@ -95,7 +95,7 @@ def test_sources_of_several_formats_are_trained_on_together_and_counted_by_what_
 
 
 def test_the_example_asks_a_validation_question_and_knows_its_answer(write, tokenizer):
-    example = prepare(section(write(CHATS), validation=0.1), tokenizer, seed=0).example
+    example = prepare(section(write(CHATS), validation=0.1), tokenizer, seed=0).examples[0]
     assert example is not None
     assert example.prompt.endswith("<|head|>assistant<|/head|>\n\n")
     assert tokenizer.decode(example.prompt_ids) == example.prompt
@@ -107,33 +107,11 @@ LONG = ask("Define the word sea", "water " * 400)
 LONG_QUESTION = ask("why " * 200, "because")
 
 
-def test_over_long_rows_are_cut_dropped_or_refused_and_counted(write, tokenizer):
-    path = write([*CHATS[:4], LONG, LONG_QUESTION])
-    cut = prepare(section(path, validation=0), tokenizer, seed=0)
-    assert (cut.counts["truncated"], cut.counts["documents"]) == (1, 5)
-    assert cut.counts["rows_dropped_zero_supervised"] == 1  # the question alone fills the row
-    assert max(len(tokenizer(t).input_ids) for t in texts(cut.train, tokenizer)) == 256
-    dropped = prepare(section(path, validation=0, too_long="drop"), tokenizer, seed=0).counts
-    assert (dropped["rows_dropped_too_long"], dropped["documents"], dropped["truncated"]) == (2, 4, 0)
-    with pytest.raises(DataError, match=rf"{path}:5: .*data.max_length=256.*\nFound: \d+ tokens") as caught:
-        prepare(section(path, validation=0, too_long="raise", bad_rows="skip"), tokenizer, seed=0)
-    assert caught.value.code == 3
-
-
 def test_an_example_leaves_room_for_an_answer(write, tokenizer):
     validation = write([LONG_QUESTION, ask("Hi", " "), ask("short", "yes")], name="validation.jsonl")
     prepared = prepare(section(write(CHATS), validation=validation, loss_on="all"), tokenizer, seed=0)
     assert prepared.validation_rows == 3
-    assert prepared.example is not None and prepared.example.expected == "yes"
-
-
-@pytest.mark.parametrize("row", [ask("Hi", " "), LONG_QUESTION, {"messages": [{"role": "user", "content": "Hi"}]}])
-def test_nothing_left_to_learn_is_an_error_that_says_where_it_went(write, tokenizer, row):
-    with pytest.raises(DataError, match="0 usable rows") as caught:
-        prepare(section(write([row, row])), tokenizer, seed=0)
-    assert "Found: 2 rows read; 2 rows dropped: nothing to learn" in str(caught.value)
-    assert caught.value.code == 3 and len(str(caught.value).splitlines()) <= 5
-    assert prepare(section(write([row, row]), loss_on="all"), tokenizer, seed=0).train_rows == 2
+    assert prepared.examples and prepared.examples[0].expected == "yes"
 
 
 def test_a_text_of_one_token_teaches_nothing_and_is_dropped(write, make_tokenizer):
@@ -160,7 +138,7 @@ def test_a_second_start_reads_the_same_blocks_from_the_cache(write, tokenizer, m
     assert np.array_equal(ids(first), ids(second))
     assert first.validation is not None and second.validation is not None
     assert first.validation.max_documents == second.validation.max_documents
-    for name in ("counts", "example", "train_rows", "validation_rows", "loss_on", "template", "identity"):
+    for name in ("counts", "examples", "train_rows", "validation_rows", "loss_on", "template", "identity"):
         assert getattr(first, name) == getattr(second, name), name
     assert first.notes == () and "cache" in second.notes[0]
 
@@ -232,7 +210,7 @@ def test_a_weighted_source_that_would_only_validate_is_refused(write, tokenizer,
 def test_texts_are_not_read_again_for_an_example(write, tokenizer, monkeypatch):
     monkeypatch.setattr(example_module, "read_rows", lambda *_, **__: map(pytest.fail, ["read again"]))
     prepared = prepare(section(write([{"text": f"river {n}"} for n in range(20)]), validation=0.3), tokenizer, seed=0)
-    assert prepared.example is None and prepared.validation_rows == 6
+    assert not prepared.examples and prepared.validation_rows == 6
 
 
 def test_an_error_in_validation_data_says_so_and_one_in_training_data_does_not(write, tokenizer):

@@ -61,7 +61,7 @@ def test_fault_30_a_kill_between_any_two_calls_of_a_save_or_a_rotation_leaves_a_
                 patch.setattr(os, name, fuse.around(getattr(os, name)))
             with suppress(Killed):
                 written(checkpoints, 2)
-                rotate(checkpoints, keep=1)
+                rotate(checkpoints, keep=1, eval_losses={})
                 killed = False
         found, _, notes = newest_state(checkpoints)
         assert step_of(found) in (1, 2) and not notes

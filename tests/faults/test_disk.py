@@ -97,7 +97,7 @@ def test_fault_38_an_adapter_that_cannot_be_saved_is_saved_elsewhere(
         os.kill(os.getpid(), signal.SIGTERM)  # of a launcher, since another rank has ended
 
     monkeypatch.setattr(adapter, "save_tensors", save)
-    with pytest.raises(LauncherError, match="The adapter of step 3 was saved in") as caught:
+    with pytest.raises(LauncherError, match="After step 3 the adapter was saved in") as caught:
         api.run("tiny", *arguments, quiet=True)
     status = json.loads((tmp_path / "run" / "status.json").read_text())
     assert (caught.value.code, status["code"], status["reason"]) == (code, code, str(caught.value))
@@ -134,7 +134,7 @@ def test_fault_38_the_first_place_that_takes_the_adapter_keeps_it_and_the_others
     arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A run whose metrics can no longer be written, and a rescue for which two of three places are full."""
-    original_append, original_save = folder.append_line, rescue.save_adapter
+    original_append, original_save = folder.append_text, rescue.save_adapter
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "temporary"))
     (tmp_path / "temporary").mkdir()
     full = [tmp_path / "run", tmp_path / "elsewhere"]
@@ -149,9 +149,9 @@ def test_fault_38_the_first_place_that_takes_the_adapter_keeps_it_and_the_others
         if any(target.is_relative_to(place) for place in full):
             raise FULL
 
-    monkeypatch.setattr(folder, "append_line", append)
+    monkeypatch.setattr(folder, "append_text", append)
     monkeypatch.setattr(rescue, "save_adapter", save)
-    with pytest.raises(DiskError, match=r"metrics\.jsonl needs .*are free(?s:.*)The adapter of step 2 was saved"):
+    with pytest.raises(DiskError, match=r"metrics\.jsonl needs .*are free(?s:.*)After step 2 the adapter was saved"):
         api.run("tiny", *arguments, quiet=True)
     [kept] = (tmp_path / "temporary").iterdir()
     assert {WEIGHTS, "tokenizer.json"} <= {path.name for path in kept.iterdir()}
@@ -230,7 +230,7 @@ def test_fault_29_a_checkpoint_that_does_not_fit_ends_the_run_and_its_adapter_is
         original(tensors, path)
 
     monkeypatch.setattr(bundles, "save_file", save)
-    with pytest.raises(DiskError, match=r"are free(?s:.*)The adapter of step (\d) was saved in") as caught:
+    with pytest.raises(DiskError, match=r"are free(?s:.*)After step (\d) the adapter was saved in") as caught:
         trained(make_recipe(compile={"mode": "off"}, train={"steps": 8, "save_every": 2}))
     older, kept = sorted((tmp_path / "run" / "checkpoints").iterdir(), reverse=True)
     assert older.name == "step-2" and step_of(newest_state(older.parent)[0]) == 2
@@ -246,6 +246,6 @@ def test_fault_29_what_a_checkpoint_holds_already_is_named_and_not_saved_twice(
         raise FULL
 
     monkeypatch.setattr(adapter, "save_adapter", full)
-    with pytest.raises(DiskError, match=r"The adapter of step 4 is in .*/checkpoints/step-4/adapter"):
+    with pytest.raises(DiskError, match=r"After step 4 the adapter is in .*/checkpoints/step-4/adapter"):
         trained(make_recipe(compile={"mode": "off"}))
     assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-4"]
