@@ -6,10 +6,9 @@ record.evals[-1].eval_loss, record.start.run_dir
 """
 
 import io
-import os
 import signal
 from collections.abc import Sequence
-from contextlib import suppress
+from contextlib import closing, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
@@ -33,7 +32,7 @@ from launcher.runtime.launch_flags import check_launch_flags
 from launcher.runtime.parent import end_with_parent
 from launcher.runtime.ranks import RankInfo, rank_info
 from launcher.runtime.signals import listening
-from launcher.train.before_torch import check_inputs, check_run_folder
+from launcher.train.before_torch import check_inputs, check_report, check_run_folder
 from launcher.train.request import Request
 
 
@@ -67,9 +66,8 @@ def make_request(resolved: Resolved, info: RankInfo) -> Request:
     """Settle the process's environment and locate the model. Raises RecipeError where that is not there or cannot be
     trained, where Accelerate was asked for what contradicts the recipe, or where report=PATH cannot be written,
     DataError where local data is not there; all before torch."""
-    target = resolved.report
-    if target and (target.is_dir() or not os.access(target.parent, os.W_OK)):
-        raise RecipeError(f"report=PATH must be a file in a folder that can be written; {target} is not.")
+    if resolved.report:
+        check_report(resolved.report)
     prepare_environment()
     recipe, shipped = resolved.recipe, recipes_dir()
     notes = check_launch_flags(recipe.model, recipe.train, cores=info.cores)
@@ -101,17 +99,20 @@ def _train(request: Request, files: RunFiles, sinks: Sequence[Sink]) -> RunRecor
     """A function of its own: what exists while imports are frozen, a cell of `history` too, would never be freed."""
     from launcher.train import loop
     from launcher.train.history import RunHistory
+    from launcher.train.rescue import rescue
 
     history = RunHistory()
     try:
         with (
             last_words(lambda code, reason: files.end(code=code, reason=reason)),
             classified(request.rank_info, lambda: history.ledger),
+            closing(loop.training(request, history)) as events,
         ):
-            for event in loop.training(request, history):
+            for event in events:
                 for sink in sinks:
                     sink.show(event)
     except BaseException as failure:
+        rescue(history.worker, failure)
         code, reason = code_and_reason(failure)
         with suppress(OSError):  # a full disk must not hide what ended the run
             files.end(code=code, reason=reason, step=getattr(failure, "step", None))

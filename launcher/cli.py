@@ -12,7 +12,7 @@ from typing import Any
 from rich.console import Console
 
 from launcher.api import make_request, train
-from launcher.checkpoint.folder import write_json
+from launcher.checkpoint.files import write_json
 from launcher.data.read.rows import ReadingProgress
 from launcher.errors import ContractError, DataError, LauncherError, RecipeError
 from launcher.proof.bench.compare import bench

@@ -5,6 +5,7 @@ A message gives the rule, the value and the remedy, in that order; `cli` prints 
 
 import errno
 import os
+import re
 
 from launcher.credentials import masked
 
@@ -15,12 +16,21 @@ LESS_MEMORY = (
 
 
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # no space, no quota, a file larger than may be
+DISK_FAULTS = (*FULL_DISK, errno.EIO)
+
+
+def errno_of(error: BaseException) -> int | None:
+    """The number of the system's error that this one is, None if it is none. safetensors and tokenizers raise errors of
+    their own, with the number in their text."""
+    if isinstance(error, OSError):
+        return error.errno
+    number = re.search(r"\(os error (\d+)\)", str(error))
+    return int(number[1]) if number else None
 
 
 def is_full_disk(error: BaseException) -> bool:
-    """Whether a write failed for want of space. safetensors and tokenizers raise errors of their own, with the system's
-    message in their text."""
-    return getattr(error, "errno", None) in FULL_DISK or any(os.strerror(code) in str(error) for code in FULL_DISK)
+    """Whether a write failed for want of space. Libraries raise errors of their own, with the system's text in them."""
+    return errno_of(error) in FULL_DISK or any(os.strerror(code) in str(error) for code in FULL_DISK)
 
 
 class LauncherError(Exception):
@@ -32,6 +42,10 @@ class LauncherError(Exception):
         super().__init__(masked(message))
         self.step = step  # of the optimizer, where it is not the last one recorded
         self.reporter: int | None = None  # the local rank that prints it, where the others only repeat it
+
+    def __str__(self) -> str:
+        """The message, and what `add_note` has added to it, such as what became of the weights."""
+        return "\n".join([super().__str__(), *getattr(self, "__notes__", ())])
 
 
 class RecipeError(LauncherError):
@@ -50,6 +64,10 @@ class CheckpointError(LauncherError):
     """The adapter on disk does not give back what was trained, or the run folder is in use."""
 
     code = 4
+
+
+class FolderError(CheckpointError):
+    """The run folder is gone while the run goes on, or may not be written any more."""
 
 
 class NonFiniteError(LauncherError):
@@ -71,7 +89,7 @@ class MemoryExhausted(LauncherError):
 
 
 class DiskError(LauncherError):
-    """A file of the run could not be written."""
+    """The disk is full or fails: a file of the run could not be written."""
 
     code = 7
 

@@ -1,21 +1,20 @@
 """The files of a run, all in its folder: rank 0's metrics.jsonl and report.json, and status.json: how the run ended."""
 
 import errno
+import fcntl
 import json
-import math
 import os
 import platform
-import shutil
+import stat
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 from filelock import FileLock, Timeout
 
-from launcher.credentials import masked_tree
+from launcher.checkpoint.files import append_text, finite, refusing_links, writable, write_json, write_text, writing
 from launcher.errors import CheckpointError, RecipeError
 from launcher.records.run import BadBatch, EvalRecord, EvalSamples, Event, RunOpened, RunRecord, StepRecord
 
@@ -35,12 +34,13 @@ class RunFolder:
         self.adapter = path / "adapter"
         self.adapter_staging = path / "adapter.part"  # until the adapter is proved
         self.checkpoints = path / "checkpoints"
-        self._lock = FileLock(path / "run.lock", blocking=False)
+        # Not at once: another process that looks whether the folder is in use has the lock for a moment.
+        self._lock = FileLock(path / "run.lock", timeout=0.2)
+        self._handle: int | None = None
 
     def check(self, *, resume: str = "never") -> None:
         """Raise as `create` would, as far as that can be told; makes nothing. Where run.resume allows it, a folder with
         checkpoints is no fault, nor one of a run that ended before it saved any."""
-        ancestor = next(path for path in (self.path, *self.path.parents) if os.path.exists(path))
         if resume not in ("auto", "never") and not Path(resume).is_dir():
             there = ", ".join(sorted(path.name for path in self.checkpoints.glob("step-*[0-9]"))) or "none"
             raise CheckpointError(
@@ -49,15 +49,29 @@ class RunFolder:
             )
         results, files = (self.report, self.adapter), (self.status, self.metrics, self.checkpoints)
         with self._refusals():
-            if not ancestor.is_dir():
-                raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
             taken = results if resume != "never" else (*results, *files)
-            if any(path.exists() for path in taken) and not (resume != "never" and self.has_checkpoints):
+            if any(map(os.path.lexists, taken)) and not (resume != "never" and self.has_checkpoints):
                 raise FileExistsError
-            if self.checkpoints.is_symlink():
-                raise OSError(errno.ELOOP, "checkpoints/ is a link, which is not followed")
-            if not os.access(ancestor, os.W_OK | os.X_OK):
-                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+            self._check_kinds()
+            writable(self.path)
+        self._check_unused()
+
+    def _check_kinds(self) -> None:
+        """Raise OSError for a link, a pipe or the like in the place of a file or folder of the run."""
+        files = (self.metrics, self.report, self.status, self.parts, self.samples, Path(self._lock.lock_file))
+        for path in (*files, self.adapter, self.checkpoints, self.bad_batches, self.path / "trackers"):
+            kind = stat.S_ISREG if path in files else stat.S_ISDIR
+            if os.path.lexists(path) and not kind(path.lstat().st_mode):
+                what = "a link, which is not followed" if path.is_symlink() else "no plain file or folder"
+                raise OSError(errno.ELOOP, f"{path.name} in it is {what}")
+
+    def _check_unused(self) -> None:
+        """Raise CheckpointError if another process has the folder; its lock file is neither made nor changed."""
+        with suppress(OSError), open(self._lock.lock_file, "rb", opener=refusing_links) as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise self._in_use() from None
 
     def create(self, *, resume: str = "never") -> None:
         """Make the folder and take it. Raises CheckpointError if it holds a run already, or if another process has it,
@@ -85,12 +99,13 @@ class RunFolder:
             ) from None
 
     @property
-    def finished(self) -> bool:
-        """Whether the run in this folder came to its good end."""
+    def code(self) -> int | None:
+        """The exit code in status.json; None if there is no such file that can be read."""
         try:
-            return json.loads(self.status.read_text(encoding="utf-8"))["code"] == 0
+            with open(self.status, encoding="utf-8", opener=refusing_links) as file:
+                return int(json.load(file)["code"])
         except (OSError, ValueError, KeyError, TypeError):
-            return False
+            return None
 
     @property
     def has_checkpoints(self) -> bool:
@@ -100,20 +115,44 @@ class RunFolder:
     def lock(self) -> None:
         """Take the folder for this process until `unlock` or its end. Raises CheckpointError naming the process that
         has it."""
-        path = Path(self._lock.lock_file)
-        try:
-            self._lock.acquire()
-        except Timeout:
-            raise CheckpointError(
-                f"run.output_dir must not be in use; process {path.read_text()} trains in {self.path}. "
-                "Wait for its end, or choose another folder."
-            ) from None
-        path.write_text(f"{os.getpid()} on {platform.node()}", encoding="utf-8")
+        with self._refusals():
+            try:
+                self._lock.acquire()
+            except Timeout:
+                raise self._in_use() from None
+            with open(self._lock.lock_file, "w", encoding="utf-8", opener=refusing_links) as file:
+                file.write(f"{os.getpid()} on {platform.node()}")
+        self.hold()
+
+    def _in_use(self) -> CheckpointError:
+        with open(self._lock.lock_file, encoding="utf-8", errors="replace", opener=refusing_links) as file:
+            holder = file.read(200)
+        return CheckpointError(
+            f"run.output_dir must not be in use; process {holder} trains in {self.path}. "
+            "Wait for its end, or choose another folder."
+        )
 
     def unlock(self) -> None:
+        """Give the folder back; another one in its place is left alone, which another run may have made."""
         if self._lock.is_locked:
-            Path(self._lock.lock_file).unlink(missing_ok=True)
+            with suppress(OSError):
+                self.check_in_place()
+                Path(self._lock.lock_file).unlink(missing_ok=True)
             self._lock.release(force=True)
+
+    def hold(self) -> None:
+        """Remember which folder the path names now. It stays open, so that no later folder gets its number."""
+        self._handle = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY)
+
+    def __del__(self) -> None:
+        if self._handle is not None:
+            os.close(self._handle)
+
+    def check_in_place(self) -> None:
+        """Raise OSError if the path names another folder than when it was held, or none: it was removed, or its disk
+        is gone."""
+        if self._handle is not None and not os.path.samestat(self.path.stat(), os.fstat(self._handle)):
+            raise OSError(errno.ESTALE, "it was removed, and another folder has its name")
 
     def discard(self) -> None:
         """Remove what `create` made, if nothing was measured yet; other files in the folder are the user's."""
@@ -138,6 +177,7 @@ class RunFiles:
     def show(self, event: Event) -> None:
         if isinstance(event, RunOpened):
             self._folder, self._step = RunFolder(event.path), event.step
+            self._folder.hold()
         if isinstance(event, StepRecord):
             self._step = event.step
         if isinstance(event, BadBatch) and self._folder:
@@ -146,15 +186,18 @@ class RunFiles:
             return
         if isinstance(event, EvalSamples):
             lines = [json.dumps({"step": event.step, **asdict(sample)}) + "\n" for sample in event.samples]
-            with open(self._folder.samples, "a", encoding="utf-8") as file:
-                file.write("".join(lines))
-        if isinstance(event, StepRecord | EvalRecord):
-            with open(self._folder.metrics, "a", encoding="utf-8") as file:
-                file.write(metrics_line(event))
+            self._append(self._folder, self._folder.samples, "".join(lines))
+        elif isinstance(event, StepRecord | EvalRecord):
+            self._append(self._folder, self._folder.metrics, metrics_line(event))
         elif isinstance(event, RunRecord):
-            write_json(self._folder.report, event.as_report())
-            if self._report_copy:
-                shutil.copyfile(self._folder.report, self._report_copy)
+            for path in filter(None, (self._folder.report, self._report_copy)):
+                with writing(path.parent, what="The report"):
+                    write_json(path, event.as_report())
+
+    def _append(self, folder: RunFolder, file: Path, text: str) -> None:
+        with writing(folder.path, what=f"What is added to {file.name}", needed=len(text)):
+            folder.check_in_place()
+            append_text(file, text)
 
     def end(self, *, code: int, reason: str, step: int | None = None) -> None:
         """Write status.json: on success rank 0's, else the failed rank's. The launcher masks exit codes as 1.
@@ -165,11 +208,10 @@ class RunFiles:
         folder = self._folder
         if folder is None or (self._rank and not code):
             return
-        if folder.status.exists():
-            cause = json.loads(folder.status.read_text(encoding="utf-8"))["code"]
-            if LESS_TELLING.get(code, 0) >= LESS_TELLING.get(cause, 0):
-                return
-        shutil.rmtree(folder.adapter_staging, ignore_errors=True)
+        folder.check_in_place()
+        cause = folder.code
+        if cause is not None and LESS_TELLING.get(code, 0) >= LESS_TELLING.get(cause, 0):
+            return
         if code in (2, 3) and not folder.metrics.stat().st_size:
             folder.discard()
             return
@@ -190,7 +232,7 @@ def default_folder(recipe: str) -> str:
     """runs/<recipe>-<time>, with a counter where two runs start within a second. Absolute."""
     base = Path.cwd() / "runs" / f"{Path(recipe).stem}-{time.strftime('%Y%m%d-%H%M%S')}"
     path, count = base, 1
-    while path.exists():
+    while os.path.lexists(path):
         count += 1
         path = base.with_name(f"{base.name}-{count}")
     return str(path)
@@ -199,6 +241,8 @@ def default_folder(recipe: str) -> str:
 def _write_batch(folder: Path, batch: BadBatch) -> None:
     """A line for each document. A full disk must not hide what is wrong with the step."""
     with suppress(OSError):
+        if folder.is_symlink():
+            return
         folder.mkdir(exist_ok=True)
         lines = [json.dumps(asdict(document)) + "\n" for document in batch.documents]
         write_text(folder / f"step-{batch.step}-rank-{batch.rank}.jsonl", "".join(lines))
@@ -206,28 +250,4 @@ def _write_batch(folder: Path, batch: BadBatch) -> None:
 
 def metrics_line(record: StepRecord | EvalRecord) -> str:
     """The record's line of metrics.jsonl; null for what JSON lacks."""
-    return json.dumps(_finite(asdict(record))) + "\n"
-
-
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    """As `write_text`. NaN and infinity become null, credentials are masked."""
-    write_text(path, json.dumps(_finite(masked_tree(content)), indent=2) + "\n")
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write whole or not at all: a reader never sees half a file."""
-    staging = path.with_name(f"{path.name}.{os.getpid()}.part")  # several ranks may report one failure
-    try:
-        staging.write_text(text, encoding="utf-8")
-        os.replace(staging, path)
-    finally:
-        staging.unlink(missing_ok=True)
-
-
-def _finite(value: Any) -> Any:
-    """The value with null for NaN and infinity, which JSON lacks."""
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    return json.dumps(finite(asdict(record))) + "\n"

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from launcher.checkpoint.folder import RunFolder, write_text
+from launcher.checkpoint.files import write_text
+from launcher.checkpoint.folder import RunFolder
 from launcher.records.run import RunPart
 
 

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any, cast
 
 from launcher.checkpoint.bundle import State, bundles_of, clean, newest_state, read_bundle, remove, step_of
-from launcher.checkpoint.folder import RunFolder, metrics_line, write_text
+from launcher.checkpoint.files import write_text
+from launcher.checkpoint.folder import RunFolder, metrics_line
 from launcher.checkpoint.parts import begin_part
 from launcher.records.run import EvalRecord, RunPart, StepRecord
 

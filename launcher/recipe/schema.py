@@ -231,6 +231,12 @@ class RunSection(RecipeSection):
             )
         return resume
 
+    rescue_dir: NonEmptyText | None = Field(
+        None,
+        description="Folder for the adapter where the run folder takes no more (a full disk); null: the system's "
+        "temporary folder.",
+        examples=["./rescued"],
+    )
     trackers: Distinct[Literal["tensorboard"]] = Field(
         [], description="Trackers that receive the metrics.", examples=[["tensorboard"]]
     )

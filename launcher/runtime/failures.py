@@ -37,6 +37,8 @@ def classified(rank_info: RankInfo, ledger: Callable[[], str] = lambda: "nothing
 
 
 def _classify(error: Exception, rank_info: RankInfo, ledger: Callable[[], str]) -> LauncherError | None:
+    if isinstance(error, LauncherError):
+        return None
     torch = sys.modules.get("torch")  # if it was not imported, the error is not its
     if torch and isinstance(error, torch.OutOfMemoryError):
         return MemoryExhausted(

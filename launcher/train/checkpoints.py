@@ -17,6 +17,7 @@ from launcher.checkpoint.writer import BundleWriter
 from launcher.records.run import RunPart
 from launcher.runtime.ranks import broadcast, failing_together
 from launcher.train.host_copies import HostCopies
+from launcher.train.rescue import rescuing
 from launcher.train.setup import Worker
 
 UNITS_S = {"s": 1, "m": 60, "h": 3600}
@@ -71,7 +72,8 @@ class Checkpoints:
     def due(self, step: int) -> bool:
         """Whether to save after this step. Raises the error of the last save, once it has failed."""
         if self._writer is not None:
-            self._writer.check()
+            with rescuing(self._worker):
+                self._writer.check()
         return self._enabled and self._schedule.due(step)
 
     def save(self, eval_losses: Mapping[int, float]) -> None:
@@ -98,7 +100,7 @@ class Checkpoints:
 
     def _finish_write(self) -> None:
         """Every rank raises the error that rank 0's write met."""
-        with failing_together(Exception):
+        with failing_together(Exception), rescuing(self._worker):
             if self._writer is not None:
                 self._writer.finish()
 

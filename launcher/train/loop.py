@@ -2,7 +2,7 @@
 sinks of its events (api.py). Only the adapter is saved here, since its proof needs the model.
 """
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import closing
 from dataclasses import replace
 
@@ -23,7 +23,7 @@ from launcher.train.request import Request
 from launcher.train.setup import Worker
 
 
-def training(request: Request, history: RunHistory) -> Iterator[Event]:
+def training(request: Request, history: RunHistory) -> Generator[Event, None, None]:
     """Train as the request says; yields events in the order of records/run.py and fills `history`.
 
     Raises the errors of launcher/errors.py, after the events of all good steps.

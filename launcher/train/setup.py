@@ -116,13 +116,13 @@ class Worker:
         if (saved_by := step_shape_of(saved)) != step_shape_of(here):  # it may refuse, so before a file is cut
             self.batches.load_state_dict(resumed.state["state"]["loader"], saved_by=saved_by)
         patience = self.recipe.train.patience
-        if self.folder.finished and EarlyStop(**resumed.state["state"]["early_stop"]).reached(patience):
+        if self.folder.code == 0 and EarlyStop(**resumed.state["state"]["early_stop"]).reached(patience):
             raise CheckpointError(
                 f"a run goes on only if it has steps left; the one in {self.folder.path} has ended early, after "
                 f"{patience} evaluations without a lower eval loss.\nRaise train.patience, or choose another "
                 "run.output_dir."
             )
-        if resumed.step > self.steps or (resumed.step == self.steps and self.folder.finished):
+        if resumed.step > self.steps or (resumed.step == self.steps and self.folder.code == 0):
             raise CheckpointError(
                 f"a run goes on only if it has steps left; the one in {self.folder.path} has done {resumed.step} of "
                 f"{self.steps}.\nRaise train.steps, or choose another run.output_dir."
