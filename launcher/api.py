@@ -7,9 +7,11 @@ record.evals[-1].eval_loss, record.start.run_dir
 
 import io
 import os
+import sys
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
@@ -18,18 +20,21 @@ from rich.console import Console
 from launcher.checkpoint.folder import RunFiles
 from launcher.compile.inductor_cache import prepare_cache
 from launcher.errors import RecipeError
-from launcher.recipe.field_types import recipes_dir
+from launcher.recipe.field_types import interval_s, recipes_dir
 from launcher.recipe.load import Resolved, resolve
 from launcher.recipe.locate import config_file, locate
 from launcher.records.run import Event, RunRecord
 from launcher.report import Screen, make_console
+from launcher.report import error as print_error
 from launcher.report.trackers import make_trackers
 from launcher.runtime.clock import boot_clock_s, seconds_since
 from launcher.runtime.environment import prepare_environment, quick_imports
 from launcher.runtime.failures import classified, code_and_reason
+from launcher.runtime.heartbeat import Heartbeat
 from launcher.runtime.launch_flags import check_launch_flags
-from launcher.runtime.ranks import RankInfo, end_with_parent, rank_info
-from launcher.runtime.signals import listening
+from launcher.runtime.ranks import RankInfo, end_with_parent, rank_info, under_launcher
+from launcher.runtime.signals import deferring, listening
+from launcher.runtime.watched_ranks import Ending
 from launcher.train.before_torch import check_inputs, check_run_folder
 from launcher.train.request import Request
 
@@ -100,15 +105,41 @@ def _train(request: Request, files: RunFiles, sinks: Sequence[Sink]) -> RunRecor
     from launcher.train.history import RunHistory
 
     history = RunHistory()
+    heartbeat = Heartbeat(
+        request.rank_info,
+        timeout_s=interval_s(request.recipe.run.timeout),
+        on_lost=partial(_record_loss, files),
+        saving=lambda: files.saving,
+    )
     try:
         with classified(request.rank_info, lambda: history.ledger):
             for event in loop.training(request, history):
-                for sink in sinks:
+                for sink in (*sinks, heartbeat):
                     sink.show(event)
     except BaseException as failure:
-        code, reason = code_and_reason(failure)
-        with suppress(OSError):  # a full disk must not hide what ended the run
-            files.end(code=code, reason=reason, step=getattr(failure, "step", None))
-        raise
+        with deferring():  # the process launcher terminates this rank because another has ended
+            cause = heartbeat.first_cause(failure)
+            code, reason = code_and_reason(cause)
+            with suppress(OSError):  # a full disk must not hide what ended the run
+                files.end(
+                    code=code, reason=reason, step=getattr(cause, "step", None), rank=getattr(cause, "rank", None)
+                )
+        if cause is failure:
+            raise
+        raise cause from failure
+    finally:
+        with deferring():
+            heartbeat.close()
     assert isinstance(event, RunRecord), "a run's last event is its record"
     return event
+
+
+def _record_loss(files: RunFiles, ending: Ending, told: bool) -> None:
+    """Before another rank's end ends this process, which may happen without a further word."""
+    written = True
+    with suppress(OSError, ValueError):  # the folder may be on another machine
+        written = files.end(code=ending.code, reason=ending.reason, step=ending.step, rank=ending.rank)
+    console = make_console(sys.stderr)
+    if written and not told:
+        print_error(console, ending.reason, ending.code, framed=under_launcher())
+    console.show_cursor()  # the live line hides it

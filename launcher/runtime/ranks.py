@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from launcher.errors import LauncherError
+from launcher.runtime.progress import PROGRESS
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 LAUNCHER_VARIABLES = ("TORCHELASTIC_RUN_ID", "ACCELERATE_MIXED_PRECISION")  # torchrun's; accelerate's for one process
@@ -92,6 +93,7 @@ def gather(value: Any) -> list[Any]:
     """The values of all ranks, in rank order, on every rank."""
     from accelerate.utils import gather_object
 
+    PROGRESS.enter_collective()
     return list(gather_object([value]))
 
 
@@ -99,6 +101,7 @@ def broadcast(value: Any) -> Any:
     """Rank 0's value, on every rank."""
     from accelerate.utils import broadcast_object_list
 
+    PROGRESS.enter_collective()
     return broadcast_object_list([value])[0]
 
 
