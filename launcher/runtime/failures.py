@@ -1,5 +1,6 @@
 """Which of launcher/errors.py an exception amounts to, and the exit code and reason of every end."""
 
+import errno
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -9,6 +10,12 @@ from launcher.errors import LESS_MEMORY, DiskError, LauncherError, LostRank, Mem
 from launcher.runtime.ranks import RankInfo
 from launcher.runtime.signals import Terminated
 
+NO_MEMORY = (  # in errors that torch raises as RuntimeError: of the CPU, C++, CUDA and NCCL, cuBLAS
+    "DefaultCPUAllocator",
+    "std::bad_alloc",
+    "out of memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+)
 CONNECTION = ("gloo/", "Connection closed by peer", "NCCL", "ProcessGroup")  # in torch's errors when a rank is gone
 
 
@@ -27,8 +34,7 @@ def classified(rank_info: RankInfo, ledger: Callable[[], str] = lambda: "nothing
 
 
 def _classify(error: Exception, rank_info: RankInfo, ledger: Callable[[], str]) -> LauncherError | None:
-    torch = sys.modules.get("torch")  # if it was not imported, the error is not its
-    if torch and isinstance(error, torch.OutOfMemoryError):
+    if _is_out_of_memory(error):
         return MemoryExhausted(
             f"the device ran out of memory on rank {rank_info.rank}; held by phase: {ledger()}.\n{LESS_MEMORY}"
         )
@@ -39,6 +45,14 @@ def _classify(error: Exception, rank_info: RankInfo, ledger: Callable[[], str]) 
     if lost and rank_info.world_size > 1:
         return LostRank("another rank ended first and closed the connection; its own error says why.")
     return None
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    torch = sys.modules.get("torch")  # if it was not imported, the error is not its
+    if isinstance(error, MemoryError) or (torch and isinstance(error, torch.OutOfMemoryError)):
+        return True
+    of_torch = isinstance(error, RuntimeError) and any(words in str(error) for words in NO_MEMORY)
+    return of_torch or (isinstance(error, OSError) and error.errno == errno.ENOMEM)
 
 
 def code_and_reason(error: BaseException) -> tuple[int, str]:

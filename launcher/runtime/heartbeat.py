@@ -33,7 +33,7 @@ from launcher.runtime.rank_states import Exchange, Hub, Link, RankState, Unanswe
 from launcher.runtime.ranks import RankInfo, broadcast
 from launcher.runtime.watched_ranks import Cause, Ending, WatchedRanks
 
-BEAT_S = 0.5  # between two looks; more where there are more than 16 ranks
+LOOK_S = 0.5  # between two looks; more where there are more than 16 ranks
 STOPPED_S = 5.0  # between two looks: the watcher itself was stopped
 BY_ITSELF_S = 3.0  # for a main thread to end by itself
 SAVE_S = 5.0  # for files that are being written
@@ -67,7 +67,7 @@ class Heartbeat:
     ) -> None:
         self._info, self._on_lost, self._saving = rank_info, on_lost, saving
         self._ranks = WatchedRanks(rank_info.rank, world_size=rank_info.world_size, timeout_s=timeout_s)
-        self._beat_s = max(BEAT_S, rank_info.world_size / 32)
+        self._look_s = max(LOOK_S, rank_info.world_size / 32)
         self._thread: Thread | None = None
         self._step = self._beats = 0
         self._cause: Ending | None = None  # once it is recorded
@@ -92,7 +92,7 @@ class Heartbeat:
         if follows:
             limit = time.monotonic() + (LOST_CAUSE_S if code == LostRank.code else CAUSE_S)
             while self._cause is None and time.monotonic() < limit:
-                time.sleep(BEAT_S / 10)
+                time.sleep(LOOK_S / 10)
         self._ends_by_itself.set()
         if follows and self._cause and (self._cause.code != code or code == LostRank.code):
             return EndedBy(self._cause)
@@ -137,11 +137,11 @@ class Heartbeat:
             looked_s = now
             if not self._ends_by_itself.is_set() and (cause := self._ranks.cause(now)):
                 self._end_with(cause, exchange)
-            self._closed.wait(self._beat_s)
+            self._closed.wait(self._look_s)
         limit = time.monotonic() + LEAVE_S
         self._look(exchange)
         while self._info.is_main and not self._ranks.all_told() and time.monotonic() < limit:
-            time.sleep(BEAT_S / 5)
+            time.sleep(LOOK_S / 5)
             self._look(exchange)
         exchange.close()
 
@@ -172,9 +172,9 @@ class Heartbeat:
             self._kill(ending.rank)
         self._on_lost(ending, cause.kind == "told")
         self._cause = self._ending = ending
-        wait_s = 2 * BEAT_S if ending.rank == self._info.rank else BY_ITSELF_S  # it is asleep, but the others must hear
+        wait_s = 2 * LOOK_S if ending.rank == self._info.rank else BY_ITSELF_S  # it is asleep, but the others must hear
         while (past_s := time.monotonic() - start) < wait_s or (self._saving() and past_s < SAVE_S):
-            if self._ends_by_itself.wait(BEAT_S / 5):
+            if self._ends_by_itself.wait(LOOK_S / 5):
                 return
             self._look(exchange)
         self._kill(ending.rank)

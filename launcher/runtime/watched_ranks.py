@@ -118,6 +118,7 @@ class WatchedRanks:
         return Cause(self._blamed(behind, what), "asleep")
 
     def _blamed(self, rank: int, what: str) -> Ending:
-        state = self.state_of(rank)
-        place = f"It was process {state['pid']} on {state['host']}, its last step {state['step']}."
-        return Ending(LostRank.code, f"rank {rank} {what}. {place}", rank, state["step"])
+        """Its own word may be older than its last step: no rank ends a step without the others."""
+        state, step = self.state_of(rank), max(watched.state["step"] for watched in self._ranks.values())
+        place = f"It was process {state['pid']} on {state['host']}, its last step {step}."
+        return Ending(LostRank.code, f"rank {rank} {what}. {place}", rank, step)
