@@ -69,17 +69,17 @@ class Heartbeat:
         self._ranks = WatchedRanks(rank_info.rank, world_size=rank_info.world_size, timeout_s=timeout_s)
         self._look_s = max(LOOK_S, rank_info.world_size / 32)
         self._thread: Thread | None = None
-        self._step = self._beats = 0
+        self._beats = 0
         self._cause: Ending | None = None  # once it is recorded
         self._ending: Ending | None = None  # this rank's, as the others are told
         self._ends_by_itself, self._closed = Flag(), Flag()
 
     def show(self, event: Event) -> None:
         if isinstance(event, RunOpened):
-            self._step = event.step
+            self._ranks.own_step = event.step
             self._start()
         elif isinstance(event, StepRecord):
-            self._step = event.step
+            self._ranks.own_step = event.step
 
     def first_cause(self, failure: BaseException) -> BaseException:
         """What this rank ends with: `failure`, or an EndedBy where that may follow from another rank's end. The other
@@ -96,7 +96,7 @@ class Heartbeat:
         self._ends_by_itself.set()
         if follows and self._cause and (self._cause.code != code or code == LostRank.code):
             return EndedBy(self._cause)
-        step = getattr(failure, "step", None) or self._step
+        step = getattr(failure, "step", None) or self._ranks.own_step
         self._ending = self._ending or Ending(code, reason, self._info.rank, step)
         return failure
 
@@ -104,7 +104,7 @@ class Heartbeat:
         """Say the last word to the others: code 0 if there was none before. On rank 0, wait until they have read it."""
         if self._thread is not None:
             self._ends_by_itself.set()
-            self._ending = self._ending or Ending(0, "done", self._info.rank, self._step)
+            self._ending = self._ending or Ending(0, "done", self._info.rank, self._ranks.own_step)
             self._closed.set()
             self._thread.join(2 * LEAVE_S)
 
@@ -124,6 +124,7 @@ class Heartbeat:
                 f"every rank must reach rank 0; rank {info.rank} on {socket.gethostname()} cannot: {host}:{port}, "
                 f"{error}. Let the machines connect to each other on every port; NCCL and gloo need that too."
             ) from None
+        self._look(exchange)  # from now on the others know that this rank is there, and would miss it
         self._thread = Thread(target=self._watch, args=[exchange], daemon=True, name="heartbeat")
         self._thread.start()
 
@@ -153,7 +154,7 @@ class Heartbeat:
             "host": socket.gethostname(),
             "machine": _machine(),
             "pid": os.getpid(),
-            "step": self._step,
+            "step": self._ranks.own_step,
             "progress": [PROGRESS.collectives, PROGRESS.micro_batches],
             "timed": PROGRESS.timed,
             "ending": asdict(self._ending) if self._ending else None,
@@ -168,10 +169,12 @@ class Heartbeat:
     def _end_with(self, cause: Cause, exchange: Exchange) -> None:
         """Record the cause; then end the process, unless the main thread does that by itself."""
         ending, start = cause.ending, time.monotonic()
+        self._ending = ending
+        self._look(exchange)  # so that the others do not take it for one that was killed, when it is
+        self._on_lost(ending, cause.kind == "told")
+        self._cause = ending
         if cause.kind == "stopped":  # it would ignore SIGTERM, and the others may hang until its connections close
             self._kill(ending.rank)
-        self._on_lost(ending, cause.kind == "told")
-        self._cause = self._ending = ending
         wait_s = 2 * LOOK_S if ending.rank == self._info.rank else BY_ITSELF_S  # it is asleep, but the others must hear
         while (past_s := time.monotonic() - start) < wait_s or (self._saving() and past_s < SAVE_S):
             if self._ends_by_itself.wait(LOOK_S / 5):

@@ -49,18 +49,20 @@ class WatchedRanks:
 
     def __init__(self, own_rank: int, *, world_size: int, timeout_s: float | None) -> None:
         self._own_rank, self._world_size, self._timeout_s = own_rank, world_size, timeout_s
+        self.own_step = 0  # the last one that this rank has ended
         self._ranks: dict[int, WatchedRank] = {}
-        self._answered_s = 0.0
+        self._answered_s = self._began_s = 0.0
 
     def update(self, states: dict[int, RankState], now: float) -> None:
         """Rank 0 has answered with these states."""
+        self._began_s = self._began_s or now
         self._answered_s = now
         for rank, state in states.items():
             self._ranks.setdefault(rank, WatchedRank(state, now)).update(state, now)
 
     def count_anew(self, now: float) -> None:
         """Forget for how long ranks were silent or stood still: nobody has looked."""
-        self._answered_s = now
+        self._answered_s = self._began_s = now
         for watched in self._ranks.values():
             watched.heard_s = watched.moved_s = now
 
@@ -73,9 +75,9 @@ class WatchedRanks:
             self._ranks[rank].state = {**self._ranks[rank].state, "gone": True}
 
     def all_told(self) -> bool:
-        """Whether every other rank has ended, or has told how it does."""
-        states = (watched.state for rank, watched in self._ranks.items() if rank != self._own_rank)
-        return all(state.get("gone") or state["ending"] for state in states)
+        """Whether every other rank has ended, or has told how it does. One that has not spoken yet has not."""
+        states = [watched.state for rank, watched in self._ranks.items() if rank != self._own_rank]
+        return len(states) == self._world_size - 1 and all(state.get("gone") or state["ending"] for state in states)
 
     def cause(self, now: float) -> Cause | None:
         """Why all ranks have to end; None if they do not."""
@@ -93,7 +95,8 @@ class WatchedRanks:
         return self._stopped(others, now, self._timeout_s) or self._asleep(now, self._timeout_s)
 
     def _stopped(self, others: dict[int, WatchedRank], now: float, timeout_s: float) -> Cause | None:
-        heard_s = {rank: watched.heard_s for rank, watched in others.items()}
+        never = {rank: self._began_s for rank in range(self._world_size) if rank not in self._ranks}
+        heard_s = never | {rank: watched.heard_s for rank, watched in others.items()}
         if now - self._answered_s > UNANSWERED_S:
             heard_s = {0: self._answered_s} if 0 in others else {}
         for rank, since_s in heard_s.items():
@@ -119,6 +122,8 @@ class WatchedRanks:
 
     def _blamed(self, rank: int, what: str) -> Ending:
         """Its own word may be older than its last step: no rank ends a step without the others."""
-        state, step = self.state_of(rank), max(watched.state["step"] for watched in self._ranks.values())
-        place = f"It was process {state['pid']} on {state['host']}, its last step {step}."
+        state = self.state_of(rank)
+        step = max(self.own_step, *(watched.state["step"] for watched in self._ranks.values()))
+        place = f"It was process {state['pid']} on {state['host']}" if state else "It never spoke"
+        place += f", its last step {step}."
         return Ending(LostRank.code, f"rank {rank} {what}. {place}", rank, step)

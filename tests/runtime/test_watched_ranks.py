@@ -70,6 +70,13 @@ def test_a_rank_that_is_silent_for_the_timeout_is_stopped_though_its_progress_is
     assert cause(*silent_from(3, 2, 60), timeout_s=None) is None
 
 
+def test_a_rank_that_never_spoke_counts_as_stopped() -> None:
+    begun = [{0: state(now), 1: state(now, progress=[8, 0])} for now in range(1, 60)]
+    assert cause({}, *begun[:9]) is None
+    found = cause({}, *begun)
+    assert (found.ending.rank, found.kind) == (2, "stopped") and "It never spoke" in found.ending.reason
+
+
 def test_rank_0_is_to_blame_where_no_answer_comes_and_not_the_others_of_whom_nothing_is_heard_then() -> None:
     answered = moved(3)
     assert cause(*answered, *[None] * 10) is None
@@ -92,7 +99,6 @@ def test_nobody_sleeps_where_one_still_moves_nobody_is_behind_or_the_one_behind_
     assert cause(*working) is None, "a slow step"
     assert cause(*moments(60)) is None, "the devices are at work"
     assert cause(*moments(60, rank2={"progress": [8, 0], "timed": False})) is None, "it saves"
-    assert cause(*[{0: state(now), 1: state(now, progress=[8, 0])} for now in range(60)]) is None, "one has not begun"
 
 
 def test_a_watcher_that_was_stopped_itself_counts_anew() -> None:
