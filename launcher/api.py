@@ -108,7 +108,7 @@ def _train(request: Request, files: RunFiles, sinks: Sequence[Sink]) -> RunRecor
     heartbeat = Heartbeat(
         request.rank_info,
         timeout_s=interval_s(request.recipe.run.timeout),
-        on_lost=partial(_record_loss, files),
+        on_lost=partial(_record_loss, files, request.rank_info),
         saving=lambda: files.saving,
     )
     try:
@@ -134,12 +134,13 @@ def _train(request: Request, files: RunFiles, sinks: Sequence[Sink]) -> RunRecor
     return event
 
 
-def _record_loss(files: RunFiles, ending: Ending, told: bool) -> None:
-    """Before another rank's end ends this process, which may happen without a further word."""
+def _record_loss(files: RunFiles, info: RankInfo, ending: Ending, told: bool) -> None:
+    """Before another rank's end ends this process, which may happen without a further word. One rank prints it: the one
+    that tells its own end, or the first that found another's; for a rank of another machine rank 0 too."""
     written = True
     with suppress(OSError, ValueError):  # the folder may be on another machine
         written = files.end(code=ending.code, reason=ending.reason, step=ending.step, rank=ending.rank)
     console = make_console(sys.stderr)
-    if written and not told:
+    if (info.is_main and ending.rank >= info.local_world_size) if told else written:
         print_error(console, ending.reason, ending.code, framed=under_launcher())
     console.show_cursor()  # the live line hides it
