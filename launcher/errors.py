@@ -61,6 +61,12 @@ class NonFiniteError(LauncherError):
     code = 5
 
 
+class DivergedError(LauncherError):
+    """Losses or gradient norms stay far above the usual, for longer than the recipe bears."""
+
+    code = 5
+
+
 class MemoryExhausted(LauncherError):
     """The device ran out of memory."""
 

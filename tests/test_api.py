@@ -33,7 +33,7 @@ def test_a_run_returns_the_record_that_its_report_is_written_from(finished, smal
     assert json.loads((folder / "report.json").read_text()) == json.loads(json.dumps(record.as_report()))
     assert copy.read_text() == (folder / "report.json").read_text()
     assert {path.name for path in folder.iterdir()} == {
-        "adapter", "checkpoints", "metrics.jsonl", "report.json", "status.json", "trackers",
+        "adapter", "checkpoints", "metrics.jsonl", "parts.json", "report.json", "status.json", "trackers",
     }  # fmt: skip
     assert json.loads((folder / "status.json").read_text()) == {
         "code": 0, "reason": "done", "rank": 0, "step": 2, "resumable": False,

@@ -16,7 +16,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -128,10 +128,18 @@ def newest_state(checkpoints: Path) -> tuple[Path, State, list[str]]:
     )
 
 
-def rotate(checkpoints: Path, *, keep: int) -> None:
-    """Remove all bundles but the `keep` newest."""
+def rotate(checkpoints: Path, *, keep: int, eval_losses: Mapping[int, float]) -> None:
+    """Remove all bundles but the `keep` newest and the best."""
+    best = best_bundle(checkpoints, eval_losses)
     for bundle in bundles_of(checkpoints)[keep:]:
-        remove(bundle)
+        if bundle != best:
+            remove(bundle)
+
+
+def best_bundle(checkpoints: Path, eval_losses: Mapping[int, float]) -> Path | None:
+    """Of the bundles whose step was evaluated, the one with the lowest eval loss; of equal ones the earliest."""
+    evaluated = [bundle for bundle in bundles_of(checkpoints) if step_of(bundle) in eval_losses]
+    return min(reversed(evaluated), key=lambda bundle: eval_losses[step_of(bundle)], default=None)
 
 
 def remove(bundle: Path) -> None:

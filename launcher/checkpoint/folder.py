@@ -8,7 +8,7 @@ import platform
 import shutil
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from launcher.errors import LESS_TELLING, CheckpointError, RecipeError
-from launcher.records.run import EvalRecord, Event, RunOpened, RunRecord, StepRecord
+from launcher.records.run import BadBatch, EvalRecord, EvalSamples, Event, RunOpened, RunRecord, StepRecord
 
 
 class RunFolder:
@@ -24,9 +24,10 @@ class RunFolder:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.metrics, self.report, self.status = (
-            path / name for name in ("metrics.jsonl", "report.json", "status.json")
+        self.metrics, self.report, self.status, self.parts = (
+            path / name for name in ("metrics.jsonl", "report.json", "status.json", "parts.json")
         )
+        self.samples, self.bad_batches = path / "samples.jsonl", path / "bad_batches"
         self.adapter = path / "adapter"
         self.adapter_staging = path / "adapter.part"  # until the adapter is proved
         self.checkpoints = path / "checkpoints"
@@ -113,6 +114,7 @@ class RunFolder:
     def discard(self) -> None:
         """Remove what `create` made, if nothing was measured yet; other files in the folder are the user's."""
         self.metrics.unlink()
+        self.parts.unlink(missing_ok=True)
         Path(self._lock.lock_file).unlink(missing_ok=True)
         if not any(self.path.iterdir()):
             self.path.rmdir()
@@ -134,8 +136,14 @@ class RunFiles:
             self._folder, self._step = RunFolder(event.path), event.step
         if isinstance(event, StepRecord):
             self._step = event.step
+        if isinstance(event, BadBatch) and self._folder:
+            _write_batch(self._folder.bad_batches, event)
         if self._rank or self._folder is None:
             return
+        if isinstance(event, EvalSamples):
+            lines = [json.dumps({"step": event.step, **asdict(sample)}) + "\n" for sample in event.samples]
+            with open(self._folder.samples, "a", encoding="utf-8") as file:
+                file.write("".join(lines))
         if isinstance(event, StepRecord | EvalRecord):
             with open(self._folder.metrics, "a", encoding="utf-8") as file:
                 file.write(metrics_line(event))
@@ -201,6 +209,14 @@ def default_folder(recipe: str) -> str:
         count += 1
         path = base.with_name(f"{base.name}-{count}")
     return str(path)
+
+
+def _write_batch(folder: Path, batch: BadBatch) -> None:
+    """A line for each document. A full disk must not hide what is wrong with the step."""
+    with suppress(OSError):
+        folder.mkdir(exist_ok=True)
+        lines = [json.dumps(asdict(document)) + "\n" for document in batch.documents]
+        write_text(folder / f"step-{batch.step}-rank-{batch.rank}.jsonl", "".join(lines))
 
 
 def metrics_line(record: StepRecord | EvalRecord) -> str:

@@ -8,7 +8,8 @@ from typing import Any, cast
 
 from launcher.checkpoint.bundle import State, bundles_of, clean, newest_state, read_bundle, remove, step_of
 from launcher.checkpoint.folder import RunFolder, metrics_line, write_text
-from launcher.records.run import EvalRecord, StepRecord
+from launcher.checkpoint.parts import begin_part
+from launcher.records.run import EvalRecord, RunPart, StepRecord
 
 Records = list[StepRecord | EvalRecord]
 
@@ -36,8 +37,10 @@ def open_folder(folder: RunFolder, resume: str) -> Resumed | None:
     whole checkpoint.
     """
     if resume == "never" or (resume == "auto" and not folder.has_checkpoints):
+        _, lost = _records(folder.metrics, step=0)
         folder.create(resume=resume)
         clean(folder.checkpoints)
+        begin_part(folder, (), step=0, lost_s=_seconds(lost))
         return None
     folder.check(resume=resume)
     folder.lock()
@@ -52,17 +55,22 @@ def open_folder(folder: RunFolder, resume: str) -> Resumed | None:
     until, after = _records(folder.metrics, step=step)
     missing = step - sum(isinstance(record, StepRecord) for record in until)
     notes += [f"{folder.metrics.name} lacks {missing} of the {step} steps before the checkpoint"] if missing else []
-    lost_s = sum(record.step_s for record in after if isinstance(record, StepRecord))
-    return Resumed(bundle, state, until, lost_s, tuple(notes))
+    return Resumed(bundle, state, until, _seconds(after), tuple(notes))
 
 
 def cut_back(folder: RunFolder, resumed: Resumed) -> None:
-    """Cut the files of the run to what it goes on from: metrics.jsonl to its steps; the checkpoints after it go."""
+    """Cut the files of the run to what it goes on from: metrics.jsonl to its steps; the checkpoints after it go. Begins
+    a part of the run."""
     for later in bundles_of(folder.checkpoints):
         if step_of(later) > resumed.step:
             remove(later)
     write_text(folder.metrics, "".join(map(metrics_line, resumed.records)))
+    if folder.samples.exists():
+        lines = folder.samples.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
+        write_text(folder.samples, "".join(line for line in lines if _sample_step(line) <= resumed.step))
     folder.status.unlink(missing_ok=True)
+    saved = [RunPart(**part) for part in resumed.state["run"]["parts"]]
+    begin_part(folder, saved, step=resumed.step, lost_s=resumed.lost_s)
 
 
 def _records(metrics: Path, *, step: int) -> tuple[Records, Records]:
@@ -70,6 +78,18 @@ def _records(metrics: Path, *, step: int) -> tuple[Records, Records]:
     lines = metrics.read_text(encoding="utf-8", errors="replace").splitlines() if metrics.exists() else []
     records = [record for line in lines if (record := _record(line)) is not None]
     return [r for r in records if r.step <= step], [r for r in records if r.step > step]
+
+
+def _sample_step(line: str) -> float:
+    """The step of a line of samples.jsonl; infinity where a kill tore it."""
+    try:
+        return int(json.loads(line)["step"])
+    except (ValueError, TypeError, KeyError):
+        return math.inf
+
+
+def _seconds(records: Records) -> float:
+    return sum(record.step_s for record in records if isinstance(record, StepRecord))
 
 
 def _record(line: str) -> StepRecord | EvalRecord | None:

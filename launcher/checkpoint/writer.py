@@ -1,6 +1,6 @@
 """Writes the checkpoints of a run behind its training, in a thread, one at a time."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -16,11 +16,12 @@ class BundleWriter:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._writing: Future[Any] | None = None
 
-    def write(self, state: State, *, step: int, wait: Callable[[], None]) -> None:
+    def write(self, state: State, *, step: int, eval_losses: Mapping[int, float], wait: Callable[[], None]) -> None:
         """Begin to write the bundle of `step`; the one before it has been finished. `wait` returns when the tensors of
-        `state` may be read; nobody may change them until `finish`."""
+        `state` may be read; nobody may change them until `finish`. `eval_losses`, by step, say which bundle is kept as
+        the best."""
         assert self._writing is None, "one bundle is written at a time"
-        self._writing = self._thread.submit(self._write, state, step, wait)
+        self._writing = self._thread.submit(self._write, state, step, eval_losses, wait)
 
     def check(self) -> None:
         """Raise the error of the last write if it has failed by now."""
@@ -33,7 +34,7 @@ class BundleWriter:
         if writing is not None:
             writing.result()
 
-    def _write(self, state: State, step: int, wait: Callable[[], None]) -> None:
+    def _write(self, state: State, step: int, eval_losses: Mapping[int, float], wait: Callable[[], None]) -> None:
         wait()
         write_bundle(self._checkpoints, state, step=step, adapter=lambda folder: self._save_adapter(folder, state))
-        rotate(self._checkpoints, keep=self._keep)
+        rotate(self._checkpoints, keep=self._keep, eval_losses=eval_losses)

@@ -156,7 +156,8 @@ class Plan:
     def _backend(self, name: str) -> Callable[..., Any]:
         """The backend of this name, which compiles with the plan's settings."""
         inner = torch._dynamo.lookup_backend(name)
-        options: dict[str, Any] = {"config_patches": INDUCTOR_CONFIG} if name == "inductor" else {}
+        patches = INDUCTOR_CONFIG | {"deterministic": torch.are_deterministic_algorithms_enabled()}
+        options: dict[str, Any] = {"config_patches": patches} if name == "inductor" else {}
 
         def compile(graph: torch.fx.GraphModule, example_inputs: list[Any]) -> Any:
             with self._settings():

@@ -1,4 +1,4 @@
-"""The question that a run answers at its end, so that one can read what the model has learned."""
+"""The questions that a run answers, so that one can read what the model has learned."""
 
 from collections import Counter
 from collections.abc import Iterable
@@ -10,6 +10,8 @@ from launcher.data.read.formats import read_rows
 from launcher.data.read.rows import Conversation, Feed, RowFault
 from launcher.data.splits import digest
 
+EXAMPLES = 8  # as many as run.eval_samples may ask for
+
 
 @dataclass(frozen=True)
 class Example:
@@ -20,24 +22,25 @@ class Example:
     expected: str
 
 
-def find_example(
+def find_examples(
     feeds: Iterable[Feed], digests: Iterable[bytes], *, encoder: Encoder, max_length: int, seed: int
-) -> Example | None:
-    """The first conversation with one of these digests that ends in an answer and has a prompt shorter than max_length.
+) -> tuple[Example, ...]:
+    """The first conversations with one of these digests that end in an answer and have a prompt shorter than
+    max_length, at most EXAMPLES.
 
-    Reads the feeds again, up to that row: keeping every row for the sake of one would cost memory.
+    Reads the feeds again, up to those rows: keeping every row for the sake of a few would cost memory.
     """
-    left = set(digests)
+    left, found = set(digests), list[Example]()
     rows = read_rows(feeds, data=encoder.data.model_copy(update={"bad_rows": "skip"}), counts=Counter())
-    while left and (row := next(rows, None)) is not None:
+    while left and len(found) < EXAMPLES and (row := next(rows, None)) is not None:
         row_digest = digest(row, seed=seed)
         if row_digest in left and isinstance(row, Conversation):
             left.remove(row_digest)
             with suppress(RowFault):  # a template may refuse a conversation that ends with the question
                 example = _example_of(row, encoder)
                 if example is not None and len(example.prompt_ids) < max_length:
-                    return example
-    return None
+                    found.append(example)
+    return tuple(found)
 
 
 def _example_of(row: Conversation, encoder: Encoder) -> Example | None:

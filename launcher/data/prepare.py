@@ -23,7 +23,7 @@ from launcher.data import cache
 from launcher.data.chat.encode import Encoder
 from launcher.data.chat.workers import EncoderPool
 from launcher.data.documents import Documents, Longs
-from launcher.data.example import Example, find_example
+from launcher.data.example import Example, find_examples
 from launcher.data.pack.blocks import Blocks
 from launcher.data.pack.buckets import lay_out
 from launcher.data.pack.fit import UsableRows, fit_rows, notes_on, nothing_left
@@ -48,7 +48,7 @@ class PreparedData:
     train: Blocks | Stream
     validation: Blocks | None
     counts: dict[str, int]
-    example: Example | None
+    examples: tuple[Example, ...]  # validation rows whose answers a run generates
     train_rows: int
     validation_rows: int
     loss_on: dict[str, int]  # training rows by what the loss sees of them
@@ -135,17 +135,17 @@ def _prepared(inputs: _Inputs, identity: str) -> PreparedData:
 
 def _to_entry(prepared: PreparedData) -> cache.Entry:
     meta = {name: getattr(prepared, name) for name in STORED}
-    meta["example"] = asdict(prepared.example) if prepared.example else None
+    meta["examples"] = [asdict(example) for example in prepared.examples]
     return cache.Entry(prepared.first_blocks, prepared.validation, meta)
 
 
 def _from_entry(entry: cache.Entry, identity: str) -> PreparedData:
     meta = dict(entry.meta)
-    example = meta.pop("example")
+    examples = meta.pop("examples")
     return PreparedData(
         entry.train,
         entry.validation,
-        example=Example(**example) if example else None,
+        examples=tuple(Example(**example) for example in examples),
         identity=identity,
         content=entry.content,
         notes=("data: read from the cache of an earlier run", *meta.pop("notes")),
@@ -178,7 +178,7 @@ def _prepare_blocks(inputs: _Inputs, identity: str) -> PreparedData:
         train=train,
         validation=validation,
         counts=dict(counts),
-        example=_example(validation_source or usable, validation_rows, inputs),
+        examples=_examples(validation_source or usable, validation_rows, inputs),
         train_rows=len(train_rows),
         validation_rows=len(validation_rows),
         loss_on=dict(Counter(usable.loss_on[row] for row in train_rows)),
@@ -213,7 +213,7 @@ def _prepare_stream(inputs: _Inputs, identity: str) -> PreparedData:
         train=stream,
         validation=replace(validation, max_documents=stream.max_documents) if validation else None,
         counts=stream.counts,
-        example=_example(usable, rows, inputs),
+        examples=_examples(usable, rows, inputs),
         train_rows=0,
         validation_rows=len(rows),
         loss_on=dict(stream.first_window.loss_on),
@@ -280,9 +280,9 @@ def _rows_of_an_epoch(rows: Longs, usable: UsableRows, inputs: _Inputs, counts: 
     return rows
 
 
-def _example(usable: UsableRows, rows: Longs, inputs: _Inputs) -> Example | None:
-    """A conversation of these rows, which validate."""
+def _examples(usable: UsableRows, rows: Longs, inputs: _Inputs) -> tuple[Example, ...]:
+    """Conversations of these rows, which validate."""
     feeds = inputs.validation if inputs.validation is not None else chain.from_iterable(inputs.train)
     digests = (usable.digests[row] for row in rows.tolist() if usable.is_chat[row])
     encoder, max_length = inputs.pool.encoder, inputs.data.max_length
-    return find_example(feeds, digests, encoder=encoder, max_length=max_length, seed=inputs.seed)
+    return find_examples(feeds, digests, encoder=encoder, max_length=max_length, seed=inputs.seed)

@@ -40,7 +40,7 @@ def fit_vocabulary(data: PreparedData, tokenizer: Any, *, vocabulary: int) -> tu
     """
     check = partial(check_ids, tokenizer=tokenizer, vocabulary=vocabulary)
     parts = [blocks.documents for blocks in (data.first_blocks, data.validation) if blocks is not None]
-    prompt = data.example.prompt_ids if data.example else []
+    prompt = [token for example in data.examples for token in example.prompt_ids]
     for ids in (*(documents.input_ids for documents in parts), np.array(prompt, dtype=np.int32)):
         check(ids)
     used = [_used_ids(documents) for documents in {id(documents): documents for documents in parts}.values()]

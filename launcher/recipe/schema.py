@@ -144,6 +144,11 @@ class TrainSection(RecipeSection):
         1.0, description="Largest norm of the whole gradient; null or off: no clipping."
     )
     seed: int = Field(0, ge=0, lt=2**32, description="Seed of weights, dropout and data order.")
+    deterministic: bool = Field(
+        False,
+        description="Only kernels that give the same bits every time, at some cost, so that two runs on a GPU are "
+        "equal; on a CPU they are in any case.",
+    )
     eval_every: int = Field(
         0, ge=0, description="Steps between evaluations; 0: only before the first step and after the last."
     )
@@ -157,10 +162,34 @@ class TrainSection(RecipeSection):
         "none.",
         examples=["10m", 500],
     )
-    keep: int = Field(2, ge=1, description="Checkpoints kept: the newest.")
+    keep: int = Field(2, ge=1, description="Checkpoints kept: the newest, and the best by eval loss besides.")
+    patience: Annotated[Annotated[int, Field(ge=1)] | None, off_is(None)] = Field(
+        None,
+        description="Evaluations in a row without a lower eval loss that end training early; null or off: none do.",
+        examples=[3],
+    )
+    keep_best: bool = Field(
+        False, description="Save where the eval loss is lowest, and give back the adapter of that step at the end."
+    )
+    spike_patience: Annotated[Annotated[int, Field(ge=1)] | None, off_is(None)] = Field(
+        None,
+        description="Spikes in a row that end the run: steps whose gradient norm or loss is far above the usual. null "
+        "or off: they are only noted.",
+        examples=[5],
+    )
     log_every: int = Field(
         1, ge=1, description="Steps between two reads of the metrics, each of which waits for the device."
     )
+
+    @field_validator("patience", "keep_best")
+    @classmethod
+    def _is_evaluated(cls, value: int | bool | None, info: ValidationInfo) -> int | bool | None:
+        key = f"train.{info.field_name}"
+        if value and not info.data.get("eval_every", 1):
+            raise ValueError(f"{key} needs evaluations; got train.eval_every=0; try train.eval_every=20")
+        if value and info.field_name == "keep_best" and info.data.get("save_every") == 0:
+            raise ValueError(f"{key} needs checkpoints; got train.save_every=off; leave that out")
+        return value
 
     @field_validator("epochs")
     @classmethod
@@ -187,6 +216,12 @@ class RunSection(RecipeSection):
         examples=["auto", "never", "./runs/mine", "./runs/mine/checkpoints/step-500"],
     )
 
+    allow_reshard: bool = Field(
+        False,
+        description="Go on with another number of processes, train.micro_batch or train.accumulation than the "
+        "checkpoint's; false: that is refused.",
+    )
+
     @field_validator("resume")
     @classmethod
     def _one_folder(cls, resume: str, info: ValidationInfo) -> str:
@@ -207,6 +242,9 @@ class RunSection(RecipeSection):
         examples=["5m", "off"],
     )
     sample_tokens: int = Field(48, ge=0, le=1024, description="Tokens of the sample printed at the end; 0: none.")
+    eval_samples: int = Field(
+        0, ge=0, le=8, description="Validation prompts that are answered at every evaluation, in samples.jsonl."
+    )
 
 
 class ProofSection(RecipeSection):

@@ -87,6 +87,7 @@ class StepRecord:
     step_s: float
     vram_mib: float  # allocated on this rank (resident memory on a CPU)
     skipped: bool = False  # fp16 only: overflow, the update was skipped and the scale halved
+    spike: bool = False  # gradient norm or loss far above the usual of the steps before
 
 
 @dataclass(frozen=True)
@@ -133,6 +134,7 @@ class CompileRecord:
     evaluations: int = 0  # micro batches evaluated after warm-up
     evaluations_compiled: int = 0
     calls: dict[str, int] = field(default_factory=dict)  # planned for one micro batch of the largest shape
+    cache_misses: int = 0  # graphs whose code was generated: neither it nor a fit one was in the cache
 
 
 @dataclass(frozen=True)
@@ -199,6 +201,34 @@ class Sample:
 
 
 @dataclass(frozen=True)
+class EvalSamples:
+    """What the model answers at an evaluation: lines of samples.jsonl. The prompts are the same at each."""
+
+    step: int
+    samples: tuple[Sample, ...]
+
+
+@dataclass(frozen=True)
+class BatchDocument:
+    """A document of a batch that did harm."""
+
+    micro_batch: int
+    block: int
+    ids: list[int]
+    labels: list[int]  # by position the token that it must predict; -100 where there is no loss
+    text: str
+
+
+@dataclass(frozen=True)
+class BadBatch:
+    """What one rank was given at a step that went wrong, so that it can be looked at: a file of bad_batches/."""
+
+    step: int
+    rank: int
+    documents: tuple[BatchDocument, ...]
+
+
+@dataclass(frozen=True)
 class RunRecord:
     """The whole run, on rank 0: the summary on the console and report.json."""
 
@@ -213,6 +243,7 @@ class RunRecord:
     sample: Sample | None = None
     parts: tuple[RunPart, ...] = ()
     no_sample: str = ""  # why there is none
+    stopped: str = ""  # why training ended before its last step; "" where it did not
     adapter: str | None = None  # its folder; None where it was not proven, or where its base is random
 
     def as_report(self) -> dict[str, Any]:
@@ -236,9 +267,10 @@ class RunRecord:
             "sample": asdict(self.sample) if self.sample else None,
             "parts": [asdict(part) for part in self.parts],
             "no_sample": self.no_sample,
+            "stopped": self.stopped,
             "adapter": self.adapter,
         }
 
 
 # What a run yields and a sink is shown, in this order; the text is the name of the phase that begins.
-Event = str | Phase | RunOpened | StartRecord | StepRecord | EvalRecord | RunRecord
+Event = str | Phase | RunOpened | StartRecord | StepRecord | EvalRecord | EvalSamples | BadBatch | RunRecord

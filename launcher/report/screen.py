@@ -132,6 +132,9 @@ class Screen:
         self._recent.append(record.step_s)
         if record.skipped:
             self._print(Text(f"step {record.step:,} skipped: fp16 overflow, the loss scale is halved", "yellow"))
+        if record.spike:
+            figures = f"loss {loss(record.loss)}, gradient norm {norm(record.grad_norm)}"
+            self._print(Text(f"step {record.step:,} spiked, far above the usual: {figures}", "yellow"))
         silent = self._clock() - self._printed_s >= SILENCE_S
         if not self._live and (silent or record.step >= self._next_line or record.step == self._total):
             self._next_line = record.step + -(-self._total // LINES)

@@ -86,6 +86,7 @@ class Heartbeat:
         ranks are told."""
         if self._thread is None:
             return failure
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # from the process launcher: it ends the others after the first
         code, reason = code_and_reason(failure)
         agreed = not isinstance(failure, Exception) and bool(str(failure))  # the stop of all ranks after one step
         follows = code in LESS_TELLING and not agreed  # perhaps

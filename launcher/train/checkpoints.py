@@ -3,9 +3,10 @@
 A save copies the device's state between two steps; a thread writes it behind the next ones (checkpoint/writer.py).
 """
 
-import platform
 import time
+from collections.abc import Mapping
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -64,11 +65,7 @@ class Checkpoints:
             self._writer = BundleWriter(folder.checkpoints, keep=train.keep, save_adapter=self._save_adapter)
         names = {id(parameter): name for name, parameter in worker.built.peft.named_parameters()}
         self._peft_names = {name: names[id(p)] for name, p in worker.built.packed.named_parameters() if p.requires_grad}
-        earlier = resumed.state["run"]["parts"] if resumed else []
-        self.parts = [RunPart(**part) for part in earlier]
-        if resumed and self.parts:  # what it did after its last checkpoint is done again
-            self.parts[-1] = RunPart(**{**earlier[-1], "last_step": resumed.step, "lost_s": resumed.lost_s})
-        self.parts.append(RunPart(host=platform.node(), first_step=worker.state.step + 1, last_step=worker.state.step))
+        self.parts = worker.parts
 
     def due(self, step: int) -> bool:
         """Whether to save after this step. Raises the error of the last save, once it has failed."""
@@ -76,8 +73,8 @@ class Checkpoints:
             self._writer.check()
         return self._enabled and self._schedule.due(step)
 
-    def save(self) -> None:
-        """Save the state as it is now, unless that is done."""
+    def save(self, eval_losses: Mapping[int, float]) -> None:
+        """Save the state as it is now, unless that is done. `eval_losses`, by step: which of the run is the best."""
         step = self._worker.state.step
         if not self._enabled or self._saved_step == step:
             return
@@ -86,7 +83,8 @@ class Checkpoints:
             state, wait = self._worker.state.begin_copy(self._copies)
             self._saved_step = step
             if self._writer is not None:
-                self._writer.write({"state": state, "run": self._history(step)}, step=step, wait=wait)
+                content = {"state": state, "run": self._history(step)}
+                self._writer.write(content, step=step, eval_losses=eval_losses, wait=wait)
 
     def finish(self) -> str:
         """Wait until the last save is on the disk, on every rank; what to say of it, "" if there is none."""
@@ -111,8 +109,7 @@ class Checkpoints:
 
     def parts_until(self, step: int) -> tuple[RunPart, ...]:
         """The parts of the run, the present one ending with `step`."""
-        present = self.parts[-1]
-        return (*self.parts[:-1], RunPart(present.host, present.first_step, step, present.lost_s))
+        return (*self.parts[:-1], replace(self.parts[-1], last_step=step))
 
     def _history(self, step: int) -> dict[str, Any]:
         return {"parts": [vars(part) for part in self.parts_until(step)]}

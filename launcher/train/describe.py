@@ -7,7 +7,8 @@ from collections.abc import Sequence
 
 import torch
 
-from launcher.data.loader import TrainLoader, blank_step_note
+from launcher.data.loader import TrainLoader
+from launcher.data.pack.blocks import blank_step_note
 from launcher.records.counts import counts_in_words
 from launcher.records.run import RankRecord, StartRecord
 from launcher.train.setup import Worker
@@ -79,7 +80,9 @@ def _activations(worker: Worker) -> str:
 def _resumed(worker: Worker) -> tuple[str, ...]:
     """What the run goes on from, and what was wrong with its files."""
     resumed = worker.resumed
-    return (f"goes on from step {resumed.step:,} ({resumed.bundle})", *resumed.notes) if resumed else ()
+    if resumed is None:
+        return ()
+    return f"goes on from step {resumed.step:,} ({resumed.bundle})", *resumed.notes, *worker.state.notes
 
 
 def _incomplete_rows(counts: dict[str, int]) -> tuple[str, ...]:

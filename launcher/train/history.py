@@ -1,17 +1,26 @@
-"""What a run has done: the records of its steps and evaluations, made from the metrics as they are read."""
+"""What a run has done: the records of its steps and evaluations, made from the metrics as they are read.
+
+A spike is a step whose gradient norm is more than 10 times the median of the 50 usual steps before it, or whose loss is
+more than 2 nats above theirs. Clipping bounds its update; train.spike_patience ends a run that does not recover.
+"""
 
 import math
+import statistics
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import takewhile
 
 from launcher.checkpoint.resume import Resumed
-from launcher.errors import NonFiniteError
-from launcher.records.run import EvalRecord, StepRecord
+from launcher.data.pack.micro_batch import IGNORE, MicroBatch
+from launcher.errors import DivergedError, NonFiniteError
+from launcher.records.run import BadBatch, BatchDocument, EvalRecord, StepRecord
 from launcher.train.metrics import StepMetrics
 from launcher.train.setup import Worker
 
 SKIPS_IN_A_ROW = 20  # fp16: a scale that halves this often without one good step will not recover
+USUAL_STEPS, LEAST_USUAL_STEPS = 50, 10  # before a step, that tell what is usual; with fewer nothing is a spike
+SPIKE_RATIO, SPIKE_NATS = 10.0, 2.0  # of the gradient norm to the usual; of the loss above the usual
+BATCHES_KEPT = 5  # of spikes, in bad_batches/
 
 
 @dataclass
@@ -24,6 +33,7 @@ class RunHistory:
     worker: Worker | None = None
     last_step: int = 0
     skipped_in_a_row: int = 0
+    spikes_in_a_row: int = 0
     first_read: int = 0  # steps of this part that were read together with the first one
 
     def go_on(self, resumed: Resumed) -> None:
@@ -32,6 +42,20 @@ class RunHistory:
         self.evals = [record for record in resumed.records if isinstance(record, EvalRecord)]
         self.last_step = resumed.step
         self.skipped_in_a_row = len(list(takewhile(lambda step: step.skipped, reversed(self.steps))))
+        self.spikes_in_a_row = len(list(takewhile(lambda step: step.spike, reversed(self.steps))))
+
+    @property
+    def eval_losses(self) -> dict[int, float]:
+        """By step."""
+        return {record.step: record.eval_loss for record in self.evals}
+
+    def is_spike(self, loss: float, grad_norm: float) -> bool:
+        """Whether these figures of the next step are far above the usual."""
+        usual = [s for s in self.steps[-2 * USUAL_STEPS :] if not (s.spike or s.skipped)][-USUAL_STEPS:]
+        if len(usual) < LEAST_USUAL_STEPS:
+            return False
+        usual_norm, usual_loss = (statistics.median(getattr(s, name) for s in usual) for name in ("grad_norm", "loss"))
+        return grad_norm > SPIKE_RATIO * usual_norm or loss > usual_loss + SPIKE_NATS
 
     @property
     def ledger(self) -> str:
@@ -48,42 +72,87 @@ class RunHistory:
         return [step.step_s for step in self.steps[len(self.steps) - steady :]], self.rank_tokens[start:]
 
 
-def step_records(worker: Worker, history: RunHistory, readings: Sequence[StepMetrics]) -> Iterator[StepRecord]:
-    """Raises NonFiniteError naming the first step whose loss or gradient is not finite, after the records before it."""
+def step_records(
+    worker: Worker, history: RunHistory, readings: Sequence[StepMetrics]
+) -> Iterator[StepRecord | BadBatch]:
+    """The record of each step that was read, and the batch of one that went wrong.
+
+    Raises NonFiniteError naming the first step whose loss or gradient is not finite, after the records before it, and
+    DivergedError after train.spike_patience spikes in a row.
+    """
     history.first_read = history.first_read or len(readings)
     for reading in readings:
-        batch = reading.batch
-        record = StepRecord(
-            step=history.last_step + 1,
-            loss=reading.loss_sum / max(1, batch.supervised_tokens),
-            lr=reading.lr,
-            grad_norm=reading.grad_norm,
-            tokens=batch.tokens,
-            supervised_tokens=batch.supervised_tokens,
-            step_s=reading.step_s,
-            vram_mib=worker.ledger.used_mib(),
-            skipped=reading.skipped,
-        )
+        record = _record(worker, history, reading)
         history.skipped_in_a_row = history.skipped_in_a_row + 1 if record.skipped else 0
-        _check_finite(record, history.skipped_in_a_row)
+        history.spikes_in_a_row = history.spikes_in_a_row + 1 if record.spike else 0
+        fault = _not_finite(record, history.skipped_in_a_row)
+        spikes = sum(step.spike for step in history.steps) + 1
+        if fault or (record.spike and spikes <= BATCHES_KEPT):
+            yield bad_batch(worker, reading.batch.micro_batches, step=record.step)
+        if fault:
+            raise fault
         history.steps.append(record)
         history.last_step = record.step
-        micro_batches = batch.micro_batches
+        micro_batches = reading.batch.micro_batches
         history.rank_tokens.append(
             (sum(m.tokens for m in micro_batches), sum(m.supervised_tokens for m in micro_batches))
         )
         yield record
+        _check_spikes(history.spikes_in_a_row, record, patience=worker.recipe.train.spike_patience)
 
 
-def _check_finite(record: StepRecord, skipped_in_a_row: int) -> None:
+def _record(worker: Worker, history: RunHistory, reading: StepMetrics) -> StepRecord:
+    batch = reading.batch
+    loss = reading.loss_sum / max(1, batch.supervised_tokens)
+    return StepRecord(
+        step=history.last_step + 1,
+        loss=loss,
+        lr=reading.lr,
+        grad_norm=reading.grad_norm,
+        tokens=batch.tokens,
+        supervised_tokens=batch.supervised_tokens,
+        step_s=reading.step_s,
+        vram_mib=worker.ledger.used_mib(),
+        skipped=reading.skipped,
+        spike=not reading.skipped and history.is_spike(loss, reading.grad_norm),
+    )
+
+
+def _not_finite(record: StepRecord, skipped_in_a_row: int) -> NonFiniteError | None:
     if math.isfinite(record.loss) and (math.isfinite(record.grad_norm) or record.skipped):
         if skipped_in_a_row < SKIPS_IN_A_ROW:
-            return
+            return None
         what = f"{skipped_in_a_row} fp16 steps in a row overflowed"
     else:
         what = f"loss {record.loss}, gradient norm {record.grad_norm}"
-    raise NonFiniteError(
+    return NonFiniteError(
         f"loss and gradients must be finite; step {record.step} has {what}. Its update was not applied.\n"
-        "Lower train.lr, look at the data of that step, or use model.dtype=bfloat16 or float32.",
+        f"Its tokens and text are in bad_batches/step-{record.step}-rank-*.jsonl of the run folder. Look at them; "
+        "start a new run with a lower train.lr, or with model.dtype=bfloat16 or float32.",
         step=record.step,
     )
+
+
+def _check_spikes(in_a_row: int, record: StepRecord, *, patience: int | None) -> None:
+    if patience is not None and in_a_row >= patience:
+        raise DivergedError(
+            f"no more than train.spike_patience={patience} steps in a row may spike; step {record.step} is number "
+            f"{in_a_row}: loss {record.loss:.4g}, gradient norm {record.grad_norm:.4g}.\n"
+            "Look at bad_batches/ in the run folder; start a new run with a lower train.lr, or go on from a checkpoint "
+            "before the spikes with run.resume=…/checkpoints/step-N and more patience.",
+            step=record.step,
+        )
+
+
+def bad_batch(worker: Worker, micro_batches: Sequence[MicroBatch], *, step: int) -> BadBatch:
+    """The documents of these micro batches, as this rank was given them."""
+    documents = []
+    for number, micro in enumerate(micro_batches):
+        for block, row in enumerate(micro.document_ids):
+            for document in row.unique().tolist():
+                where = row == document
+                ids, labels = micro.input_ids[block][where].tolist(), micro.labels[block][where].tolist()
+                if any(label != IGNORE for label in labels):  # padding has none
+                    text = worker.prepared.tokenizer.decode(ids)
+                    documents.append(BatchDocument(number, block, ids, labels, text))
+    return BadBatch(step, worker.rank_info.rank, tuple(documents))

@@ -2,21 +2,19 @@
 sinks of its events (api.py). Only the adapter is saved here, since its proof needs the model.
 """
 
-import math
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import replace
 
-import torch
-
-from launcher.errors import CheckpointError, ContractError, LauncherError, NonFiniteError
-from launcher.records.run import EvalRecord, Event, Phase, RunOpened, StepRecord
+from launcher.errors import CheckpointError, ContractError, LauncherError
+from launcher.records.run import Event, Phase, RunOpened
 from launcher.runtime.clock import Clock
 from launcher.runtime.ranks import gather
 from launcher.runtime.signals import deferring, stop_vote, voted_stop
 from launcher.train.checkpoints import Checkpoints
 from launcher.train.describe import start_record
-from launcher.train.finish import make_sample, run_record, save_adapter_proven, why_no_sample
+from launcher.train.evaluation import evaluate
+from launcher.train.finish import make_sample, restore_best, run_record, save_adapter_proven, why_no_sample
 from launcher.train.history import RunHistory, step_records
 from launcher.train.inputs import prepare_inputs
 from launcher.train.metrics import MetricsReader
@@ -62,6 +60,7 @@ def _run(request: Request, history: RunHistory) -> Iterator[Event]:
     with closing(checkpoints):
         yield start_record(worker)
         yield from _train(worker, history, checkpoints)
+    restored = restore_best(worker, history) if recipe.train.keep_best else None
     yield "saving adapter"
     with clock.phase("save"):
         saved = save_adapter_proven(worker)
@@ -69,7 +68,8 @@ def _run(request: Request, history: RunHistory) -> Iterator[Event]:
         yield "generating the sample"
     with clock.phase("sample"):
         sample = None if no_sample else make_sample(worker)
-    record = replace(run_record(worker, history, saved), sample=sample, no_sample=no_sample)
+    verdicts = [*([restored] if restored else []), saved]
+    record = replace(run_record(worker, history, verdicts), sample=sample, no_sample=no_sample)
     record = replace(record, parts=checkpoints.parts_until(worker.state.step))
     worker.accelerator.end_training()
     yield record
@@ -80,43 +80,45 @@ def _run(request: Request, history: RunHistory) -> Iterator[Event]:
         raise ContractError("; ".join(f"{v.claim}: {v.evidence}" for v in broken))
 
 
-def _train(worker: Worker, history: RunHistory, checkpoints: Checkpoints) -> Iterator[StepRecord | EvalRecord]:
+def _train(worker: Worker, history: RunHistory, checkpoints: Checkpoints) -> Iterator[Event]:
     """A signal is deferred to the end of a step, whose state is then saved."""
-    if not worker.state.step:
-        yield from _evaluate(worker, history, step=0)
+    train, state = worker.recipe.train, worker.state
+    if not state.step:
+        yield from evaluate(worker, history, step=0)
     pending = MetricsReader()
     with deferring():
-        for number in range(worker.state.step + 1, worker.steps + 1):
+        for number in range(state.step + 1, worker.steps + 1):
+            if state.early_stop.reached(train.patience):
+                break
             yield from _train_step(worker, history, pending)
-            evaluates = number == worker.steps or bool(
-                worker.recipe.train.eval_every and number % worker.recipe.train.eval_every == 0
-            )
+            evaluates = number == worker.steps or bool(train.eval_every and number % train.eval_every == 0)
             saves = checkpoints.due(number)
-            if not (evaluates or saves) and number % worker.recipe.train.log_every:
+            if not (evaluates or saves) and number % train.log_every:
                 continue
             with worker.clock.phase("train"):
                 readings = pending.read(all=evaluates or saves)
             yield from step_records(worker, history, readings)
             worker.plan.check()
             if evaluates:
-                yield from _evaluate(worker, history, step=number)
+                yield from evaluate(worker, history, step=number)
+                saves |= train.keep_best and state.early_stop.is_best
             stop = voted_stop(reading.stop_votes for reading in readings)
             if stop:
                 yield from step_records(worker, history, pending.read(all=True))
             if saves or stop:
-                checkpoints.save()
+                checkpoints.save(history.eval_losses)
             if stop:
                 raise stop(checkpoints.finish())
             if evaluates or saves:
                 pending.restart()
-        checkpoints.save()  # so that a run with more steps can go on from it
+        checkpoints.save(history.eval_losses)  # so that a run with more steps can go on from it
         saved = checkpoints.finish()
         if stop := voted_stop(gather(stop_vote())):  # received after the last vote
             raise stop(saved)
     worker.ledger.mark("after training")
 
 
-def _train_step(worker: Worker, history: RunHistory, pending: MetricsReader) -> Iterator[StepRecord]:
+def _train_step(worker: Worker, history: RunHistory, pending: MetricsReader) -> Iterator[Event]:
     """Enqueue one step. If that fails, the records of the steps before it, which are good."""
     try:
         with worker.clock.phase("train"):
@@ -126,20 +128,3 @@ def _train_step(worker: Worker, history: RunHistory, pending: MetricsReader) -> 
     except (LauncherError, KeyboardInterrupt):
         yield from step_records(worker, history, pending.read(all=True))
         raise
-
-
-def _evaluate(worker: Worker, history: RunHistory, *, step: int) -> Iterator[EvalRecord]:
-    if not worker.eval_batches:
-        return
-    with worker.clock.phase("evaluate"), torch.no_grad():
-        sums = torch.zeros(2, dtype=torch.float64, device=worker.accelerator.device)
-        for batch in worker.eval_batches:
-            sums[0] += worker.plan.call(worker.step.eval_loss, batch)
-            sums[1] += batch.supervised_tokens
-        total, supervised = worker.accelerator.reduce(sums, reduction="sum").tolist()
-    record = EvalRecord(step, total / max(1.0, supervised))
-    if not math.isfinite(record.eval_loss):
-        raise NonFiniteError(f"eval loss must be finite; after step {step} it is {record.eval_loss}.", step=step)
-    history.evals.append(record)
-    worker.state.early_stop.update(record.eval_loss)
-    yield record

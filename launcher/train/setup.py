@@ -18,6 +18,7 @@ from accelerate import Accelerator, PartialState
 
 from launcher.checkpoint.adapter import adapter_digest
 from launcher.checkpoint.folder import RunFolder, default_folder, named_folder
+from launcher.checkpoint.parts import parts_of
 from launcher.checkpoint.resume import Resumed, cut_back, open_folder
 from launcher.compile.graphs import CaptureFailed, outcome
 from launcher.compile.observe import Observer
@@ -40,10 +41,12 @@ from launcher.runtime.ranks import (
     hold_process_group,
 )
 from launcher.train.compiled_regions import regions_of
+from launcher.train.determinism import use_deterministic_kernels
 from launcher.train.inputs import Prepared, block_facts, total_steps
 from launcher.train.optim import gates_on_device
 from launcher.train.request import Request
-from launcher.train.state import TrainState, check_identity, check_layout, run_identity
+from launcher.train.reshard import check_epochs, step_shape_of
+from launcher.train.state import EarlyStop, TrainState, check_identity, check_layout, run_identity
 from launcher.train.step import TrainStep
 
 
@@ -78,11 +81,15 @@ class Worker:
         self.resumed: Resumed | None = None
         self.observer = Observer()
         self.ledger = Ledger(self.accelerator.device)
+        # Last: where anything above fails, nobody calls `release`.
+        self._put_back = use_deterministic_kernels() if self.recipe.train.deterministic else None
 
     def release(self) -> None:
         """Let other code of this process compile again, however far this worker has come."""
         if "plan" in vars(self):
             self.plan.release()
+        if self._put_back is not None:
+            self._put_back()
         self.folder.unlock()
 
     def open_folder(self) -> None:
@@ -93,12 +100,24 @@ class Worker:
             if self.rank_info.is_main and (resumed := open_folder(self.folder, self.recipe.run.resume)):
                 self._check_resumed(resumed)
                 cut_back(self.folder, resumed)
-        self.resumed = broadcast(resumed)
+        parts = parts_of(self.folder) if self.rank_info.is_main else []
+        self.resumed, self.parts = broadcast((resumed, parts))
 
     def _check_resumed(self, resumed: Resumed) -> None:
         """Raise CheckpointError if this is not the run of the checkpoint, or if it has no steps left."""
         check_layout(resumed.state)
-        check_identity(resumed.state["state"]["identity"], self._identity())
+        saved, here = resumed.state["state"]["identity"], self._identity()
+        check_identity(saved, here, allow_reshard=self.recipe.run.allow_reshard)
+        check_epochs(saved, here, epochs=self.recipe.train.epochs)
+        if (saved_by := step_shape_of(saved)) != step_shape_of(here):  # it may refuse, so before a file is cut
+            self.batches.load_state_dict(resumed.state["state"]["loader"], saved_by=saved_by)
+        patience = self.recipe.train.patience
+        if self.folder.finished and EarlyStop(**resumed.state["state"]["early_stop"]).reached(patience):
+            raise CheckpointError(
+                f"a run goes on only if it has steps left; the one in {self.folder.path} has ended early, after "
+                f"{patience} evaluations without a lower eval loss.\nRaise train.patience, or choose another "
+                "run.output_dir."
+            )
         if resumed.step > self.steps or (resumed.step == self.steps and self.folder.finished):
             raise CheckpointError(
                 f"a run goes on only if it has steps left; the one in {self.folder.path} has done {resumed.step} of "
@@ -185,6 +204,11 @@ class Worker:
         self.batches = train_loader(data.train, accumulation=train.accumulation, seed=train.seed, **share)
         self.eval_batches = eval_batches(data.validation, **share) if data.validation else None
         self.steps = total_steps(train, self.batches)
+        if self.eval_batches is None and (wanting := "patience" if train.patience else train.keep_best and "keep_best"):
+            raise RecipeError(
+                f"train.{wanting} compares eval losses; no row validates. Raise data.validation (now "
+                f"{self.recipe.data.validation}) or name validation data, or leave train.{wanting} out."
+            )
 
     def _make_step(self) -> None:
         """The compile plan, the step that it compiles, and the state that a resume needs of both step and loader."""
@@ -204,7 +228,13 @@ class Worker:
             accelerator=self.accelerator,
             fp16=built.dtype == torch.float16,
         )
-        self.state = TrainState(self.step, self.batches, identity=self._identity(), rank=self.rank_info.rank)
+        self.state = TrainState(
+            self.step,
+            self.batches,
+            identity=self._identity(),
+            rank=self.rank_info.rank,
+            allow_reshard=self.recipe.run.allow_reshard,
+        )
 
     def _sample(self, width: int) -> MicroBatch:
         """A micro batch of blocks of this width: of training data, else of validation data."""

@@ -94,10 +94,21 @@ def test_without_a_whole_bundle_the_run_is_refused_with_code_4(checkpoints: Path
         newest_state(checkpoints)
 
 
-def test_rotation_keeps_the_newest(checkpoints: Path) -> None:
+@pytest.mark.parametrize(
+    ("eval_losses", "kept"),
+    [
+        ({}, [10, 4]),
+        ({0: 0.5, 2: 1.0, 3: 2.0, 5: 0.1}, [10, 4, 2]),  # step 5 has no bundle
+        ({2: 1.0, 3: 1.0, 10: 1.0}, [10, 4, 2]),
+        ({2: 3.0, 10: 1.0}, [10, 4]),
+    ],
+)
+def test_rotation_keeps_the_newest_and_the_best(
+    checkpoints: Path, eval_losses: dict[int, float], kept: list[int]
+) -> None:
     written(checkpoints, 1, 2, 3, 4, 10)
-    rotate(checkpoints, keep=2)
-    assert [step_of(bundle) for bundle in bundles_of(checkpoints)] == [10, 4]
+    rotate(checkpoints, keep=2, eval_losses=eval_losses)
+    assert [step_of(bundle) for bundle in bundles_of(checkpoints)] == kept
 
 
 class Killed(BaseException):

@@ -154,8 +154,8 @@ def test_backward_seconds_and_cache_hits_are_seen_with_inductor(tmp_path, monkey
 
     cold, warm = run_once(), run_once()
     assert cold.backward_s > 0
-    assert cold.cache_hits == 0
-    assert warm.cache_hits > 0
+    assert cold.cache_hits == 0 < cold.cache_misses
+    assert warm.cache_hits == cold.cache_misses and warm.cache_misses == 0
     assert warm.graph_hash == cold.graph_hash
 
 

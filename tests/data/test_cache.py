@@ -27,7 +27,7 @@ from launcher.recipe.data_section import DataSection
 from tests.support.documents import documents_of
 
 NAME, OTHER = "a" * 40, "b" * 40
-META = {"counts": {"rows_read": 4}, "example": {"prompt": "é \ud800"}, "notes": ["one", None, 0.1]}
+META = {"counts": {"rows_read": 4}, "examples": {"prompt": "é \ud800"}, "notes": ["one", None, 0.1]}
 DAY_S = 86_400
 
 

@@ -58,7 +58,7 @@ def test_a_fraction_shares_no_row_with_training(write, tokenizer):
 @pytest.mark.parametrize(("number", "copies", "fraction"), [(60, 1, 0.0), (1, 1, 0.5), (1, 5, 0.05)])
 def test_a_fraction_that_holds_out_nothing_is_said_unless_it_is_zero(write, tokenizer, number, copies, fraction):
     prepared = prepare(section(write(CHATS[:number] * copies), validation=fraction), tokenizer, seed=0)
-    assert (prepared.validation, prepared.example, prepared.validation_rows) == (None, None, 0)
+    assert (prepared.validation, prepared.examples, prepared.validation_rows) == (None, (), 0)
     assert prepared.train_rows == number * copies
     said = [f"data.validation={fraction} holds out nothing" in note for note in prepared.notes]
     assert said == ([True] if fraction else [])
@@ -69,7 +69,7 @@ def test_one_seed_prepares_the_same_and_another_another(write, tokenizer, monkey
     monkeypatch.setattr(prepare_module.cache, "load", lambda identity: None)
     one, same, other = (prepare(data, tokenizer, seed=seed) for seed in (1, 1, 2))
     assert np.array_equal(ids(one), ids(same))
-    assert one.example == same.example
+    assert one.examples == same.examples
     assert not np.array_equal(ids(one), ids(other))
 
 
@@ -95,7 +95,7 @@ def test_sources_of_several_formats_are_trained_on_together_and_counted_by_what_
 
 
 def test_the_example_asks_a_validation_question_and_knows_its_answer(write, tokenizer):
-    example = prepare(section(write(CHATS), validation=0.1), tokenizer, seed=0).example
+    example = prepare(section(write(CHATS), validation=0.1), tokenizer, seed=0).examples[0]
     assert example is not None
     assert example.prompt.endswith("<|head|>assistant<|/head|>\n\n")
     assert tokenizer.decode(example.prompt_ids) == example.prompt
@@ -124,7 +124,7 @@ def test_an_example_leaves_room_for_an_answer(write, tokenizer):
     validation = write([LONG_QUESTION, ask("Hi", " "), ask("short", "yes")], name="validation.jsonl")
     prepared = prepare(section(write(CHATS), validation=validation, loss_on="all"), tokenizer, seed=0)
     assert prepared.validation_rows == 3
-    assert prepared.example is not None and prepared.example.expected == "yes"
+    assert prepared.examples and prepared.examples[0].expected == "yes"
 
 
 @pytest.mark.parametrize("row", [ask("Hi", " "), LONG_QUESTION, {"messages": [{"role": "user", "content": "Hi"}]}])
@@ -160,7 +160,7 @@ def test_a_second_start_reads_the_same_blocks_from_the_cache(write, tokenizer, m
     assert np.array_equal(ids(first), ids(second))
     assert first.validation is not None and second.validation is not None
     assert first.validation.max_documents == second.validation.max_documents
-    for name in ("counts", "example", "train_rows", "validation_rows", "loss_on", "template", "identity"):
+    for name in ("counts", "examples", "train_rows", "validation_rows", "loss_on", "template", "identity"):
         assert getattr(first, name) == getattr(second, name), name
     assert first.notes == () and "cache" in second.notes[0]
 
@@ -232,7 +232,7 @@ def test_a_weighted_source_that_would_only_validate_is_refused(write, tokenizer,
 def test_texts_are_not_read_again_for_an_example(write, tokenizer, monkeypatch):
     monkeypatch.setattr(example_module, "read_rows", lambda *_, **__: map(pytest.fail, ["read again"]))
     prepared = prepare(section(write([{"text": f"river {n}"} for n in range(20)]), validation=0.3), tokenizer, seed=0)
-    assert prepared.example is None and prepared.validation_rows == 6
+    assert not prepared.examples and prepared.validation_rows == 6
 
 
 def test_an_error_in_validation_data_says_so_and_one_in_training_data_does_not(write, tokenizer):

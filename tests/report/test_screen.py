@@ -115,9 +115,11 @@ def test_what_goes_on_is_said_from_a_thread_until_the_end(monkeypatch: pytest.Mo
     assert recorded.beats(100) == []
 
 
-def test_a_skipped_step_is_always_shown() -> None:
-    text = screened([start_record(steps=1000), *(step_record(n, skipped=n == 29) for n in range(1, 30))])
-    assert "step 29 skipped" in text and "step 28 skipped" not in text
+def test_a_step_that_was_skipped_or_spiked_is_always_shown() -> None:
+    steps = (step_record(n, skipped=n == 28, spike=n == 29) for n in range(1, 30))
+    text = screened([start_record(steps=1000), *steps])
+    assert "step 28 skipped" in text and "step 29 spiked" in text
+    assert text.count("skipped") == text.count("spiked") == 1
 
 
 @pytest.mark.parametrize("width", [40, 80, 120])

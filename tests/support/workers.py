@@ -58,7 +58,7 @@ def _prepared(request: Request, data: Documents, device: torch.device) -> Prepar
         data, numbers[VALIDATION:], numbers[:VALIDATION], data=request.recipe.data, pad_id=0, seed=0
     )
     prepared = PreparedData(
-        train=train, validation=validation, counts={}, example=None, train_rows=len(numbers) - VALIDATION,
+        train=train, validation=validation, counts={}, examples=(), train_rows=len(numbers) - VALIDATION,
         validation_rows=VALIDATION, loss_on={}, template="none", identity="random", content="random",
     )  # fmt: skip
     return Prepared(load_config(request.source, request.recipe.model), None, prepared, device)

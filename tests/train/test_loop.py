@@ -52,7 +52,8 @@ def test_a_run_yields_its_folder_start_steps_evals_and_record_in_order(finished)
     assert records[0].path == folder
     assert [record.step for record in records if isinstance(record, EvalRecord)] == [0, 3, 6]
     assert [record.step for record in records if isinstance(record, StepRecord)] == [1, 2, 3, 4, 5, 6]
-    assert {path.name for path in folder.iterdir()} == {"adapter", "checkpoints", "metrics.jsonl"}  # the rest is sinks'
+    # The rest is sinks'.
+    assert {path.name for path in folder.iterdir()} == {"adapter", "checkpoints", "metrics.jsonl", "parts.json"}
     phases = [event if isinstance(event, str) else event.name for event in events if isinstance(event, str | Phase)]
     assert phases == [
         "reading data", "starting processes", "loading model", "compiling", "saving adapter", "generating the sample",

@@ -119,10 +119,10 @@ def test_accelerates_sigterm_after_an_interrupt_does_not_hinder_the_save(make: M
 def test_a_signal_after_the_last_step_is_not_lost(make: MakeRecipe, monkeypatch: pytest.MonkeyPatch) -> None:
     original = loop.Checkpoints.save
 
-    def save(self: Any) -> None:
+    def save(self: Any, *arguments: Any) -> None:
         if self._worker.state.step == 8:
             os.kill(os.getpid(), signal.SIGTERM)
-        original(self)
+        original(self, *arguments)
 
     monkeypatch.setattr(loop.Checkpoints, "save", save)
     with listening(), pytest.raises(Terminated, match="step 8 is saved"):

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 
-from launcher.records.run import EvalRecord, RankRecord, RunRecord, Sample, StepRecord
+from launcher.records.run import EvalRecord, RankRecord, RunPart, RunRecord, Sample, StepRecord
 from launcher.report.pages import formatting
 from launcher.report.pages.formatting import counted, extent, on_cpu, whole
 from launcher.report.pages.page import Column, Facts, Item, Page, Section, Styled, Table, Value, flagged
@@ -27,8 +27,10 @@ def _sections(run: RunRecord) -> Iterator[Section]:
     yield _memory(run.ranks, run.start.forecast_mib)
     yield from event_sections(run.ranks)
     yield elapsed(run.elapsed_s)
+    yield _parts(run.parts)
     yield verdicts(run.verdicts)
-    yield Section("", [Styled(_total(run.ranks), "strong"), f"run folder {run.start.run_dir}"])
+    stopped = [Styled(f"stopped {run.stopped}", "strong")] if run.stopped else []
+    yield Section("", [*stopped, Styled(_total(run.ranks), "strong"), f"run folder {run.start.run_dir}"])
     if run.adapter is not None and all(verdict.holds for verdict in run.verdicts):
         yield _next(run.adapter, checkpoints=run.recipe["train"]["save_every"] != 0)
 
@@ -55,6 +57,18 @@ def _memory(ranks: Sequence[RankRecord], forecast_mib: float | None) -> Section:
     return Section("Resident memory by phase" if cpu else "VRAM by phase", items, f"rank {rank.rank}{of_several}")
 
 
+def _parts(parts: Sequence[RunPart]) -> Section:
+    """The starts of a run that was resumed: where each ran, the steps of it that count, what was done again."""
+    steps = [f"{p.first_step:,} to {p.last_step:,}" if p.last_step >= p.first_step else "none" for p in parts]
+    columns = [
+        Column("start", [f"{number:,}" for number in range(1, len(parts) + 1)]),
+        Column("host", [part.host for part in parts], numeric=False),
+        Column("steps", steps),
+        Column("done again\ns", [f"{part.lost_s:,.1f}" for part in parts]),
+    ]
+    return Section("Starts of this run", [Table(columns)] if len(parts) > 1 else [])
+
+
 def _losses(steps: Sequence[StepRecord], evals: Sequence[EvalRecord]) -> Section:
     """A row for each step (a sample of a long run), with the eval loss measured after it."""
     shown_steps, shown_evals = sampled(steps, STEPS_SHOWN), sampled(evals, EVALS_SHOWN)
@@ -63,10 +77,14 @@ def _losses(steps: Sequence[StepRecord], evals: Sequence[EvalRecord]) -> Section
     texts = [f"{name} {_change(values[0], values[-1])}" for name, values in changes if len(values) > 1]
     if texts:
         items.append(" · ".join(texts))
-    if skipped := [f"{s.step:,}" for s in steps if s.skipped]:
-        names = ", ".join([*skipped[:STEPS_SHOWN], *(["…"] if len(skipped) > STEPS_SHOWN else [])])
-        text = f"{counted(len(skipped), 'step')} skipped by the fp16 loss scaler (overflow): {names}"
-        items.append(Styled(text, "warning"))
+    marked = {
+        "skipped by the fp16 loss scaler (overflow)": [f"{s.step:,}" for s in steps if s.skipped],
+        "spiked (the first ones' batches are in bad_batches/)": [f"{s.step:,}" for s in steps if s.spike],
+    }
+    for what, numbers in marked.items():
+        if numbers:
+            names = ", ".join([*numbers[:STEPS_SHOWN], *(["…"] if len(numbers) > STEPS_SHOWN else [])])
+            items.append(Styled(f"{counted(len(numbers), 'step')} {what}: {names}", "warning"))
     is_sample = len(shown_steps) < len(steps) or len(shown_evals) < len(evals)
     note = f"{len(shown_steps)} of {counted(len(steps), 'step')}; all are in metrics.jsonl" if is_sample else ""
     return Section("Loss", items, note)

@@ -1,0 +1,50 @@
+"""Evaluations: the loss of the validation blocks, and what the model answers to a few validation prompts."""
+
+import math
+from collections.abc import Iterator
+
+import torch
+
+from launcher.errors import NonFiniteError
+from launcher.records.run import BadBatch, EvalRecord, EvalSamples
+from launcher.train.history import RunHistory, bad_batch
+from launcher.train.sample import generate
+from launcher.train.setup import Worker
+
+
+def evaluate(worker: Worker, history: RunHistory, *, step: int) -> Iterator[EvalRecord | EvalSamples | BadBatch]:
+    """Evaluate where there are validation blocks. Raises NonFiniteError, after the batch in which the loss is not
+    finite on this rank."""
+    if not worker.eval_batches:
+        return
+    record = EvalRecord(step, eval_loss(worker))
+    if not math.isfinite(record.eval_loss):
+        yield from _non_finite_batch(worker, step)
+        raise NonFiniteError(f"eval loss must be finite; after step {step} it is {record.eval_loss}.", step=step)
+    history.evals.append(record)
+    worker.state.early_stop.update(record.eval_loss)
+    yield record
+    if worker.rank_info.is_main and (examples := worker.prepared.data.examples[: worker.recipe.run.eval_samples]):
+        with worker.clock.phase("sample"):
+            lengths = {"tokens": worker.recipe.run.sample_tokens, "max_length": worker.recipe.data.max_length}
+            model, tokenizer = worker.built.packed, worker.prepared.tokenizer
+            samples = tuple(generate(model, tokenizer, example, **lengths) for example in examples)
+        yield EvalSamples(step, samples)
+
+
+def eval_loss(worker: Worker) -> float:
+    """The mean loss over the supervised tokens of all validation blocks, the same on every rank."""
+    with worker.clock.phase("evaluate"), torch.no_grad():
+        sums = torch.zeros(2, dtype=torch.float64, device=worker.accelerator.device)
+        for batch in worker.eval_batches or ():
+            sums[0] += worker.plan.call(worker.step.eval_loss, batch)
+            sums[1] += batch.supervised_tokens
+        total, supervised = worker.accelerator.reduce(sums, reduction="sum").tolist()
+    return float(total / max(1.0, supervised))
+
+
+def _non_finite_batch(worker: Worker, step: int) -> Iterator[BadBatch]:
+    for batch in worker.eval_batches or ():
+        if not math.isfinite(float(worker.plan.call(worker.step.eval_loss, batch))):
+            yield bad_batch(worker, [batch], step=step)
+            return
