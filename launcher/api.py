@@ -7,9 +7,11 @@ record.evals[-1].eval_loss, record.start.run_dir
 
 import io
 import signal
+import sys
 from collections.abc import Sequence
 from contextlib import closing, suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
@@ -18,20 +20,23 @@ from rich.console import Console
 from launcher.checkpoint.folder import RunFiles
 from launcher.compile.inductor_cache import prepare_cache
 from launcher.errors import RecipeError
-from launcher.recipe.field_types import recipes_dir
+from launcher.recipe.field_types import interval_s, recipes_dir
 from launcher.recipe.load import Resolved, resolve
 from launcher.recipe.locate import config_file, locate
 from launcher.records.run import Event, RunRecord
 from launcher.report import Screen, make_console
+from launcher.report import error as print_error
 from launcher.report.trackers import make_trackers
 from launcher.runtime.clock import boot_clock_s, seconds_since
 from launcher.runtime.ending import last_words
 from launcher.runtime.environment import prepare_environment, quick_imports
 from launcher.runtime.failures import classified, code_and_reason
+from launcher.runtime.heartbeat import Heartbeat
 from launcher.runtime.launch_flags import check_launch_flags
-from launcher.runtime.parent import end_with_parent
+from launcher.runtime.parent import end_with_parent, under_launcher
 from launcher.runtime.ranks import RankInfo, rank_info
-from launcher.runtime.signals import listening
+from launcher.runtime.signals import deferring, listening
+from launcher.runtime.watched_ranks import Ending
 from launcher.train.before_torch import check_inputs, check_report, check_run_folder
 from launcher.train.request import Request
 
@@ -102,6 +107,12 @@ def _train(request: Request, files: RunFiles, sinks: Sequence[Sink]) -> RunRecor
     from launcher.train.rescue import rescue
 
     history = RunHistory()
+    heartbeat = Heartbeat(
+        request.rank_info,
+        timeout_s=interval_s(request.recipe.run.timeout),
+        on_lost=partial(_record_loss, files, request.rank_info),
+        saving=lambda: files.saving,
+    )
     try:
         with (
             last_words(lambda code, reason: files.end(code=code, reason=reason)),
@@ -109,13 +120,34 @@ def _train(request: Request, files: RunFiles, sinks: Sequence[Sink]) -> RunRecor
             closing(loop.training(request, history)) as events,
         ):
             for event in events:
-                for sink in sinks:
+                for sink in (*sinks, heartbeat):
                     sink.show(event)
     except BaseException as failure:
-        rescue(history.worker, failure)
-        code, reason = code_and_reason(failure)
-        with suppress(OSError):  # a full disk must not hide what ended the run
-            files.end(code=code, reason=reason, step=getattr(failure, "step", None))
-        raise
+        with deferring():  # the process launcher terminates this rank because another has ended
+            rescue(history.worker, failure)
+            cause = heartbeat.first_cause(failure)
+            code, reason = code_and_reason(cause)
+            with suppress(OSError):  # a full disk must not hide what ended the run
+                files.end(
+                    code=code, reason=reason, step=getattr(cause, "step", None), rank=getattr(cause, "rank", None)
+                )
+        if cause is failure:
+            raise
+        raise cause from failure
+    finally:
+        with deferring():
+            heartbeat.close()
     assert isinstance(event, RunRecord), "a run's last event is its record"
     return event
+
+
+def _record_loss(files: RunFiles, info: RankInfo, ending: Ending, told: bool) -> None:
+    """Before another rank's end ends this process, which may happen without a further word. One rank prints it: the one
+    that tells its own end, or the first that found another's; for a rank of another machine rank 0 too."""
+    written = True
+    with suppress(OSError, ValueError):  # the folder may be on another machine
+        written = files.end(code=ending.code, reason=ending.reason, step=ending.step, rank=ending.rank)
+    console = make_console(sys.stderr)
+    if (info.is_main and ending.rank >= info.local_world_size) if told else written:
+        print_error(console, ending.reason, ending.code, framed=under_launcher())
+    console.show_cursor()  # the live line hides it

@@ -143,6 +143,8 @@ COMMANDS: dict[str, Callable[[Resolved, RankInfo, Console], None]] = {  # by mod
 
 def _print_failure(error: LauncherError, info: RankInfo) -> None:
     """Print an error once where all ranks have it, and with the rank's number where it is this rank's own."""
+    if error.rank is not None:  # who met it or found it has printed it
+        return
     shared = error.code in SHARED_CODES
     reporter = error.reporter if error.reporter is not None else 0 if shared else info.local_rank
     if info.local_rank == reporter:

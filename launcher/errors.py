@@ -33,6 +33,10 @@ def is_full_disk(error: BaseException) -> bool:
     return errno_of(error) in FULL_DISK or any(os.strerror(code) in str(error) for code in FULL_DISK)
 
 
+# Codes of ends that may follow from another rank's: a bug's, as another rank's end may show, a lost rank's, a signal's.
+LESS_TELLING = (1, 8, 129, 130, 138, 143)
+
+
 class LauncherError(Exception):
     """A failure with a message meant for the user. `code` becomes the exit code of the process."""
 
@@ -41,6 +45,7 @@ class LauncherError(Exception):
     def __init__(self, message: str, *, step: int | None = None) -> None:
         super().__init__(masked(message))
         self.step = step  # of the optimizer, where it is not the last one recorded
+        self.rank: int | None = None  # the rank to blame, where it is not the one that raises this
         self.reporter: int | None = None  # the local rank that prints it, where the others only repeat it
 
     def __str__(self) -> str:

@@ -11,15 +11,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from filelock import FileLock, Timeout
 
 from launcher.checkpoint.files import append_text, finite, refusing_links, writable, write_json, write_text, writing
-from launcher.errors import CheckpointError, RecipeError
+from launcher.errors import LESS_TELLING, CheckpointError, RecipeError
 from launcher.records.run import BadBatch, EvalRecord, EvalSamples, Event, RunOpened, RunRecord, StepRecord
-
-# Codes that a rank may end with because another failed; the higher, the less they say of the cause.
-LESS_TELLING = {1: 1, 130: 1, 143: 1, 8: 2}
 
 
 class RunFolder:
@@ -199,25 +197,45 @@ class RunFiles:
             folder.check_in_place()
             append_text(file, text)
 
-    def end(self, *, code: int, reason: str, step: int | None = None) -> None:
-        """Write status.json: on success rank 0's, else the failed rank's. The launcher masks exit codes as 1.
+    @property
+    def saving(self) -> bool:
+        """Whether a checkpoint or the adapter is being written; another process may ask, too."""
+        folder = self._folder
+        return folder is not None and (folder.adapter_staging.exists() or any(folder.checkpoints.glob("step-*.part")))
 
-        When one rank fails the others fail after it, of a closed connection or a signal: their status never replaces
-        the cause. A run that fails with code 2 or 3 before its first metric leaves no folder.
+    def end(self, *, code: int, reason: str, step: int | None = None, rank: int | None = None) -> bool:
+        """Write status.json: on success rank 0's, else that of `rank`, the one to blame (None: this one). The launcher
+        masks exit codes as 1. Returns whether it was written: the first cause stays, unless it only followed from
+        another (LESS_TELLING). A run that fails with code 2 or 3 before its first metric leaves no folder.
         """
         folder = self._folder
         if folder is None or (self._rank and not code):
-            return
+            return False
         folder.check_in_place()
-        cause = folder.code
-        if cause is not None and LESS_TELLING.get(code, 0) >= LESS_TELLING.get(cause, 0):
-            return
         if code in (2, 3) and not folder.metrics.stat().st_size:
             folder.discard()
-            return
-        status = {"code": code, "reason": reason, "rank": self._rank, "step": step or self._step}
-        status["resumable"] = bool(code) and folder.has_checkpoints
-        write_json(folder.status, status)
+            return False
+        status = {"code": code, "reason": reason, "rank": self._rank if rank is None else rank}
+        status |= {"step": self._step if step is None else step, "resumable": bool(code) and folder.has_checkpoints}
+        return _write_first(folder.status, status, own=folder.status.with_name(f"status.json.{self._rank}.part"))
+
+
+def _write_first(path: Path, status: dict[str, Any], *, own: Path) -> bool:
+    """Write a status.json if no rank has, or only a less telling one; whether it was written. `own` is a name that no
+    other process uses. Ranks may end at one moment: of two links to one name the kernel makes one."""
+    write_json(own, status)
+    try:
+        os.link(own, path)
+    except FileExistsError:
+        cause = json.loads(path.read_text(encoding="utf-8"))["code"]
+        if status["code"] in LESS_TELLING or cause not in LESS_TELLING:
+            return False
+        own.replace(path)
+    except OSError:  # a file system without hard links
+        own.replace(path)
+    finally:
+        own.unlink(missing_ok=True)
+    return True
 
 
 def named_folder(resume: str) -> Path | None:

@@ -13,7 +13,8 @@ from launcher.recipe.field_types import Distinct, NonEmptyText, OnOff, RecipeSec
 
 ALTERNATIVES = (("train.steps", "train.epochs"), ("memory.budget", "memory.activations"))  # one takes the other's place
 
-INTERVAL = r"^([1-9]\d*[smh]|off)$"  # of train.save_every
+INTERVAL = r"^([1-9]\d*[smh]|off)$"  # of train.save_every and run.timeout
+INTERVAL_MEANING = "a time as 90s, 10m or 2h, or off"
 
 
 class ModelSection(RecipeSection):
@@ -153,7 +154,7 @@ class TrainSection(RecipeSection):
     )
     save_every: Annotated[
         Annotated[int, Field(ge=0, description="steps (a whole number >= 0)")]
-        | Annotated[str, Field(pattern=INTERVAL, description="a time as 90s, 10m or 2h, or off")],
+        | Annotated[str, Field(pattern=INTERVAL, description=INTERVAL_MEANING)],
         off_is(0),
     ] = Field(
         "10m",
@@ -239,6 +240,12 @@ class RunSection(RecipeSection):
     )
     trackers: Distinct[Literal["tensorboard"]] = Field(
         [], description="Trackers that receive the metrics.", examples=[["tensorboard"]]
+    )
+    timeout: Annotated[str, Field(pattern=INTERVAL), OnOff] = Field(
+        "5m",
+        description="How long a rank may be silent, or keep the others waiting in a step, before all end: a time as "
+        "90s, 10m or 2h, or off. A rank that is gone ends the others at once.",
+        examples=["5m", "off"],
     )
     sample_tokens: int = Field(48, ge=0, le=1024, description="Tokens of the sample printed at the end; 0: none.")
     eval_samples: int = Field(

@@ -1,5 +1,6 @@
 """Which of launcher/errors.py an exception amounts to, and the exit code and reason of every end."""
 
+import errno
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -8,6 +9,12 @@ from launcher.errors import LESS_MEMORY, DiskError, LauncherError, LostRank, Mem
 from launcher.runtime.ranks import RankInfo
 from launcher.runtime.signals import Terminated, received_stop, stop_code_and_reason
 
+NO_MEMORY = (  # in errors that torch raises as RuntimeError: of the CPU, C++, CUDA and NCCL, cuBLAS
+    "DefaultCPUAllocator",
+    "std::bad_alloc",
+    "out of memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+)
 CONNECTION = (
     "gloo/",
     "Connection closed by peer",
@@ -39,8 +46,7 @@ def classified(rank_info: RankInfo, ledger: Callable[[], str] = lambda: "nothing
 def _classify(error: Exception, rank_info: RankInfo, ledger: Callable[[], str]) -> LauncherError | None:
     if isinstance(error, LauncherError):
         return None
-    torch = sys.modules.get("torch")  # if it was not imported, the error is not its
-    if torch and isinstance(error, torch.OutOfMemoryError):
+    if _is_out_of_memory(error):
         return MemoryExhausted(
             f"the device ran out of memory on rank {rank_info.rank}; held by phase: {ledger()}.\n{LESS_MEMORY}"
         )
@@ -51,6 +57,14 @@ def _classify(error: Exception, rank_info: RankInfo, ledger: Callable[[], str]) 
     if lost and rank_info.world_size > 1:
         return LostRank("another rank ended first and closed the connection; its own error says why.")
     return None
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    torch = sys.modules.get("torch")  # if it was not imported, the error is not its
+    if isinstance(error, MemoryError) or (torch and isinstance(error, torch.OutOfMemoryError)):
+        return True
+    of_torch = isinstance(error, RuntimeError) and any(words in str(error) for words in NO_MEMORY)
+    return of_torch or (isinstance(error, OSError) and error.errno == errno.ENOMEM)
 
 
 def code_and_reason(error: BaseException) -> tuple[int, str]:

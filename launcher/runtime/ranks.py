@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from launcher.errors import LauncherError, RecipeError
+from launcher.runtime.progress import PROGRESS
 
 VARIABLES_OF_RANKS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_PORT", "MASTER_ADDR")
 
@@ -91,6 +92,7 @@ def gather(value: Any) -> list[Any]:
     """The values of all ranks, in rank order, on every rank."""
     from accelerate.utils import gather_object
 
+    PROGRESS.enter_collective()
     return list(gather_object([value]))
 
 
@@ -98,6 +100,7 @@ def broadcast(value: Any) -> Any:
     """Rank 0's value, on every rank."""
     from accelerate.utils import broadcast_object_list
 
+    PROGRESS.enter_collective()
     return broadcast_object_list([value])[0]
 
 

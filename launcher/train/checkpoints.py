@@ -14,13 +14,12 @@ from launcher.checkpoint.adapter import save_tensors
 from launcher.checkpoint.bundle import State
 from launcher.checkpoint.resume import Resumed
 from launcher.checkpoint.writer import BundleWriter
+from launcher.recipe.field_types import interval_s
 from launcher.records.run import RunPart
 from launcher.runtime.ranks import broadcast, failing_together
 from launcher.train.host_copies import HostCopies
 from launcher.train.rescue import rescuing
 from launcher.train.setup import Worker
-
-UNITS_S = {"s": 1, "m": 60, "h": 3600}
 
 
 class SaveSchedule:
@@ -28,7 +27,7 @@ class SaveSchedule:
 
     def __init__(self, save_every: int | str, *, step: int) -> None:
         timed = isinstance(save_every, str)
-        self._interval_s = int(save_every[:-1]) * UNITS_S[save_every[-1]] if isinstance(save_every, str) else 0
+        self._interval_s = (interval_s(save_every) or 0) if isinstance(save_every, str) else 0
         self._every = 0 if timed else int(save_every)
         self._saved_s, self._looked_at, self._next_look = time.monotonic(), step, step + 1
 

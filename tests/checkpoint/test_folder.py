@@ -82,14 +82,6 @@ def test_status_json_after_a_metric_is_rank_0s_on_success_and_else_that_of_the_f
         assert status_of(folder) == {"code": code, "reason": "why", "rank": rank, "step": 1, "resumable": False}
 
 
-def test_a_failure_that_follows_another_never_replaces_the_cause(folder):
-    files_of(folder, rank=1).end(code=8, reason="another rank ended first")
-    files_of(folder, rank=0).end(code=5, reason="nan", step=7)
-    for code in (1, 8, 130, 143):
-        files_of(folder, rank=1).end(code=code, reason="follows")
-    assert (status_of(folder)["code"], status_of(folder)["step"]) == (5, 7)
-
-
 @pytest.mark.parametrize("others_file", [False, True])
 def test_a_recipe_or_data_fault_before_the_first_metric_leaves_no_folder(folder, others_file):
     if others_file:

@@ -60,7 +60,6 @@ def test_a_run_on_two_ranks_reports_both_with_equal_graph_hashes_and_writes_its_
 @pytest.mark.parametrize(
     ("fault", "code", "says", "step", "steps"),
     [
-        ("nan", 5, "step 2 has loss nan", 2, [1]),
         ("shape", 9, "no recompile", 1, [1]),
         ("adapter", 9, "every rank must start from the same adapter; they differ:", 0, []),
     ],
