@@ -28,6 +28,13 @@ class RunOpened:
 
 
 @dataclass(frozen=True)
+class Note:
+    """What the user should know before the run ends."""
+
+    text: str
+
+
+@dataclass(frozen=True)
 class RunPart:
     """What one start of a run did, between two resumes."""
 
@@ -213,6 +220,7 @@ class RunRecord:
     sample: Sample | None = None
     parts: tuple[RunPart, ...] = ()
     no_sample: str = ""  # why there is none
+    notes: tuple[str, ...] = ()  # what was noticed after the start
     adapter: str | None = None  # its folder; None where it was not proven, or where its base is random
 
     def as_report(self) -> dict[str, Any]:
@@ -236,9 +244,10 @@ class RunRecord:
             "sample": asdict(self.sample) if self.sample else None,
             "parts": [asdict(part) for part in self.parts],
             "no_sample": self.no_sample,
+            "notes": self.notes,
             "adapter": self.adapter,
         }
 
 
 # What a run yields and a sink is shown, in this order; the text is the name of the phase that begins.
-Event = str | Phase | RunOpened | StartRecord | StepRecord | EvalRecord | RunRecord
+Event = str | Phase | RunOpened | StartRecord | Note | StepRecord | EvalRecord | RunRecord

@@ -16,7 +16,7 @@ from rich.live import Live
 from rich.spinner import Spinner
 from rich.text import Text
 
-from launcher.records.run import EvalRecord, Phase, StartRecord, StepRecord
+from launcher.records.run import EvalRecord, Note, Phase, StartRecord, StepRecord
 from launcher.report.console import literal, page_width
 from launcher.report.pages import page_of
 from launcher.report.pages.formatting import loss, norm, on_cpu, rate, whole
@@ -108,6 +108,9 @@ class Screen:
                 self._show_step(event)
             case EvalRecord():
                 self._show_evaluation(event)
+            case Note():
+                self._settle()
+                self._print(literal(f"note: {event.text}", "yellow"))
             case _ if page := page_of(event):
                 self._settle()
                 print_page(self._console, page)

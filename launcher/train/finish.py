@@ -5,7 +5,7 @@ from typing import cast
 from launcher.checkpoint.adapter import save_proven
 from launcher.records.run import RankRecord, RunRecord, Sample, Verdict
 from launcher.runtime.ranks import broadcast, gather
-from launcher.train.describe import rank_record, start_record
+from launcher.train.describe import base_notes, rank_record, start_record
 from launcher.train.history import RunHistory
 from launcher.train.sample import generate
 from launcher.train.setup import Worker
@@ -69,5 +69,6 @@ def run_record(worker: Worker, history: RunHistory, saved: Verdict) -> RunRecord
         ranks=ranks,
         verdicts=(*worker.built.loaded, *compiled, saved),
         data=dict(worker.prepared.data.counts),
+        notes=base_notes(worker, (history.evals or history.steps)[:1]),
         adapter=str(worker.folder.adapter) if saved.holds and worker.recipe.model.init != "random" else None,
     )

@@ -15,7 +15,7 @@ from launcher.runtime.clock import Clock
 from launcher.runtime.ranks import gather
 from launcher.runtime.signals import deferring, stop_vote, voted_stop
 from launcher.train.checkpoints import Checkpoints
-from launcher.train.describe import start_record
+from launcher.train.describe import start_record, with_base_notes
 from launcher.train.finish import make_sample, run_record, save_adapter_proven, why_no_sample
 from launcher.train.history import RunHistory, step_records
 from launcher.train.inputs import prepare_inputs
@@ -61,7 +61,7 @@ def _run(request: Request, history: RunHistory) -> Iterator[Event]:
         worker.resumed = resumed = replace(resumed, state={})  # as large as the optimizer
     with closing(checkpoints):
         yield start_record(worker)
-        yield from _train(worker, history, checkpoints)
+        yield from with_base_notes(_train(worker, history, checkpoints), worker)
     yield "saving adapter"
     with clock.phase("save"):
         saved = save_adapter_proven(worker)

@@ -10,6 +10,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from launcher.errors import CheckpointError
+from launcher.records.run import EvalRecord, Note, RunRecord, StepRecord
+from tests.conftest import ROOT
+from tests.support.records import shown
 from tests.support.runs import trained
 
 pytestmark = pytest.mark.usefixtures("clean_dynamo")
@@ -35,9 +38,7 @@ def scale_a_norm(tensors: dict[str, torch.Tensor]) -> None:
     tensors["model.norm.weight"][7] = 2.0
 
 
-def test_fault_33_another_base_is_refused(
-    make_recipe: Callable[..., Any], small_model: Path, tmp_path: Path
-) -> None:
+def test_fault_33_another_base_is_refused(make_recipe: Callable[..., Any], small_model: Path, tmp_path: Path) -> None:
     base = tmp_path / "base"
     shutil.copytree(small_model, base)
     sections: dict[str, Any] = {"model": {"name": str(base)}, "compile": {"mode": "off"}}
@@ -62,3 +63,21 @@ def reshard(base: Path) -> None:
     (base / "model.safetensors").unlink()
     model.save_pretrained(base, max_shard_size="1MB")
     assert not (base / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize("change", [0.0, 300.0, None])
+def test_a_damaged_base_is_noted_at_its_first_loss_and_in_the_report(
+    make_recipe: Callable[..., Any], tmp_path: Path, change: float | None
+) -> None:
+    base = tmp_path / "base"
+    shutil.copytree(ROOT / "recipes" / "tiny" / "base", base)
+    if change is not None:
+        rewrite(base, lambda tensors: [tensor.mul_(change) for tensor in tensors.values()])
+    events = trained(make_recipe(model={"name": str(base)}, compile={"mode": "off"}, train={"steps": 1}))
+    notes = [event.text for event in events if isinstance(event, Note)]
+    record = events[-1]
+    assert isinstance(record, RunRecord) and record.as_report()["notes"] == record.notes == tuple(notes)
+    assert len(notes) == (change is not None)
+    kinds = [type(event) for event in events if isinstance(event, EvalRecord | Note | StepRecord)]
+    assert kinds[:2] == [EvalRecord, Note if notes else StepRecord]
+    assert bool(notes) == ("should predict better than a guess" in shown(record))
