@@ -68,13 +68,15 @@ def make_request(resolved: Resolved, info: RankInfo) -> Request:
     target = resolved.report
     if target and (target.is_dir() or not os.access(target.parent, os.W_OK)):
         raise RecipeError(f"report=PATH must be a file in a folder that can be written; {target} is not.")
-    prepare_environment()
+    home_notes = prepare_environment()
     recipe, shipped = resolved.recipe, recipes_dir()
     notes = check_launch_flags(recipe.model, recipe.train, cores=info.cores)
     cache_note = prepare_cache(workers=info.cores)
     source = locate(recipe.model, shipped / "architectures")
     check_inputs(recipe, config_file(source, recipe.model.revision))
-    return Request(recipe, resolved.name, source, shipped, info, notes=(*notes, *([cache_note] if cache_note else [])))
+    return Request(
+        recipe, resolved.name, source, shipped, info, notes=(*home_notes, *notes, *([cache_note] if cache_note else []))
+    )
 
 
 def train(request: Request, console: Console, *, report_copy: Path | None) -> RunRecord:

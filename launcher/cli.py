@@ -21,7 +21,7 @@ from launcher.recipe.load import Resolved, resolve
 from launcher.report import Screen, make_console
 from launcher.report import error as print_error
 from launcher.runtime.clock import seconds_since
-from launcher.runtime.environment import open_standard_streams, quick_imports
+from launcher.runtime.environment import check_current_folder, open_standard_streams, quick_imports
 from launcher.runtime.failures import classified, code_and_reason
 from launcher.runtime.ranks import RankInfo, rank_info, under_launcher
 from launcher.runtime.signals import Terminated, listen
@@ -37,6 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     listen()
     try:
+        check_current_folder()
         console = make_console(None if info.is_main else io.StringIO())
         if not print_request(arguments, console=console):
             resolved = resolve(arguments)

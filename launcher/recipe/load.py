@@ -89,7 +89,7 @@ def _recipe_path(recipe: str) -> Path:
     if not recipe:
         raise RecipeError(f"recipe=NAME is required; got none; {listed}")
     if recipe.endswith(".yaml"):
-        path = Path(recipe).expanduser()
+        path = Path(os.path.expanduser(recipe))
         if not os.path.exists(path):
             rule = "recipe must be a file if it ends in .yaml"
             raise RecipeError(f"{rule}; {echoed(recipe)} does not exist; {hint.strip() or listed}")

@@ -4,6 +4,7 @@ This is checked before torch is imported and before weights are read: a wrong na
 leaves nothing behind. huggingface_hub is imported only for a name that is no folder.
 """
 
+import os
 from pathlib import Path
 
 from launcher.errors import RecipeError
@@ -21,7 +22,7 @@ def locate(model: ModelSection, architectures: Path) -> str:
         RecipeError: it is nowhere; the message says what to do.
     """
     name = model.name
-    folder = Path(name).expanduser()
+    folder = Path(os.path.expanduser(name))  # leaves the ~ of a user that is not known
     if folder.is_dir():
         if not (folder / "config.json").is_file():
             adapter = (folder / "adapter_config.json").is_file()

@@ -1,0 +1,33 @@
+"""Where a command begins, before anything of ours or others' is imported: what would end in a traceback of an import
+becomes a message.
+"""
+
+import os
+import sys
+from collections.abc import Sequence
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command line; returns the exit code."""
+    if argv is None:
+        start_in_utf8()
+    try:
+        from launcher.cli import main as run
+
+        return run(argv)
+    except ImportError as error:
+        if os.environ.get("LOCAL_RANK", "0") == "0":  # every rank finds it
+            from launcher.runtime.packages import import_failure
+
+            print(f"error: {import_failure(error)} (exit code 2)", file=sys.stderr)
+        return 2
+
+
+def start_in_utf8() -> None:
+    """Start this process again in Python's UTF-8 mode where file names are ASCII, as under an ASCII locale: the
+    libraries that read models and data take no other names. What is printed keeps its encoding."""
+    if sys.getfilesystemencoding() != "ascii" or sys.flags.utf8_mode:
+        return
+    os.environ["PYTHONUTF8"] = "1"  # for the processes that this one starts
+    os.environ.setdefault("PYTHONIOENCODING", getattr(sys.stdout, "encoding", None) or "ascii")
+    os.execv(sys.executable, [sys.executable, "-X", "utf8", *sys.orig_argv[1:]])
