@@ -2,7 +2,7 @@
 
 import sys
 
-from launcher.start import main
+from launcher.start import run_command
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_command())

@@ -6,7 +6,6 @@ record.evals[-1].eval_loss, record.start.run_dir
 """
 
 import io
-import os
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -18,19 +17,18 @@ from rich.console import Console
 from launcher.checkpoint.folder import RunFiles
 from launcher.compile.inductor_cache import prepare_cache
 from launcher.errors import RecipeError
+from launcher.preflight.before_torch import check_before_torch
+from launcher.preflight.lines import Checks
 from launcher.recipe.field_types import recipes_dir
 from launcher.recipe.load import Resolved, resolve
-from launcher.recipe.locate import config_file, locate
 from launcher.records.run import Event, RunRecord
 from launcher.report import Screen, make_console
 from launcher.report.trackers import make_trackers
 from launcher.runtime.clock import boot_clock_s, seconds_since
 from launcher.runtime.environment import prepare_environment, quick_imports
 from launcher.runtime.failures import classified, code_and_reason
-from launcher.runtime.launch_flags import check_launch_flags
 from launcher.runtime.ranks import RankInfo, end_with_parent, rank_info
 from launcher.runtime.signals import listening
-from launcher.train.before_torch import check_inputs, check_run_folder
 from launcher.train.request import Request
 
 
@@ -55,28 +53,22 @@ def run(recipe: str, *overrides: str, quiet: bool = False) -> RunRecord:
         raise RecipeError(f"run() trains; got mode={resolved.mode}; give that to the command line: qlora-launcher")
     if info.world_size > 1:  # a run ends its process group, and a second run of the process would find none
         raise RecipeError(f"run() trains in one process; {info.world_size} were started; launch launcher/main.py")
-    request = replace(make_request(resolved, info), started_s=started_s)
+    request = replace(make_request(resolved, info, trains=True), started_s=started_s)
     with listening():
         return train(request, make_console(io.StringIO() if quiet else None), report_copy=resolved.report)
 
 
-def make_request(resolved: Resolved, info: RankInfo) -> Request:
-    """Settle the process's environment and locate the model. Raises RecipeError where that is not there or cannot be
-    trained, where Accelerate was asked for what contradicts the recipe, or where report=PATH cannot be written,
-    DataError where local data is not there; all before torch."""
+def make_request(resolved: Resolved, info: RankInfo, *, trains: bool = False) -> Request:
+    """Settle the process's environment and locate the model. Raises, as one error, whatever can be told before torch is
+    imported to be wrong with packages, launch, model, data, report=PATH and, if it `trains`, the run folder."""
     end_with_parent()
-    target = resolved.report
-    if target and (target.is_dir() or not os.access(target.parent, os.W_OK)):
-        raise RecipeError(f"report=PATH must be a file in a folder that can be written; {target} is not.")
-    home_notes = prepare_environment()
-    recipe, shipped = resolved.recipe, recipes_dir()
-    notes = check_launch_flags(recipe.model, recipe.train, cores=info.cores)
-    cache_note = prepare_cache(workers=info.cores)
-    source = locate(recipe.model, shipped / "architectures")
-    check_inputs(recipe, config_file(source, recipe.model.revision))
-    return Request(
-        recipe, resolved.name, source, shipped, info, notes=(*home_notes, *notes, *([cache_note] if cache_note else []))
-    )
+    notes = [*prepare_environment(), prepare_cache(workers=info.cores)]
+    checks, shipped = Checks(), recipes_dir()
+    located = check_before_torch(checks, resolved, shipped=shipped, cores=info.cores, trains=trains)
+    checks.refuse()
+    assert located.source is not None, "else it was refused"
+    notes += located.notes
+    return Request(resolved.recipe, resolved.name, located.source, shipped, info, notes=tuple(filter(None, notes)))
 
 
 def train(request: Request, console: Console, *, report_copy: Path | None) -> RunRecord:
@@ -85,11 +77,11 @@ def train(request: Request, console: Console, *, report_copy: Path | None) -> Ru
     `report_copy` is where else the report is written. Raises the errors of launcher/errors.py.
     """
     info = request.rank_info
-    check_run_folder(request.recipe, request.name)
     files, trackers = RunFiles(info.rank, report_copy=report_copy), make_trackers(request.recipe.run.trackers)
     with Screen(console, clock=seconds_since(request.started_s)) as screen:
         screen.show("importing torch")
         with quick_imports():
+            import launcher.preflight.with_torch
             import launcher.train.loop  # noqa: F401
         record = _train(request, files, [files, *(trackers if info.is_main else []), screen])
         files.end(code=0, reason="done" + ("; the console was closed on the way" if screen.lost else ""))
@@ -98,12 +90,14 @@ def train(request: Request, console: Console, *, report_copy: Path | None) -> Ru
 
 def _train(request: Request, files: RunFiles, sinks: Sequence[Sink]) -> RunRecord:
     """A function of its own: what exists while imports are frozen, a cell of `history` too, would never be freed."""
+    from launcher.preflight.with_torch import check_before_load
     from launcher.train import loop
     from launcher.train.history import RunHistory
 
     history = RunHistory()
     try:
         with classified(request.rank_info, lambda: history.ledger):
+            check_before_load(request)
             for event in loop.training(request, history):
                 for sink in sinks:
                     sink.show(event)

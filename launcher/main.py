@@ -16,6 +16,6 @@ def import_from_root(folder: Path) -> None:
 if __name__ == "__main__":
     import_from_root(Path(__file__).resolve().parent)
 
-    from launcher.start import main
+    from launcher.start import run_command
 
-    sys.exit(main())
+    sys.exit(run_command())

@@ -7,14 +7,14 @@ import sys
 from collections.abc import Sequence
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def run_command(argv: Sequence[str] | None = None) -> int:
     """Run one command line; returns the exit code."""
     if argv is None:
         start_in_utf8()
     try:
-        from launcher.cli import main as run
+        from launcher.cli import main
 
-        return run(argv)
+        return main(argv)
     except ImportError as error:
         if os.environ.get("LOCAL_RANK", "0") == "0":  # every rank finds it
             from launcher.runtime.packages import import_failure

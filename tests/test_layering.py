@@ -20,8 +20,10 @@ ALLOWED = {  # package or module: what of ours it may import, itself and all it 
     "main": {"start"},
     "__main__": {"start"},
     "start": {"cli", "runtime.packages"},
-    "cli": {"api", "train", "proof", "data", "model", "report", "recipe", "runtime", "checkpoint.folder", *BASE},
-    "api": {"train", "report", "recipe", "runtime", "checkpoint.folder", "compile.inductor_cache", *BASE},
+    "cli": {"api", "train", "preflight", "proof", "data", "model", "report", "recipe", "runtime", "checkpoint.folder"}
+    | BASE,
+    "api": {"preflight", "train", "report", "recipe", "runtime", "checkpoint.folder", "compile.inductor_cache", *BASE},
+    "preflight": {"train", "recipe", *WORK},
     "train": WORK,
     "proof": {"train", *WORK},
     "checkpoint": {"model", *BASE},

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from packaging.requirements import Requirement
 
-OURS = "qlora-launcher"
+PROJECT = "qlora-launcher"
 SETUP_CFG = Path(__file__).resolve().parents[2] / "setup.cfg"
 IMPORT_NAMES = {"pyyaml": "yaml"}  # where it is not the package's own
 
@@ -22,10 +22,10 @@ def required_packages() -> dict[str, "Requirement"]:
 
     setup = configparser.ConfigParser(comment_prefixes="#")
     setup.read(SETUP_CFG)
-    if setup.get("metadata", "name", fallback="") == OURS:
+    if setup.get("metadata", "name", fallback="") == PROJECT:
         lines = setup["options"]["install_requires"].splitlines()
     else:
-        lines = metadata.requires(OURS) or []
+        lines = metadata.requires(PROJECT) or []
     every = [Requirement(line) for line in lines if line]
     needed = [one for one in every if one.marker is None or one.marker.evaluate({"extra": ""})]
     return {IMPORT_NAMES.get(one.name, one.name.replace("-", "_")): one for one in needed}
@@ -52,7 +52,8 @@ def import_failure(error: BaseException) -> str:
     reason = " ".join(str(error).split())[:300]
     how = "--force-reinstall --no-deps " if found != "not installed" else ""
     return (
-        f"every package that {OURS} needs must be importable; {name} is not ({found}): {type(error).__name__}: {reason}\n"
+        f"every package that {PROJECT} needs must be importable; {name} is not ({found}): "
+        f"{type(error).__name__}: {reason}\n"
         f"pip install {how}'{wanted}'"
     )
 
