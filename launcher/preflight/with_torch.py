@@ -57,8 +57,8 @@ def check_sources(checks: Checks, request: Request) -> None:
     checks.add("tokenizer", load, found=lambda tokenizer: f"{len(tokenizer):,} tokens")
     for source in data.sources:
         checks.add("source", partial(open_source, source, data=data), found=lambda opened: opened.feeds[0].name)
-    if source := data.validation_source:
-        opens = partial(open_source, source, data=data, validates=True)
+    if validation := data.validation_source:
+        opens = partial(open_source, validation, data=data, validates=True)
         checks.add("validation source", opens, found=lambda opened: opened.feeds[0].name)
 
 

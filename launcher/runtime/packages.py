@@ -48,39 +48,37 @@ def import_failure(error: BaseException) -> str:
     required = _required()
     name = _culprit(error, required)
     wanted = required.get(name, name)
-    found = _found(name, wanted.partition(" ")[0])
+    found = _found(name, getattr(wanted, "name", name))
     reason = " ".join(str(error).split())[:300]
     how = "--force-reinstall --no-deps " if found != "not installed" else ""
+    remedy = f"pip install {how}'{wanted}'" if name else f"Install {PROJECT} again."
     return (
-        f"every package that {PROJECT} needs must be importable; {name} is not ({found}): "
-        f"{type(error).__name__}: {reason}\n"
-        f"pip install {how}'{wanted}'"
+        f"every package that {PROJECT} needs must be importable; {name or 'one'} is not ({found}): "
+        f"{type(error).__name__}: {reason}\n{remedy}"
     )
 
 
-def _required() -> dict[str, str]:
-    """The lines of `required_packages`; none where they cannot be told."""
+def _required() -> dict[str, "Requirement"]:
+    """As `required_packages`; none where they cannot be told."""
     try:
-        return {name: str(requirement) for name, requirement in required_packages().items()}
+        return required_packages()
     except (ImportError, metadata.PackageNotFoundError):
         return {}
 
 
 def _found(name: str, package: str) -> str:
-    for known in (package, name):
-        try:
-            return f"{metadata.version(known)} is installed"
-        except metadata.PackageNotFoundError:
-            pass
-    return "installed without its metadata" if name in sys.modules else "not installed"
+    try:
+        return f"{metadata.version(package)} is installed"
+    except (metadata.PackageNotFoundError, ValueError):  # ValueError: no name
+        return "installed without its metadata" if name in sys.modules else "not installed"
 
 
-def _culprit(error: BaseException, required: dict[str, str]) -> str:
+def _culprit(error: BaseException, required: dict[str, "Requirement"]) -> str:
     """The import name of the package to blame: the one that is missing, else the innermost required one in whose code
-    the import failed, else the one that the error names."""
+    the import failed, else the one that the error names, if it does."""
     named = (getattr(error, "name", None) or "").partition(".")[0]
     if isinstance(error, ModuleNotFoundError) and named:
         return named
     modules = [str(frame.f_globals.get("__name__")) for frame, _ in traceback.walk_tb(error.__traceback__)]
     inside = [top for module in modules if (top := module.partition(".")[0]) in required]
-    return inside[-1] if inside else named or "a package"
+    return inside[-1] if inside else named

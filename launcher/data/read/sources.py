@@ -1,7 +1,6 @@
 """Opens what a recipe names as a source: one feed for a file or a dataset of the hub, several for a folder."""
 
 import hashlib
-import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -53,7 +52,7 @@ def open_source(source: Source, *, data: DataSection, validates: bool = False) -
 def local_files(source: Source, *, validates: bool = False) -> folders.Selection:
     """The local files of a source; none if it can only be a dataset of the hub. Raises DataError as open_source."""
     try:
-        path = Path(os.path.expanduser(source.path))
+        path = Path(source.path).expanduser()
         if path.is_dir():
             _refuse_keys(source, "config", "revision")
             kinds = {file: kind_of(file) for file in _files_in(path)}
@@ -63,7 +62,7 @@ def local_files(source: Source, *, validates: bool = False) -> folders.Selection
         if files := _local_file(source, path):
             _refuse_keys(source, "config", "revision", "split")
         return folders.Selection(files, "")
-    except OSError as error:
+    except (OSError, RuntimeError) as error:  # RuntimeError: "~user" of a user without a home
         raise _refused(source, f"{error}") from error
 
 
