@@ -5,6 +5,7 @@ import signal
 import sys
 
 from launcher.runtime.ending import last_words
+from launcher.runtime.packages import import_failure
 from launcher.runtime.parent import end_with_parent
 from launcher.runtime.signals import importing, own_process, release_process
 from launcher.runtime.streams import prepare_standard_streams
@@ -13,16 +14,32 @@ from launcher.runtime.wakeup import watch_signals
 
 def start() -> int:
     """Run the command line; returns the exit code."""
+    start_in_utf8()
     end_with_parent(signal.SIGKILL)  # until there is something to save, which api.train knows
     prepare_standard_streams()  # the watcher's pipe must not get the number of a closed one
     own_process()
     watch_signals()
     with last_words(_print_end):
-        with importing():
-            from launcher.cli import main
-        code = main()
+        try:
+            with importing():
+                from launcher.cli import main
+            code = main()
+        except ImportError as error:
+            code = 2
+            if os.environ.get("LOCAL_RANK", "0") == "0":  # every rank finds it
+                print(f"error: {import_failure(error)} (exit code {code})", file=sys.stderr)
     release_process(code)
     return code
+
+
+def start_in_utf8() -> None:
+    """Start this process again in Python's UTF-8 mode where file names are ASCII, as under an ASCII locale: the
+    libraries that read models and data take no other names. What is printed keeps its encoding."""
+    if sys.getfilesystemencoding() != "ascii" or sys.flags.utf8_mode:
+        return
+    os.environ["PYTHONUTF8"] = "1"  # for the processes that this one starts
+    os.environ.setdefault("PYTHONIOENCODING", getattr(sys.stdout, "encoding", None) or "ascii")
+    os.execv(sys.executable, [sys.executable, "-X", "utf8", *sys.orig_argv[1:]])
 
 
 def _print_end(code: int, reason: str) -> None:

@@ -15,15 +15,18 @@ from launcher.api import make_request, train
 from launcher.checkpoint.files import write_json
 from launcher.data.read.rows import ReadingProgress
 from launcher.errors import ContractError, DataError, LauncherError, RecipeError
+from launcher.preflight.lines import Checks
+from launcher.preflight.mode import check
 from launcher.proof.bench.compare import bench
 from launcher.proof.bench.processes import ChildFailed
 from launcher.recipe.help import print_request
 from launcher.recipe.load import Resolved, resolve
+from launcher.records.check import CheckRecord
 from launcher.records.run import Phase
 from launcher.report import Screen, make_console
 from launcher.report import error as print_error
 from launcher.runtime.clock import seconds_since
-from launcher.runtime.environment import quick_imports
+from launcher.runtime.environment import check_current_folder, quick_imports
 from launcher.runtime.failures import classified, code_and_reason
 from launcher.runtime.parent import under_launcher
 from launcher.runtime.ranks import RankInfo, rank_info
@@ -42,6 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     info = RankInfo(0, 0, 1, 1)
     try:
         info = rank_info()
+        check_current_folder()
         console = make_console(None if info.is_main else io.StringIO())
         if not print_request(arguments, console=console):
             resolved = resolve(arguments)
@@ -57,7 +61,19 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _train(resolved: Resolved, info: RankInfo, console: Console) -> None:
-    train(make_request(resolved, info), console, report_copy=resolved.report)
+    train(make_request(resolved, info, trains=True), console, report_copy=resolved.report)
+
+
+def _check(resolved: Resolved, info: RankInfo, console: Console) -> None:
+    if not info.is_main:  # one process checks for all of its machine
+        return
+    checks, record = Checks(), None
+    with Screen(console, clock=seconds_since()) as screen, classified(info):
+        for record in check(resolved, info, checks):
+            screen.show(record)
+        if resolved.report and isinstance(record, CheckRecord):
+            write_json(resolved.report, record.as_report())
+    checks.refuse()
 
 
 def _preview(resolved: Resolved, info: RankInfo, console: Console) -> None:
@@ -135,6 +151,7 @@ def _compare(events: Callable[[Request], Iterator[Any]], resolved: Resolved, inf
 
 COMMANDS: dict[str, Callable[[Resolved, RankInfo, Console], None]] = {  # by mode; help.py answers the others
     "train": _train,
+    "check": _check,
     "preview": _preview,
     "parity": _parity,
     "bench": _bench,

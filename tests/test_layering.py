@@ -19,8 +19,10 @@ WORK = {"checkpoint", "data", "model", "ops", "compile", "memory", "runtime", *B
 ALLOWED = {  # package or module: what of ours it may import, itself and all it contains included
     "main": {"__main__"},
     "__main__": {"cli", "runtime"},
-    "cli": {"api", "train", "proof", "data", "model", "report", "recipe", "runtime", "checkpoint.files", *BASE},
-    "api": {"train", "report", "recipe", "runtime", "checkpoint.folder", "compile.inductor_cache", *BASE},
+    "cli": {"api", "train", "preflight", "proof", "data", "model", "report", "recipe", "runtime", "checkpoint.files"}
+    | BASE,
+    "api": {"preflight", "train", "report", "recipe", "runtime", "checkpoint.folder", "compile.inductor_cache", *BASE},
+    "preflight": {"train", "recipe", *WORK},
     "train": {*WORK, "recipe.field_types"},
     "proof": {"train", *WORK},
     "checkpoint": {"model", *BASE},
@@ -53,7 +55,8 @@ OUTSIDE = {  # of other people's packages; not listed: any
     "report.trackers": {"torch"},
     "main": set(),
     "__main__": set(),
-    "runtime": {"accelerate", "filelock", "psutil", "torch"},
+    "start": set(),
+    "runtime": {"accelerate", "filelock", "packaging", "psutil", "torch"},
     "train.request": set(),
     "records": set(),
     "errors": set(),

@@ -96,7 +96,7 @@ def load_base(
     with its files. Raises RecipeError where it cannot be loaded, or is not what the files hold."""
     headers = read_headers(source, revision, download=True)
     assert headers is not None, "downloaded"
-    if not os.path.isdir(source):  # a folder has passed preflight
+    if not os.path.isdir(source):  # a folder has passed check_model
         check_headers(headers, empty_model(config), prequantised=is_prequantised(config), double=quant.double)
     adapter = find_adapter_config_file(source, revision=revision)
     with _without_adapter(headers) as folder:

@@ -16,6 +16,7 @@ from launcher.recipe.yaml_lines import inline, read_value
 
 MODES = {
     "train": "fine-tune (the default)",
+    "check": "check what a run needs: device, tools, packages, disk, memory, model, data; writes no run folder",
     "parity": "compare losses and gradients with stock eager code and with fp32; updates nothing, writes no run folder",
     "bench": "measure the step beside that of stock eager code: speed, memory, start; writes no run folder",
     "preview": "print what would be trained on, token by token; needs no GPU, writes no run folder",
@@ -123,7 +124,7 @@ def _check_options(arguments: Arguments, given: dict[str, str]) -> None:
     if report == "":
         arguments.refuse("report", "report must be a path; got nothing; try report=./report.json")
     elif report and mode == "preview":
-        rule = "report is written by mode=train, mode=parity and mode=bench"
+        rule = "report is written by mode=train, mode=check, mode=parity and mode=bench"
         arguments.refuse("report", f"{rule}; got {echoed(report)} with mode=preview; remove one")
     if blocks is not None and mode != "preview":
         got = f"got {echoed(blocks)} with mode={bare(mode)}"

@@ -31,7 +31,7 @@ class Resolved:
     recipe: Recipe
     name: str  # the recipe's name; of the user's own file, the file's name without .yaml
     path: Path  # the recipe's file
-    mode: str  # "train", "parity", "bench", "preview" or "show"
+    mode: str  # "train", "check", "parity", "bench", "preview" or "show"
     origins: dict[str, Origin]  # by dotted key, every key of the recipe
     report: Path | None  # where else the report is to be written (report=PATH)
     blocks: int  # how many mode=preview prints (blocks=N)
@@ -89,7 +89,7 @@ def _recipe_path(recipe: str) -> Path:
     if not recipe:
         raise RecipeError(f"recipe=NAME is required; got none; {listed}")
     if recipe.endswith(".yaml"):
-        path = Path(recipe).expanduser()
+        path = Path(os.path.expanduser(recipe))
         if not os.path.exists(path):
             rule = "recipe must be a file if it ends in .yaml"
             raise RecipeError(f"{rule}; {echoed(recipe)} does not exist; {hint.strip() or listed}")

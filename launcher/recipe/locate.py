@@ -27,7 +27,7 @@ def locate(model: ModelSection, architectures: Path) -> str:
         RecipeError: it is nowhere; the message says what to do.
     """
     name = model.name
-    folder = Path(name).expanduser()
+    folder = Path(os.path.expanduser(name))  # leaves the ~ of a user that is not known
     try:
         if folder.is_dir():
             _check_folder(folder)

@@ -17,7 +17,7 @@ from rich.spinner import Spinner
 from rich.text import Text
 
 from launcher.credentials import masked_tree
-from launcher.records.run import EvalRecord, Phase, StartRecord, StepRecord
+from launcher.records.run import EvalRecord, Note, Phase, StartRecord, StepRecord
 from launcher.report.console import literal, page_width
 from launcher.report.pages import page_of
 from launcher.report.pages.formatting import loss, norm, on_cpu, rate, whole
@@ -113,6 +113,9 @@ class Screen:
                 self._show_step(event)
             case EvalRecord():
                 self._show_evaluation(event)
+            case Note():
+                self._settle()
+                self._print(literal(f"note: {event.text}", "yellow"))
             case _ if page := page_of(masked_tree(event)):
                 self._settle()
                 print_page(self._console, page)

@@ -5,7 +5,8 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from launcher.errors import LESS_MEMORY, DiskError, LauncherError, LostRank, MemoryExhausted, is_full_disk
+from launcher.errors import LESS_MEMORY, DiskError, LauncherError, LostRank, MemoryExhausted, RecipeError, is_full_disk
+from launcher.runtime.packages import import_failure
 from launcher.runtime.ranks import RankInfo
 from launcher.runtime.signals import Terminated, received_stop, stop_code_and_reason
 
@@ -50,6 +51,8 @@ def _classify(error: Exception, rank_info: RankInfo, ledger: Callable[[], str]) 
         return MemoryExhausted(
             f"the device ran out of memory on rank {rank_info.rank}; held by phase: {ledger()}.\n{LESS_MEMORY}"
         )
+    if isinstance(error, ImportError):
+        return RecipeError(import_failure(error))
     if is_full_disk(error):
         file = getattr(error, "filename", None) or "a file of the run"
         return DiskError(f"the disk is full: {file} could not be written. Free space.")

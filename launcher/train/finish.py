@@ -10,7 +10,7 @@ from launcher.checkpoint.bundle import best_bundle, read_bundle, step_of
 from launcher.errors import CheckpointError, LauncherError
 from launcher.records.run import RankRecord, RunRecord, Sample, Verdict
 from launcher.runtime.ranks import broadcast, failing_together, gather
-from launcher.train.describe import rank_record, start_record
+from launcher.train.describe import base_notes, rank_record, start_record
 from launcher.train.evaluation import eval_loss
 from launcher.train.history import RunHistory
 from launcher.train.rescue import rescuing
@@ -131,5 +131,6 @@ def run_record(worker: Worker, history: RunHistory, verdicts: Sequence[Verdict])
         verdicts=(*worker.built.loaded, *compiled, *([learned] if learned else []), *verdicts),
         data=dict(worker.prepared.data.counts),
         stopped=_stopped(worker, history),
+        notes=base_notes(worker, (history.evals or history.steps)[:1]),
         adapter=str(worker.folder.adapter) if verdicts[-1].holds and worker.recipe.model.init != "random" else None,
     )

@@ -19,7 +19,7 @@ from launcher.data.vocabulary import UsedIds, fit_vocabulary
 from launcher.errors import RecipeError
 from launcher.memory.policy import check_policy
 from launcher.model.attention import BlockFacts
-from launcher.model.build import preflight
+from launcher.model.build import check_model
 from launcher.model.load import load_config, load_tokenizer
 from launcher.recipe.schema import TrainSection
 from launcher.runtime.first_rank import one_rank_first
@@ -49,7 +49,7 @@ def prepare_inputs(request: Request, progress: ReadingProgress | None = None) ->
     """
     recipe, source, device = request.recipe, request.source, choose_device(request.rank_info)
     config = load_config(source, recipe.model)
-    preflight(recipe, source, config, device)
+    check_model(recipe, source, config, device)
     check_optimizer(recipe.train, device)
     check_graphs(recipe.compile, device)
     check_policy(recipe, device)

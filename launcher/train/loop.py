@@ -13,7 +13,7 @@ from launcher.runtime.clock import Clock
 from launcher.runtime.ranks import gather
 from launcher.runtime.signals import deferring, stop_vote, voted_stop
 from launcher.train.checkpoints import Checkpoints
-from launcher.train.describe import start_record
+from launcher.train.describe import start_record, with_base_notes
 from launcher.train.evaluation import evaluate
 from launcher.train.finish import make_sample, restore_best, run_record, save_adapter_proven, why_no_sample
 from launcher.train.history import RunHistory, step_records
@@ -60,7 +60,7 @@ def _run(request: Request, history: RunHistory) -> Iterator[Event]:
         worker.resumed = resumed = replace(resumed, state={})  # as large as the optimizer
     with closing(checkpoints):
         yield start_record(worker)
-        yield from _train(worker, history, checkpoints)
+        yield from with_base_notes(_train(worker, history, checkpoints), worker)
     restored = restore_best(worker, history) if recipe.train.keep_best else None
     yield "saving adapter"
     with clock.phase("save"):

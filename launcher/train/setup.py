@@ -9,7 +9,7 @@ Worker            the process group; every rank has read the same; the data load
 
 import gc
 import hashlib
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,8 @@ from launcher.memory.offload import HostInputs
 from launcher.memory.policy import Policy, applied, choose_policy
 from launcher.model.build import BuiltModel, build_model, choose_dtype
 from launcher.model.token_vectors import untrained_notes
+from launcher.model.weight_files import read_headers
+from launcher.model.weight_values import base_digest
 from launcher.runtime.clock import Clock
 from launcher.runtime.ranks import (
     broadcast,
@@ -131,7 +133,16 @@ class Worker:
     def _identity(self) -> dict[str, Any]:
         dtype = str(choose_dtype(self.recipe.model.dtype, self.prepared.device)).removeprefix("torch.")
         data, processes = self.prepared.data.content, self.rank_info.world_size
-        return dict(masked_tree(run_identity(self.recipe, data=data, dtype=dtype, processes=processes)))
+        return dict(masked_tree(run_identity(self.recipe, data=data, dtype=dtype, processes=processes, **self._base)))
+
+    @cached_property
+    def _base(self) -> dict[str, str]:
+        """The identity of the base's weights, which another revision may change under the same name; none of random
+        ones. What is not in the local cache yet is downloaded."""
+        if self.recipe.model.init == "random":
+            return {}
+        headers = read_headers(self.request.source, self.recipe.model.revision, download=True)
+        return {"base": base_digest(headers or {})[:16]}
 
     def build(self) -> BuiltModel:
         """Load, quantise and adapt the model, and choose what its forward pass keeps; the ledger notes each phase."""

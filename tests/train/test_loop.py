@@ -6,7 +6,7 @@ import pytest
 
 from launcher.errors import RecipeError
 from launcher.recipe.load import resolve
-from launcher.records.run import EvalRecord, Phase, RunOpened, RunRecord, StartRecord, StepRecord
+from launcher.records.run import EvalRecord, Note, Phase, RunOpened, RunRecord, StartRecord, StepRecord
 from launcher.train.history import RunHistory
 from launcher.train.loop import training
 from launcher.train.state import EarlyStop
@@ -47,7 +47,17 @@ def test_a_run_yields_its_folder_start_steps_evals_and_record_in_order(finished)
     folder = history.worker.folder.path
     records = [event for event in events if not isinstance(event, str | Phase)]
     steps = [StepRecord] * 3
-    kinds = [RunOpened, StartRecord, EvalRecord, *steps, EvalRecord, *steps, EvalRecord, RunRecord]
+    kinds = [
+        RunOpened,
+        StartRecord,
+        EvalRecord,
+        Note,
+        *steps,
+        EvalRecord,
+        *steps,
+        EvalRecord,
+        RunRecord,
+    ]  # an untrained base
     assert [type(record) for record in records] == kinds
     assert records[0].path == folder
     assert [record.step for record in records if isinstance(record, EvalRecord)] == [0, 3, 6]

@@ -4,10 +4,12 @@ from collections.abc import Callable
 from typing import Any
 
 from launcher.records.bench import BenchRecord
+from launcher.records.check import CheckRecord
 from launcher.records.parity import ParityRecord
 from launcher.records.preview import PreviewRecord
 from launcher.records.run import RunRecord, StartRecord
 from launcher.report.pages.bench import bench_page
+from launcher.report.pages.check import check_page
 from launcher.report.pages.page import Page
 from launcher.report.pages.parity import parity_page
 from launcher.report.pages.preview import preview_page
@@ -20,6 +22,7 @@ BUILDERS: dict[type, Callable[[Any], Page]] = {
     ParityRecord: parity_page,
     BenchRecord: bench_page,
     PreviewRecord: preview_page,
+    CheckRecord: check_page,
 }
 
 

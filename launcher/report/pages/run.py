@@ -7,7 +7,7 @@ from launcher.report.pages import formatting
 from launcher.report.pages.formatting import counted, extent, on_cpu, whole
 from launcher.report.pages.page import Column, Facts, Item, Page, Section, Styled, Table, Value, flagged
 from launcher.report.pages.ranks import event_sections, rank_sections
-from launcher.report.pages.sections import elapsed, sampled, verdicts
+from launcher.report.pages.sections import elapsed, notes, sampled, verdicts
 
 STEPS_SHOWN = 12  # rows of the loss table that are steps; longer runs are sampled, first and last step included
 EVALS_SHOWN = 6
@@ -28,6 +28,7 @@ def _sections(run: RunRecord) -> Iterator[Section]:
     yield from event_sections(run.ranks)
     yield elapsed(run.elapsed_s)
     yield _parts(run.parts)
+    yield notes(run.notes)
     yield verdicts(run.verdicts)
     stopped = [Styled(f"stopped {run.stopped}", "strong")] if run.stopped else []
     yield Section("", [*stopped, Styled(_total(run.ranks), "strong"), f"run folder {run.start.run_dir}"])
