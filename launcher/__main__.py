@@ -20,24 +20,35 @@ def start() -> int:
     own_process()
     watch_signals()
     with last_words(_print_end):
-        try:
-            with importing():
-                from launcher.cli import main
-            code = main()
-        except ImportError as error:
-            code = 2
-            if os.environ.get("LOCAL_RANK", "0") == "0":  # every rank finds it
-                print(f"error: {import_failure(error)} (exit code {code})", file=sys.stderr)
+        code = _run()
     release_process(code)
     return code
+
+
+def _run() -> int:
+    try:
+        with importing():
+            from launcher.cli import main
+    except Exception as error:  # what is wrong with a package may show as any error
+        return _not_imported(error)
+    try:
+        return main()
+    except ImportError as error:
+        return _not_imported(error)
+
+
+def _not_imported(error: Exception) -> int:
+    if os.environ.get("LOCAL_RANK", "0") == "0":  # every rank finds it
+        print(f"error: {import_failure(error)} (exit code 2)", file=sys.stderr)
+    return 2
 
 
 def start_in_utf8() -> None:
     """Start this process again in Python's UTF-8 mode where file names are ASCII, as under an ASCII locale: the
     libraries that read models and data take no other names. What is printed keeps its encoding."""
-    if sys.getfilesystemencoding() != "ascii" or sys.flags.utf8_mode:
+    if sys.getfilesystemencoding() != "ascii" or os.environ.get("PYTHONUTF8") == "1":  # it was in vain, as with -I
         return
-    os.environ["PYTHONUTF8"] = "1"  # for the processes that this one starts
+    os.environ["PYTHONUTF8"] = "1"  # for the processes that this one starts too
     os.environ.setdefault("PYTHONIOENCODING", getattr(sys.stdout, "encoding", None) or "ascii")
     os.execv(sys.executable, [sys.executable, "-X", "utf8", *sys.orig_argv[1:]])
 

@@ -217,22 +217,22 @@ class RunFiles:
             return False
         status = {"code": code, "reason": reason, "rank": self._rank if rank is None else rank}
         status |= {"step": self._step if step is None else step, "resumable": bool(code) and folder.has_checkpoints}
-        return _write_first(folder.status, status, own=folder.status.with_name(f"status.json.{self._rank}.part"))
+        return _write_first(folder, status, own=folder.status.with_name(f"status.json.{self._rank}.part"))
 
 
-def _write_first(path: Path, status: dict[str, Any], *, own: Path) -> bool:
-    """Write a status.json if no rank has, or only a less telling one; whether it was written. `own` is a name that no
+def _write_first(folder: RunFolder, status: dict[str, Any], *, own: Path) -> bool:
+    """Write status.json if no rank has, or only a less telling one; whether it was written. `own` is a name that no
     other process uses. Ranks may end at one moment: of two links to one name the kernel makes one."""
     write_json(own, status)
     try:
-        os.link(own, path)
+        os.link(own, folder.status)
     except FileExistsError:
-        cause = json.loads(path.read_text(encoding="utf-8"))["code"]
-        if status["code"] in LESS_TELLING or cause not in LESS_TELLING:
+        cause = folder.code  # None: that is no status
+        if cause is not None and (status["code"] in LESS_TELLING or cause not in LESS_TELLING):
             return False
-        own.replace(path)
+        own.replace(folder.status)
     except OSError:  # a file system without hard links
-        own.replace(path)
+        own.replace(folder.status)
     finally:
         own.unlink(missing_ok=True)
     return True

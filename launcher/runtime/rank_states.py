@@ -18,8 +18,8 @@ from typing import Any, Protocol
 RankState = dict[str, Any]  # JSON values; "beat", which counts up, and "gone" once the connection was closed
 
 ANSWER_S = 2.0  # rank 0 answers sooner, unless it is stopped
-CONNECT_S = 20.0
-MAX_BYTES = 2**20  # of a line
+LINK_S = 20.0
+MAX_LINE_BYTES = 2**20  # of a line
 
 
 class Unanswered(Exception):
@@ -71,7 +71,7 @@ class Hub:
         """Answer one rank until it ends. Who does not know the token gets no answer."""
         rank: int | None = None
         with suppress(OSError, ValueError, KeyError, TypeError), connection, connection.makefile("rb") as lines:
-            while line := lines.readline(MAX_BYTES):
+            while line := lines.readline(MAX_LINE_BYTES):
                 message = json.loads(line)
                 if not secrets.compare_digest(message["token"], self.token):
                     return
@@ -90,7 +90,7 @@ class Link:
 
     def __init__(self, rank: int, host: str, port: int, token: str) -> None:
         self._rank, self._token = rank, token
-        self._socket = socket.create_connection((host, port), timeout=CONNECT_S)
+        self._socket = socket.create_connection((host, port), timeout=LINK_S)
         self._socket.settimeout(ANSWER_S)
         self._received = b""
         self._waiting = False  # for the answer to what was sent last

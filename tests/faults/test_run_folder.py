@@ -129,7 +129,7 @@ def test_fault_43_a_pipe_in_place_of_a_file_of_the_run_is_refused_and_not_waited
 
 def test_fault_43_a_link_that_comes_while_the_run_goes_on_is_not_followed(run: RunFolder, victim: Path) -> None:
     files = shown(run, EvalRecord(0, 3.0))
-    for name in ("status.json", f"status.json.{os.getpid()}.part"):
+    for name in ("status.json", "status.json.0.part"):
         (run.path / name).symlink_to(victim / "file")
     run.metrics.unlink()
     run.metrics.symlink_to(victim / "file")
@@ -150,8 +150,8 @@ def test_fault_43_links_in_place_of_staging_files_are_removed_and_not_followed(
     trained(recipe, until=3)
     for name in ("adapter.part", "adapter.earlier.part", "checkpoints/step-9", "checkpoints/step-4.part"):
         (folder / name).symlink_to(victim)
-    for name in ("report.json", "status.json"):
-        (folder / f"{name}.{os.getpid()}.part").symlink_to(victim / "file")
+    for name in (f"report.json.{os.getpid()}.part", "status.json.0.part"):
+        (folder / name).symlink_to(victim / "file")
     trained(recipe)
     assert intact(victim) and not [path for path in (folder / "adapter", folder / "report.json") if path.is_symlink()]
     assert not list(folder.rglob("*.part"))

@@ -107,7 +107,8 @@ def test_a_run_that_has_no_room_ends_before_it_loads_anything(
 def test_one_process_checks_for_all(
     main: Command, small: list[str], monkeypatch: pytest.MonkeyPatch, local_rank: str, printed: bool
 ) -> None:
-    for name, value in {"RANK": local_rank, "LOCAL_RANK": local_rank, "WORLD_SIZE": "2"}.items():
+    ranks = {"RANK": local_rank, "LOCAL_RANK": local_rank, "WORLD_SIZE": "2"}
+    for name, value in {**ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}.items():
         monkeypatch.setenv(name, value)
     code, out, _ = main(*small, "mode=check")
     assert code == 0

@@ -80,11 +80,13 @@ def test_the_rank_that_sleeps_is_named_and_ends_all(begin, asleep):
 
 def test_a_group_that_is_suspended_for_longer_than_the_timeout_goes_on_and_ends_well(begin):
     processes = begin("steps", "steps", timeout_s=6)
-    for process in processes:
+    for process in reversed(processes):
         process.send_signal(signal.SIGSTOP)
+        time.sleep(0.7)  # nothing of the last one lies unread at the first one
     time.sleep(7.5)
     for process in processes:
         process.send_signal(signal.SIGCONT)
+        time.sleep(1)  # meanwhile the first one finds nothing new of the other
     assert ends(processes, within_s=60) == [(0, ""), (0, "")]
 
 
