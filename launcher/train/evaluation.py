@@ -22,7 +22,7 @@ def evaluate(
     Raises NonFiniteError, after the batch in which the loss is not finite on this rank."""
     if not worker.eval_batches:
         return 0.0
-    loss, votes = _eval_loss_and_votes(worker)
+    loss, votes = eval_loss_and_votes(worker)
     if votes:
         return votes
     record = EvalRecord(step, loss)
@@ -43,10 +43,10 @@ def evaluate(
 
 def eval_loss(worker: Worker) -> float:
     """The mean loss over the supervised tokens of all validation blocks, the same on every rank."""
-    return _eval_loss_and_votes(worker)[0]
+    return eval_loss_and_votes(worker)[0]
 
 
-def _eval_loss_and_votes(worker: Worker) -> tuple[float, float]:
+def eval_loss_and_votes(worker: Worker) -> tuple[float, float]:
     """`eval_loss`, and the votes to stop of the ranks that broke off: an evaluation may take longer than the launcher
     waits before it kills."""
     with worker.clock.phase("evaluate"), torch.no_grad():

@@ -31,7 +31,7 @@ def worse_from_4(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def worse_from_2(monkeypatch: pytest.MonkeyPatch) -> None:
     """The evaluations give EVAL_LOSSES."""
-    monkeypatch.setattr(evaluation, "eval_loss", lambda worker: EVAL_LOSSES[worker.state.step])
+    monkeypatch.setattr(evaluation, "eval_loss_and_votes", lambda worker: (EVAL_LOSSES[worker.state.step], 0.0))
 
 
 def record_of(events: list[Any]) -> RunRecord:
