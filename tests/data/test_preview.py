@@ -152,7 +152,7 @@ def record_of(
     blocks: Blocks, tokenizer: Any, *, shown: int = 2, accumulation: int = 1, world_size: int = 1, **changes: Any
 ) -> PreviewRecord:
     fields: dict[str, Any] = {
-        "train": blocks, "validation": None, "counts": {"rows_read": 4, "rows_dropped_empty": 1}, "example": None,
+        "train": blocks, "validation": None, "counts": {"rows_read": 4, "rows_dropped_empty": 1}, "examples": (),
         "train_rows": 3, "validation_rows": 0, "loss_on": {"assistant": 3}, "template": "the tokenizer's",
         "identity": "0", "content": "0", "notes": ("a note",),
     }  # fmt: skip
