@@ -1,5 +1,7 @@
 """The checks before a run, on a GPU where they hold."""
 
+import gc
+
 import pytest
 import torch
 
@@ -28,7 +30,9 @@ def test_the_forecast_before_the_data_is_read_is_that_of_the_run(make_recipe, mo
     model = check_model(recipe, recipe.model.name, config, CUDA)
     found = check_memory(recipe, config, model, CUDA)
     planned_mib = float(found.partition(" MiB")[0].replace(",", ""))
-    assert planned_mib == pytest.approx(record_of(recipe).start.forecast_mib, rel=0.05, abs=2)
+    gc.collect()
+    held_mib = Ledger(CUDA).used_mib()  # by what other tests of this process left
+    assert planned_mib + held_mib == pytest.approx(record_of(recipe).start.forecast_mib, rel=0.05, abs=2)
     monkeypatch.setattr(Ledger, "free_mib", lambda self: 1.0)
     with pytest.raises(MemoryExhausted, match="free on cuda:0"):
         check_memory(recipe, config, model, CUDA)
