@@ -5,14 +5,15 @@ import torch
 from launcher.records.export import ExportLimits
 
 EXACT = ExportLimits(loss=1e-6, kl=1e-7, agreement=1.0)  # the same files, loaded by the same code
-MERGED = {  # by whether one side computes in 16 bits or holds weights in them, and by what is merged into
-    ("dequantised", False): ExportLimits(loss=1e-4, kl=1e-5, agreement=0.998),
-    ("dequantised", True): ExportLimits(loss=5e-3, kl=1e-3, agreement=0.98),
-    ("original", False): ExportLimits(loss=0.1, kl=0.05, agreement=0.85),
-    ("original", True): ExportLimits(loss=0.1, kl=0.05, agreement=0.85),
-}
+SINGLE = ExportLimits(loss=1e-5, kl=1e-6, agreement=0.999)  # merged; all of both sides in float32
+HALF_WIDTH = ExportLimits(loss=5e-3, kl=1e-3, agreement=0.95)  # merged; weights or computation in 16 bits
+OTHER_BASE = ExportLimits(loss=0.05, kl=0.06, agreement=0.85)  # on=original: the rounding of the base to NF4 besides
 
 
 def limits_of(*, on: str, dtypes: tuple[torch.dtype, ...]) -> ExportLimits:
     """`on`: "" where nothing is merged. `dtypes`: in which the trained model computes, and of the written weights."""
-    return MERGED[on, any(dtype != torch.float32 for dtype in dtypes)] if on else EXACT
+    if not on:
+        return EXACT
+    if on == "original":
+        return OTHER_BASE
+    return SINGLE if all(dtype == torch.float32 for dtype in dtypes) else HALF_WIDTH

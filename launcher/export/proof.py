@@ -118,21 +118,29 @@ def greedy(model: Any, prompt: list[int], *, stop_ids: Sequence[int]) -> list[in
 
 
 def figures_of(trained: Measured, written: Measured, probe: Probe) -> ExportFigures:
-    difference = (trained.logits - written.logits).abs()
-    log_p, log_q = trained.logits.log_softmax(-1), written.logits.log_softmax(-1)
-    kl = F.kl_div(log_q, log_p, log_target=True, reduction="none").sum(-1)  # [P]
+    largest, total, kl = 0.0, 0.0, []
+    for p, q in zip(trained.logits.split(64), written.logits.split(64), strict=True):
+        difference = (p - q).abs()
+        largest, total = max(largest, float(difference.max())), total + float(difference.double().sum())
+        kl.append(_kl(p.double(), q.double()))
+    each = torch.cat(kl)  # [P]
     return ExportFigures(
         documents=len(probe.documents),
         tokens=probe.tokens,
-        positions=len(kl),
+        positions=len(each),
         trained_loss=float(trained.losses.double().mean()),
         written_loss=float(written.losses.double().mean()),
-        largest_logit_difference=float(difference.max()),
-        mean_logit_difference=float(difference.mean()),
-        mean_kl=float(kl.mean()),
-        largest_kl=float(kl.max()),
+        largest_logit_difference=largest,
+        mean_logit_difference=total / trained.logits.numel(),
+        mean_kl=float(each.mean()),
+        largest_kl=float(each.max()),
         agreement=float((trained.predictions == written.predictions).double().mean()),
     )
+
+
+def _kl(p: Tensor, q: Tensor) -> Tensor:
+    """The divergence of the distribution q from p, both as logits [P, V]; [P]."""
+    return F.kl_div(q.log_softmax(-1), p.log_softmax(-1), log_target=True, reduction="none").sum(-1)
 
 
 def pairs_of(trained: Measured, written: Measured, probe: Probe, run: OpenedRun) -> tuple[GreedyPair, ...]:

@@ -78,7 +78,7 @@ def export(run: OpenedRun, options: ExportOptions, to: Path) -> Iterator[str | P
     try:
         yield "reading data"
         with work.clock.phase("data"):
-            probe = make_probe(_prepared(run))
+            probe = make_probe(prepared_data(run))
         yield Phase("writing", lambda: f"{work.done} of {len(work.plan.shapes)} weights" if work.plan else "")
         with work.clock.phase("write"):
             _write(work)
@@ -103,7 +103,7 @@ def _written_dtype(run: OpenedRun, options: ExportOptions) -> torch.dtype:
     return DTYPES[options.dtype] if options.dtype != "auto" else trained if trained.itemsize == 2 else torch.bfloat16
 
 
-def _prepared(run: OpenedRun) -> PreparedData:
+def prepared_data(run: OpenedRun) -> PreparedData:
     """The run's data again, mostly from the cache. Raises RecipeError where the recipe of the run is not whole."""
     recipe = run.place.recipe
     if not run.place.finished:
