@@ -15,7 +15,7 @@ from transformers import GenerationConfig, TextStreamer
 
 from launcher.checkpoint.folder import write_text
 from launcher.data.read.formats import read_rows
-from launcher.data.read.rows import Conversation, PlainText, Row
+from launcher.data.read.rows import PlainText, Row
 from launcher.data.read.sources import open_source
 from launcher.errors import DataError, RecipeError
 from launcher.export.load_run import OpenedRun
@@ -123,7 +123,7 @@ def prompt_of(text: str, run: OpenedRun) -> Prompt:
 
 
 def read_prompts(file: Path, run: OpenedRun) -> tuple[list[Prompt], str]:
-    """Every row of a file up to its last assistant turn, and what was dropped, in words.
+    """Every row of a file without the answer that it ends with, and what was dropped, in words.
 
     Raises DataError as the data of a run does, and where a row has nothing that can be answered.
     """
@@ -144,14 +144,11 @@ def _prompt_of_row(row: Row) -> Prompt:
                 'Give rows as {"messages": [...]} or {"prompt": "...", "completion": "..."}.'
             )
         return Prompt(row.text[: row.answer], row.text[row.answer :])
-    return _prompt_of_chat(row)
-
-
-def _prompt_of_chat(row: Conversation) -> Prompt:
-    turns = [index for index, message in enumerate(row.messages) if message.role == "assistant"]
-    end = turns[-1] if turns and turns[-1] else len(row.messages)
-    expected = row.messages[end].content if end < len(row.messages) else None
-    return Prompt([{"role": m.role, "content": m.content} for m in row.messages[:end]], expected)
+    """The whole chat, or what stands before the answer that it ends with."""
+    messages = [{"role": message.role, "content": message.content} for message in row.messages]
+    if len(messages) > 1 and messages[-1]["role"] == "assistant":
+        return Prompt(messages[:-1], messages[-1]["content"])
+    return Prompt(messages)
 
 
 def answers_file(prompts: Path) -> Path:

@@ -41,7 +41,7 @@ from launcher.model.weight_files import (
 )
 from launcher.ops.nf4 import Nf4, plain_merged_weight
 
-PREFIX = "base_model.model."  # of PEFT's names
+PEFT_PREFIX = "base_model.model."  # of PEFT's names
 PLAIN = {  # settings of a LoRA whose update is scale * B A, and nothing else
     "use_dora": False, "bias": "none", "modules_to_save": None, "rank_pattern": {}, "alpha_pattern": {},
     "fan_in_fan_out": False, "layers_to_transform": None,
@@ -116,9 +116,8 @@ def read_updates(adapter: Path) -> dict[str, Update]:
             f"{', '.join(f'{key}={value}' for key, value in found.items())}.\nUse format=adapter."
         )
     scale = config.lora_alpha / (math.sqrt(config.r) if config.use_rslora else config.r)
-    tensors = {
-        name.removeprefix(PREFIX): t.float() for name, t in load_file(adapter / "adapter_model.safetensors").items()
-    }
+    stored = load_file(adapter / "adapter_model.safetensors")
+    tensors = {name.removeprefix(PEFT_PREFIX): tensor.float() for name, tensor in stored.items()}
     names = {name.removesuffix(".lora_A.weight") for name in tensors if name.endswith(".lora_A.weight")}
     unknown = tensors.keys() - {f"{name}.lora_{matrix}.weight" for name in names for matrix in "AB"}
     if unknown:
@@ -148,6 +147,7 @@ def write_merged(
             done += 1
             progress(done)
         save_file(shard, folder / file, metadata={"format": "pt"})
+        (folder / file).chmod(folder.stat().st_mode & 0o666)  # safetensors lets the owner alone read it
         files.append(folder / file)
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}

@@ -33,7 +33,7 @@ def find_run(path: Path) -> RunPlace:
     """
     folder, adapter, notes = _folder_and_adapter(path.expanduser().absolute())
     report = _read_json(folder / "report.json") if (folder / "report.json").is_file() else None
-    recipe, dtype = _of_report(report, folder) if report else _of_checkpoint(folder, adapter)
+    recipe, dtype = _of_report(report, folder) if report is not None else _of_checkpoint(folder, adapter)
     if recipe.model.init == "random":
         raise RecipeError(
             f"a run whose model is to be used must have a base; that of {folder} had random weights "

@@ -54,7 +54,7 @@ class Probe:
 
 
 @dataclass(frozen=True)
-class Measured:
+class Measurement:
     """One model on a probe, on the CPU."""
 
     losses: Tensor  # fp32 [T]
@@ -87,7 +87,7 @@ def _beginning(document: Document) -> list[int]:
 
 
 @torch.inference_mode()
-def measured(model: Any, probe: Probe, *, stop_ids: Sequence[int]) -> Measured:
+def measured(model: Any, probe: Probe, *, stop_ids: Sequence[int]) -> Measurement:
     """Losses, predictions, logits and greedy answers of a stock model."""
     losses, predictions, logits = [], [], []
     count = max(1, min(probe.tokens, LOGIT_BYTES // (4 * model.config.vocab_size)))
@@ -103,7 +103,7 @@ def measured(model: Any, probe: Probe, *, stop_ids: Sequence[int]) -> Measured:
         own, kept = kept[: len(rows)], kept[len(rows) :]
         logits.append(found[own.to(found.device)].cpu())
     answers = [greedy(model, prompt, stop_ids=stop_ids) for prompt in probe.prompts]
-    return Measured(torch.cat(losses), torch.cat(predictions), torch.cat(logits), answers)
+    return Measurement(torch.cat(losses), torch.cat(predictions), torch.cat(logits), answers)
 
 
 def greedy(model: Any, prompt: list[int], *, stop_ids: Sequence[int]) -> list[int]:
@@ -117,7 +117,7 @@ def greedy(model: Any, prompt: list[int], *, stop_ids: Sequence[int]) -> list[in
     return found
 
 
-def figures_of(trained: Measured, written: Measured, probe: Probe) -> ExportFigures:
+def figures_of(trained: Measurement, written: Measurement, probe: Probe) -> ExportFigures:
     largest, total, kl = 0.0, 0.0, []
     for p, q in zip(trained.logits.split(64), written.logits.split(64), strict=True):
         difference = (p - q).abs()
@@ -143,7 +143,7 @@ def _kl(p: Tensor, q: Tensor) -> Tensor:
     return F.kl_div(q.log_softmax(-1), p.log_softmax(-1), log_target=True, reduction="none").sum(-1)
 
 
-def pairs_of(trained: Measured, written: Measured, probe: Probe, run: OpenedRun) -> tuple[GreedyPair, ...]:
+def pairs_of(trained: Measurement, written: Measurement, probe: Probe, run: OpenedRun) -> tuple[GreedyPair, ...]:
     decode, stops = run.tokenizer.decode, {*run.stop_ids}
     pairs = []
     for prompt, ours, theirs in zip(probe.prompts, trained.answers, written.answers, strict=True):

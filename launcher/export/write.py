@@ -17,7 +17,7 @@ from launcher.export.limits import limits_of
 from launcher.export.load_run import OpenedRun, free_memory, load_trained
 from launcher.export.merge import MergePlan, check_space, plan_merge, read_updates, write_merged
 from launcher.export.proof import (
-    Measured,
+    Measurement,
     Probe,
     chat_verdict,
     figure_verdicts,
@@ -37,7 +37,7 @@ from launcher.records.run import Phase, Verdict
 from launcher.runtime.clock import Clock
 from launcher.train.describe import slow_dtype_note
 
-STAGING, UNPROVEN = ".part", ".unproven"
+PART_SUFFIX, UNPROVEN_SUFFIX = ".part", ".unproven"
 
 
 @dataclass
@@ -55,7 +55,7 @@ class _Work:
 
     @property
     def staging(self) -> Path:
-        return self.to.with_name(self.to.name + STAGING)
+        return self.to.with_name(self.to.name + PART_SUFFIX)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -138,7 +138,7 @@ def _write(work: _Work) -> None:
     free_memory(run.device)
 
 
-def _measure_trained(work: _Work, probe: Probe) -> tuple[Measured, list[Verdict]]:
+def _measure_trained(work: _Work, probe: Probe) -> tuple[Measurement, list[Verdict]]:
     model, loaded = load_trained(work.run)
     verdicts = [loaded] if loaded else []
     if work.plan:
@@ -149,7 +149,7 @@ def _measure_trained(work: _Work, probe: Probe) -> tuple[Measured, list[Verdict]
     return found, verdicts
 
 
-def _measure_written(work: _Work, probe: Probe) -> tuple[Measured, list[Verdict]]:
+def _measure_written(work: _Work, probe: Probe) -> tuple[Measurement, list[Verdict]]:
     run, folder = work.run, str(work.staging)
     verdicts = []
     if work.plan:
@@ -181,7 +181,9 @@ def _measure_written(work: _Work, probe: Probe) -> tuple[Measured, list[Verdict]
     return found, [*verdicts, chat_verdict(run, tokenizer, probe), stop_verdict(run, tokenizer, generation)]
 
 
-def _record(work: _Work, probe: Probe, trained: Measured, written: Measured, found: list[Verdict]) -> ExportRecord:
+def _record(
+    work: _Work, probe: Probe, trained: Measurement, written: Measurement, found: list[Verdict]
+) -> ExportRecord:
     run, merged = work.run, work.plan is not None
     figures = figures_of(trained, written, probe)
     limits = limits_of(on=work.options.on if merged else "", dtypes=(run.dtype, work.dtype))
@@ -191,7 +193,7 @@ def _record(work: _Work, probe: Probe, trained: Measured, written: Measured, fou
     return ExportRecord(
         run=str(run.place.adapter),
         base=run.source,
-        folder=str(work.to if holds else work.to.with_name(work.to.name + UNPROVEN)),
+        folder=str(work.to if holds else work.to.with_name(work.to.name + UNPROVEN_SUFFIX)),
         format=work.options.format,
         on=work.options.on if merged else "",
         dtype=str(work.dtype)[6:],

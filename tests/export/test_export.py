@@ -47,6 +47,7 @@ def test_a_merged_folder_gives_the_trained_loss_in_a_process_that_never_imports_
     assert done.code == 0, done.err
     assert done.report["holds"] and len(done.report["verdicts"]) == CLAIMS and "PASS" in done.out
     assert {path.name for path in tmp_path.iterdir()} == {"out", "report.json"}
+    assert len({path.stat().st_mode for path in (tmp_path / "out").iterdir()}) == 1  # whoever reads one reads all
     stock, figures = in_stock_code(tmp_path / "out", run_folder, tmp_path), done.report["figures"]
     assert stock["dtype"] == "torch.bfloat16"
     assert stock["loss"] == pytest.approx(figures["trained_loss"], abs=done.report["limits"]["loss"])

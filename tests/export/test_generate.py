@@ -60,7 +60,7 @@ def test_sampling_repeats_with_its_seed_and_differs_with_another(generate: Main)
     assert sampled("top_p=1e-6") == generate(f"prompt={QUESTION}").out.splitlines()[-2]
 
 
-def test_any_chat_format_is_read_up_to_the_last_assistant_turn(generate: Main, tmp_path: Path) -> None:
+def test_any_chat_format_is_read_and_asked_without_its_last_answer(generate: Main, tmp_path: Path) -> None:
     said = {"role": "assistant", "content": "a bird"}
     asked = {"role": "user", "content": QUESTION}
     (tmp_path / "messages.jsonl").write_text(

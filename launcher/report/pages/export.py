@@ -5,7 +5,6 @@ from launcher.report.pages.formatting import whole
 from launcher.report.pages.page import Column, Facts, Page, Section, Styled, Table, Value, flagged
 from launcher.report.pages.sections import elapsed, note_facts, verdicts
 
-MIB = 2**20
 SHOWN = 28  # characters of a prompt or an answer
 
 
@@ -25,9 +24,9 @@ def export_page(record: ExportRecord) -> Page:
 
 
 def _facts(record: ExportRecord) -> list[tuple[Value, Value]]:
-    size = sum(record.files.values()) / MIB
+    size = sum(record.files.values()) / 2**20
     weights = [bytes_ for name, bytes_ in record.files.items() if name.endswith(".safetensors")]
-    largest = max(weights, default=0) / MIB
+    largest = max(weights, default=0) / 2**20
     return [
         ("adapter", record.run),
         ("base", record.base),
