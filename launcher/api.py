@@ -6,7 +6,6 @@ record.evals[-1].eval_loss, record.start.run_dir
 """
 
 import io
-import os
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -15,7 +14,7 @@ from typing import Protocol
 
 from rich.console import Console
 
-from launcher.checkpoint.folder import RunFiles
+from launcher.checkpoint.folder import RunFiles, check_report_path
 from launcher.compile.inductor_cache import prepare_cache
 from launcher.errors import RecipeError
 from launcher.recipe.field_types import recipes_dir
@@ -65,9 +64,7 @@ def make_request(resolved: Resolved, info: RankInfo) -> Request:
     trained, where Accelerate was asked for what contradicts the recipe, or where report=PATH cannot be written,
     DataError where local data is not there; all before torch."""
     end_with_parent()
-    target = resolved.report
-    if target and (target.is_dir() or not os.access(target.parent, os.W_OK)):
-        raise RecipeError(f"report=PATH must be a file in a folder that can be written; {target} is not.")
+    check_report_path(resolved.report)
     prepare_environment()
     recipe, shipped = resolved.recipe, recipes_dir()
     notes = check_launch_flags(recipe.model, recipe.train, cores=info.cores)

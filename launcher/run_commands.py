@@ -9,7 +9,7 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
-from launcher.checkpoint.folder import write_json
+from launcher.checkpoint.folder import check_report_path, write_json
 from launcher.errors import CheckpointError, RecipeError
 from launcher.export.place import RunPlace, check_target, find_run
 from launcher.recipe.command_line import parse
@@ -101,8 +101,7 @@ def _say(answerer: Any, content: Any, console: Console, *, base: bool = False) -
 
 def _export(options: ExportOptions, report: Path | None, info: RankInfo, console: Console) -> None:
     """Write the model and prove it. Raises CheckpointError where it is not the trained one."""
-    if report and (report.is_dir() or not os.access(report.parent, os.W_OK)):
-        raise RecipeError(f"report=PATH must be a file in a folder that can be written; {report} is not.")
+    check_report_path(report)
     to = Path(options.to).expanduser().absolute()
     check_target(to)
     place, source = _located(options)

@@ -176,6 +176,12 @@ class RunFiles:
         write_json(folder.status, status)
 
 
+def check_report_path(path: Path | None) -> None:
+    """Raise RecipeError where report=PATH cannot be written."""
+    if path and (path.is_dir() or not os.access(path.parent, os.W_OK)):
+        raise RecipeError(f"report=PATH must be a file in a folder that can be written; {path} is not.")
+
+
 def named_folder(resume: str) -> Path | None:
     """The run folder that run.resume names, by itself or by one of its checkpoints; None for auto and never."""
     if resume in ("auto", "never"):

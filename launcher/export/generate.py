@@ -18,7 +18,7 @@ from launcher.data.read.formats import read_rows
 from launcher.data.read.rows import PlainText, Row
 from launcher.data.read.sources import open_source
 from launcher.errors import DataError, RecipeError
-from launcher.export.load_run import OpenedRun
+from launcher.export.load_run import OpenedRun, generation_settings
 from launcher.recipe.data_section import Source
 from launcher.recipe.run_options import GenerateOptions
 from launcher.records.answers import Answer, Answered
@@ -53,8 +53,7 @@ class Answerer:
         self._run, self._options = run, options
         self._model = cast(Any, model)
         # The base's own settings, such as a temperature, would be added to what is asked for.
-        stops = run.stop_ids
-        self._model.generation_config = GenerationConfig(eos_token_id=stops, pad_token_id=stops[0])
+        self._model.generation_config = generation_settings(run.stop_ids)
 
     def answered(self, prompt: Prompt) -> Answered:
         """The answer, and with base=true the base's."""
@@ -91,13 +90,11 @@ class Answerer:
         return Answer(text, len(found), time.perf_counter() - started_s, found[-1] in self._run.stop_ids)
 
     def _settings(self, room: int) -> GenerationConfig:
-        options, stops = self._options, self._run.stop_ids
+        options = self._options
         sampling: dict[str, Any] = {"do_sample": False}
         if options.temperature > 0:  # top_k: transformers would keep the 50 likeliest tokens unasked
             sampling = {"do_sample": True, "temperature": options.temperature, "top_p": options.top_p, "top_k": 0}
-        return GenerationConfig(
-            max_new_tokens=min(options.max_tokens, room), eos_token_id=stops, pad_token_id=stops[0], **sampling
-        )
+        return generation_settings(self._run.stop_ids, max_new_tokens=min(options.max_tokens, room), **sampling)
 
     def _ids(self, content: Chat | str) -> torch.Tensor:
         """int64 [1, L], on the model's device."""

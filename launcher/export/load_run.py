@@ -1,6 +1,7 @@
 """Loads a run as stock code does: the base in NF4 by transformers and bitsandbytes, the adapter by PEFT."""
 
 import gc
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,7 +41,7 @@ class OpenedRun:
 
     @property
     def stop_ids(self) -> list[int]:
-        return list(self.generation.eos_token_id)
+        return stop_ids_of(self.generation)
 
     @property
     def prequantised(self) -> bool:
@@ -81,6 +82,18 @@ def load_trained(run: OpenedRun, adapter: Path | None = None) -> tuple[PeftModel
     return PeftModel.from_pretrained(base.model, str(folder)).eval(), base.verdict
 
 
+def stop_ids_of(generation: GenerationConfig) -> list[int]:
+    """The tokens at which generation stops; a config has one, several or none."""
+    stops = generation.eos_token_id
+    return [] if stops is None else list(stops) if isinstance(stops, list) else [stops]
+
+
+def generation_settings(stop_ids: Sequence[int], **settings: Any) -> GenerationConfig:
+    """Settings of stock `generate` that end an answer at these tokens."""
+    pad = stop_ids[0] if stop_ids else 0
+    return GenerationConfig(eos_token_id=list(stop_ids) or None, pad_token_id=pad, **settings)
+
+
 def free_memory(device: torch.device) -> None:
     """Return what is no longer referenced to the device."""
     gc.collect()
@@ -109,8 +122,7 @@ def _generation(source: str, revision: str | None, config: Any) -> GenerationCon
 def _stop_ids(tokenizer: Any, generation: GenerationConfig, place: RunPlace) -> list[int]:
     """Where an answer ends: at the tokens of the base and the tokenizer, and at the one that ends the template's
     turns, which a base model's own settings do not name."""
-    own = generation.eos_token_id
-    found = [*(own if isinstance(own, list) else [own]), tokenizer.eos_token_id, _end_of_turn(tokenizer, place)]
+    found = [*stop_ids_of(generation), tokenizer.eos_token_id, _end_of_turn(tokenizer, place)]
     return list(dict.fromkeys(int(token) for token in found if token is not None))
 
 

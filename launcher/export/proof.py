@@ -23,7 +23,7 @@ from transformers import GenerationConfig
 from launcher.data.documents import Document
 from launcher.data.pack.blocks import Blocks
 from launcher.data.prepare import PreparedData
-from launcher.export.load_run import OpenedRun
+from launcher.export.load_run import OpenedRun, generation_settings, stop_ids_of
 from launcher.records.export import ExportFigures, ExportLimits, GreedyPair
 from launcher.records.run import Verdict
 
@@ -54,7 +54,7 @@ class Probe:
 
 
 @dataclass(frozen=True)
-class Measurement:
+class ModelOutputs:
     """One model on a probe, on the CPU."""
 
     losses: Tensor  # fp32 [T]
@@ -87,7 +87,7 @@ def _beginning(document: Document) -> list[int]:
 
 
 @torch.inference_mode()
-def measured(model: Any, probe: Probe, *, stop_ids: Sequence[int]) -> Measurement:
+def measured(model: Any, probe: Probe, *, stop_ids: Sequence[int]) -> ModelOutputs:
     """Losses, predictions, logits and greedy answers of a stock model."""
     losses, predictions, logits = [], [], []
     count = max(1, min(probe.tokens, LOGIT_BYTES // (4 * model.config.vocab_size)))
@@ -103,21 +103,19 @@ def measured(model: Any, probe: Probe, *, stop_ids: Sequence[int]) -> Measuremen
         own, kept = kept[: len(rows)], kept[len(rows) :]
         logits.append(found[own.to(found.device)].cpu())
     answers = [greedy(model, prompt, stop_ids=stop_ids) for prompt in probe.prompts]
-    return Measurement(torch.cat(losses), torch.cat(predictions), torch.cat(logits), answers)
+    return ModelOutputs(torch.cat(losses), torch.cat(predictions), torch.cat(logits), answers)
 
 
 def greedy(model: Any, prompt: list[int], *, stop_ids: Sequence[int]) -> list[int]:
     """The next ANSWER_TOKENS tokens, up to a stop token, by stock generate with its cache."""
-    settings = GenerationConfig(
-        max_new_tokens=ANSWER_TOKENS, do_sample=False, eos_token_id=list(stop_ids), pad_token_id=stop_ids[0]
-    )
+    settings = generation_settings(stop_ids, max_new_tokens=ANSWER_TOKENS, do_sample=False)
     ids = torch.tensor([prompt], device=model.device)
     answer = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=settings)
     found: list[int] = answer[0, len(prompt) :].tolist()
     return found
 
 
-def figures_of(trained: Measurement, written: Measurement, probe: Probe) -> ExportFigures:
+def figures_of(trained: ModelOutputs, written: ModelOutputs, probe: Probe) -> ExportFigures:
     largest, total, kl = 0.0, 0.0, []
     for p, q in zip(trained.logits.split(64), written.logits.split(64), strict=True):
         difference = (p - q).abs()
@@ -143,7 +141,7 @@ def _kl(p: Tensor, q: Tensor) -> Tensor:
     return F.kl_div(q.log_softmax(-1), p.log_softmax(-1), log_target=True, reduction="none").sum(-1)
 
 
-def pairs_of(trained: Measurement, written: Measurement, probe: Probe, run: OpenedRun) -> tuple[GreedyPair, ...]:
+def pairs_of(trained: ModelOutputs, written: ModelOutputs, probe: Probe, run: OpenedRun) -> tuple[GreedyPair, ...]:
     decode, stops = run.tokenizer.decode, {*run.stop_ids}
     pairs = []
     for prompt, ours, theirs in zip(probe.prompts, trained.answers, written.answers, strict=True):
@@ -203,11 +201,10 @@ def _rendered(tokenizer: Any, roles: list[str], *, prompt: bool) -> tuple[str, l
 
 def stop_verdict(run: OpenedRun, tokenizer: Any, generation: GenerationConfig) -> Verdict:
     """Whether answers of the written model end at the same tokens."""
-    own = generation.eos_token_id
-    stops = {*(own if isinstance(own, list) else [own])}
+    stops = {*stop_ids_of(generation)}
     ids = (run.tokenizer.eos_token_id, tokenizer.eos_token_id)
     same = stops == {*run.stop_ids} and ids[0] == ids[1]
     evidence = f"generation stops at {sorted(run.stop_ids)}, the tokenizer's is {ids[0]}"
     if not same:
-        evidence += f"; written are {sorted(map(str, stops))} and {ids[1]}"
+        evidence += f"; written are {sorted(stops)} and {ids[1]}"
     return Verdict("answers end at the trained model's stop tokens", same, evidence)

@@ -14,10 +14,10 @@ from launcher.checkpoint.bundle import delete
 from launcher.data.prepare import PreparedData, prepare
 from launcher.errors import RecipeError
 from launcher.export.limits import limits_of
-from launcher.export.load_run import OpenedRun, free_memory, load_trained
+from launcher.export.load_run import OpenedRun, free_memory, load_trained, stop_ids_of
 from launcher.export.merge import MergePlan, check_space, plan_merge, read_updates, write_merged
 from launcher.export.proof import (
-    Measurement,
+    ModelOutputs,
     Probe,
     chat_verdict,
     figure_verdicts,
@@ -133,12 +133,12 @@ def _write(work: _Work) -> None:
     config.save_pretrained(str(folder))
     run.tokenizer.save_pretrained(str(folder))
     stops = run.stop_ids
-    generation.eos_token_id = stops[0] if len(stops) == 1 else stops
+    generation.eos_token_id = stops[0] if len(stops) == 1 else stops or None
     generation.to_json_file(folder / "generation_config.json")  # save_pretrained refuses settings that many bases have
     free_memory(run.device)
 
 
-def _measure_trained(work: _Work, probe: Probe) -> tuple[Measurement, list[Verdict]]:
+def _measure_trained(work: _Work, probe: Probe) -> tuple[ModelOutputs, list[Verdict]]:
     model, loaded = load_trained(work.run)
     verdicts = [loaded] if loaded else []
     if work.plan:
@@ -149,7 +149,7 @@ def _measure_trained(work: _Work, probe: Probe) -> tuple[Measurement, list[Verdi
     return found, verdicts
 
 
-def _measure_written(work: _Work, probe: Probe) -> tuple[Measurement, list[Verdict]]:
+def _measure_written(work: _Work, probe: Probe) -> tuple[ModelOutputs, list[Verdict]]:
     run, folder = work.run, str(work.staging)
     verdicts = []
     if work.plan:
@@ -174,15 +174,14 @@ def _measure_written(work: _Work, probe: Probe) -> tuple[Measurement, list[Verdi
         model, _ = load_trained(run, work.staging)
         generation = GenerationConfig.from_pretrained(folder)
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    own = generation.eos_token_id
-    found = measured(model.eval(), probe, stop_ids=own if isinstance(own, list) else [own])
+    found = measured(model.eval(), probe, stop_ids=stop_ids_of(generation))
     del model
     free_memory(run.device)
     return found, [*verdicts, chat_verdict(run, tokenizer, probe), stop_verdict(run, tokenizer, generation)]
 
 
 def _record(
-    work: _Work, probe: Probe, trained: Measurement, written: Measurement, found: list[Verdict]
+    work: _Work, probe: Probe, trained: ModelOutputs, written: ModelOutputs, found: list[Verdict]
 ) -> ExportRecord:
     run, merged = work.run, work.plan is not None
     figures = figures_of(trained, written, probe)

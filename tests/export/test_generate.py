@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -89,6 +90,22 @@ def test_a_chat_keeps_the_whole_conversation(generate: Main) -> None:
 def test_the_base_of_a_chat_answers_beside_it(generate: Main) -> None:
     done = generate("base=true", typed=f"{QUESTION}\n")
     assert done.code == 0 and "trained: " in done.out and "base: " in done.out
+
+
+def test_an_unfinished_run_answers_from_its_newest_checkpoint_and_is_not_exported(
+    main: Main, run_folder: Path, tmp_path: Path
+) -> None:
+    """A checkpoint has no tokenizer: it is the base's, with the recipe's template."""
+    unfinished = Path(shutil.copytree(run_folder, tmp_path / "unfinished"))
+    shutil.rmtree(unfinished / "adapter")
+    (unfinished / "report.json").unlink()
+    asked = (f"prompt={QUESTION}", "max_tokens=8")
+    done, finished = (main("mode=generate", f"run={run}", *asked) for run in (unfinished, run_folder))
+    assert done.code == 0 and "step-8, is used" in done.out, done.err
+    assert done.out.splitlines()[-2] == finished.out.splitlines()[-2]
+    refused = main("mode=export", f"run={unfinished}", "to=out")
+    assert refused.code == 2 and "the report.json of a finished run" in refused.err
+    assert [path.name for path in tmp_path.iterdir()] == ["unfinished"]
 
 
 @pytest.mark.parametrize(
