@@ -10,10 +10,9 @@ def answers_page(record: Answered) -> Page:
     rows: list[tuple[Value, Value]] = []
     if record.expected is not None:
         rows.append(("expected", record.expected))
-    rows.append(("trained" if record.base else "answer", record.trained.text))
-    if record.base:
-        rows.append(("base", record.base.text))
-    rows += [("", Styled(speed(answer), "dim")) for answer in (record.trained,)]
+    sides = {"trained" if record.base else "answer": record.trained} | ({"base": record.base} if record.base else {})
+    for name, answer in sides.items():
+        rows += [(name, answer.text), ("", Styled(speed(answer), "dim"))]
     return Page([Section(" ".join(record.prompt.split())[:100], [Facts(rows)])])
 
 

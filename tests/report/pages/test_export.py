@@ -45,5 +45,8 @@ def test_an_answer_is_shown_with_the_bases_and_the_datas_own_and_its_controls_es
     answered = Answered("Say it.", Answer(HOSTILE, 10, 2.0, False), Answer("base", 4, 1.0, True), expected="it")
     text = shown(answered)
     assert ESCAPED.split("\\x9b")[0] in text and "10 tokens, 5 tokens/s; cut by max_tokens" in text
-    assert [line.split()[0] for line in text.splitlines()[2:5]] == ["expected", "trained", "base"]
+    words = [line.split()[0] for line in text.splitlines()[2:]]
+    assert words[0] == "expected" and words.index("trained") < words.index("10") < words.index("base") < words.index(
+        "4"
+    )
     assert "answer" in shown(replace(answered, base=None)) and "base" not in shown(replace(answered, base=None))
