@@ -23,6 +23,7 @@ from launcher.runtime.clock import seconds_since
 from launcher.runtime.environment import prepare_environment, quick_imports
 from launcher.runtime.failures import classified
 from launcher.runtime.ranks import RankInfo
+from launcher.runtime.signals import Terminated
 
 ANSWERS_SHOWN = 8  # of a file with prompts
 
@@ -134,8 +135,11 @@ def run_command(argv: Sequence[str], info: RankInfo, console: Console) -> None:
     if info.world_size > 1:
         raise RecipeError(f"mode={mode} runs in one process; {info.world_size} were started. Run launcher/main.py.")
     read = read_options(argv, mode)
-    if isinstance(read, ExportOptions):
-        _export(read, Path(options["report"]).absolute() if options["report"] else None, info, console)
-    else:
-        assert isinstance(read, GenerateOptions)
-        _generate(read, info, console)
+    try:
+        if isinstance(read, ExportOptions):
+            _export(read, Path(options["report"]).absolute() if options["report"] else None, info, console)
+        else:
+            assert isinstance(read, GenerateOptions)
+            _generate(read, info, console)
+    except (KeyboardInterrupt, Terminated) as stop:
+        raise type(stop)("nothing of it is left") from None

@@ -16,15 +16,18 @@ from tests.conftest import fresh_dynamo
 RUN = ("compile.mode=off", "train.steps=8", "train.lr=1e-2", "train.save_every=4", "lora.r=32", "lora.alpha=64")
 
 
+def trained(small_arguments: tuple[str, ...], folder: Path, *changes: str) -> Path:
+    """The folder of a run on the small model: RUN, with changes."""
+    arguments = {argument.partition("=")[0]: argument for argument in (*small_arguments[1:], *RUN, *changes)}
+    with fresh_dynamo():
+        api.run("tiny", *arguments.values(), f"run.output_dir={folder}", quiet=True)
+    return folder
+
+
 @pytest.fixture(scope="session")
 def run_folder(small_arguments: tuple[str, ...], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a run whose adapter says something else than its base. k_proj and v_proj have square B."""
-    folder = tmp_path_factory.mktemp("export") / "run"
-    changed = {argument.partition("=")[0] for argument in RUN}
-    kept = [argument for argument in small_arguments[1:] if argument.partition("=")[0] not in changed]
-    with fresh_dynamo():
-        api.run("tiny", *kept, *RUN, f"run.output_dir={folder}", quiet=True)
-    return folder
+    return trained(small_arguments, tmp_path_factory.mktemp("export") / "run")
 
 
 @dataclass(frozen=True)

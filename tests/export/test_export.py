@@ -17,7 +17,7 @@ from launcher.export.proof import make_probe
 from launcher.export.write import prepared_data
 from launcher.runtime.ranks import RankInfo
 from tests.conftest import ROOT, TINY
-from tests.export.conftest import Main
+from tests.export.conftest import Main, trained
 
 CLAIMS = 8  # of a merged export
 
@@ -83,6 +83,24 @@ def test_on_the_original_base_the_weights_are_its_own_plus_the_update(
     assert (b @ a).abs().max() > 1e-3
     torch.testing.assert_close(written[f"{name}.weight"], base[f"{name}.weight"] + 2 * b @ a)
     assert torch.equal(written["model.norm.weight"], base["model.norm.weight"])
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        ("lora.targets=[q_proj,v_proj]", "model.dtype=bfloat16"),  # quantised linears without an adapter
+        ("quant.type=none",),
+        ("quant.double=false", "data.validation=0"),
+    ],
+)
+def test_runs_of_other_kinds_are_exported_too(
+    main: Main, small_arguments: tuple[str, ...], tmp_path: Path, changes: tuple[str, ...]
+) -> None:
+    trained(small_arguments, tmp_path / "run", "train.steps=2", *changes)
+    done = main("mode=export", "run=run", "to=out", "report=report.json")
+    assert done.code == 0, done.err
+    assert done.report["dtype"] == "bfloat16" and len(done.report["verdicts"]) == CLAIMS
+    assert ("of training (the run has no validation data)" in done.out) == ("data.validation=0" in changes)
 
 
 def test_an_exported_adapter_loads_alone_and_is_the_trained_one(export: Main, tmp_path: Path) -> None:

@@ -133,6 +133,16 @@ def test_another_stop_token(export: Main, tmp_path: Path, monkeypatch: pytest.Mo
     refused(export(f"format={format}"), tmp_path, {"answers end at the trained model's stop tokens"})
 
 
+def test_an_interrupted_export_leaves_nothing(export: Main, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(write, "weights_verdict", interrupted)
+    done = export()
+    assert done.code == 130 and "interrupted; nothing of it is left" in done.err
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_an_adapter_that_was_changed_on_the_way(export: Main, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     copy = write.shutil.copytree
 
