@@ -30,6 +30,7 @@ from launcher.records.run import Verdict
 DOCUMENTS = 64  # at most
 LOGIT_BYTES = 2**29  # of one model's logits that are kept to be compared with the other's: decides P
 PROMPTS, ANSWER_TOKENS = 4, 32
+TIE = 0.25  # nats between two tokens that are equally likely in 16 bits, where logits of 16 to 32 have steps of 0.125
 CHATS = (  # rendered by both tokenizers
     ["user"],
     ["user", "assistant", "user"],
@@ -116,11 +117,13 @@ def greedy(model: Any, prompt: list[int], *, stop_ids: Sequence[int]) -> list[in
 
 
 def figures_of(trained: ModelOutputs, written: ModelOutputs, probe: Probe) -> ExportFigures:
-    largest, total, kl = 0.0, 0.0, []
+    largest, total, kl, apart = 0.0, 0.0, [], 0
     for p, q in zip(trained.logits.split(64), written.logits.split(64), strict=True):
         difference = (p - q).abs()
         largest, total = max(largest, float(difference.max())), total + float(difference.double().sum())
         kl.append(_kl(p.double(), q.double()))
+        lost = p.amax(-1) - p.gather(-1, q.argmax(-1, keepdim=True)).squeeze(-1)
+        apart += int((~(lost <= TIE)).sum())
     each = torch.cat(kl)  # [P]
     return ExportFigures(
         documents=len(probe.documents),
@@ -132,6 +135,7 @@ def figures_of(trained: ModelOutputs, written: ModelOutputs, probe: Probe) -> Ex
         mean_logit_difference=total / trained.logits.numel(),
         mean_kl=float(each.mean()),
         largest_kl=float(each.max()),
+        disagreement=apart / len(each),
         agreement=float((trained.predictions == written.predictions).double().mean()),
     )
 
@@ -154,7 +158,7 @@ def pairs_of(trained: ModelOutputs, written: ModelOutputs, probe: Probe, run: Op
 
 
 def figure_verdicts(figures: ExportFigures, limits: ExportLimits) -> tuple[Verdict, ...]:
-    loss, kl, share = figures.loss_difference, figures.mean_kl, figures.agreement
+    loss, kl, share, limit = figures.loss_difference, figures.mean_kl, figures.disagreement, limits.disagreement
     return (
         Verdict(
             "the loss is the trained model's",
@@ -168,8 +172,8 @@ def figure_verdicts(figures: ExportFigures, limits: ExportLimits) -> tuple[Verdi
         ),
         Verdict(
             "the likeliest next tokens are the trained model's",
-            share >= limits.agreement,
-            f"{share:.4f} of {figures.tokens:,} tokens, at least {limits.agreement:g}",
+            share <= limit,
+            f"{figures.agreement:.4f} are the same; {share:.4f} differ by more than a tie, at most {limit:g}",
         ),
     )
 

@@ -12,7 +12,7 @@ class ExportLimits:
 
     loss: float  # difference of the mean losses, nats
     kl: float  # mean over the compared positions, nats
-    agreement: float  # least share of supervised tokens for which both predict the same
+    disagreement: float  # share of the compared positions, as of ExportFigures
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,8 @@ class ExportFigures:
     mean_logit_difference: float  # absolute
     mean_kl: float  # of the written model's distribution from the trained one's
     largest_kl: float
-    agreement: float  # 0-1
+    agreement: float  # 0-1: share of the tokens for which both have the same likeliest token
+    disagreement: float  # 0-1: share of the compared positions where they differ by more than a tie of the trained one
 
     @property
     def loss_difference(self) -> float:

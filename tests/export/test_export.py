@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from launcher.export.load_run import open_run
 from launcher.export.place import find_run
@@ -168,18 +168,12 @@ def test_a_write_that_fails_leaves_nothing(export: Main, tmp_path: Path, monkeyp
     assert list(tmp_path.iterdir()) == []
 
 
-def test_tied_embeddings_stay_tied_and_weights_already_in_nf4_become_whole(main: Main, tmp_path: Path) -> None:
-    """recipes/tiny's base is tied; here it is quantised before it is trained on."""
-    from launcher import api
-    from tests.conftest import fresh_dynamo
-
-    packed = tmp_path / "packed"
-    quantised(TINY / "base", packed)
-    with fresh_dynamo():
-        api.run(
-            "tiny", f"model.name={packed}", "compile.mode=off", "train.steps=3", "train.micro_batch=1",
-            "data.max_length=64", "run.sample_tokens=0", f"run.output_dir={tmp_path / 'run'}", quiet=True,
-        )  # fmt: skip
+def test_tied_embeddings_stay_tied_and_weights_already_in_nf4_become_whole(
+    main: Main, small_arguments: tuple[str, ...], tmp_path: Path
+) -> None:
+    """The base of recipes/tiny is tied; here it is quantised before it is trained on."""
+    quantised(TINY / "base", tmp_path / "packed")
+    trained(small_arguments, tmp_path / "run", f"model.name={tmp_path / 'packed'}", "train.steps=2")
     done = main("mode=export", "run=run", "to=out", "report=report.json")
     assert done.code == 0, done.err
     written = load_file(tmp_path / "out" / "model.safetensors")
@@ -192,8 +186,6 @@ def test_tied_embeddings_stay_tied_and_weights_already_in_nf4_become_whole(main:
 
 def quantised(source: Path, folder: Path) -> None:
     """The checkpoint at `source` in NF4, as bitsandbytes saves it."""
-    from transformers import BitsAndBytesConfig
-
     nf4 = BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",

@@ -57,11 +57,12 @@ def _figures(record: ExportRecord) -> Section:
         ("largest KL", f"{figures.largest_kl:.1e}", True, ""),
         ("logit difference, mean", f"{figures.mean_logit_difference:.1e}", True, ""),
         ("logit difference, largest", f"{figures.largest_logit_difference:.1e}", True, ""),
+        ("same likeliest token", f"{figures.agreement:.4f}", True, ""),
         (
-            "same likeliest token",
-            f"{figures.agreement:.4f}",
-            figures.agreement >= limits.agreement,
-            f"at least {limits.agreement:g}",
+            "another, by more than a tie",
+            f"{figures.disagreement:.4f}",
+            figures.disagreement <= limits.disagreement,
+            f"{limits.disagreement:g}",
         ),
     ]
     columns = [

@@ -9,12 +9,12 @@ from tests.support.records import ESCAPED, HOSTILE, section, shown
 
 FIGURES = ExportFigures(
     documents=64, tokens=1543, positions=1000, trained_loss=1.5, written_loss=1.51, largest_logit_difference=0.2,
-    mean_logit_difference=0.01, mean_kl=2e-5, largest_kl=1e-3, agreement=0.995,
+    mean_logit_difference=0.01, mean_kl=2e-5, largest_kl=1e-3, agreement=0.995, disagreement=0.001,
 )  # fmt: skip
 RECORD = ExportRecord(
     run="runs/a/adapter", base="owner/base", folder="/out", format="merged", on="dequantised", dtype="bfloat16",
     trained_dtype="float32", device="CPU", files={"model.safetensors": 5 * 2**20, "config.json": 100},
-    data="64 documents of validation", limits=ExportLimits(loss=0.1, kl=1e-3, agreement=0.98), figures=FIGURES,
+    data="64 documents of validation", limits=ExportLimits(loss=0.1, kl=1e-3, disagreement=0.02), figures=FIGURES,
     answers=(GreedyPair("What is it?", "a bird", "a fish", 3, 1, (True, False)),), stop_tokens=("<|end|>",),
     peak_mib=512, elapsed_s={"write": 1.0}, verdicts=(Verdict("the loss is the trained model's", True, "near"),),
     notes=("a note",),
@@ -24,7 +24,7 @@ RECORD = ExportRecord(
 def test_a_proved_export_shows_its_figures_beside_their_limits_and_how_to_load_it() -> None:
     text = shown(RECORD)
     table = section(text, "The written model beside the trained one")
-    assert "difference of the losses 1.0e-02 0.1" in table and "same likeliest token 0.9950 at least 0.98" in table
+    assert "difference of the losses 1.0e-02 0.1" in table and "another, by more than a tie 0.0010 0.02" in table
     assert "What is it? a bird a fish 1 of 3 one" in section(text, "Greedy answers")
     assert "5 MiB in 2 files, bfloat16" in text and 'AutoModelForCausalLM.from_pretrained("/out")' in text
     assert "AutoPeftModelForCausalLM" in shown(replace(RECORD, format="adapter", on=""))
