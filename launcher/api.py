@@ -6,30 +6,37 @@ record.evals[-1].eval_loss, record.start.run_dir
 """
 
 import io
+import signal
+import sys
 from collections.abc import Sequence
-from contextlib import suppress
+from contextlib import closing, suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
 from rich.console import Console
 
-from launcher.checkpoint.folder import RunFiles, check_report_path
+from launcher.checkpoint.folder import RunFiles
 from launcher.compile.inductor_cache import prepare_cache
 from launcher.errors import RecipeError
-from launcher.recipe.field_types import recipes_dir
+from launcher.preflight.before_torch import check_before_torch
+from launcher.preflight.lines import Checks
+from launcher.recipe.field_types import interval_s, recipes_dir
 from launcher.recipe.load import Resolved, resolve
-from launcher.recipe.locate import config_file, locate
 from launcher.records.run import Event, RunRecord
 from launcher.report import Screen, make_console
+from launcher.report import error as print_error
 from launcher.report.trackers import make_trackers
 from launcher.runtime.clock import boot_clock_s, seconds_since
+from launcher.runtime.ending import last_words
 from launcher.runtime.environment import prepare_environment, quick_imports
 from launcher.runtime.failures import classified, code_and_reason
-from launcher.runtime.launch_flags import check_launch_flags
-from launcher.runtime.ranks import RankInfo, end_with_parent, rank_info
-from launcher.runtime.signals import listening
-from launcher.train.before_torch import check_inputs, check_run_folder
+from launcher.runtime.heartbeat import Heartbeat
+from launcher.runtime.parent import end_with_parent, under_launcher
+from launcher.runtime.ranks import RankInfo, rank_info
+from launcher.runtime.signals import deferring, listening
+from launcher.runtime.watched_ranks import Ending
 from launcher.train.request import Request
 
 
@@ -54,24 +61,21 @@ def run(recipe: str, *overrides: str, quiet: bool = False) -> RunRecord:
         raise RecipeError(f"run() trains; got mode={resolved.mode}; give that to the command line: qlora-launcher")
     if info.world_size > 1:  # a run ends its process group, and a second run of the process would find none
         raise RecipeError(f"run() trains in one process; {info.world_size} were started; launch launcher/main.py")
-    request = replace(make_request(resolved, info), started_s=started_s)
+    request = replace(make_request(resolved, info, trains=True), started_s=started_s)
     with listening():
         return train(request, make_console(io.StringIO() if quiet else None), report_copy=resolved.report)
 
 
-def make_request(resolved: Resolved, info: RankInfo) -> Request:
-    """Settle the process's environment and locate the model. Raises RecipeError where that is not there or cannot be
-    trained, where Accelerate was asked for what contradicts the recipe, or where report=PATH cannot be written,
-    DataError where local data is not there; all before torch."""
-    end_with_parent()
-    check_report_path(resolved.report)
-    prepare_environment()
-    recipe, shipped = resolved.recipe, recipes_dir()
-    notes = check_launch_flags(recipe.model, recipe.train, cores=info.cores)
-    cache_note = prepare_cache(workers=info.cores)
-    source = locate(recipe.model, shipped / "architectures")
-    check_inputs(recipe, config_file(source, recipe.model.revision))
-    return Request(recipe, resolved.name, source, shipped, info, notes=(*notes, *([cache_note] if cache_note else [])))
+def make_request(resolved: Resolved, info: RankInfo, *, trains: bool = False) -> Request:
+    """Settle the process's environment and locate the model. Raises, as one error, whatever can be told before torch is
+    imported to be wrong with packages, launch, model, data, report=PATH and, if it `trains`, the run folder."""
+    notes = [*prepare_environment(), prepare_cache(workers=info.cores)]
+    checks, shipped = Checks(), recipes_dir()
+    located = check_before_torch(checks, resolved, shipped=shipped, cores=info.cores, trains=trains)
+    checks.refuse()
+    assert located.source is not None, "else it was refused"
+    notes += located.notes
+    return Request(resolved.recipe, resolved.name, located.source, shipped, info, notes=tuple(filter(None, notes)))
 
 
 def train(request: Request, console: Console, *, report_copy: Path | None) -> RunRecord:
@@ -80,12 +84,13 @@ def train(request: Request, console: Console, *, report_copy: Path | None) -> Ru
     `report_copy` is where else the report is written. Raises the errors of launcher/errors.py.
     """
     info = request.rank_info
-    check_run_folder(request.recipe, request.name)
     files, trackers = RunFiles(info.rank, report_copy=report_copy), make_trackers(request.recipe.run.trackers)
-    with Screen(console, clock=seconds_since(request.started_s)) as screen:
+    with Screen(console, clock=seconds_since(request.started_s)) as screen, last_words(lambda *_: screen.close()):
         screen.show("importing torch")
         with quick_imports():
+            import launcher.preflight.with_torch
             import launcher.train.loop  # noqa: F401
+        end_with_parent(signal.SIGTERM)  # from now on there may be something to save
         record = _train(request, files, [files, *(trackers if info.is_main else []), screen])
         files.end(code=0, reason="done" + ("; the console was closed on the way" if screen.lost else ""))
         return record
@@ -93,19 +98,54 @@ def train(request: Request, console: Console, *, report_copy: Path | None) -> Ru
 
 def _train(request: Request, files: RunFiles, sinks: Sequence[Sink]) -> RunRecord:
     """A function of its own: what exists while imports are frozen, a cell of `history` too, would never be freed."""
+    from launcher.preflight.with_torch import check_before_load
     from launcher.train import loop
     from launcher.train.history import RunHistory
+    from launcher.train.rescue import rescue
 
     history = RunHistory()
+    heartbeat = Heartbeat(
+        request.rank_info,
+        timeout_s=interval_s(request.recipe.run.timeout),
+        on_lost=partial(_record_loss, files, request.rank_info),
+        saving=lambda: files.saving,
+    )
     try:
-        with classified(request.rank_info, lambda: history.ledger):
-            for event in loop.training(request, history):
-                for sink in sinks:
+        with (
+            last_words(lambda code, reason: files.end(code=code, reason=reason)),
+            classified(request.rank_info, lambda: history.ledger),
+            closing(loop.training(request, history)) as events,
+        ):
+            check_before_load(request)
+            for event in events:
+                for sink in (*sinks, heartbeat):
                     sink.show(event)
     except BaseException as failure:
-        code, reason = code_and_reason(failure)
-        with suppress(OSError):  # a full disk must not hide what ended the run
-            files.end(code=code, reason=reason, step=getattr(failure, "step", None))
-        raise
+        with deferring():  # the process launcher terminates this rank because another has ended
+            rescue(history.worker, failure)
+            cause = heartbeat.first_cause(failure)
+            code, reason = code_and_reason(cause)
+            with suppress(OSError):  # a full disk must not hide what ended the run
+                files.end(
+                    code=code, reason=reason, step=getattr(cause, "step", None), rank=getattr(cause, "rank", None)
+                )
+        if cause is failure:
+            raise
+        raise cause from failure
+    finally:
+        with deferring():
+            heartbeat.close()
     assert isinstance(event, RunRecord), "a run's last event is its record"
     return event
+
+
+def _record_loss(files: RunFiles, info: RankInfo, ending: Ending, told: bool) -> None:
+    """Before another rank's end ends this process, which may happen without a further word. One rank prints it: the one
+    that tells its own end, or the first that found another's; for a rank of another machine rank 0 too."""
+    written = True
+    with suppress(OSError, ValueError):  # the folder may be on another machine
+        written = files.end(code=ending.code, reason=ending.reason, step=ending.step, rank=ending.rank)
+    console = make_console(sys.stderr)
+    if (info.is_main and ending.rank >= info.local_world_size) if told else written:
+        print_error(console, ending.reason, ending.code, framed=under_launcher())
+    console.show_cursor()  # the live line hides it

@@ -12,22 +12,29 @@ from typing import Any
 from rich.console import Console
 
 from launcher.api import make_request, train
-from launcher.checkpoint.folder import write_json
+from launcher.checkpoint.files import write_json
+from launcher.data.read.rows import ReadingProgress
 from launcher.errors import ContractError, DataError, LauncherError, RecipeError
+from launcher.preflight.lines import Checks
+from launcher.preflight.mode import check
 from launcher.proof.bench.compare import bench
 from launcher.proof.bench.processes import ChildFailed
 from launcher.recipe.command_line import parse
 from launcher.recipe.help import print_request
 from launcher.recipe.load import Resolved, resolve
 from launcher.recipe.run_options import OPTIONS_OF
+from launcher.records.check import CheckRecord
+from launcher.records.run import Phase
 from launcher.report import Screen, make_console
 from launcher.report import error as print_error
 from launcher.run_commands import run_command
 from launcher.runtime.clock import seconds_since
-from launcher.runtime.environment import open_standard_streams, quick_imports
+from launcher.runtime.environment import check_current_folder, quick_imports
 from launcher.runtime.failures import classified, code_and_reason
-from launcher.runtime.ranks import RankInfo, rank_info, under_launcher
+from launcher.runtime.parent import under_launcher
+from launcher.runtime.ranks import RankInfo, rank_info
 from launcher.runtime.signals import Terminated, listen
+from launcher.runtime.streams import prepare_standard_streams
 from launcher.train.request import Request
 
 SHARED_CODES = (2, 3)  # every rank finds these, so one of them prints
@@ -35,11 +42,13 @@ SHARED_CODES = (2, 3)  # every rank finds these, so one of them prints
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command line; returns the exit code. Every failure meant for the user is a message, not a traceback."""
-    open_standard_streams()
-    info = rank_info()
+    prepare_standard_streams()
     arguments = list(sys.argv[1:] if argv is None else argv)
     listen()
+    info = RankInfo(0, 0, 1, 1)
     try:
+        info = rank_info()
+        check_current_folder()
         console = make_console(None if info.is_main else io.StringIO())
         if print_request(arguments, console=console):
             return 0
@@ -59,15 +68,28 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _train(resolved: Resolved, info: RankInfo, console: Console) -> None:
-    train(make_request(resolved, info), console, report_copy=resolved.report)
+    train(make_request(resolved, info, trains=True), console, report_copy=resolved.report)
+
+
+def _check(resolved: Resolved, info: RankInfo, console: Console) -> None:
+    if not info.is_main:  # one process checks for all of its machine
+        return
+    checks, record = Checks(), None
+    with Screen(console, clock=seconds_since()) as screen, classified(info):
+        for record in check(resolved, info, checks):
+            screen.show(record)
+        if resolved.report and isinstance(record, CheckRecord):
+            write_json(resolved.report, record.as_report())
+    checks.refuse()
 
 
 def _preview(resolved: Resolved, info: RankInfo, console: Console) -> None:
     if not info.is_main:  # one process sees all there is to see
         return
     request = make_request(resolved, info)
-    with Screen(console, clock=seconds_since()) as screen:
-        screen.show("preparing the data")
+    with Screen(console, clock=seconds_since()) as screen, classified(info):
+        progress = ReadingProgress()
+        screen.show(Phase("preparing the data", progress))
         with quick_imports():
             from launcher.data.prepare import prepare
             from launcher.data.preview import preview_record
@@ -80,7 +102,7 @@ def _preview(resolved: Resolved, info: RankInfo, console: Console) -> None:
         config = load_config(source, recipe.model)
         family_of(config, max_length=recipe.data.max_length)  # refuses what training refuses
         tokenizer = load_tokenizer(source, recipe.model, stand_in=request.shipped / "tiny" / "base")
-        data = prepare(recipe.data, tokenizer, seed=recipe.train.seed)
+        data = prepare(recipe.data, tokenizer, seed=recipe.train.seed, progress=progress)
         fault: DataError | None = None
         try:
             data, used = fit_vocabulary(data, tokenizer, vocabulary=config.vocab_size)
@@ -136,6 +158,7 @@ def _compare(events: Callable[[Request], Iterator[Any]], resolved: Resolved, inf
 
 COMMANDS: dict[str, Callable[[Resolved, RankInfo, Console], None]] = {  # by mode; help.py answers the others
     "train": _train,
+    "check": _check,
     "preview": _preview,
     "parity": _parity,
     "bench": _bench,
@@ -144,6 +167,8 @@ COMMANDS: dict[str, Callable[[Resolved, RankInfo, Console], None]] = {  # by mod
 
 def _print_failure(error: LauncherError, info: RankInfo) -> None:
     """Print an error once where all ranks have it, and with the rank's number where it is this rank's own."""
+    if error.rank is not None:  # who met it or found it has printed it
+        return
     shared = error.code in SHARED_CODES
     reporter = error.reporter if error.reporter is not None else 0 if shared else info.local_rank
     if info.local_rank == reporter:

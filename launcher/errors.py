@@ -5,6 +5,9 @@ A message gives the rule, the value and the remedy, in that order; `cli` prints 
 
 import errno
 import os
+import re
+
+from launcher.credentials import masked
 
 LESS_MEMORY = (
     "Set memory.activations=full (offload on a GPU), lower train.micro_batch (raise train.accumulation), "
@@ -13,12 +16,25 @@ LESS_MEMORY = (
 
 
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # no space, no quota, a file larger than may be
+DISK_FAULTS = (*FULL_DISK, errno.EIO)
+
+
+def errno_of(error: BaseException) -> int | None:
+    """The number of the system's error that this one is, None if it is none. safetensors and tokenizers raise errors of
+    their own, with the number in their text."""
+    if isinstance(error, OSError):
+        return error.errno
+    number = re.search(r"\(os error (\d+)\)", str(error))
+    return int(number[1]) if number else None
 
 
 def is_full_disk(error: BaseException) -> bool:
-    """Whether a write failed for want of space. safetensors and tokenizers raise errors of their own, with the system's
-    message in their text."""
-    return getattr(error, "errno", None) in FULL_DISK or any(os.strerror(code) in str(error) for code in FULL_DISK)
+    """Whether a write failed for want of space. Libraries raise errors of their own, with the system's text in them."""
+    return errno_of(error) in FULL_DISK or any(os.strerror(code) in str(error) for code in FULL_DISK)
+
+
+# Codes of ends that may follow from another rank's: a bug's, as another rank's end may show, a lost rank's, a signal's.
+LESS_TELLING = (1, 8, 129, 130, 138, 143)
 
 
 class LauncherError(Exception):
@@ -27,9 +43,14 @@ class LauncherError(Exception):
     code = 1
 
     def __init__(self, message: str, *, step: int | None = None) -> None:
-        super().__init__(message)
+        super().__init__(masked(message))
         self.step = step  # of the optimizer, where it is not the last one recorded
+        self.rank: int | None = None  # the rank to blame, where it is not the one that raises this
         self.reporter: int | None = None  # the local rank that prints it, where the others only repeat it
+
+    def __str__(self) -> str:
+        """The message, and what `add_note` has added to it, such as what became of the weights."""
+        return "\n".join([super().__str__(), *getattr(self, "__notes__", ())])
 
 
 class RecipeError(LauncherError):
@@ -48,6 +69,10 @@ class CheckpointError(LauncherError):
     """The adapter on disk does not give back what was trained, or the run folder is in use."""
 
     code = 4
+
+
+class FolderError(CheckpointError):
+    """The run folder is gone while the run goes on, or may not be written any more."""
 
 
 class NonFiniteError(LauncherError):
@@ -69,7 +94,7 @@ class MemoryExhausted(LauncherError):
 
 
 class DiskError(LauncherError):
-    """A file of the run could not be written."""
+    """The disk is full or fails: a file of the run could not be written."""
 
     code = 7
 

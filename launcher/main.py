@@ -16,6 +16,6 @@ def import_from_root(folder: Path) -> None:
 if __name__ == "__main__":
     import_from_root(Path(__file__).resolve().parent)
 
-    from launcher.cli import main
+    from launcher.__main__ import start
 
-    sys.exit(main())
+    sys.exit(start())

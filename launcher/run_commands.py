@@ -9,9 +9,10 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
-from launcher.checkpoint.folder import check_report_path, write_json
+from launcher.checkpoint.files import write_json
 from launcher.errors import CheckpointError, RecipeError
 from launcher.export.place import RunPlace, check_target, find_run
+from launcher.preflight.before_torch import check_report
 from launcher.recipe.command_line import parse
 from launcher.recipe.field_types import recipes_dir
 from launcher.recipe.locate import locate
@@ -102,7 +103,8 @@ def _say(answerer: Any, content: Any, console: Console, *, base: bool = False) -
 
 def _export(options: ExportOptions, report: Path | None, info: RankInfo, console: Console) -> None:
     """Write the model and prove it. Raises CheckpointError where it is not the trained one."""
-    check_report_path(report)
+    if report:
+        check_report(report)
     to = Path(options.to).expanduser().absolute()
     check_target(to)
     place, source = _located(options)

@@ -121,6 +121,29 @@ def make_recipe(small_model: Path, rows_file: Path, tmp_path: Path) -> Callable[
     return lambda **sections: small_recipe(small_model, rows_file, tmp_path, **sections)
 
 
+@pytest.fixture
+def make(make_recipe: Callable[..., Any], tmp_path: Path) -> Callable[..., Any]:
+    """Recipes of eight uncompiled steps that save every second one, in the folder `run` unless another is named."""
+
+    def recipe(folder: str = "run", **sections: Any) -> Any:
+        train = {"steps": 8, "save_every": 2, "eval_every": 4, **sections.pop("train", {})}
+        place = {"output_dir": str(tmp_path / folder), **sections.pop("run", {})}
+        return make_recipe(**{"compile": {"mode": "off"}, **sections}, train=train, run=place)
+
+    return recipe
+
+
+@pytest.fixture
+def killed(make: Callable[..., Any], tmp_path: Path) -> Path:
+    """The folder of a run that ended as by a kill, its checkpoints of the steps 2 and 4 whole."""
+    from tests.support.runs import trained
+
+    trained(make(), until=6)
+    folder = tmp_path / "run"
+    shutil.rmtree(folder / "checkpoints" / "step-6", ignore_errors=True)
+    return folder
+
+
 @pytest.fixture(scope="session")
 def small_arguments(small_model: Path, rows_file: Path) -> tuple[str, ...]:
     """Command-line arguments of a run on the small model."""

@@ -33,7 +33,7 @@ def test_a_run_returns_the_record_that_its_report_is_written_from(finished, smal
     assert json.loads((folder / "report.json").read_text()) == json.loads(json.dumps(record.as_report()))
     assert copy.read_text() == (folder / "report.json").read_text()
     assert {path.name for path in folder.iterdir()} == {
-        "adapter", "checkpoints", "metrics.jsonl", "report.json", "status.json", "trackers",
+        "adapter", "checkpoints", "metrics.jsonl", "parts.json", "report.json", "status.json", "trackers",
     }  # fmt: skip
     assert json.loads((folder / "status.json").read_text()) == {
         "code": 0, "reason": "done", "rank": 0, "step": 2, "resumable": False,
@@ -92,7 +92,9 @@ def test_a_run_that_fails_leaves_its_status(small_arguments, tmp_path, monkeypat
 def test_another_mode_and_several_processes_are_refused(monkeypatch):
     with pytest.raises(RecipeError, match=r"run\(\) trains; got mode=preview"):
         api.run("tiny", "mode=preview")
-    monkeypatch.setenv("WORLD_SIZE", "2")
+    started = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}
+    for name, value in started.items():
+        monkeypatch.setenv(name, value)
     with pytest.raises(RecipeError, match=r"run\(\) trains in one process; 2 were started"):
         api.run("tiny")
 

@@ -72,7 +72,7 @@ def test_a_plain_install_carries_every_recipe_file_and_finds_them(checkout: Path
     (installed / "recipes" / "tiny.yaml").touch()
     assert run("-S", "-c", FIND, str(installed), *PACKAGES, cwd=tmp_path) == str(installed / "launcher" / "recipes")
     entry_points = next(installed.glob("*.dist-info/entry_points.txt")).read_text()
-    assert "qlora-launcher = launcher.cli:main" in entry_points
+    assert "qlora-launcher = launcher.__main__:start" in entry_points
 
 
 @pytest.mark.slow

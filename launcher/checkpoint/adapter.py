@@ -2,17 +2,20 @@
 
 import hashlib
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftConfig, PeftModel, set_peft_model_state_dict
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
-from launcher.checkpoint.bundle import delete
+from launcher.checkpoint.files import delete, sync, writing
 from launcher.checkpoint.folder import RunFolder
-from launcher.errors import CheckpointError
+from launcher.credentials import masked
+from launcher.errors import CheckpointError, FolderError
 from launcher.model.lora import ADAPTER
 from launcher.records.run import Verdict
 
@@ -21,22 +24,30 @@ TOLERANCE = 1e-5  # the same graph on the same batch: only a weight that differs
 
 def save_proven(model: PeftModel, tokenizer: Any, folder: RunFolder, *, loss: Callable[[], float]) -> Verdict:
     """Save the adapter to a staging folder, prove it there, then rename it to `adapter`. An adapter whose proof fails
-    is not renamed, and the verdict says why."""
-    earlier = folder.adapter.with_name("adapter.earlier.part")
-    for leftover in (folder.adapter_staging, earlier):  # of a killed process, or a link that someone planted
-        delete(leftover)
-    save_adapter(model, tokenizer, folder.adapter_staging)
+    is not renamed, and the verdict says why. Raises DiskError and FolderError, as `writing` does."""
     claim = "saved adapter reloads"
+    staging, earlier = folder.adapter_staging, folder.path / "adapter.earlier.part"
+    needed = sum(parameter.nbytes for parameter in trained_parameters(model).values())
     try:
-        before, after = prove_adapter(model, folder.adapter_staging, loss=loss)
+        with writing(folder.path, what="The adapter", needed=needed):
+            folder.check_in_place()
+            for leftover in (staging, earlier):  # of a killed process, or a link that someone planted
+                delete(leftover)
+            staging.mkdir()
+            save_adapter(model, tokenizer, staging)
+            sync(staging)
+            before, after = prove_adapter(model, staging, loss=loss)
+            if folder.adapter.exists():  # of the run before it was given more steps
+                folder.adapter.rename(earlier)
+            staging.rename(folder.adapter)
+            delete(earlier)
+    except FolderError:
+        raise
     except CheckpointError as error:
         return Verdict(claim, False, str(error))
-    if folder.adapter.exists():  # of the run before it was given more steps
-        folder.adapter.rename(earlier)
-        folder.adapter_staging.rename(folder.adapter)
-        delete(earlier)
-    else:
-        folder.adapter_staging.rename(folder.adapter)
+    finally:
+        with suppress(OSError):
+            delete(staging)
     return Verdict(claim, True, f"loss {before:.6f} trained, {after:.6f} reloaded from disk")
 
 
@@ -49,6 +60,18 @@ def save_adapter(model: PeftModel, tokenizer: Any, folder: Path) -> None:
 def save_tensors(model: PeftModel, tensors: dict[str, torch.Tensor] | None, folder: Path) -> None:
     """The model's adapter in PEFT's layout, with `tensors` (by the names of its parameters) in place of its own."""
     model.save_pretrained(str(folder), safe_serialization=True, save_embedding_layers=False, state_dict=tensors)
+    for file in (folder / "adapter_config.json", folder / "README.md"):  # both name the base
+        file.write_text(masked(file.read_text(encoding="utf-8")), encoding="utf-8")
+
+
+def holds_adapter(model: PeftModel, folder: Path) -> bool:
+    """Whether the adapter in `folder` has the model's trained weights, bit for bit."""
+    try:
+        saved = load_file(folder / "adapter_model.safetensors")
+    except (OSError, SafetensorError):
+        return False
+    trained = get_peft_model_state_dict(model, adapter_name=ADAPTER, save_embedding_layers=False)
+    return saved.keys() == trained.keys() and all(torch.equal(saved[name], trained[name].cpu()) for name in saved)
 
 
 def prove_adapter(model: PeftModel, folder: Path, *, loss: Callable[[], float]) -> tuple[float, float]:

@@ -12,10 +12,9 @@ Writing: staging folder, fsync of every file and folder, rename, fsync of the pa
 A bundle is never changed. Nothing in it can execute: tensors are safetensors, the rest is JSON.
 """
 
+import errno
 import hashlib
 import json
-import os
-import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -25,10 +24,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from launcher.errors import CheckpointError, DiskError, is_full_disk
+from launcher.checkpoint.files import delete, sync, sync_one, writing
+from launcher.errors import CheckpointError
 
 State = dict[str, Any]  # a tree of dicts with strings as keys; leaves are tensors and JSON values
 
+PLAIN_FILES = {".safetensors", ".json", ".md"}  # of files in a bundle; none of them can execute
 MANIFEST, TENSORS, REST = "manifest.json", "state.safetensors", "state.json"
 PREFIX, STAGING = "step-", ".part"
 
@@ -36,33 +37,29 @@ PREFIX, STAGING = "step-", ".part"
 def write_bundle(checkpoints: Path, state: State, *, step: int, adapter: Callable[[Path], None]) -> Path:
     """Write the bundle of `step`; `adapter` writes the adapter's files into the folder that it is given.
 
-    Raises DiskError if the disk is full. Whatever is raised, no bundle is changed and no staging folder stays.
+    Raises DiskError and FolderError, as `writing` does. Whatever is raised, no bundle is changed and no staging folder
+    stays.
     """
     bundle = checkpoints / f"{PREFIX}{step}"
     staging = bundle.with_name(bundle.name + STAGING)
     tensors = dict(tensors_of(state))
+    needed = sum(tensor.nbytes for tensor in tensors.values())
     try:
-        delete(staging)
-        staging.mkdir(parents=True)
-        _fsync(checkpoints.parent)
-        save_file(tensors, staging / TENSORS)
-        (staging / REST).write_text(json.dumps(without_tensors(state)), encoding="utf-8")
-        adapter(staging / "adapter")
-        (staging / MANIFEST).write_text(json.dumps(_manifest(staging), indent=1), encoding="utf-8")
-        for path in (*staging.rglob("*"), staging):
-            _fsync(path)
-        delete(bundle)  # if it is there it is damaged: the run went on from an earlier one
-        staging.rename(bundle)
-        _fsync(checkpoints)
-    except (OSError, SafetensorError) as error:
-        if not is_full_disk(error):
-            raise
-        free = shutil.disk_usage(checkpoints.parent).free
-        needed = sum(tensor.nbytes for tensor in tensors.values())
-        raise DiskError(
-            f"a checkpoint needs more than {needed:,} bytes in {checkpoints}; {free:,} are free.\n"
-            "Free space, or lower train.keep. The checkpoints before it are whole."
-        ) from error
+        with writing(checkpoints.parent, what="A checkpoint", needed=needed):
+            if checkpoints.is_symlink():
+                raise NotADirectoryError(errno.ELOOP, "checkpoints in it is a link, which is not followed")
+            checkpoints.mkdir(exist_ok=True)  # no parents: a run folder that is gone stays gone
+            delete(staging)
+            staging.mkdir()
+            sync_one(checkpoints.parent)
+            save_file(tensors, staging / TENSORS)
+            (staging / REST).write_text(json.dumps(without_tensors(state)), encoding="utf-8")
+            adapter(staging / "adapter")
+            (staging / MANIFEST).write_text(json.dumps(_manifest(staging), indent=1), encoding="utf-8")
+            sync(staging)
+            delete(bundle)  # if it is there it is damaged: the run went on from an earlier one
+            staging.rename(bundle)
+            sync_one(checkpoints)
     finally:
         with suppress(OSError):
             delete(staging)
@@ -73,8 +70,12 @@ def read_bundle(bundle: Path) -> State:
     """The state of a bundle, after every byte of it was checked. Raises CheckpointError naming what is damaged."""
     if faults := list(faults_of(bundle)):
         raise CheckpointError(f"a checkpoint must be whole; {bundle} is not: {'; '.join(faults)}.")
-    tensors = load_file(bundle / TENSORS)
-    return with_tensors(json.loads((bundle / REST).read_text(encoding="utf-8")), tensors)
+    try:
+        tensors = load_file(bundle / TENSORS)
+        rest = json.loads((bundle / REST).read_text(encoding="utf-8"))
+        return with_tensors(dict(rest), tensors)
+    except (SafetensorError, OSError, ValueError, TypeError, RecursionError) as error:  # whoever wrote the manifest too
+        raise CheckpointError(f"a checkpoint holds safetensors and JSON; {bundle} does not: {error}.") from None
 
 
 def faults_of(bundle: Path) -> Iterator[str]:
@@ -82,7 +83,7 @@ def faults_of(bundle: Path) -> Iterator[str]:
     try:
         manifest = json.loads((bundle / MANIFEST).read_text(encoding="utf-8"))
         files, digest = dict(manifest["files"]), manifest["digest"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         yield f"{MANIFEST} cannot be read ({error})"
         return
     if digest != _digest_of_files(files):
@@ -96,6 +97,8 @@ def faults_of(bundle: Path) -> Iterator[str]:
             yield f"{name} was added"
         elif present[name] != files[name]:
             yield f"{name} was changed"
+        elif Path(name).suffix not in PLAIN_FILES:
+            yield f"{name} is neither safetensors nor JSON"
 
 
 def bundles_of(checkpoints: Path) -> list[Path]:
@@ -156,14 +159,6 @@ def clean(checkpoints: Path) -> None:
         delete(leftover)
 
 
-def delete(path: Path) -> None:
-    """Remove a file or a folder, if it is there; of a link the link, not what it names."""
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
-
-
 def tensors_of(state: State, name: str = "") -> Iterator[tuple[str, Tensor]]:
     """Every tensor of a state by its keys, joined by dots."""
     for key, value in state.items():
@@ -208,11 +203,3 @@ def _digest_of_files(files: dict[str, Any]) -> str:
 def _sha256(path: Path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

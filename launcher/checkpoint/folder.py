@@ -1,11 +1,11 @@
 """The files of a run, all in its folder: rank 0's metrics.jsonl and report.json, and status.json: how the run ended."""
 
 import errno
+import fcntl
 import json
-import math
 import os
 import platform
-import shutil
+import stat
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -15,11 +15,9 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from launcher.errors import CheckpointError, RecipeError
+from launcher.checkpoint.files import append_text, finite, refusing_links, writable, write_json, write_text, writing
+from launcher.errors import LESS_TELLING, CheckpointError, RecipeError
 from launcher.records.run import BadBatch, EvalRecord, EvalSamples, Event, RunOpened, RunRecord, StepRecord
-
-# Codes that a rank may end with because another failed; the higher, the less they say of the cause.
-LESS_TELLING = {1: 1, 130: 1, 143: 1, 8: 2}
 
 
 class RunFolder:
@@ -27,19 +25,20 @@ class RunFolder:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.metrics, self.report, self.status = (
-            path / name for name in ("metrics.jsonl", "report.json", "status.json")
+        self.metrics, self.report, self.status, self.parts = (
+            path / name for name in ("metrics.jsonl", "report.json", "status.json", "parts.json")
         )
         self.samples, self.bad_batches = path / "samples.jsonl", path / "bad_batches"
         self.adapter = path / "adapter"
         self.adapter_staging = path / "adapter.part"  # until the adapter is proved
         self.checkpoints = path / "checkpoints"
-        self._lock = FileLock(path / "run.lock", blocking=False)
+        # Not at once: another process that looks whether the folder is in use has the lock for a moment.
+        self._lock = FileLock(path / "run.lock", timeout=0.2)
+        self._handle: int | None = None
 
     def check(self, *, resume: str = "never") -> None:
         """Raise as `create` would, as far as that can be told; makes nothing. Where run.resume allows it, a folder with
         checkpoints is no fault, nor one of a run that ended before it saved any."""
-        ancestor = next(path for path in (self.path, *self.path.parents) if os.path.exists(path))
         if resume not in ("auto", "never") and not Path(resume).is_dir():
             there = ", ".join(sorted(path.name for path in self.checkpoints.glob("step-*[0-9]"))) or "none"
             raise CheckpointError(
@@ -48,15 +47,29 @@ class RunFolder:
             )
         results, files = (self.report, self.adapter), (self.status, self.metrics, self.checkpoints)
         with self._refusals():
-            if not ancestor.is_dir():
-                raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
             taken = results if resume != "never" else (*results, *files)
-            if any(path.exists() for path in taken) and not (resume != "never" and self.has_checkpoints):
+            if any(map(os.path.lexists, taken)) and not (resume != "never" and self.has_checkpoints):
                 raise FileExistsError
-            if self.checkpoints.is_symlink():
-                raise OSError(errno.ELOOP, "checkpoints/ is a link, which is not followed")
-            if not os.access(ancestor, os.W_OK | os.X_OK):
-                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+            self._check_kinds()
+            writable(self.path)
+        self._check_unused()
+
+    def _check_kinds(self) -> None:
+        """Raise OSError for a link, a pipe or the like in the place of a file or folder of the run."""
+        files = (self.metrics, self.report, self.status, self.parts, self.samples, Path(self._lock.lock_file))
+        for path in (*files, self.adapter, self.checkpoints, self.bad_batches, self.path / "trackers"):
+            kind = stat.S_ISREG if path in files else stat.S_ISDIR
+            if os.path.lexists(path) and not kind(path.lstat().st_mode):
+                what = "a link, which is not followed" if path.is_symlink() else "no plain file or folder"
+                raise OSError(errno.ELOOP, f"{path.name} in it is {what}")
+
+    def _check_unused(self) -> None:
+        """Raise CheckpointError if another process has the folder; its lock file is neither made nor changed."""
+        with suppress(OSError), open(self._lock.lock_file, "rb", opener=refusing_links) as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise self._in_use() from None
 
     def create(self, *, resume: str = "never") -> None:
         """Make the folder and take it. Raises CheckpointError if it holds a run already, or if another process has it,
@@ -84,12 +97,13 @@ class RunFolder:
             ) from None
 
     @property
-    def finished(self) -> bool:
-        """Whether the run in this folder came to its good end."""
+    def code(self) -> int | None:
+        """The exit code in status.json; None if there is no such file that can be read."""
         try:
-            return json.loads(self.status.read_text(encoding="utf-8"))["code"] == 0
+            with open(self.status, encoding="utf-8", opener=refusing_links) as file:
+                return int(json.load(file)["code"])
         except (OSError, ValueError, KeyError, TypeError):
-            return False
+            return None
 
     @property
     def has_checkpoints(self) -> bool:
@@ -99,24 +113,49 @@ class RunFolder:
     def lock(self) -> None:
         """Take the folder for this process until `unlock` or its end. Raises CheckpointError naming the process that
         has it."""
-        path = Path(self._lock.lock_file)
-        try:
-            self._lock.acquire()
-        except Timeout:
-            raise CheckpointError(
-                f"run.output_dir must not be in use; process {path.read_text()} trains in {self.path}. "
-                "Wait for its end, or choose another folder."
-            ) from None
-        path.write_text(f"{os.getpid()} on {platform.node()}", encoding="utf-8")
+        with self._refusals():
+            try:
+                self._lock.acquire()
+            except Timeout:
+                raise self._in_use() from None
+            with open(self._lock.lock_file, "w", encoding="utf-8", opener=refusing_links) as file:
+                file.write(f"{os.getpid()} on {platform.node()}")
+        self.hold()
+
+    def _in_use(self) -> CheckpointError:
+        with open(self._lock.lock_file, encoding="utf-8", errors="replace", opener=refusing_links) as file:
+            holder = file.read(200)
+        return CheckpointError(
+            f"run.output_dir must not be in use; process {holder} trains in {self.path}. "
+            "Wait for its end, or choose another folder."
+        )
 
     def unlock(self) -> None:
+        """Give the folder back; another one in its place is left alone, which another run may have made."""
         if self._lock.is_locked:
-            Path(self._lock.lock_file).unlink(missing_ok=True)
+            with suppress(OSError):
+                self.check_in_place()
+                Path(self._lock.lock_file).unlink(missing_ok=True)
             self._lock.release(force=True)
+
+    def hold(self) -> None:
+        """Remember which folder the path names now. It stays open, so that no later folder gets its number."""
+        self._handle = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY)
+
+    def __del__(self) -> None:
+        if self._handle is not None:
+            os.close(self._handle)
+
+    def check_in_place(self) -> None:
+        """Raise OSError if the path names another folder than when it was held, or none: it was removed, or its disk
+        is gone."""
+        if self._handle is not None and not os.path.samestat(self.path.stat(), os.fstat(self._handle)):
+            raise OSError(errno.ESTALE, "it was removed, and another folder has its name")
 
     def discard(self) -> None:
         """Remove what `create` made, if nothing was measured yet; other files in the folder are the user's."""
         self.metrics.unlink()
+        self.parts.unlink(missing_ok=True)
         Path(self._lock.lock_file).unlink(missing_ok=True)
         if not any(self.path.iterdir()):
             self.path.rmdir()
@@ -136,6 +175,7 @@ class RunFiles:
     def show(self, event: Event) -> None:
         if isinstance(event, RunOpened):
             self._folder, self._step = RunFolder(event.path), event.step
+            self._folder.hold()
         if isinstance(event, StepRecord):
             self._step = event.step
         if isinstance(event, BadBatch) and self._folder:
@@ -144,42 +184,58 @@ class RunFiles:
             return
         if isinstance(event, EvalSamples):
             lines = [json.dumps({"step": event.step, **asdict(sample)}) + "\n" for sample in event.samples]
-            with open(self._folder.samples, "a", encoding="utf-8") as file:
-                file.write("".join(lines))
-        if isinstance(event, StepRecord | EvalRecord):
-            with open(self._folder.metrics, "a", encoding="utf-8") as file:
-                file.write(metrics_line(event))
+            self._append(self._folder, self._folder.samples, "".join(lines))
+        elif isinstance(event, StepRecord | EvalRecord):
+            self._append(self._folder, self._folder.metrics, metrics_line(event))
         elif isinstance(event, RunRecord):
-            write_json(self._folder.report, event.as_report())
-            if self._report_copy:
-                shutil.copyfile(self._folder.report, self._report_copy)
+            for path in filter(None, (self._folder.report, self._report_copy)):
+                with writing(path.parent, what="The report"):
+                    write_json(path, event.as_report())
 
-    def end(self, *, code: int, reason: str, step: int | None = None) -> None:
-        """Write status.json: on success rank 0's, else the failed rank's. The launcher masks exit codes as 1.
+    def _append(self, folder: RunFolder, file: Path, text: str) -> None:
+        with writing(folder.path, what=f"What is added to {file.name}", needed=len(text)):
+            folder.check_in_place()
+            append_text(file, text)
 
-        When one rank fails the others fail after it, of a closed connection or a signal: their status never replaces
-        the cause. A run that fails with code 2 or 3 before its first metric leaves no folder.
+    @property
+    def saving(self) -> bool:
+        """Whether a checkpoint or the adapter is being written; another process may ask, too."""
+        folder = self._folder
+        return folder is not None and (folder.adapter_staging.exists() or any(folder.checkpoints.glob("step-*.part")))
+
+    def end(self, *, code: int, reason: str, step: int | None = None, rank: int | None = None) -> bool:
+        """Write status.json: on success rank 0's, else that of `rank`, the one to blame (None: this one). The launcher
+        masks exit codes as 1. Returns whether it was written: the first cause stays, unless it only followed from
+        another (LESS_TELLING). A run that fails with code 2 or 3 before its first metric leaves no folder.
         """
         folder = self._folder
         if folder is None or (self._rank and not code):
-            return
-        if folder.status.exists():
-            cause = json.loads(folder.status.read_text(encoding="utf-8"))["code"]
-            if LESS_TELLING.get(code, 0) >= LESS_TELLING.get(cause, 0):
-                return
-        shutil.rmtree(folder.adapter_staging, ignore_errors=True)
+            return False
+        folder.check_in_place()
         if code in (2, 3) and not folder.metrics.stat().st_size:
             folder.discard()
-            return
-        status = {"code": code, "reason": reason, "rank": self._rank, "step": step or self._step}
-        status["resumable"] = bool(code) and folder.has_checkpoints
-        write_json(folder.status, status)
+            return False
+        status = {"code": code, "reason": reason, "rank": self._rank if rank is None else rank}
+        status |= {"step": self._step if step is None else step, "resumable": bool(code) and folder.has_checkpoints}
+        return _write_first(folder, status, own=folder.status.with_name(f"status.json.{self._rank}.part"))
 
 
-def check_report_path(path: Path | None) -> None:
-    """Raise RecipeError where report=PATH cannot be written."""
-    if path and (path.is_dir() or not os.access(path.parent, os.W_OK)):
-        raise RecipeError(f"report=PATH must be a file in a folder that can be written; {path} is not.")
+def _write_first(folder: RunFolder, status: dict[str, Any], *, own: Path) -> bool:
+    """Write status.json if no rank has, or only a less telling one; whether it was written. `own` is a name that no
+    other process uses. Ranks may end at one moment: of two links to one name the kernel makes one."""
+    write_json(own, status)
+    try:
+        os.link(own, folder.status)
+    except FileExistsError:
+        cause = folder.code  # None: that is no status
+        if cause is not None and (status["code"] in LESS_TELLING or cause not in LESS_TELLING):
+            return False
+        own.replace(folder.status)
+    except OSError:  # a file system without hard links
+        own.replace(folder.status)
+    finally:
+        own.unlink(missing_ok=True)
+    return True
 
 
 def named_folder(resume: str) -> Path | None:
@@ -194,7 +250,7 @@ def default_folder(recipe: str) -> str:
     """runs/<recipe>-<time>, with a counter where two runs start within a second. Absolute."""
     base = Path.cwd() / "runs" / f"{Path(recipe).stem}-{time.strftime('%Y%m%d-%H%M%S')}"
     path, count = base, 1
-    while path.exists():
+    while os.path.lexists(path):
         count += 1
         path = base.with_name(f"{base.name}-{count}")
     return str(path)
@@ -203,6 +259,8 @@ def default_folder(recipe: str) -> str:
 def _write_batch(folder: Path, batch: BadBatch) -> None:
     """A line for each document. A full disk must not hide what is wrong with the step."""
     with suppress(OSError):
+        if folder.is_symlink():
+            return
         folder.mkdir(exist_ok=True)
         lines = [json.dumps(asdict(document)) + "\n" for document in batch.documents]
         write_text(folder / f"step-{batch.step}-rank-{batch.rank}.jsonl", "".join(lines))
@@ -210,28 +268,4 @@ def _write_batch(folder: Path, batch: BadBatch) -> None:
 
 def metrics_line(record: StepRecord | EvalRecord) -> str:
     """The record's line of metrics.jsonl; null for what JSON lacks."""
-    return json.dumps(_finite(asdict(record))) + "\n"
-
-
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    """As `write_text`. NaN and infinity become null."""
-    write_text(path, json.dumps(_finite(content), indent=2) + "\n")
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write whole or not at all: a reader never sees half a file."""
-    staging = path.with_name(f"{path.name}.{os.getpid()}.part")  # several ranks may report one failure
-    try:
-        staging.write_text(text, encoding="utf-8")
-        os.replace(staging, path)
-    finally:
-        staging.unlink(missing_ok=True)
-
-
-def _finite(value: Any) -> Any:
-    """The value with null for NaN and infinity, which JSON lacks."""
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    return json.dumps(finite(asdict(record))) + "\n"

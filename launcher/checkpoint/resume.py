@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Any, cast
 
 from launcher.checkpoint.bundle import State, bundles_of, clean, newest_state, read_bundle, remove, step_of
-from launcher.checkpoint.folder import RunFolder, metrics_line, write_text
-from launcher.records.run import EvalRecord, StepRecord
+from launcher.checkpoint.files import write_text
+from launcher.checkpoint.folder import RunFolder, metrics_line
+from launcher.checkpoint.parts import begin_part
+from launcher.records.run import EvalRecord, RunPart, StepRecord
 
 Records = list[StepRecord | EvalRecord]
 
@@ -36,8 +38,10 @@ def open_folder(folder: RunFolder, resume: str) -> Resumed | None:
     whole checkpoint.
     """
     if resume == "never" or (resume == "auto" and not folder.has_checkpoints):
+        _, lost = _records(folder.metrics, step=0)
         folder.create(resume=resume)
         clean(folder.checkpoints)
+        begin_part(folder, (), step=0, lost_s=_seconds(lost))
         return None
     folder.check(resume=resume)
     folder.lock()
@@ -52,12 +56,12 @@ def open_folder(folder: RunFolder, resume: str) -> Resumed | None:
     until, after = _records(folder.metrics, step=step)
     missing = step - sum(isinstance(record, StepRecord) for record in until)
     notes += [f"{folder.metrics.name} lacks {missing} of the {step} steps before the checkpoint"] if missing else []
-    lost_s = sum(record.step_s for record in after if isinstance(record, StepRecord))
-    return Resumed(bundle, state, until, lost_s, tuple(notes))
+    return Resumed(bundle, state, until, _seconds(after), tuple(notes))
 
 
 def cut_back(folder: RunFolder, resumed: Resumed) -> None:
-    """Cut the files of the run to what it goes on from: metrics.jsonl to its steps; the checkpoints after it go."""
+    """Cut the files of the run to what it goes on from: metrics.jsonl to its steps; the checkpoints after it go. Begins
+    a part of the run."""
     for later in bundles_of(folder.checkpoints):
         if step_of(later) > resumed.step:
             remove(later)
@@ -66,6 +70,8 @@ def cut_back(folder: RunFolder, resumed: Resumed) -> None:
         lines = folder.samples.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
         write_text(folder.samples, "".join(line for line in lines if _sample_step(line) <= resumed.step))
     folder.status.unlink(missing_ok=True)
+    saved = [RunPart(**part) for part in resumed.state["run"]["parts"]]
+    begin_part(folder, saved, step=resumed.step, lost_s=resumed.lost_s)
 
 
 def _records(metrics: Path, *, step: int) -> tuple[Records, Records]:
@@ -81,6 +87,10 @@ def _sample_step(line: str) -> float:
         return int(json.loads(line)["step"])
     except (ValueError, TypeError, KeyError):
         return math.inf
+
+
+def _seconds(records: Records) -> float:
+    return sum(record.step_s for record in records if isinstance(record, StepRecord))
 
 
 def _record(line: str) -> StepRecord | EvalRecord | None:

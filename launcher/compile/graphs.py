@@ -19,6 +19,7 @@ from typing import Any, cast
 
 import torch
 
+from launcher.credentials import shortened
 from launcher.errors import LESS_MEMORY, ContractError, MemoryExhausted, RecipeError
 from launcher.recipe.schema import CompileSection
 
@@ -147,7 +148,7 @@ def _first_line(error: BaseException) -> str:
     while isinstance(error.__context__, RuntimeError):
         error = error.__context__
     lines = str(error).strip().splitlines()
-    return (lines[0] if lines else type(error).__name__)[:200]
+    return shortened(lines[0] if lines else type(error).__name__, 200)
 
 
 def _release_caches() -> None:

@@ -111,6 +111,7 @@ class Observer:
             forward_s=sum(m.entire_frame_compile_time_s or 0.0 for m in attempts),
             backward_s=sum((m.duration_us or 0) / 1e6 for m in self._metrics() if m.is_forward is False),
             cache_hits=new["inductor.fxgraph_cache_hit"],
+            cache_misses=new["inductor.fxgraph_cache_miss"] + new["inductor.fxgraph_cache_bypass"],
             graph_hash=self._hash(),
             graph_break_reasons=tuple(breaks),
             recompile_reasons=tuple(_recompile(m) for m in failed["recompile"] + unplanned + late),

@@ -14,6 +14,7 @@ import torch._dynamo
 
 from launcher.compile.dynamo_config import set_in_all_threads
 from launcher.compile.graphs import Work
+from launcher.compile.inductor_cache import keep_headers_private
 from launcher.compile.observe import COMPILE_ERRORS, Observer, failure_kind
 from launcher.compile.regions import Region, select_regions
 from launcher.errors import ContractError
@@ -156,7 +157,11 @@ class Plan:
     def _backend(self, name: str) -> Callable[..., Any]:
         """The backend of this name, which compiles with the plan's settings."""
         inner = torch._dynamo.lookup_backend(name)
-        options: dict[str, Any] = {"config_patches": INDUCTOR_CONFIG} if name == "inductor" else {}
+        options: dict[str, Any] = {}
+        if name == "inductor":
+            patches = INDUCTOR_CONFIG | {"deterministic": torch.are_deterministic_algorithms_enabled()}
+            options = {"config_patches": patches}
+            keep_headers_private()
 
         def compile(graph: torch.fx.GraphModule, example_inputs: list[Any]) -> Any:
             with self._settings():

@@ -3,8 +3,9 @@
 An entry is one safetensors file, `<cache>/data/<fingerprint>.safetensors`: the arrays of the documents and of the
 blocks; in its metadata the caller's meta (JSON), and a checksum of the fingerprint, the meta and every array.
 It is written under a temporary name and renamed, and never changes; the checksum finds what a crash left unwritten.
-Its arrays are memory-mapped: the ranks of a machine share one copy. The fingerprint covers this package's source code,
-so an entry is read only by the code that would prepare the same.
+It is read into memory, about 5 bytes a token, not mapped: whatever happens to the file later, a run that has begun
+trains on what it has checked. The fingerprint covers this package's source code, so an entry is read only by the code
+that would prepare the same.
 Whatever is wrong with an entry or with the folder costs a second preparation, never the run.
 """
 
@@ -24,9 +25,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import safetensors.numpy
 from numpy.typing import NDArray
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
+from safetensors import SafetensorError
 
 from launcher.data.documents import Documents
 from launcher.data.pack.blocks import Blocks
@@ -106,7 +107,7 @@ def _code_digest() -> str:
 
 
 def load(identity: str) -> Entry | None:
-    """The entry of this fingerprint, its arrays read-only and memory-mapped; None without one that is whole.
+    """The entry of this fingerprint, its arrays read-only; None without one that is whole.
 
     Every byte is checked. An entry that is damaged, or was saved under another fingerprint, is removed.
     """
@@ -146,9 +147,10 @@ def _place(identity: str) -> tuple[Path, str | None]:
 
 def _write(entry: Entry, identity: str, path: Path) -> None:
     meta = json.dumps(entry.meta, default=int)
+    metadata = {"meta": meta, "checksum": _checksum(identity, meta, entry)}
     temporary = path.with_name(f".{secrets.token_hex(8)}")
     try:
-        save_file(entry.arrays, temporary, metadata={"meta": meta, "checksum": _checksum(identity, meta, entry)})
+        safetensors.numpy.save_file(entry.arrays, temporary, metadata=metadata)
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -156,9 +158,9 @@ def _write(entry: Entry, identity: str, path: Path) -> None:
 
 def _read(path: Path, identity: str) -> Entry:
     """Raises OSError, ValueError, KeyError, TypeError or SafetensorError if this is not what `_write` wrote."""
-    # As tensors of torch, which are views of the mapped file: with framework="np", safetensors copies every array.
-    with safe_open(path, framework="pt") as file:
-        metadata, arrays = file.metadata(), {name: file.get_tensor(name).numpy() for name in file.keys()}  # noqa: SIM118
+    raw = path.read_bytes()
+    arrays = safetensors.numpy.load(raw)
+    metadata = json.loads(raw[8 : 8 + int.from_bytes(raw[:8], "little")])["__metadata__"]
     parts: dict[str, dict[str, Any]] = defaultdict(dict)
     for name, array in arrays.items():
         array.flags.writeable = False

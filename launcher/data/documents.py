@@ -1,4 +1,4 @@
-"""Tokenised rows, one after another in flat arrays: small, and readable from disk without loading.
+"""Tokenised rows, one after another in flat arrays: small, and quick to read from disk.
 
 document          0           1       2
 input_ids    a0 a1 a2 a3 | b0 b1 | c0 c1 c2      int32 [T]

@@ -11,11 +11,11 @@ Blank blocks fill the last micro batch of each width and the last step: an epoch
 """
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import chain
-from typing import TypedDict
+from typing import NamedTuple, TypedDict
 
 import numpy as np
 
@@ -39,6 +39,17 @@ class StepBatch:
     epoch: int  # 0-based
 
 
+class StepShape(NamedTuple):
+    """How an optimizer step is cut."""
+
+    micro_batch: int  # blocks of a micro batch
+    micro_batches: int  # of all ranks together
+
+    @property
+    def blocks(self) -> int:
+        return self.micro_batch * self.micro_batches
+
+
 class LoaderState(TypedDict):
     """Where a loader is: the next step is the `offset`-th (0-based) of this epoch (0-based)."""
 
@@ -53,7 +64,8 @@ class TrainLoader(Iterator[StepBatch]):
         self, blocks: Blocks, *, micro_batch: int, accumulation: int, rank: int, world_size: int, seed: int
     ) -> None:
         self._blocks = blocks
-        self._step_shape = (accumulation, world_size, micro_batch)
+        self._plan_shape = (accumulation, world_size, micro_batch)
+        self._shape = StepShape(micro_batch, accumulation * world_size)
         self._rank = rank
         self._seed = seed
         self._lengths, self._targets = blocks.lengths, blocks.targets
@@ -79,37 +91,68 @@ class TrainLoader(Iterator[StepBatch]):
         """For `load_state_dict`, in a loader of the same blocks, seed and step size; plain JSON."""
         return self._state.copy()
 
-    def load_state_dict(self, state: LoaderState) -> None:
-        """Go on as the loader that gave this state would have; no earlier block is read.
+    def load_state_dict(self, state: LoaderState, *, saved_by: StepShape | None = None) -> int:
+        """Go on as the loader that gave this state would have; no earlier block is read. If `saved_by`, the step shape
+        of that loader, is another one, this one goes on at its first step that repeats no block; returns how many
+        blocks are left out by that.
 
-        Raises CheckpointError for a state that no loader of these blocks can give.
+        Raises CheckpointError for a state that no loader of these blocks and that step shape can give, and where the
+        order of micro batches depends on the step shape.
         """
-        numbers = [state.get(key) for key in ("epoch", "offset")]
-        if not all(type(n) is int and n >= 0 for n in numbers) or state["offset"] >= self.steps_per_epoch:
+        saved_by = saved_by or self._shape
+        numbers, steps = [state.get(key) for key in ("epoch", "offset")], self._steps_in(saved_by)
+        if not all(type(n) is int and n >= 0 for n in numbers) or state["offset"] >= steps:
             raise CheckpointError(
                 "a loader state must name an epoch from 0 and a step of it; "
-                f"with these blocks and this step size an epoch has the steps 0 to {self.steps_per_epoch - 1}.\n"
+                f"with these blocks and this step size an epoch has the steps 0 to {steps - 1}.\n"
                 f"Found: {state}.\n"
                 "Resume with the data, data.batching, train.micro_batch and accumulation of the checkpoint."
             )
-        self._enter(LoaderState(epoch=state["epoch"], offset=state["offset"]))
+        target, left_out = self._translated(state["epoch"], state["offset"], saved_by)
+        self._enter(target)
+        return left_out
+
+    def _steps_in(self, shape: StepShape) -> int:
+        """Steps of an epoch that is cut like this."""
+        _, counts = np.unique(self._blocks.widths, return_counts=True)
+        micro_batches = sum(-(-count // shape.micro_batch) for count in counts.tolist())
+        return -(-micro_batches // shape.micro_batches)
+
+    def _translated(self, epoch: int, offset: int, saved_by: StepShape) -> tuple[LoaderState, int]:
+        """Where the epoch goes on here after `offset` steps of that shape, and the blocks that are left out."""
+        if saved_by == self._shape or not offset:
+            return LoaderState(epoch=epoch, offset=offset), 0
+        if saved_by.micro_batch != self._shape.micro_batch and len(self._blocks.shapes) > 1:
+            raise CheckpointError(
+                "with blocks of several widths the order of an epoch depends on train.micro_batch, which may not "
+                f"change within one; {saved_by.micro_batch} in the state, {self._shape.micro_batch} here.\n"
+                "Keep train.micro_batch, and change train.accumulation."
+            )
+        done = offset * saved_by.blocks
+        step = -(-done // self._shape.blocks)
+        left_out = int((self._order_of(epoch).reshape(-1)[done : step * self._shape.blocks] >= 0).sum())
+        at_end = step >= self.steps_per_epoch
+        return LoaderState(epoch=epoch + at_end, offset=0 if at_end else step), left_out
 
     def _enter(self, state: LoaderState) -> None:
         self._state, self._plan = state, self._plan_of(state["epoch"])
 
-    def _plan_of(self, epoch: int) -> Longs:
-        """The epoch's plan, [steps, accumulation, world, B]."""
+    def _order_of(self, epoch: int) -> Longs:
+        """The epoch's micro batches in the order in which steps take them, [micro batches, B]."""
         rng = np.random.default_rng((self._seed, epoch))
-        accumulation, world_size, micro_batch = self._step_shape
-        micro_batches = _cut(rng.permutation(len(self._blocks)), self._blocks.widths, micro_batch)
+        micro_batches = _cut(rng.permutation(len(self._blocks)), self._blocks.widths, self._shape.micro_batch)
         if len(self._blocks.shapes) > 1:
             rng.shuffle(micro_batches)  # blocks of one width are in a random order already
-        micro_batches = _filled(micro_batches, accumulation * world_size)
+        return micro_batches
+
+    def _plan_of(self, epoch: int) -> Longs:
+        """The epoch's plan, [steps, accumulation, world, B]."""
+        micro_batches = _filled(self._order_of(epoch), self._shape.micro_batches)
         first = micro_batches[:, 0]
-        widths = np.where(first < 0, 0, self._blocks.widths[first]).reshape(-1, accumulation * world_size)
+        widths = np.where(first < 0, 0, self._blocks.widths[first]).reshape(-1, self._shape.micro_batches)
         widest_first = np.argsort(-widths, axis=1, kind="stable")[:, :, None]
-        steps = np.take_along_axis(micro_batches.reshape(*widths.shape, micro_batch), widest_first, axis=1)
-        return steps.reshape(-1, *self._step_shape)
+        steps = np.take_along_axis(micro_batches.reshape(*widths.shape, -1), widest_first, axis=1)
+        return steps.reshape(-1, *self._plan_shape)
 
 
 @dataclass(frozen=True)
@@ -165,7 +208,8 @@ class StreamLoader(Iterator[StepBatch]):
         self._shape = {"micro_batch": micro_batch, "accumulation": accumulation, "rank": rank, "world_size": world_size}
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="stream")  # reads windows ahead
         self._next_window: Future[Window] | None = None
-        self._start_at(0, stream.beginning, offset=0, counts=stream.validation_counts)
+        beginning = StreamState(epoch=0, offset=0, positions=stream.beginning, counts=stream.validation_counts)
+        self._start_at(beginning)
 
     def __next__(self) -> StepBatch:
         if self._window_is_done:
@@ -182,20 +226,21 @@ class StreamLoader(Iterator[StepBatch]):
         counts = dict(self._counts_before)
         return StreamState(epoch=self._number, offset=offset, positions=self._start, counts=counts)
 
-    def load_state_dict(self, state: StreamState) -> None:
+    def load_state_dict(self, state: StreamState, *, saved_by: StepShape | None = None) -> int:
         """Go on as the loader would have that gave this state: rows before its window are read over, not encoded.
+        `saved_by` and what is returned: as of TrainLoader; an epoch is a window.
 
         Raises CheckpointError, before anything changes, for a state that no loader of this stream can give.
         """
-        positions = self._checked_positions(state)
-        self._start_at(state["epoch"], positions, offset=state["offset"], counts=state["counts"])
+        self._check_positions(state)
+        return self._start_at(state, saved_by=saved_by)
 
-    def _checked_positions(self, state: StreamState) -> list[Position]:
+    def _check_positions(self, state: StreamState) -> None:
         try:
-            positions = [Position(int(passes), int(rows)) for passes, rows in state["positions"]]
+            positions = [Position(*position) for position in state["positions"]]
             numbers = [state["epoch"], state["offset"], *state["counts"].values(), *chain.from_iterable(positions)]
             if all(type(n) is int and n >= 0 for n in numbers) and len(positions) == len(self._stream.sources):
-                return positions
+                return
         except (AttributeError, KeyError, TypeError, ValueError):
             pass
         raise CheckpointError(
@@ -214,7 +259,8 @@ class StreamLoader(Iterator[StepBatch]):
             self._next_window = self._thread.submit(next, self._windows)
         return self._next_window
 
-    def _start_at(self, number: int, positions: list[Position], *, offset: int, counts: Mapping[str, int]) -> None:
+    def _start_at(self, state: StreamState, *, saved_by: StepShape | None = None) -> int:
+        number, positions = state["epoch"], [Position(*position) for position in state["positions"]]
         window = self._stream.first_window
         if number:  # the first was laid out before it was known how many documents a block may have
             windows = self._stream.windows(positions, number=number)
@@ -222,14 +268,15 @@ class StreamLoader(Iterator[StepBatch]):
         else:
             windows = self._stream.windows(window.end, number=1)
         loader = self._loader_of(window, number)
-        loader.load_state_dict({"epoch": 0, "offset": offset})
+        left_out = loader.load_state_dict({"epoch": 0, "offset": state["offset"]}, saved_by=saved_by)
         # Nothing is refused from here on, and nothing has changed until here: a refused loader goes on as before.
         if self._next_window is not None:
             self._next_window.cancel()
         self._windows = windows
         self._stream.counts.clear()
-        self._stream.counts.update(counts)
+        self._stream.counts.update(state["counts"])
         self._begin(window, loader, number=number, start=positions)
+        return left_out
 
     def _begin(self, window: Window, loader: TrainLoader, *, number: int, start: list[Position]) -> None:
         self._next_window = None
@@ -248,12 +295,3 @@ def train_loader(
     """This rank's endless optimizer steps; a stream brings its own seed."""
     shape = {"micro_batch": micro_batch, "accumulation": accumulation, "rank": rank, "world_size": world_size}
     return StreamLoader(data, **shape) if isinstance(data, Stream) else TrainLoader(data, **shape, seed=seed)
-
-
-def blank_step_note(blocks: int, step_blocks: int) -> tuple[str, ...]:
-    """A note when a step is larger than an epoch of this many blocks: the rest of it is blank."""
-    if blocks >= step_blocks:
-        return ()
-    return (
-        f"a step holds {step_blocks} blocks and the data only {blocks}: lower train.micro_batch or train.accumulation",
-    )

@@ -28,8 +28,8 @@ from launcher.data.pack.blocks import Blocks
 from launcher.data.pack.buckets import lay_out
 from launcher.data.pack.fit import UsableRows, fit_rows, notes_on, nothing_left
 from launcher.data.read.formats import read_rows
-from launcher.data.read.rows import Feed
-from launcher.data.read.sources import errors_name_validation, open_source, open_validation
+from launcher.data.read.rows import Feed, ReadingProgress
+from launcher.data.read.sources import OpenedSource, errors_name_validation, open_source, open_validation, unchanged
 from launcher.data.read.unused import unused_notes
 from launcher.data.splits import held_out, weighted
 from launcher.data.stream import Stream
@@ -81,7 +81,9 @@ class _Inputs:
     seed: int
 
 
-def prepare(data: DataSection, tokenizer: PreTrainedTokenizerBase, *, seed: int) -> PreparedData:
+def prepare(
+    data: DataSection, tokenizer: PreTrainedTokenizerBase, *, seed: int, progress: ReadingProgress | None = None
+) -> PreparedData:
     """The blocks of a data section: from the cache of an earlier run, or made and cached. The same on every rank.
 
     Counts: rows_read, rows_dropped_<reason>, pieces_dropped_zero_supervised, truncated and split (rows that were too
@@ -94,7 +96,8 @@ def prepare(data: DataSection, tokenizer: PreTrainedTokenizerBase, *, seed: int)
     validation_rows + all dropped rows. Of a stream: what was read for the windows that training has begun with.
     One row, or many equal ones, cannot be split and is all training.
 
-    Raises DataError as sources, formats and chat say, and when nothing is left to train on or to validate on.
+    Raises DataError as sources, formats and chat say, when nothing is left to train on or to validate on, and when a
+    local source changes meanwhile: then nothing is cached.
     """
     encoder = Encoder(tokenizer, data=data)
     # Any id will do: padding is a document of its own, without loss.
@@ -109,24 +112,27 @@ def prepare(data: DataSection, tokenizer: PreTrainedTokenizerBase, *, seed: int)
         seed=seed,
     )
     pool = EncoderPool(encoder, workers=rank_info().cores)
-    inputs = _Inputs(data, pool, [source.feeds for source in train], validation and validation.feeds, pad_id, seed)
-    prepared = _prepared(inputs, identity)
+    progress = progress or ReadingProgress()
+    watched = [[progress.watched(feed) for feed in source.feeds] for source in opened]
+    inputs = _Inputs(data, pool, watched[: len(train)], watched[-1] if validation else None, pad_id, seed)
+    prepared = _prepared(inputs, identity, opened)
     notes = [*(f"data: {note}" for source in opened for note in source.notes), *unused_notes(prepared.counts)]
     return replace(prepared, notes=(*prepared.notes, *notes))
 
 
-def _prepared(inputs: _Inputs, identity: str) -> PreparedData:
+def _prepared(inputs: _Inputs, identity: str, opened: Sequence[OpenedSource]) -> PreparedData:
     """From the stream, from the cache, or made and cached."""
     if inputs.data.streaming:
         try:
-            return _prepare_stream(inputs, identity)  # which goes on using the pool
+            with unchanged(opened):
+                return _prepare_stream(inputs, identity)  # which goes on using the pool
         except BaseException:
             inputs.pool.close()
             raise
     entry = cache.load(identity)
     if entry is not None:
         return _from_entry(entry, identity)
-    with closing(inputs.pool):
+    with closing(inputs.pool), unchanged(opened):
         prepared = _prepare_blocks(inputs, identity)
     entry = _to_entry(prepared)
     note = cache.save(entry, identity)

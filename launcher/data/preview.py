@@ -13,8 +13,7 @@ import numpy as np
 
 from launcher.data.chat.named_templates import control_tokens
 from launcher.data.documents import Longs
-from launcher.data.loader import blank_step_note
-from launcher.data.pack.blocks import Blocks
+from launcher.data.pack.blocks import Blocks, blank_step_note
 from launcher.data.pack.micro_batch import IGNORE, micro_batch_of
 from launcher.data.prepare import PreparedData
 from launcher.recipe.schema import Recipe

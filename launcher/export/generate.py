@@ -13,7 +13,7 @@ import torch
 from peft import PeftModel
 from transformers import GenerationConfig, TextStreamer
 
-from launcher.checkpoint.folder import write_text
+from launcher.checkpoint.files import write_text
 from launcher.data.read.formats import read_rows
 from launcher.data.read.rows import PlainText, Row
 from launcher.data.read.sources import open_source

@@ -48,6 +48,8 @@ def cudnn_missing(device: torch.device, dtype: torch.dtype, *, head: int) -> str
     reason = fused_missing(device, dtype, capability=FUSED["cudnn"])
     if reason is None and (head % 8 or head > 128):
         return f"needs a head width that is a multiple of 8 and at most 128, not {head}"
+    if reason is None and torch.are_deterministic_algorithms_enabled():
+        return "has no deterministic backward pass (train.deterministic)"
     return reason
 
 

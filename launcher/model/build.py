@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from peft import PeftModel
+from transformers import PreTrainedModel
 
 from launcher.errors import RecipeError
 from launcher.model.attention import BlockFacts, attention_name, check_attention, choose_attention, register_attention
@@ -23,6 +24,7 @@ from launcher.model.load import (
 )
 from launcher.model.lora import ADAPTER, attach_lora, check_targets
 from launcher.model.packed import PackedCausalLM, use_native_norm
+from launcher.model.sizes import step_sizes
 from launcher.model.weight_files import check_depth, check_headers, read_headers
 from launcher.ops.linear_ce import chunk_rows, product_rows
 from launcher.recipe.schema import Recipe
@@ -49,24 +51,16 @@ class BuiltModel:
 
     def sizes(self) -> dict[str, int]:
         """What decides how much memory a token of a micro batch takes, as memory/forecast.py's Shapes names it."""
-        config: Any = self.peft.config
         lora: Any = self.peft.peft_config[ADAPTER]
-        head = head_width(config)
-        query, key_value = config.num_attention_heads * head, config.num_key_value_heads * head
         adapted: list[Any] = [module for module in self.packed.body.layers[0].modules() if hasattr(module, "lora_A")]
-        return {
-            "layers": config.num_hidden_layers,
-            "hidden": config.hidden_size,
-            "query": query,
-            "key_value": key_value,
-            "repeated": 2 * (query - key_value) if self.attention in ("sdpa", "causal") else 0,
-            "intermediate": config.intermediate_size,
-            "vocabulary": config.vocab_size,
-            "loss_chunk": self.packed.loss_chunk,
-            "itemsize": self.dtype.itemsize,
-            "trainable": self.trainable,
-            "dropped": sum(module.in_features for module in adapted) if lora.lora_dropout else 0,
-        }
+        sizes = step_sizes(
+            self.peft.config,
+            attention=self.attention,
+            dtype=self.dtype,
+            loss_chunk=self.packed.loss_chunk,
+            trainable=self.trainable,
+        )
+        return {**sizes, "dropped": sum(module.in_features for module in adapted) if lora.lora_dropout else 0}
 
 
 def choose_dtype(wanted: str, device: torch.device) -> torch.dtype:
@@ -81,8 +75,9 @@ def choose_dtype(wanted: str, device: torch.device) -> torch.dtype:
     return torch.float32
 
 
-def preflight(recipe: Recipe, source: str, config: Any, device: torch.device) -> None:
-    """Check, before any weight is read, that model and device can do what the recipe asks. Raises RecipeError."""
+def check_model(recipe: Recipe, source: str, config: Any, device: torch.device) -> PreTrainedModel:
+    """Check, before any weight is read, that model and device can do what the recipe asks, and that the files hold the
+    model's tensors. Returns the model without weights. Raises RecipeError."""
     family_of(config, max_length=recipe.data.max_length)
     check_attention(recipe.model.attention, device, choose_dtype(recipe.model.dtype, device))
     headers = None
@@ -94,6 +89,7 @@ def preflight(recipe: Recipe, source: str, config: Any, device: torch.device) ->
     check_targets(skeleton, recipe.lora.targets)
     if headers is not None:
         check_headers(headers, skeleton, prequantised=is_prequantised(config), double=recipe.quant.double)
+    return skeleton
 
 
 def build_model(
@@ -105,7 +101,7 @@ def build_model(
     blocks: BlockFacts,
     phase: Callable[[str], object],
 ) -> BuiltModel:
-    """Build from a located `source` and its config, which have passed `preflight`.
+    """Build from a located `source` and its config, which have passed `check_model`.
 
     The loss works in chunks of one size that suits all widths of `blocks`, over as many positions as may have a target.
     `phase(name)` is called after each phase that takes memory.

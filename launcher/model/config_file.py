@@ -11,8 +11,11 @@ from launcher.model.families import family_of
 LARGEST = {  # by key: no model comes near; a larger value would take minutes to fail
     "num_hidden_layers": 1_000,
     **dict.fromkeys(("num_attention_heads", "num_key_value_heads", "head_dim"), 2**16),
-    **dict.fromkeys(("hidden_size", "intermediate_size", "vocab_size", "max_position_embeddings"), 2**28),
+    **dict.fromkeys(("hidden_size", "intermediate_size", "vocab_size"), 2**24),
+    "max_position_embeddings": 2**28,
 }
+LARGEST_MODEL = 2 * 10**12  # weights
+LARGEST_FILE = 2**24  # bytes of config.json
 CHECKED_BY_FAMILY = ("attention_dropout", "max_position_embeddings")  # and rope; a window depends on more keys
 
 
@@ -22,6 +25,8 @@ def check_config_file(path: Path, *, max_length: int) -> None:
     What the file leaves to transformers' defaults is checked later, by `family_of` of the whole config.
     """
     try:
+        if (size := path.stat().st_size) > LARGEST_FILE:
+            raise ValueError(f"{size:,} bytes")
         config = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise RecipeError(f"config.json must be readable JSON; {path}: {error}. Copy or download it again.") from None
@@ -49,6 +54,10 @@ def _check_sizes(config: dict[str, Any], path: Path) -> None:
     if width % 2:
         rule = "rotary embeddings need an even head_dim, which is hidden_size / num_attention_heads if not given"
         raise _wrong(path, f"{rule}; it is {width:g}")
+    of_layer = hidden * (2 * heads * width + 3 * sizes.get("intermediate_size", 0))  # q and o; gate, up and down
+    weights = hidden * sizes.get("vocab_size", 0) + of_layer * sizes.get("num_hidden_layers", 0)
+    if weights > LARGEST_MODEL:
+        raise _wrong(path, f"a model has at most {LARGEST_MODEL:,} weights; by its sizes this one has {weights:,.0f}")
 
 
 def _wrong(path: Path, problem: str) -> RecipeError:

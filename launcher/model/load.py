@@ -19,6 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAn
 from transformers.integrations import replace_with_bnb_linear
 from transformers.utils import find_adapter_config_file
 
+from launcher.credentials import shortened
 from launcher.errors import RecipeError
 from launcher.model.token_vectors import check_pad_id
 from launcher.model.weight_files import Headers, check_headers, read_headers
@@ -95,7 +96,7 @@ def load_base(
     with its files. Raises RecipeError where it cannot be loaded, or is not what the files hold."""
     headers = read_headers(source, revision, download=True)
     assert headers is not None, "downloaded"
-    if not os.path.isdir(source):  # a folder has passed preflight
+    if not os.path.isdir(source):  # a folder has passed check_model
         check_headers(headers, empty_model(config), prequantised=is_prequantised(config), double=quant.double)
     adapter = find_adapter_config_file(source, revision=revision)
     with _without_adapter(headers) as folder:
@@ -240,5 +241,5 @@ def _revision(source: str, model: ModelSection) -> str | None:
 
 
 def _first_line(error: Exception) -> str:
-    text = " ".join(str(error).split())[:200]
+    text = shortened(" ".join(str(error).split()), 200)
     return text if isinstance(error, ValueError | OSError) and text else f"{type(error).__name__}: {text}"

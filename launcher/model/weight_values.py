@@ -3,8 +3,9 @@
 So a base of which a part was drawn at random, or loaded into the wrong place, is not trained.
 """
 
-from collections.abc import Callable, Iterable
-from contextlib import ExitStack
+import hashlib
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -32,9 +33,7 @@ def compare_with_files(model: Any, headers: Headers, missing: Iterable[str] = ()
     """
     wrong, names = {*missing}, weights_of(headers)
     broken: dict[str, None] = {}  # in the order of the files
-    with ExitStack() as stack:
-        files = {header.file: None for header in headers.values()}
-        opened = {file: stack.enter_context(safe_open(file, framework="pt")) for file in files}
+    with _opened(headers) as opened:
 
         def stored(name: str, starts: list[int]) -> Tensor:
             values = _stored(opened[headers[name].file].get_slice(name), starts)
@@ -53,6 +52,28 @@ def compare_with_files(model: Any, headers: Headers, missing: Iterable[str] = ()
         f"{len(names) - len(wrong)} of {len(names)} tensors have the names, shapes and sampled values of the files"
     )
     return Verdict("base loaded whole", not wrong, evidence + (f"; not {listed(sorted(wrong))}" if wrong else ""))
+
+
+def base_digest(headers: Headers) -> str:
+    """A digest of the checkpoint's tensors, however they are spread over files: names, shapes and kinds, and of the
+    values the pieces that are compared with a loaded model. Reads a few KiB of each tensor."""
+    digest = hashlib.sha256()
+    with _opened(headers) as opened:
+        for name, (file, shape, dtype) in sorted(headers.items()):
+            numel = torch.Size(shape).numel()
+            whole = numel <= PIECES * BLOCK
+            values = opened[file].get_tensor(name) if whole else _stored(opened[file].get_slice(name), _starts(numel))
+            digest.update(repr((name, shape, dtype)).encode())
+            digest.update(values.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+@contextmanager
+def _opened(headers: Headers) -> Iterator[dict[str, Any]]:
+    """The files of the checkpoint, open, by their paths."""
+    with ExitStack() as stack:
+        files = {header.file: None for header in headers.values()}
+        yield {file: stack.enter_context(safe_open(file, framework="pt")) for file in files}
 
 
 def _is_in_place(model: Any, name: str, headers: Headers, stored: Stored) -> bool:

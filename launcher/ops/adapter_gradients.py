@@ -15,7 +15,8 @@ stacked:
 
 For a single projection with O < D, x and dy, A and B swap roles, so that the wider matrix is read once. Partial sums
 are added in memory in fp32, in whatever order the programs finish: two runs of a step agree up to rounding, as with the
-attention kernels. The fp32 masters are rounded to the compute dtype when they are read.
+attention kernels. Where torch is told to be deterministic (train.deterministic) the plain form is used. The fp32
+masters are rounded to the compute dtype when they are read.
 """
 
 from collections.abc import Sequence
@@ -54,8 +55,9 @@ def gradients(dy: Tensor, x: Tensor, a: Sequence[Tensor], b: Sequence[Tensor], s
 
 
 def _is_thin(x: Tensor, rank: int) -> bool:
-    """Whether the kernels support stacked adapters of this rank for matrices like x."""
-    return x.is_cuda and HAS_TRITON and rank <= MAX_RANK and x.dtype != torch.float32
+    """Whether the kernels support stacked adapters of this rank for matrices like x, and may add in any order."""
+    supported = x.is_cuda and HAS_TRITON and rank <= MAX_RANK and x.dtype != torch.float32
+    return supported and not torch.are_deterministic_algorithms_enabled()
 
 
 def plain_gradients(dy: Tensor, x: Tensor, a: Tensor, b: Tensor, scaling: float) -> tuple[Tensor, Tensor]:

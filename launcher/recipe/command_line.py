@@ -9,12 +9,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from launcher.credentials import masked_tree, shortened
 from launcher.errors import RecipeError
 from launcher.recipe.field_types import recipe_names
 from launcher.recipe.yaml_lines import inline, read_value
 
 MODES = {
     "train": "fine-tune (the default)",
+    "check": "check what a run needs: device, tools, packages, disk, memory, model, data; writes no run folder",
     "parity": "compare losses and gradients with stock eager code and with fp32; updates nothing, writes no run folder",
     "bench": "measure the step beside that of stock eager code: speed, memory, start; writes no run folder",
     "preview": "print what would be trained on, token by token; needs no GPU, writes no run folder",
@@ -25,6 +27,7 @@ MODES = {
     "keys": "print the table of keys in docs/keys.md",
 }
 OPTIONS = {"recipe": "", "mode": "train", "report": "", "blocks": "2"}  # the keys outside every section, their defaults
+MAX_LINES = 5  # of a message
 
 
 @dataclass
@@ -33,16 +36,17 @@ class Arguments:
 
     options: dict[str, str] = field(default_factory=OPTIONS.copy)  # as written, else the default
     overrides: list[tuple[str, Any]] = field(default_factory=list)  # key as written, value as plain data
-    problems: dict[str, str] = field(default_factory=dict)  # rule, value and remedy on one line -> the key
+    problems: dict[str, str] = field(default_factory=dict)  # rule, value and remedy on one line -> the key as written
 
     def refuse(self, key: str, problem: str) -> None:
-        self.problems[problem] = bare(key)
+        self.problems[problem] = key
 
 
-def echoed(value: Any) -> str:
-    """A value as an error quotes it: on one line, control characters escaped, cut at 60 characters."""
-    text = "null" if value is None else repr(value)
-    return text if len(text) <= 60 else text[:56] + " ..."
+def echoed(value: Any, key: str = "") -> str:
+    """A value as an error quotes it: on one line, control characters escaped, credentials masked, cut at 60 characters.
+    `key`: what it was given to."""
+    text = "null" if value is None else repr(masked_tree(value, key))
+    return shortened(text, 60) if len(text) <= 60 else shortened(text, 56) + " ..."
 
 
 def bare(key: str) -> str:
@@ -75,6 +79,8 @@ def parse(argv: Sequence[str], *, own_options: Iterable[str] = ()) -> Arguments:
         if argument.startswith("--") and not equals and (near := closest(key[2:], (*names, "help", "version"))):
             remedy = f"write {near}=..." if near in names else f"did you mean --{near}?"
             arguments.refuse(argument, f"every argument is key=value; got {echoed(argument)}; {remedy}")
+        elif not (equals and key) and len(arguments.problems) >= MAX_LINES:
+            arguments.refuse(argument, argument)  # counted only
         elif not equals or not key:
             recipe = argument if argument.endswith(".yaml") else nearest_recipe(argument)
             remedy = f"did you mean recipe={bare(recipe)}?" if recipe else "try train.steps=100, or --help alone"
@@ -94,14 +100,14 @@ def _override(arguments: Arguments, key: str, text: str) -> None:
     try:
         arguments.overrides.append((key, read_value(text)))
     except RecipeError as error:
-        arguments.refuse(key, f"{bare(key)}: {error}; got {echoed(text)}; {_quoted(key, text)}")
+        arguments.refuse(key, f"{bare(key)}: {error}; got {echoed(text, key)}; {_quoted(key, text)}")
 
 
 def _quoted(key: str, text: str) -> str:
     """The remedy for a value that YAML cannot read."""
     if text[0] + text[-1:] in ("[]", "{}"):
         return """quote the text in it that holds any of : , # [ ] { } & * ! % @, as in '[{path: "a: b"}]'"""
-    quoted = f"quote it: {shlex.quote(f'{bare(key)}={inline(text[:60])}')}"
+    quoted = f"quote it: {shlex.quote(f'{bare(key)}={inline(shortened(text, 60))}')}"
     if text[0] not in "[{" or _closes(text):
         return quoted
     rule = "a bracket or brace is not closed; close it, and put the argument in single quotes"
@@ -121,7 +127,7 @@ def _check_options(arguments: Arguments, given: dict[str, str]) -> None:
     if report == "":
         arguments.refuse("report", "report must be a path; got nothing; try report=./report.json")
     elif report and mode in ("preview", "generate"):
-        rule = "report is written by mode=train, mode=parity, mode=bench and mode=export"
+        rule = "report is written by mode=train, mode=check, mode=parity, mode=bench and mode=export"
         arguments.refuse("report", f"{rule}; got {echoed(report)} with mode={mode}; remove one")
     if blocks is not None and mode != "preview":
         got = f"got {echoed(blocks)} with mode={bare(mode)}"

@@ -4,6 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator
 
+from launcher.credentials import masked
 from launcher.recipe.field_types import NonEmptyText, RecipeSection, number_before_path, off_is, recipes_dir
 
 
@@ -81,7 +82,9 @@ class DataSection(RecipeSection):
         validate_default=True,
     )
     wait_s: int = Field(
-        3600, ge=1, description="Seconds that a machine's other ranks wait while one of them prepares the data."
+        3600,
+        ge=1,
+        description="Seconds that ranks wait at the start: for the one that prepares the data, and for all to come.",
     )
 
     @property
@@ -100,7 +103,7 @@ class DataSection(RecipeSection):
         without = [source.path for source in sources if source.weight is None]
         if 0 < len(without) < len(sources):
             raise ValueError(
-                f"data.sources: either all have a weight or none; {without[0][-60:]} has none; give it one"
+                f"data.sources: either all have a weight or none; {masked(without[0])[-60:]} has none; give it one"
             )
         return sources
 

@@ -12,7 +12,7 @@ from launcher.errors import RecipeError
 
 HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")  # "name" or "owner/name", of a model or a dataset; a full match
 SHORT_DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
-HUB_TIMEOUT_S = 5.0  # for one small request to the hub, to see whether it answers
+UNITS_S = {"s": 1.0, "m": 60.0, "h": 3600.0}
 
 Word = TypeVar("Word", bound=str)
 
@@ -21,6 +21,11 @@ class RecipeSection(BaseModel):
     """A part of a recipe. A rule between keys is a validator that raises ValueError with the whole message."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+def interval_s(text: str) -> float | None:
+    """Seconds of a time as "90s", "10m" or "2h"; None for "off"."""
+    return None if text == "off" else int(text[:-1]) * UNITS_S[text[-1]]
 
 
 def on_or_off(value: Any) -> Any:

@@ -17,6 +17,7 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from launcher import __version__
+from launcher.credentials import masked
 from launcher.recipe.command_line import MODES, OPTIONS, parse
 from launcher.recipe.field_types import recipe_names, recipes_dir
 from launcher.recipe.fields import GROUPS, accepts, field, in_words, json_schema, names_in, shown_default
@@ -59,7 +60,7 @@ def print_resolved(console: Console, resolved: Resolved) -> None:
     rows = []
     for key, origin in resolved.origins.items():
         section, name = key.split(".")
-        rows.append((key, inline(values[section][name]), origin, field(key)["description"]))
+        rows.append((key, masked(inline(values[section][name])), origin, field(key)["description"]))
     console.out(f"recipe {resolved.name} ({inline(str(resolved.path))})", highlight=False)
     _print_table(("key", "value", "from", "meaning"), rows, console)
 

@@ -13,14 +13,14 @@ from typing import Any, Literal, NoReturn
 from pydantic import ValidationError
 
 from launcher.errors import RecipeError
-from launcher.recipe.command_line import bare, echoed, nearest_recipe, parse
+from launcher.recipe.command_line import MAX_LINES, bare, echoed, nearest_recipe, parse
 from launcher.recipe.field_types import recipe_names, recipes_dir
 from launcher.recipe.fields import LEAVES, SECTIONS, accepts, as_list, assignment, example, unknown
 from launcher.recipe.paths import Values, from_folder, misplaced
 from launcher.recipe.schema import ALTERNATIVES, Recipe
 from launcher.recipe.yaml_lines import read_file
 
-MAX_LINES = 5  # of a message
+MAX_KEYS_NAMED = 20  # of those that have no line of their own
 Origin = Literal["default", "file", "command line"]
 
 
@@ -31,7 +31,7 @@ class Resolved:
     recipe: Recipe
     name: str  # the recipe's name; of the user's own file, the file's name without .yaml
     path: Path  # the recipe's file
-    mode: str  # "train", "parity", "bench", "preview" or "show"
+    mode: str  # "train", "check", "parity", "bench", "preview" or "show"
     origins: dict[str, Origin]  # by dotted key, every key of the recipe
     report: Path | None  # where else the report is to be written (report=PATH)
     blocks: int  # how many mode=preview prints (blocks=N)
@@ -89,7 +89,7 @@ def _recipe_path(recipe: str) -> Path:
     if not recipe:
         raise RecipeError(f"recipe=NAME is required; got none; {listed}")
     if recipe.endswith(".yaml"):
-        path = Path(recipe).expanduser()
+        path = Path(os.path.expanduser(recipe))
         if not os.path.exists(path):
             rule = "recipe must be a file if it ends in .yaml"
             raise RecipeError(f"{rule}; {echoed(recipe)} does not exist; {hint.strip() or listed}")
@@ -116,8 +116,8 @@ def _layer(pairs: Iterable[tuple[str, Any]], problems: dict[str, str], folder: P
     values: Values = {}
     for key, value in pairs:
         if key in values:
-            got = f"got {echoed(values[key])} and {echoed(value)}"
-            problems[f"{bare(key)} is given twice; {got}; remove one"] = bare(key)
+            got = f"got {echoed(values[key], key)} and {echoed(value, key)}"
+            problems[f"{bare(key)} is given twice; {got}; remove one"] = key
         else:
             one_path = key == "data.sources" and isinstance(value, str) and os.path.exists(from_folder(value, folder))
             values[key] = as_list(key, [value] if one_path else value) if key in LEAVES else value
@@ -149,9 +149,12 @@ def _problems(error: ValidationError, places: dict[str, str], from_file: Values,
     problems: dict[str, str] = {}
     for detail in error.errors(include_url=False):
         key, leaf = _keys(detail["loc"])
+        if len(problems) >= MAX_LINES:  # has no line: looking for its nearest key may take longer than all else
+            problems.setdefault(key, key)
+            continue
         place = "command line" if leaf in from_line else places.get(key) or places.get(leaf)
         given = (from_file | from_line).get(key, detail["input"])  # as written, paths too
-        got = f"got {'nothing' if detail['type'] == 'missing' else echoed(given)} ({place})"
+        got = f"got {'nothing' if detail['type'] == 'missing' else echoed(given, key)} ({place})"
         if detail["type"] == "value_error":  # a rule between keys
             text = str(detail["ctx"]["error"])
         elif detail["type"] == "extra_forbidden":
@@ -161,7 +164,7 @@ def _problems(error: ValidationError, places: dict[str, str], from_file: Values,
         else:
             text = f"{key} must be {accepts(key)}; {got}; try {assignment(leaf, example(leaf))}"
         problems.setdefault(key, text)
-    return {text: bare(key) for key, text in problems.items()}
+    return {text: key for key, text in problems.items()}
 
 
 def _within_section(section: str, value: Any) -> str:
@@ -190,6 +193,7 @@ def refuse(problems: dict[str, str]) -> NoReturn:
     lines = list(problems)
     if len(lines) > MAX_LINES:
         rest = lines[MAX_LINES - 1 :]
-        keys = dict.fromkeys(problems[line] for line in rest)
-        lines[MAX_LINES - 1 :] = [f"and {len(rest)} more, in {', '.join(keys)}"]
+        keys = list(dict.fromkeys(problems[line] for line in rest))
+        more = ", ..." if len(keys) > MAX_KEYS_NAMED else ""
+        lines[MAX_LINES - 1 :] = [f"and {len(rest):,} more, in {', '.join(map(bare, keys[:MAX_KEYS_NAMED]))}{more}"]
     raise RecipeError("\n".join(lines))

@@ -13,7 +13,8 @@ from launcher.recipe.field_types import Distinct, NonEmptyText, OnOff, RecipeSec
 
 ALTERNATIVES = (("train.steps", "train.epochs"), ("memory.budget", "memory.activations"))  # one takes the other's place
 
-INTERVAL = r"^([1-9]\d*[smh]|off)$"  # of train.save_every
+INTERVAL = r"^([1-9]\d*[smh]|off)$"  # of train.save_every and run.timeout
+INTERVAL_MEANING = "a time as 90s, 10m or 2h, or off"
 
 
 class ModelSection(RecipeSection):
@@ -143,12 +144,17 @@ class TrainSection(RecipeSection):
         1.0, description="Largest norm of the whole gradient; null or off: no clipping."
     )
     seed: int = Field(0, ge=0, lt=2**32, description="Seed of weights, dropout and data order.")
+    deterministic: bool = Field(
+        False,
+        description="Only kernels that give the same bits every time, at some cost, so that two runs on a GPU are "
+        "equal; on a CPU they are in any case.",
+    )
     eval_every: int = Field(
         0, ge=0, description="Steps between evaluations; 0: only before the first step and after the last."
     )
     save_every: Annotated[
         Annotated[int, Field(ge=0, description="steps (a whole number >= 0)")]
-        | Annotated[str, Field(pattern=INTERVAL, description="a time as 90s, 10m or 2h, or off")],
+        | Annotated[str, Field(pattern=INTERVAL, description=INTERVAL_MEANING)],
         off_is(0),
     ] = Field(
         "10m",
@@ -210,6 +216,12 @@ class RunSection(RecipeSection):
         examples=["auto", "never", "./runs/mine", "./runs/mine/checkpoints/step-500"],
     )
 
+    allow_reshard: bool = Field(
+        False,
+        description="Go on with another number of processes, train.micro_batch or train.accumulation than the "
+        "checkpoint's; false: that is refused.",
+    )
+
     @field_validator("resume")
     @classmethod
     def _one_folder(cls, resume: str, info: ValidationInfo) -> str:
@@ -220,8 +232,20 @@ class RunSection(RecipeSection):
             )
         return resume
 
+    rescue_dir: NonEmptyText | None = Field(
+        None,
+        description="Folder for the adapter where the run folder takes no more (a full disk); null: the system's "
+        "temporary folder.",
+        examples=["./rescued"],
+    )
     trackers: Distinct[Literal["tensorboard"]] = Field(
         [], description="Trackers that receive the metrics.", examples=[["tensorboard"]]
+    )
+    timeout: Annotated[str, Field(pattern=INTERVAL), OnOff] = Field(
+        "5m",
+        description="How long a rank may be silent, or keep the others waiting in a step, before all end: a time as "
+        "90s, 10m or 2h, or off. A rank that is gone ends the others at once.",
+        examples=["5m", "off"],
     )
     sample_tokens: int = Field(48, ge=0, le=1024, description="Tokens of the sample printed at the end; 0: none.")
     eval_samples: int = Field(

@@ -20,6 +20,7 @@ PLAIN_TAGS = frozenset(f"tag:yaml.org,2002:{kind}" for kind in KINDS)
 UNQUOTED = re.compile(r"[^\[\]{},:#\"'!&*|>%@`?-][^\[\]{},:#\"']*")  # text that needs no quotes, in a list either
 QUOTE = "put text that holds any of : # [ ] { } & * ! % @ in quotes, and indent with blanks"
 MAX_DEPTH = 20
+MAX_BYTES = 2**19  # thousands of sources; takes seconds to parse
 NULLS = frozenset(("", "~", "null", "Null", "NULL"))
 
 
@@ -31,7 +32,7 @@ def read_file(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
     """
     file = repr(str(path))[1:-1]
     try:
-        text = path.read_bytes().decode("utf-8-sig")
+        text = _content(path, file).decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise RecipeError(f"{file}: a recipe is UTF-8 text; byte {error.start} is not; save it as UTF-8") from None
     except OSError as error:
@@ -41,6 +42,18 @@ def read_file(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
     if tree is not None and not isinstance(tree, dict):
         raise RecipeError(f"{walk.places['']}: a recipe is a mapping of sections, such as `train: {{steps: 100}}`")
     return tree or {}, walk.places
+
+
+def _content(path: Path, file: str) -> bytes:
+    if path.exists() and not path.is_file():  # a pipe would be waited for
+        raise RecipeError(f"{file}: a recipe is a file; this is none; write it into one")
+    with path.open("rb") as opened:
+        content = opened.read(MAX_BYTES + 1)
+    if len(content) > MAX_BYTES:
+        size, first = path.stat().st_size, content.partition(b"\n")[0][:60]
+        rule = f"{file}: a recipe has at most {MAX_BYTES:,} bytes"
+        raise RecipeError(f"{rule}; got {size:,} and begins {first.decode(errors='replace')!r}; name a recipe")
+    return content
 
 
 def read_value(text: str) -> Any:

@@ -28,6 +28,13 @@ class RunOpened:
 
 
 @dataclass(frozen=True)
+class Note:
+    """What the user should know before the run ends."""
+
+    text: str
+
+
+@dataclass(frozen=True)
 class RunPart:
     """What one start of a run did, between two resumes."""
 
@@ -134,6 +141,7 @@ class CompileRecord:
     evaluations: int = 0  # micro batches evaluated after warm-up
     evaluations_compiled: int = 0
     calls: dict[str, int] = field(default_factory=dict)  # planned for one micro batch of the largest shape
+    cache_misses: int = 0  # graphs whose code was generated: neither it nor a fit one was in the cache
 
 
 @dataclass(frozen=True)
@@ -243,6 +251,7 @@ class RunRecord:
     parts: tuple[RunPart, ...] = ()
     no_sample: str = ""  # why there is none
     stopped: str = ""  # why training ended before its last step; "" where it did not
+    notes: tuple[str, ...] = ()  # what was noticed after the start
     adapter: str | None = None  # its folder; None where it was not proven, or where its base is random
 
     def as_report(self) -> dict[str, Any]:
@@ -267,9 +276,10 @@ class RunRecord:
             "parts": [asdict(part) for part in self.parts],
             "no_sample": self.no_sample,
             "stopped": self.stopped,
+            "notes": self.notes,
             "adapter": self.adapter,
         }
 
 
 # What a run yields and a sink is shown, in this order; the text is the name of the phase that begins.
-Event = str | Phase | RunOpened | StartRecord | StepRecord | EvalRecord | EvalSamples | BadBatch | RunRecord
+Event = str | Phase | RunOpened | StartRecord | Note | StepRecord | EvalRecord | EvalSamples | BadBatch | RunRecord

@@ -4,13 +4,13 @@ import codecs
 import os
 import sys
 import unicodedata
-from collections.abc import Callable
-from contextlib import suppress
-from io import TextIOWrapper
 from typing import IO, Any
 
 from rich.console import Console
 from rich.text import Text
+
+from launcher.credentials import masked
+from launcher.runtime.streams import lasting
 
 PAGE_WIDTH = 120  # columns at most: longer lines are hard to follow
 NEAREST_ASCII = {"×": "x", "·": "|", "→": ">", "✓": "+", "✗": "x", "─": "-", "━": "=", "…": "."}
@@ -18,37 +18,6 @@ LAUNCHER_BELOW = "the process launcher's own traceback may follow"
 # Controls, lone surrogates, line and paragraph separators, and format characters: these reorder the text beside them,
 # or have no width and are not seen.
 ESCAPED_CATEGORIES = ("Cc", "Cf", "Cs", "Zl", "Zp")
-
-
-class LastingStream:
-    """A text stream that outlives its reader: once it cannot be written to (a closed pipe, a full disk), it takes all
-    and keeps nothing. A run must not end with the terminal that watches it."""
-
-    def __init__(self, stream: IO[str]) -> None:
-        self._stream = stream
-        self.lost = False
-
-    def write(self, text: str) -> int:
-        self._try(lambda: self._stream.write(text))
-        return len(text)
-
-    def flush(self) -> None:
-        self._try(self._stream.flush)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._stream, name)
-
-    def _try(self, write: Callable[[], Any]) -> None:
-        if self.lost:
-            return
-        try:
-            write()
-        except (OSError, ValueError):  # ValueError: it was closed
-            self.lost = True
-            with suppress(OSError, ValueError):  # else the interpreter's own last flush would fail
-                null = os.open(os.devnull, os.O_WRONLY)
-                os.dup2(null, self._stream.fileno())
-                os.close(null)
 
 
 def make_console(file: IO[str] | None = None) -> Console:
@@ -59,15 +28,14 @@ def make_console(file: IO[str] | None = None) -> Console:
     character gets its nearest ASCII form or its escape: a report must not die of a log file's encoding.
     """
     stream = sys.stdout if file is None else file
-    if isinstance(stream, TextIOWrapper):
-        stream.reconfigure(errors=ENCODING_ERRORS)
+    if reconfigure := getattr(stream, "reconfigure", None):
+        reconfigure(errors=ENCODING_ERRORS)
     plain: dict[str, Any] = {}
     if not stream.isatty() or _in_notebook():
         columns = os.environ.get("COLUMNS", "")
         width = columns.isdecimal() and int(columns) or PAGE_WIDTH
         plain = {"force_terminal": False, "force_jupyter": False, "color_system": None, "width": width}
-    lasting: Any = LastingStream(stream)
-    return Console(file=lasting, markup=False, highlight=False, emoji=False, **plain)
+    return Console(file=lasting(stream), markup=False, highlight=False, emoji=False, **plain)
 
 
 def page_width(console: Console) -> int:
@@ -86,7 +54,7 @@ def error(console: Console, message: str, code: int, *, framed: bool = False) ->
     `framed`: between two rules, for the eye to find above the traceback that a process launcher prints after it. All
     is one write, so that the lines of several processes do not mix.
     """
-    line = Text.assemble(("error: ", "bold red"), literal(message), (f" (exit code {code})", "dim"))
+    line = Text.assemble(("error: ", "bold red"), literal(masked(message)), (f" (exit code {code})", "dim"))
     if framed:
         width = page_width(console)
         rules = [f"━━ {title} ".ljust(width, "━")[:width] for title in ("qlora-launcher", LAUNCHER_BELOW)]

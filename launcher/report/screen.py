@@ -16,7 +16,8 @@ from rich.live import Live
 from rich.spinner import Spinner
 from rich.text import Text
 
-from launcher.records.run import EvalRecord, Phase, StartRecord, StepRecord
+from launcher.credentials import masked_tree
+from launcher.records.run import EvalRecord, Note, Phase, StartRecord, StepRecord
 from launcher.report.console import literal, page_width
 from launcher.report.pages import page_of
 from launcher.report.pages.formatting import loss, norm, on_cpu, rate, whole
@@ -66,9 +67,13 @@ class Screen:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self.close(failed=kind is not None)
+
+    def close(self, *, failed: bool = True) -> None:
+        """Print what was not shown yet, and give the terminal its cursor back."""
         self._ended.set()
         with self._lock:
-            self._settle(failed=kind is not None)
+            self._settle(failed=failed)
         if self._live:
             self._live.stop()
 
@@ -108,7 +113,10 @@ class Screen:
                 self._show_step(event)
             case EvalRecord():
                 self._show_evaluation(event)
-            case _ if page := page_of(event):
+            case Note():
+                self._settle()
+                self._print(literal(f"note: {event.text}", "yellow"))
+            case _ if page := page_of(masked_tree(event)):
                 self._settle()
                 print_page(self._console, page)
                 self._printed_s, self._step = self._clock(), None

@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from launcher.runtime.progress import PROGRESS
+
 
 def boot_clock_s() -> float:
     """Seconds since the machine was booted (Linux)."""
@@ -52,7 +54,8 @@ class Clock:
         self.elapsed_s.setdefault(name, 0.0)
         start = time.perf_counter()
         try:
-            yield
+            with PROGRESS.phase(name):
+                yield
         finally:
             taken_s = time.perf_counter() - start
             self.elapsed_s[name] += taken_s - self._inner_s

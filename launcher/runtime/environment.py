@@ -1,12 +1,21 @@
 """What is set up before torch is imported. Imports no torch."""
 
+import atexit
 import gc
 import logging
 import os
+import shutil
 import sys
+import tempfile
+import traceback
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
+
+from launcher.errors import LauncherError, RecipeError
+from launcher.runtime.packages import import_failure
+from launcher.runtime.signals import importing
 
 # Turns that an idle OpenMP thread (GNU's) spins before it sleeps. The default spins for so long that one busy neighbour
 # on a two-core machine made a step of recipe=tiny 2.9 times slower (1,441 against 490 ms); with this it is 1.5 times
@@ -14,8 +23,9 @@ from contextlib import contextmanager
 SPIN_COUNT = "2000"
 
 
-def prepare_environment() -> None:
-    """Make the libraries quiet and idle threads sleep. Variables that the user has set are kept."""
+def prepare_environment() -> tuple[str, ...]:
+    """Make the libraries quiet and idle threads sleep. Variables that the user has set are kept. Returns notes for the
+    report."""
     os.environ.setdefault("GOMP_SPINCOUNT", SPIN_COUNT)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # once set, it does not warn about forks
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -23,6 +33,29 @@ def prepare_environment() -> None:
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     logging.getLogger("torch.distributed").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning)
+    return _ensure_home()
+
+
+def _ensure_home() -> tuple[str, ...]:
+    """Give a user without a home folder (no HOME, no entry in passwd) a temporary one, which goes with the process: the
+    libraries would write into a folder named ~ in the current one, or fail."""
+    try:
+        Path.home()
+        return ()
+    except RuntimeError:
+        os.environ["HOME"] = home = tempfile.mkdtemp(prefix="qlora-launcher-home-")
+        atexit.register(shutil.rmtree, home, ignore_errors=True)
+        return ("HOME is not set and this user has no home folder: nothing is cached for the next run",)
+
+
+def check_current_folder() -> None:
+    """Raise RecipeError if the current folder is gone: relative paths start there."""
+    try:
+        os.getcwd()
+    except OSError as error:
+        raise RecipeError(
+            f"the current folder must exist; it was removed or is not readable ({error.strerror}). Change to another."
+        ) from None
 
 
 @contextmanager
@@ -32,30 +65,37 @@ def quick_imports() -> Iterator[None]:
     These imports make millions of objects that all stay. The collector would walk them again and again, a sixth of the
     imports' CPU time (6.2 s with it, 5.1 without; medians of four, CPU). Frozen, they are skipped by every later
     collection, such as the full one before a capture. Whatever exists then is frozen too, and is not freed if it
-    becomes part of a cycle: call this before anything large is made. Does nothing where torch has been imported.
+    becomes part of a cycle: call this before anything large is made. Nothing is frozen where torch has been imported. A
+    signal ends the process, or comes after the imports.
+
+    Raises RecipeError naming the package where an import fails.
     """
     if "torch" in sys.modules:
-        yield
+        with importing(), _named_failures():
+            yield
         return
     was_enabled = gc.isenabled()
     gc.collect()  # garbage of before must not be frozen
     gc.disable()
     try:
-        yield
+        with importing(), _named_failures():
+            yield
     finally:
         gc.freeze()
         if was_enabled:
             gc.enable()
 
 
-def open_standard_streams() -> None:
-    """Open what was closed of standard input, output and error, as by `>&-`: else the next file that is opened gets its
-    number, and what libraries print would go into that file."""
-    for number in range(3):
-        try:
-            os.fstat(number)
-        except OSError:
-            os.open(os.devnull, os.O_RDWR)  # takes the lowest free number: this one
-    for name in ("stdout", "stderr"):
-        if getattr(sys, name) is None:
-            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115  # as long as the process lives
+@contextmanager
+def _named_failures() -> Iterator[None]:
+    """An import that fails is an error of the installation, whatever the package raises: ImportError for a missing
+    part, OSError for a library that does not load, others for versions that do not fit together."""
+    try:
+        yield
+    except LauncherError:
+        raise
+    except Exception as error:
+        innermost = [frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error.__traceback__)][-1]
+        if innermost.partition(".")[0] == "launcher" and not isinstance(error, ImportError):
+            raise
+        raise RecipeError(import_failure(error)) from error

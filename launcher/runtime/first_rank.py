@@ -22,6 +22,7 @@ from typing import Any, TypeVar
 from filelock import FileLock, Timeout
 
 from launcher import errors
+from launcher.credentials import masked_tree
 from launcher.errors import LauncherError, LostRank
 from launcher.runtime.clock import start_ticks
 from launcher.runtime.private_cache import private_cache
@@ -110,7 +111,7 @@ def _write(state: Path, **content: Any) -> None:
     """Whole or not at all. Where this fails the others find nothing and work themselves."""
     with suppress(OSError):
         fresh = state.with_suffix(".fresh")
-        fresh.write_text(json.dumps({**content, "at": time.monotonic()}))
+        fresh.write_text(json.dumps({**masked_tree(content), "at": time.monotonic()}))
         fresh.replace(state)
 
 

@@ -1,20 +1,18 @@
 """This process's rank, and how ranks exchange and compare values. torch is imported only to use the process group."""
 
 import atexit
-import ctypes
 import gc
 import os
-import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from launcher.errors import LauncherError
+from launcher.errors import LauncherError, RecipeError
+from launcher.runtime.progress import PROGRESS
 
-PR_SET_PDEATHSIG = 1  # linux/prctl.h
-LAUNCHER_VARIABLES = ("TORCHELASTIC_RUN_ID", "ACCELERATE_MIXED_PRECISION")  # torchrun's; accelerate's for one process
+VARIABLES_OF_RANKS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_PORT", "MASTER_ADDR")
 
 STARTED_S = time.monotonic()  # when this process began, nearly: the command line imports this module before torch
 
@@ -39,28 +37,30 @@ class RankInfo:
 
 
 def rank_info() -> RankInfo:
-    """Read the variables that torchrun and `accelerate launch` set; without them the process is the only one."""
+    """Read the variables that torchrun and `accelerate launch` set; without them the process is the only one.
 
-    def number(name: str, default: int) -> int:
-        return int(os.environ.get(name, default))
-
-    world = number("WORLD_SIZE", 1)
-    return RankInfo(number("RANK", 0), number("LOCAL_RANK", 0), world, number("LOCAL_WORLD_SIZE", world))
-
-
-def under_launcher() -> bool:
-    """Whether torchrun or `accelerate launch` has started this process."""
-    return any(name in os.environ for name in LAUNCHER_VARIABLES)
-
-
-def end_with_parent() -> None:
-    """Under a launcher, ask the kernel to send SIGTERM to this process when the launcher dies (Linux).
-
-    `accelerate launch` with one process would otherwise leave its trainer running. Without a launcher the parent is a
-    shell, which may end before its job.
+    Raises RecipeError where they do not fit together, as those of an earlier shell may.
     """
-    if under_launcher():
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+    given = {name: os.environ[name] for name in VARIABLES_OF_RANKS if os.environ.get(name)}
+    # LOCAL_RANK makes Accelerate start a process group, also for one process.
+    needed = VARIABLES_OF_RANKS if "LOCAL_RANK" in given or given.get("WORLD_SIZE", "1") != "1" else ()
+    try:
+        world = int(given.get("WORLD_SIZE", 1))
+        local_world = int(given.get("LOCAL_WORLD_SIZE", world))
+        info = RankInfo(int(given.get("RANK", 0)), int(given.get("LOCAL_RANK", 0)), world, local_world)
+        fit = 0 <= info.local_rank <= info.rank < world and info.local_rank < local_world <= world
+        fit = fit and 0 <= int(given.get("MASTER_PORT", 0)) < 2**16
+    except ValueError:
+        fit = False
+    if not fit or {*needed} - {*given, "LOCAL_WORLD_SIZE"}:
+        found = " ".join(f"{name}={given.get(name, '(unset)')}" for name in VARIABLES_OF_RANKS)
+        raise RecipeError(
+            "the variables of a process launcher must be there together, as whole numbers with RANK below WORLD_SIZE "
+            f"and LOCAL_RANK below LOCAL_WORLD_SIZE; found {found}.\n"
+            "Remove those of an earlier shell (unset RANK LOCAL_RANK WORLD_SIZE LOCAL_WORLD_SIZE), or start with "
+            "accelerate launch."
+        )
+    return info
 
 
 _process_group: list[Any] = []  # kept until the interpreter ends
@@ -92,6 +92,7 @@ def gather(value: Any) -> list[Any]:
     """The values of all ranks, in rank order, on every rank."""
     from accelerate.utils import gather_object
 
+    PROGRESS.enter_collective()
     return list(gather_object([value]))
 
 
@@ -99,6 +100,7 @@ def broadcast(value: Any) -> Any:
     """Rank 0's value, on every rank."""
     from accelerate.utils import broadcast_object_list
 
+    PROGRESS.enter_collective()
     return broadcast_object_list([value])[0]
 
 

@@ -1,34 +1,62 @@
 """The signals that end a run, and that no code in between may swallow.
 
-Python raises KeyboardInterrupt wherever the main thread happens to be. If that is a callback whose errors are dropped,
-the exception is lost: 1 of 50 interrupted runs went on training. So a signal is raised at once and also remembered.
-While the training loop defers it, the first signal is only remembered: the loop asks at every step, saves and ends.
-The command line and api.run listen; mode=parity and bench do not ask.
+Python raises a signal's exception wherever the main thread happens to be. If that is a callback whose errors are
+dropped, the exception is lost: 1 of 50 interrupted runs went on training. So a signal is also remembered.
+
+    in the training loop   the first signal is remembered: the loop asks at every step, saves and ends
+    during imports         the process ends at once: half-imported modules swallow exceptions or raise others
+    elsewhere              it is raised
+    a second one           SIGINT ends at once; any other changes nothing
+
+The command line owns its process (`own_process`); api.run only borrows it: there, a signal during imports is raised
+after them, and a second SIGINT is raised. mode=parity and bench have no loop that asks.
 """
 
+import os
 import signal
 import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-_received: list[type[BaseException]] = []
-_deferring: list[bool] = []  # one entry in each `deferring`
+from launcher.runtime.ending import end_process
+from launcher.runtime.ranks import gather
+
+NOTHING_SAVED = "nothing was saved since the last checkpoint"
 
 
 class Terminated(BaseException):
     """SIGTERM was received."""
 
 
-VOTES: dict[type[BaseException], int] = {KeyboardInterrupt: 1, Terminated: 2**16}  # sums of many ranks stay apart
+class HungUp(Terminated):
+    """SIGHUP was received: the terminal was closed."""
+
+
+class Preempted(Terminated):
+    """SIGUSR1 was received: SLURM says that the job's time is nearly up."""
+
+
+STOPS: dict[int, tuple[type[BaseException], str]] = {  # where ranks differ, the first of these ends them all
+    signal.SIGTERM: (Terminated, "terminated"),
+    signal.SIGINT: (KeyboardInterrupt, "interrupted"),
+    signal.SIGHUP: (HungUp, "hung up"),
+    signal.SIGUSR1: (Preempted, "preempted"),
+}
+
+_received: list[int] = []
+_deferring: list[bool] = []  # one entry in each `deferring`
+_importing: list[bool] = []  # one entry in each `importing`
+_owned: list[bool] = []  # not empty: the process is the command line's
 
 
 def listen() -> None:
-    """From now on SIGTERM raises Terminated and SIGINT KeyboardInterrupt; a SIGINT that is ignored stays ignored."""
+    """From now on the signals of STOPS end the run. An ignored SIGINT or SIGHUP stays ignored, as for a background job
+    or under nohup."""
     _received.clear()
-    signal.signal(signal.SIGTERM, _stop)
-    if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
-        signal.signal(signal.SIGINT, _stop)
+    for number in STOPS:
+        if number not in (signal.SIGINT, signal.SIGHUP) or signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, _stop)
 
 
 @contextmanager
@@ -37,7 +65,7 @@ def listening() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    handlers = {number: signal.getsignal(number) for number in STOPS}
     listen()
     try:
         yield
@@ -47,9 +75,22 @@ def listening() -> Iterator[None]:
         _received.clear()
 
 
+def own_process() -> None:
+    """From now on signals may end the process at once. Not in a process that was forked from this one."""
+    _owned.append(True)
+    os.register_at_fork(after_in_child=_disown)
+    listen()
+
+
+def release_process(code: int) -> None:
+    """All is done and the process ends with `code`: from now on a signal only ends it sooner."""
+    for number in STOPS:
+        signal.signal(number, lambda *_: os._exit(code))
+
+
 @contextmanager
 def deferring() -> Iterator[None]:
-    """Inside, the first signal is remembered and not raised. A second SIGINT is raised; a second SIGTERM is ignored."""
+    """Inside, the first signal is only remembered."""
     _deferring.append(True)
     try:
         yield
@@ -57,24 +98,63 @@ def deferring() -> Iterator[None]:
         _deferring.pop()
 
 
+def is_deferring() -> bool:
+    return bool(_deferring)
+
+
+@contextmanager
+def importing() -> Iterator[None]:
+    """Around imports, in which nothing can be lost: a signal ends an owned process at once, another one after them."""
+    _importing.append(True)
+    try:
+        yield
+    finally:
+        _importing.pop()
+    if stop := received_stop():
+        raise stop
+
+
+def received_stop() -> type[BaseException] | None:
+    """What ends the run because of a signal that this process has received."""
+    return STOPS[_received[0]][0] if _received else None
+
+
 def stop_vote() -> float:
-    """What this rank adds to the votes of a step: 0 unless it received a signal. All ranks see the sum, and stop at
-    the same step."""
-    return float(VOTES[_received[0]]) if _received else 0.0
+    """What this rank adds to the votes of a step: 1 if it received a signal. All ranks see the sum, and stop at the
+    same step."""
+    return float(bool(_received))
 
 
 def voted_stop(votes: Iterable[float]) -> type[BaseException] | None:
-    """The exception that ends all ranks after these steps; SIGTERM's where ranks differ. None without a vote."""
-    most = max(votes, default=0.0)
-    return None if not most else Terminated if most >= VOTES[Terminated] else KeyboardInterrupt
+    """The exception that ends all ranks after these steps; None without a vote. Every rank must have the same votes."""
+    if not any(votes):
+        return None
+    stops = gather(received_stop())
+    return next(stop for stop, _ in STOPS.values() if stop in stops)
+
+
+def stop_code_and_reason(stop: type[BaseException], saved: str = "") -> tuple[int, str]:
+    """The exit code of a process that a signal ends, and the reason for status.json. `saved`: what was saved before."""
+    number, word = next((number, word) for number, (kind, word) in STOPS.items() if kind is stop)
+    return 128 + number, f"{word}; {saved or NOTHING_SAVED}"
 
 
 def _stop(signum: int, frame: FrameType | None) -> None:
-    if signum == signal.SIGTERM:
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a second one must not interrupt the ending
-    kind = Terminated if signum == signal.SIGTERM else KeyboardInterrupt
-    _received.append(kind)
     # accelerate, interrupted by the same Ctrl-C, ends at once, and with it comes SIGTERM: not the user's second signal.
-    again = len(_received) > 1 and kind is KeyboardInterrupt
-    if again or not _deferring:
-        raise kind
+    again, stop = bool(_received), STOPS[signum][0]
+    _received.append(signum)
+    if (_deferring and not again) or (again and signum != signal.SIGINT):
+        return
+    if _owned and (again or _importing):
+        end_process(*stop_code_and_reason(STOPS[_received[0]][0]))
+    if again or not _importing:
+        raise stop
+
+
+def _disown() -> None:
+    """In a forked child: it must not speak for the run."""
+    _owned.clear()
+    for number in STOPS:
+        if signal.getsignal(number) is _stop:
+            signal.signal(number, signal.SIG_DFL)
+    signal.set_wakeup_fd(-1)  # its signals are not the parent's

@@ -3,10 +3,10 @@
 A save copies the device's state between two steps; a thread writes it behind the next ones (checkpoint/writer.py).
 """
 
-import platform
 import time
 from collections.abc import Mapping
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +14,12 @@ from launcher.checkpoint.adapter import save_tensors
 from launcher.checkpoint.bundle import State
 from launcher.checkpoint.resume import Resumed
 from launcher.checkpoint.writer import BundleWriter
+from launcher.recipe.field_types import interval_s
 from launcher.records.run import RunPart
 from launcher.runtime.ranks import broadcast, failing_together
 from launcher.train.host_copies import HostCopies
+from launcher.train.rescue import rescuing
 from launcher.train.setup import Worker
-
-UNITS_S = {"s": 1, "m": 60, "h": 3600}
 
 
 class SaveSchedule:
@@ -27,7 +27,7 @@ class SaveSchedule:
 
     def __init__(self, save_every: int | str, *, step: int) -> None:
         timed = isinstance(save_every, str)
-        self._interval_s = int(save_every[:-1]) * UNITS_S[save_every[-1]] if isinstance(save_every, str) else 0
+        self._interval_s = (interval_s(save_every) or 0) if isinstance(save_every, str) else 0
         self._every = 0 if timed else int(save_every)
         self._saved_s, self._looked_at, self._next_look = time.monotonic(), step, step + 1
 
@@ -66,16 +66,13 @@ class Checkpoints:
             self._writer = BundleWriter(folder.checkpoints, keep=train.keep, save_adapter=self._save_adapter)
         names = {id(parameter): name for name, parameter in worker.built.peft.named_parameters()}
         self._peft_names = {name: names[id(p)] for name, p in worker.built.packed.named_parameters() if p.requires_grad}
-        earlier = resumed.state["run"]["parts"] if resumed else []
-        self.parts = [RunPart(**part) for part in earlier]
-        if resumed and self.parts:  # what it did after its last checkpoint is done again
-            self.parts[-1] = RunPart(**{**earlier[-1], "last_step": resumed.step, "lost_s": resumed.lost_s})
-        self.parts.append(RunPart(host=platform.node(), first_step=worker.state.step + 1, last_step=worker.state.step))
+        self.parts = worker.parts
 
     def due(self, step: int) -> bool:
         """Whether to save after this step. Raises the error of the last save, once it has failed."""
         if self._writer is not None:
-            self._writer.check()
+            with rescuing(self._worker):
+                self._writer.check()
         return self._enabled and self._schedule.due(step)
 
     def save(self, eval_losses: Mapping[int, float]) -> None:
@@ -102,7 +99,7 @@ class Checkpoints:
 
     def _finish_write(self) -> None:
         """Every rank raises the error that rank 0's write met."""
-        with failing_together(Exception):
+        with failing_together(Exception), rescuing(self._worker):
             if self._writer is not None:
                 self._writer.finish()
 
@@ -114,8 +111,7 @@ class Checkpoints:
 
     def parts_until(self, step: int) -> tuple[RunPart, ...]:
         """The parts of the run, the present one ending with `step`."""
-        present = self.parts[-1]
-        return (*self.parts[:-1], RunPart(present.host, present.first_step, step, present.lost_s))
+        return (*self.parts[:-1], replace(self.parts[-1], last_step=step))
 
     def _history(self, step: int) -> dict[str, Any]:
         return {"parts": [vars(part) for part in self.parts_until(step)]}

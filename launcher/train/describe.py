@@ -3,13 +3,14 @@
 import math
 import os
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 
-from launcher.data.loader import TrainLoader, blank_step_note
+from launcher.data.loader import TrainLoader
+from launcher.data.pack.blocks import blank_step_note
 from launcher.records.counts import counts_in_words
-from launcher.records.run import RankRecord, StartRecord
+from launcher.records.run import EvalRecord, Event, Note, RankRecord, StartRecord, StepRecord
 from launcher.train.setup import Worker
 
 CPU_INFO = "/proc/cpuinfo"
@@ -17,6 +18,7 @@ CPU_UNITS = {  # words of CPU_INFO, of x86 and Arm; without them a product takes
     torch.bfloat16: {"avx512_bf16", "amx_bf16", "bf16"},
     torch.float16: {"avx512_fp16", "amx_fp16", "asimdhp"},
 }
+GUESSING = 0.99  # of ln(vocabulary): a first loss from here on is a guess's
 INCOMPLETE = ("dropped", "truncated", "split", "repeated", "left_out")  # in names of counts: rows not seen whole, once
 
 
@@ -79,7 +81,9 @@ def _activations(worker: Worker) -> str:
 def _resumed(worker: Worker) -> tuple[str, ...]:
     """What the run goes on from, and what was wrong with its files."""
     resumed = worker.resumed
-    return (f"goes on from step {resumed.step:,} ({resumed.bundle})", *resumed.notes) if resumed else ()
+    if resumed is None:
+        return ()
+    return f"goes on from step {resumed.step:,} ({resumed.bundle})", *resumed.notes, *worker.state.notes
 
 
 def _incomplete_rows(counts: dict[str, int]) -> tuple[str, ...]:
@@ -97,6 +101,34 @@ def slow_dtype_note(dtype: torch.dtype, device: torch.device) -> tuple[str, ...]
             return ()
     name = str(dtype).removeprefix("torch.")
     return (f"{name} is slow on this CPU, which has no instructions for it; model.dtype=float32 is many times as fast",)
+
+
+def with_base_notes(events: Iterator[Event], worker: Worker) -> Iterator[Event]:
+    """The same events, and after the first loss the note that it may give cause for."""
+    first = True
+    for event in events:
+        yield event
+        if first and isinstance(event, StepRecord | EvalRecord):
+            yield from map(Note, base_notes(worker, [event]))
+            first = False
+
+
+def base_notes(worker: Worker, measured: Sequence[StepRecord | EvalRecord]) -> tuple[str, ...]:
+    """A note when the first loss of a trained base, measured before any update, is no better than a guess's."""
+    vocabulary, pretrained = worker.built.packed.head.weight.shape[0], worker.recipe.model.init == "pretrained"
+    return first_loss_note(measured[0], vocabulary) if pretrained and measured else ()
+
+
+def first_loss_note(first: StepRecord | EvalRecord, vocabulary: int) -> tuple[str, ...]:
+    """A note when the loss of a run's first record is at or above ln(vocabulary); of a later record nothing is said."""
+    loss, guess = first.eval_loss if isinstance(first, EvalRecord) else first.loss, math.log(vocabulary)
+    if loss < GUESSING * guess or first.step > 1:
+        return ()
+    return (
+        f"the base should predict better than a guess; its first loss is {loss:.2f}, and that of a guess among "
+        f"{vocabulary:,} tokens ln({vocabulary:,}) = {guess:.2f}. Its weights are damaged or untrained, or "
+        "tokenizer and weights do not belong together: download both again",
+    )
 
 
 def _device_name(device: torch.device, *, index: bool = False) -> str:

@@ -7,12 +7,13 @@ import torch
 
 from launcher.checkpoint.adapter import TOLERANCE, save_proven
 from launcher.checkpoint.bundle import best_bundle, read_bundle, step_of
-from launcher.errors import CheckpointError
+from launcher.errors import CheckpointError, LauncherError
 from launcher.records.run import RankRecord, RunRecord, Sample, Verdict
-from launcher.runtime.ranks import broadcast, gather
-from launcher.train.describe import rank_record, start_record
+from launcher.runtime.ranks import broadcast, failing_together, gather
+from launcher.train.describe import base_notes, rank_record, start_record
 from launcher.train.evaluation import eval_loss
 from launcher.train.history import RunHistory
+from launcher.train.rescue import rescuing
 from launcher.train.sample import generate
 from launcher.train.setup import Worker
 from launcher.train.verdicts import compile_verdicts, learning_verdict
@@ -21,10 +22,11 @@ from launcher.train.verdicts import compile_verdicts, learning_verdict
 def save_adapter_proven(worker: Worker) -> Verdict:
     """Save and prove the adapter on rank 0; every rank gets the verdict."""
     verdict = None
-    if worker.rank_info.is_main:
-        verdict = save_proven(
-            worker.built.peft, worker.prepared.tokenizer, worker.folder, loss=lambda: _probe_loss(worker)
-        )
+    with failing_together(LauncherError), rescuing(worker):
+        if worker.rank_info.is_main:
+            verdict = save_proven(
+                worker.built.peft, worker.prepared.tokenizer, worker.folder, loss=lambda: _probe_loss(worker)
+            )
     return cast(Verdict, broadcast(verdict))
 
 
@@ -129,5 +131,6 @@ def run_record(worker: Worker, history: RunHistory, verdicts: Sequence[Verdict])
         verdicts=(*worker.built.loaded, *compiled, *([learned] if learned else []), *verdicts),
         data=dict(worker.prepared.data.counts),
         stopped=_stopped(worker, history),
+        notes=base_notes(worker, (history.evals or history.steps)[:1]),
         adapter=str(worker.folder.adapter) if verdicts[-1].holds and worker.recipe.model.init != "random" else None,
     )

@@ -12,6 +12,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, distributed, nn
 
+from launcher.runtime.progress import PROGRESS
+
 ALIGNMENT = 4  # values of 4 bytes in 16 bytes
 
 
@@ -41,6 +43,7 @@ class FlatGradients:
     def reduce(self) -> None:
         """Sum over the ranks, in place, if there are several."""
         if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
+            PROGRESS.enter_collective()
             distributed.all_reduce(self._flat)
 
     def norm(self) -> Tensor:

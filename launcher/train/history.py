@@ -57,6 +57,13 @@ class RunHistory:
         usual_norm, usual_loss = (statistics.median(getattr(s, name) for s in usual) for name in ("grad_norm", "loss"))
         return grad_norm > SPIKE_RATIO * usual_norm or loss > usual_loss + SPIKE_NATS
 
+    def lacks_evaluation(self, *, every: int | None, last: int) -> bool:
+        """Whether a signal cut the evaluation after the newest step short. `every`: train.eval_every."""
+        step = self.last_step
+        due = step == last or bool(every and step % every == 0)
+        recorded = bool(self.steps) and self.steps[-1].step == step  # else the metrics of an earlier part are lost
+        return due and recorded and all(evaluation.step != step for evaluation in self.evals)
+
     @property
     def ledger(self) -> str:
         """What holds memory, by phase."""

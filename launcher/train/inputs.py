@@ -13,12 +13,13 @@ from launcher.compile.graphs import check_graphs
 from launcher.data.loader import StreamLoader, TrainLoader
 from launcher.data.prepare import PreparedData
 from launcher.data.prepare import prepare as prepare_data
+from launcher.data.read.rows import ReadingProgress
 from launcher.data.stream import Stream
 from launcher.data.vocabulary import UsedIds, fit_vocabulary
 from launcher.errors import RecipeError
 from launcher.memory.policy import check_policy
 from launcher.model.attention import BlockFacts
-from launcher.model.build import preflight
+from launcher.model.build import check_model
 from launcher.model.load import load_config, load_tokenizer
 from launcher.recipe.schema import TrainSection
 from launcher.runtime.first_rank import one_rank_first
@@ -40,7 +41,7 @@ class Prepared:
     used_ids: UsedIds = UsedIds()
 
 
-def prepare_inputs(request: Request) -> Prepared:
+def prepare_inputs(request: Request, progress: ReadingProgress | None = None) -> Prepared:
     """Check the recipe against model and device, and prepare the data: one process of each machine first, the others
     from its cache.
 
@@ -48,14 +49,14 @@ def prepare_inputs(request: Request) -> Prepared:
     """
     recipe, source, device = request.recipe, request.source, choose_device(request.rank_info)
     config = load_config(source, recipe.model)
-    preflight(recipe, source, config, device)
+    check_model(recipe, source, config, device)
     check_optimizer(recipe.train, device)
     check_graphs(recipe.compile, device)
     check_policy(recipe, device)
     tokenizer = load_tokenizer(source, recipe.model, stand_in=request.shipped / "tiny" / "base")
     data = one_rank_first(
         request.rank_info,
-        lambda: prepare_data(recipe.data, tokenizer, seed=recipe.train.seed),
+        lambda: prepare_data(recipe.data, tokenizer, seed=recipe.train.seed, progress=progress),
         wait_s=recipe.data.wait_s,
     )
     data, used_ids = fit_vocabulary(data, tokenizer, vocabulary=config.vocab_size)

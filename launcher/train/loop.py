@@ -2,17 +2,18 @@
 sinks of its events (api.py). Only the adapter is saved here, since its proof needs the model.
 """
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import closing
 from dataclasses import replace
 
+from launcher.data.read.rows import ReadingProgress
 from launcher.errors import CheckpointError, ContractError, LauncherError
 from launcher.records.run import Event, Phase, RunOpened
 from launcher.runtime.clock import Clock
 from launcher.runtime.ranks import gather
 from launcher.runtime.signals import deferring, stop_vote, voted_stop
 from launcher.train.checkpoints import Checkpoints
-from launcher.train.describe import start_record
+from launcher.train.describe import start_record, with_base_notes
 from launcher.train.evaluation import evaluate
 from launcher.train.finish import make_sample, restore_best, run_record, save_adapter_proven, why_no_sample
 from launcher.train.history import RunHistory, step_records
@@ -22,7 +23,7 @@ from launcher.train.request import Request
 from launcher.train.setup import Worker
 
 
-def training(request: Request, history: RunHistory) -> Iterator[Event]:
+def training(request: Request, history: RunHistory) -> Generator[Event, None, None]:
     """Train as the request says; yields events in the order of records/run.py and fills `history`.
 
     Raises the errors of launcher/errors.py, after the events of all good steps.
@@ -35,10 +36,10 @@ def training(request: Request, history: RunHistory) -> Iterator[Event]:
 
 
 def _run(request: Request, history: RunHistory) -> Iterator[Event]:
-    clock, recipe = Clock(request.started_s), request.recipe
-    yield "reading data"
+    clock, recipe, progress = Clock(request.started_s), request.recipe, ReadingProgress()
+    yield Phase("reading data", progress)
     with clock.phase("data"):
-        prepared = prepare_inputs(request)
+        prepared = prepare_inputs(request, progress)
     yield "starting processes"
     with clock.phase("start"):
         worker = history.worker = Worker(request, prepared, clock=clock)
@@ -59,7 +60,7 @@ def _run(request: Request, history: RunHistory) -> Iterator[Event]:
         worker.resumed = resumed = replace(resumed, state={})  # as large as the optimizer
     with closing(checkpoints):
         yield start_record(worker)
-        yield from _train(worker, history, checkpoints)
+        yield from with_base_notes(_train(worker, history, checkpoints), worker)
     restored = restore_best(worker, history) if recipe.train.keep_best else None
     yield "saving adapter"
     with clock.phase("save"):
@@ -83,8 +84,8 @@ def _run(request: Request, history: RunHistory) -> Iterator[Event]:
 def _train(worker: Worker, history: RunHistory, checkpoints: Checkpoints) -> Iterator[Event]:
     """A signal is deferred to the end of a step, whose state is then saved."""
     train, state = worker.recipe.train, worker.state
-    if not state.step:
-        yield from evaluate(worker, history, step=0)
+    if not state.step or history.lacks_evaluation(every=train.eval_every, last=worker.steps):
+        yield from evaluate(worker, history, step=state.step)
     pending = MetricsReader()
     with deferring():
         for number in range(state.step + 1, worker.steps + 1):
@@ -100,9 +101,9 @@ def _train(worker: Worker, history: RunHistory, checkpoints: Checkpoints) -> Ite
             yield from step_records(worker, history, readings)
             worker.plan.check()
             if evaluates:
-                yield from evaluate(worker, history, step=number)
+                cut_short = yield from evaluate(worker, history, step=number)
                 saves |= train.keep_best and state.early_stop.is_best
-            stop = voted_stop(reading.stop_votes for reading in readings)
+            stop = voted_stop([cut_short if evaluates else 0.0, *(reading.stop_votes for reading in readings)])
             if stop:
                 yield from step_records(worker, history, pending.read(all=True))
             if saves or stop:

@@ -9,7 +9,7 @@ Worker            the process group; every rank has read the same; the data load
 
 import gc
 import hashlib
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +18,12 @@ from accelerate import Accelerator, PartialState
 
 from launcher.checkpoint.adapter import adapter_digest
 from launcher.checkpoint.folder import RunFolder, default_folder, named_folder
+from launcher.checkpoint.parts import parts_of
 from launcher.checkpoint.resume import Resumed, cut_back, open_folder
 from launcher.compile.graphs import CaptureFailed, outcome
 from launcher.compile.observe import Observer
 from launcher.compile.plan import Plan
+from launcher.credentials import masked_tree
 from launcher.data.loader import eval_batches, sample_batch, train_loader
 from launcher.data.pack.micro_batch import MicroBatch
 from launcher.errors import CheckpointError, ContractError, DataError, LauncherError, RecipeError
@@ -31,6 +33,8 @@ from launcher.memory.offload import HostInputs
 from launcher.memory.policy import Policy, applied, choose_policy
 from launcher.model.build import BuiltModel, build_model, choose_dtype
 from launcher.model.token_vectors import untrained_notes
+from launcher.model.weight_files import read_headers
+from launcher.model.weight_values import base_digest
 from launcher.runtime.clock import Clock
 from launcher.runtime.ranks import (
     broadcast,
@@ -39,10 +43,13 @@ from launcher.runtime.ranks import (
     gather,
     hold_process_group,
 )
+from launcher.runtime.rendezvous import wait_for_ranks
 from launcher.train.compiled_regions import regions_of
+from launcher.train.determinism import use_deterministic_kernels
 from launcher.train.inputs import Prepared, block_facts, total_steps
 from launcher.train.optim import gates_on_device
 from launcher.train.request import Request
+from launcher.train.reshard import check_epochs, step_shape_of
 from launcher.train.state import EarlyStop, TrainState, check_identity, check_layout, run_identity
 from launcher.train.step import TrainStep
 
@@ -56,7 +63,9 @@ class Worker:
         # Before the first compile: dynamo guards on the thread count, and launchers set it to 1 on CPUs.
         torch.set_num_threads(self.rank_info.cores)
         cpu = prepared.device.type == "cpu"
+        store = wait_for_ranks(self.rank_info, wait_s=self.recipe.data.wait_s)
         PartialState(cpu=cpu)  # the process group first: the run folder's name is rank 0's
+        del store
         hold_process_group()
         run = self.recipe.run
         folder = broadcast(run.output_dir or named_folder(run.resume) or default_folder(request.name))
@@ -78,11 +87,15 @@ class Worker:
         self.resumed: Resumed | None = None
         self.observer = Observer()
         self.ledger = Ledger(self.accelerator.device)
+        # Last: where anything above fails, nobody calls `release`.
+        self._put_back = use_deterministic_kernels() if self.recipe.train.deterministic else None
 
     def release(self) -> None:
         """Let other code of this process compile again, however far this worker has come."""
         if "plan" in vars(self):
             self.plan.release()
+        if self._put_back is not None:
+            self._put_back()
         self.folder.unlock()
 
     def open_folder(self) -> None:
@@ -93,20 +106,25 @@ class Worker:
             if self.rank_info.is_main and (resumed := open_folder(self.folder, self.recipe.run.resume)):
                 self._check_resumed(resumed)
                 cut_back(self.folder, resumed)
-        self.resumed = broadcast(resumed)
+        parts = parts_of(self.folder) if self.rank_info.is_main else []
+        self.resumed, self.parts = broadcast((resumed, parts))
 
     def _check_resumed(self, resumed: Resumed) -> None:
         """Raise CheckpointError if this is not the run of the checkpoint, or if it has no steps left."""
         check_layout(resumed.state)
-        check_identity(resumed.state["state"]["identity"], self._identity())
+        saved, here = resumed.state["state"]["identity"], self._identity()
+        check_identity(saved, here, allow_reshard=self.recipe.run.allow_reshard)
+        check_epochs(saved, here, epochs=self.recipe.train.epochs)
+        if (saved_by := step_shape_of(saved)) != step_shape_of(here):  # it may refuse, so before a file is cut
+            self.batches.load_state_dict(resumed.state["state"]["loader"], saved_by=saved_by)
         patience = self.recipe.train.patience
-        if self.folder.finished and EarlyStop(**resumed.state["state"]["early_stop"]).reached(patience):
+        if self.folder.code == 0 and EarlyStop(**resumed.state["state"]["early_stop"]).reached(patience):
             raise CheckpointError(
                 f"a run goes on only if it has steps left; the one in {self.folder.path} has ended early, after "
                 f"{patience} evaluations without a lower eval loss.\nRaise train.patience, or choose another "
                 "run.output_dir."
             )
-        if resumed.step > self.steps or (resumed.step == self.steps and self.folder.finished):
+        if resumed.step > self.steps or (resumed.step == self.steps and self.folder.code == 0):
             raise CheckpointError(
                 f"a run goes on only if it has steps left; the one in {self.folder.path} has done {resumed.step} of "
                 f"{self.steps}.\nRaise train.steps, or choose another run.output_dir."
@@ -115,7 +133,16 @@ class Worker:
     def _identity(self) -> dict[str, Any]:
         dtype = str(choose_dtype(self.recipe.model.dtype, self.prepared.device)).removeprefix("torch.")
         data, processes = self.prepared.data.content, self.rank_info.world_size
-        return run_identity(self.recipe, data=data, dtype=dtype, processes=processes)
+        return dict(masked_tree(run_identity(self.recipe, data=data, dtype=dtype, processes=processes, **self._base)))
+
+    @cached_property
+    def _base(self) -> dict[str, str]:
+        """The identity of the base's weights, which another revision may change under the same name; none of random
+        ones. What is not in the local cache yet is downloaded."""
+        if self.recipe.model.init == "random":
+            return {}
+        headers = read_headers(self.request.source, self.recipe.model.revision, download=True)
+        return {"base": base_digest(headers or {})[:16]}
 
     def build(self) -> BuiltModel:
         """Load, quantise and adapt the model, and choose what its forward pass keeps; the ledger notes each phase."""
@@ -216,7 +243,13 @@ class Worker:
             accelerator=self.accelerator,
             fp16=built.dtype == torch.float16,
         )
-        self.state = TrainState(self.step, self.batches, identity=self._identity(), rank=self.rank_info.rank)
+        self.state = TrainState(
+            self.step,
+            self.batches,
+            identity=self._identity(),
+            rank=self.rank_info.rank,
+            allow_reshard=self.recipe.run.allow_reshard,
+        )
 
     def _sample(self, width: int) -> MicroBatch:
         """A micro batch of blocks of this width: of training data, else of validation data."""

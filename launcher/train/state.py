@@ -27,6 +27,7 @@ from launcher.recipe.schema import Recipe
 from launcher.records.run import RunPart
 from launcher.runtime.ranks import gather
 from launcher.train.host_copies import HostCopies
+from launcher.train.reshard import RESHARD_KEYS, reshard_notes, seed_generators, step_shape_of
 from launcher.train.step import TrainStep
 
 STATE_KEYS = {"identity", "step", "training", "random", "loader", "early_stop"}
@@ -60,14 +61,21 @@ class EarlyStop:
 
 
 class TrainState:
-    """The state of one process's run. `identity` is `run_identity`'s."""
+    """The state of one process's run. `identity` is `run_identity`'s; `allow_reshard`: as run.allow_reshard."""
 
     def __init__(
-        self, step: TrainStep, loader: TrainLoader | StreamLoader, *, identity: dict[str, Any], rank: int
+        self,
+        step: TrainStep,
+        loader: TrainLoader | StreamLoader,
+        *,
+        identity: dict[str, Any],
+        rank: int,
+        allow_reshard: bool = False,
     ) -> None:
         self._step, self._loader, self._identity = step, loader, identity
-        self._rank = str(rank)
+        self._rank, self._allow_reshard = str(rank), allow_reshard
         self.early_stop = EarlyStop()
+        self.notes: tuple[str, ...] = ()  # what the last load had to translate
 
     @property
     def step(self) -> int:
@@ -105,28 +113,36 @@ class TrainState:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from `state`. Tensors are written in place, as captured graphs read fixed addresses.
 
-        Raises CheckpointError, before anything changes, for the state of another recipe, data or number of ranks, and
-        for one with missing or unknown parts, or with a position that the data does not have.
+        Raises CheckpointError, before anything changes, for the state of another recipe, data or (unless allowed)
+        number of ranks, and for one with missing or unknown parts, or with a position that the data does not have.
         """
         live = self._step.live_state()
         self._check(live, state)
         early_stop = EarlyStop(**state["early_stop"])
-        self._loader.load_state_dict(state["loader"])  # it may refuse, so before any tensor is written
+        saved_by = step_shape_of(state["identity"])
+        left_out = self._loader.load_state_dict(state["loader"], saved_by=saved_by)  # may refuse, so before any tensor
         self._wait()
         _copy_into(live, state["training"])
         self._step.steps_done = state["step"]
         self.early_stop = early_stop
-        set_random_state(state["random"][self._rank], self._step.device)  # last: nothing may draw after it
+        new_ranks = [rank for rank in range(self._identity["processes"]) if str(rank) not in state["random"]]
+        self.notes = reshard_notes(state["identity"], self._identity, left_out=left_out, new_ranks=new_ranks)
+        if self._rank in state["random"]:
+            set_random_state(state["random"][self._rank], self._step.device)  # last: nothing may draw after it
+        else:
+            seed_generators(self._identity["train.seed"], int(self._rank), self.step)
         self._wait()
 
     def _check(self, live: dict[str, Any], state: dict[str, Any]) -> None:
-        check_identity(state.get("identity", {}), self._identity)
+        check_identity(state.get("identity", {}), self._identity, allow_reshard=self._allow_reshard)
         expected = {"identity": {}, "step": 0, "training": live, "loader": {}}
         expected["random"] = random_state(self._step.device)
         expected["early_stop"] = {"best_eval_loss": 0.0, "evals_since_best": 0}
         found = {**state, "random": state.get("random", {}).get(self._rank)}
         if isinstance(found.get("early_stop"), dict):  # without a best loss before the first evaluation
             found["early_stop"] = {"best_eval_loss": 0.0, **found["early_stop"]}
+        if int(self._rank) >= state["identity"]["processes"]:  # a new rank
+            del expected["random"], found["random"]
         _refuse(list(_differences(expected, found, describe=_kind_of)))  # shapes and dtypes, whatever the values
 
     def _wait(self) -> None:
@@ -147,18 +163,23 @@ def check_layout(saved: dict[str, Any]) -> None:
         )
 
 
-def check_identity(saved: dict[str, Any], here: dict[str, Any]) -> None:
+def check_identity(saved: dict[str, Any], here: dict[str, Any], *, allow_reshard: bool) -> None:
     """Raise CheckpointError naming the keys by which a state is not one of this run."""
-    _refuse(list(_differences(here, saved, describe=repr)))
+    changed = {key for key in RESHARD_KEYS if key in saved and saved[key] != here[key]}
+    differences = list(_differences(here, saved, describe=repr))
+    if len(differences) > len(changed):
+        _refuse(differences)
+    elif not allow_reshard:
+        _refuse(differences, "Set run.allow_reshard=true to go on all the same (docs/resume.md).\n")
 
 
-def _refuse(differences: list[str]) -> None:
+def _refuse(differences: list[str], remedy: str = "") -> None:
     if differences:
         more = f"\n... and {len(differences) - MAX_DIFFERENCES} more" if len(differences) > MAX_DIFFERENCES else ""
         raise CheckpointError(
             "a run goes on only from a state of the same recipe, data and number of processes; these differ:\n"
             + "\n".join(differences[:MAX_DIFFERENCES])
-            + f"{more}\nResume with the recipe and the data of the checkpoint, or start a new run."
+            + f"{more}\n{remedy}Resume with the recipe and the data of the checkpoint, or start a new run."
         )
 
 

@@ -36,6 +36,7 @@ from launcher.data.loader import StepBatch
 from launcher.data.pack.micro_batch import MicroBatch
 from launcher.model.packed import PackedCausalLM
 from launcher.recipe.schema import TrainSection
+from launcher.runtime.progress import PROGRESS
 from launcher.train.gradients import FlatGradients
 from launcher.train.loss_scale import LossScale
 from launcher.train.optim import Rates, capturable, gates_on_device, init_state, make_optimizer
@@ -220,6 +221,7 @@ class TrainStep:
     def _loaded(self, micro: MicroBatch, *, factor: float = 0.0) -> Calls:
         """Send `micro` to the device; returns the calls for its shape."""
         self._check_bounds(micro)
+        PROGRESS.begin_micro_batch()
         fields = arguments(micro)
         shape = tuple(field.shape for field in fields)
         if shape not in self._calls:

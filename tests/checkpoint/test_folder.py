@@ -3,7 +3,8 @@ import math
 
 import pytest
 
-from launcher.checkpoint.folder import RunFiles, RunFolder, default_folder, write_json
+from launcher.checkpoint.files import write_json
+from launcher.checkpoint.folder import RunFiles, RunFolder, default_folder
 from launcher.errors import CheckpointError, RecipeError
 from launcher.records.run import EvalRecord, RunOpened, StepRecord
 
@@ -75,20 +76,10 @@ def test_default_folders_of_one_second_differ(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(("rank", "code", "written"), [(0, 0, True), (1, 0, False), (1, 5, True), (0, 3, True)])
 def test_status_json_after_a_metric_is_rank_0s_on_success_and_else_that_of_the_failed_rank(folder, rank, code, written):
-    folder.adapter_staging.mkdir()
     files_of(folder, rank=rank).end(code=code, reason="why")
     assert folder.status.exists() == written
     if written:
         assert status_of(folder) == {"code": code, "reason": "why", "rank": rank, "step": 1, "resumable": False}
-        assert not folder.adapter_staging.exists()
-
-
-def test_a_failure_that_follows_another_never_replaces_the_cause(folder):
-    files_of(folder, rank=1).end(code=8, reason="another rank ended first")
-    files_of(folder, rank=0).end(code=5, reason="nan", step=7)
-    for code in (1, 8, 130, 143):
-        files_of(folder, rank=1).end(code=code, reason="follows")
-    assert (status_of(folder)["code"], status_of(folder)["step"]) == (5, 7)
 
 
 @pytest.mark.parametrize("others_file", [False, True])

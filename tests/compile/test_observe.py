@@ -1,18 +1,15 @@
 """Every event that the observer counts is provoked here, counted, and in strict mode stops the run."""
 
-from contextlib import contextmanager
-
 import pytest
 import torch
 import torch._dynamo
-from torch._dynamo.backends.common import aot_autograd
 
 from launcher.compile.observe import Observer
 from launcher.compile.plan import Plan
 from launcher.compile.regions import Region
 from launcher.errors import ContractError
 from launcher.recipe.schema import CompileSection
-from tests.support.plans import Block, Other, call, plan_for
+from tests.support.plans import Block, Other, call, plan_for, stopped
 
 pytestmark = pytest.mark.usefixtures("clean_dynamo")
 
@@ -24,22 +21,6 @@ class Breaking(Block):
         if x.sum().item() > 0:
             return x
         return self.linear(x)
-
-
-def refuse(graph, inputs):
-    """A backend, or the compiler of a backward pass, that fails."""
-    raise torch._inductor.exc.InductorError(RuntimeError("planted"), None)
-
-
-@contextmanager
-def stopped(mode, message):
-    """A strict plan stops with this message, in at most five lines and with code 9; in warn mode nothing stops."""
-    if mode == "warn":
-        yield
-        return
-    with pytest.raises(ContractError, match=message) as caught:
-        yield
-    assert caught.value.code == 9 and len(str(caught.value).splitlines()) <= 5
 
 
 def test_planned_graphs_are_counted_once_for_modules_that_share_them():
@@ -104,22 +85,6 @@ def test_a_region_with_one_graph_too_many_does_not_make_up_for_one_with_too_few(
     assert (record.planned_graphs, record.expected_graphs, record.compilations, record.recompiles) == (1, 2, 2, 1)
 
 
-@pytest.mark.parametrize("mode", ["strict", "warn"])
-def test_a_backward_that_does_not_compile_stops_strict_and_falls_back_in_warn(monkeypatch, mode):
-    backend = aot_autograd(fw_compiler=lambda graph, inputs: graph.forward, bw_compiler=refuse)
-    monkeypatch.setattr(torch._dynamo, "lookup_backend", lambda name: backend)
-    plan, observer = plan_for(block := Block(), mode=mode)
-
-    def forward_and_backward():
-        block.zero_grad()
-        block(torch.ones(2, 8)).sum().backward()
-
-    with stopped(mode, "backend must accept the graph: .*planted"):
-        plan.warm_up(forward_and_backward)
-        assert block.linear.weight.grad.abs().sum() > 0
-        assert observer.record().fallbacks
-
-
 @torch._dynamo.config.patch(recompile_limit=1)
 @pytest.mark.parametrize("mode", ["strict", "warn"])
 def test_a_limit_hit_is_counted_stops_strict_and_falls_back_in_warn(mode):
@@ -129,18 +94,6 @@ def test_a_limit_hit_is_counted_stops_strict_and_falls_back_in_warn(mode):
         plan.call(call, block, 3)
         assert "limit" in observer.record().fallbacks[0]
     assert (observer.record().limit_hits, observer.record().graph_breaks) == (1, 0)
-
-
-@pytest.mark.parametrize("mode", ["strict", "warn"])
-def test_a_backend_error_is_counted_stops_strict_and_falls_back_in_warn(monkeypatch, mode):
-    monkeypatch.setattr(torch._dynamo, "lookup_backend", lambda name: refuse)
-    plan, observer = plan_for(block := Block(), mode=mode)
-    with stopped(mode, r"(?s)backend must accept the graph.*planted"):
-        plan.warm_up(lambda: call(block, 2))
-        assert observer.record().fallbacks
-    record = observer.record()
-    assert (record.backend_errors, record.graph_breaks) == (1, 0)
-    assert "planted" in record.backend_error_reasons[0]
 
 
 def test_backward_seconds_and_cache_hits_are_seen_with_inductor(tmp_path, monkeypatch):
@@ -154,20 +107,9 @@ def test_backward_seconds_and_cache_hits_are_seen_with_inductor(tmp_path, monkey
 
     cold, warm = run_once(), run_once()
     assert cold.backward_s > 0
-    assert cold.cache_hits == 0
-    assert warm.cache_hits > 0
+    assert cold.cache_hits == 0 < cold.cache_misses
+    assert warm.cache_hits == cold.cache_misses and warm.cache_misses == 0
     assert warm.graph_hash == cold.graph_hash
-
-
-def test_a_missing_cpp_compiler_is_a_backend_error_that_names_it(tmp_path, monkeypatch):
-    from torch._inductor import config, cpp_builder
-
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
-    cpp_builder.get_cpp_compiler.cache_clear() if hasattr(cpp_builder.get_cpp_compiler, "cache_clear") else None
-    plan, _ = plan_for(block := Block(), backend="inductor")
-    no_compiler = config.patch({"cpp.cxx": (None, "no-such-compiler")})
-    with no_compiler, stopped("strict", r"(?si)backend must accept the graph.*compiler"):
-        plan.warm_up(lambda: call(block, 2))
 
 
 def test_earlier_compilations_of_the_process_are_not_counted():

@@ -1,12 +1,11 @@
 """Small byte-level tokenizers: one with control tokens of its own, one per family with the family's."""
 
-import json
-
 import pytest
 from hypothesis import HealthCheck, settings
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+from tests.support.reading import written
 from tests.support.templates import CORPUS, FAMILY_TOKENS, OWN_TOKENS, TEMPLATES
 
 # Neither an example nor the drawing of examples is timed: a busy machine fails no test.
@@ -63,10 +62,4 @@ def make_family(build_tokenizer):
 def write(tmp_path):
     """Writes rows (objects as JSON, bytes as they are), a line each, and gives the path."""
 
-    def write_rows(rows, name="rows.jsonl"):
-        lines = [row if isinstance(row, bytes) else json.dumps(row, ensure_ascii=False).encode() for row in rows]
-        path = tmp_path / name
-        path.write_bytes(b"".join(line + b"\n" for line in lines))
-        return str(path)
-
-    return write_rows
+    return lambda rows, name="rows.jsonl": str(written(tmp_path / name, rows))

@@ -81,15 +81,12 @@ def test_what_is_loaded_is_what_was_saved(folder, validation):
     assert folder.stat().st_mode & 0o777 == 0o700
 
 
-def test_loaded_arrays_are_read_only_views_of_the_file_and_both_parts_share_their_documents(folder):
+def test_loaded_arrays_are_read_only_and_both_parts_share_their_documents(folder):
     save(make_entry(), NAME)
     entry = loaded(NAME)
     assert entry.validation is not None and entry.validation.documents is entry.train.documents
     ids = entry.train.documents.input_ids
     assert type(ids) is np.ndarray and not ids.flags.writeable
-    maps = [line.split() for line in Path("/proc/self/maps").read_text().splitlines() if str(folder) in line]
-    ranges = [tuple(int(end, 16) for end in line[0].split("-")) for line in maps]
-    assert any(start <= ids.ctypes.data < end for start, end in ranges)
 
 
 def test_arrays_without_an_element_and_numbers_of_numpy_survive():

@@ -1,17 +1,18 @@
 """The order of blocks: an epoch shows each once, however many ranks there are, and a state gives the same order on."""
 
 import json
+import math
 import tracemalloc
 from collections.abc import Sequence
 from functools import cache
-from itertools import islice
+from itertools import islice, takewhile
 
 import numpy as np
 import pytest
 
 from launcher.data import loader as module
 from launcher.data.documents import Documents
-from launcher.data.loader import StepBatch, TrainLoader, eval_batches, sample_batch
+from launcher.data.loader import StepBatch, StepShape, TrainLoader, eval_batches, sample_batch
 from launcher.data.pack.blocks import Blocks
 from launcher.data.pack.buckets import bucket
 from launcher.data.pack.micro_batch import MicroBatch
@@ -204,3 +205,39 @@ def test_a_state_that_cannot_be_is_refused(state):
         one.load_state_dict(state)
     assert len(str(caught.value).splitlines()) <= 5
     assert one.state_dict() == {"epoch": 0, "offset": 0}
+
+
+def translated(blocks: Blocks, saved: dict[str, int], here: dict[str, int], *, steps: int) -> tuple[list[int], ...]:
+    """The blocks before `steps` steps of the one cut and those after it in the other one, to the end of the epoch, and
+    how many are left out."""
+    first = loader(blocks, **saved)
+    before = [n for step in islice(first, steps) for n in names_in(step.micro_batches)]
+    second = loader(blocks, **here)
+    shape = StepShape(saved["micro_batch"], saved["accumulation"])
+    left_out = second.load_state_dict(first.state_dict(), saved_by=shape)
+    after = [n for step in takewhile(lambda step: not step.epoch, second) for n in names_in(step.micro_batches)]
+    return [n for n in before if n], [n for n in after if n], [left_out]
+
+
+@pytest.mark.parametrize("saved", [(2, 4), (1, 3), (3, 2), (1, 1)])
+@pytest.mark.parametrize("here", [(1, 8), (2, 4), (2, 3), (5, 1), (1, 40)])
+def test_in_steps_of_another_cut_no_block_comes_twice_and_those_left_out_are_counted(saved, here):
+    blocks = blocks_of("packed")
+    cuts = [{"micro_batch": size, "accumulation": count} for size, count in (saved, here)]
+    size, total = math.prod(saved), math.prod(here)
+    for steps in range(-(-21 // size)):
+        before, after, [left_out] = translated(blocks, *cuts, steps=steps)
+        assert len({*before, *after}) == len(before) + len(after) == 21 - left_out
+        assert left_out < total and (left_out == 0 or size % total)
+        assert steps or not left_out
+
+
+def test_bucketed_micro_batches_may_be_dealt_out_anew_but_not_cut_anew_within_an_epoch():
+    blocks = blocks_of("bucketed")
+    old, new = {"micro_batch": 2, "accumulation": 2}, {"micro_batch": 2, "accumulation": 3}
+    for steps in range(4):
+        before, after, [left_out] = translated(blocks, old, new, steps=steps)
+        assert len({*before, *after}) == len(before) + len(after) == 21 - left_out and left_out <= 4
+    assert translated(blocks, old, {"micro_batch": 1, "accumulation": 4}, steps=0)[2] == [0]
+    with pytest.raises(CheckpointError, match=r"(?s)depends on train.micro_batch.*2 in the state, 1 here.*Keep"):
+        translated(blocks, old, {"micro_batch": 1, "accumulation": 4}, steps=1)

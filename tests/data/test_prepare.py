@@ -107,33 +107,11 @@ LONG = ask("Define the word sea", "water " * 400)
 LONG_QUESTION = ask("why " * 200, "because")
 
 
-def test_over_long_rows_are_cut_dropped_or_refused_and_counted(write, tokenizer):
-    path = write([*CHATS[:4], LONG, LONG_QUESTION])
-    cut = prepare(section(path, validation=0), tokenizer, seed=0)
-    assert (cut.counts["truncated"], cut.counts["documents"]) == (1, 5)
-    assert cut.counts["rows_dropped_zero_supervised"] == 1  # the question alone fills the row
-    assert max(len(tokenizer(t).input_ids) for t in texts(cut.train, tokenizer)) == 256
-    dropped = prepare(section(path, validation=0, too_long="drop"), tokenizer, seed=0).counts
-    assert (dropped["rows_dropped_too_long"], dropped["documents"], dropped["truncated"]) == (2, 4, 0)
-    with pytest.raises(DataError, match=rf"{path}:5: .*data.max_length=256.*\nFound: \d+ tokens") as caught:
-        prepare(section(path, validation=0, too_long="raise", bad_rows="skip"), tokenizer, seed=0)
-    assert caught.value.code == 3
-
-
 def test_an_example_leaves_room_for_an_answer(write, tokenizer):
     validation = write([LONG_QUESTION, ask("Hi", " "), ask("short", "yes")], name="validation.jsonl")
     prepared = prepare(section(write(CHATS), validation=validation, loss_on="all"), tokenizer, seed=0)
     assert prepared.validation_rows == 3
     assert prepared.examples and prepared.examples[0].expected == "yes"
-
-
-@pytest.mark.parametrize("row", [ask("Hi", " "), LONG_QUESTION, {"messages": [{"role": "user", "content": "Hi"}]}])
-def test_nothing_left_to_learn_is_an_error_that_says_where_it_went(write, tokenizer, row):
-    with pytest.raises(DataError, match="0 usable rows") as caught:
-        prepare(section(write([row, row])), tokenizer, seed=0)
-    assert "Found: 2 rows read; 2 rows dropped: nothing to learn" in str(caught.value)
-    assert caught.value.code == 3 and len(str(caught.value).splitlines()) <= 5
-    assert prepare(section(write([row, row]), loss_on="all"), tokenizer, seed=0).train_rows == 2
 
 
 def test_a_text_of_one_token_teaches_nothing_and_is_dropped(write, make_tokenizer):

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from launcher.data import stream as stream_module
-from launcher.data.loader import StreamLoader
+from launcher.data.loader import StepShape, StreamLoader
 from launcher.data.pack.blocks import Blocks
 from launcher.data.prepare import prepare
 from launcher.data.stream import Stream, StreamReader
@@ -86,6 +86,24 @@ def test_a_state_restores_the_very_next_batch_and_counts_no_row_twice(write, tok
             assert rows_seen(again) == rows_seen(batches[number]) and again.epoch == batches[number].epoch
             assert dict(others.counts) == counts[number]
             assert json.loads(json.dumps(restored.state_dict())) == states[number + 1]
+
+
+@pytest.mark.parametrize("accumulation", [1, 3, 50])
+def test_a_state_of_another_cut_goes_on_in_its_window_or_in_the_next(write, tokenizer, accumulation):
+    path = write(rows(60))
+    original = loader(streamed(path, tokenizer=tokenizer), accumulation=2)
+    for _ in range(8):
+        state = json.loads(json.dumps(original.state_dict()))
+        other = loader(streamed(path, tokenizer=tokenizer), accumulation=accumulation)
+        left_out = other.load_state_dict(state, saved_by=StepShape(2, 2))
+        batch = next(other)
+        first, again = rows_seen(next(original)), rows_seen(batch)
+        assert (left_out == 0) == (state["offset"] * 2 % accumulation == 0)
+        if not left_out:
+            assert again[:2] == first[:2] and batch.epoch == state["epoch"]
+        elif accumulation == 50:
+            assert batch.epoch == state["epoch"] + 1
+    assert state["epoch"] > 1
 
 
 def test_weights_are_the_shares_of_the_rows_drawn(write, tokenizer):

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from launcher.records.run import RunRecord, StepRecord
+from launcher.train import finish
 from launcher.train.history import RunHistory
 from launcher.train.loop import training
 from tests.conftest import request_for, stock_loss
@@ -69,6 +70,16 @@ def test_stock_peft_gives_the_trained_loss_in_bfloat16(recipe_of, tmp_path):
     stock = stock_loss(history, tmp_path, dtype="bfloat16", device="cuda")
     assert stock == pytest.approx(history.evals[-1].eval_loss, rel=1e-3)
     assert history.evals[-1].eval_loss < 0.99 * history.evals[0].eval_loss
+
+
+def test_an_earlier_adapter_is_given_back_to_the_captured_graphs_after_samples_on_the_way(recipe_of, monkeypatch):
+    monkeypatch.setattr(finish, "best_bundle", lambda checkpoints, eval_losses: checkpoints / "step-4")
+    train_section = {"steps": 12, "lr": 5e-3, "eval_every": 4, "save_every": 4, "keep": 3, "keep_best": True}
+    recipe = recipe_of(compile={"cuda_graphs": "on"}, train=train_section, run={"eval_samples": 2})
+    history, _, record = train(recipe)
+    [verdict] = [verdict for verdict in record.verdicts if verdict.claim == "the adapter is the best checkpoint's"]
+    assert "after step 4 of 12" in verdict.evidence and all(verdict.holds for verdict in record.verdicts)
+    assert history.eval_losses[4] > history.eval_losses[12]
 
 
 def test_packed_documents_have_in_bfloat16_the_losses_and_gradients_they_have_alone(small_model):

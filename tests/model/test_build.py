@@ -1,5 +1,3 @@
-import json
-
 import pytest
 import torch
 from bitsandbytes.nn import Linear4bit, Params4bit
@@ -7,7 +5,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 
 from launcher.errors import RecipeError
 from launcher.model.build import choose_dtype
-from launcher.model.load import load_config, load_tokenizer
+from launcher.model.load import load_tokenizer
 from launcher.recipe.locate import locate
 from tests.conftest import TINY, small_config
 from tests.support.models import ARCHITECTURES, build
@@ -106,16 +104,6 @@ def test_a_lora_target_without_a_match_is_named_with_the_targets_there_are(make_
     with pytest.raises(RecipeError, match=rf"(?s){target} matched nothing.*q_proj") as caught:
         build(make_recipe(lora={"targets": ["q_proj", target]}))
     assert caught.value.code == 2
-
-
-def test_a_model_that_needs_its_own_code_is_refused_and_nothing_is_imported(make_recipe, tmp_path):
-    marker = tmp_path / "imported"
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": "mine", "auto_map": {"AutoConfig": "mine.Mine"}}))
-    (tmp_path / "mine.py").write_text(f"open({str(marker)!r}, 'w')\n")
-    recipe = make_recipe(model={"name": str(tmp_path)})
-    with pytest.raises(RecipeError, match="without remote code"):
-        load_config(locate(recipe.model, ARCHITECTURES), recipe.model)
-    assert not marker.exists()
 
 
 def test_random_weights_take_the_tiny_tokenizer_where_the_config_has_none(make_recipe, bare):

@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from launcher.errors import RecipeError
-from launcher.model.build import preflight
+from launcher.model.build import check_model
 from launcher.model.load import empty_model, load_config
 from launcher.model.weight_files import check_headers, read_headers
 from launcher.recipe.locate import locate
@@ -55,7 +55,7 @@ def refusal(make_recipe):
         recipe = make_recipe(model={"name": str(checkpoint.folder)}, **sections)
         with pytest.raises(RecipeError) as caught:
             source = locate(recipe.model, ARCHITECTURES)
-            preflight(recipe, source, load_config(source, recipe.model), CPU)
+            check_model(recipe, source, load_config(source, recipe.model), CPU)
         message = str(caught.value)
         assert caught.value.code == 2 and len(message.splitlines()) <= 5
         return message
@@ -65,7 +65,7 @@ def refusal(make_recipe):
 
 def test_a_whole_checkpoint_is_not_refused(make_recipe, small_model):
     recipe = make_recipe()
-    preflight(recipe, str(small_model), load_config(str(small_model), recipe.model), CPU)
+    check_model(recipe, str(small_model), load_config(str(small_model), recipe.model), CPU)
 
 
 def renamed(change):

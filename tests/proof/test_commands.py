@@ -128,8 +128,9 @@ def test_a_naive_side_that_failed_is_code_1_after_the_tables_and_one_out_of_memo
 def test_several_processes_are_refused_before_anything_is_loaded(
     main: Main, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], mode: str
 ) -> None:
-    monkeypatch.setenv("RANK", "0")
-    monkeypatch.setenv("WORLD_SIZE", "2")
+    started = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}
+    for name, value in started.items():
+        monkeypatch.setenv(name, value)
     assert main(mode) == RecipeError.code
     assert f"mode={mode} runs in one process; 2 were started" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []

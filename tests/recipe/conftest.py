@@ -5,28 +5,14 @@ from pathlib import Path
 
 import pytest
 
-from launcher.errors import RecipeError
-from launcher.recipe.load import resolve
+from tests.support.refusals import own_recipe, refused
 
 
 @pytest.fixture
 def own(tmp_path: Path) -> Path:
-    path = tmp_path / "folder" / "own.yaml"
-    path.parent.mkdir()
-    path.write_text("# mine\ntrain:\n  steps: 7\n  lr: 1e-3\nlora:\n  targets: [q_proj]\n")
-    return path
+    return own_recipe(tmp_path)
 
 
 @pytest.fixture
 def refusal() -> Callable[..., str]:
-    """Resolve a command line that must be refused; returns the message, which has at most five lines and code 2."""
-
-    def refused(*argv: str) -> str:
-        with pytest.raises(RecipeError) as caught:
-            resolve(argv)
-        message = str(caught.value)
-        assert 1 <= len(message.splitlines()) <= 5, message
-        assert caught.value.code == 2
-        return message
-
     return refused

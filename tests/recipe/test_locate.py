@@ -27,7 +27,6 @@ def test_a_folder_becomes_absolute_and_an_architecture_the_shipped_folder(tmp_pa
         ("${HOME}", "pretrained", r"there is no folder '\$\{HOME\}'"),
         ("empty", "pretrained", "must hold config.json"),
         ("someone/else", "random", "Llama-3.2-1B-Instruct"),
-        ("someone/else", "pretrained", r"(?s)someone/else.*Offline.*model.name=/path/to/folder"),
     ],
 )
 def test_a_model_that_cannot_be_had_is_named_with_the_remedy(tmp_path, monkeypatch, name, init, expected):

@@ -1,12 +1,9 @@
 """Every wrong command line and recipe is refused with rule, value and remedy, all at once, and nothing in it runs."""
 
 import shlex
-import subprocess
-import sys
 
 import pytest
 
-from launcher.recipe.field_types import recipes_dir
 from launcher.recipe.load import resolve
 
 # --- the form of arguments
@@ -20,8 +17,8 @@ from launcher.recipe.load import resolve
         ("--recipe", "write recipe=..."),
         ("--versoin", "did you mean --version?"),
         ("=3", "key=value"),
-        ("mode=paint", "train, parity, bench, preview, generate, export, show"),
-        ("mode=", "train, parity, bench, preview, generate, export, show"),
+        ("mode=paint", "train, check, parity, bench, preview, generate, export, show"),
+        ("mode=", "train, check, parity, bench, preview, generate, export, show"),
         ("train.lr=[1", "not valid YAML"),
         ("train.lr=!!python/name:os.system", "tag"),
         ("lora.targets=[&x,*x]", "alias"),
@@ -50,42 +47,10 @@ def test_only_a_whole_number_of_blocks_is_taken(refusal, blocks):
 # --- unknown keys
 
 
-@pytest.mark.parametrize(
-    ("argument", "nearest"),
-    [
-        ("lerning_rate=1", "train.lr"),
-        ("train.lerning_rate=1", "train.lr"),
-        ("trian.lr=1", "train.lr"),
-        ("train.lrr=1", "train.lr"),
-        ("train.max_length=9", "data.max_length"),
-        ("lora.lr=9", "train.lr"),
-        ("train.lora_alpha=9", "lora.alpha"),
-        ("train.micro-batch=2", "train.micro_batch"),
-        ("--train.lr=1", "train.lr"),
-        ("max_seq_length=3", "data.max_length"),
-        ("data.sources[0].path=x", "data.sources"),
-        ("data.sources.0.path=x", "data.sources"),
-        ("train.lr[0].x=1", "train.lr"),
-        ("trian={lr: 1}", "train"),
-        ("bf16=true", "model.dtype"),
-    ],
-)
-def test_an_unknown_key_is_named_with_its_nearest_match(refusal, argument, nearest):
-    message = refusal("recipe=tiny", argument)
-    key, _, value = argument.partition("=")
-    assert f"unknown key {key}" in message and value.strip("{}")[-1] in message
-    assert f"did you mean {nearest}" in message
-
-
 @pytest.mark.parametrize("key", ["train.save_steps", "save_total_limit", "data.bad_words", "lora.from"])
 def test_a_key_with_another_word_is_no_misspelling(refusal, key):
     message = refusal("recipe=tiny", f"{key}=5")
     assert f"unknown key {key}" in message and "did you mean" not in message and " has " in message
-
-
-def test_the_suggestion_for_a_wrong_key_states_the_expected_range(refusal):
-    message = refusal("recipe=tiny", "lr=abc", "batch=-1", "lora.alpha=nan")
-    assert "a number > 0 and <= 1" in message and "a whole number >= 1" in message and "lora.alpha" in message
 
 
 def test_a_key_like_no_other_lists_the_keys_there_are(refusal):
@@ -111,45 +76,6 @@ def test_unknown_keys_of_a_file_are_named_with_their_line(refusal, own):
 
 
 @pytest.mark.parametrize(
-    ("argument", "rule"),
-    [
-        ("train.lr=abc", "a number > 0 and <= 1"),
-        ("train.lr=true", "a number > 0 and <= 1"),
-        ("train.micro_batch=-1", "a whole number >= 1"),
-        ("train.micro_batch=1.5", "a whole number >= 1"),
-        ("lora.r=4096", "a whole number from 1 to 1024"),
-        ("lora.dropout=1", "a number >= 0 and < 1"),
-        ("model.dtype=int8", "one of auto, float32, bfloat16, float16"),
-        ("model.name=", "text"),
-        ("quant.double=perhaps", "true or false"),
-        ("lora.targets=", "a list of text"),
-        ("lora.targets=[q_proj,q_proj]", "each once"),
-        ("compile.regions=[mlp,mpl]", "one of mlp, rmsnorm, attention, loss"),
-        ("data.sources=", "a list of {path, format, weight, config, split, revision}"),
-        ("data.sources=[]", "at least 1"),
-        ("train.lr={a: b}", "a number > 0 and <= 1"),
-        ("data.validation={path: a, pth: b}", "or {path, format"),
-        ("data.validation=1.5", "a number >= 0 and < 1, or text"),
-        ("train.clip=-1", "a number > 0, or null"),
-        ("train.save_every=10x", "be steps (a whole number >= 0), or a time as 90s, 10m or 2h, or off;"),
-        ("train.save_every=5min", "be steps (a whole number >= 0), or a time as 90s, 10m or 2h, or off;"),
-        ("train=5", "train is a section; got '5' (command line); try train.steps=5"),
-        ("train=cosine", "try train.schedule=cosine"),
-        ("train=0.5", "try train.epochs=0.5"),
-        ("data=./a.jsonl", "got './a.jsonl' (command line); try data.sources=./a.jsonl"),
-        ("lora=8", "try lora.r=8"),
-        ("compile=off", "try compile.mode=off"),
-        ("quant=8bit", "try quant.type=nf4"),
-    ],
-)
-def test_a_wrong_value_is_answered_with_rule_value_and_remedy(refusal, argument, rule):
-    message = refusal("recipe=tiny", argument)
-    key, _, value = argument.partition("=")
-    assert rule in message and key in message and "(command line)" in message and "try " in message
-    assert (value.strip("[]{}").split(",")[-1][-1:] or "null") in message or value == "[]"
-
-
-@pytest.mark.parametrize(
     ("arguments", "key", "rule"),
     [
         (["data.streaming=true"], "data.validation", "data of its own, or 0"),
@@ -171,13 +97,6 @@ def test_the_value_that_a_remedy_proposes_is_itself_accepted(refusal):
     for argument in ("train.lr=x", "lora.r=x", "data.sources=", "train.steps=x", "run.trackers=x", "quant.double=x"):
         remedy = refusal("recipe=tiny", argument).split("try ")[1].strip("'")
         resolve(["recipe=tiny", remedy])
-
-
-def test_all_errors_of_both_layers_come_together(refusal, own):
-    own.write_text("train:\n  lr: abc\n  warmup: -1\n")
-    message = refusal(f"recipe={own}", "batch=-1", "model.dtype=int8")
-    for part in ("train.lr", "own.yaml:2", "train.warmup", "unknown key batch", "model.dtype", "train.steps"):
-        assert part in message
 
 
 def test_a_file_that_sets_both_ends_is_refused_whatever_the_command_line_says(refusal, own):
@@ -233,22 +152,3 @@ def test_a_terminal_never_receives_control_codes_from_a_value(refusal, own):
 
 
 # --- as a process
-
-
-@pytest.mark.parametrize(
-    ("wrong", "says"), [("lerning_rate=1", "did you mean train.lr"), ("model.name=no/where", "Offline")]
-)
-def test_a_wrong_recipe_ends_the_program_with_code_2_before_torch_and_leaves_nothing(tmp_path, wrong, says):
-    main = recipes_dir().parent / "launcher" / "main.py"
-    program = (
-        "import runpy, sys\n"
-        f"sys.argv = [{str(main)!r}, 'recipe=tiny', {wrong!r}]\n"
-        "try: runpy.run_path(sys.argv[0], run_name='__main__')\n"
-        "finally: print(len(sys.modules), *{'torch', 'transformers', 'numpy', 'accelerate'} & set(sys.modules))\n"
-    )
-    done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True)
-    modules, *slow = done.stdout.split()
-    assert (done.returncode, slow) == (2, [])
-    assert int(modules) < 900, "380, and 570 with the hub's client; torch and transformers alone are 2,000"
-    assert says in done.stderr and len(done.stderr.splitlines()) <= 5
-    assert list(tmp_path.iterdir()) == []

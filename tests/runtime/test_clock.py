@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from launcher.runtime import clock
-from launcher.runtime.clock import Clock, boot_clock_s, process_age_s, process_started_s, seconds_since
+from launcher.runtime.clock import Clock, boot_clock_s
 
 BIRTH = "from launcher.runtime.clock import process_started_s; print(process_started_s())"
 TICK_S = 0.01  # in which the start of a process is counted
@@ -28,11 +28,3 @@ def test_a_process_began_between_its_start_and_its_answer() -> None:
     before_s = boot_clock_s()
     done = subprocess.run([sys.executable, "-c", BIRTH], capture_output=True, text=True, check=True)
     assert before_s - TICK_S <= float(done.stdout) <= boot_clock_s()
-
-
-def test_ages_are_differences_of_one_clock_which_is_not_the_time_of_day(monkeypatch: pytest.MonkeyPatch) -> None:
-    started_s = process_started_s()
-    monkeypatch.setattr(clock, "boot_clock_s", lambda: started_s + 7.5)
-    monkeypatch.setattr(clock.time, "time", lambda: 0.0)
-    assert process_age_s() == Clock().elapsed_s["imports"] == seconds_since()() == pytest.approx(7.5)
-    assert Clock(started_s + 5).elapsed_s["imports"] == seconds_since(started_s + 5)() == pytest.approx(2.5)

@@ -4,6 +4,7 @@ import weakref
 
 import pytest
 
+from launcher.errors import RecipeError
 from launcher.runtime.environment import quick_imports
 
 
@@ -20,7 +21,7 @@ def fresh_process(monkeypatch):
 def test_the_collector_pauses_and_what_was_imported_is_frozen_even_where_an_import_fails(enabled):
     gc.unfreeze()
     gc.enable() if enabled else gc.disable()
-    with pytest.raises(ImportError), quick_imports():
+    with pytest.raises(RecipeError, match="must be importable"), quick_imports():
         assert not gc.isenabled()
         imported = [[] for _ in range(1000)]
         raise ImportError

@@ -1,9 +1,8 @@
 import errno
 
 import pytest
-import torch
 
-from launcher.errors import DataError, DiskError, LauncherError, LostRank, MemoryExhausted
+from launcher.errors import DataError, DiskError, LauncherError, LostRank
 from launcher.runtime.failures import classified, code_and_reason
 from launcher.runtime.ranks import RankInfo
 
@@ -13,7 +12,6 @@ ALONE, ONE_OF_TWO = RankInfo(0, 0, 1, 1), RankInfo(1, 1, 2, 2)
 @pytest.mark.parametrize(
     ("error", "info", "kind", "says"),
     [
-        (torch.OutOfMemoryError("2 GiB"), ONE_OF_TWO, MemoryExhausted, "on rank 1; held by phase: after load 9 MiB"),
         (OSError(errno.ENOSPC, "full", "a.json"), ALONE, DiskError, "a.json could not be written"),
         (RuntimeError("[gloo/pair.cc] Connection closed by peer"), ONE_OF_TWO, LostRank, "another rank ended first"),
         (RuntimeError("[gloo/pair.cc] Connection closed by peer"), ALONE, RuntimeError, "gloo"),

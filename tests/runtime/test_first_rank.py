@@ -49,7 +49,8 @@ class Launch:
     def __init__(self, cache: Path, work: str = "pass", *, of: int = 2, wait_s: float = 60.0, port: int = 1) -> None:
         self.command = [sys.executable, "-c", WORKER, work, str(wait_s)]
         self.environment = {**os.environ, "XDG_CACHE_HOME": str(cache), "PYTHONPATH": str(ROOT)}
-        self.environment |= {"MASTER_PORT": str(port), "WORLD_SIZE": str(of), "LOCAL_WORLD_SIZE": str(of)}
+        self.environment |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
+        self.environment |= {"WORLD_SIZE": str(of), "LOCAL_WORLD_SIZE": str(of)}
         self.files = cache / "qlora-launcher" / "launches"
         self.ranks: dict[int, subprocess.Popen[str]] = {}
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from launcher.model.attention import BlockFacts, attention_name, register_attention
-from launcher.model.build import BuiltModel, build_model, preflight
+from launcher.model.build import BuiltModel, build_model, check_model
 from launcher.model.load import load_config
 from launcher.model.packed import PackedCausalLM
 from launcher.recipe.locate import locate
@@ -20,7 +20,7 @@ def build(recipe: Any, phases: list[str] | None = None, *, device: str = "cpu") 
     """The model of `recipe`, for blocks of 64; `phases` gets the names of the phases that take memory."""
     source = locate(recipe.model, ARCHITECTURES)
     config, where = load_config(source, recipe.model), torch.device(device)
-    preflight(recipe, source, config, where)
+    check_model(recipe, source, config, where)
     phase = (phases if phases is not None else []).append
     return build_model(recipe, source, config, device=where, blocks=BlockFacts((64,), alone=False), phase=phase)
 

@@ -1,13 +1,17 @@
-"""A small module, and a compile plan for it."""
+"""A small module, a compile plan for it, and how a strict plan stops."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 
 from launcher.compile.observe import Observer
 from launcher.compile.plan import Plan
 from launcher.compile.regions import Region
+from launcher.errors import ContractError
 from launcher.recipe.schema import CompileSection
 
 
@@ -42,3 +46,19 @@ def call(block: nn.Module, *sizes: int) -> None:
     """Call the block with an input of each of these numbers of rows."""
     for rows in sizes:
         block(torch.ones(rows, 8))
+
+
+def refuse(graph: Any, inputs: Any) -> Any:
+    """A backend, or the compiler of a backward pass, that fails."""
+    raise torch._inductor.exc.InductorError(RuntimeError("planted"), None)
+
+
+@contextmanager
+def stopped(mode: str, message: str) -> Iterator[None]:
+    """A strict plan stops with this message, in at most five lines and with code 9; in warn mode nothing stops."""
+    if mode == "warn":
+        yield
+        return
+    with pytest.raises(ContractError, match=message) as caught:
+        yield
+    assert caught.value.code == 9 and len(str(caught.value).splitlines()) <= 5

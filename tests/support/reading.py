@@ -1,6 +1,8 @@
 """Reads data files the way a recipe does."""
 
+import json
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,13 @@ from launcher.data.read.rows import Feed, Row, RowFault
 from launcher.data.read.sources import OpenedSource, open_source
 from launcher.errors import DataError
 from launcher.recipe.data_section import DataSection, Source
+
+
+def written(path: Path, rows: Iterable[Any]) -> Path:
+    """The path of a file with these rows (objects as JSON, bytes as they are), a line each."""
+    lines = [row if isinstance(row, bytes) else json.dumps(row, ensure_ascii=False).encode() for row in rows]
+    path.write_bytes(b"".join(line + b"\n" for line in lines))
+    return path
 
 
 def sections(path: Path | str, keys: dict[str, Any]) -> tuple[Source, DataSection]:

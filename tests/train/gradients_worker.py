@@ -1,4 +1,5 @@
-"""Run by test_ranks.py, alone and under a two-process launch: one step's gradients and loss, written by rank 0."""
+"""Run by test_ranks.py, alone and under a two-process launch: one step's gradients and loss in several layouts, written
+by rank 0. Arguments: file, layouts as MICRO_BATCHxACCUMULATION with commas, recipe."""
 
 import sys
 from pathlib import Path
@@ -10,13 +11,10 @@ sys.path[0] = str(ROOT)
 
 from launcher.recipe.load import resolve  # noqa: E402
 from launcher.runtime.environment import prepare_environment  # noqa: E402
-from launcher.runtime.ranks import rank_info  # noqa: E402
+from launcher.runtime.ranks import RankInfo, rank_info  # noqa: E402
 
 
-def main() -> None:
-    target, *argv = sys.argv[1:]
-    info = rank_info()
-    prepare_environment()
+def gradients(argv: list[str], info: RankInfo) -> dict[str, torch.Tensor]:
     from launcher.runtime.clock import Clock
     from launcher.train.inputs import prepare_inputs
     from launcher.train.request import Request
@@ -32,9 +30,21 @@ def main() -> None:
         for parameter in worker.step.parameters:
             parameter.add_(torch.randn(parameter.shape) * 0.05)
     loss = worker.step.accumulate(next(worker.batches))
+    return {"loss": loss.clone(), "gradients": torch.cat([p.grad.flatten() for p in worker.step.parameters])}
+
+
+def main() -> None:
+    target, layouts, *argv = sys.argv[1:]
+    info, results = rank_info(), {}
+    prepare_environment()
+    for layout in layouts.split(","):
+        micro_batch, accumulation = layout.split("x")
+        shape = [f"train.micro_batch={micro_batch}", f"train.accumulation={accumulation}"]
+        results[f"{info.world_size} ranks x {layout}"] = gradients([*argv, *shape], info)
     if info.is_main:
-        torch.save({"loss": loss.clone(), "gradients": [p.grad.clone() for p in worker.step.parameters]}, target)
-    worker.accelerator.end_training()
+        torch.save(results, target)
+    if info.world_size > 1:
+        torch.distributed.destroy_process_group()
 
 
 main()

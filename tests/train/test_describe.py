@@ -3,8 +3,10 @@
 import pytest
 import torch
 
+from launcher.records.run import EvalRecord
 from launcher.train import describe
-from launcher.train.describe import slow_dtype_note
+from launcher.train.describe import first_loss_note, slow_dtype_note
+from tests.support.records import step_record
 
 CPU = torch.device("cpu")
 
@@ -33,3 +35,21 @@ def test_a_dtype_for_which_the_cpu_has_no_instructions_is_said_to_be_slow(tmp_pa
 def test_nothing_is_said_of_a_gpu_nor_of_a_cpu_that_is_not_known(tmp_path, monkeypatch):
     monkeypatch.setattr(describe, "CPU_INFO", str(tmp_path / "none"))
     assert slow_dtype_note(torch.bfloat16, CPU) == slow_dtype_note(torch.bfloat16, torch.device("cuda")) == ()
+
+
+@pytest.mark.parametrize(
+    ("first", "said"),
+    [
+        (EvalRecord(0, 9.02), True),
+        (EvalRecord(0, 9.01), True),  # of weights that are all zero: ln(8192) = 9.0109
+        (EvalRecord(0, 8.5), False),
+        (EvalRecord(8, 20.0), False),  # a run whose metrics were lost
+        (step_record(1, loss=30.0), True),
+        (step_record(2, loss=30.0), False),
+        (step_record(1, loss=3.0), False),
+    ],
+)
+def test_a_first_loss_that_is_no_better_than_a_guess_is_noted(first, said):
+    [*notes] = first_loss_note(first, 8192)
+    assert bool(notes) == said
+    assert all("ln(8,192) = 9.01" in note for note in notes)

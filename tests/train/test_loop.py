@@ -6,7 +6,7 @@ import pytest
 
 from launcher.errors import RecipeError
 from launcher.recipe.load import resolve
-from launcher.records.run import EvalRecord, Phase, RunOpened, RunRecord, StartRecord, StepRecord
+from launcher.records.run import EvalRecord, Note, Phase, RunOpened, RunRecord, StartRecord, StepRecord
 from launcher.train.history import RunHistory
 from launcher.train.loop import training
 from launcher.train.state import EarlyStop
@@ -47,12 +47,23 @@ def test_a_run_yields_its_folder_start_steps_evals_and_record_in_order(finished)
     folder = history.worker.folder.path
     records = [event for event in events if not isinstance(event, str | Phase)]
     steps = [StepRecord] * 3
-    kinds = [RunOpened, StartRecord, EvalRecord, *steps, EvalRecord, *steps, EvalRecord, RunRecord]
+    kinds = [
+        RunOpened,
+        StartRecord,
+        EvalRecord,
+        Note,
+        *steps,
+        EvalRecord,
+        *steps,
+        EvalRecord,
+        RunRecord,
+    ]  # an untrained base
     assert [type(record) for record in records] == kinds
     assert records[0].path == folder
     assert [record.step for record in records if isinstance(record, EvalRecord)] == [0, 3, 6]
     assert [record.step for record in records if isinstance(record, StepRecord)] == [1, 2, 3, 4, 5, 6]
-    assert {path.name for path in folder.iterdir()} == {"adapter", "checkpoints", "metrics.jsonl"}  # the rest is sinks'
+    # The rest is sinks'.
+    assert {path.name for path in folder.iterdir()} == {"adapter", "checkpoints", "metrics.jsonl", "parts.json"}
     phases = [event if isinstance(event, str) else event.name for event in events if isinstance(event, str | Phase)]
     assert phases == [
         "reading data", "starting processes", "loading model", "compiling", "saving adapter", "generating the sample",
@@ -152,7 +163,7 @@ def test_a_run_without_a_sample_says_why_and_has_no_phase_for_it(make_recipe, tm
 def test_compiling_tells_how_many_graphs_of_each_region_have_begun(make_recipe):
     seen, history = [], RunHistory()
     events = training(request_for(make_recipe(train={"steps": 1})), history)
-    compiling = next(event for event in events if isinstance(event, Phase))
+    compiling = next(event for event in events if isinstance(event, Phase) and event.name == "compiling")
     assert compiling.progress() == "", "nothing is planned yet"
     observer = history.worker.observer
     observe = observer.backend

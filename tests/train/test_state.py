@@ -38,14 +38,15 @@ def assert_goes_on_alike(recipe: Any, *, steps: int = 3) -> dict[str, Any]:
     before = train(whole, steps)
     middle = whole.state.state_dict()
     after = train(whole, steps)
+    end = flat(whole.state.state_dict())  # before the generators are set back
     whole.plan.release()
     again = resumed(recipe, middle)
     assert again.state.step == steps
     assert train(again, steps) == after
-    assert flat(again.state.state_dict()) == flat(whole.state.state_dict())
+    assert flat(again.state.state_dict()) == end
     again.plan.release()
     assert before != after
-    assert flat(middle) != flat(whole.state.state_dict())
+    assert flat(middle) != end
     return middle
 
 
@@ -172,34 +173,6 @@ def test_each_rank_finds_its_own_random_numbers(make_recipe: MakeRecipe, monkeyp
     assert float(torch.rand(())) == expected
 
 
-@pytest.mark.parametrize(
-    ("sections", "difference"),
-    [
-        ({"train": {"lr": 2e-3}}, "train.lr: 0.001 in the state, 0.002 here"),
-        ({"train": {"optimizer": "adamw_8bit"}}, "train.optimizer: 'adamw' in the state, 'adamw_8bit' here"),
-        ({"lora": {"r": 8}}, "lora.r: 4 in the state, 8 here"),
-        ({"data": {"batching": "padded"}}, "data.batching: 'packed' in the state, 'padded' here"),
-        ({"data": {"sources": [{"path": "short.jsonl"}]}}, "data: '[0-9a-f]{128}' in the state, '[0-9a-f]{128}' here"),
-        ({"model": {"dtype": "bfloat16"}}, "dtype: 'float32' in the state, 'bfloat16' here"),
-    ],
-)
-def test_a_state_of_another_recipe_is_refused_and_the_difference_named(
-    make_recipe: MakeRecipe,
-    tmp_path: Any,
-    rows_file: Any,
-    monkeypatch: pytest.MonkeyPatch,
-    sections: Any,
-    difference: str,
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "short.jsonl").write_text("".join(rows_file.read_text().splitlines(keepends=True)[:30]))
-    state = compiled(make_recipe(compile=OFF)).state.state_dict()
-    other = compiled(make_recipe(**{"compile": OFF, **sections}))
-    with pytest.raises(CheckpointError, match=difference) as caught:
-        other.state.load_state_dict(state)
-    assert caught.value.code == 4
-
-
 def test_what_decides_no_number_may_differ(make_recipe: MakeRecipe) -> None:
     state = compiled(make_recipe(compile=OFF)).state.state_dict()
     changes = {
@@ -225,6 +198,8 @@ def broken_states(state: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]
     yield f"training.adapters.{first}: missing", {**state, "training": {**training, "adapters": renamed}}
     yield "training: missing", {key: value for key, value in state.items() if key != "training"}
     yield "random: missing", {**state, "random": {"1": state["random"]["0"]}}
+    yield "train.lr: 1.0 in the state, 0.001 here", {**state, "identity": {**state["identity"], "train.lr": 1.0}}
+    yield "processes: missing", {**state, "identity": {**state["identity"], "processes": None}}
     yield "step: missing", {key: value for key, value in state.items() if key != "step"}
     yield "early_stop: missing", {key: value for key, value in state.items() if key != "early_stop"}
     yield "early_stop.patience: int in the state, missing here", {**state, "early_stop": {**early_stop, "patience": 1}}

@@ -120,24 +120,6 @@ def test_an_infinite_gradient_is_gated_with_every_kind_of_optimizer(optimizer):
     assert torch.equal(model.weight.detach(), torch.ones(4))
 
 
-def test_fp16_overflow_skips_the_update_halves_the_scale_and_holds_the_schedule():
-    model = Linear()
-    overflow = {"on": True}
-    model.weight.register_hook(lambda grad: grad * (float("inf") if overflow["on"] else 1.0))
-    step = make_step(model, fp16=True, schedule="linear")
-    scale = step.scaler.get_scale()
-    first = step(ONES)
-    assert first.skipped
-    assert step.scaler.get_scale() == scale / 2
-    assert torch.equal(model.weight.detach(), torch.ones(4))
-    overflow["on"] = False
-    second = step(ONES)
-    assert not second.skipped
-    assert second.lr == first.lr
-    assert not torch.equal(model.weight.detach(), torch.ones(4))
-    assert step(ONES).lr < second.lr
-
-
 def test_the_loss_scale_follows_overflows_as_torchs_scaler_does(monkeypatch):
     monkeypatch.setattr(loss_scale, "GROWTH_INTERVAL", 2)
     scale, factors = LossScale(torch.device("cpu"), enabled=True), []

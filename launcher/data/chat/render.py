@@ -22,6 +22,7 @@ from itertools import accumulate, groupby, pairwise
 from jinja2 import TemplateSyntaxError
 from transformers import PreTrainedTokenizerBase
 
+from launcher.credentials import shortened
 from launcher.data.chat.named_templates import without_today
 from launcher.data.chat.spelled_out import BEGIN, END, Messages, SpelledOut, restored
 from launcher.data.chat.turns import THOUGHTS_ALONE, Span, Turns, UnshownTurn
@@ -158,7 +159,7 @@ class ChatRenderer:
                 "set data.template to one that ships here."
             ) from error
         except Exception as error:
-            found = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+            found = f"{type(error).__name__}: {shortened(' '.join(str(error).split()), 200)}"
             rule = f"the chat template ({self._name}) must accept the conversation."
             remedy = f"{SKIP} If the template is at fault, repair it or set another data.template."
             raise RowFault("template", where=row.where, rule=rule, found=found, remedy=remedy) from error

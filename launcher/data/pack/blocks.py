@@ -102,3 +102,12 @@ class Blocks:
         """[D] -> [N]: the sum over the documents of each block."""
         sums = np.concatenate([[0], np.cumsum(of_documents[self.block_documents])])
         return np.diff(sums[self.block_offsets])
+
+
+def blank_step_note(blocks: int, step_blocks: int) -> tuple[str, ...]:
+    """A note when a step is larger than an epoch of this many blocks: the rest of it is blank."""
+    if blocks >= step_blocks:
+        return ()
+    return (
+        f"a step holds {step_blocks} blocks and the data only {blocks}: lower train.micro_batch or train.accumulation",
+    )

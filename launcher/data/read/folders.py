@@ -1,5 +1,6 @@
 """Which files of a folder are read: those of one kind and of one split."""
 
+import os
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
@@ -31,6 +32,38 @@ MAX_FILES_NAMED = 5  # files that a message names of each sort
 class Selection(NamedTuple):
     files: list[Path]  # relative to the folder
     note: str  # which files these are, and which are left out for what reason; for preview and report
+
+
+def files_in(folder: Path) -> list[Path]:
+    """The files of the folder and its subfolders, relative to it, without hidden ones. Links are followed; a folder
+    that several lead to is read once.
+
+    Raises OSError for what cannot be read, leads nowhere, or is neither file nor folder.
+    """
+    files, visited = list[Path](), set[tuple[int, int]]()
+    for parent, subfolders, names in os.walk(folder, followlinks=True, onerror=_raise_unless_gone):
+        status = os.stat(parent)
+        if (status.st_dev, status.st_ino) in visited:
+            subfolders.clear()
+            continue
+        visited.add((status.st_dev, status.st_ino))
+        subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
+        paths = [Path(parent, name) for name in names if not name.startswith(".")]
+        files += [path.relative_to(folder) for path in paths if _is_file(path)]
+    return sorted(files)
+
+
+def _raise_unless_gone(error: OSError) -> None:
+    if not isinstance(error, FileNotFoundError):
+        raise error
+
+
+def _is_file(path: Path) -> bool:
+    if path.is_file():
+        return True
+    if os.path.lexists(path):
+        raise OSError(f"{path} in the folder is " + ("a link to nothing" if path.is_symlink() else "no regular file"))
+    return False  # removed since it was listed
 
 
 def select_files(

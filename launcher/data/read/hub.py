@@ -4,14 +4,14 @@ import logging
 from collections.abc import Iterator
 from contextlib import suppress
 from functools import partial
-from threading import Thread
 from typing import Any
 
+from launcher.credentials import shortened
 from launcher.data.read.rows import Feed, RawRow
 from launcher.data.read.tables import BATCH_ROWS, unreadable
 from launcher.errors import DataError
 from launcher.recipe.data_section import Source
-from launcher.recipe.field_types import HUB_TIMEOUT_S
+from launcher.recipe.hub_request import HUB_TIMEOUT_S, answered
 
 REFUSED = (401, 403, 404)  # statuses that mean: you cannot have this dataset. After others, the cache serves
 
@@ -38,22 +38,18 @@ def _current_commit(source: Source) -> str | Exception:
     """The hub's answer, or why there is none."""
     from huggingface_hub import HfApi
 
-    answers: list[str | Exception] = []
-
-    def ask() -> None:
-        try:
-            info = HfApi().dataset_info(source.path, revision=source.revision, timeout=HUB_TIMEOUT_S)
-            answers.append(str(info.sha))
-            if source.revision:  # the client notes the commit of a branch, for _cached_commit in a later run
-                HfApi().resolve_revision(source.path, repo_type="dataset", revision=source.revision)
-        except Exception as error:  # the client has a dozen kinds, from DNS to licence gates
-            answers.append(error)
-
-    # In a thread: the client's timeout starts again for each address of the hub and does not cover the name lookup.
-    thread = Thread(target=ask, daemon=True)
-    thread.start()
-    thread.join(HUB_TIMEOUT_S)
-    return answers[0] if answers else TimeoutError(f"no answer within {HUB_TIMEOUT_S:.0f} s")
+    api, revision = HfApi(), source.revision
+    try:
+        commit = answered(
+            lambda: str(api.dataset_info(source.path, revision=revision, timeout=HUB_TIMEOUT_S).sha),
+            timeout_s=HUB_TIMEOUT_S,
+        )
+    except Exception as error:  # the client has a dozen kinds, from DNS to licence gates
+        return error
+    if revision:  # the client notes the commit of a branch, for _cached_commit in a later run
+        with suppress(Exception):
+            answered(lambda: api.resolve_revision(source.path, repo_type="dataset", revision=revision))
+    return commit
 
 
 def _cached_commit(source: Source, error: Exception) -> str:
@@ -103,7 +99,7 @@ def _not_found(source: Source, error: Exception) -> DataError:
     reason = next(iter(str(error).strip().splitlines()), "") or type(error).__name__
     return DataError(
         f"dataset {source.path!r} is no file or folder here, not in the local cache, and not to be had from the hub.\n"
-        f"Found: {reason[:160]}\n"
+        f"Found: {shortened(reason, 160)}\n"
         "Online: check the name, the revision and your login.\n"
         "Offline: copy its files here and set data.sources=[{path: ./folder}]."
     )

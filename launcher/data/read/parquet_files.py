@@ -5,6 +5,7 @@ for unchanged.
 """
 
 from collections.abc import Iterator
+from itertools import repeat
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,13 +15,16 @@ from launcher.data.read.text_files import opened
 
 if TYPE_CHECKING:
     import pyarrow
+    from pyarrow.parquet import ParquetFile
 
 READ_AHEAD_BYTES = 2**20  # per column; without a limit, the columns of a row group are read whole
 BATCH_BYTES = 2**26  # of a batch, if rows are as large as the average of their row group
 
-# The largest column of a row group that is read row by row, if its sizes tell that it has a row that is too large. That
-# takes three times as much memory: its page as stored, the page unpacked, the cells.
-LARGEST_COLUMN_BYTES = 2**29
+# The largest row group that is read row by row, if its size tells that it has a row that is too large. That takes three
+# times as much memory: its pages as stored, the pages unpacked, the cells.
+LARGEST_GROUP_BYTES = 2**29
+
+MAX_ROWS_PER_BYTE = 100  # of the file: real rows differ; more are one value repeated, or a damaged count
 
 
 def read_parquet(path: Path, name: str, max_bytes: int) -> Iterator[RawRow | RowFault]:
@@ -47,24 +51,27 @@ def read_parquet(path: Path, name: str, max_bytes: int) -> Iterator[RawRow | Row
 
 
 def _batches(path: Path, name: str, max_bytes: int) -> "Iterator[pyarrow.RecordBatch | RowFault]":
-    from pyarrow.parquet import ParquetFile  # a third of a second, only for those who have such files
+    from pyarrow import parquet  # a third of a second, only for those who have such files
 
     number = 0
     with opened(path, name) as stream:
         if not stream.read(1):
             return
         try:
-            file = ParquetFile(stream, buffer_size=READ_AHEAD_BYTES, pre_buffer=False)
+            file = parquet.ParquetFile(
+                stream, buffer_size=READ_AHEAD_BYTES, pre_buffer=False, page_checksum_verification=True
+            )
+            _check_number_of_rows(file, path.stat().st_size)
             for index in range(file.num_row_groups):  # one by one: Arrow cannot join nested dictionaries across groups
                 group = file.metadata.row_group(index)
-                rows = group.num_rows
-                largest = max((group.column(c).total_uncompressed_size for c in range(group.num_columns)), default=0)
-                has_too_large = largest > max_bytes * rows
-                if has_too_large and largest > LARGEST_COLUMN_BYTES:
-                    yield from _group_faults(f"{name} row {number + 1}", number, rows, largest, max_bytes)
+                # Of the whole group: pyarrow ends the process where the sizes of a single column are damaged.
+                rows, size = group.num_rows, group.total_byte_size
+                has_too_large = size > max_bytes * rows
+                if has_too_large and size > LARGEST_GROUP_BYTES:
+                    yield from _group_faults(f"{name} row {number + 1}", number, rows, size, max_bytes)
                     number += rows
                     continue
-                batch_rows = min(BATCH_ROWS, max(1, BATCH_BYTES * rows // max(1, group.total_byte_size)))
+                batch_rows = min(BATCH_ROWS, max(1, BATCH_BYTES * rows // max(1, size)))
                 batch_rows = 1 if has_too_large else batch_rows
                 for batch in file.iter_batches(batch_size=batch_rows, row_groups=[index]):
                     yield batch
@@ -73,18 +80,26 @@ def _batches(path: Path, name: str, max_bytes: int) -> "Iterator[pyarrow.RecordB
             raise unreadable(name, error, after=number, remedy="Write the file anew") from error
 
 
-def _group_faults(where: str, before: int, rows: int, largest: int, max_bytes: int) -> Iterator[RowFault]:
+def _check_number_of_rows(file: "ParquetFile", size: int) -> None:
+    """Raise ValueError for more rows than a file of this size can hold: reading them would take hours, and memory."""
+    metadata = file.metadata
+    rows = max(metadata.num_rows, sum(metadata.row_group(index).num_rows for index in range(metadata.num_row_groups)))
+    if rows > MAX_ROWS_PER_BYTE * size:
+        raise ValueError(f"{rows:,} rows in {size:,} bytes: all alike, or their number is damaged")
+
+
+def _group_faults(where: str, before: int, rows: int, size: int, max_bytes: int) -> Iterator[RowFault]:
     """Of a row group that is not read: at least one row is too large, which one is not known."""
     remedy = (
         "Write the file with fewer rows in a row group, raise data.max_row_mib, or set data.bad_rows=skip to drop and "
         "count all rows of this one: one as too_large, the others as beside_too_large."
     )
-    found = f"{largest:,} bytes in one column of the rows {before + 1} to {before + rows}"
+    found = f"{size:,} bytes in the rows {before + 1} to {before + rows}"
     fault = too_large(where, found, max_bytes, remedy)
     yield fault
-    rule = f"a row group with a row that is too large is read up to {LARGEST_COLUMN_BYTES:,} bytes in a column."
+    rule = f"a row group with a row that is too large is read up to {LARGEST_GROUP_BYTES:,} bytes."
     beside = RowFault("beside_too_large", where=where, rule=rule, found=found, remedy=remedy)
-    yield from [beside] * (rows - 1)
+    yield from repeat(beside, rows - 1)
 
 
 def _rows(batch: "pyarrow.RecordBatch", name: str, before: int) -> Iterator[RawRow | RowFault]:

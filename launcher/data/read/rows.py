@@ -6,9 +6,11 @@ source -> Feed -> RawRow (columns as they were read) -> Row (a Conversation or a
 import copyreg
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, NamedTuple
 
+from launcher.credentials import shortened
 from launcher.errors import DataError
 
 ROLES = ("system", "user", "assistant")
@@ -86,6 +88,27 @@ class Feed:
     format: str  # Source.format
     identity: str
     raw_rows: Callable[[], Iterator[RawRow | RowFault]]  # each call starts at the first row
+    version: str = ""  # of a file: differs when it was written or replaced meanwhile, whatever its bytes are
+
+
+class ReadingProgress:
+    """How far the reading of sources has come, in words, for another thread to show. In few different words: each is a
+    line of a log."""
+
+    def __init__(self) -> None:
+        self._rows, self._name = 0, ""
+
+    def __call__(self) -> str:
+        unit = 10 ** (len(str(self._rows)) - 1)
+        return f"over {self._rows // unit * unit:,} rows of {self._name}" if self._rows else ""
+
+    def watched(self, feed: Feed) -> Feed:
+        return replace(feed, raw_rows=partial(self._counted, feed))
+
+    def _counted(self, feed: Feed) -> Iterator[RawRow | RowFault]:
+        for number, raw in enumerate(feed.raw_rows()):
+            self._rows, self._name = number, feed.name
+            yield raw
 
 
 def shown_value(value: Any) -> str:
@@ -101,7 +124,7 @@ def shown_value(value: Any) -> str:
         text = json.dumps(value)
     except (TypeError, ValueError):  # ValueError: an integer with more digits than Python prints
         return f"a value of type {type(value).__name__}"
-    return text if len(text) <= 80 else text[:77] + "..."
+    return shortened(text, 80) if len(text) <= 80 else shortened(text, 77) + "..."
 
 
 def shown_under(key: str, fields: dict[str, Any]) -> str:

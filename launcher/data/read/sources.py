@@ -1,7 +1,7 @@
 """Opens what a recipe names as a source: one feed for a file or a dataset of the hub, several for a folder."""
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -32,6 +32,33 @@ SUPPORTED = ", ".join(FILE_READERS) + " (texts also as .gz)"
 class OpenedSource(NamedTuple):
     feeds: list[Feed]  # those of a folder sorted by path
     notes: list[str]  # which files of a folder are read and which are not
+    reopen: Callable[[], "OpenedSource"]  # the same source as it is later
+
+
+@contextmanager
+def unchanged(sources: Sequence[OpenedSource]) -> Iterator[None]:
+    """Around the reading of opened sources. Raises DataError where a local one is not what it was when it was opened,
+    also in place of an error that this may have caused. A dataset of the hub is a commit, which never changes."""
+
+    def check() -> None:
+        for source in sources:
+            if source.feeds[0].version:
+                _compare(source.feeds, source.reopen().feeds)
+
+    try:
+        yield
+    except DataError:
+        check()
+        raise
+    check()
+
+
+def _compare(before: Sequence[Feed], after: Sequence[Feed]) -> None:
+    versions = [{feed.name: (feed.identity, feed.version) for feed in feeds} for feeds in (before, after)]
+    for name in sorted(versions[0].keys() | versions[1].keys()):
+        if versions[0].get(name) != versions[1].get(name):
+            what = "appeared" if name not in versions[0] else "went" if name not in versions[1] else "changed"
+            raise changed(name, what)
 
 
 def open_source(source: Source, *, data: DataSection, validates: bool = False) -> OpenedSource:
@@ -46,7 +73,8 @@ def open_source(source: Source, *, data: DataSection, validates: bool = False) -
     files, note = local_files(source, validates=validates)
     streaming = data.streaming and not validates
     feeds = [_file_feed(file, source, data, streaming=streaming) for file in files]
-    return OpenedSource(feeds or [open_dataset(source, streaming=streaming)], [note] if note else [])
+    reopen = partial(open_source, source, data=data, validates=validates)
+    return OpenedSource(feeds or [open_dataset(source, streaming=streaming)], [note] if note else [], reopen)
 
 
 def local_files(source: Source, *, validates: bool = False) -> folders.Selection:
@@ -55,7 +83,7 @@ def local_files(source: Source, *, validates: bool = False) -> folders.Selection
         path = Path(source.path).expanduser()
         if path.is_dir():
             _refuse_keys(source, "config", "revision")
-            kinds = {file: kind_of(file) for file in _files_in(path)}
+            kinds = {file: kind_of(file) for file in folders.files_in(path)}
             defaults = folders.VALIDATION if validates else folders.TRAINING
             files, note = folders.select_files(path, kinds, split=source.split, defaults=defaults)
             return folders.Selection([path / file for file in files], note)
@@ -113,12 +141,6 @@ def _local_file(source: Source, path: Path) -> list[Path]:
     return []
 
 
-def _files_in(folder: Path) -> list[Path]:
-    """The files of the folder and its subfolders, relative to it, without hidden ones."""
-    paths = [path.relative_to(folder) for path in sorted(folder.rglob("*")) if path.is_file()]
-    return [path for path in paths if not any(part.startswith(".") for part in path.parts)]
-
-
 def _refused(source: Source, found: str) -> DataError:
     return DataError(
         f"{source.path}: a source is a {SUPPORTED} file, a folder of such files, or a dataset of the hub.\n"
@@ -129,10 +151,36 @@ def _refused(source: Source, found: str) -> DataError:
 def _file_feed(file: Path, source: Source, data: DataSection, *, streaming: bool) -> Feed:
     kind, name = kind_of(file), str(file)
     with opened(file, name) as stream:
+        version = _version(file)  # before the content
         if streaming:
-            status = file.stat()
-            identity = f"{kind}:{file.absolute()}:{status.st_size}:{status.st_mtime_ns}"
+            identity = f"{kind}:{file.absolute()}:{version.rpartition(':')[0]}"  # on another machine the number differs
         else:
             identity = f"{kind}:{hashlib.file_digest(stream, 'blake2b').hexdigest()[:32]}"
     raw_rows = partial(FILE_READERS[kind], file, name, data.max_row_bytes)
-    return Feed(source.path, name, source.format, identity, raw_rows)
+    if streaming:
+        raw_rows = partial(_one_pass, raw_rows, file, version)
+    return Feed(source.path, name, source.format, identity, raw_rows, version)
+
+
+def _one_pass(read: Callable[[], Iterator[RawRow | RowFault]], file: Path, version: str) -> Iterator[RawRow | RowFault]:
+    """The rows of a file that is read for as long as training goes on. Raises DataError when it has changed."""
+    yield from read()
+    try:
+        now = _version(file)
+    except OSError:
+        now = ""
+    if now != version:
+        raise changed(str(file), "changed" if now else "went")
+
+
+def _version(file: Path) -> str:
+    """Size, time and number of a file: differs when it was written, or replaced by another."""
+    status = file.stat()
+    return f"{status.st_size}:{status.st_mtime_ns}:{status.st_ino}"
+
+
+def changed(name: str, what: str) -> DataError:
+    return DataError(
+        f"{name}: a source must stay as it is while it is read.\nFound: it {what} while it was read.\n"
+        "Start again when nothing writes there any more, or name a copy. Nothing was cached."
+    )

@@ -1,5 +1,6 @@
 """What .csv files, .parquet files and datasets of the hub have in common."""
 
+from launcher.credentials import shortened
 from launcher.data.read.rows import shown_value
 from launcher.errors import DataError
 
@@ -28,4 +29,4 @@ def unreadable(name: str, error: BaseException, *, after: int, remedy: str) -> D
 
 
 def one_line(text: object) -> str:
-    return " ".join(str(text).split())[:300]
+    return shortened(" ".join(str(text).split()), 300)

@@ -12,8 +12,10 @@ from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection
 from typing import Any
 
+from launcher.credentials import shortened
 from launcher.errors import LauncherError
 from launcher.runtime.child_processes import exit_with_parent
+from launcher.runtime.streams import prepare_standard_streams
 from launcher.train.request import Request
 
 Task = Callable[[Request], Iterator[Any]]
@@ -59,6 +61,7 @@ def _death(code: int | None) -> str:
 
 
 def _child(task: Task, request: Request, sender: Connection) -> None:
+    prepare_standard_streams()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal interrupts parent and child: the parent ends both
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     exit_with_parent()
@@ -70,5 +73,5 @@ def _child(task: Task, request: Request, sender: Connection) -> None:
         sender.send(("error", error))
     except Exception as error:
         traceback.print_exc()
-        reason = f"{type(error).__name__}: {error}"[:500]
+        reason = shortened(f"{type(error).__name__}: {error}", 500)
         sender.send(("error", ChildFailed(f"its process failed: {reason}")))

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator, Sequence
 
 from launcher.records.run import CompileRecord, RankRecord
-from launcher.report.pages.formatting import counted, on_cpu
+from launcher.report.pages.formatting import counted, extent, on_cpu
 from launcher.report.pages.page import Column, Facts, Item, Section, Styled, Table, Value, flagged
 
 DEVICE_SHOWN = 22  # characters of a device's name; the start panel has the whole
@@ -25,6 +25,9 @@ def rank_sections(ranks: Sequence[RankRecord]) -> Iterator[Section]:
         counts = ", ".join(f"{name} {count}" for name, count in regions.items())
         items.append(Styled(f"graphs by region: {counts}", "dim"))
         items.append(Styled(_insides(ranks[0].compile), "dim"))
+    hits, misses = [r.compile.cache_hits for r in ranks], [r.compile.cache_misses for r in ranks]
+    if any((*hits, *misses)):  # backward passes are graphs of their own here
+        items.append(Styled(f"code of graphs: {extent(hits)} from the cache, {extent(misses)} generated", "dim"))
     yield Section("Ranks", items, "counts are per process")
     for name, value in MUST_AGREE:
         values = [value(r.compile) for r in ranks]

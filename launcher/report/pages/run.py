@@ -3,12 +3,12 @@
 import shlex
 from collections.abc import Iterator, Sequence
 
-from launcher.records.run import EvalRecord, RankRecord, RunRecord, Sample, StepRecord
+from launcher.records.run import EvalRecord, RankRecord, RunPart, RunRecord, Sample, StepRecord
 from launcher.report.pages import formatting
 from launcher.report.pages.formatting import counted, extent, on_cpu, whole
 from launcher.report.pages.page import Column, Facts, Item, Page, Section, Styled, Table, Value, flagged
 from launcher.report.pages.ranks import event_sections, rank_sections
-from launcher.report.pages.sections import elapsed, sampled, verdicts
+from launcher.report.pages.sections import elapsed, notes, sampled, verdicts
 
 STEPS_SHOWN = 12  # rows of the loss table that are steps; longer runs are sampled, first and last step included
 EVALS_SHOWN = 6
@@ -28,6 +28,8 @@ def _sections(run: RunRecord) -> Iterator[Section]:
     yield _memory(run.ranks, run.start.forecast_mib)
     yield from event_sections(run.ranks)
     yield elapsed(run.elapsed_s)
+    yield _parts(run.parts)
+    yield notes(run.notes)
     yield verdicts(run.verdicts)
     stopped = [Styled(f"stopped {run.stopped}", "strong")] if run.stopped else []
     yield Section("", [*stopped, Styled(_total(run.ranks), "strong"), f"run folder {run.start.run_dir}"])
@@ -55,6 +57,18 @@ def _memory(ranks: Sequence[RankRecord], forecast_mib: float | None) -> Section:
         items.append(f"{peaks} ({100 * (rank.vram_peak_mib / forecast_mib - 1):+.1f} %)")
     of_several = f", the highest peak of {len(ranks)} ranks" if len(ranks) > 1 else ""
     return Section("Resident memory by phase" if cpu else "VRAM by phase", items, f"rank {rank.rank}{of_several}")
+
+
+def _parts(parts: Sequence[RunPart]) -> Section:
+    """The starts of a run that was resumed: where each ran, the steps of it that count, what was done again."""
+    steps = [f"{p.first_step:,} to {p.last_step:,}" if p.last_step >= p.first_step else "none" for p in parts]
+    columns = [
+        Column("start", [f"{number:,}" for number in range(1, len(parts) + 1)]),
+        Column("host", [part.host for part in parts], numeric=False),
+        Column("steps", steps),
+        Column("done again\ns", [f"{part.lost_s:,.1f}" for part in parts]),
+    ]
+    return Section("Starts of this run", [Table(columns)] if len(parts) > 1 else [])
 
 
 def _losses(steps: Sequence[StepRecord], evals: Sequence[EvalRecord]) -> Section:

@@ -74,7 +74,6 @@ def test_texts_stay_as_they_are_and_mark_where_a_completion_begins(write, row, t
         (CHAT, {"messages": [{"role": "user", "content": ["Hi"]}]}, "wrong_type", 'a list with "Hi"'),
         (CHAT, {"messages": [{}]}, "unknown_role", 'Found: no "role"; it is empty'),
         (CHAT, {"messages": [{"content": "Hi"}]}, "unknown_role", 'Found: no "role"; the keys are "content"\n'),
-        (CHAT, {"messages": [{"role": "tool", "content": "7"}]}, "unknown_role", "system, user, assistant.\n"),
         (CHAT, {"messages": [{"role": ["user"], "content": "Hi"}]}, "unknown_role", "a list"),
         (CHAT, {"messages": [{"role": "assistant", "content": None, "tool_calls": [{}]}]}, "tools", "tool_calls"),
         (CHAT, b'{"messages": [{"role": "user", "content": "caf\xe9"}]}', "encoding", "byte 0xe9"),

@@ -104,14 +104,14 @@ def test_rows_beside_a_parquet_cell_that_the_sizes_of_its_row_group_give_away_ar
 
 
 def test_a_parquet_row_group_that_is_too_large_to_be_read_for_its_small_rows_is_left_out(tmp_path, monkeypatch):
-    monkeypatch.setattr(parquet_files, "LARGEST_COLUMN_BYTES", 30_000)
+    monkeypatch.setattr(parquet_files, "LARGEST_GROUP_BYTES", 30_000)
     path = written(tmp_path / "rows.parquet", ["a", "b", "c" * 40_000, "d"], row_group_size=2, use_dictionary=False)
     column = pq.ParquetFile(path).metadata.row_group(1).column(1)
     raw, start = bytearray(path.read_bytes()), column.data_page_offset
     raw[start : start + column.total_compressed_size] = b"\xff" * column.total_compressed_size
     path.write_bytes(raw)
     assert "a source must be readable" in refusal(path), "it cannot be read"
-    assert f"{path} row 3: " in refusal(path, **LIMIT) and "of the rows 3 to 4" in refusal(path, **LIMIT)
+    assert f"{path} row 3: " in refusal(path, **LIMIT) and "bytes in the rows 3 to 4" in refusal(path, **LIMIT)
     rows, counts = read(path, bad_rows="skip", **LIMIT)
     dropped = {"rows_dropped_too_large": 1, "rows_dropped_beside_too_large": 1}
     assert len(rows) == 2 and counts.items() >= {"rows_read": 4, **dropped}.items()

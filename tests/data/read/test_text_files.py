@@ -1,10 +1,7 @@
 import json
-from pathlib import Path
-
-import pytest
 
 from launcher.data.read.rows import RowFault
-from tests.support.reading import fields, read, refusal
+from tests.support.reading import fields, read
 
 
 def test_rows_are_named_by_file_and_line_and_blank_lines_are_no_rows(write):
@@ -17,33 +14,6 @@ def test_windows_line_ends_a_byte_order_mark_and_unicode_separators_are_no_fault
     row = {"text": "one\u2028two\x85three"}
     line = json.dumps(row, ensure_ascii=False).encode() + b"\r"
     assert fields(write([b"\xef\xbb\xbf" + line, line])) == [row, row]
-
-
-def test_broken_json_is_named_by_line_and_byte_offset(write):
-    good = json.dumps({"text": "é" * 10}, ensure_ascii=False).encode()
-    path = write([good] * 6 + [b'{"text": "\xc3\xa9" oops}'])
-    message = refusal(path)
-    offset = int(message.split("byte offset ")[1].split()[0])
-    assert message.startswith(f"{path}:7: ") and "data.bad_rows=skip" in message
-    assert Path(path).read_bytes()[offset:].startswith(b"oops")
-
-
-@pytest.mark.parametrize(
-    ("raw", "at"),
-    [
-        (b'{"text": "caf\xe9"}', 13),
-        (b'{"text": "\xed\xa0\xbd"}', 10),
-        (b'{"text": "a\\ud83d"}', 11),
-        (b'{"text": "\\ud83d\\ude00 \\\\ud83d \\ude00"}', 31),
-        (b'{"text": "\\ud83d\\ud83d\\ude00"}', 10),
-        (b'{"other": "\\uDC00", "text": "a"}', 11),
-        (b'{"text": "a\x00"}', 11),
-    ],
-)
-def test_what_is_not_unicode_is_named_by_its_byte_in_the_file(write, raw, at):
-    line = json.dumps({"text": "漢字"}, ensure_ascii=False).encode()
-    message = refusal(write([line, raw]))
-    assert "UTF-8" in message and f"byte offset {len(line) + 1 + at} " in message
 
 
 def test_complete_pairs_and_escaped_backslashes_are_no_lone_surrogates(write):

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from launcher.records.run import EvalRecord, Verdict
+from launcher.records.run import EvalRecord, RunPart, Verdict
 from tests.support.records import PHASES, bad, rank_record, run_record, section, shown, start_record, step_record
 
 REASON = "Dynamo cannot trace [bold]print[/bold] of builtins[0], user line model.py:12 [/]"
@@ -140,6 +140,23 @@ def test_the_end_has_compilations_the_speed_of_all_ranks_the_peak_and_the_folder
     assert total.strip() == "6 to 9 compilations per process · 150,625 tokens/s · peak 7,491 MiB VRAM"
     assert folder.strip() == f"run folder {start_record().run_dir}"
     assert "6 compilations in this process" in shown(run_record())
+
+
+def test_what_came_from_the_compile_cache_and_what_did_not_is_said() -> None:
+    text = shown(run_record(rank_record(0, cache_hits=5), rank_record(1, cache_hits=4, cache_misses=1)))
+    assert "code of graphs: 4 to 5 from the cache, 0 to 1 generated" in section(text, "Ranks")
+    assert "code of graphs" not in shown(run_record(rank_record(0, cache_hits=0)))
+
+
+def test_a_resumed_run_shows_its_starts_with_host_steps_and_seconds_lost() -> None:
+    parts = (RunPart("one", 1, 4, 0.0), RunPart("two", 5, 4, 2.25), RunPart("two", 5, 1200))
+    lines = section(shown(replace(run_record(), parts=parts)), "Starts of this run")
+    assert [line for line in lines if line[:1].isdecimal()] == [
+        "1 one 1 to 4 0.0",
+        "2 two none 2.2",
+        "3 two 5 to 1,200 0.0",
+    ]
+    assert "Starts of this run" not in shown(replace(run_record(), parts=parts[:1]))
 
 
 def test_what_was_learned_comes_first_and_what_to_do_next_last() -> None:

@@ -1,0 +1,56 @@
+"""The sizes of a model before it is built, from its empty form: adapters, weights, and what decides a step's memory."""
+
+from collections.abc import Collection
+from typing import Any
+
+import torch
+from torch import nn
+
+from launcher.model.families import head_width
+from launcher.model.weight_files import linear_weights
+from launcher.ops.nf4 import BLOCK, BLOCK2
+from launcher.recipe.schema import LoraSection, QuantSection
+
+
+def adapted_linears(model: nn.Module, targets: Collection[str]) -> list[nn.Linear]:
+    """The linears of the decoder layers that get an adapter."""
+    linears = linear_weights(model).items()
+    return [linear for name, linear in linears if name.removesuffix(".weight").rpartition(".")[2] in targets]
+
+
+def adapter_parameters(model: nn.Module, lora: LoraSection) -> int:
+    """Parameters of all adapters: A [r, in] and B [out, r] of each linear."""
+    return sum(lora.r * (one.in_features + one.out_features) for one in adapted_linears(model, lora.targets))
+
+
+def weight_bytes(model: nn.Module, quant: QuantSection, dtype: torch.dtype) -> int:
+    """Bytes of the base as it is trained: the linears of its layers in NF4 with their scales, if they are quantised,
+    and the rest in `dtype`."""
+    linears = linear_weights(model) if quant.type == "nf4" else {}
+    return sum(
+        _nf4_bytes(parameter.numel(), double=quant.double) if name in linears else parameter.numel() * dtype.itemsize
+        for name, parameter in model.named_parameters()
+    )
+
+
+def _nf4_bytes(elements: int, *, double: bool) -> int:
+    blocks = -(-elements // BLOCK)
+    return elements // 2 + (blocks + 4 * -(-blocks // BLOCK2) if double else 4 * blocks)
+
+
+def step_sizes(config: Any, *, attention: str, dtype: torch.dtype, loss_chunk: int, trainable: int) -> dict[str, int]:
+    """What decides how much memory a token of a micro batch takes, as memory/forecast.py's Shapes names it."""
+    head = head_width(config)
+    query, key_value = config.num_attention_heads * head, config.num_key_value_heads * head
+    return {
+        "layers": config.num_hidden_layers,
+        "hidden": config.hidden_size,
+        "query": query,
+        "key_value": key_value,
+        "repeated": 2 * (query - key_value) if attention in ("sdpa", "causal") else 0,
+        "intermediate": config.intermediate_size,
+        "vocabulary": config.vocab_size,
+        "loss_chunk": loss_chunk,
+        "itemsize": dtype.itemsize,
+        "trainable": trainable,
+    }

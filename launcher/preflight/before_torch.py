@@ -1,0 +1,123 @@
+"""What can be checked before torch is imported, which takes 8 seconds to a minute. Imports no torch."""
+
+import os
+import re
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from launcher.checkpoint.files import writable
+from launcher.checkpoint.folder import RunFolder, default_folder, named_folder
+from launcher.data.read.sources import local_files
+from launcher.errors import CheckpointError, DataError, RecipeError
+from launcher.model.config_file import check_config_file
+from launcher.preflight.lines import Checks
+from launcher.recipe.data_section import Source
+from launcher.recipe.load import Resolved
+from launcher.recipe.locate import config_file, locate
+from launcher.recipe.schema import Recipe
+from launcher.runtime.launch_flags import check_launch_flags
+from launcher.runtime.packages import unfit_packages
+
+REPORT_BEGIN = re.compile(rb'\{\s*"schema": \d+,\s*"(recipe|mode)":')
+
+
+@dataclass(frozen=True)
+class Located:
+    """The model, as far as it was found, and the notes on what Accelerate was asked for."""
+
+    source: str | None
+    notes: tuple[str, ...]
+
+
+def check_before_torch(checks: Checks, resolved: Resolved, *, shipped: Path, cores: int, trains: bool) -> Located:
+    """Check packages, report=PATH, Accelerate's flags, the model's config.json and local data; if it `trains`, the run
+    folder too."""
+    recipe = resolved.recipe
+    checks.add("packages", check_packages)
+    if resolved.report:
+        checks.add("report", partial(check_report, resolved.report))
+    notes = checks.add(
+        "launch",
+        partial(check_launch_flags, recipe.model, recipe.train, cores=cores),
+        found=lambda notes: "; ".join(notes) or "nothing is asked for without effect",
+    )
+    source = checks.add("model", partial(check_located, recipe, shipped))
+    for entry in recipe.data.sources:
+        checks.add("data", partial(check_data, entry))
+    if recipe.data.validation_source:
+        checks.add("validation data", partial(check_data, recipe.data.validation_source, validates=True))
+    if trains:
+        checks.add("run folder", partial(check_run_folder, recipe, resolved.name))
+    return Located(source, notes or ())
+
+
+def check_packages() -> str:
+    """Raise RecipeError unless every package is there, in a version that is supported."""
+    if unfit := list(unfit_packages()):
+        names = " ".join(f"'{requirement}'" for requirement, _ in unfit)
+        found = ", ".join(f"{requirement.name} {found}" for requirement, found in unfit)
+        raise RecipeError(f"packages must have supported versions; {found}.\npip install {names}")
+    return "versions are supported"
+
+
+def check_report(path: Path) -> str:
+    """Raise RecipeError if report=PATH cannot be written, or names a file that is no report: a slip would lose it."""
+    if path.is_dir() or not os.access(path.parent, os.W_OK):
+        raise RecipeError(f"report=PATH must be a file in a folder that can be written; {path} is not.")
+    if os.path.lexists(path) and not _may_replace(path):
+        raise RecipeError(f"report=PATH must be a new file or an earlier report; {path} is neither. Choose another.")
+    return str(path)
+
+
+def _may_replace(path: Path) -> bool:
+    """Whether a path names an empty file or a report; a pipe or a device is neither."""
+    if not path.is_file() or not os.access(path, os.R_OK):
+        return False
+    with open(path, "rb") as file:  # which may be large
+        begin = file.read(200)
+    return not begin or REPORT_BEGIN.match(begin) is not None
+
+
+def check_located(recipe: Recipe, shipped: Path) -> str:
+    """Where the model is. Raises RecipeError where that is nowhere, or where it cannot be trained, as far as its
+    config.json tells (if this machine has it)."""
+    source = locate(recipe.model, shipped / "architectures")
+    if file := config_file(source, recipe.model.revision):
+        check_config_file(file, max_length=recipe.data.max_length)
+    return source
+
+
+def check_data(source: Source, *, validates: bool = False) -> str:
+    """Raise DataError for local data that is not there or cannot be read."""
+    files = local_files(source, validates=validates).files
+    if locked := [file for file in files if not os.access(file, os.R_OK)]:
+        raise DataError(
+            f"{source.path}: data must be readable; {locked[0]} is not ({len(locked)} of {len(files)} files).\n"
+            "Give this user the permission to read it."
+        )
+    return f"{source.path}: {len(files)} file(s)" if files else f"{source.path}: a dataset of the hub"
+
+
+def check_run_folder(recipe: Recipe, name: str) -> str:
+    """Raise CheckpointError or RecipeError if the folder of a run of the recipe `name` is taken or cannot be made."""
+    folder = run_folder(recipe, name)
+    if recipe.run.rescue_dir:
+        try:
+            writable(Path(recipe.run.rescue_dir).absolute())
+        except OSError as error:
+            raise RecipeError(
+                f"run.rescue_dir must be a folder that can be written; {recipe.run.rescue_dir}: {error.strerror}."
+            ) from None
+    try:
+        folder.check(resume=recipe.run.resume)
+    except CheckpointError as error:
+        error.reporter = 0  # every rank of this machine finds it
+        raise
+    return str(folder.path)
+
+
+def run_folder(recipe: Recipe, name: str) -> RunFolder:
+    """Where a run of the recipe `name` would write, started now."""
+    run = recipe.run
+    return RunFolder(Path(run.output_dir or named_folder(run.resume) or default_folder(name)).absolute())

@@ -1,0 +1,53 @@
+"""The sizes that are told before a model is built are those of the built one."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from launcher.model.build import check_model
+from launcher.model.load import empty_model, load_config
+from launcher.model.sizes import adapted_linears, adapter_parameters, weight_bytes
+from launcher.preflight.space import planned_shapes
+from launcher.recipe.schema import Recipe
+from tests.support.models import ARCHITECTURES, build
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize(
+    "sections",
+    [
+        {},
+        {"quant": {"double": False}, "lora": {"targets": ["q_proj", "down_proj"], "dropout": 0.1}},
+        {"quant": {"type": "none"}, "model": {"dtype": "bfloat16"}, "data": {"batching": "padded"}},
+    ],
+    ids=["nf4", "single", "none"],
+)
+def test_parameters_weights_and_shapes_are_those_of_the_built_model(make_recipe: Any, sections: dict[str, Any]) -> None:
+    recipe = make_recipe(**sections)
+    source = recipe.model.name
+    config = load_config(source, recipe.model)
+    model = check_model(recipe, source, config, CPU)
+    built = build(recipe)
+    assert adapter_parameters(model, recipe.lora) == built.trainable
+    held = 0
+    for parameter in built.packed.parameters():
+        if parameter.requires_grad:
+            continue
+        held += parameter.nbytes
+        if (state := getattr(parameter, "quant_state", None)) is not None:
+            held += state.absmax.nbytes + (state.state2.absmax.nbytes if state.nested else 0)
+    assert weight_bytes(model, recipe.quant, built.dtype) == held
+    shapes, held_mib = planned_shapes(recipe, config, model, CPU)
+    sizes = built.sizes()
+    assert {name: getattr(shapes, name) for name in sizes} == sizes
+    assert held_mib == (held + 4 * built.trainable) / 2**20
+
+
+def test_a_tied_embedding_counts_once() -> None:
+    recipe = Recipe.model_validate({"train": {"steps": 1}})
+    model = empty_model(load_config(str(ARCHITECTURES / "Llama-3.2-1B-Instruct"), recipe.model))
+    assert len(adapted_linears(model, recipe.lora.targets)) == 7 * 16
+    assert adapter_parameters(model, recipe.lora) == 11_272_192
+    assert round(weight_bytes(model, recipe.quant, torch.bfloat16) / 2**20) == 980

@@ -1,0 +1,59 @@
+"""Ranks that wait for each other: here threads of one process, at a port of this machine."""
+
+import socket
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from launcher.errors import LostRank, RecipeError
+from launcher.runtime import rendezvous
+from launcher.runtime.ranks import RankInfo
+from launcher.runtime.rendezvous import wait_for_ranks
+
+
+def rank(number: int, of: int) -> RankInfo:
+    return RankInfo(number, number, of, of)
+
+
+@pytest.fixture
+def port(monkeypatch):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", str(port))
+    monkeypatch.delenv("TORCHELASTIC_USE_AGENT_STORE", raising=False)
+    return port
+
+
+def test_all_ranks_meet_in_one_store(port):
+    with ThreadPoolExecutor(3) as threads:
+        stores = list(threads.map(lambda number: wait_for_ranks(rank(number, 3), wait_s=60), range(3)))
+    stores[2].set("key", "value")
+    assert stores[1].get("key") == b"value"
+
+
+def test_who_is_missing_is_said_and_ends_the_wait(port, monkeypatch, capfd):
+    monkeypatch.setattr(rendezvous, "SAY_AFTER_S", 0.5)
+    with ThreadPoolExecutor(2) as threads:
+        waits = [threads.submit(wait_for_ranks, rank(number, 4), wait_s=2) for number in (0, 2)]
+    for wait in waits:
+        with pytest.raises(LostRank, match=r"within data.wait_s=2 seconds; rank 1, 3 of 4 has not come to .*; 2 of 4"):
+            wait.result()
+    said = f"rank 1, 3 of 4 has not come to 127.0.0.1:{port}; 2 of 4 are there; waiting up to data.wait_s=2 s\n"
+    assert capfd.readouterr().err == said  # once, by rank 0
+
+
+def test_a_missing_first_rank_is_said_without_a_word_of_torch(port, monkeypatch, capfd):
+    monkeypatch.setattr(rendezvous, "SAY_AFTER_S", 0.5)
+    with pytest.raises(LostRank, match="rank 0 of 2 has not come to"):
+        wait_for_ranks(rank(1, 2), wait_s=1)
+    assert len(capfd.readouterr().err.splitlines()) == 1
+
+
+def test_a_taken_port_is_an_error_of_the_command_line(port):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", port))
+        taken.listen()
+        with pytest.raises(RecipeError, match=f"MASTER_PORT must be free; {port} is not"):
+            wait_for_ranks(rank(0, 2), wait_s=60)
