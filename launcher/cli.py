@@ -19,12 +19,15 @@ from launcher.preflight.lines import Checks
 from launcher.preflight.mode import check
 from launcher.proof.bench.compare import bench
 from launcher.proof.bench.processes import ChildFailed
+from launcher.recipe.command_line import parse
 from launcher.recipe.help import print_request
 from launcher.recipe.load import Resolved, resolve
+from launcher.recipe.run_options import OPTIONS_OF
 from launcher.records.check import CheckRecord
 from launcher.records.run import Phase
 from launcher.report import Screen, make_console
 from launcher.report import error as print_error
+from launcher.run_commands import run_command
 from launcher.runtime.clock import seconds_since
 from launcher.runtime.environment import check_current_folder, quick_imports
 from launcher.runtime.failures import classified, code_and_reason
@@ -47,7 +50,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         info = rank_info()
         check_current_folder()
         console = make_console(None if info.is_main else io.StringIO())
-        if not print_request(arguments, console=console):
+        if print_request(arguments, console=console):
+            return 0
+        if parse(arguments).options["mode"] in OPTIONS_OF:
+            run_command(arguments, info, console)
+        else:
             resolved = resolve(arguments)
             COMMANDS[resolved.mode](resolved, info, console)
         return 0

@@ -63,7 +63,11 @@ OURS: dict[type, type] = {PeftLinear: QLoraLinear, PeftLinear4bit: QLoraLinear4b
 
 def nf4_of(linear: Linear4bit) -> Nf4:
     """The tensors of a quantised linear, shared with it."""
-    weight: Any = linear.weight
+    return nf4_of_weight(linear.weight)
+
+
+def nf4_of_weight(weight: Any) -> Nf4:
+    """The tensors of a quantised weight (bitsandbytes' Params4bit), shared with it."""
     packed = weight.data if weight.dtype == torch.uint8 else weight.data.view(torch.uint8)  # may be stored as bf16
     state = weight.quant_state
     second = state.state2

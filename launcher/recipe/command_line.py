@@ -20,6 +20,8 @@ MODES = {
     "parity": "compare losses and gradients with stock eager code and with fp32; updates nothing, writes no run folder",
     "bench": "measure the step beside that of stock eager code: speed, memory, start; writes no run folder",
     "preview": "print what would be trained on, token by token; needs no GPU, writes no run folder",
+    "generate": "answer prompts with the adapter of run=FOLDER, or talk to it in the terminal",
+    "export": "write the model of run=FOLDER to a folder that stock code loads, and prove that it is the trained one",
     "show": "print the resolved recipe and where each value comes from",
     "schema": "print the JSON schema of a recipe",
     "keys": "print the table of keys in docs/keys.md",
@@ -67,14 +69,15 @@ def nearest_recipe(word: str) -> str | None:
     return closest(word.removesuffix(".yaml"), recipe_names())
 
 
-def parse(argv: Sequence[str]) -> Arguments:
-    """Split a command line."""
+def parse(argv: Sequence[str], *, own_options: Iterable[str] = ()) -> Arguments:
+    """Split a command line. `own_options`: keys that a mode has besides OPTIONS; their values stay text."""
+    names = (*OPTIONS, *own_options)
     arguments, given = Arguments(), dict[str, str]()
     for argument in argv:
         key, equals, text = argument.partition("=")
         key = key.strip()
-        if argument.startswith("--") and not equals and (near := closest(key[2:], (*OPTIONS, "help", "version"))):
-            remedy = f"write {near}=..." if near in OPTIONS else f"did you mean --{near}?"
+        if argument.startswith("--") and not equals and (near := closest(key[2:], (*names, "help", "version"))):
+            remedy = f"write {near}=..." if near in names else f"did you mean --{near}?"
             arguments.refuse(argument, f"every argument is key=value; got {echoed(argument)}; {remedy}")
         elif not (equals and key) and len(arguments.problems) >= MAX_LINES:
             arguments.refuse(argument, argument)  # counted only
@@ -82,7 +85,7 @@ def parse(argv: Sequence[str]) -> Arguments:
             recipe = argument if argument.endswith(".yaml") else nearest_recipe(argument)
             remedy = f"did you mean recipe={bare(recipe)}?" if recipe else "try train.steps=100, or --help alone"
             arguments.refuse(argument, f"every argument is key=value; got {echoed(argument)}; {remedy}")
-        elif key not in OPTIONS:
+        elif key not in names:
             _override(arguments, key, text)
         elif key in given:
             arguments.refuse(key, f"{key} is given twice; got {echoed(given[key])} and {echoed(text)}; remove one")
@@ -123,9 +126,9 @@ def _check_options(arguments: Arguments, given: dict[str, str]) -> None:
         arguments.refuse("mode", f"mode must be one of {', '.join(MODES)}; got {echoed(mode)}; {remedy}")
     if report == "":
         arguments.refuse("report", "report must be a path; got nothing; try report=./report.json")
-    elif report and mode == "preview":
-        rule = "report is written by mode=train, mode=check, mode=parity and mode=bench"
-        arguments.refuse("report", f"{rule}; got {echoed(report)} with mode=preview; remove one")
+    elif report and mode in ("preview", "generate"):
+        rule = "report is written by mode=train, mode=check, mode=parity, mode=bench and mode=export"
+        arguments.refuse("report", f"{rule}; got {echoed(report)} with mode={mode}; remove one")
     if blocks is not None and mode != "preview":
         got = f"got {echoed(blocks)} with mode={bare(mode)}"
         arguments.refuse("blocks", f"blocks belongs to mode=preview; {got}; remove it")

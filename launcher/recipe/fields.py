@@ -102,13 +102,14 @@ def shown_default(key: str) -> str:
 
 def accepts(key: str) -> str:
     """What a key accepts, in words: `a whole number from 1 to 1024`."""
-    return _words(field(key))
+    return in_words(field(key))
 
 
-def _words(schema: Json) -> str:
+def in_words(schema: Json) -> str:
+    """What the JSON schema of a value accepts: `a whole number from 1 to 1024`."""
     schema = _follow(schema)
     if "anyOf" in schema:
-        return ", or ".join(branch.get("description") or _words(branch) for branch in schema["anyOf"])
+        return ", or ".join(branch.get("description") or in_words(branch) for branch in schema["anyOf"])
     if "enum" in schema:
         return f"one of {', '.join(schema['enum'])}"
     if "const" in schema:
@@ -116,7 +117,9 @@ def _words(schema: Json) -> str:
     match schema["type"] if isinstance(schema["type"], str) else schema["type"][0]:
         case "array":
             minimum = f", at least {schema['minItems']}" if "minItems" in schema else ""
-            return f"a list of {_words(schema['items'])}{minimum}" + (", each once" if "uniqueItems" in schema else "")
+            return f"a list of {in_words(schema['items'])}{minimum}" + (
+                ", each once" if "uniqueItems" in schema else ""
+            )
         case "object":
             return "{" + ", ".join(schema["properties"]) + "}"
         case "integer":

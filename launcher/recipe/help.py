@@ -10,6 +10,7 @@ import textwrap
 from collections.abc import Iterator, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from itertools import takewhile
+from typing import Any
 
 from rich.console import Console
 from rich.table import Column, Table
@@ -19,8 +20,9 @@ from launcher import __version__
 from launcher.credentials import masked
 from launcher.recipe.command_line import MODES, OPTIONS, parse
 from launcher.recipe.field_types import recipe_names, recipes_dir
-from launcher.recipe.fields import GROUPS, accepts, field, json_schema, names_in, shown_default
+from launcher.recipe.fields import GROUPS, accepts, field, in_words, json_schema, names_in, shown_default
 from launcher.recipe.load import Resolved, resolve
+from launcher.recipe.run_options import OPTIONS_OF
 from launcher.recipe.yaml_lines import inline
 
 Cells = Sequence[str]
@@ -86,10 +88,20 @@ def print_help(console: Console) -> None:
     ]
     console.out("usage: launcher/main.py recipe=NAME [mode=MODE] [key=value ...]\n", highlight=False)
     _print_entries(forms, console)
+    for mode, options in OPTIONS_OF.items():
+        _print_wrapped(f"\nmode={mode}, without recipe: {options.__doc__}", console)
+        _print_entries(list(_entries(options.model_json_schema())), console)
     console.out("\nThe keys of a recipe, with their defaults:", highlight=False)
     for title, description, rows in _groups():
         _print_wrapped(f"\n{title}: {description}", console)
         _print_entries([(f"{key}={value}", f"{meaning} ({kind})") for key, value, kind, meaning in rows], console)
+
+
+def _entries(schema: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """Each option with its default, its meaning and what it accepts."""
+    for key, option in schema["properties"].items():
+        default = inline(option["default"]) if "default" in option else "(required)"
+        yield f"{key}={default}", f"{option['description']} ({in_words(option)})"
 
 
 def print_versions(console: Console) -> None:

@@ -68,7 +68,7 @@ def resolve(argv: Sequence[str]) -> Resolved:
     for key, problem in (*misplaced(used, folder, folder), *misplaced(from_line, Path.cwd(), folder)):
         problems.setdefault(problem, key)
     if problems:
-        _refuse(problems)
+        refuse(problems)
     origins: dict[str, Origin] = dict.fromkeys(LEAVES, "default")
     return Resolved(
         recipe=recipe,
@@ -188,7 +188,8 @@ def _keys(location: tuple[int | str, ...]) -> tuple[str, str]:
     return leaf, leaf
 
 
-def _refuse(problems: dict[str, str]) -> NoReturn:
+def refuse(problems: dict[str, str]) -> NoReturn:
+    """Raise RecipeError with all problems (message -> the key that it is about), in at most MAX_LINES lines."""
     lines = list(problems)
     if len(lines) > MAX_LINES:
         rest = lines[MAX_LINES - 1 :]

@@ -1,4 +1,4 @@
-"""What the records of mode=parity and mode=bench have in common. Stdlib only."""
+"""What records with verdicts have in common: of mode=parity, mode=bench and mode=export. Stdlib only."""
 
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar
@@ -7,16 +7,13 @@ from launcher.records.run import REPORT_SCHEMA, CompileRecord, StartRecord, Verd
 
 
 @dataclass(frozen=True, kw_only=True)
-class ProofRecord:
-    """A comparison of two ways to compute the same, and whether what it claims holds."""
+class JudgedRecord:
+    """A comparison, and whether what it claims holds."""
 
     mode: ClassVar[str]
     rule: ClassVar[str]  # how the message about claims that do not hold begins
     remedy: ClassVar[str]  # and how it ends
 
-    recipe: dict[str, Any]  # resolved
-    start: StartRecord
-    compile: CompileRecord
     verdicts: tuple[Verdict, ...]
     notes: tuple[str, ...] = ()
 
@@ -33,3 +30,12 @@ class ProofRecord:
     def as_report(self) -> dict[str, Any]:
         """The JSON of report=PATH (its keys are public: add, never rename)."""
         return {"schema": REPORT_SCHEMA, "mode": self.mode, "holds": self.holds, **asdict(self)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProofRecord(JudgedRecord):
+    """A comparison of two ways to compute the same."""
+
+    recipe: dict[str, Any]  # resolved
+    start: StartRecord
+    compile: CompileRecord

@@ -1,5 +1,6 @@
 """The summary of a run: losses, what each rank did, what it cost, whether each claim holds, what to do next."""
 
+import shlex
 from collections.abc import Iterator, Sequence
 
 from launcher.records.run import EvalRecord, RankRecord, RunPart, RunRecord, Sample, StepRecord
@@ -33,7 +34,7 @@ def _sections(run: RunRecord) -> Iterator[Section]:
     stopped = [Styled(f"stopped {run.stopped}", "strong")] if run.stopped else []
     yield Section("", [*stopped, Styled(_total(run.ranks), "strong"), f"run folder {run.start.run_dir}"])
     if run.adapter is not None and all(verdict.holds for verdict in run.verdicts):
-        yield _next(run.adapter, checkpoints=run.recipe["train"]["save_every"] != 0)
+        yield _next(run.adapter, run.start.run_dir, checkpoints=run.recipe["train"]["save_every"] != 0)
 
 
 def _memory(ranks: Sequence[RankRecord], forecast_mib: float | None) -> Section:
@@ -135,19 +136,21 @@ def _shortened(text: str) -> str:
     return text or "(nothing)"
 
 
-def _next(adapter: str, *, checkpoints: bool) -> Section:
-    """What can be done with the adapter: three lines of stock code, and where this is explained."""
+def _next(adapter: str, run_dir: str, *, checkpoints: bool) -> Section:
+    """What can be done with the adapter: three lines of stock code, two commands, and where this is explained."""
     code = (
         "from peft import AutoPeftModelForCausalLM",
         f"adapter = {adapter!r}",
         "model = AutoPeftModelForCausalLM.from_pretrained(adapter)",
     )
-    more_steps = "raise train.steps and name this run.output_dir again; other data: merge it first"
-    merge = "merge it into its base, and train the result with model.name=./merged"
+    more_steps = "raise train.steps and name this run.output_dir again; other data: export it first"
+    merge = "export it, and train the result with model.name=./my-model"
     rows: list[tuple[Value, Value]] = [
         ("load", "\n".join(code)),
+        ("talk to it", f"python launcher/main.py mode=generate run={shlex.quote(run_dir)}"),
+        ("export it", f"python launcher/main.py mode=export run={shlex.quote(run_dir)} to=./my-model"),
         ("continue", more_steps if checkpoints else merge),
-        ("how", "docs/adapter.md: the tokenizer, the NF4 base that it was trained on, merging"),
+        ("how", "docs/export.md: answers, a merged model and its proof; docs/adapter.md: the adapter in stock code"),
     ]
     return Section("Next", [Facts(rows)])
 

@@ -1,0 +1,163 @@
+"""Answers of a trained model by stock `generate`, with a cache and the chat template saved with the adapter."""
+
+import json
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, NamedTuple, cast
+
+import torch
+from peft import PeftModel
+from transformers import GenerationConfig, TextStreamer
+
+from launcher.checkpoint.files import write_text
+from launcher.data.read.formats import read_rows
+from launcher.data.read.rows import PlainText, Row
+from launcher.data.read.sources import open_source
+from launcher.errors import DataError, RecipeError
+from launcher.export.load_run import OpenedRun, generation_settings
+from launcher.recipe.data_section import Source
+from launcher.recipe.run_options import GenerateOptions
+from launcher.records.answers import Answer, Answered
+from launcher.records.counts import counts_in_words
+
+Chat = list[dict[str, str]]  # messages with "role" and "content"
+Write = Callable[[str], object]  # takes pieces of a text as they come
+
+
+class Prompt(NamedTuple):
+    """What is to be answered: a chat, or the beginning of a text."""
+
+    content: Chat | str
+    expected: str | None = None  # the data's own answer
+
+
+class _Stream(TextStreamer):
+    """Hands the text on instead of printing it."""
+
+    def __init__(self, tokenizer: Any, write: Write) -> None:
+        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        self._write = write
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        self._write(text)
+
+
+class Answerer:
+    """Answers prompts with a loaded model as the options say."""
+
+    def __init__(self, run: OpenedRun, model: PeftModel, options: GenerateOptions) -> None:
+        self._run, self._options = run, options
+        self._model = cast(Any, model)
+        # The base's own settings, such as a temperature, would be added to what is asked for.
+        self._model.generation_config = generation_settings(run.stop_ids)
+
+    def answered(self, prompt: Prompt) -> Answered:
+        """The answer, and with base=true the base's."""
+        base = self.answer(prompt.content, base=True) if self._options.base else None
+        shown = prompt.content if isinstance(prompt.content, str) else prompt.content[-1]["content"]
+        return Answered(shown, self.answer(prompt.content), base, prompt.expected)
+
+    @torch.inference_mode()
+    def answer(self, content: Chat | str, *, base: bool = False, write: Write | None = None) -> Answer:
+        """One answer; `base`: with the adapter off. `write` gets its text as it grows.
+
+        Raises DataError where the chat template refuses the chat, RecipeError for a prompt longer than the model's
+        positions.
+        """
+        ids = self._ids(content)
+        room = self._run.config.max_position_embeddings - ids.shape[1]
+        if room < 1:
+            raise RecipeError(
+                f"a prompt must leave room for an answer; this one has {ids.shape[1]:,} tokens, and the model "
+                f"{self._run.config.max_position_embeddings:,} positions.\nShorten it, or begin a new chat."
+            )
+        torch.manual_seed(self._options.seed)
+        streamer = _Stream(self._run.tokenizer, write) if write else None
+        started_s = time.perf_counter()
+        with self._model.disable_adapter() if base else nullcontext():
+            output: Any = self._model.generate(
+                input_ids=ids,
+                attention_mask=torch.ones_like(ids),
+                generation_config=self._settings(room),
+                streamer=streamer,
+            )
+        found = output[0, ids.shape[1] :].tolist()
+        text = self._run.tokenizer.decode(found, skip_special_tokens=True).strip()
+        return Answer(text, len(found), time.perf_counter() - started_s, found[-1] in self._run.stop_ids)
+
+    def _settings(self, room: int) -> GenerationConfig:
+        options = self._options
+        sampling: dict[str, Any] = {"do_sample": False}
+        if options.temperature > 0:  # top_k: transformers would keep the 50 likeliest tokens unasked
+            sampling = {"do_sample": True, "temperature": options.temperature, "top_p": options.top_p, "top_k": 0}
+        return generation_settings(self._run.stop_ids, max_new_tokens=min(options.max_tokens, room), **sampling)
+
+    def _ids(self, content: Chat | str) -> torch.Tensor:
+        """int64 [1, L], on the model's device."""
+        tokenizer: Any = self._run.tokenizer
+        if isinstance(content, str):
+            ids = tokenizer(content, add_special_tokens=False)["input_ids"]
+            bos = tokenizer.bos_token_id
+            ids = ids if bos is None or ids[:1] == [bos] else [bos, *ids]
+        else:
+            try:
+                ids = tokenizer.apply_chat_template(content, add_generation_prompt=True, return_dict=True)["input_ids"]
+            except Exception as error:  # templates refuse in their own words
+                raise DataError(
+                    f"the chat template must take the conversation; it refuses one of "
+                    f"{' '.join(message['role'] for message in content)}: {error}."
+                ) from None
+        return torch.tensor([ids], device=self._model.device)
+
+
+def prompt_of(text: str, run: OpenedRun) -> Prompt:
+    """A message of the user; for a tokenizer without chat template the beginning of a text."""
+    return Prompt([{"role": "user", "content": text}] if run.tokenizer.chat_template else text)
+
+
+def read_prompts(file: Path, run: OpenedRun) -> tuple[list[Prompt], str]:
+    """Every row of a file without the answer that it ends with, and what was dropped, in words.
+
+    Raises DataError as the data of a run does, and where a row has nothing that can be answered.
+    """
+    data = run.place.recipe.data.model_copy(update={"sources": [Source(path=str(file))], "streaming": False})
+    counts = Counter[str]()
+    rows = list(read_rows(open_source(data.sources[0], data=data).feeds, data=data, counts=counts))
+    dropped = {key: count for key, count in counts.items() if key.startswith("rows_dropped") and count}
+    if not rows:
+        raise DataError(f"{file}: prompts must hold a row to answer; it has {counts_in_words(counts) or 'none'}.")
+    return [_prompt_of_row(row) for row in rows], counts_in_words(dropped)
+
+
+def _prompt_of_row(row: Row) -> Prompt:
+    if isinstance(row, PlainText):
+        if not row.answer:
+            raise DataError(
+                f"{row.where}: a prompt is a chat, or a text with a prompt.\nFound: plain text.\n"
+                'Give rows as {"messages": [...]} or {"prompt": "...", "completion": "..."}.'
+            )
+        return Prompt(row.text[: row.answer], row.text[row.answer :])
+    """The whole chat, or what stands before the answer that it ends with."""
+    messages = [{"role": message.role, "content": message.content} for message in row.messages]
+    if len(messages) > 1 and messages[-1]["role"] == "assistant":
+        return Prompt(messages[:-1], messages[-1]["content"])
+    return Prompt(messages)
+
+
+def answers_file(prompts: Path) -> Path:
+    """questions.jsonl -> questions.answers.jsonl"""
+    return prompts.with_name(f"{prompts.name.split('.')[0]}.answers.jsonl")
+
+
+def answer_all(answerer: Answerer, prompts: list[Prompt], file: Path) -> Iterator[Answered]:
+    """Answer each prompt; after the last, all of them are in `file`, a line each."""
+    lines = []
+    for prompt in prompts:
+        answered = answerer.answered(prompt)
+        lines.append(json.dumps({**asdict(answered), "prompt": prompt.content}, ensure_ascii=False) + "\n")
+        yield answered
+    write_text(file, "".join(lines))

@@ -1,0 +1,140 @@
+"""Loads a run as stock code does: the base in NF4 by transformers and bitsandbytes, the adapter by PEFT."""
+
+import gc
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from transformers import AutoTokenizer, GenerationConfig
+
+from launcher.checkpoint.bundle import faults_of
+from launcher.data.chat.encode import Encoder
+from launcher.data.chat.named_templates import control_tokens
+from launcher.data.documents import Document
+from launcher.data.read.rows import Conversation, Message
+from launcher.errors import CheckpointError, DataError, RecipeError
+from launcher.export.place import RunPlace
+from launcher.model.build import DTYPES, choose_dtype
+from launcher.model.load import is_prequantised, load_base, load_config, load_tokenizer
+from launcher.records.run import Verdict
+from launcher.runtime.ranks import RankInfo
+from launcher.train.inputs import choose_device
+
+CHAT = (Message("user", "Hello"), Message("assistant", "Hello."))  # whose end token ends every turn
+
+
+@dataclass(frozen=True)
+class OpenedRun:
+    """A run without its weights."""
+
+    place: RunPlace
+    source: str  # of the base: folder or hub id
+    config: Any
+    tokenizer: Any  # with the chat template that was trained with
+    device: torch.device
+    dtype: torch.dtype  # computes as the run did, where the device can
+    generation: GenerationConfig  # the base's own; generate and export stop at `stop_ids`
+    notes: tuple[str, ...] = ()
+
+    @property
+    def stop_ids(self) -> list[int]:
+        return stop_ids_of(self.generation)
+
+    @property
+    def prequantised(self) -> bool:
+        return is_prequantised(self.config)
+
+
+def open_run(place: RunPlace, source: str, rank_info: RankInfo) -> OpenedRun:
+    """Read config and tokenizer; no weights. Raises RecipeError and CheckpointError where they are not whole."""
+    if place.adapter.parent.parent.name == "checkpoints" and (faults := list(faults_of(place.adapter.parent))):
+        raise CheckpointError(f"a checkpoint must be whole; {place.adapter.parent} is not: {'; '.join(faults)}.")
+    model, device = place.recipe.model, choose_device(rank_info)
+    config = load_config(source, model)
+    tokenizer = _tokenizer(place, source)
+    dtype, notes = DTYPES[place.dtype], list(place.notes)
+    try:
+        choose_dtype(place.dtype, device)
+    except RecipeError:
+        dtype = choose_dtype("auto", device)
+        notes.append(f"the run computed in {place.dtype}, which this device lacks: {str(dtype)[6:]} is used")
+    generation = _generation(source, model.revision, config)
+    generation.eos_token_id = _stop_ids(tokenizer, generation, place)
+    return OpenedRun(place, source, config, tokenizer, device, dtype, generation, tuple(notes))
+
+
+def load_trained(run: OpenedRun, adapter: Path | None = None) -> tuple[PeftModel, Verdict | None]:
+    """The trained model in eval mode, and whether its base is what the files hold. `adapter`: another folder than the
+    run's. Raises RecipeError where the base cannot be loaded."""
+    recipe, folder = run.place.recipe, adapter or run.place.adapter
+    base = load_base(
+        run.source,
+        run.config,
+        quant=recipe.quant,
+        dtype=run.dtype,
+        device=run.device,
+        revision=recipe.model.revision,
+    )
+    base.model.generation_config = run.generation
+    return PeftModel.from_pretrained(base.model, str(folder)).eval(), base.verdict
+
+
+def stop_ids_of(generation: GenerationConfig) -> list[int]:
+    """The tokens at which generation stops; a config has one, several or none."""
+    stops = generation.eos_token_id
+    return [] if stops is None else list(stops) if isinstance(stops, list) else [stops]
+
+
+def generation_settings(stop_ids: Sequence[int], **settings: Any) -> GenerationConfig:
+    """Settings of stock `generate` that end an answer at these tokens."""
+    pad = stop_ids[0] if stop_ids else 0
+    return GenerationConfig(eos_token_id=list(stop_ids) or None, pad_token_id=pad, **settings)
+
+
+def free_memory(device: torch.device) -> None:
+    """Return what is no longer referenced to the device."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def _tokenizer(place: RunPlace, source: str) -> Any:
+    """The saved one; a checkpoint alone has none, and gets the base's with the template of the recipe."""
+    for folder in (place.adapter, place.folder / "adapter"):
+        if (folder / "tokenizer_config.json").is_file():
+            return AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
+    tokenizer = load_tokenizer(source, place.recipe.model, stand_in=Path())
+    Encoder(tokenizer, data=place.recipe.data)  # puts data.template on it
+    return tokenizer
+
+
+def _generation(source: str, revision: str | None, config: Any) -> GenerationConfig:
+    try:
+        where: dict[str, Any] = {"revision": revision} if revision and not Path(source).is_dir() else {}
+        return GenerationConfig.from_pretrained(source, **where)
+    except OSError:  # many bases have none
+        return GenerationConfig.from_model_config(config)
+
+
+def _stop_ids(tokenizer: Any, generation: GenerationConfig, place: RunPlace) -> list[int]:
+    """Where an answer ends: at the tokens of the base and the tokenizer, and at the one that ends the template's
+    turns, which a base model's own settings do not name."""
+    found = [*stop_ids_of(generation), tokenizer.eos_token_id, _end_of_turn(tokenizer, place)]
+    return list(dict.fromkeys(int(token) for token in found if token is not None))
+
+
+def _end_of_turn(tokenizer: Any, place: RunPlace) -> int | None:
+    if not tokenizer.chat_template:
+        return None
+    data = place.recipe.data.model_copy(update={"template": "auto", "loss_on": "assistant"})
+    try:
+        [row] = Encoder(tokenizer, data=data).encode([Conversation(CHAT, where="the end of a turn")])
+    except (DataError, RecipeError):  # a template that refuses this chat
+        return None
+    if not isinstance(row.document, Document) or not row.document.supervised.any():
+        return None
+    last = int(row.document.input_ids[row.document.supervised][-1])
+    return last if last in control_tokens(tokenizer) else None

@@ -1,0 +1,193 @@
+"""Merges an adapter into its base, weight by weight: no more than one file of the result is in memory.
+
+    W = base + scale * B A         base, A and B in fp32, the sum rounded once       A [r, D], B [O, r], W [O, D]
+
+base is the NF4 weight dequantised, which training added the update to (ops/nf4.py), or the weight of the base's files.
+Training itself rounds A and scale * B to the compute dtype first; the masters that it updates are fp32, and so is this
+sum. What is not quantised keeps its value, in the dtype of the result.
+"""
+
+import json
+import math
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from bitsandbytes.nn import Params4bit
+from huggingface_hub import split_state_dict_into_shards_factory
+from peft import LoraConfig, PeftConfig
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
+
+from launcher.errors import DiskError, RecipeError
+from launcher.export.load_run import OpenedRun
+from launcher.model.load import empty_model
+from launcher.model.lora import nf4_of_weight
+from launcher.model.weight_files import (
+    COMPANION,
+    EMBEDDING,
+    HEAD,
+    Headers,
+    check_headers,
+    expected_shapes,
+    is_packed,
+    linear_weights,
+    read_headers,
+)
+from launcher.ops.nf4 import Nf4, plain_merged_weight
+
+PEFT_PREFIX = "base_model.model."  # of PEFT's names
+PLAIN = {  # settings of a LoRA whose update is scale * B A, and nothing else
+    "use_dora": False, "bias": "none", "modules_to_save": None, "rank_pattern": {}, "alpha_pattern": {},
+    "fan_in_fan_out": False, "layers_to_transform": None,
+}  # fmt: skip
+FREE_BYTES = 64 * 2**20  # for tokenizer, configs and the file system itself
+
+
+class Update(NamedTuple):
+    """What an adapter adds to one weight."""
+
+    a: Tensor  # fp32 [r, D]
+    b: Tensor  # fp32 [O, r]
+    scale: float
+
+
+@dataclass(frozen=True)
+class MergePlan:
+    """What is written: the weights by name with their shapes, and in which dtype."""
+
+    run: OpenedRun
+    headers: Headers
+    shapes: Mapping[str, tuple[int, ...]]
+    linears: frozenset[str]  # weights of the decoder's linears, which training quantised
+    on: str  # "dequantised" or "original"
+    dtype: torch.dtype
+
+    @property
+    def nbytes(self) -> int:
+        return sum(math.prod(shape) for shape in self.shapes.values()) * self.dtype.itemsize
+
+    def stored_name(self, name: str) -> str:
+        """A tied embedding may be stored as the head alone."""
+        return HEAD if name == EMBEDDING and EMBEDDING not in self.headers else name
+
+
+def plan_merge(run: OpenedRun, *, on: str, dtype: torch.dtype) -> MergePlan:
+    """Raises RecipeError where the base's files are not the model's, or hold no original weights."""
+    recipe = run.place.recipe
+    if run.prequantised and on == "original":
+        raise RecipeError(
+            f"on=original needs the base's weights in 16 bits or more; {run.source} holds them quantised to 4 bits.\n"
+            "Use on=dequantised, which is what the adapter was trained on."
+        )
+    headers = read_headers(run.source, recipe.model.revision, download=True)
+    assert headers is not None, "downloaded"
+    skeleton = empty_model(run.config)
+    check_headers(headers, skeleton, prequantised=run.prequantised, double=recipe.quant.double)
+    return MergePlan(run, headers, expected_shapes(skeleton), frozenset(linear_weights(skeleton)), on, dtype)
+
+
+def check_space(plan: MergePlan, folder: Path) -> None:
+    """Raise DiskError unless the merged weights fit where `folder` will be."""
+    free, needed = shutil.disk_usage(folder.parent).free, plan.nbytes + FREE_BYTES
+    if free < needed:
+        raise DiskError(
+            f"the merged model needs {needed:,} bytes in {folder.parent}; {free:,} are free.\n"
+            "Free space, or name another disk with to=."
+        )
+
+
+def read_updates(adapter: Path) -> dict[str, Update]:
+    """The updates of an adapter in PEFT's layout, by the name of the weight that each is added to.
+
+    Raises RecipeError for a kind of adapter that is more than scale * B A.
+    """
+    config = PeftConfig.from_pretrained(str(adapter))
+    assert isinstance(config, LoraConfig), "the trainer makes LoRA adapters"
+    found = {key: value for key, plain in PLAIN.items() if (value := getattr(config, key, plain) or plain) != plain}
+    if found:
+        raise RecipeError(
+            f"format=merged merges plain LoRA adapters; that of {adapter} has "
+            f"{', '.join(f'{key}={value}' for key, value in found.items())}.\nUse format=adapter."
+        )
+    scale = config.lora_alpha / (math.sqrt(config.r) if config.use_rslora else config.r)
+    stored = load_file(adapter / "adapter_model.safetensors")
+    tensors = {name.removeprefix(PEFT_PREFIX): tensor.float() for name, tensor in stored.items()}
+    names = {name.removesuffix(".lora_A.weight") for name in tensors if name.endswith(".lora_A.weight")}
+    unknown = tensors.keys() - {f"{name}.lora_{matrix}.weight" for name in names for matrix in "AB"}
+    if unknown:
+        raise RecipeError(f"an adapter must hold LoRA matrices only; {adapter} holds {sorted(unknown)[0]} too.")
+    return {
+        f"{name}.weight": Update(tensors[f"{name}.lora_A.weight"], tensors[f"{name}.lora_B.weight"], scale)
+        for name in sorted(names)
+    }
+
+
+def write_merged(
+    plan: MergePlan, updates: Mapping[str, Update], folder: Path, *, shard_bytes: int, progress: Callable[[int], object]
+) -> list[Path]:
+    """Write the merged weights into `folder`: files of at most `shard_bytes` unless a weight is larger, and an index
+    where there are several. `progress` is told how many weights are done. Returns the files."""
+    if unknown := updates.keys() - plan.linears:
+        raise RecipeError(f"an adapter must belong to its base; {plan.run.source} has no {sorted(unknown)[0]}.")
+    sizes: dict[str, Any] = {name: math.prod(shape) * plan.dtype.itemsize for name, shape in plan.shapes.items()}
+    split = split_state_dict_into_shards_factory(
+        sizes, get_storage_size=int, filename_pattern="model{suffix}.safetensors", max_shard_size=shard_bytes
+    )
+    done, files = 0, []
+    for file, names in split.filename_to_tensors.items():
+        shard = {}
+        for name in names:
+            shard[name] = merged_weight(plan, name, updates.get(name)).to(plan.dtype).cpu().contiguous()
+            done += 1
+            progress(done)
+        save_file(shard, folder / file, metadata={"format": "pt"})
+        (folder / file).chmod(folder.stat().st_mode & 0o666)  # safetensors lets the owner alone read it
+        files.append(folder / file)
+    if split.is_sharded:
+        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+        (folder / SAFE_WEIGHTS_INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    return files
+
+
+def merged_weight(plan: MergePlan, name: str, update: Update | None) -> Tensor:
+    """One weight of the result, before it is rounded: fp32 on the run's device where it is a linear's."""
+    run, shape = plan.run, torch.Size(plan.shapes[name])
+    if name in plan.linears and plan.on == "dequantised" and run.place.recipe.quant.type != "none":
+        a, b = (update.a.to(run.device), update.b.to(run.device)) if update else (None, None)
+        return plain_merged_weight(_nf4(plan, name), a, b, update.scale if update else 1.0, shape)
+    weight = _stored(plan, name)
+    if plan.on == "dequantised":
+        weight = weight.to(run.dtype)  # as training computes with it
+    if update is None:
+        return weight
+    return weight.to(run.device, torch.float32).addmm_(update.b.to(run.device) * update.scale, update.a.to(run.device))
+
+
+def _nf4(plan: MergePlan, name: str) -> Nf4:
+    """The weight as the run quantised it, on the run's device; or as the checkpoint came."""
+    quant, device = plan.run.place.recipe.quant, plan.run.device
+    if is_packed(plan.headers, name):
+        keys = {key: found[2] for key in plan.headers if (found := COMPANION.fullmatch(key)) and found[1] == name}
+        parts = {part: _stored(plan, key) for key, part in keys.items()}
+        return nf4_of_weight(Params4bit.from_prequantized(_stored(plan, name), parts, device=device))
+    weight: Any = Params4bit(
+        _stored(plan, name).to(plan.run.dtype),
+        requires_grad=False,
+        compress_statistics=quant.double,
+        quant_type=quant.type,
+    )
+    return nf4_of_weight(weight.to(device))  # moving a full-precision Params4bit quantises it
+
+
+def _stored(plan: MergePlan, name: str) -> Tensor:
+    """A tensor of the base's files. The file is closed again: what was read of it would count as this process's."""
+    key = plan.stored_name(name)
+    with safe_open(plan.headers[key].file, framework="pt") as file:
+        tensor: Tensor = file.get_tensor(key)
+    return tensor

@@ -1,0 +1,65 @@
+"""Compares the written weights with the trained model's, element by element, by bitsandbytes' and PEFT's own code."""
+
+import copy
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+from bitsandbytes.functional import dequantize_4bit
+from bitsandbytes.nn import Linear4bit
+from peft import PeftModel
+from peft.tuners.lora import LoraLayer
+from safetensors import safe_open
+from torch import Tensor
+
+from launcher.export.merge import MergePlan
+from launcher.model.lora import ADAPTER
+from launcher.model.weight_files import listed, read_headers
+from launcher.records.run import Verdict
+
+ROUNDINGS = 0.505  # of a rounded value's own step that it may be away: half, and the error of fp32 sums
+SUM_ERROR = 2e-6  # of the largest value of a weight: fp32 sums in another order, where terms cancel
+
+
+@torch.no_grad()
+def weights_verdict(model: PeftModel, plan: MergePlan, folder: Path) -> Verdict:
+    """Whether every weight in `folder` is the base's plus the adapter's update, rounded once. Call it before the model
+    computes anything: on some CPUs bitsandbytes repacks its weights then."""
+    base: Any = model.get_base_model()
+    headers = read_headers(str(folder), None) or {}
+    wrong = [*(plan.shapes.keys() - headers.keys()), *(headers.keys() - plan.shapes.keys())]
+    with ExitStack() as stack:
+        opened = {h.file: stack.enter_context(safe_open(h.file, framework="pt")) for h in headers.values()}
+        for name in plan.shapes.keys() & headers.keys():
+            expected = _expected(base, name, plan).float()
+            found = opened[headers[name].file].get_tensor(name).to(expected.device)
+            if found.dtype != plan.dtype or found.shape != expected.shape or not _is_rounded(found, expected):
+                wrong.append(name)
+    whole = f"{len(plan.shapes) - len(wrong)} of {len(plan.shapes)} weights are base + update, rounded once"
+    evidence = whole + (f"; not {listed(sorted(wrong))}" if wrong else "")
+    return Verdict("every written weight is the trained model's", not wrong, evidence)
+
+
+def _expected(base: Any, name: str, plan: MergePlan) -> Tensor:
+    """The weight in the trained model, before it is rounded."""
+    module = base.get_submodule(name.rpartition(".")[0])
+    adapted = isinstance(module, LoraLayer) and name.endswith(".weight")
+    if plan.on == "original":
+        key = plan.stored_name(name)
+        with safe_open(plan.headers[key].file, framework="pt") as file:
+            weight = file.get_tensor(key).to(plan.run.device)
+    else:
+        layer = module.base_layer if isinstance(module, LoraLayer) else module
+        weight = getattr(layer, name.rpartition(".")[2])
+        if isinstance(layer, Linear4bit) and name.endswith(".weight"):
+            state = copy.copy(weight.quant_state)
+            state.dtype = torch.float32  # else it would be rounded to the dtype that it had before
+            weight = dequantize_4bit(weight.data, state)
+    return weight.float() + module.get_delta_weight(ADAPTER).float() if adapted else weight
+
+
+def _is_rounded(found: Tensor, expected: Tensor) -> bool:
+    """Whether `found` is `expected` rounded to its dtype."""
+    bound = ROUNDINGS * torch.finfo(found.dtype).eps * expected.abs() + SUM_ERROR * expected.abs().max()
+    return bool(((found.float() - expected).abs() <= bound).all())

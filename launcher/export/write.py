@@ -1,0 +1,211 @@
+"""Writes what a run trained into a folder for stock code, and proves it there before the folder gets its name."""
+
+import copy
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+
+from launcher.checkpoint.bundle import delete
+from launcher.data.prepare import PreparedData, prepare
+from launcher.errors import RecipeError
+from launcher.export.limits import limits_of
+from launcher.export.load_run import OpenedRun, free_memory, load_trained, stop_ids_of
+from launcher.export.merge import MergePlan, check_space, plan_merge, read_updates, write_merged
+from launcher.export.proof import (
+    ModelOutputs,
+    Probe,
+    chat_verdict,
+    figure_verdicts,
+    figures_of,
+    make_probe,
+    measured,
+    pairs_of,
+    stop_verdict,
+)
+from launcher.export.weights import weights_verdict
+from launcher.memory.ledger import Ledger
+from launcher.model.build import DTYPES
+from launcher.model.load import load_tokenizer
+from launcher.recipe.run_options import ExportOptions
+from launcher.records.export import ExportRecord
+from launcher.records.run import Phase, Verdict
+from launcher.runtime.clock import Clock
+from launcher.train.describe import slow_dtype_note
+
+PART_SUFFIX, UNPROVEN_SUFFIX = ".part", ".unproven"
+
+
+@dataclass
+class _Work:
+    """An export on its way."""
+
+    run: OpenedRun
+    options: ExportOptions
+    to: Path
+    plan: MergePlan | None  # None: the adapter alone
+    clock: Clock
+    done: int = 0  # weights written
+    peak_mib: float = 0.0
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def staging(self) -> Path:
+        return self.to.with_name(self.to.name + PART_SUFFIX)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the written weights."""
+        return self.plan.dtype if self.plan else torch.float32
+
+
+def export(run: OpenedRun, options: ExportOptions, to: Path) -> Iterator[str | Phase | ExportRecord]:
+    """Write `to` and prove it; yields the names of phases and, last, the record. `to` exists only if all verdicts hold;
+    else the folder has .unproven at the end of its name. What fails on the way leaves nothing.
+
+    Raises RecipeError, DiskError, and what the base and the data raise.
+    """
+    work = _Work(run, options, to, None, Clock(), notes=list(run.notes))
+    if options.format == "merged":
+        work.plan = plan_merge(run, on=options.on, dtype=_written_dtype(run, options))
+        check_space(work.plan, to)
+    delete(work.staging)
+    work.staging.mkdir()
+    try:
+        yield "reading data"
+        with work.clock.phase("data"):
+            probe = make_probe(prepared_data(run))
+        yield Phase("writing", lambda: f"{work.done} of {len(work.plan.shapes)} weights" if work.plan else "")
+        with work.clock.phase("write"):
+            _write(work)
+            work.peak_mib = Ledger(torch.device("cpu")).peak_mib()
+        yield f"trained model: {len(probe.documents)} documents"
+        with work.clock.phase("trained model"):
+            trained, loaded = _measure_trained(work, probe)
+        yield f"written model: {len(probe.documents)} documents"
+        with work.clock.phase("written model"):
+            written, found = _measure_written(work, probe)
+        record = _record(work, probe, trained, written, [*loaded, *found])
+        delete(Path(record.folder))
+        work.staging.rename(record.folder)
+    except BaseException:
+        delete(work.staging)
+        raise
+    yield record
+
+
+def _written_dtype(run: OpenedRun, options: ExportOptions) -> torch.dtype:
+    trained = DTYPES[run.place.dtype]
+    return DTYPES[options.dtype] if options.dtype != "auto" else trained if trained.itemsize == 2 else torch.bfloat16
+
+
+def prepared_data(run: OpenedRun) -> PreparedData:
+    """The run's data again, mostly from the cache. Raises RecipeError where the recipe of the run is not whole."""
+    recipe = run.place.recipe
+    if not run.place.finished:
+        raise RecipeError(
+            "an export is proved on the run's own data, which the report.json of a finished run names; "
+            f"{run.place.folder} has none.\nLet the run come to its end: it goes on with run.resume=auto."
+        )
+    return prepare(recipe.data, load_tokenizer(run.source, recipe.model, stand_in=Path()), seed=recipe.train.seed)
+
+
+def _write(work: _Work) -> None:
+    run, folder = work.run, work.staging
+    config, generation = copy.deepcopy(run.config), copy.deepcopy(run.generation)
+    if work.plan:
+
+        def count(done: int) -> None:
+            work.done = done
+
+        updates, shard_bytes = read_updates(run.place.adapter), work.options.shard_mib * 2**20
+        write_merged(work.plan, updates, folder, shard_bytes=shard_bytes, progress=count)
+        if hasattr(config, "quantization_config"):
+            del config.quantization_config
+        config.dtype = work.plan.dtype
+    else:
+        shutil.copytree(run.place.adapter, folder, dirs_exist_ok=True)
+    config.use_cache = True
+    config.save_pretrained(str(folder))
+    run.tokenizer.save_pretrained(str(folder))
+    stops = run.stop_ids
+    generation.eos_token_id = stops[0] if len(stops) == 1 else stops or None
+    generation.to_json_file(folder / "generation_config.json")  # save_pretrained refuses settings that many bases have
+    free_memory(run.device)
+
+
+def _measure_trained(work: _Work, probe: Probe) -> tuple[ModelOutputs, list[Verdict]]:
+    model, loaded = load_trained(work.run)
+    verdicts = [loaded] if loaded else []
+    if work.plan:
+        verdicts.append(weights_verdict(model, work.plan, work.staging))
+    found = measured(model, probe, stop_ids=work.run.stop_ids)
+    del model
+    free_memory(work.run.device)
+    return found, verdicts
+
+
+def _measure_written(work: _Work, probe: Probe) -> tuple[ModelOutputs, list[Verdict]]:
+    run, folder = work.run, str(work.staging)
+    verdicts = []
+    if work.plan:
+        note = slow_dtype_note(work.plan.dtype, run.device)
+        if note:
+            work.notes.append(
+                f"the written {str(work.plan.dtype)[6:]} weights are computed with in float32 on this CPU"
+            )
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=torch.float32 if note else "auto",
+            device_map="auto" if run.device.type == "cuda" else {"": run.device},
+            trust_remote_code=False,
+            output_loading_info=True,
+        )
+        model, info = loaded
+        wrong = [name for names in info.values() for name in names]
+        evidence = f"stock transformers fills every weight; {len(wrong)} are missing, left over or of another shape"
+        verdicts.append(Verdict("the folder loads whole", not wrong, evidence))
+        generation = model.generation_config
+    else:
+        model, _ = load_trained(run, work.staging)
+        generation = GenerationConfig.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    found = measured(model.eval(), probe, stop_ids=stop_ids_of(generation))
+    del model
+    free_memory(run.device)
+    return found, [*verdicts, chat_verdict(run, tokenizer, probe), stop_verdict(run, tokenizer, generation)]
+
+
+def _record(
+    work: _Work, probe: Probe, trained: ModelOutputs, written: ModelOutputs, found: list[Verdict]
+) -> ExportRecord:
+    run, merged = work.run, work.plan is not None
+    figures = figures_of(trained, written, probe)
+    limits = limits_of(on=work.options.on if merged else "", dtypes=(run.dtype, work.dtype))
+    verdicts = (*found, *figure_verdicts(figures, limits))
+    holds = all(verdict.holds for verdict in verdicts)
+    names: Any = run.tokenizer.convert_ids_to_tokens(run.stop_ids)
+    return ExportRecord(
+        run=str(run.place.adapter),
+        base=run.source,
+        folder=str(work.to if holds else work.to.with_name(work.to.name + UNPROVEN_SUFFIX)),
+        format=work.options.format,
+        on=work.options.on if merged else "",
+        dtype=str(work.dtype)[6:],
+        trained_dtype=str(run.dtype)[6:],
+        device="CPU" if run.device.type == "cpu" else torch.cuda.get_device_name(run.device),
+        files={path.name: path.stat().st_size for path in sorted(work.staging.iterdir())},
+        data=probe.source,
+        limits=limits,
+        figures=figures,
+        answers=pairs_of(trained, written, probe, run),
+        stop_tokens=tuple(map(str, names)),
+        peak_mib=work.peak_mib,
+        elapsed_s=work.clock.elapsed_s,
+        verdicts=verdicts,
+        notes=tuple(work.notes),
+    )

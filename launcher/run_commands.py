@@ -1,0 +1,147 @@
+"""The modes that use a finished run: its adapter answers, or is exported. cli.py calls them by name."""
+
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.text import Text
+
+from launcher.checkpoint.files import write_json
+from launcher.errors import CheckpointError, RecipeError
+from launcher.export.place import RunPlace, check_target, find_run
+from launcher.preflight.before_torch import check_report
+from launcher.recipe.command_line import parse
+from launcher.recipe.field_types import recipes_dir
+from launcher.recipe.locate import locate
+from launcher.recipe.run_options import ExportOptions, GenerateOptions, RunOptions, read_options
+from launcher.report import Screen
+from launcher.report.console import literal
+from launcher.report.pages import speed
+from launcher.runtime.clock import seconds_since
+from launcher.runtime.environment import prepare_environment, quick_imports
+from launcher.runtime.failures import classified
+from launcher.runtime.ranks import RankInfo
+from launcher.runtime.signals import Terminated
+
+ANSWERS_SHOWN = 8  # of a file with prompts
+
+
+def _generate(options: GenerateOptions, info: RankInfo, console: Console) -> None:
+    """Answer `prompt`, `prompts`, or what is typed."""
+    prompts = Path(options.prompts).expanduser().absolute() if options.prompts else None
+    if prompts and not (prompts.is_file() and os.access(prompts.parent, os.W_OK)):
+        raise RecipeError(f"prompts must be a file in a folder that can be written; {prompts} is not.")
+    place, source = _located(options)
+    with Screen(console, clock=seconds_since()) as screen, classified(info):
+        screen.show("importing torch")
+        with quick_imports():
+            from launcher.export.generate import Answerer, answer_all, answers_file, prompt_of, read_prompts
+            from launcher.export.load_run import load_trained, open_run
+
+        run = open_run(place, source, info)
+        notes = list(run.notes)
+        if prompts:
+            rows, dropped = read_prompts(prompts, run)
+            notes += [f"{prompts}: {dropped}"] if dropped else []
+        screen.show("loading the model")
+        answerer = Answerer(run, load_trained(run)[0], options)
+        if prompts:
+            for number, answered in enumerate(answer_all(answerer, rows, answers_file(prompts)), 1):
+                screen.show(answered if number <= ANSWERS_SHOWN else f"answered {number} of {len(rows)}")
+            notes.append(f"{len(rows)} answers are in {answers_file(prompts)}")
+        elif options.prompt and options.base:
+            screen.show(answerer.answered(prompt_of(options.prompt, run)))
+    for note in notes:
+        console.print(literal(note, "yellow"), soft_wrap=True)
+    with classified(info):
+        if options.prompt and not options.base:
+            _say(answerer, prompt_of(options.prompt, run).content, console)
+        elif not prompts and not options.prompt:
+            _chat(answerer, lambda text: prompt_of(text, run).content, console, base=options.base)
+
+
+def _chat(answerer: Any, first: Callable[[str], Any], console: Console, *, base: bool) -> None:
+    """Answer line by line until the input ends. A chat is kept whole. Without a template each line stands alone."""
+    chat: list[dict[str, str]] = []
+    asks = sys.stdin.isatty()
+    if asks:
+        console.print(Text("A line is a message; Ctrl-D ends.", "dim"))
+    while True:
+        if asks:
+            console.print(Text("> ", "bold cyan"), end="")
+        line = sys.stdin.readline()
+        if not line:
+            return
+        if not line.strip():
+            continue
+        content = first(line.strip())
+        if isinstance(content, str):
+            _say(answerer, content, console, base=base)
+            continue
+        chat += content
+        answer = _say(answerer, chat, console, base=base)
+        chat.append({"role": "assistant", "content": answer})
+
+
+def _say(answerer: Any, content: Any, console: Console, *, base: bool = False) -> str:
+    """Print an answer as it grows, and its speed; with `base` the base's too. Returns the trained model's."""
+    texts = []
+    for side in (False, True) if base else (False,):
+        if base:
+            console.print(Text("base: " if side else "trained: ", "cyan"), end="")
+        answer = answerer.answer(
+            content, base=side, write=lambda text: console.print(literal(text), end="", soft_wrap=True)
+        )
+        console.print()
+        console.print(Text(speed(answer), "dim"))
+        texts.append(answer.text)
+    return str(texts[0])
+
+
+def _export(options: ExportOptions, report: Path | None, info: RankInfo, console: Console) -> None:
+    """Write the model and prove it. Raises CheckpointError where it is not the trained one."""
+    if report:
+        check_report(report)
+    to = Path(options.to).expanduser().absolute()
+    check_target(to)
+    place, source = _located(options)
+    record: Any = None
+    with Screen(console, clock=seconds_since()) as screen, classified(info):
+        screen.show("importing torch")
+        with quick_imports():
+            from launcher.export.load_run import open_run
+            from launcher.export.write import export
+
+        for record in export(open_run(place, source, info), options, to):
+            screen.show(record)
+        if report:
+            write_json(report, record.as_report())
+    if not record.holds:
+        raise CheckpointError(record.failure)
+
+
+def _located(options: RunOptions) -> tuple[RunPlace, str]:
+    """The run, and where its base is."""
+    place = find_run(Path(options.run))
+    prepare_environment()
+    return place, locate(place.recipe.model, recipes_dir() / "architectures")
+
+
+def run_command(argv: Sequence[str], info: RankInfo, console: Console) -> None:
+    """Run a command line whose mode is a key of OPTIONS_OF. Raises the errors of launcher/errors.py."""
+    options = parse(argv).options
+    mode = options["mode"]
+    if info.world_size > 1:
+        raise RecipeError(f"mode={mode} runs in one process; {info.world_size} were started. Run launcher/main.py.")
+    read = read_options(argv, mode)
+    try:
+        if isinstance(read, ExportOptions):
+            _export(read, Path(options["report"]).absolute() if options["report"] else None, info, console)
+        else:
+            assert isinstance(read, GenerateOptions)
+            _generate(read, info, console)
+    except (KeyboardInterrupt, Terminated) as stop:
+        raise type(stop)("nothing of it is left") from None

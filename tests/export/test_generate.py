@@ -1,0 +1,128 @@
+"""mode=generate: answers of the trained adapter, by prompt, by file and in a chat."""
+
+import json
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.export.conftest import Main
+
+QUESTION = 'Define the noun "heron", a kind of wading bird.'
+
+
+@pytest.fixture
+def generate(main: Main, run_folder: Path) -> Main:
+    return lambda *more, **options: main("mode=generate", f"run={run_folder}", "max_tokens=8", *more, **options)
+
+
+def rows(file: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+
+
+def test_the_answer_to_the_runs_own_sample_prompt_is_what_training_generated(
+    main: Main, run_folder: Path, rows_file: Path, tmp_path: Path
+) -> None:
+    """Training generates without a cache, by the packed model; here it is stock generate with one."""
+    sample = json.loads((run_folder / "report.json").read_text())["sample"]
+    [row] = [row for row in rows(rows_file) if row["messages"][-1]["content"] == sample["expected"]]
+    (tmp_path / "asked.jsonl").write_text(json.dumps(row) + "\n")
+    done = main("mode=generate", f"run={run_folder}", "prompts=asked.jsonl", "max_tokens=4")
+    assert done.code == 0, done.err
+    [answer] = rows(tmp_path / "asked.answers.jsonl")
+    assert answer["trained"]["text"] == sample["generated"] != ""
+    assert (answer["prompt"], answer["expected"]) == (row["messages"][:-1], sample["expected"])
+    assert "tokens/s" in done.out and sample["expected"] in done.out
+
+
+def test_a_prompt_is_answered_and_with_base_the_base_answers_beside_it(generate: Main, tmp_path: Path) -> None:
+    alone, beside = generate(f"prompt={QUESTION}"), generate(f"prompt={QUESTION}", "base=true")
+    assert (alone.code, beside.code) == (0, 0), alone.err + beside.err
+    answer = alone.out.splitlines()[-2].strip()
+    assert re.search(r"8 tokens, [\d,]+ tokens/s; cut by max_tokens", alone.out)
+    said = {
+        line.split()[0]: line.split(maxsplit=1)[1].strip() for line in beside.out.splitlines() if len(line.split()) > 1
+    }
+    assert said["trained"].split()[0] == answer.split()[0]
+    assert said["base"] != said["trained"]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_sampling_repeats_with_its_seed_and_differs_with_another(generate: Main) -> None:
+    def sampled(*more: str) -> str:
+        done = generate(f"prompt={QUESTION}", "temperature=2", *more)
+        assert done.code == 0, done.err
+        return done.out.splitlines()[-2]
+
+    assert sampled("seed=3") == sampled("seed=3")
+    assert len({sampled(f"seed={seed}") for seed in range(3)}) > 1
+    assert sampled("top_p=1e-6") == generate(f"prompt={QUESTION}").out.splitlines()[-2]
+
+
+def test_any_chat_format_is_read_and_asked_without_its_last_answer(generate: Main, tmp_path: Path) -> None:
+    said = {"role": "assistant", "content": "a bird"}
+    asked = {"role": "user", "content": QUESTION}
+    (tmp_path / "messages.jsonl").write_text(
+        "".join(json.dumps({"messages": chat}) + "\n" for chat in ([asked], [asked, said], [asked, said, asked]))
+    )
+    alpaca = {"instruction": "Define it.", "input": "heron", "output": "a bird", "system": "Be short."}
+    (tmp_path / "alpaca.json").write_text(json.dumps([alpaca]))
+    assert generate("prompts=messages.jsonl").code == generate("prompts=alpaca.json").code == 0
+    answers = rows(tmp_path / "messages.answers.jsonl")
+    assert [answer["prompt"] for answer in answers] == [[asked], [asked], [asked, said, asked]]
+    assert [answer["expected"] for answer in answers] == [None, "a bird", None]
+    assert answers[0]["trained"]["text"] == answers[1]["trained"]["text"]
+    [answer] = rows(tmp_path / "alpaca.answers.jsonl")
+    assert [message["role"] for message in answer["prompt"]] == ["system", "user"]
+
+
+def test_a_chat_keeps_the_whole_conversation(generate: Main) -> None:
+    """The answer to a second line depends on the first exchange."""
+    alone = generate(typed="And a crane?\n")
+    both = generate(typed=f"{QUESTION}\n\nAnd a crane?\n")
+    assert (alone.code, both.code) == (0, 0), both.err
+    assert both.out.count("tokens/s") == 2 and alone.out.count("tokens/s") == 1
+    assert both.out.splitlines()[-2] != alone.out.splitlines()[-2]
+
+
+def test_the_base_of_a_chat_answers_beside_it(generate: Main) -> None:
+    done = generate("base=true", typed=f"{QUESTION}\n")
+    assert done.code == 0 and "trained: " in done.out and "base: " in done.out
+
+
+def test_an_unfinished_run_answers_from_its_newest_checkpoint_and_is_not_exported(
+    main: Main, run_folder: Path, tmp_path: Path
+) -> None:
+    """A checkpoint has no tokenizer: it is the base's, with the recipe's template."""
+    unfinished = Path(shutil.copytree(run_folder, tmp_path / "unfinished"))
+    shutil.rmtree(unfinished / "adapter")
+    (unfinished / "report.json").unlink()
+    asked = (f"prompt={QUESTION}", "max_tokens=8")
+    done, finished = (main("mode=generate", f"run={run}", *asked) for run in (unfinished, run_folder))
+    assert done.code == 0 and "step-8, is used" in done.out, done.err
+    assert done.out.splitlines()[-2] == finished.out.splitlines()[-2]
+    refused = main("mode=export", f"run={unfinished}", "to=out")
+    assert refused.code == 2 and "the report.json of a finished run" in refused.err
+    assert [path.name for path in tmp_path.iterdir()] == ["unfinished"]
+
+
+@pytest.mark.parametrize(
+    ("content", "code", "says"),
+    [
+        (None, 2, "prompts must be a file"),
+        ('{"text": "no chat"}\n', 3, "a prompt is a chat"),
+        ('{"text": \n', 3, "asked.jsonl:1"),
+        ("", 3, "must hold a row"),
+        (json.dumps({"messages": [{"role": "user", "content": "word " * 600}]}), 2, "leave room for an answer"),
+    ],
+)
+def test_prompts_that_cannot_be_answered_are_refused(
+    generate: Main, tmp_path: Path, content: str | None, code: int, says: str
+) -> None:
+    if content is not None:
+        (tmp_path / "asked.jsonl").write_text(content)
+    done = generate("prompts=asked.jsonl")
+    assert done.code == code and says in done.err, done.err
+    assert not (tmp_path / "asked.answers.jsonl").exists()
