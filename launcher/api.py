@@ -5,6 +5,7 @@ record = run("tiny", "train.steps=5")
 record.evals[-1].eval_loss, record.start.run_dir
 """
 
+import gc
 import io
 import signal
 import sys
@@ -63,7 +64,10 @@ def run(recipe: str, *overrides: str, quiet: bool = False) -> RunRecord:
         raise RecipeError(f"run() trains in one process; {info.world_size} were started; launch launcher/main.py")
     request = replace(make_request(resolved, info, trains=True), started_s=started_s)
     with listening():
-        return train(request, make_console(io.StringIO() if quiet else None), report_copy=resolved.report)
+        try:
+            return train(request, make_console(io.StringIO() if quiet else None), report_copy=resolved.report)
+        finally:
+            gc.collect()  # the model is part of cycles; its memory is the next run's
 
 
 def make_request(resolved: Resolved, info: RankInfo, *, trains: bool = False) -> Request:
@@ -118,11 +122,14 @@ def _train(request: Request, files: RunFiles, sinks: Sequence[Sink]) -> RunRecor
         ):
             check_before_load(request)
             for event in events:
-                for sink in (*sinks, heartbeat):
+                for sink in (sinks[0], heartbeat, *sinks[1:]):  # a tracker's error must be told to the other ranks
                     sink.show(event)
     except BaseException as failure:
         with deferring():  # the process launcher terminates this rank because another has ended
-            rescue(history.worker, failure)
+            try:
+                rescue(history.worker, failure)
+            except Exception as error:  # must not take the place of the failure
+                failure.add_note(f"The adapter could not be kept: {type(error).__name__}: {error}")
             cause = heartbeat.first_cause(failure)
             code, reason = code_and_reason(cause)
             with suppress(OSError):  # a full disk must not hide what ended the run

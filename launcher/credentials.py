@@ -39,13 +39,13 @@ NAMED = re.compile(
 )
 ISSUED = re.compile(
     r"""(?<![A-Za-z0-9])(?:
-    (?:hf|api_org)_(?:oauth_|jwt_)?(?:(?=[a-z]*[A-Z0-9])[A-Za-z0-9.]{8,}|[a-z]{20,})
+    (?:hf|api_org)_(?:oauth_|jwt_)?(?:(?=[a-z]*[A-Z0-9])[A-Za-z0-9.]{30,}|[a-z]{30,})
     |sk-(?:(?:admin|ant|live|or|proj|svcacct|test)-[\w-]{8,}|[A-Za-z0-9]{16,})
     |(?:gh[opsur]_|github_pat_|glpat-|npm_|pypi-|wandb_v1_)[\w-]{16,}
     |xox[a-z]-[\w-]{10,}
     |(?:AKIA|ASIA)[A-Z0-9]{16}
     |AIza[\w-]{35}
-    |eyJ[\w-]{8,}\.[\w-]{8,}\.[\w-]*
+    |(?<![\w-])eyJ[\w-]{8,4096}\.[\w-]{8,4096}\.[\w-]{0,4096}
     )|(?<=\bBearer\s)[\w.~+/=-]{16,}
     |-----BEGIN\ [A-Z ]*PRIVATE\ KEY-----.*?(?:-----END\ [A-Z ]*-----|\Z)""",
     re.VERBOSE | re.DOTALL,

@@ -44,6 +44,8 @@ def _generate(options: GenerateOptions, info: RankInfo, console: Console) -> Non
         run = open_run(place, source, info)
         notes = list(run.notes)
         if prompts:
+            if (answers := answers_file(prompts)).exists():
+                raise RecipeError(f"answers must not be overwritten; {answers} is there. Move or remove it.")
             rows, dropped = read_prompts(prompts, run)
             notes += [f"{prompts}: {dropped}"] if dropped else []
         screen.show("loading the model")

@@ -156,7 +156,8 @@ def remove(bundle: Path) -> None:
 def clean(checkpoints: Path) -> None:
     """Remove what a process that was killed while it wrote or removed a bundle left."""
     for leftover in checkpoints.glob(f"{PREFIX}*{STAGING}"):
-        delete(leftover)
+        with suppress(OSError):  # what cannot go now may later; its name is no bundle's
+            delete(leftover)
 
 
 def tensors_of(state: State, name: str = "") -> Iterator[tuple[str, Tensor]]:

@@ -6,6 +6,7 @@ import json
 import os
 import platform
 import stat
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -170,7 +171,7 @@ class RunFiles:
     def __init__(self, rank: int, *, report_copy: Path | None = None) -> None:
         self._rank, self._report_copy = rank, report_copy
         self._folder: RunFolder | None = None  # None until it is this run's: another run's is left alone
-        self._step = 0
+        self._step, self._ending = 0, threading.Lock()
 
     def show(self, event: Event) -> None:
         if isinstance(event, RunOpened):
@@ -190,6 +191,7 @@ class RunFiles:
         elif isinstance(event, RunRecord):
             for path in filter(None, (self._folder.report, self._report_copy)):
                 with writing(path.parent, what="The report"):
+                    self._folder.check_in_place()
                     write_json(path, event.as_report())
 
     def _append(self, folder: RunFolder, file: Path, text: str) -> None:
@@ -211,13 +213,20 @@ class RunFiles:
         folder = self._folder
         if folder is None or (self._rank and not code):
             return False
+        if not code:
+            with writing(folder.path, what="status.json"):
+                return self._write_status(folder, code, reason, step=step, rank=rank)
+        return self._write_status(folder, code, reason, step=step, rank=rank)
+
+    def _write_status(self, folder: RunFolder, code: int, reason: str, *, step: int | None, rank: int | None) -> bool:
         folder.check_in_place()
         if code in (2, 3) and not folder.metrics.stat().st_size:
             folder.discard()
             return False
         status = {"code": code, "reason": reason, "rank": self._rank if rank is None else rank}
         status |= {"step": self._step if step is None else step, "resumable": bool(code) and folder.has_checkpoints}
-        return _write_first(folder, status, own=folder.status.with_name(f"status.json.{self._rank}.part"))
+        with self._ending:  # the thread that watches the other ranks may write at the same moment
+            return _write_first(folder, status, own=folder.status.with_name(f"status.json.{self._rank}.part"))
 
 
 def _write_first(folder: RunFolder, status: dict[str, Any], *, own: Path) -> bool:
@@ -226,12 +235,10 @@ def _write_first(folder: RunFolder, status: dict[str, Any], *, own: Path) -> boo
     write_json(own, status)
     try:
         os.link(own, folder.status)
-    except FileExistsError:
+    except OSError:  # there is one, or this file system has no hard links
         cause = folder.code  # None: that is no status
         if cause is not None and (status["code"] in LESS_TELLING or cause not in LESS_TELLING):
             return False
-        own.replace(folder.status)
-    except OSError:  # a file system without hard links
         own.replace(folder.status)
     finally:
         own.unlink(missing_ok=True)

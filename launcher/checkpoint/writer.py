@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,14 @@ class BundleWriter:
         if writing is not None:
             writing.result()
 
+    def close(self) -> None:
+        """Let the write that goes on come to its end, and the thread too; an error stays unsaid."""
+        with suppress(Exception):
+            self.finish()
+        self._thread.shutdown()
+
     def _write(self, state: State, step: int, eval_losses: Mapping[int, float], wait: Callable[[], None]) -> None:
         wait()
         write_bundle(self._checkpoints, state, step=step, adapter=lambda folder: self._save_adapter(folder, state))
-        rotate(self._checkpoints, keep=self._keep, eval_losses=eval_losses)
+        with suppress(OSError):  # as of a file that is open on NFS: the next rotation, or the next start, tries again
+            rotate(self._checkpoints, keep=self._keep, eval_losses=eval_losses)

@@ -13,7 +13,7 @@ import torch
 from peft import PeftModel
 from transformers import GenerationConfig, TextStreamer
 
-from launcher.checkpoint.files import write_text
+from launcher.checkpoint.files import append_text
 from launcher.data.read.formats import read_rows
 from launcher.data.read.rows import PlainText, Row
 from launcher.data.read.sources import open_source
@@ -134,6 +134,7 @@ def read_prompts(file: Path, run: OpenedRun) -> tuple[list[Prompt], str]:
 
 
 def _prompt_of_row(row: Row) -> Prompt:
+    """The whole chat, or what stands before the answer that it ends with."""
     if isinstance(row, PlainText):
         if not row.answer:
             raise DataError(
@@ -141,7 +142,6 @@ def _prompt_of_row(row: Row) -> Prompt:
                 'Give rows as {"messages": [...]} or {"prompt": "...", "completion": "..."}.'
             )
         return Prompt(row.text[: row.answer], row.text[row.answer :])
-    """The whole chat, or what stands before the answer that it ends with."""
     messages = [{"role": message.role, "content": message.content} for message in row.messages]
     if len(messages) > 1 and messages[-1]["role"] == "assistant":
         return Prompt(messages[:-1], messages[-1]["content"])
@@ -150,14 +150,12 @@ def _prompt_of_row(row: Row) -> Prompt:
 
 def answers_file(prompts: Path) -> Path:
     """questions.jsonl -> questions.answers.jsonl"""
-    return prompts.with_name(f"{prompts.name.split('.')[0]}.answers.jsonl")
+    return prompts.with_name(f"{prompts.stem}.answers.jsonl")
 
 
 def answer_all(answerer: Answerer, prompts: list[Prompt], file: Path) -> Iterator[Answered]:
-    """Answer each prompt; after the last, all of them are in `file`, a line each."""
-    lines = []
+    """Answer each prompt; each answer is a line of `file`, a new one, as soon as it is there."""
     for prompt in prompts:
         answered = answerer.answered(prompt)
-        lines.append(json.dumps({**asdict(answered), "prompt": prompt.content}, ensure_ascii=False) + "\n")
+        append_text(file, json.dumps({**asdict(answered), "prompt": prompt.content}, ensure_ascii=False) + "\n")
         yield answered
-    write_text(file, "".join(lines))

@@ -1,15 +1,18 @@
 """Where a run's adapter is, and what it was trained with. Imports no torch: a wrong folder is answered at once."""
 
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
+from launcher.checkpoint.files import writable
 from launcher.errors import RecipeError
 from launcher.recipe.schema import Recipe
 
+UNPROVEN_SUFFIX = ".unproven"  # of a folder whose proof failed
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 IDENTITY_SECTIONS = ("model", "quant", "lora", "data")
 
@@ -43,11 +46,16 @@ def find_run(path: Path) -> RunPlace:
 
 
 def check_target(to: Path) -> None:
-    """Raise RecipeError where `to` is taken, or cannot be made."""
-    if to.exists() and not (to.is_dir() and not any(to.iterdir())):
+    """Raise RecipeError where `to` or its .unproven is taken, or cannot be made; makes nothing."""
+    aside = to.with_name(to.name + UNPROVEN_SUFFIX)
+    if os.path.lexists(to) and not (to.is_dir() and not any(to.iterdir())):
         raise RecipeError(f"to must be a new or an empty folder; {to} is not.\nName another, or remove it.")
+    if os.path.lexists(aside):
+        raise RecipeError(
+            f"to must be a new or an empty folder; {aside} is there already.\nName another, or remove it."
+        )
     try:
-        to.parent.mkdir(parents=True, exist_ok=True)
+        writable(to.parent)
     except OSError as error:
         raise RecipeError(f"to must be a folder that can be made; {to}: {error.strerror}.\nName another.") from None
 

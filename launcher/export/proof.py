@@ -97,8 +97,8 @@ def measured(model: Any, probe: Probe, *, stop_ids: Sequence[int]) -> ModelOutpu
     for document in probe.documents:
         ids = torch.tensor(document.input_ids, dtype=torch.long)
         rows = torch.tensor(document.supervised)[1:].nonzero().flatten()  # position t predicts token t + 1
-        found = model(input_ids=ids[None].to(model.device)).logits[0]
-        found = found[rows.to(found.device)].float()
+        ids_here, rows_here = ids[None].to(model.device), rows.to(model.device)
+        found = model(input_ids=ids_here, logits_to_keep=rows_here).logits[0].float()  # of the supervised tokens alone
         losses.append(F.cross_entropy(found, ids[rows + 1].to(found.device), reduction="none").cpu())
         predictions.append(found.argmax(-1).cpu())
         own, kept = kept[: len(rows)], kept[len(rows) :]

@@ -1,6 +1,7 @@
 """Writes what a run trained into a folder for stock code, and proves it there before the folder gets its name."""
 
 import copy
+import secrets
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -16,6 +17,7 @@ from launcher.errors import RecipeError
 from launcher.export.limits import limits_of
 from launcher.export.load_run import OpenedRun, free_memory, load_trained, stop_ids_of
 from launcher.export.merge import MergePlan, check_space, plan_merge, read_updates, write_merged
+from launcher.export.place import UNPROVEN_SUFFIX
 from launcher.export.proof import (
     ModelOutputs,
     Probe,
@@ -37,7 +39,7 @@ from launcher.records.run import Phase, Verdict
 from launcher.runtime.clock import Clock
 from launcher.train.describe import slow_dtype_note
 
-PART_SUFFIX, UNPROVEN_SUFFIX = ".part", ".unproven"
+PART_SUFFIX = ".part"
 
 
 @dataclass
@@ -47,15 +49,12 @@ class _Work:
     run: OpenedRun
     options: ExportOptions
     to: Path
+    staging: Path  # of this export alone
     plan: MergePlan | None  # None: the adapter alone
     clock: Clock
     done: int = 0  # weights written
     peak_mib: float = 0.0
     notes: list[str] = field(default_factory=list)
-
-    @property
-    def staging(self) -> Path:
-        return self.to.with_name(self.to.name + PART_SUFFIX)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -69,12 +68,11 @@ def export(run: OpenedRun, options: ExportOptions, to: Path) -> Iterator[str | P
 
     Raises RecipeError, DiskError, and what the base and the data raise.
     """
-    work = _Work(run, options, to, None, Clock(), notes=list(run.notes))
+    plan = None
     if options.format == "merged":
-        work.plan = plan_merge(run, on=options.on, dtype=_written_dtype(run, options))
-        check_space(work.plan, to)
-    delete(work.staging)
-    work.staging.mkdir()
+        plan = plan_merge(run, on=options.on, dtype=_written_dtype(run, options))
+        check_space(plan, to)
+    work = _Work(run, options, to, _staging(to), plan, Clock(), notes=list(run.notes))
     try:
         yield "reading data"
         with work.clock.phase("data"):
@@ -90,12 +88,19 @@ def export(run: OpenedRun, options: ExportOptions, to: Path) -> Iterator[str | P
         with work.clock.phase("written model"):
             written, found = _measure_written(work, probe)
         record = _record(work, probe, trained, written, [*loaded, *found])
-        delete(Path(record.folder))
-        work.staging.rename(record.folder)
+        work.staging.rename(record.folder)  # raises where something stands there by now, but for an empty folder
     except BaseException:
         delete(work.staging)
         raise
     yield record
+
+
+def _staging(to: Path) -> Path:
+    """A new folder beside `to`."""
+    to.parent.mkdir(parents=True, exist_ok=True)
+    staging = to.with_name(f"{to.name}.{secrets.token_hex(4)}{PART_SUFFIX}")  # mkdtemp's are the owner's alone
+    staging.mkdir()
+    return staging
 
 
 def _written_dtype(run: OpenedRun, options: ExportOptions) -> torch.dtype:

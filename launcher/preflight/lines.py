@@ -44,6 +44,5 @@ class Checks:
             failed = [line for line in self.lines if not line.holds]
             lines = [" ".join(f"{line.name}: {line.found} {line.remedy}".split()) for line in failed]
             error = type(error)("\n".join([f"a run needs these {len(lines)} things, which fail:", *lines]))
-        if self._own:
-            error.reporter = local_rank
+        error.reporter = local_rank if self._own else 0  # one process of the machine prints what all find
         raise error

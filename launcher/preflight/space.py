@@ -60,7 +60,8 @@ def check_disk(recipe: Recipe, source: str, model: nn.Module, folder: RunFolder)
 
 def _needs(recipe: Recipe, source: str, model: nn.Module, folder: RunFolder) -> Iterator[tuple[str, Path, int]]:
     trainable = adapter_parameters(model, recipe.lora)
-    saves = (recipe.train.keep + 1) * bundle_bytes(recipe, trainable) if recipe.train.save_every else 0
+    # Besides those kept: the best one, and the new one until an old one goes.
+    saves = (recipe.train.keep + 2) * bundle_bytes(recipe, trainable) if recipe.train.save_every else 0
     present = sum(file.stat().st_size for bundle in bundles_of(folder.checkpoints) for file in bundle.rglob("*"))
     yield "checkpoints", folder.path, max(0, saves - present)
     yield (

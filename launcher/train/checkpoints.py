@@ -5,7 +5,6 @@ A save copies the device's state between two steps; a thread writes it behind th
 
 import time
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -106,8 +105,7 @@ class Checkpoints:
     def close(self) -> None:
         """Let the write that goes on come to its end, however the training ended; its error would hide that."""
         if self._writer is not None:
-            with suppress(Exception):
-                self._writer.finish()
+            self._writer.close()
 
     def parts_until(self, step: int) -> tuple[RunPart, ...]:
         """The parts of the run, the present one ending with `step`."""

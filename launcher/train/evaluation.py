@@ -7,6 +7,7 @@ import torch
 
 from launcher.errors import NonFiniteError
 from launcher.records.run import BadBatch, EvalRecord, EvalSamples
+from launcher.runtime.progress import PROGRESS
 from launcher.runtime.signals import is_deferring, stop_vote
 from launcher.train.history import RunHistory, bad_batch
 from launcher.train.sample import generate
@@ -57,6 +58,7 @@ def eval_loss_and_votes(worker: Worker) -> tuple[float, float]:
                 break
             sums[0] += worker.plan.call(worker.step.eval_loss, batch)
             sums[1] += batch.supervised_tokens
+        PROGRESS.enter_collective()
         total, supervised, votes = worker.accelerator.reduce(sums, reduction="sum").tolist()
     return total / max(1.0, supervised), votes
 

@@ -64,16 +64,17 @@ def restore_best(worker: Worker, history: RunHistory) -> Verdict:
     """Give the adapter of the best checkpoint back to every rank, and evaluate it again."""
     claim = "the adapter is the best checkpoint's"
     state = worker.state
-    step = broadcast(_load_best(worker, history.eval_losses) if worker.rank_info.is_main else None)
-    if isinstance(step, str):
-        return Verdict(claim, False, step)
-    expected = history.eval_losses[step]
-    if step == state.step:
-        return Verdict(claim, True, f"eval loss {expected:.6f} after step {step}, the last")
-    if worker.rank_info.world_size > 1:
-        for parameter in worker.step.parameters:
-            torch.distributed.broadcast(parameter.data, src=0)
-    found = eval_loss(worker)
+    with worker.clock.phase("restore"):
+        step = broadcast(_load_best(worker, history.eval_losses) if worker.rank_info.is_main else None)
+        if isinstance(step, str):
+            return Verdict(claim, False, step)
+        expected = history.eval_losses[step]
+        if step == state.step:
+            return Verdict(claim, True, f"eval loss {expected:.6f} after step {step}, the last")
+        if worker.rank_info.world_size > 1:
+            for parameter in worker.step.parameters:
+                torch.distributed.broadcast(parameter.data, src=0)
+    found = history.restored_eval_loss = eval_loss(worker)
     same = abs(found - expected) <= TOLERANCE * max(1.0, expected)
     return Verdict(claim, same, f"eval loss {expected:.6f} after step {step} of {state.step}, {found:.6f} given back")
 
@@ -86,17 +87,17 @@ def _load_best(worker: Worker, eval_losses: dict[int, float]) -> int | str:
     if step_of(best) != worker.state.step:
         try:
             adapters = read_bundle(best)["state"]["training"]["adapters"]
-        except CheckpointError as error:
+        except (CheckpointError, OSError) as error:
             return f"{error} The adapter is the last step's."
         for name, tensor in worker.step.live_state()["adapters"].items():
             tensor.copy_(adapters[name])
     return step_of(best)
 
 
-def _evals(worker: Worker, history: RunHistory) -> list[float]:
+def _evals(history: RunHistory) -> list[float]:
     """The eval losses, that of the adapter which is saved at the end."""
     losses = [record.eval_loss for record in history.evals]
-    return [*losses[:1], min(losses[1:])] if worker.recipe.train.keep_best and len(losses) > 1 else losses
+    return losses if history.restored_eval_loss is None else [*losses[:1], history.restored_eval_loss]
 
 
 def _stopped(worker: Worker, history: RunHistory) -> str:
@@ -120,7 +121,7 @@ def run_record(worker: Worker, history: RunHistory, verdicts: Sequence[Verdict])
         if worker.recipe.compile.mode == "off"
         else compile_verdicts([rank.compile for rank in ranks], steps=len(history.rank_tokens))
     )
-    learned = None if worker.recipe.model.init == "random" else learning_verdict(history.steps, _evals(worker, history))
+    learned = None if worker.recipe.model.init == "random" else learning_verdict(history.steps, _evals(history))
     return RunRecord(
         recipe=worker.recipe.model_dump(mode="json"),
         start=start_record(worker),

@@ -34,6 +34,7 @@ class RunHistory:
     last_step: int = 0
     skipped_in_a_row: int = 0
     spikes_in_a_row: int = 0
+    restored_eval_loss: float | None = None  # of the best checkpoint's adapter, once it is given back
     first_read: int = 0  # steps of this part that were read together with the first one
 
     def go_on(self, resumed: Resumed) -> None:
@@ -48,6 +49,13 @@ class RunHistory:
     def eval_losses(self) -> dict[int, float]:
         """By step."""
         return {record.step: record.eval_loss for record in self.evals}
+
+    @property
+    def last_eval_is_best(self) -> bool:
+        """Whether the last evaluation after a step has the lowest loss of them; the one before training has no
+        checkpoint."""
+        losses = [record.eval_loss for record in self.evals if record.step]
+        return bool(losses) and losses[-1] < min(losses[:-1], default=math.inf)
 
     def is_spike(self, loss: float, grad_norm: float) -> bool:
         """Whether these figures of the next step are far above the usual."""
@@ -93,8 +101,7 @@ def step_records(
         history.skipped_in_a_row = history.skipped_in_a_row + 1 if record.skipped else 0
         history.spikes_in_a_row = history.spikes_in_a_row + 1 if record.spike else 0
         fault = _not_finite(record, history.skipped_in_a_row)
-        spikes = sum(step.spike for step in history.steps) + 1
-        if fault or (record.spike and spikes <= BATCHES_KEPT):
+        if fault or (record.spike and sum(step.spike for step in history.steps) < BATCHES_KEPT):
             yield bad_batch(worker, reading.batch.micro_batches, step=record.step)
         if fault:
             raise fault

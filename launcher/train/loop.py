@@ -102,7 +102,7 @@ def _train(worker: Worker, history: RunHistory, checkpoints: Checkpoints) -> Ite
             worker.plan.check()
             if evaluates:
                 cut_short = yield from evaluate(worker, history, step=number)
-                saves |= train.keep_best and state.early_stop.is_best
+                saves |= train.keep_best and history.last_eval_is_best
             stop = voted_stop([cut_short if evaluates else 0.0, *(reading.stop_votes for reading in readings)])
             if stop:
                 yield from step_records(worker, history, pending.read(all=True))

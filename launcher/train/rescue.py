@@ -2,7 +2,7 @@
 
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -41,11 +41,14 @@ def _keep(worker: Worker, *, on_disk: bool) -> str:
         if holds_adapter(model, folder):
             return f"After step {step} the adapter is in {folder}."
     # In the run folder there may be room for it, though not for a checkpoint.
-    inside = [run.checkpoints] if on_disk else []
-    named = [Path(worker.recipe.run.rescue_dir)] if worker.recipe.run.rescue_dir else []
+    named = worker.recipe.run.rescue_dir
+    places: list[Callable[[], Path]] = [lambda: run.checkpoints] if on_disk else []
+    places += [lambda: Path(named)] if named else []
     faults = []
-    for place in (*inside, *named, Path(tempfile.gettempdir()), Path.cwd()):
+    for find in (*places, lambda: Path(tempfile.gettempdir()), Path.cwd):  # the last two may be gone as well
+        place: Path | str = "a folder that is gone"
         try:
+            place = find()
             return f"After step {step} the adapter was saved in {_saved(worker, place)}: copy it from there."
         except Exception as error:  # of libraries too: whatever it is, the next place may do
             faults.append(f"{place}: {error}")

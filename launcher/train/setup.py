@@ -26,7 +26,7 @@ from launcher.compile.plan import Plan
 from launcher.credentials import masked_tree
 from launcher.data.loader import eval_batches, sample_batch, train_loader
 from launcher.data.pack.micro_batch import MicroBatch
-from launcher.errors import CheckpointError, ContractError, DataError, LauncherError, RecipeError
+from launcher.errors import CheckpointError, ContractError, DataError, RecipeError
 from launcher.memory.forecast import Shapes
 from launcher.memory.ledger import Ledger
 from launcher.memory.offload import HostInputs
@@ -102,7 +102,7 @@ class Worker:
         """Create the run folder on rank 0, or open it again and find what the run goes on from (`resumed`). Every rank
         raises the error that rank 0 met; no file has changed then."""
         resumed = None
-        with failing_together(LauncherError):
+        with failing_together(Exception):  # of the disk too: the others would wait
             if self.rank_info.is_main and (resumed := open_folder(self.folder, self.recipe.run.resume)):
                 self._check_resumed(resumed)
                 cut_back(self.folder, resumed)

@@ -50,11 +50,6 @@ class EarlyStop:
         else:
             self.evals_since_best += 1
 
-    @property
-    def is_best(self) -> bool:
-        """Whether the last evaluation is the best so far."""
-        return self.best_eval_loss is not None and not self.evals_since_best
-
     def reached(self, patience: int | None) -> bool:
         """Whether training ends early, by train.patience."""
         return patience is not None and self.evals_since_best >= patience

@@ -5,6 +5,7 @@ import json
 import os
 import resource
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -137,10 +138,13 @@ def test_fault_38_the_first_place_that_takes_the_adapter_keeps_it_and_the_others
     original_append, original_save = folder.append_text, rescue.save_adapter
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "temporary"))
     (tmp_path / "temporary").mkdir()
-    full = [tmp_path / "run", tmp_path / "elsewhere"]
+    full, current = [tmp_path / "run", tmp_path / "elsewhere"], tmp_path / "current"
+    current.mkdir()
+    monkeypatch.chdir(current)
 
     def append(path: Path, line: str) -> None:
         if json.loads(line)["step"] == 2:
+            shutil.rmtree(current, ignore_errors=True)  # the last place of all is gone
             raise FULL
         original_append(path, line)
 

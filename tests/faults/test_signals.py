@@ -4,7 +4,7 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,16 @@ from tests.support.runs import lines, trained
 MakeRecipe = Callable[..., Any]
 
 SAVED_S = 25.0
+
+
+@pytest.fixture
+def not_ignored() -> Iterator[None]:
+    """SIGHUP is ignored where the tests run under nohup."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
 ARGUMENTS = [
     "recipe=tiny", "compile.mode=off", "train.steps=2000", "train.micro_batch=1", "data.max_length=128",
     "run.sample_tokens=0", "train.save_every=1h", "run.output_dir=run",
@@ -67,7 +77,7 @@ def saved_steps(folder: Path) -> list[int]:
     ],
 )
 def test_fault_25_a_signal_saves_at_the_next_step_and_the_run_goes_on_from_there(
-    make: MakeRecipe, tmp_path: Path, signum: int, kind: type[BaseException]
+    make: MakeRecipe, tmp_path: Path, not_ignored: None, signum: int, kind: type[BaseException]
 ) -> None:
     trained(make("whole"))
     with listening(), pytest.raises(kind, match=r"step 6 is saved; .* run.output_dir="):

@@ -173,7 +173,12 @@ def test_fault_09_pickled_weights_are_refused_under_any_name(hostile, make_recip
 
 
 TRUSTING = ("from_pretrained", "from_config", "load_dataset", "load_dataset_builder", "pipeline")
-TAKE_NO_CODE = ("PeftConfig.from_pretrained", "datasets.load_dataset_builder")  # since datasets 4 no dataset has code
+TAKE_NO_CODE = (
+    "GenerationConfig.from_pretrained",
+    "PeftModel.from_pretrained",
+    "PeftConfig.from_pretrained",
+    "datasets.load_dataset_builder",
+)  # since datasets 4 no dataset has code
 EXECUTING = {
     "eval", "exec", "__import__", "torch.load", "pickle.load", "pickle.loads", "yaml.load", "yaml.unsafe_load",
     "yaml.full_load", "os.system", "marshal.loads", "dill.load", "joblib.load", "np.load", "numpy.load",

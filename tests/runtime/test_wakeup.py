@@ -34,8 +34,10 @@ with last_words(lambda code, reason: print(code, reason, flush=True)):
 def deaf(request):
     """A process whose main thread waits in C: outside the loop, or in it."""
     process = subprocess.Popen(
-        [sys.executable, "-c", DEAF, request.param], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+        [sys.executable, "-c", DEAF, request.param], cwd=ROOT, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),  # ignored where the tests run under nohup
+    )  # fmt: skip
     assert process.stdout.readline() == "deaf\n", process.stderr.read()
     time.sleep(0.5)  # from its line to the kernel's read
     yield process

@@ -24,7 +24,15 @@ _ABOUT = re.compile(
     re.IGNORECASE,
 )
 # What a run writes into run.output_dir (checkpoint/folder.py), which may be the folder of the data.
-_RUN_FILES = {"metrics.jsonl", "metrics.earlier.jsonl", "samples.jsonl", "report.json", "status.json", "run.lock"}
+_RUN_FILES = {
+    "metrics.jsonl",
+    "metrics.earlier.jsonl",
+    "samples.jsonl",
+    "report.json",
+    "status.json",
+    "parts.json",
+    "run.lock",
+}
 _RUN_FOLDERS = {"adapter", "adapter.part", "checkpoints", "bad_batches", "trackers"}
 MAX_FILES_NAMED = 5  # files that a message names of each sort
 

@@ -34,7 +34,8 @@ def _sections(run: RunRecord) -> Iterator[Section]:
     stopped = [Styled(f"stopped {run.stopped}", "strong")] if run.stopped else []
     yield Section("", [*stopped, Styled(_total(run.ranks), "strong"), f"run folder {run.start.run_dir}"])
     if run.adapter is not None and all(verdict.holds for verdict in run.verdicts):
-        yield _next(run.adapter, run.start.run_dir, checkpoints=run.recipe["train"]["save_every"] != 0)
+        raises = "train.patience" if run.stopped else "train.steps"
+        yield _next(run.adapter, run.start.run_dir, raises=raises if run.recipe["train"]["save_every"] != 0 else "")
 
 
 def _memory(ranks: Sequence[RankRecord], forecast_mib: float | None) -> Section:
@@ -136,20 +137,21 @@ def _shortened(text: str) -> str:
     return text or "(nothing)"
 
 
-def _next(adapter: str, run_dir: str, *, checkpoints: bool) -> Section:
-    """What can be done with the adapter: three lines of stock code, two commands, and where this is explained."""
+def _next(adapter: str, run_dir: str, *, raises: str) -> Section:
+    """What can be done with the adapter: three lines of stock code, two commands, and where this is explained.
+    `raises`: the key that makes the run go on; "" where it left no checkpoint."""
     code = (
         "from peft import AutoPeftModelForCausalLM",
         f"adapter = {adapter!r}",
         "model = AutoPeftModelForCausalLM.from_pretrained(adapter)",
     )
-    more_steps = "raise train.steps and name this run.output_dir again; other data: export it first"
+    more_steps = f"raise {raises} and name this run.output_dir again; other data: export it first"
     merge = "export it, and train the result with model.name=./my-model"
     rows: list[tuple[Value, Value]] = [
         ("load", "\n".join(code)),
         ("talk to it", f"python launcher/main.py mode=generate run={shlex.quote(run_dir)}"),
         ("export it", f"python launcher/main.py mode=export run={shlex.quote(run_dir)} to=./my-model"),
-        ("continue", more_steps if checkpoints else merge),
+        ("continue", more_steps if raises else merge),
         ("how", "docs/export.md: answers, a merged model and its proof; docs/adapter.md: the adapter in stock code"),
     ]
     return Section("Next", [Facts(rows)])
