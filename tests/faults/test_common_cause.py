@@ -84,7 +84,7 @@ def test_fault_34_a_save_that_fails_on_rank_0_ends_both_with_code_7(
 ) -> None:
     status, errors = ended_by("save", 0, small_arguments, tmp_path)
     assert (status["code"], status["rank"], status["resumable"]) == (7, 0, True)
-    assert errors.count("a checkpoint needs more than") == 1
+    assert errors.count("A checkpoint needs more than") == 1
     assert errors.count("exitcode  : 7 ") == 2
     assert kept_steps(tmp_path) == [1]
 

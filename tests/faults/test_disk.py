@@ -169,13 +169,14 @@ def test_fault_38_the_first_place_that_takes_the_adapter_keeps_it_and_the_others
 @pytest.mark.faults
 @pytest.mark.skipif(not may_mount(), reason="no file system can be mounted here")
 def test_fault_38_a_full_disk_costs_no_training_and_its_status_still_fits(arguments: list[str], tmp_path: Path) -> None:
-    """A real disk of 256 KiB, filled to the last byte during the run: the adapter has 70 KB, the tokenizer 260 KB."""
+    """A real disk of 1 MiB, filled to the last byte during the run: the adapter has 70 KB, the tokenizer 260 KB."""
     disk = tmp_path / "disk"
     disk.mkdir()
     run = shlex.join([sys.executable, str(MAIN), "recipe=tiny", *replaced(arguments, f"run.output_dir={disk}/run")])
     fill = f"while [ ! -s {disk}/run/metrics.jsonl ]; do sleep 0.1; done; cat /dev/zero > {disk}/filler"
     script = (
-        f"mount -t tmpfs -o size=256k none {disk} || exit 99; ({fill}) & {run}; rc=$?; cp -r {disk}/run copy; exit $rc"
+        f"mount -t tmpfs -o size=1m none {disk} || exit 99; ({fill}) & filler=$!; {run}; rc=$?; "
+        f"kill $filler; cp -r {disk}/run copy; exit $rc"
     )
     done = finished("unshare", "-rm", "bash", "-c", script, cwd=tmp_path)
     assert done.returncode == 7, done.stderr[-3000:]
