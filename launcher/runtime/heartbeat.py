@@ -26,7 +26,7 @@ from threading import Event as Flag
 from threading import Thread
 
 from launcher.errors import LESS_TELLING, LostRank
-from launcher.records.run import Event, RunOpened, RunRecord, StepRecord
+from launcher.records.run import Event, RunOpened, StepRecord
 from launcher.runtime.failures import code_and_reason
 from launcher.runtime.progress import PROGRESS
 from launcher.runtime.rank_states import Exchange, Hub, Link, RankState, Unanswered
@@ -69,7 +69,7 @@ class Heartbeat:
         self._ranks = WatchedRanks(rank_info.rank, world_size=rank_info.world_size, timeout_s=timeout_s)
         self._look_s = max(LOOK_S, rank_info.world_size / 32)
         self._thread: Thread | None = None
-        self._beats, self._done = 0, False
+        self._beats = 0
         self._cause: Ending | None = None  # once it is recorded
         self._ending: Ending | None = None  # this rank's, as the others are told
         self._ends_by_itself, self._closed = Flag(), Flag()
@@ -80,7 +80,6 @@ class Heartbeat:
             self._start()
         elif isinstance(event, StepRecord):
             self._ranks.own_step = event.step
-        self._done = isinstance(event, RunRecord)
 
     def first_cause(self, failure: BaseException) -> BaseException:
         """What this rank ends with: `failure`, or an EndedBy where that may follow from another rank's end. The other
@@ -103,12 +102,10 @@ class Heartbeat:
         return failure
 
     def close(self) -> None:
-        """Say the last word to the others if there was none: code 0 after the run's record. On rank 0, wait until they
-        have read it."""
+        """Say the last word to the others: code 0 if there was none before. On rank 0, wait until they have read it."""
         if self._thread is not None:
             self._ends_by_itself.set()
-            end = (0, "done") if self._done else (1, f"rank {self._info.rank} ended before its run")
-            self._ending = self._ending or Ending(*end, self._info.rank, self._ranks.own_step)
+            self._ending = self._ending or Ending(0, "done", self._info.rank, self._ranks.own_step)
             self._closed.set()
             self._thread.join(2 * LEAVE_S)
 
