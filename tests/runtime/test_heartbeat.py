@@ -36,7 +36,10 @@ def begin(tmp_path: Path):
 def ends(processes: list[subprocess.Popen[str]], *, within_s: float) -> list[tuple[int, str]]:
     """Exit codes and what was printed."""
     limit = time.monotonic() + within_s
-    outs = [process.communicate(timeout=max(0.1, limit - time.monotonic()))[0] for process in processes]
+    for process in processes:
+        process.wait(timeout=max(0.1, limit - time.monotonic()))
+    # Not communicate(timeout=...): what readline() has read ahead is lost to it.
+    outs = [process.stdout.read() if process.stdout else "" for process in processes]
     return [(process.returncode, out) for process, out in zip(processes, outs, strict=True)]
 
 
