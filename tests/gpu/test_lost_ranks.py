@@ -6,7 +6,6 @@ pytest -n 0 -m gpu -s tests/gpu/test_lost_ranks.py      about four minutes; prin
 import glob
 import json
 import math
-import os
 import signal
 import subprocess
 import time
@@ -112,8 +111,7 @@ def test_a_run_one_of_whose_ranks_was_killed_goes_on_with_the_losses_of_an_unint
 ) -> None:
     """After the test above."""
     run = folder / "rank-1-killed"
-    if not os.path.exists(run):
-        pytest.skip("its test was not selected")
+    assert run.exists(), "select the test above too: its run is the one that goes on"
     done = ended(launched(folder, run.name), timeout_s=300)
     assert done.returncode == 0, done.stderr[-3000:]
     resumed = losses(run)
@@ -125,5 +123,5 @@ def test_a_run_one_of_whose_ranks_was_killed_goes_on_with_the_losses_of_an_unint
         f"\n| resumed at step {first} | largest relative difference of a loss {differences[worst]:.1e}, step {worst} |"
     )
     assert all(math.isfinite(loss) for loss in resumed.values())
-    # Sums are added in any order: 1.9e-4 was seen, 42 steps after the resume. test_deterministic.py has the bits.
-    assert differences[worst] < 1e-3
+    # The promise. 1.9e-4 was seen on two H200s, 42 steps after the resume: it is not kept yet (docs/reliability.md).
+    assert differences[worst] < 1e-4
