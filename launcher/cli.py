@@ -13,6 +13,7 @@ from rich.console import Console
 
 from launcher.api import make_request, train
 from launcher.checkpoint.files import write_json
+from launcher.commands.run_command import run_command
 from launcher.data.read.rows import ReadingProgress
 from launcher.errors import ContractError, DataError, LauncherError, RecipeError
 from launcher.preflight.lines import Checks
@@ -27,7 +28,6 @@ from launcher.records.check import CheckRecord
 from launcher.records.run import Phase
 from launcher.report import Screen, make_console
 from launcher.report import error as print_error
-from launcher.run_commands import run_command
 from launcher.runtime.clock import seconds_since
 from launcher.runtime.environment import check_current_folder, quick_imports
 from launcher.runtime.failures import classified, code_and_reason

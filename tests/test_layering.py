@@ -19,10 +19,10 @@ WORK = {"checkpoint", "data", "model", "ops", "compile", "memory", "runtime", *B
 ALLOWED = {  # package or module: what of ours it may import, itself and all it contains included
     "main": {"__main__"},
     "__main__": {"cli", "runtime"},
-    "cli": {"api", "run_commands", "train", "preflight", "proof", "data", "model", "report", "recipe", "runtime"}
+    "cli": {"api", "commands", "train", "preflight", "proof", "data", "model", "report", "recipe", "runtime"}
     | {"checkpoint.files", *BASE},
     "api": {"preflight", "train", "report", "recipe", "runtime", "checkpoint.folder", "compile.inductor_cache", *BASE},
-    "run_commands": {"export", "preflight.before_torch", "report", "recipe", "runtime", "checkpoint.files", *BASE},
+    "commands": {"export", "preflight.before_torch", "report", "recipe", "runtime", "checkpoint.files", *BASE},
     "export": {"train", "recipe.run_options", *WORK},
     "preflight": {"train", "recipe", *WORK},
     "train": {*WORK, "recipe.field_types"},

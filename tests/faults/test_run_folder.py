@@ -158,16 +158,18 @@ def test_fault_43_links_in_place_of_staging_files_are_removed_and_not_followed(
 
 
 def removed(folder: Path) -> None:
-    shutil.rmtree(folder)
+    """At once: a checkpoint may be written to it at this moment, which removing file by file would meet."""
+    gone = folder.rename(folder.with_name("gone"))
+    shutil.rmtree(gone, ignore_errors=True)
 
 
 def a_file(folder: Path) -> None:
-    shutil.rmtree(folder)
+    removed(folder)
     folder.write_text("theirs")
 
 
 def anothers(folder: Path) -> None:
-    shutil.rmtree(folder)
+    removed(folder)
     folder.mkdir()
     (folder / "metrics.jsonl").write_text("theirs")
 

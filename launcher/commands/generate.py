@@ -1,40 +1,34 @@
-"""The modes that use a finished run: its adapter answers, or is exported. cli.py calls them by name."""
+"""mode=generate: answers to prompts, or a chat in the terminal."""
 
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.text import Text
 
-from launcher.checkpoint.files import write_json
-from launcher.errors import CheckpointError, RecipeError
-from launcher.export.place import RunPlace, check_target, find_run
-from launcher.preflight.before_torch import check_report
-from launcher.recipe.command_line import parse
-from launcher.recipe.field_types import recipes_dir
-from launcher.recipe.locate import locate
-from launcher.recipe.run_options import ExportOptions, GenerateOptions, RunOptions, read_options
+from launcher.commands.finished_run import Invocation, located
+from launcher.errors import RecipeError
+from launcher.recipe.run_options import GenerateOptions
 from launcher.report import Screen
 from launcher.report.console import literal
 from launcher.report.pages import speed
 from launcher.runtime.clock import seconds_since
-from launcher.runtime.environment import prepare_environment, quick_imports
+from launcher.runtime.environment import quick_imports
 from launcher.runtime.failures import classified
-from launcher.runtime.ranks import RankInfo
-from launcher.runtime.signals import Terminated
 
 ANSWERS_SHOWN = 8  # of a file with prompts
 
 
-def _generate(options: GenerateOptions, info: RankInfo, console: Console) -> None:
+def answer_prompts(options: GenerateOptions, invocation: Invocation) -> None:
     """Answer `prompt`, `prompts`, or what is typed."""
+    info, console = invocation.rank_info, invocation.console
     prompts = Path(options.prompts).expanduser().absolute() if options.prompts else None
     if prompts and not (prompts.is_file() and os.access(prompts.parent, os.W_OK)):
         raise RecipeError(f"prompts must be a file in a folder that can be written; {prompts} is not.")
-    place, source = _located(options)
+    place, source = located(options)
     with Screen(console, clock=seconds_since()) as screen, classified(info):
         screen.show("importing torch")
         with quick_imports():
@@ -101,49 +95,3 @@ def _say(answerer: Any, content: Any, console: Console, *, base: bool = False) -
         console.print(Text(speed(answer), "dim"))
         texts.append(answer.text)
     return str(texts[0])
-
-
-def _export(options: ExportOptions, report: Path | None, info: RankInfo, console: Console) -> None:
-    """Write the model and prove it. Raises CheckpointError where it is not the trained one."""
-    if report:
-        check_report(report)
-    to = Path(options.to).expanduser().absolute()
-    check_target(to)
-    place, source = _located(options)
-    record: Any = None
-    with Screen(console, clock=seconds_since()) as screen, classified(info):
-        screen.show("importing torch")
-        with quick_imports():
-            from launcher.export.load_run import open_run
-            from launcher.export.write import export
-
-        for record in export(open_run(place, source, info), options, to):
-            screen.show(record)
-        if report:
-            write_json(report, record.as_report())
-    if not record.holds:
-        raise CheckpointError(record.failure)
-
-
-def _located(options: RunOptions) -> tuple[RunPlace, str]:
-    """The run, and where its base is."""
-    place = find_run(Path(options.run))
-    prepare_environment()
-    return place, locate(place.recipe.model, recipes_dir() / "architectures")
-
-
-def run_command(argv: Sequence[str], info: RankInfo, console: Console) -> None:
-    """Run a command line whose mode is a key of OPTIONS_OF. Raises the errors of launcher/errors.py."""
-    options = parse(argv).options
-    mode = options["mode"]
-    if info.world_size > 1:
-        raise RecipeError(f"mode={mode} runs in one process; {info.world_size} were started. Run launcher/main.py.")
-    read = read_options(argv, mode)
-    try:
-        if isinstance(read, ExportOptions):
-            _export(read, Path(options["report"]).absolute() if options["report"] else None, info, console)
-        else:
-            assert isinstance(read, GenerateOptions)
-            _generate(read, info, console)
-    except (KeyboardInterrupt, Terminated) as stop:
-        raise type(stop)("nothing of it is left") from None
