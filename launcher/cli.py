@@ -15,7 +15,7 @@ from launcher.api import make_request, train
 from launcher.checkpoint.files import write_json
 from launcher.commands.run_command import run_command
 from launcher.data.read.rows import ReadingProgress
-from launcher.errors import ContractError, DataError, LauncherError, RecipeError
+from launcher.errors import SHARED_CODES, ContractError, DataError, LauncherError, RecipeError
 from launcher.preflight.lines import Checks
 from launcher.preflight.mode import check
 from launcher.proof.bench.compare import bench
@@ -36,8 +36,6 @@ from launcher.runtime.ranks import RankInfo, rank_info
 from launcher.runtime.signals import Terminated, listen
 from launcher.runtime.streams import prepare_standard_streams
 from launcher.train.request import Request
-
-SHARED_CODES = (2, 3)  # every rank finds these, so one of them prints
 
 
 def main(argv: Sequence[str] | None = None) -> int:

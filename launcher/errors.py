@@ -37,6 +37,9 @@ def is_full_disk(error: BaseException) -> bool:
 LESS_TELLING = (1, 8, 129, 130, 138, 143)
 
 
+SHARED_CODES = (2, 3)  # of errors that mostly every rank finds, so that one of them prints
+
+
 class LauncherError(Exception):
     """A failure with a message meant for the user. `code` becomes the exit code of the process."""
 

@@ -198,7 +198,7 @@ def _gradient(parameter: nn.Parameter, scale: float) -> Tensor:
 def release(worker: Worker) -> None:
     """Disarm the compile contract and free the worker's model, which Accelerate and dynamo hold too."""
     device = worker.accelerator.device
-    worker.plan.release()
+    worker.release()
     worker.accelerator.free_memory()
     for holder in (worker, worker.plan):
         vars(holder).clear()

@@ -25,7 +25,7 @@ from pathlib import Path
 from threading import Event as Flag
 from threading import Thread
 
-from launcher.errors import LESS_TELLING, LostRank
+from launcher.errors import LESS_TELLING, SHARED_CODES, LauncherError, LostRank
 from launcher.records.run import Event, RunOpened, StepRecord
 from launcher.runtime.failures import code_and_reason
 from launcher.runtime.progress import PROGRESS
@@ -99,7 +99,19 @@ class Heartbeat:
             return EndedBy(self._cause)
         step = getattr(failure, "step", None) or self._ranks.own_step
         self._ending = self._ending or Ending(code, reason, self._info.rank, step)
+        if isinstance(failure, LauncherError) and code in SHARED_CODES and not self._printed_by_another(code):
+            failure.reporter = self._info.local_rank
         return failure
+
+    def _printed_by_another(self, code: int) -> bool:
+        """Whether the first rank of this machine, which prints what all ranks find, ends with this code too."""
+        first, limit = self._info.rank - self._info.local_rank, time.monotonic() + CAUSE_S
+        while self._info.local_rank and time.monotonic() < limit:
+            ending = self._ranks.state_of(first).get("ending")
+            if ending and (ending["code"], ending["rank"]) == (code, first):
+                return True
+            time.sleep(LOOK_S / 10)
+        return False
 
     def close(self) -> None:
         """Say the last word to the others: code 0 if there was none before. On rank 0, wait until they have read it."""

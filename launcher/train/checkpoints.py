@@ -88,11 +88,11 @@ class Checkpoints:
                 self._writer.write(content, step=step, eval_losses=eval_losses, wait=wait)
 
     def finish(self) -> str:
-        """Wait until the last save is on the disk, on every rank; what to say of it, "" if there is none."""
+        """Wait until the last save is on the disk, on every rank; what to say of it."""
         with self._worker.clock.phase("checkpoint"):
             self._finish_write()
         if self._saved_step is None:
-            return ""
+            return "no checkpoint was saved: train.save_every is off"
         folder = self._worker.folder.path
         return f"step {self._saved_step} is saved; with run.output_dir={folder} and no run.resume it goes on from there"
 

@@ -18,9 +18,16 @@ import torch  # noqa: E402
 
 from launcher.checkpoint import bundle  # noqa: E402
 from launcher.cli import main  # noqa: E402
+from launcher.errors import DataError  # noqa: E402
 from launcher.model.packed import PackedCausalLM  # noqa: E402
 
+
+def lose_data() -> None:
+    raise DataError("the data must stay; that of one rank is gone")
+
+
 FAULTS = {
+    "data": lose_data,
     "nan": lambda: None,
     "kill": lambda: os.kill(os.getpid(), signal.SIGKILL),
     "stop": lambda: os.kill(os.getpid(), signal.SIGSTOP),

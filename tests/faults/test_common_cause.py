@@ -79,6 +79,17 @@ def test_fault_22_one_rank_out_of_memory_ends_both_with_code_6_and_the_ledger(
 
 
 @pytest.mark.faults
+@pytest.mark.parametrize("rank", [0, 1])
+def test_fault_47_data_that_one_rank_alone_loses_is_told_once_whichever_rank_it_is(
+    small_arguments: tuple[str, ...], tmp_path: Path, rank: int
+) -> None:
+    status, errors = ended_by("data", rank, small_arguments, tmp_path)
+    assert (status["code"], status["rank"], status["step"]) == (3, rank, 2)
+    assert errors.count("error: the data must stay; that of one rank is gone (exit code 3)") == 1
+    assert errors.count("exitcode  : 3 ") == 2
+
+
+@pytest.mark.faults
 def test_fault_34_a_save_that_fails_on_rank_0_ends_both_with_code_7(
     small_arguments: tuple[str, ...], tmp_path: Path
 ) -> None:

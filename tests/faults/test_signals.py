@@ -87,6 +87,11 @@ def test_fault_25_a_signal_saves_at_the_next_step_and_the_run_goes_on_from_there
     assert lines(tmp_path / "run") == lines(tmp_path / "whole")
 
 
+def test_fault_25_a_run_without_checkpoints_says_that_nothing_is_saved(make: MakeRecipe, not_ignored: None) -> None:
+    with listening(), pytest.raises(Terminated, match="no checkpoint was saved: train.save_every is off"):
+        trained(make(save_every=0), until=3, act=send(signal.SIGTERM))
+
+
 def test_fault_25_a_signal_after_the_last_step_is_not_lost(make: MakeRecipe, monkeypatch: pytest.MonkeyPatch) -> None:
     original = loop.Checkpoints.save
 
