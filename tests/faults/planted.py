@@ -1,7 +1,8 @@
 """Run under a two-process launch by the tests of this folder: the command line, with a fault planted on one rank.
 
 Arguments: the fault, its rank, a file, and the recipe's. It comes in the forward pass of step 3 (save: in the
-checkpoint of step 2). The file gets the monotonic clock of that moment.
+checkpoint of step 2). The file gets the monotonic clock of that moment. worse: from step 4 on training goes up the
+gradient, on every rank.
 """
 
 import os
@@ -50,6 +51,8 @@ def forward(self: PackedCausalLM, *inputs: torch.Tensor) -> torch.Tensor:
         fell()
         FAULTS[fault]()
     loss = original(self, *inputs)
+    if fault == "worse" and torch.is_grad_enabled() and len(calls) > 4:
+        return -loss
     return loss * float("nan") if planted and fault == "nan" else loss
 
 

@@ -11,6 +11,9 @@ from launcher.checkpoint.bundle import bundles_of, read_bundle, step_of
 from launcher.errors import CheckpointError, RecipeError
 from launcher.records.run import EvalRecord, RunRecord
 from launcher.train import evaluation, finish
+from tests.conftest import ROOT
+from tests.support.arguments import replaced
+from tests.support.launches import LAUNCH, succeeded
 from tests.support.planted import plant
 from tests.support.runs import adapter, lines, trained
 
@@ -83,6 +86,21 @@ def test_the_best_checkpoint_is_kept_and_its_adapter_given_back(
     trained(make(train={**KEEP_BEST, "steps": 9}))  # goes on from the last, not from the best
     assert lines(tmp_path / "run")[-2]["step"] == 9
     assert [step_of(bundle) for bundle in bundles_of(checkpoints)] == [9, best]
+
+
+@pytest.mark.slow
+def test_both_ranks_get_the_best_checkpoints_adapter_back(small_arguments: tuple[str, ...], tmp_path: Path) -> None:
+    """The eval loss that is measured again is the sum of both ranks' shares."""
+    options = ("compile.mode=off", "train.steps=6", "run.sample_tokens=0", f"run.output_dir={tmp_path / 'run'}")
+    best = (f"train.{key}={str(value).lower()}" for key, value in KEEP_BEST.items())
+    argv = replaced(small_arguments, *options, *best)
+    planted = ROOT / "tests" / "faults" / "planted.py"
+    succeeded(*LAUNCH, planted, "worse", "none", "none", *argv, cwd=tmp_path)
+    report = json.loads((tmp_path / "run" / "report.json").read_text())
+    [verdict] = [each for each in report["verdicts"] if each["claim"] == "the adapter is the best checkpoint's"]
+    assert len(report["ranks"]) == 2 and verdict["holds"] and "after step 3 of 6" in verdict["evidence"]
+    kept = tmp_path / "run" / "checkpoints" / "step-3" / "adapter" / "adapter_model.safetensors"
+    assert adapter(tmp_path / "run") == kept.read_bytes()
 
 
 @pytest.mark.parametrize("fault", ["other weights", "damaged"])
