@@ -16,6 +16,7 @@ import psutil
 import pytest
 
 from tests.conftest import ROOT, TINY
+from tests.support.arguments import replaced
 from tests.support.launches import LAUNCH, MAIN, ended, family_of_process, seconds_until_gone, started, wait_until
 from tests.support.runs import lines
 
@@ -46,10 +47,10 @@ def whole(folder: Path) -> dict[int, float]:
     return losses(folder / "whole")
 
 
-def launched(folder: Path, name: str) -> subprocess.Popen[str]:
+def launched(folder: Path, name: str, *options: str) -> subprocess.Popen[str]:
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("CUDA_VISIBLE_DEVICES", raising=False)  # a worker of pytest-xdist has one GPU
-        return started(*DDP, MAIN, *RECIPE, f"run.output_dir={folder / name}", cwd=folder)
+        return started(*DDP, MAIN, *replaced(RECIPE, *options), f"run.output_dir={folder / name}", cwd=folder)
 
 
 def losses(run: Path) -> dict[int, float]:
@@ -125,3 +126,20 @@ def test_a_run_one_of_whose_ranks_was_killed_goes_on_with_the_losses_of_an_unint
     assert all(math.isfinite(loss) for loss in resumed.values())
     # The promise. 1.9e-4 was seen on two H200s, 42 steps after the resume: it is not kept yet (docs/reliability.md).
     assert differences[worst] < 1e-4
+
+
+def test_in_deterministic_mode_a_run_one_of_whose_ranks_was_killed_has_the_losses_of_an_uninterrupted_one(
+    folder: Path,
+) -> None:
+    options = ("train.deterministic=true", "train.steps=40")
+    done = ended(launched(folder, "deterministic", *options), timeout_s=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    killed = folder / "deterministic-killed"
+    process = launched(folder, killed.name, *options)
+    wait_until(lambda: last_step(killed) >= 15, process=process, timeout_s=200)
+    FALLS["rank 1 killed"](family_of_process(process))
+    ended(process, timeout_s=90)
+    done = ended(launched(folder, killed.name, *options), timeout_s=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert json.loads((killed / "report.json").read_text())["parts"][-1]["first_step"] > 1
+    assert losses(killed) == losses(folder / "deterministic")
