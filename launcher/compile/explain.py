@@ -23,6 +23,7 @@ MEMBER = re.compile(r"\._(?:modules|parameters|buffers)\['(\w+)'\]")
 OPPOSITES = {"on": "off", "True": "False", "requires_grad=1": "requires_grad=0"}
 OPPOSITES |= {b: a for a, b in OPPOSITES.items()}
 MOST_GUARDS, LINE_LENGTH = 3, 300  # of a message
+MOST_READ = 4_000  # characters of one guard, or of a break: causes are searched in them
 
 Values = Mapping[str, tuple[str, str]]  # by what a guard reads: its value before and now, "" where it is not known
 
@@ -92,7 +93,7 @@ def changed_settings(raw: str) -> list[tuple[str, str]]:
 def _pieces(raw: str) -> list[tuple[str, str, str]]:
     """Of each graph that did not fit: its id, the guard that failed, and all that is said of it."""
     pieces = PIECE.findall(raw) or [("", raw)]
-    return [(graph, GUARD_ENDS.split(text.strip())[0].strip(), text) for graph, text in pieces]
+    return [(graph, GUARD_ENDS.split(text.strip()[:MOST_READ])[0].strip(), text) for graph, text in pieces]
 
 
 def _failed_guards(raw: str) -> list[_Match]:
@@ -116,7 +117,7 @@ def _match(causes: tuple[Cause, ...], said: str, text: str = "") -> list[_Match]
 def _without_hints(raw: str) -> str:
     """Dynamo's words without its hints, which tell of others' code, and without the user's."""
     lines = raw.split("from user code:")[0].splitlines()
-    return "\n".join(line for line in lines if not line.strip().startswith("Hint:"))
+    return "\n".join(line for line in lines if not line.strip().startswith("Hint:"))[:MOST_READ]
 
 
 def _user_line(text: str, raw: str, where: str) -> str:

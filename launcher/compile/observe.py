@@ -204,7 +204,8 @@ def _reason(metric: Any) -> str:
 def _guards(metric: Any) -> tuple[str, Values, str]:
     """What dynamo says of the guards that failed before a recompile, their values, and where the function stands."""
     reason = metric.recompile_reason or "compiled for the first time after warm-up"
-    return *(witness.recompile(metric.compile_id) or (reason, {})), f"{metric.co_filename}:{metric.co_firstlineno}"
+    where = f"{metric.co_filename}:{metric.co_firstlineno}" if metric.co_filename else ""
+    return witness.recompile(metric.compile_id) or (reason, {}, where)
 
 
 def _recompile(metric: Any) -> str:

@@ -29,7 +29,7 @@ SETTINGS: dict[str, Callable[[], object]] = {  # by dynamo's name
 COMPILES = "_compile"  # dynamo's function. Its `frame` is not used: after an error that points to freed memory
 
 _settings: dict[str, dict[str, str]] = {}  # by compile id, while a graph was compiled
-_recompiles: dict[str, tuple[str, Values]] = {}  # by compile id: the guards that failed before, and their values
+_recompiles: dict[str, tuple[str, Values, str]] = {}  # by compile id: guards that failed, their values, the function
 
 
 def begin() -> None:
@@ -46,8 +46,8 @@ def see_graph() -> None:
     _settings[str(CompileContext.current_compile_id())] = _settings_now()
 
 
-def recompile(compile_id: object) -> tuple[str, Values] | None:
-    """All guards that failed before this compilation, in dynamo's words, and their values."""
+def recompile(compile_id: object) -> tuple[str, Values, str] | None:
+    """The guards that failed before this compilation, in dynamo's words, their values, "FILE:LINE" of the function."""
     return _recompiles.get(str(compile_id))
 
 
@@ -68,7 +68,8 @@ def _see_recompile() -> str:
         variables = next(f.f_locals for f, _ in walk_stack(sys._getframe()) if f.f_code.co_name == COMPILES)
         if reasons := variables.get("reasons"):
             raw = "\n".join(reasons)
-            _recompiles[str(CompileContext.current_compile_id())] = raw, _values(raw, variables)
+            where = f"{variables['code'].co_filename}:{variables['code'].co_firstlineno}"
+            _recompiles[str(CompileContext.current_compile_id())] = raw, _values(raw, variables), where
     return ""
 
 

@@ -1,10 +1,8 @@
-"""Each cause of a broken contract is provoked, and explained with the user's line, both values and the remedy."""
+"""Each cause of a recompile is provoked, and explained with the user's line, both values and the remedy."""
 
-import logging
 import re
-import time
 from collections.abc import Callable
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import pytest
@@ -14,7 +12,7 @@ from torch import nn
 
 from launcher.compile.observe import COMPILE_ERRORS, Observer
 from launcher.records.explanation import Explanation
-from tests.support.plans import Block, plan_for, refuse, stopped
+from tests.support.plans import Block, plan_for, stopped
 
 pytestmark = pytest.mark.usefixtures("clean_dynamo")
 
@@ -120,7 +118,7 @@ IN_WARN = ("length", "frozen", "mask", "no_grad", "autocast", "threads", "attrib
 
 def shows(explanation: Explanation, what: str, line: str, before: str, now: str, remedy: str) -> None:
     assert what in explanation.what and remedy in explanation.remedy
-    assert "test_why_it_broke.py:" in explanation.line and line in explanation.line
+    assert "test_explained_recompiles.py:" in explanation.line and line in explanation.line
     assert (explanation.before, explanation.now) == (before, now)
     assert explanation.raw
 
@@ -188,76 +186,6 @@ def test_a_function_that_warm_up_had_not_called_is_named():
         plan.check()
 
 
-LOG = logging.getLogger("test")
-skipped = torch.compiler.disable(lambda x: x)
-
-
-# The code of a break, and of its explanation: what, now, remedy.
-BREAKS: dict[str, tuple[Any, ...]] = {
-    "branch": (lambda x: x if x.sum() > 0 else -x, "decides by a tensor's values", "", "torch.where"),
-    "branch on item": (lambda x: x if x.sum().item() > 0 else -x, "decides by a tensor's values", "", "torch.where"),
-    "loop": (lambda x: [x for _ in range(int(x.sum()))][0], "decides by a tensor's values", "", "outside the compiled"),
-    "read": (lambda x: x.tolist() and x, "reads a tensor's values on the host (tolist)", "", "Keep the value a tensor"),
-    "print": (lambda x: print(x.shape) or x, "prints, logs or reads (print)", "", "Move that line out"),
-    "log": (lambda x: LOG.warning("x") or x, "prints, logs or reads (logging.Logger)", "", "Move that line out"),
-    "file": (lambda x: open("x") and x, "prints, logs or reads (open)", "", "Move that line out"),
-    "asked for": (lambda x: torch._dynamo.graph_break() or x, "asks for a graph break (torch._dynamo", "", "Remove"),
-    "disabled": (lambda x: skipped(x), "asks for a graph break (torch.compiler.disable)", "", "Remove that call"),
-    "offload": (lambda x: torch.autograd.graph.save_on_cpu() and x, "moved to the host", "", "memory.activations=offload"),
-    "gradient": (lambda x: x.detach().requires_grad_(), "requires_grad_()", "", "disable_input_require_grads"),
-    "error": (lambda x: 1 / 0, "raised an error", "ZeroDivisionError", "compile.mode=off"),
-    "shapes": (lambda x: x @ torch.ones(3, 3), "does not accept its inputs", "RuntimeError(", "compile.mode=off"),
-    "builtin": (lambda x: time.sleep(0) or x, "calls time.sleep, into which", "", "torch.library.custom_op"),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("mode", ["strict", "warn"])
-@pytest.mark.parametrize("name", BREAKS)
-@pytest.mark.filterwarnings("ignore:Dynamo does not know:UserWarning")
-def test_a_break_is_explained_with_its_line_and_the_remedy_in_strict_and_in_warn(name, mode):
-    function, what, now, remedy = BREAKS[name]
-
-    class Breaking(Block):
-        def forward(self, x):
-            return function(x)
-
-    plan, observer = plan_for(block := Breaking(), mode=mode)
-    with stopped(mode, re.escape(what)), suppress(ZeroDivisionError, RuntimeError, FileNotFoundError):
-        plan.warm_up(lambda: block(torch.ones(2, 8)))
-    [explanation] = observer.record().explanations
-    assert what in explanation.what and remedy in explanation.remedy and now in explanation.now
-    assert "test_why_it_broke.py:" in explanation.line and "lambda x:" in explanation.line
-    assert mode == "strict" or what in observer.record().fallbacks[0]
-
-
-def test_a_generator_and_code_that_is_skipped_are_explained():
-    class Generating(Block):
-        def forward(self, x):
-            yield x
-
-    for module in (Generating(), nn.Sequential(nn.Linear(8, 8))):
-        plan, _ = plan_for(module)
-        with stopped("strict", "(?s)the compiler skipped the function: .*Compile a function that calls it"):
-            plan.warm_up(lambda module=module: module(torch.ones(2, 8)))
-
-
-@torch._dynamo.config.patch(recompile_limit=1)
-def test_a_limit_hit_is_explained_by_the_last_guard():
-    plan, observer = plan_for(model := Model())
-    with stopped("strict", "recompile limit may not be reached: a length of 15 is not"):
-        plan.warm_up(lambda: [model(X), model(X[:, :15])])
-    [explanation] = observer.record().explanations
-    assert "size mismatch" in explanation.raw and DEF in explanation.line
-
-
-def test_a_backend_error_is_explained(monkeypatch):
-    monkeypatch.setattr(torch._dynamo, "lookup_backend", lambda name: refuse)
-    plan, observer = plan_for(model := Model())
-    with stopped("strict", "(?s)could not make code of the graph: .*planted.*Try another compile.backend"):
-        plan.warm_up(lambda: model(X))
-    assert len(observer.record().explanations) == 1
-
-
 def closure(value):
     def read(x):
         return x * value
@@ -269,46 +197,33 @@ def closure(value):
     return read, write
 
 
-def test_dynamic_sizes_closures_and_shared_tensors_are_explained_though_no_plan_has_them():
+@pytest.mark.parametrize(
+    ("function", "first", "second", "dynamic", "what", "remedy"),
+    [
+        (lambda x: x @ x, (torch.ones(2, 8, 8),), (X,), True, "the first input had both alike", "such as head_dim"),
+        (nn.Linear(8, 8).forward, (X,), (X[:1],), True, "a dynamic size became 1", "Pad to at least 2"),
+        (lambda x, y: x + y, (X, X), (X, X.clone()), False, "two inputs are one tensor in some", "the same one in"),
+        (lambda x, y: x + y, (X, X.clone()), (X, X), False, "two inputs are one tensor in some", "the same one in"),
+    ],
+)
+def test_dynamic_sizes_and_shared_tensors_are_explained_though_no_plan_has_them(
+    function, first, second, dynamic, what, remedy
+):
+    compiled = torch.compile(function, backend="eager", fullgraph=True, dynamic=dynamic)
+    compiled(*first)
+    with torch._dynamo.config.patch(error_on_recompile=True), pytest.raises(COMPILE_ERRORS) as caught:
+        compiled(*second)
+    explanation = Observer().explain_error(caught.value)
+    assert what in explanation.what and remedy in explanation.remedy and explanation.line
+
+
+def test_a_variable_around_the_function_is_explained_with_both_values():
     read, write = closure(3)
-    linear = nn.Linear(8, 8)
-    for function, first, then, second, options, what, remedy in (
-        (read, (X,), lambda: write(4), (X,), {}, "value, an argument or a variable around", "as a tensor"),
-        (
-            lambda x: x @ x,
-            (torch.ones(2, 8, 8),),
-            None,
-            (X,),
-            {"dynamic": True},
-            "the first input had both alike",
-            "head_dim",
-        ),
-        (linear.forward, (X,), None, (X[:1],), {"dynamic": True}, "a dynamic size became 1", "Pad to at least 2"),
-        (
-            lambda x, y: x + y,
-            (X, X),
-            None,
-            (X, X.clone()),
-            {},
-            "two inputs are one tensor in some",
-            "the same one in every",
-        ),
-        (
-            lambda x, y: x + y,
-            (X, X.clone()),
-            None,
-            (X, X),
-            {},
-            "two inputs are one tensor in some",
-            "the same one in every",
-        ),
-    ):
-        torch._dynamo.reset()
-        compiled = torch.compile(function, backend="eager", fullgraph=True, **options)
-        compiled(*first)
-        if then:
-            then()
-        with torch._dynamo.config.patch(error_on_recompile=True), pytest.raises(COMPILE_ERRORS) as caught:
-            compiled(*second)
-        explanation = Observer().explain_error(caught.value)
-        assert what in explanation.what and remedy in explanation.remedy and explanation.line
+    observer, compiled = Observer(), torch.compile(read, backend="eager", fullgraph=True)
+    compiled(X)
+    write(4)
+    with torch._dynamo.config.patch(error_on_recompile=True), pytest.raises(COMPILE_ERRORS) as caught:
+        compiled(X)
+    explanation = observer.explain_error(caught.value)
+    assert explanation.what.startswith("value, an argument or a variable around the function")
+    assert (explanation.before, explanation.now) == ("3", "4") and "x * value" in explanation.line
