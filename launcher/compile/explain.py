@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from launcher.compile.causes import BACKENDS, BREAKS, GUARDS, LESS_TELLING, LOOK_UP, UNKNOWN, Cause
+from launcher.compile.causes import BACKENDS, BREAKS, GUARDS, LESS_TELLING_GUARDS, LOOK_UP, UNKNOWN, Fault
 from launcher.records.explanation import Explanation
 
 PIECE = re.compile(r"(?:^|[\s-])(\d+/\d+): (.*?)(?=\s-?\s*\d+/\d+: |\Z)", re.DOTALL)
@@ -25,12 +25,12 @@ OPPOSITES |= {b: a for a, b in OPPOSITES.items()}
 MOST_GUARDS, LINE_LENGTH = 3, 300  # of a message
 MOST_READ = 4_000  # characters of one guard, or of a break: causes are searched in them
 
-Values = Mapping[str, tuple[str, str]]  # by what a guard reads: its value before and now, "" where it is not known
+GuardValues = Mapping[str, tuple[str, str]]  # by what a guard reads: its value before and now, "" where it is not known
 
 
 @dataclass(frozen=True)
 class _Match:
-    cause: Cause
+    cause: Fault
     groups: dict[str, str]
     text: str  # in which the user's line is looked for
 
@@ -39,7 +39,7 @@ class _Match:
         return self.cause.says, self.groups["name"], self.groups.get("index", "")
 
 
-def explain(kind: str, raw: str, *, values: Values | None = None, where: str = "") -> Explanation:
+def explain(kind: str, raw: str, *, values: GuardValues | None = None, where: str = "") -> Explanation:
     """What `raw`, dynamo's words, mean; `kind` is one of observe.failure_kind.
 
     `values` were read while dynamo compiled; `where` is "FILE:LINE", for words that name no line.
@@ -99,12 +99,12 @@ def _pieces(raw: str) -> list[tuple[str, str, str]]:
 def _failed_guards(raw: str) -> list[_Match]:
     """The guard that most of the graphs failed on, once for each of them; one that tells more goes first."""
     matches = [match for _, guard, text in _pieces(raw) for match in _match(GUARDS, guard, text)]
-    telling = [match for match in matches if not match.cause.says.startswith(LESS_TELLING)] or matches
+    telling = [match for match in matches if not match.cause.says.startswith(LESS_TELLING_GUARDS)] or matches
     subjects = Counter(match.subject for match in telling).most_common(1)
     return [match for match in telling if match.subject == subjects[0][0]]
 
 
-def _match(causes: tuple[Cause, ...], said: str, text: str = "") -> list[_Match]:
+def _match(causes: tuple[Fault, ...], said: str, text: str = "") -> list[_Match]:
     """The first cause that fits, if any."""
     for cause in causes:
         if found := re.search(cause.says, said):

@@ -21,7 +21,7 @@ from torch._dynamo.utils import counters, get_compilation_metrics, set_compilati
 
 from launcher.compile import witness
 from launcher.compile.contents import contents
-from launcher.compile.explain import Values, explain
+from launcher.compile.explain import GuardValues, explain
 from launcher.compile.inductor_cache import OPS, key_tag
 from launcher.records.explanation import Explanation
 from launcher.records.run import CompileRecord, GraphRecord
@@ -201,7 +201,7 @@ def _reason(metric: Any) -> str:
     return why + (where if metric.fail_user_frame_filename else "")
 
 
-def _guards(metric: Any) -> tuple[str, Values, str]:
+def _guards(metric: Any) -> tuple[str, GuardValues, str]:
     """What dynamo says of the guards that failed before a recompile, their values, and where the function stands."""
     reason = metric.recompile_reason or "compiled for the first time after warm-up"
     where = f"{metric.co_filename}:{metric.co_firstlineno}" if metric.co_filename else ""

@@ -15,7 +15,7 @@ import torch
 import torch._dynamo
 from torch._guards import CompileContext
 
-from launcher.compile.explain import Values, changed_settings, names
+from launcher.compile.explain import GuardValues, changed_settings, names
 
 SETTINGS: dict[str, Callable[[], object]] = {  # by dynamo's name
     "grad_mode": torch.is_grad_enabled,
@@ -29,7 +29,9 @@ SETTINGS: dict[str, Callable[[], object]] = {  # by dynamo's name
 COMPILES = "_compile"  # dynamo's function. Its `frame` is not used: after an error that points to freed memory
 
 _settings: dict[str, dict[str, str]] = {}  # by compile id, while a graph was compiled
-_recompiles: dict[str, tuple[str, Values, str]] = {}  # by compile id: guards that failed, their values, the function
+_recompiles: dict[
+    str, tuple[str, GuardValues, str]
+] = {}  # by compile id: guards that failed, their values, the function
 
 
 def begin() -> None:
@@ -46,12 +48,12 @@ def see_graph() -> None:
     _settings[str(CompileContext.current_compile_id())] = _settings_now()
 
 
-def recompile(compile_id: object) -> tuple[str, Values, str] | None:
+def recompile(compile_id: object) -> tuple[str, GuardValues, str] | None:
     """The guards that failed before this compilation, in dynamo's words, their values, "FILE:LINE" of the function."""
     return _recompiles.get(str(compile_id))
 
 
-def values_at(error: BaseException) -> Values:
+def values_at(error: BaseException) -> GuardValues:
     """The values at an error of dynamo's. Settings that a context manager had made are gone by then."""
     with suppress(Exception):
         return next(
@@ -73,7 +75,7 @@ def _see_recompile() -> str:
     return ""
 
 
-def _values(raw: str, variables: Mapping[str, Any]) -> Values:
+def _values(raw: str, variables: Mapping[str, Any]) -> GuardValues:
     around, own = variables["globals"], variables["locals"]
     scope = {**around, **own, "G": around, "L": own}
     values = {name: ("", _read(name, scope)) for name in names(raw)}
