@@ -11,7 +11,7 @@ Dynamo's counters live as long as the process: all numbers are differences from 
 
 import hashlib
 from collections import Counter, defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -19,8 +19,11 @@ import torch._dynamo
 from torch._dynamo.exc import FailOnRecompileLimitHit
 from torch._dynamo.utils import counters, get_compilation_metrics, set_compilation_metrics_limit
 
+from launcher.compile import witness
 from launcher.compile.contents import contents
+from launcher.compile.explain import GuardValues, explain
 from launcher.compile.inductor_cache import OPS, key_tag
+from launcher.records.explanation import Explanation
 from launcher.records.run import CompileRecord, GraphRecord
 
 COMPILE_ERRORS = (torch._dynamo.exc.TorchDynamoException, FailOnRecompileLimitHit)
@@ -37,6 +40,8 @@ class Observer:
         self._graphs: list[GraphRecord] = []  # in order of compilation
         self._planned: int | None = None  # number of graphs when warm-up ended
         self._counters = _flat_counters()
+        self._errors: list[Explanation] = []
+        witness.begin()
         self.expected: dict[str, int] = {}  # graphs that warm-up must compile, by region
         self.fallbacks: list[str] = []
         self.calls: Counter[str] = Counter()  # of compiled code: "REGION" forward, "REGION backward"
@@ -48,6 +53,7 @@ class Observer:
 
         def observed(graph: torch.fx.GraphModule, example_inputs: list[Any]) -> Any:
             self._graphs.append(contents(region, graph, example_inputs))
+            witness.see_graph()
             return self._counted(region, inner(graph, example_inputs))
 
         return observed
@@ -74,6 +80,15 @@ class Observer:
         """Warm-up is over: from now on every compilation is unplanned."""
         self._armed_at = len(get_compilation_metrics())
         self._planned = len(self._graphs)
+
+    def explain_error(self, error: BaseException) -> Explanation:
+        """Why dynamo raised this error; `record` has it too."""
+        kind, raw, values, where = failure_kind(type(error).__name__), str(error), witness.values_at(error), ""
+        if kind == "limit" and (metrics := self._metrics()):  # its own words do not name the guard
+            guards, values, where = _guards(metrics[-1])
+            raw = f"{raw}\n{guards}"
+        self._errors.append(explain(kind, raw, values=values, where=where))
+        return self._errors[-1]
 
     def graphs_by_region(self) -> dict[str, int]:
         """The number of graphs so far, by region."""
@@ -124,7 +139,24 @@ class Observer:
             evaluations=self._passes("evaluation"),
             evaluations_compiled=self.passes["evaluation", True],
             calls=self.expected_calls,
+            explanations=tuple(self._explanations(failed, silent, unplanned + late)),
         )
+
+    def _explanations(
+        self, failed: dict[str, list[Any]], silent: list[str], recompiled: list[Any]
+    ) -> Iterator[Explanation]:
+        """Of the errors, of failures that someone else caught, of breaks without an error, and of recompiles."""
+        yield from self._errors
+        for kind, metrics in failed.items():
+            for metric in metrics:
+                said = (metric.fail_reason or metric.fail_type).strip()
+                if not any(error.raw.startswith(said) for error in self._errors):
+                    where = f"{metric.fail_user_frame_filename}:{metric.fail_user_frame_lineno}"
+                    yield explain(kind, said, where=where if metric.fail_user_frame_filename else "")
+        yield from (explain("break", reason) for reason in silent)
+        for metric in recompiled:
+            guards, values, where = _guards(metric)
+            yield explain("recompile", guards, values=values, where=where)
 
     def _after_warm_up(self) -> list[Any]:
         """Compilations after `arm` that succeeded."""
@@ -167,6 +199,13 @@ def _reason(metric: Any) -> str:
     why = lines[1] if names_backend else lines[0]
     where = f" ({metric.fail_user_frame_filename}:{metric.fail_user_frame_lineno})"
     return why + (where if metric.fail_user_frame_filename else "")
+
+
+def _guards(metric: Any) -> tuple[str, GuardValues, str]:
+    """What dynamo says of the guards that failed before a recompile, their values, and where the function stands."""
+    reason = metric.recompile_reason or "compiled for the first time after warm-up"
+    where = f"{metric.co_filename}:{metric.co_firstlineno}" if metric.co_filename else ""
+    return witness.recompile(metric.compile_id) or (reason, {}, where)
 
 
 def _recompile(metric: Any) -> str:

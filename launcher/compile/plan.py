@@ -13,12 +13,14 @@ import torch
 import torch._dynamo
 
 from launcher.compile.dynamo_config import set_in_all_threads
+from launcher.compile.explain import message
 from launcher.compile.graphs import Work
 from launcher.compile.inductor_cache import keep_headers_private
 from launcher.compile.observe import COMPILE_ERRORS, Observer, failure_kind
 from launcher.compile.regions import Region, select_regions
 from launcher.errors import ContractError
 from launcher.recipe.schema import CompileSection
+from launcher.records.explanation import Explanation
 
 RULES = {  # by observe.failure_kind
     "recompile": "no recompile is allowed after warm-up",
@@ -26,12 +28,7 @@ RULES = {  # by observe.failure_kind
     "backend": "the compile backend must accept the graph",
     "break": "no graph break is allowed",
 }
-REMEDIES = {
-    "recompile": "Every shape must be planned: keep batch and length fixed, or run with compile.mode=warn.",
-    "limit": "The same code was compiled too often. Look at the recompile reasons above it; compile.mode=warn goes on.",
-    "backend": "Try another compile.backend or compile.scope=regions; compile.mode=warn goes on uncompiled.",
-    "break": "Change the line, take the region out with compile.scope=regions, or run with compile.mode=warn.",
-}
+GOES_ON = "compile.mode=warn goes on regardless."
 # Given with every graph, so that it holds for the backward pass too, which autograd's thread compiles. Inductor would
 # otherwise try padded matrix products, and where it kept them, a padded copy of the head.
 INDUCTOR_CONFIG = {"shape_padding": False}
@@ -73,11 +70,12 @@ class Plan:
         try:
             yield
         except COMPILE_ERRORS as error:
-            raise ContractError(explain(error)) from error
+            kind = failure_kind(type(error).__name__)
+            raise ContractError(_message(kind, self.observer.explain_error(error))) from error
         except RuntimeError as error:
             if NOTHING_COMPILED not in str(error):
                 raise
-            raise ContractError(f"{str(error).splitlines()[0]}\n{REMEDIES['break']}") from error
+            raise ContractError(_message("break", self.observer.explain_error(error))) from error
 
     def warm_up(self, run: Callable[[], None]) -> None:
         """Call `run`, which passes every planned shape through forward and backward, then check the graphs.
@@ -88,7 +86,7 @@ class Plan:
         self.call(run)
         compiled = self.observer.graphs_by_region()
         if self.mode == "strict" and compiled != self.observer.expected:
-            raise ContractError(_count_message(self.observer.expected, compiled))
+            raise ContractError(_count_message(self.observer, compiled))
 
     def arm(self) -> None:
         """Warm-up is over on every rank: from now on any compilation is unplanned, and in strict mode an error."""
@@ -112,8 +110,8 @@ class Plan:
         if self.mode == "strict" and self.observer.unplanned:
             record = self.observer.record()
             raise ContractError(
-                f"after warm-up nothing may be compiled; {self.observer.unplanned} compilation(s) happened:\n"
-                f"{'; '.join(record.recompile_reasons[:3])}\n{REMEDIES['recompile']}"
+                f"after warm-up nothing may be compiled; {self.observer.unplanned} compilation(s) happened: "
+                f"{message(record.explanations[-1], remedy=GOES_ON)}"
             )
 
     def fall_back(self, why: str) -> None:
@@ -182,18 +180,9 @@ class Plan:
             region.install(torch.compile(region.function, **options))
 
 
-def explain(error: BaseException) -> str:
-    """The rule, what happened (with the guard or the line), and the remedy, in at most five lines."""
-    kind = failure_kind(type(error).__name__)
-    message = [line.strip() for line in str(error).strip().splitlines() if line.strip()]
-    relevant = {"recompile": 3, "backend": 2}.get(kind, 1)  # lines of dynamo's message that say something
-    lines = [*message[:relevant], *(_user_line(error) if kind == "break" else [])]
-    return "\n".join([f"{RULES[kind]}: {lines[0][:300]}", *(line[:300] for line in lines[1:]), REMEDIES[kind]])
-
-
-def _user_line(error: BaseException) -> list[str]:
-    stack = getattr(error, "real_stack", None)
-    return [f"at {stack[-1].filename}:{stack[-1].lineno} in {stack[-1].name}"] if stack else []
+def _message(kind: str, explanation: Explanation) -> str:
+    """The rule, what happened with line, values and remedy, and dynamo's own words."""
+    return f"{RULES[kind]}: {message(explanation, remedy=GOES_ON)}"
 
 
 def _calls_message(expected: Counter[str], made: Counter[str]) -> str:
@@ -208,9 +197,11 @@ def _counts(counts: dict[str, int]) -> str:
     return ", ".join(f"{name} {n}" for name, n in sorted(counts.items())) or "none"
 
 
-def _count_message(expected: dict[str, int], compiled: dict[str, int]) -> str:
+def _count_message(observer: Observer, compiled: dict[str, int]) -> str:
+    expected, explanations = observer.expected, observer.record().explanations
+    why = message(explanations[-1]) if explanations else "None more than planned."
     return (
         f"warm-up must compile exactly the planned graphs ({_counts(expected)}); it compiled {_counts(compiled)}.\n"
-        "More than planned: calls that should be equal differ (TORCH_LOGS=recompiles names the guard).\n"
+        f"More than planned: calls that should be equal differ. {why}\n"
         "Fewer: part of the model was skipped by the compiler. compile.mode=warn goes on regardless."
     )

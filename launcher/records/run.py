@@ -8,6 +8,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from launcher.records.explanation import Explanation
+
 REPORT_SCHEMA = 1
 
 
@@ -142,6 +144,7 @@ class CompileRecord:
     evaluations_compiled: int = 0
     calls: dict[str, int] = field(default_factory=dict)  # planned for one micro batch of the largest shape
     cache_misses: int = 0  # graphs whose code was generated: neither it nor a fit one was in the cache
+    explanations: tuple[Explanation, ...] = ()  # of every break, recompile, limit hit and backend error
 
 
 @dataclass(frozen=True)

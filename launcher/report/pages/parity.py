@@ -1,6 +1,7 @@
 """mode=parity as a page: what was compared, by batch and by adapter, and whether the gate is open."""
 
 from launcher.records.parity import ParityRecord
+from launcher.report.pages.explanations import explanations
 from launcher.report.pages.formatting import counted, loss, whole
 from launcher.report.pages.page import Column, Page, Section, Styled, Table, Value, flagged
 from launcher.report.pages.sections import elapsed, model_facts, note_facts, notes, sample_note, sampled, verdicts
@@ -19,6 +20,7 @@ def parity_page(record: ParityRecord) -> Page:
             _batches(record),
             _adapters(record),
             _errors(record),
+            explanations([(0, record.compile)]),
             notes(record.notes),
             verdicts(record.verdicts),
         ],

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Sequence
 
 from launcher.records.run import CompileRecord, RankRecord
+from launcher.report.pages.explanations import explanations
 from launcher.report.pages.formatting import counted, extent, on_cpu
 from launcher.report.pages.page import Column, Facts, Item, Section, Styled, Table, Value, flagged
 
@@ -37,8 +38,9 @@ def rank_sections(ranks: Sequence[RankRecord]) -> Iterator[Section]:
 
 
 def event_sections(ranks: Sequence[RankRecord]) -> Iterator[Section]:
-    """Why there were breaks, recompiles, limit hits and fallbacks."""
+    """Why there were breaks, recompiles, limit hits and fallbacks: in plain words, then in dynamo's."""
     compiled = [(r.rank, r.compile) for r in ranks]
+    yield explanations(compiled)
     yield _reasons("Graph breaks", [(rank, c.graph_breaks, c.graph_break_reasons) for rank, c in compiled])
     yield _reasons("Recompiles", [(rank, c.recompiles, c.recompile_reasons) for rank, c in compiled])
     yield _reasons("Runs uncompiled", [(rank, len(c.fallbacks), c.fallbacks) for rank, c in compiled])

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from launcher.records.explanation import Explanation
 from launcher.records.run import EvalRecord, RunPart, Verdict
 from tests.support.records import PHASES, bad, rank_record, run_record, section, shown, start_record, step_record
 
@@ -184,3 +185,18 @@ def test_elapsed_time_is_listed_by_phase_with_its_sum() -> None:
     lines = section(shown(run_record()), "Elapsed by phase")
     assert lines[5].startswith("compile 41.0 25 % ━") and "total 162.6" in lines
     assert lines[6].count("━") == 24 and lines[7].count("━") == 1, "the longest, and one that is not nothing"
+
+
+def test_an_explanation_is_shown_once_with_its_ranks_above_dynamos_own_words() -> None:
+    why = Explanation("a length of 15", "m.py:3: y = x", "16", "15", "Set [b]data.batching[/b]=packed", "0/0: [x] raw")
+    others = tuple(replace(why, what=f"other {n}") for n in range(5))
+    ranks = [rank_record(r, explanations=(why, *others), recompiles=1, recompile_reasons=("raw",)) for r in (0, 1)]
+    text = shown(run_record(*ranks))
+    assert section(text, "Why it broke")[1:7] == [
+        "rank 0, 1 a length of 15", "line m.py:3: y = x", "before 16", "now 15",
+        "remedy Set [b]data.batching[/b]=packed", "dynamo 0/0: [x] raw",
+    ]  # fmt: skip
+    assert "2 more explanations in report.json" in section(text, "Why it broke")
+    assert text.index("Why it broke") < text.index("─ Recompiles")
+    assert ranks[0].as_report()["compile"]["explanations"][0]["remedy"] == why.remedy
+    assert "Why it broke" not in shown(run_record())
