@@ -24,7 +24,7 @@ ALLOWED = {  # package or module: what of ours it may import, itself and all it 
     "api": {"preflight", "train", "report", "recipe", "runtime", "checkpoint.folder", "compile.inductor_cache", *BASE}
     | {"export.card"},
     "commands": {"export", "preflight.before_torch", "report", "recipe", "runtime", "checkpoint.files", *BASE},
-    "export": {"train", "recipe.run_options", *WORK},
+    "export": {"train", "recipe.run_options", "recipe.hub_request", *WORK},
     "export.card": BASE,
     "preflight": {"train", "recipe", *WORK},
     "train": {*WORK, "recipe.field_types"},

@@ -9,6 +9,7 @@ from rich.console import Console
 from launcher.commands.export import export_model
 from launcher.commands.finished_run import Invocation
 from launcher.commands.generate import answer_prompts
+from launcher.commands.push import push_model
 from launcher.errors import RecipeError
 from launcher.preflight.before_torch import check_report
 from launcher.recipe.command_line import parse
@@ -19,6 +20,7 @@ from launcher.runtime.signals import Terminated
 RUN_COMMANDS: dict[str, Callable[[Any, Invocation], None]] = {  # by mode: the keys of OPTIONS_OF
     "generate": answer_prompts,
     "export": export_model,
+    "push": push_model,
 }
 
 
@@ -34,4 +36,5 @@ def run_command(argv: Sequence[str], info: RankInfo, console: Console) -> None:
     try:
         RUN_COMMANDS[mode](options, Invocation(info, console, report))
     except (KeyboardInterrupt, Terminated) as stop:
-        raise type(stop)("nothing of it is left") from None
+        rest = "all of it is committed, or nothing: run it again" if mode == "push" else "nothing of it is left"
+        raise type(stop)(rest) from None
