@@ -8,13 +8,11 @@ from launcher.export.push import plan_push, push
 from launcher.recipe.run_options import PushOptions
 from launcher.report import Screen
 from launcher.runtime.clock import seconds_since
-from launcher.runtime.environment import prepare_environment
 from launcher.runtime.failures import classified
 
 
 def push_model(options: PushOptions, invocation: Invocation) -> None:
     """Push it. Raises RecipeError where that must not or cannot be."""
-    prepare_environment()
     record: Any = None
     with Screen(invocation.console, clock=seconds_since()) as screen, classified(invocation.rank_info):
         for record in push(plan_push(options), options):

@@ -14,6 +14,7 @@ from launcher.errors import RecipeError
 from launcher.preflight.before_torch import check_report
 from launcher.recipe.command_line import parse
 from launcher.recipe.run_options import read_options
+from launcher.runtime.environment import prepare_environment
 from launcher.runtime.ranks import RankInfo
 from launcher.runtime.signals import Terminated
 
@@ -30,6 +31,7 @@ def run_command(argv: Sequence[str], info: RankInfo, console: Console) -> None:
     mode, report = given["mode"], Path(given["report"]).absolute() if given["report"] else None
     if info.world_size > 1:
         raise RecipeError(f"mode={mode} runs in one process; {info.world_size} were started. Run launcher/main.py.")
+    prepare_environment()  # before an option's check imports a library
     options = read_options(argv, mode)
     if report:
         check_report(report)

@@ -19,7 +19,7 @@ CARD, OUR_TAG, UNPROVEN_TAG = "README.md", "qlora-launcher", "unproven"
 PATH = re.compile(r"(?<![\w.:/…])/(?:[^\s/'\"`|]+/)+([^\s/'\"`|,;:)]*)")
 TOLD_APART = ("model.name", "model.revision", "data.sources", "data.validation")  # keys with a line of their own
 SECTIONS_TOLD = ("model", "quant", "lora", "data", "train")  # the others do not change what is learned
-KINDS = {  # by format of an export: library, relation to the base, what it is
+EXPORT_KINDS = {  # by format of an export: library, relation to the base, what it is
     "merged": ("transformers", "finetune", "A whole model: base and adapter merged into 16-bit or 32-bit weights."),
     "adapter": ("peft", "adapter", "A LoRA adapter with the config, generation config and tokenizer of its base."),
 }
@@ -54,7 +54,9 @@ def run_card(report: Mapping[str, Any]) -> str:
 def export_card(record: ExportRecord, report: Mapping[str, Any]) -> str:
     """The card of an exported folder: what it is, how it was proved, and the run (its report.json) that it is of."""
     base, verdicts = _Base(report), [vars(verdict) for verdict in record.verdicts]
-    library, relation, what = KINDS.get(record.format, (record.format, "quantized", f"The model as {record.format}."))
+    library, relation, what = EXPORT_KINDS.get(
+        record.format, (record.format, "quantized", f"The model as {record.format}.")
+    )
     how = f" The update was added to the {'NF4 base as training saw it' if record.on == 'dequantised' else record.on}"
     on = f"{how}{' weights' if record.on == 'original' else ''} (`on={record.on}`)." if record.on else ""
     figures, limits = record.figures, record.limits
@@ -264,8 +266,8 @@ def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def _name(path: str) -> str:
-    """The last component of a path; a hub id whole."""
-    return path if path.count("/") == 1 and not path.startswith(("/", ".", "~")) else Path(path).name
+    """The last component of a path; a hub id whole. Masked: YAML quotes what it must, and would not quote later."""
+    return masked(path if path.count("/") == 1 and not path.startswith(("/", ".", "~")) else Path(path).name)
 
 
 def _named(value: Any) -> str:

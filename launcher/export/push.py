@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from launcher.checkpoint.files import write_text
+from launcher.checkpoint.files import write_text, writing
 from launcher.checkpoint.folder import RunFolder
 from launcher.credentials import remember, shortened
 from launcher.errors import LauncherError, RecipeError
@@ -32,6 +32,7 @@ PUSHED = (  # what stock code loads, and what a reader needs; nothing else of a 
     *("added_tokens.json", "vocab.json", "vocab.txt", "merges.txt", "chat_template.jinja", "chat_template.json"),
     "additional_chat_templates/*.jinja",
 )
+PLACEHOLDER = "# Model Card for Model ID"  # in PEFT's own card, which says nothing
 AGAIN = "Run the same command again: it commits all files at once, and until then none."
 
 
@@ -57,20 +58,20 @@ def plan_push(options: PushOptions) -> PushPlan:
             f"what is pushed must be the trained model; the proof of {path} failed, or it was not finished.\n"
             "Export it again; a folder that is no proven model is not pushed."
         )
-    exported = _card_tags(path) is not None and not any(
-        (place / "report.json").exists() for place in (path, path.parent)
-    )
-    folder, broken = (path, "the card's tag `unproven`") if exported else _adapter_of(path)
+    of_run = (path / "report.json").exists() or (path.name == "adapter" and (path.parent / "report.json").exists())
+    exported = not of_run and _card_tags(path) is not None
+    folder, broken = (path, f"its card has the tag {UNPROVEN_TAG}") if exported else _adapter_of(path)
     tags = _card_tags(folder) or []
-    unproven = UNPROVEN_TAG in tags
-    if broken and not exported and not unproven:
+    needed = [OUR_TAG, *([UNPROVEN_TAG] if broken and not exported else [])]
+    if not set(needed) <= set(tags):
         raise RecipeError(
-            f"the card of a run whose verdicts do not all hold must have the tag {UNPROVEN_TAG}; "
-            f"that of {folder} lacks it.\nAdd the tag, or remove {CARD}: it is then made again."
+            f"a card that is pushed must have the tags {', '.join(needed)}; that of {folder} has "
+            f"{', '.join(tags) or 'none that can be read'}.\nAdd them, or remove {CARD}: it is then made again."
         )
+    unproven = UNPROVEN_TAG in tags
     if unproven and not options.unproven:
         raise RecipeError(
-            f"what is pushed must be proven; of {path} this does not hold: {broken}.\n"
+            f"what is pushed must be proven; of {path} this does not hold: {broken or tags}.\n"
             "To push it all the same, with a card that says so, give unproven=true."
         )
     names = sorted(file.relative_to(folder).as_posix() for file in folder.rglob("*") if not file.is_dir())
@@ -133,8 +134,10 @@ def _adapter_of(path: Path) -> tuple[Path, str]:
         raise RecipeError(
             f"what is pushed must be proven; the adapter of {place.folder} is not: {'; '.join(broken)}.\nTrain again."
         )
-    if OUR_TAG not in (_card_tags(place.adapter) or []):
-        write_text(place.adapter / CARD, run_card(report))
+    card = place.adapter / CARD
+    if not card.exists() or PLACEHOLDER in card.read_text(encoding="utf-8", errors="replace"):
+        with writing(place.adapter, what="The card"):
+            write_text(card, run_card(report))
     return place.adapter, "; ".join(broken)
 
 
@@ -158,7 +161,7 @@ def _is_link(folder: Path, name: str) -> bool:
 
 def _base_note(folder: Path) -> Iterator[str]:
     file = folder / "adapter_config.json"
-    if file.is_file() and os.path.isabs(json.loads(file.read_text(encoding="utf-8"))["base_model_name_or_path"]):
+    if file.is_file() and '"base_model_name_or_path": "/' in file.read_text(encoding="utf-8", errors="replace"):
         yield "adapter_config.json names the base by its path on this machine: who loads the adapter names a base"
 
 
@@ -231,6 +234,6 @@ def _told(error: Exception, to: str) -> str:
     if status in (403, 404):
         remedy = "Use a token that may write, and an owner that it belongs to."
         return f"the token must be allowed to write to {to}; it is not ({status}): {reason}\n{remedy}"
-    if 400 <= status < 500 or isinstance(error, ValueError):
+    if status in (400, 413, 422):
         return f"the hub must accept what is pushed to {to}; it does not: {reason}\nName another, or correct the card."
-    return f"the hub must answer; {constants.ENDPOINT} does not: {reason}\n{AGAIN}"
+    return f"a push must come to its end; that to {constants.ENDPOINT} did not: {reason}\n{AGAIN}"

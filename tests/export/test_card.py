@@ -1,18 +1,22 @@
 """Model cards: what they say, what they must not say, and that no run or export is lost for want of one."""
 
+import json
 import re
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from huggingface_hub import ModelCard
 
 from launcher.checkpoint import folder as folder_module
+from launcher.checkpoint.files import write_json
 from launcher.checkpoint.folder import RunFiles, RunFolder
 from launcher.export import write
-from launcher.export.card import CARD, run_card
-from launcher.records.run import RunOpened
-from tests.support.finished_runs import BASE, FAILED, SAVED, report_of
+from launcher.export.card import CARD, export_card, run_card
+from launcher.records.run import RunOpened, Verdict
+from tests.support.finished_runs import BASE, EXPORTED, FAILED, SAVED, report_of
 from tests.support.records import run_record
 
 
@@ -40,10 +44,10 @@ def test_a_card_says_what_was_trained_on_what_how_and_what_holds() -> None:
     assert python and compile(python[1], "card", "exec")
 
 
-def test_a_card_names_no_folder_of_the_machine_and_no_credential(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_card_names_no_folder_of_the_machine_and_no_credential() -> None:
     token = "hf_" + "CanaryAb12" * 3
     base = {
-        "model": f"/home/me/hidden/base{token}",
+        "model": f"/home/me/hidden/{token}-base",
         "notes": ("goes on from step 4 (/home/me/hidden/run/checkpoints/step-4)",),
     }
     report = report_of(FAILED, start=base, model={"name": "./base"}, run={"output_dir": "/home/me/hidden/run"})
@@ -51,7 +55,14 @@ def test_a_card_names_no_folder_of_the_machine_and_no_credential(monkeypatch: py
     assert "hidden" not in text and "/home" not in text and token not in text
     data, _ = card_of(report)
     assert "base_model" not in data, "the hub refuses one that is no id"
-    for part in ("`base***`", "FOLDER-OF/base***", "chats.jsonl", "own", "…/log.txt", "…/step-4"):
+    for part in (
+        "`***-base`",
+        "FOLDER-OF/***-base",
+        "chats.jsonl",
+        "own",
+        "…/log.txt",
+        "run's folder/checkpoints/step-4",
+    ):
         assert part in text, part
 
 
@@ -120,23 +131,42 @@ def test_an_adapter_that_is_not_proven_keeps_the_card_that_it_had(opened: tuple[
     assert (folder.adapter / CARD).read_text() == "before"
 
 
-def test_a_run_ends_with_its_card_and_an_export_says_how_it_was_proved(run_folder: Path, export: Any) -> None:
+def test_an_exports_card_says_what_it_is_how_it_was_proved_and_of_which_run() -> None:
+    card = ModelCard(export_card(EXPORTED, report_of()))
+    data, text = card.data.to_dict(), card.text
+    assert (data["library_name"], data["base_model_relation"], data["base_model"]) == ("transformers", "finetune", BASE)
+    for part in (
+        "merged into", "`on=dequantised`", "AutoModelForCausalLM", "| mean KL, nats | 2e-05 | 0.001 |",
+        "| difference of the losses | 0.01 | 0.1 |", "| PASS | the loss is the trained model's | near |",
+        "64 documents of validation: 1,543 tokens", "Verdicts of the run", "chats.jsonl",
+    ):  # fmt: skip
+        assert part in text, part
+    assert "hidden" not in card.content and "unproven" not in data["tags"] and "PeftModel" not in text
+    adapter = ModelCard(export_card(replace(EXPORTED, format="adapter", on=""), report_of()))
+    assert adapter.data.to_dict()["library_name"] == "peft" and "PeftModel" in adapter.text
+    far = replace(EXPORTED, verdicts=(Verdict("the loss is the trained model's", False, "far"),))
+    for unproven in (export_card(far, report_of()), export_card(EXPORTED, report_of(FAILED))):
+        assert "unproven" in ModelCard(unproven).data.to_dict()["tags"]
+    other = ModelCard(export_card(replace(EXPORTED, format="gguf"), report_of()))
+    assert other.data.to_dict()["library_name"] == "gguf" and "Proof of the export" in other.text
+
+
+def test_a_run_and_an_export_end_with_their_cards(run_folder: Path, export: Any) -> None:
     run = ModelCard.load(run_folder / "adapter" / CARD)
-    assert "qlora-launcher" in run.data.tags and "| PASS | saved adapter reloads |" in run.text
+    assert "qlora-launcher" in run.data.to_dict()["tags"] and "| PASS | saved adapter reloads |" in run.text
     assert "torch 2." in run.text and str(run_folder) not in run.content
-    for format, library, loader in (("merged", "transformers", "AutoModelFor"), ("adapter", "peft", "PeftModel")):
-        done = export(f"format={format}", f"to={format}")
-        card = ModelCard.load(Path(format) / CARD)
-        assert done.code == 0 and done.report["files"][CARD] == len(card.content.encode())
-        assert card.data.library_name == library and "unproven" not in card.data.tags and loader in card.text
-        assert (
-            f"| mean KL, nats | {done.report['figures']['mean_kl']:.6g} | {done.report['limits']['kl']:g} |"
-            in card.text
-        )
-        assert "Verdicts of the run" in card.text and str(run_folder.parent) not in card.content
-
-
-def test_an_export_without_a_card_is_proved_all_the_same(export: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(write, "export_card", lambda *_: 1 / 0)
+    assert json.loads((run_folder / "report.json").read_text())["versions"]["torch"].startswith("2.")
     done = export("format=adapter")
-    assert done.code == 0 and "no card of the export: ZeroDivisionError" in done.report["notes"][-1]
+    card = ModelCard.load(Path("out") / CARD)
+    assert done.code == 0 and done.report["files"][CARD] == len(card.content.encode())
+    assert f"| mean KL, nats | {done.report['figures']['mean_kl']:.6g} |" in card.text
+    assert "Verdicts of the run" in card.text and str(run_folder.parent) not in card.content
+
+
+def test_an_export_whose_card_cannot_be_written_says_so_and_is_there(tmp_path: Path) -> None:
+    write_json(tmp_path / "report.json", report_of())
+    work: Any = SimpleNamespace(run=SimpleNamespace(place=SimpleNamespace(folder=tmp_path)), staging=tmp_path / "out")
+    noted = write._with_card(work, EXPORTED)
+    assert "no card of the export: FileNotFoundError" in noted.notes[-1]
+    work.staging.mkdir()
+    assert write._with_card(work, EXPORTED).files == {CARD: (tmp_path / "out" / CARD).stat().st_size}

@@ -1,7 +1,6 @@
 """mode=push through the real client of huggingface_hub, to a hub on this machine: what arrives, and what never does."""
 
 import json
-import os
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -15,6 +14,7 @@ from huggingface_hub import constants
 
 from launcher import credentials
 from launcher.credentials import masked
+from tests.conftest import ROOT
 from tests.export.conftest import Main, Outcome
 from tests.support.finished_runs import FAILED, finished_run
 from tests.support.hub_server import HubServer, Repository, hub_server
@@ -151,14 +151,14 @@ def test_a_connection_that_breaks_midway_commits_nothing_and_the_same_command_en
     monkeypatch.setattr(time, "sleep", lambda _: None)  # the client tries five times more
     hub.breaks = "/upload/"
     done = push()
-    assert done.code == 2 and "the hub must answer" in done.err and "Run the same command again" in done.err
+    assert done.code == 2 and "a push must come to its end" in done.err and "Run the same command again" in done.err
     assert len([path for path in hub.paths() if path.startswith("PUT")]) > 1
     assert hub.repositories["me/own"].commits == [] and list(hub.repositories["me/own"].files) == [".gitattributes"]
     hub.breaks = ""
     assert push().code == 0 and len(hub.repositories["me/own"].commits) == 1
 
 
-def test_no_token_no_network_and_a_silent_hub_are_told_apart(
+def test_no_token_no_network_and_no_hub_are_told_apart(
     hub: HubServer, push: Main, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patched:
@@ -170,7 +170,7 @@ def test_no_token_no_network_and_a_silent_hub_are_told_apart(
     with monkeypatch.context() as patched:
         patched.setattr(constants, "ENDPOINT", "http://me:canary-pass@127.0.0.1:9")
         done = push()
-        assert done.code == 2 and "the hub must answer; http://***@127.0.0.1:9 does not" in told(done)
+        assert done.code == 2 and "that to http://***@127.0.0.1:9 did not" in told(done)
     assert hub.requests == []
 
 
@@ -184,12 +184,11 @@ def test_what_is_not_proven_is_refused_or_pushed_with_a_card_that_says_so(
     card = run / "adapter" / "README.md"
     whole = card.read_text()
     card.write_text(whole.replace("- unproven\n", ""))
-    assert "must have the tag unproven" in told(push("unproven=true")) and hub.requests == []
+    assert "must have the tags qlora-launcher, unproven" in told(push("unproven=true")) and hub.requests == []
     card.write_text(whole)
     done = push("unproven=true")
-    assert (
-        done.code == 0 and "unproven; the card says so" in told(done) and "unproven" in hub.repositories["me/own"].tags
-    )
+    assert done.code == 0 and "unproven; the card says so" in told(done)
+    assert "unproven" in hub.repositories["me/own"].tags
     (run / "adapter").rename(tmp_path / "out.unproven")
     done = main("mode=push", "run=out.unproven", "to=me/own", "unproven=true")
     assert done.code == 2 and "no proven model is not pushed" in told(done)
@@ -199,8 +198,7 @@ def test_an_exported_folder_is_pushed_with_its_card_and_one_without_is_refused(
     hub: HubServer, main: Main, run: Path, push: Main
 ) -> None:
     push()
-    out = Path("elsewhere/out")
-    out.parent.mkdir()
+    out = run / "out"  # an export may lie anywhere, in its run's folder too
     (run / "adapter").rename(out)
     (out / "adapter_model.safetensors").rename(out / "model-00001-of-00001.safetensors")
     done = main("mode=push", f"run={out}", "to=me/out", "report=report.json")
@@ -221,9 +219,7 @@ def test_a_run_that_goes_on_a_checkpoint_and_an_unproven_adapter_are_refused(
     assert hub.requests == []
 
 
-@pytest.mark.parametrize(
-    "to", ["own", "a/b/c", "me/-own", "me/own.git", "me/ö", "https://huggingface.co/me/own", "me/"]
-)
+@pytest.mark.parametrize("to", ["own", "a/b/c", "me/-own", "me/own.git", "me/ö", "https://hub/me/own", "me/"])
 def test_a_repository_is_owner_and_name(push: Main, to: str, main: Main, run: Path) -> None:
     done = main("mode=push", f"run={run}", f"to={to}")
     assert done.code == 2 and "to must be owner/name" in done.err and to in done.err
@@ -244,6 +240,24 @@ def test_xet_stays_on_for_who_says_so(hub: HubServer, push: Main, monkeypatch: p
     assert asked == [False]
 
 
+def test_a_card_written_by_hand_is_not_replaced(hub: HubServer, run: Path, push: Main) -> None:
+    card = run / "adapter" / "README.md"
+    card.write_text("---\ntags: [mine\n---\nBy hand.")
+    done = push()
+    assert done.code == 2 and "has none that can be read" in told(done) and card.read_text().endswith("By hand.")
+
+
+def test_an_interrupted_push_says_what_is_left_of_it(
+    hub: HubServer, push: Main, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "create_commit", interrupted)
+    done = push()
+    assert done.code == 130 and "all of it is committed, or nothing: run it again" in told(done)
+
+
 @pytest.mark.slow
 def test_a_whole_process_pushes_to_hf_endpoint_with_the_token_of_the_environment(tmp_path: Path) -> None:
     run = finished_run(tmp_path / "run")
@@ -260,4 +274,5 @@ def test_a_whole_process_pushes_to_hf_endpoint_with_the_token_of_the_environment
         *(path.read_text(errors="replace") for path in tmp_path.rglob("*") if path.is_file()),
     ]
     assert not [text for text in texts if hub.token in text] and "POST /api/repos/create" in hub.paths()
-    assert "torch" not in sys.modules or os.environ, "the process above needed none"
+    imports = "import launcher.commands.push, sys; sys.exit('torch' in sys.modules)"
+    assert finished(sys.executable, "-c", imports, cwd=ROOT).returncode == 0, "none is needed, and it takes seconds"

@@ -8,12 +8,25 @@ from safetensors.numpy import save_file
 
 from launcher.checkpoint.files import write_json
 from launcher.recipe.schema import Recipe
+from launcher.records.export import ExportFigures, ExportLimits, ExportRecord
 from launcher.records.run import Verdict
 from tests.support.records import run_record, start_record
 
 SAVED = Verdict("saved adapter reloads", True, "loss 1.500000 trained, 1.500000 reloaded from disk")
 FAILED = Verdict("training lowered the loss", False, "eval loss 1.0 before, 2.0 after; see /home/me/hidden/log.txt")
 BASE = "unsloth/Llama-3.2-1B-Instruct"
+
+
+FIGURES = ExportFigures(
+    documents=64, tokens=1543, positions=1000, trained_loss=1.5, written_loss=1.51, largest_logit_difference=0.2,
+    mean_logit_difference=0.01, mean_kl=2e-5, largest_kl=1e-3, agreement=0.995, disagreement=0.001,
+)  # fmt: skip
+EXPORTED = ExportRecord(
+    run="/home/me/hidden/run/adapter", base=BASE, folder="/home/me/hidden/out", format="merged", on="dequantised",
+    dtype="bfloat16", trained_dtype="float32", device="CPU", files={}, data="64 documents of validation",
+    limits=ExportLimits(loss=0.1, kl=1e-3, disagreement=0.02), figures=FIGURES, answers=(), stop_tokens=(),
+    peak_mib=512, elapsed_s={}, verdicts=(Verdict("the loss is the trained model's", True, "near"),),
+)  # fmt: skip
 
 
 def report_of(*verdicts: Verdict, start: dict[str, Any] | None = None, **recipe: dict[str, Any]) -> dict[str, Any]:
