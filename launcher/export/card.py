@@ -54,11 +54,10 @@ def run_card(report: Mapping[str, Any]) -> str:
 def export_card(record: ExportRecord, report: Mapping[str, Any]) -> str:
     """The card of an exported folder: what it is, how it was proved, and the run (its report.json) that it is of."""
     base, verdicts = _Base(report), [vars(verdict) for verdict in record.verdicts]
-    library, relation, what = EXPORT_KINDS.get(
-        record.format, (record.format, "quantized", f"The model as {record.format}.")
-    )
-    how = f" The update was added to the {'NF4 base as training saw it' if record.on == 'dequantised' else record.on}"
-    on = f"{how}{' weights' if record.on == 'original' else ''} (`on={record.on}`)." if record.on else ""
+    other = (record.format, "quantized", f"The whole model as {record.format}.")
+    library, relation, what = EXPORT_KINDS.get(record.format, other)
+    weights = "NF4 base as training saw it" if record.on == "dequantised" else "weights of the base's files"
+    on = f" The update was added to the {weights} (`on={record.on}`)." if record.on else ""
     figures, limits = record.figures, record.limits
     compared = [
         ("loss of the trained model, nats", figures.trained_loss, ""),
