@@ -21,6 +21,7 @@ from rich.console import Console
 from launcher.checkpoint.folder import RunFiles
 from launcher.compile.inductor_cache import prepare_cache
 from launcher.errors import RecipeError
+from launcher.export.card import run_card
 from launcher.preflight.before_torch import check_before_torch
 from launcher.preflight.lines import Checks
 from launcher.recipe.field_types import interval_s, recipes_dir
@@ -34,6 +35,7 @@ from launcher.runtime.ending import last_words
 from launcher.runtime.environment import prepare_environment, quick_imports
 from launcher.runtime.failures import classified, code_and_reason
 from launcher.runtime.heartbeat import Heartbeat
+from launcher.runtime.packages import computing_versions
 from launcher.runtime.parent import end_with_parent, under_launcher
 from launcher.runtime.ranks import RankInfo, rank_info
 from launcher.runtime.signals import deferring, listening
@@ -122,6 +124,8 @@ def _train(request: Request, files: RunFiles, sinks: Sequence[Sink]) -> RunRecor
         ):
             check_before_load(request)
             for event in events:
+                if isinstance(event, RunRecord):
+                    event = files.with_card(replace(event, versions=computing_versions()), run_card)
                 for sink in (sinks[0], heartbeat, *sinks[1:]):  # a tracker's error must be told to the other ranks
                     sink.show(event)
     except BaseException as failure:

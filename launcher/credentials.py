@@ -1,7 +1,7 @@
 """Masks credentials in all that is printed or written: consoles, reports and run folders are shared. Stdlib only.
 
 A text is never judged by how random it looks: a commit, a digest or base64 in a dataset stays readable. Masked are
-- values of environment variables that are named as secrets (HF_TOKEN, WANDB_API_KEY), wherever they turn up,
+- values of environment variables that are named as secrets (HF_TOKEN, WANDB_API_KEY), and what was remembered,
 - what is written beside such a name (token=..., "password": "..."), and who logs in within a URL (user:password@),
 - tokens that begin as their issuers' do (hf_, sk-, ghp_, AKIA), JSON Web Tokens and private keys.
 """
@@ -16,6 +16,7 @@ from typing import Any
 from urllib.parse import quote
 
 MASK = "***"
+_REMEMBERED: set[str] = set()  # secrets that no variable holds, such as a login file's
 LEAST_CHARACTERS = 8  # of a variable's value: masking a shorter one would garble ordinary text
 LONGEST = 2_000  # characters of a credential that a cut might halve
 
@@ -50,6 +51,11 @@ ISSUED = re.compile(
     |-----BEGIN\ [A-Z ]*PRIVATE\ KEY-----.*?(?:-----END\ [A-Z ]*-----|\Z)""",
     re.VERBOSE | re.DOTALL,
 )
+
+
+def remember(secret: str) -> None:
+    """Mask `secret` from now on in this process, as a variable's value is."""
+    _REMEMBERED.add(secret.strip())
 
 
 def masked(text: str) -> str:
@@ -90,7 +96,7 @@ def _tree(value: Any, name: str, mask: Callable[[str], str]) -> Any:
 
 
 def _masker() -> Callable[[str], str]:
-    known = _alternatives(tuple(sorted(set(_values_of_variables()))))
+    known = _alternatives(tuple(sorted(set(_values()))))
 
     def mask(text: str) -> str:
         if known:
@@ -104,12 +110,13 @@ def _masker() -> Callable[[str], str]:
     return mask
 
 
-def _values_of_variables() -> Iterator[str]:
+def _values() -> Iterator[str]:
     for name, value in os.environ.items():
         parts = PASSWORD.findall(value) if "@" in value else []
         if _names_secret(name) and not (value.startswith(("/", "~")) and os.path.exists(value)):
             parts += [value.strip(), *re.split(r"[,;\n]", value)]  # a file's path is no secret; lists are
         yield from (part for part in parts if len(part) >= LEAST_CHARACTERS)
+    yield from (part for part in _REMEMBERED if len(part) >= LEAST_CHARACTERS)
 
 
 @lru_cache(maxsize=4_096)

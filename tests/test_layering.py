@@ -21,9 +21,11 @@ ALLOWED = {  # package or module: what of ours it may import, itself and all it 
     "__main__": {"cli", "runtime"},
     "cli": {"api", "commands", "train", "preflight", "proof", "data", "model", "report", "recipe", "runtime"}
     | {"checkpoint.files", *BASE},
-    "api": {"preflight", "train", "report", "recipe", "runtime", "checkpoint.folder", "compile.inductor_cache", *BASE},
+    "api": {"preflight", "train", "report", "recipe", "runtime", "checkpoint.folder", "compile.inductor_cache", *BASE}
+    | {"export.card"},
     "commands": {"export", "preflight.before_torch", "report", "recipe", "runtime", "checkpoint.files", *BASE},
-    "export": {"train", "recipe.run_options", *WORK},
+    "export": {"train", "recipe.run_options", "recipe.hub_request", *WORK},
+    "export.card": BASE,
     "preflight": {"train", "recipe", *WORK},
     "train": {*WORK, "recipe.field_types"},
     "proof": {"train", *WORK},

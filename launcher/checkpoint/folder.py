@@ -8,9 +8,9 @@ import platform
 import stat
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +53,7 @@ class RunFolder:
                 raise FileExistsError
             self._check_kinds()
             writable(self.path)
-        self._check_unused()
+        self.check_unused()
 
     def _check_kinds(self) -> None:
         """Raise OSError for a link, a pipe or the like in the place of a file or folder of the run."""
@@ -64,7 +64,7 @@ class RunFolder:
                 what = "a link, which is not followed" if path.is_symlink() else "no plain file or folder"
                 raise OSError(errno.ELOOP, f"{path.name} in it is {what}")
 
-    def _check_unused(self) -> None:
+    def check_unused(self) -> None:
         """Raise CheckpointError if another process has the folder; its lock file is neither made nor changed."""
         with suppress(OSError), open(self._lock.lock_file, "rb", opener=refusing_links) as file:
             try:
@@ -193,6 +193,20 @@ class RunFiles:
                 with writing(path.parent, what="The report"):
                     self._folder.check_in_place()
                     write_json(path, event.as_report())
+
+    def with_card(self, record: RunRecord, card: Callable[[dict[str, Any]], str]) -> RunRecord:
+        """The record, once rank 0 has written the card of the adapter that it saved: README.md beside the weights. A
+        card that cannot be written is a note: nothing that was trained is lost without it."""
+        folder, saved = self._folder, record.verdicts[-1].holds  # the last verdict is the adapter's
+        if self._rank or folder is None or not saved:
+            return record
+        try:
+            folder.check_in_place()
+            write_text(folder.adapter / "README.md", card(record.as_report()))
+        except Exception as error:  # of libraries too
+            note = f"the adapter has no card: {type(error).__name__}: {error}; mode=push makes it from report.json"
+            return replace(record, notes=(*record.notes, note))
+        return record
 
     def _append(self, folder: RunFolder, file: Path, text: str) -> None:
         with writing(folder.path, what=f"What is added to {file.name}", needed=len(text)):

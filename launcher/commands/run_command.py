@@ -9,16 +9,19 @@ from rich.console import Console
 from launcher.commands.export import export_model
 from launcher.commands.finished_run import Invocation
 from launcher.commands.generate import answer_prompts
+from launcher.commands.push import push_model
 from launcher.errors import RecipeError
 from launcher.preflight.before_torch import check_report
 from launcher.recipe.command_line import parse
 from launcher.recipe.run_options import read_options
+from launcher.runtime.environment import prepare_environment
 from launcher.runtime.ranks import RankInfo
 from launcher.runtime.signals import Terminated
 
 RUN_COMMANDS: dict[str, Callable[[Any, Invocation], None]] = {  # by mode: the keys of OPTIONS_OF
     "generate": answer_prompts,
     "export": export_model,
+    "push": push_model,
 }
 
 
@@ -28,10 +31,12 @@ def run_command(argv: Sequence[str], info: RankInfo, console: Console) -> None:
     mode, report = given["mode"], Path(given["report"]).absolute() if given["report"] else None
     if info.world_size > 1:
         raise RecipeError(f"mode={mode} runs in one process; {info.world_size} were started. Run launcher/main.py.")
+    prepare_environment()  # before an option's check imports a library
     options = read_options(argv, mode)
     if report:
         check_report(report)
     try:
         RUN_COMMANDS[mode](options, Invocation(info, console, report))
     except (KeyboardInterrupt, Terminated) as stop:
-        raise type(stop)("nothing of it is left") from None
+        rest = "all of it is committed, or nothing: run it again" if mode == "push" else "nothing of it is left"
+        raise type(stop)(rest) from None

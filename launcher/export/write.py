@@ -1,10 +1,11 @@
 """Writes what a run trained into a folder for stock code, and proves it there before the folder gets its name."""
 
 import copy
+import json
 import secrets
 import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,10 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from launcher.checkpoint.bundle import delete
+from launcher.checkpoint.files import write_text
 from launcher.data.prepare import PreparedData, prepare
 from launcher.errors import RecipeError
+from launcher.export.card import CARD, export_card
 from launcher.export.limits import limits_of
 from launcher.export.load_run import OpenedRun, free_memory, load_trained, stop_ids_of
 from launcher.export.merge import MergePlan, check_space, plan_merge, read_updates, write_merged
@@ -87,7 +90,7 @@ def export(run: OpenedRun, options: ExportOptions, to: Path) -> Iterator[str | P
         yield f"written model: {len(probe.documents)} documents"
         with work.clock.phase("written model"):
             written, found = _measure_written(work, probe)
-        record = _record(work, probe, trained, written, [*loaded, *found])
+        record = _with_card(work, _record(work, probe, trained, written, [*loaded, *found]))
         work.staging.rename(record.folder)  # raises where something stands there by now, but for an empty folder
     except BaseException:
         delete(work.staging)
@@ -203,7 +206,7 @@ def _record(
         dtype=str(work.dtype)[6:],
         trained_dtype=str(run.dtype)[6:],
         device="CPU" if run.device.type == "cpu" else torch.cuda.get_device_name(run.device),
-        files={path.name: path.stat().st_size for path in sorted(work.staging.iterdir())},
+        files=_sizes(work.staging),
         data=probe.source,
         limits=limits,
         figures=figures,
@@ -214,3 +217,19 @@ def _record(
         verdicts=verdicts,
         notes=tuple(work.notes),
     )
+
+
+def _with_card(work: _Work, record: ExportRecord) -> ExportRecord:
+    """The record, once the folder has its card. One that cannot be written is a note: the model is there."""
+    try:
+        report = json.loads((work.run.place.folder / "report.json").read_text(encoding="utf-8"))
+        write_text(work.staging / CARD, export_card(record, report))
+    except Exception as error:  # of libraries too
+        note = f"the folder has no card of the export: {type(error).__name__}: {error}"
+        return replace(record, notes=(*record.notes, note))
+    return replace(record, files=_sizes(work.staging))
+
+
+def _sizes(folder: Path) -> dict[str, int]:
+    """Bytes of its files, by name."""
+    return {path.name: path.stat().st_size for path in sorted(folder.iterdir())}

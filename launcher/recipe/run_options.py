@@ -1,10 +1,11 @@
-"""The options of the modes that use a finished run: mode=generate and mode=export. Their recipe is the run's own.
+"""The options of the modes that use a finished run: mode=generate, export and push. Their recipe is the run's.
 
 An option is a field with its meaning, range and default, as a recipe's keys are; errors and `--help` are written from
 these fields.
 """
 
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field, ValidationError, ValidationInfo, field_validator
@@ -79,7 +80,32 @@ class ExportOptions(RunOptions):
         return value
 
 
-OPTIONS_OF: dict[str, type[RunOptions]] = {"generate": GenerateOptions, "export": ExportOptions}
+class PushOptions(RunOptions):
+    """A trained model with its card, to a repository of the hub; the token is the login's or HF_TOKEN."""
+
+    run: NonEmptyText = Field(
+        description="Folder of the run, whose adapter is pushed, or a folder that mode=export wrote.",
+        examples=["./runs/tiny-20260131-120000"],
+    )
+    to: NonEmptyText = Field(description="Repository on the hub.", examples=["me/my-adapter"])
+    private: bool = Field(True, description="Only you and those whom you let may read the repository.")
+    unproven: bool = Field(False, description="Push although a verdict does not hold; the card says which.")
+
+    @field_validator("to")
+    @classmethod
+    def _is_repository(cls, to: str) -> str:
+        from huggingface_hub.errors import HFValidationError
+        from huggingface_hub.utils import validate_repo_id
+
+        with suppress(HFValidationError):
+            validate_repo_id(to)
+            if "/" in to:
+                return to
+        rule = "to must be owner/name: letters, digits, and - _ . between them, at most 96"
+        raise ValueError(f"{rule}; got {echoed(to)}; try to=me/my-adapter")
+
+
+OPTIONS_OF: dict[str, type[RunOptions]] = {"generate": GenerateOptions, "export": ExportOptions, "push": PushOptions}
 
 
 def read_options(argv: Sequence[str], mode: str) -> RunOptions:
@@ -89,7 +115,7 @@ def read_options(argv: Sequence[str], mode: str) -> RunOptions:
     for key, value in arguments.overrides:
         near = closest(key.removeprefix("--"), kind.model_fields)
         remedy = f"did you mean {near}?" if near else f"it has {', '.join(kind.model_fields)}"
-        arguments.refuse(key, f"mode={mode} has no key {bare(key)}; got {echoed(value)}; {remedy}")
+        arguments.refuse(key, f"mode={mode} has no key {bare(key)}; got {echoed(value, key)}; {remedy}")
     if recipe := arguments.options["recipe"]:
         arguments.refuse("recipe", f"mode={mode} takes the recipe of its run; got recipe={bare(recipe)}; remove it")
     given = {key: text for key, text in arguments.options.items() if key not in OPTIONS}

@@ -256,6 +256,7 @@ class RunRecord:
     stopped: str = ""  # why training ended before its last step; "" where it did not
     notes: tuple[str, ...] = ()  # what was noticed after the start
     adapter: str | None = None  # its folder; None where it was not proven, or where its base is random
+    versions: dict[str, str] = field(default_factory=dict)  # of Python and the packages that decide what is computed
 
     def as_report(self) -> dict[str, Any]:
         """report.json (its keys are public: add, never rename)."""
@@ -281,6 +282,7 @@ class RunRecord:
             "stopped": self.stopped,
             "notes": self.notes,
             "adapter": self.adapter,
+            "versions": self.versions,
         }
 
 

@@ -2,9 +2,11 @@
 
 import configparser
 import importlib.metadata as metadata
+import platform
 import sys
 import traceback
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,6 +16,7 @@ if TYPE_CHECKING:
 PROJECT = "qlora-launcher"
 SETUP_CFG = Path(__file__).resolve().parents[2] / "setup.cfg"
 IMPORT_NAMES = {"pyyaml": "yaml"}  # where it is not the package's own
+COMPUTING = ("torch", "triton", "transformers", "peft", "bitsandbytes", "accelerate")  # they decide what is computed
 
 
 def required_packages() -> dict[str, "Requirement"]:
@@ -41,6 +44,15 @@ def unfit_packages() -> Iterator[tuple["Requirement", str]]:
             continue
         if not requirement.specifier.contains(version, prereleases=True):
             yield requirement, f"is {version}"
+
+
+def computing_versions() -> dict[str, str]:
+    """The versions of Python and of each package of COMPUTING that is installed, by name."""
+    found = {"python": platform.python_version()}
+    for name in COMPUTING:
+        with suppress(metadata.PackageNotFoundError):
+            found[name] = metadata.version(name)
+    return found
 
 
 def import_failure(error: BaseException) -> str:

@@ -9,6 +9,7 @@ from launcher.records.check import CheckRecord
 from launcher.records.export import ExportRecord
 from launcher.records.parity import ParityRecord
 from launcher.records.preview import PreviewRecord
+from launcher.records.push import PushRecord
 from launcher.records.run import RunRecord, StartRecord
 from launcher.report.pages.answers import answers_page, speed
 from launcher.report.pages.bench import bench_page
@@ -17,6 +18,7 @@ from launcher.report.pages.export import export_page
 from launcher.report.pages.page import Page
 from launcher.report.pages.parity import parity_page
 from launcher.report.pages.preview import preview_page
+from launcher.report.pages.push import push_page
 from launcher.report.pages.run import run_page
 from launcher.report.pages.start import start_page
 
@@ -31,6 +33,7 @@ BUILDERS: dict[type, Callable[[Any], Page]] = {
     ExportRecord: export_page,
     Answered: answers_page,
     CheckRecord: check_page,
+    PushRecord: push_page,
 }
 
 
