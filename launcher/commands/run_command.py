@@ -6,6 +6,7 @@ from typing import Any
 
 from rich.console import Console
 
+from launcher.commands.evaluate import evaluate_adapter
 from launcher.commands.export import export_model
 from launcher.commands.finished_run import Invocation
 from launcher.commands.generate import answer_prompts
@@ -19,6 +20,7 @@ from launcher.runtime.signals import Terminated
 RUN_COMMANDS: dict[str, Callable[[Any, Invocation], None]] = {  # by mode: the keys of OPTIONS_OF
     "generate": answer_prompts,
     "export": export_model,
+    "evaluate": evaluate_adapter,
 }
 
 
