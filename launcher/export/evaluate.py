@@ -71,8 +71,8 @@ def _loss_verdict(run: OpenedRun, data: EvaluatedData, found: float) -> list[Ver
     measured = run.place.eval_loss
     if measured is None or not data.is_the_runs:
         return []
-    limit = limits_of(on="dequantised", dtypes=(run.dtype, DTYPES[run.place.dtype])).loss
-    evidence = f"{measured:.6f} in the run, {found:.6f} here: {found - measured:+.1e}, at most {limit:g} apart"
+    limit = limits_of(on="dequantised", dtypes=(run.dtype, DTYPES[run.place.dtype])).loss * max(1.0, measured)
+    evidence = f"{measured:.6f} in the run, {found:.6f} here: {found - measured:+.1e}, at most {limit:.1e} apart"
     return [Verdict("the loss is what the run measured", abs(found - measured) <= limit, evidence)]
 
 

@@ -21,7 +21,10 @@ from launcher.export.generate import Prompt, prompt_of_row
 from launcher.export.load_run import OpenedRun
 from launcher.export.write import prepared_data
 from launcher.recipe.run_options import EvaluateOptions
+from launcher.records.counts import counts_in_words
 from launcher.runtime.ranks import rank_info
+
+LEFT_OUT = ("rows_dropped", "pieces_dropped", "truncated")  # beginnings of the counts that notes tell
 
 
 @dataclass(frozen=True)
@@ -96,6 +99,8 @@ def _given(run: OpenedRun, options: EvaluateOptions) -> EvaluatedData:
     if not documents:
         raise nothing_left(feeds, counts)
     notes = [note for source in opened for note in source.notes]
+    if dropped := {name: count for name, count in counts.items() if count and name.startswith(LEFT_OUT)}:
+        notes.append(counts_in_words(dropped))
     if read == options.max_rows:
         notes.append(f"max_rows: only the first {read:,} rows were read; those after them are left out")
     return EvaluatedData(

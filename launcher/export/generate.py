@@ -26,7 +26,7 @@ from launcher.records.answers import Answer, Answered
 from launcher.records.counts import counts_in_words
 
 Chat = list[dict[str, str]]  # messages with "role" and "content"
-COMPLETED = {"completion", "messages", "conversations", "instruction", "text"}  # columns of rows whose prompt is not bare
+COMPLETED = {"completion", "messages", "conversations", "instruction", "text"}  # columns of no bare prompt
 Write = Callable[[str], object]  # takes pieces of a text as they come
 
 

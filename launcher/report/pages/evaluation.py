@@ -7,7 +7,7 @@ from launcher.report.pages.formatting import counted, counts
 from launcher.report.pages.page import Column, Page, Section, Table, Value
 from launcher.report.pages.sections import elapsed, note_facts, verdicts
 
-SHOWN = 160  # characters of a prompt or an answer; report=PATH has all
+SHOWN = 100  # characters of a prompt or an answer; report=PATH has all
 
 
 def evaluation_page(record: EvaluationRecord) -> Page:
