@@ -7,7 +7,7 @@ from launcher.report.pages.formatting import counted, counts
 from launcher.report.pages.page import Column, Page, Section, Table, Value
 from launcher.report.pages.sections import elapsed, note_facts, verdicts
 
-SHOWN = 100  # characters of a prompt or an answer; report=PATH has all
+CELL_CHARACTERS = 100  # characters of a prompt or an answer; report=PATH has all
 
 
 def evaluation_page(record: EvaluationRecord) -> Page:
@@ -57,7 +57,7 @@ def _answers(record: EvaluationRecord) -> Section:
     if record.without_adapter:
         texts["base alone"] = [answered.base.text if answered.base else "" for answered in answers]
     columns = [
-        Column(name, [textwrap.shorten(text, SHOWN, placeholder=" …") for text in column], numeric=False)
+        Column(name, [textwrap.shorten(text, CELL_CHARACTERS, placeholder=" …") for text in column], numeric=False)
         for name, column in texts.items()
     ]
     return Section("Answers", [Table(columns)] if answers else [], "greedy")

@@ -23,7 +23,7 @@ def test_the_base_stands_beside_the_adapter_and_answers_beside_the_datas_own() -
     assert "loss 2.00000 4.00000" in table and "perplexity 7.389 54.598" in table
     assert "token accuracy 0.7500 0.2500" in table
     assert "2 rows, 3 documents, 600 supervised tokens of 1,000" in text and "assistant in 2 rows" in text
-    answers = section(text, "Answers")
+    answers = "\n".join(section(text, "Answers"))
     assert all(part in answers for part in ("What is it?", "a heron", "a bird", "word …")) and "a note" in text
     assert "Verdicts" not in text
 
@@ -36,7 +36,7 @@ def test_without_base_samples_and_rows_nothing_is_made_up() -> None:
 
 def test_a_verdict_that_fails_is_in_page_message_and_report() -> None:
     broken = replace(RECORD, verdicts=(Verdict("the loss is what the run measured", False, "far"),))
-    assert "FAIL" in section(shown(broken), "Verdicts") and "far" in broken.failure
+    assert "FAIL" in str(section(shown(broken), "Verdicts")) and "far" in broken.failure
     report = replace(broken, trained=ModelFigures(math.inf, 0.0)).as_report()
     assert (report["mode"], report["holds"], report["trained"]["perplexity"]) == ("evaluate", False, None)
     assert report["without_adapter"]["perplexity"] == math.exp(4.0)
