@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ import torch.nn.functional as F
 from peft import PeftModel
 
 from launcher.data.documents import Document
+from launcher.errors import RecipeError
 from launcher.export.evaluated_data import EvaluatedData, read_evaluated
 from launcher.export.generate import Answerer
 from launcher.export.limits import limits_of
@@ -38,6 +40,7 @@ def evaluation(run: OpenedRun, options: EvaluateOptions) -> Iterator[str | Phase
         model, loaded = load_trained(run)
     for side in ("trained", "base") if options.base else ("trained",):
         yield Phase(f"evaluating, {side}", lambda: f"{done:,} of {len(data.documents):,} documents")
+        count(0)
         with clock.phase(side), model.disable_adapter() if side == "base" else nullcontext():
             figures[side] = _figures(model, data.documents, count)
     answers = list[Answered]()
@@ -46,7 +49,10 @@ def evaluation(run: OpenedRun, options: EvaluateOptions) -> Iterator[str | Phase
         yield f"answering {number} of {len(data.prompts)}"
         with clock.phase("samples"):
             assert answerer is not None
-            answers.append(answerer.answered(prompt))
+            try:
+                answers.append(answerer.answered(prompt))
+            except RecipeError as error:  # longer than the model's positions, to which a document is cut
+                data = replace(data, notes=(*data.notes, f"samples: row {number}: {str(error).splitlines()[0]}"))
     record = _record(run, options, data, figures)
     verdicts = [*([loaded] if loaded else []), *_loss_verdict(run, data, figures["trained"].loss)]
     yield EvaluationRecord(**record, answers=tuple(answers), verdicts=tuple(verdicts), elapsed_s=clock.elapsed_s)

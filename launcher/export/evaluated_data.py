@@ -61,8 +61,8 @@ def _own(run: OpenedRun, prepared: PreparedData, options: EvaluateOptions) -> Ev
         notes.append(f"the run has no validation data: {part} is evaluated")
     if len(kept) < len(numbers):
         notes.append(f"max_rows: the first {len(kept):,} of {len(numbers):,} documents; the others are left out")
-    changed = [name for name, count in prepared.counts.items() if place.counts.get(name) != count]
-    if changed and not recipe.streaming:
+    told = {n: c for n, c in prepared.counts.items() if not recipe.streaming or n.startswith("validation_")}
+    if changed := [name for name, count in told.items() if place.counts.get(name) != count]:
         was, now = place.counts.get(changed[0]), prepared.counts[changed[0]]
         notes.append(f"the run's data has changed since: {changed[0]} {was} then, {now} now; not compared with the run")
     kinds = list(prepared.loss_on)
@@ -75,7 +75,7 @@ def _own(run: OpenedRun, prepared: PreparedData, options: EvaluateOptions) -> Ev
         {kinds[0]: rows} if known and rows is not None else {},
         [Prompt(example.prompt_ids, example.expected) for example in prepared.examples[: options.samples]],
         {},
-        is_the_runs=held_out and len(kept) == len(numbers) and (not changed or recipe.streaming),
+        is_the_runs=held_out and len(kept) == len(numbers) and not changed,
         notes=tuple(notes),
     )
 

@@ -34,8 +34,8 @@ class GenerateOptions(RunOptions):
     prompt: NonEmptyText | None = Field(None, description="One message to answer.", examples=["What is a heron?"])
     prompts: NonEmptyText | None = Field(
         None,
-        description="File of chats in any format of data.sources, with or without their last answers; the model's own "
-        "are written beside it, to FILE.answers.jsonl.",
+        description="File of bare prompts, or of chats in any format of data.sources, with or without their last "
+        "answers; the model's own are written beside it, to FILE.answers.jsonl.",
         examples=["./questions.jsonl"],
     )
     temperature: float = Field(0.0, ge=0, le=10, description="Of sampling; 0: greedy.")

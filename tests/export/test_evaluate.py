@@ -121,6 +121,14 @@ def test_samples_stand_beside_the_datas_own_answers(evaluate: Main, run_folder: 
     assert "1 row dropped: nothing to learn" in said and "samples: 1 of 2 rows" in said and "It is a bird." in said
 
 
+def test_a_prompt_that_is_too_long_to_be_answered_costs_its_answer_alone(evaluate: Main, tmp_path: Path) -> None:
+    chat = {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "It is a bird. " * 30}]}
+    more = {"messages": [*chat["messages"], {"role": "user", "content": "w " * 600}, CHAT["messages"][1]]}
+    done = evaluate(write(tmp_path / "chats.jsonl", CHAT, more), "samples=2")
+    assert done.code == 0 and len(done.report["answers"]) == 1, done.err
+    assert "samples: row 2: a prompt must leave room" in " ".join(done.out.split())
+
+
 @pytest.mark.parametrize(
     ("content", "code", "says"),
     [
