@@ -6,6 +6,7 @@ from typing import Any
 
 from rich.console import Console
 
+from launcher.commands.evaluate import evaluate_adapter
 from launcher.commands.export import export_model
 from launcher.commands.finished_run import Invocation
 from launcher.commands.generate import answer_prompts
@@ -22,6 +23,7 @@ RUN_COMMANDS: dict[str, Callable[[Any, Invocation], None]] = {  # by mode: the k
     "generate": answer_prompts,
     "export": export_model,
     "push": push_model,
+    "evaluate": evaluate_adapter,
 }
 
 

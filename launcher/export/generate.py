@@ -5,7 +5,8 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -15,7 +16,7 @@ from transformers import GenerationConfig, TextStreamer
 
 from launcher.checkpoint.files import append_text
 from launcher.data.read.formats import read_rows
-from launcher.data.read.rows import PlainText, Row
+from launcher.data.read.rows import Conversation, Feed, PlainText, RawRow, Row, RowFault
 from launcher.data.read.sources import open_source
 from launcher.errors import DataError, RecipeError
 from launcher.export.load_run import OpenedRun, generation_settings
@@ -25,13 +26,14 @@ from launcher.records.answers import Answer, Answered
 from launcher.records.counts import counts_in_words
 
 Chat = list[dict[str, str]]  # messages with "role" and "content"
+COMPLETED = {"completion", "messages", "conversations", "instruction", "text"}  # columns of no bare prompt
 Write = Callable[[str], object]  # takes pieces of a text as they come
 
 
 class Prompt(NamedTuple):
     """What is to be answered: a chat, or the beginning of a text."""
 
-    content: Chat | str
+    content: Chat | str | list[int]  # token ids: rendered already
     expected: str | None = None  # the data's own answer
 
 
@@ -58,11 +60,10 @@ class Answerer:
     def answered(self, prompt: Prompt) -> Answered:
         """The answer, and with base=true the base's."""
         base = self.answer(prompt.content, base=True) if self._options.base else None
-        shown = prompt.content if isinstance(prompt.content, str) else prompt.content[-1]["content"]
-        return Answered(shown, self.answer(prompt.content), base, prompt.expected)
+        return Answered(self._shown(prompt.content), self.answer(prompt.content), base, prompt.expected)
 
     @torch.inference_mode()
-    def answer(self, content: Chat | str, *, base: bool = False, write: Write | None = None) -> Answer:
+    def answer(self, content: Chat | str | list[int], *, base: bool = False, write: Write | None = None) -> Answer:
         """One answer; `base`: with the adapter off. `write` gets its text as it grows.
 
         Raises DataError where the chat template refuses the chat, RecipeError for a prompt longer than the model's
@@ -96,10 +97,20 @@ class Answerer:
             sampling = {"do_sample": True, "temperature": options.temperature, "top_p": options.top_p, "top_k": 0}
         return generation_settings(self._run.stop_ids, max_new_tokens=min(options.max_tokens, room), **sampling)
 
-    def _ids(self, content: Chat | str) -> torch.Tensor:
+    def _shown(self, content: Chat | str | list[int]) -> str:
+        """The last message of a chat; else the whole text."""
+        if isinstance(content, str):
+            return content
+        if isinstance(last := content[-1], dict):
+            return last["content"]
+        return str(self._run.tokenizer.decode(content, skip_special_tokens=True)).strip()
+
+    def _ids(self, content: Chat | str | list[int]) -> torch.Tensor:
         """int64 [1, L], on the model's device."""
         tokenizer: Any = self._run.tokenizer
-        if isinstance(content, str):
+        if not isinstance(content, str) and isinstance(content[0], int):
+            ids: Any = content
+        elif isinstance(content, str):
             ids = tokenizer(content, add_special_tokens=False)["input_ids"]
             bos = tokenizer.bos_token_id
             ids = ids if bos is None or ids[:1] == [bos] else [bos, *ids]
@@ -126,20 +137,41 @@ def read_prompts(file: Path, run: OpenedRun) -> tuple[list[Prompt], str]:
     """
     data = run.place.recipe.data.model_copy(update={"sources": [Source(path=str(file))], "streaming": False})
     counts = Counter[str]()
-    rows = list(read_rows(open_source(data.sources[0], data=data).feeds, data=data, counts=counts))
+    bare, feeds = set[str](), open_source(data.sources[0], data=data).feeds
+    feeds = [replace(feed, raw_rows=partial(_bare_as_chats, feed, bare)) for feed in feeds]
+    rows = list(read_rows(feeds, data=data, counts=counts))
     dropped = {key: count for key, count in counts.items() if key.startswith("rows_dropped") and count}
     if not rows:
         raise DataError(f"{file}: prompts must hold a row to answer; it has {counts_in_words(counts) or 'none'}.")
-    return [_prompt_of_row(row) for row in rows], counts_in_words(dropped)
+    prompts = [
+        prompt_of(row.messages[0].content, run)
+        if isinstance(row, Conversation) and row.where in bare and len(row.messages) == 1
+        else prompt_of_row(row)
+        for row in rows
+    ]
+    return prompts, counts_in_words(dropped)
 
 
-def _prompt_of_row(row: Row) -> Prompt:
-    """The whole chat, or what stands before the answer that it ends with."""
+def _bare_as_chats(feed: Feed, bare: set[str]) -> Iterator[RawRow | RowFault]:
+    """The rows of a feed, a prompt without completion as messages; `bare`: where such rows stand. No format of training
+    data has them: there is nothing to learn."""
+    for raw in feed.raw_rows():
+        prompt = raw.fields.get("prompt") if isinstance(raw, RawRow) else None
+        if isinstance(raw, RawRow) and isinstance(prompt, str | list) and raw.fields.keys().isdisjoint(COMPLETED):
+            messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+            fields = {key: value for key, value in raw.fields.items() if key != "prompt"}
+            raw = RawRow(raw.where, {**fields, "messages": messages})
+            bare.add(raw.where)
+        yield raw
+
+
+def prompt_of_row(row: Row) -> Prompt:
+    """The whole chat, or what stands before the answer that it ends with. Raises DataError for a text without one."""
     if isinstance(row, PlainText):
         if not row.answer:
             raise DataError(
                 f"{row.where}: a prompt is a chat, or a text with a prompt.\nFound: plain text.\n"
-                'Give rows as {"messages": [...]} or {"prompt": "...", "completion": "..."}.'
+                'Give rows as {"prompt": "..."} or {"messages": [...]}.'
             )
         return Prompt(row.text[: row.answer], row.text[row.answer :])
     messages = [{"role": message.role, "content": message.content} for message in row.messages]

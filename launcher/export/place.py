@@ -2,7 +2,8 @@
 
 import json
 import os
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,8 @@ class RunPlace:
     dtype: str  # the compute dtype of the run
     finished: bool  # whether the recipe is whole: the report has been written
     notes: tuple[str, ...] = ()
+    counts: dict[str, int] = field(default_factory=dict)  # of a finished run's data
+    eval_loss: float | None = None  # of this adapter on the run's validation data, as the run measured it
 
 
 def find_run(path: Path) -> RunPlace:
@@ -42,7 +45,9 @@ def find_run(path: Path) -> RunPlace:
             f"a run whose model is to be used must have a base; that of {folder} had random weights "
             "(model.init=random), which exist nowhere.\nTrain on a checkpoint: model.init=pretrained."
         )
-    return RunPlace(folder, adapter, recipe, dtype, finished=report is not None, notes=notes)
+    counts, eval_loss = (report or {}).get("data", {}), _eval_loss(folder, adapter, report or {})
+    finished = report is not None
+    return RunPlace(folder, adapter, recipe, dtype, finished=finished, notes=notes, counts=counts, eval_loss=eval_loss)
 
 
 def check_target(to: Path) -> None:
@@ -116,6 +121,19 @@ def _of_checkpoint(folder: Path, adapter: Path) -> tuple[Recipe, str]:
         keys = {key: value for key, value in identity.items() if key.startswith(f"{section}.")}
         sections[section] = {key.partition(".")[2]: value for key, value in keys.items()}
     return _of_report({"recipe": sections, "start": {"dtype": identity.get("dtype")}}, folder)
+
+
+def _eval_loss(folder: Path, adapter: Path, report: dict[str, Any]) -> float | None:
+    """That of the run's end, or of the step whose checkpoint the adapter is of."""
+    if adapter.parent == folder:
+        found: float | None = report.get("loss", {}).get("eval_last")
+        return found
+    losses: dict[str, float] = {}
+    with suppress(OSError, ValueError):  # the folder may have been copied without it, or be written to
+        for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
+            if "eval_loss" in (record := json.loads(line)):
+                losses[f"step-{record['step']}"] = record["eval_loss"]
+    return losses.get(adapter.parent.name)
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -24,6 +24,7 @@ from launcher.data.documents import Document
 from launcher.data.pack.blocks import Blocks
 from launcher.data.prepare import PreparedData
 from launcher.export.load_run import OpenedRun, generation_settings, stop_ids_of
+from launcher.export.supervised import supervised_logits
 from launcher.records.export import ExportFigures, ExportLimits, GreedyPair
 from launcher.records.run import Verdict
 
@@ -95,14 +96,11 @@ def measured(model: Any, probe: Probe, *, stop_ids: Sequence[int]) -> ModelOutpu
     kept = torch.zeros(probe.tokens, dtype=torch.bool)
     kept[torch.linspace(0, probe.tokens - 1, count).long()] = True
     for document in probe.documents:
-        ids = torch.tensor(document.input_ids, dtype=torch.long)
-        rows = torch.tensor(document.supervised)[1:].nonzero().flatten()  # position t predicts token t + 1
-        ids_here, rows_here = ids[None].to(model.device), rows.to(model.device)
-        found = model(input_ids=ids_here, logits_to_keep=rows_here).logits[0].float()  # of the supervised tokens alone
-        losses.append(F.cross_entropy(found, ids[rows + 1].to(found.device), reduction="none").cpu())
-        predictions.append(found.argmax(-1).cpu())
-        own, kept = kept[: len(rows)], kept[len(rows) :]
-        logits.append(found[own.to(found.device)].cpu())
+        for found, targets in supervised_logits(model, [document]):
+            losses.append(F.cross_entropy(found, targets, reduction="none").cpu())
+            predictions.append(found.argmax(-1).cpu())
+            own, kept = kept[: len(found)], kept[len(found) :]
+            logits.append(found[own.to(found.device)].cpu())
     answers = [greedy(model, prompt, stop_ids=stop_ids) for prompt in probe.prompts]
     return ModelOutputs(torch.cat(losses), torch.cat(predictions), torch.cat(logits), answers)
 

@@ -116,8 +116,9 @@ def prepared_data(run: OpenedRun) -> PreparedData:
     recipe = run.place.recipe
     if not run.place.finished:
         raise RecipeError(
-            "an export is proved on the run's own data, which the report.json of a finished run names; "
-            f"{run.place.folder} has none.\nLet the run come to its end: it goes on with run.resume=auto."
+            "a run's own data is found by the paths in the report.json of a finished run; "
+            f"{run.place.folder} has none.\nA checkpoint knows its data by a digest, which names no file.\n"
+            "Let the run come to its end: it goes on with run.resume=auto. mode=evaluate takes data=PATH instead."
         )
     return prepare(recipe.data, load_tokenizer(run.source, recipe.model, stand_in=Path()), seed=recipe.train.seed)
 

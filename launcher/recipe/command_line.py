@@ -23,11 +23,13 @@ MODES = {
     "generate": "answer prompts with the adapter of run=FOLDER, or talk to it in the terminal",
     "export": "write the model of run=FOLDER to a folder that stock code loads, and prove that it is the trained one",
     "push": "put the adapter of run=FOLDER, or an exported folder, with its model card on the hub",
+    "evaluate": "loss, perplexity and token accuracy of the adapter of run=FOLDER, on any data",
     "show": "print the resolved recipe and where each value comes from",
     "schema": "print the JSON schema of a recipe",
     "keys": "print the table of keys in docs/keys.md",
 }
 OPTIONS = {"recipe": "", "mode": "train", "report": "", "blocks": "2"}  # the keys outside every section, their defaults
+WITHOUT_REPORT = ("preview", "generate")
 MAX_LINES = 5  # of a message
 
 
@@ -127,9 +129,8 @@ def _check_options(arguments: Arguments, given: dict[str, str]) -> None:
         arguments.refuse("mode", f"mode must be one of {', '.join(MODES)}; got {echoed(mode)}; {remedy}")
     if report == "":
         arguments.refuse("report", "report must be a path; got nothing; try report=./report.json")
-    elif report and mode in ("preview", "generate"):
-        rule = "report is written by mode=train, mode=check, mode=parity, mode=bench, mode=export and mode=push"
-        arguments.refuse("report", f"{rule}; got {echoed(report)} with mode={mode}; remove one")
+    elif report and mode in WITHOUT_REPORT:
+        arguments.refuse("report", f"mode={mode} writes no report; got report={bare(report)}; remove it")
     if blocks is not None and mode != "preview":
         got = f"got {echoed(blocks)} with mode={bare(mode)}"
         arguments.refuse("blocks", f"blocks belongs to mode=preview; {got}; remove it")

@@ -1,19 +1,23 @@
-"""The options of the modes that use a finished run: mode=generate, export and push. Their recipe is the run's.
+"""The options of the modes that use a finished run, such as mode=generate. Their recipe is the run's own.
 
 An option is a field with its meaning, range and default, as a recipe's keys are; errors and `--help` are written from
 these fields.
 """
 
+import os
 from collections.abc import Sequence
 from contextlib import suppress
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, ValidationError, ValidationInfo, field_validator
 
+from launcher.errors import RecipeError
 from launcher.recipe.command_line import OPTIONS, bare, closest, echoed, parse
+from launcher.recipe.data_section import Source
 from launcher.recipe.field_types import NonEmptyText, RecipeSection, dtype_name
-from launcher.recipe.fields import assignment, in_words
+from launcher.recipe.fields import as_list, assignment, in_words
 from launcher.recipe.load import refuse
+from launcher.recipe.yaml_lines import read_value
 
 
 class RunOptions(RecipeSection):
@@ -31,8 +35,8 @@ class GenerateOptions(RunOptions):
     prompt: NonEmptyText | None = Field(None, description="One message to answer.", examples=["What is a heron?"])
     prompts: NonEmptyText | None = Field(
         None,
-        description="File of chats in any format of data.sources, with or without their last answers; the model's own "
-        "are written beside it, to FILE.answers.jsonl.",
+        description="File of bare prompts, or of chats in any format of data.sources, with or without their last "
+        "answers; the model's own are written beside it, to FILE.answers.jsonl.",
         examples=["./questions.jsonl"],
     )
     temperature: float = Field(0.0, ge=0, le=10, description="Of sampling; 0: greedy.")
@@ -105,7 +109,44 @@ class PushOptions(RunOptions):
         raise ValueError(f"{rule}; got {echoed(to)}; try to=me/my-adapter")
 
 
-OPTIONS_OF: dict[str, type[RunOptions]] = {"generate": GenerateOptions, "export": ExportOptions, "push": PushOptions}
+def _sources(value: Any) -> Any:
+    """A text as data.sources takes it on the command line."""
+    if not isinstance(value, str):
+        return value
+    try:
+        given = read_value(value) if value[:1] in ("[", "{") else [value] if os.path.exists(value) else value
+    except RecipeError as error:
+        raise ValueError(f"data: {error}; got {echoed(value)}; put the argument in single quotes") from None
+    return as_list("data.sources", given)
+
+
+class EvaluateOptions(RunOptions):
+    """Loss, perplexity and token accuracy of the adapter on its NF4 base."""
+
+    data: Annotated[list[Source], Field(min_length=1), BeforeValidator(_sources)] | None = Field(
+        None,
+        description="Data to evaluate, as data.sources; without it the run's validation data, or where it has none its "
+        "training data.",
+        examples=["./questions.jsonl"],
+    )
+    base: bool = Field(False, description="Evaluate with the adapter off too, side by side.")
+    samples: int = Field(0, ge=0, le=1000, description="Rows that are answered, beside the data's own answers.")
+    max_rows: int | None = Field(None, ge=1, description="Rows that are evaluated, at most: the first ones.")
+
+    @field_validator("data")
+    @classmethod
+    def _are_not_weighted(cls, data: list[Source] | None) -> list[Source] | None:
+        if any(source.weight is not None for source in data or ()):
+            raise ValueError("data: a weight repeats rows or leaves them out, here each counts once; remove weight")
+        return data
+
+
+OPTIONS_OF: dict[str, type[RunOptions]] = {
+    "generate": GenerateOptions,
+    "export": ExportOptions,
+    "push": PushOptions,
+    "evaluate": EvaluateOptions,
+}
 
 
 def read_options(argv: Sequence[str], mode: str) -> RunOptions:

@@ -108,12 +108,33 @@ def test_an_unfinished_run_answers_from_its_newest_checkpoint_and_is_not_exporte
     assert [path.name for path in tmp_path.iterdir()] == ["unfinished"]
 
 
+def test_a_bare_prompt_is_asked_as_the_command_line_asks_it(generate: Main, tmp_path: Path) -> None:
+    asked = [{"role": "user", "content": QUESTION}]
+    (tmp_path / "bare.jsonl").write_text(
+        "".join(
+            json.dumps(row) + "\n" for row in ({"prompt": QUESTION, "id": 1}, {"prompt": asked}, {"messages": asked})
+        )
+    )
+    (tmp_path / "bare.csv").write_text(f"prompt\n{json.dumps(QUESTION).replace(chr(92) + chr(34), chr(34) * 2)}\n")
+    for name in ("bare.jsonl", "bare.csv"):
+        done = generate(f"prompts={name}")
+        assert done.code == 0, done.err
+        answers = rows(tmp_path / f"{name[:4]}.answers.jsonl")
+        assert all((answer["prompt"], answer["expected"]) == (asked, None) for answer in answers)
+        assert len(answers) == (3 if name == "bare.jsonl" else 1)
+        (tmp_path / "bare.answers.jsonl").unlink()
+    assert len({answer["trained"]["text"] for answer in answers}) == 1
+
+
 @pytest.mark.parametrize(
     ("content", "code", "says"),
     [
         (None, 2, "prompts must be a file"),
         ('{"text": "no chat"}\n', 3, "a prompt is a chat"),
         ('{"text": \n', 3, "asked.jsonl:1"),
+        ('{"prompt": "a", "text": "no chat"}\n', 3, "a prompt is a chat"),
+        ('{"prompt": 3}\n', 3, "asked.jsonl:1"),
+        ('{"prompt": [3]}\n', 3, "a message is a"),
         ("", 3, "must hold a row"),
         (json.dumps({"messages": [{"role": "user", "content": "word " * 600}]}), 2, "leave room for an answer"),
     ],

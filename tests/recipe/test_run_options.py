@@ -1,9 +1,11 @@
-"""The options of mode=generate and mode=export: values, defaults, and all errors at once."""
+"""The options of the modes that use a finished run: values, defaults, and all errors at once."""
+
+from pathlib import Path
 
 import pytest
 
 from launcher.errors import RecipeError
-from launcher.recipe.run_options import ExportOptions, GenerateOptions, read_options
+from launcher.recipe.run_options import EvaluateOptions, ExportOptions, GenerateOptions, read_options
 
 
 def refused(*arguments: str, mode: str = "generate") -> list[str]:
@@ -51,3 +53,32 @@ def test_all_errors_come_at_once() -> None:
     assert len(lines) == 5 and all("must be" in line for line in lines)
     assert [line.split()[0] for line in lines] == ["run", "to", "format", "on", "shard_mib"]
     assert "belongs to format=merged" in refused("run=r", "to=t", "format=adapter", "dtype=fp16", mode="export")[0]
+
+
+def test_data_is_given_as_the_sources_of_a_recipe_are(tmp_path: Path) -> None:
+    def paths(data: str) -> list[str]:
+        options = read_options(["mode=evaluate", "run=r", f"data={data}"], "evaluate")
+        assert isinstance(options, EvaluateOptions) and options.data
+        return [source.path for source in options.data]
+
+    comma = tmp_path / "a, b.jsonl"
+    comma.touch()
+    assert paths("./a.jsonl") == ["./a.jsonl"] and paths("a.jsonl, owner/set") == ["a.jsonl", "owner/set"]
+    assert paths(str(comma)) == [str(comma)]
+    assert paths("{path: a.csv, format: alpaca}") == ["a.csv"] and paths("[a.csv, {path: b}]") == ["a.csv", "b"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["data=[a"], "put the argument in single quotes"),
+        (["data={path: a, format: csv}"], "data must be a list of"),
+        (["data={path: a, weight: 2}"], "remove weight"),
+        (["data="], "data must be"),
+        (["max_rows=0"], "max_rows must be"),
+        (["samples=-1"], "a whole number from 0 to 1000"),
+        (["prompt=a"], "mode=evaluate has no key prompt"),
+    ],
+)
+def test_what_is_wrong_with_an_evaluation_is_said(arguments: list[str], says: str) -> None:
+    assert says in "\n".join(refused("run=r", *arguments, mode="evaluate"))

@@ -6,6 +6,7 @@ from typing import Any
 from launcher.records.answers import Answered
 from launcher.records.bench import BenchRecord
 from launcher.records.check import CheckRecord
+from launcher.records.evaluation import EvaluationRecord
 from launcher.records.export import ExportRecord
 from launcher.records.parity import ParityRecord
 from launcher.records.preview import PreviewRecord
@@ -14,6 +15,7 @@ from launcher.records.run import RunRecord, StartRecord
 from launcher.report.pages.answers import answers_page, speed
 from launcher.report.pages.bench import bench_page
 from launcher.report.pages.check import check_page
+from launcher.report.pages.evaluation import evaluation_page
 from launcher.report.pages.export import export_page
 from launcher.report.pages.page import Page
 from launcher.report.pages.parity import parity_page
@@ -34,6 +36,7 @@ BUILDERS: dict[type, Callable[[Any], Page]] = {
     Answered: answers_page,
     CheckRecord: check_page,
     PushRecord: push_page,
+    EvaluationRecord: evaluation_page,
 }
 
 
