@@ -53,7 +53,7 @@ class RunFolder:
                 raise FileExistsError
             self._check_kinds()
             writable(self.path)
-        self._check_unused()
+        self.check_unused()
 
     def _check_kinds(self) -> None:
         """Raise OSError for a link, a pipe or the like in the place of a file or folder of the run."""
@@ -64,7 +64,7 @@ class RunFolder:
                 what = "a link, which is not followed" if path.is_symlink() else "no plain file or folder"
                 raise OSError(errno.ELOOP, f"{path.name} in it is {what}")
 
-    def _check_unused(self) -> None:
+    def check_unused(self) -> None:
         """Raise CheckpointError if another process has the folder; its lock file is neither made nor changed."""
         with suppress(OSError), open(self._lock.lock_file, "rb", opener=refusing_links) as file:
             try:

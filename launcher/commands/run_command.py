@@ -6,9 +6,11 @@ from typing import Any
 
 from rich.console import Console
 
+from launcher.commands.compare import compare_runs
 from launcher.commands.export import export_model
 from launcher.commands.finished_run import Invocation
 from launcher.commands.generate import answer_prompts
+from launcher.commands.report import report_run
 from launcher.errors import RecipeError
 from launcher.preflight.before_torch import check_report
 from launcher.recipe.command_line import parse
@@ -19,6 +21,8 @@ from launcher.runtime.signals import Terminated
 RUN_COMMANDS: dict[str, Callable[[Any, Invocation], None]] = {  # by mode: the keys of OPTIONS_OF
     "generate": answer_prompts,
     "export": export_model,
+    "report": report_run,
+    "compare": compare_runs,
 }
 
 

@@ -22,6 +22,8 @@ MODES = {
     "preview": "print what would be trained on, token by token; needs no GPU, writes no run folder",
     "generate": "answer prompts with the adapter of run=FOLDER, or talk to it in the terminal",
     "export": "write the model of run=FOLDER to a folder that stock code loads, and prove that it is the trained one",
+    "report": "print the report of run=FOLDER again, or what there is of an unfinished run; html=PATH writes a page",
+    "compare": "print how the finished runs of runs=[FOLDER, ...] differ: recipes, losses, speed, memory, verdicts",
     "show": "print the resolved recipe and where each value comes from",
     "schema": "print the JSON schema of a recipe",
     "keys": "print the table of keys in docs/keys.md",
@@ -126,8 +128,8 @@ def _check_options(arguments: Arguments, given: dict[str, str]) -> None:
         arguments.refuse("mode", f"mode must be one of {', '.join(MODES)}; got {echoed(mode)}; {remedy}")
     if report == "":
         arguments.refuse("report", "report must be a path; got nothing; try report=./report.json")
-    elif report and mode in ("preview", "generate"):
-        rule = "report is written by mode=train, mode=check, mode=parity, mode=bench and mode=export"
+    elif report and mode in ("preview", "generate", "report"):
+        rule = "report is written by mode=train, mode=check, mode=parity, mode=bench, mode=export and mode=compare"
         arguments.refuse("report", f"{rule}; got {echoed(report)} with mode={mode}; remove one")
     if blocks is not None and mode != "preview":
         got = f"got {echoed(blocks)} with mode={bare(mode)}"

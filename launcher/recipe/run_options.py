@@ -1,18 +1,21 @@
-"""The options of the modes that use a finished run: mode=generate and mode=export. Their recipe is the run's own.
+"""The options of the modes that use finished runs. Their recipe is the run's own.
 
 An option is a field with its meaning, range and default, as a recipe's keys are; errors and `--help` are written from
 these fields.
 """
 
 from collections.abc import Sequence
-from typing import Annotated, Literal
+from glob import glob, has_magic
+from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, ValidationError, ValidationInfo, field_validator
 
+from launcher.errors import RecipeError
 from launcher.recipe.command_line import OPTIONS, bare, closest, echoed, parse
 from launcher.recipe.field_types import NonEmptyText, RecipeSection, dtype_name
 from launcher.recipe.fields import assignment, in_words
 from launcher.recipe.load import refuse
+from launcher.recipe.yaml_lines import read_value
 
 
 class RunOptions(RecipeSection):
@@ -79,10 +82,44 @@ class ExportOptions(RunOptions):
         return value
 
 
-OPTIONS_OF: dict[str, type[RunOptions]] = {"generate": GenerateOptions, "export": ExportOptions}
+class ReportOptions(RunOptions):
+    """A run as it was shown at its end; one that has no report with what there is of it."""
+
+    html: NonEmptyText | None = Field(
+        None, description="File for the page that a browser shows.", examples=["./report.html"]
+    )
 
 
-def read_options(argv: Sequence[str], mode: str) -> RunOptions:
+def folders_of(value: Any) -> Any:
+    """The entries of a list as text; one with * ? or [ stands for all folders that it fits."""
+    try:
+        read = read_value(value) if isinstance(value, str) else value
+    except RecipeError as error:
+        raise ValueError(f"runs: {error}; got {echoed(value)}; put the list in single quotes") from None
+    names = [str(name) for name in (read if isinstance(read, list) else [read])]
+    return [found for name in names for found in (sorted(glob(name)) if has_magic(name) else [name])]
+
+
+class CompareOptions(RecipeSection):
+    """Finished runs side by side: what differs in their recipes, losses at equal steps, speed, memory, verdicts."""
+
+    runs: Annotated[list[NonEmptyText], BeforeValidator(folders_of)] = Field(
+        min_length=2,
+        max_length=26,
+        description="Folders of the runs, or patterns of such.",
+        examples=[["./runs/first", "./runs/second"]],
+    )
+
+
+OPTIONS_OF: dict[str, type[RecipeSection]] = {
+    "generate": GenerateOptions,
+    "export": ExportOptions,
+    "report": ReportOptions,
+    "compare": CompareOptions,
+}
+
+
+def read_options(argv: Sequence[str], mode: str) -> RecipeSection:
     """The options of `mode`, a key of OPTIONS_OF. Raises RecipeError naming all that is wrong with the command line."""
     kind = OPTIONS_OF[mode]
     arguments = parse(argv, own_options=kind.model_fields)

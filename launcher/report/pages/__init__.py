@@ -8,17 +8,20 @@ from launcher.records.bench import BenchRecord
 from launcher.records.check import CheckRecord
 from launcher.records.export import ExportRecord
 from launcher.records.parity import ParityRecord
+from launcher.records.past import ComparisonRecord, UnfinishedRun
 from launcher.records.preview import PreviewRecord
 from launcher.records.run import RunRecord, StartRecord
 from launcher.report.pages.answers import answers_page, speed
 from launcher.report.pages.bench import bench_page
 from launcher.report.pages.check import check_page
+from launcher.report.pages.comparison import comparison_page
 from launcher.report.pages.export import export_page
 from launcher.report.pages.page import Page
 from launcher.report.pages.parity import parity_page
 from launcher.report.pages.preview import preview_page
 from launcher.report.pages.run import run_page
 from launcher.report.pages.start import start_page
+from launcher.report.pages.unfinished import unfinished_page
 
 __all__ = ["BUILDERS", "page_of", "speed"]
 
@@ -31,6 +34,8 @@ BUILDERS: dict[type, Callable[[Any], Page]] = {
     ExportRecord: export_page,
     Answered: answers_page,
     CheckRecord: check_page,
+    UnfinishedRun: unfinished_page,
+    ComparisonRecord: comparison_page,
 }
 
 
