@@ -25,9 +25,10 @@ from launcher.preflight.before_torch import check_before_torch
 from launcher.preflight.lines import Checks
 from launcher.recipe.field_types import interval_s, recipes_dir
 from launcher.recipe.load import Resolved, resolve
-from launcher.records.run import Event, RunRecord
+from launcher.records.run import Event, Note, RunRecord
 from launcher.report import Screen, make_console
 from launcher.report import error as print_error
+from launcher.report.html import html_of
 from launcher.report.trackers import make_trackers
 from launcher.runtime.clock import boot_clock_s, seconds_since
 from launcher.runtime.ending import last_words
@@ -88,7 +89,8 @@ def train(request: Request, console: Console, *, report_copy: Path | None) -> Ru
     `report_copy` is where else the report is written. Raises the errors of launcher/errors.py.
     """
     info = request.rank_info
-    files, trackers = RunFiles(info.rank, report_copy=report_copy), make_trackers(request.recipe.run.trackers)
+    files = RunFiles(info.rank, report_copy=report_copy, html_of=html_of)
+    trackers = make_trackers(request.recipe.run.trackers)
     with Screen(console, clock=seconds_since(request.started_s)) as screen, last_words(lambda *_: screen.close()):
         screen.show("importing torch")
         with quick_imports():
@@ -96,6 +98,8 @@ def train(request: Request, console: Console, *, report_copy: Path | None) -> Ru
             import launcher.train.loop  # noqa: F401
         end_with_parent(signal.SIGTERM)  # from now on there may be something to save
         record = _train(request, files, [files, *(trackers if info.is_main else []), screen])
+        if files.no_page:
+            screen.show(Note(files.no_page))
         files.end(code=0, reason="done" + ("; the console was closed on the way" if screen.lost else ""))
         return record
 

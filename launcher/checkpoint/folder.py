@@ -8,7 +8,7 @@ import platform
 import stat
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -17,7 +17,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from launcher.checkpoint.files import append_text, finite, refusing_links, writable, write_json, write_text, writing
-from launcher.errors import LESS_TELLING, CheckpointError, RecipeError
+from launcher.errors import LESS_TELLING, CheckpointError, DiskError, RecipeError
 from launcher.records.run import BadBatch, EvalRecord, EvalSamples, Event, RunOpened, RunRecord, StepRecord
 
 
@@ -29,6 +29,7 @@ class RunFolder:
         self.metrics, self.report, self.status, self.parts = (
             path / name for name in ("metrics.jsonl", "report.json", "status.json", "parts.json")
         )
+        self.page = path / "report.html"
         self.samples, self.bad_batches = path / "samples.jsonl", path / "bad_batches"
         self.adapter = path / "adapter"
         self.adapter_staging = path / "adapter.part"  # until the adapter is proved
@@ -57,7 +58,8 @@ class RunFolder:
 
     def _check_kinds(self) -> None:
         """Raise OSError for a link, a pipe or the like in the place of a file or folder of the run."""
-        files = (self.metrics, self.report, self.status, self.parts, self.samples, Path(self._lock.lock_file))
+        named = (self.metrics, self.report, self.page, self.status, self.parts, self.samples)
+        files = (*named, Path(self._lock.lock_file))
         for path in (*files, self.adapter, self.checkpoints, self.bad_batches, self.path / "trackers"):
             kind = stat.S_ISREG if path in files else stat.S_ISDIR
             if os.path.lexists(path) and not kind(path.lstat().st_mode):
@@ -165,11 +167,14 @@ class RunFolder:
 class RunFiles:
     """A sink of a run's events: rank 0 writes metrics.jsonl and report.json, the rank that ends it status.json.
 
-    `report_copy` is where else the report is written.
+    `report_copy` is where else the report is written; `html_of` makes the content of report.html.
     """
 
-    def __init__(self, rank: int, *, report_copy: Path | None = None) -> None:
-        self._rank, self._report_copy = rank, report_copy
+    def __init__(
+        self, rank: int, *, report_copy: Path | None = None, html_of: Callable[[RunRecord], str] | None = None
+    ) -> None:
+        self._rank, self._report_copy, self._html_of = rank, report_copy, html_of
+        self.no_page = ""  # why report.html could not be written
         self._folder: RunFolder | None = None  # None until it is this run's: another run's is left alone
         self._step, self._ending = 0, threading.Lock()
 
@@ -193,6 +198,19 @@ class RunFiles:
                 with writing(path.parent, what="The report"):
                     self._folder.check_in_place()
                     write_json(path, event.as_report())
+            if self._html_of:
+                self._write_page(self._folder, self._html_of, event)
+
+    def _write_page(self, folder: RunFolder, html_of: Callable[[RunRecord], str], record: RunRecord) -> None:
+        """Write report.html. What prevents it is in `no_page`, for it ends no run; a full disk does."""
+        try:
+            html = html_of(record)
+            with writing(folder.path, what="report.html", needed=len(html)):
+                write_text(folder.page, html)
+        except DiskError:
+            raise
+        except Exception as error:
+            self.no_page = f"report.html could not be written: {type(error).__name__}: {error}"
 
     def _append(self, folder: RunFolder, file: Path, text: str) -> None:
         with writing(folder.path, what=f"What is added to {file.name}", needed=len(text)):

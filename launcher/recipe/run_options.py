@@ -91,13 +91,13 @@ class ReportOptions(RunOptions):
 
 
 def folders_of(value: Any) -> Any:
-    """The entries of a list as text; one with * ? or [ stands for all folders that it fits."""
+    """The entries of a list as text; a pattern with * ? or [ stands for the folders that it matches."""
     try:
         read = read_value(value) if isinstance(value, str) else value
     except RecipeError as error:
         raise ValueError(f"runs: {error}; got {echoed(value)}; put the list in single quotes") from None
     names = [str(name) for name in (read if isinstance(read, list) else [read])]
-    return [found for name in names for found in (sorted(glob(name)) if has_magic(name) else [name])]
+    return [folder for name in names for folder in (sorted(glob(f"{name}/")) if has_magic(name) else [name])]
 
 
 class CompareOptions(RecipeSection):

@@ -13,6 +13,7 @@ from launcher.report.pages.page import Chart, Line, Point
 
 WIDTH, HEIGHT = 2000, 1000  # units of the drawing
 MARGIN = 0.05  # share of the values' extent that is left free above and below them
+LEAST_MARGIN = 0.02  # share of the greatest value: what hardly changes is to look so
 X_TICKS, Y_TICKS = 5, 4  # about
 
 
@@ -68,7 +69,7 @@ def chart_html(chart: Chart, number: int) -> str:
 
 
 def _linear(least: float, greatest: float) -> Scale:
-    free = (greatest - least) * MARGIN or abs(greatest) * MARGIN or 1.0
+    free = max((greatest - least) * MARGIN, abs(greatest) * LEAST_MARGIN) or 1.0
     return Scale(least if least >= 0 > least - free else least - free, greatest + free)
 
 
@@ -141,6 +142,8 @@ def _down(share: float) -> int:
 
 def _label(axis: str, side: str, share: float, value: float) -> str:
     text = f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+    if axis == "x" and share > 0.95:  # centred, it would stand beyond the chart
+        return f'<span class="x end">{text}</span>'
     return f'<span class="{axis}" style="{side}:{100 * share:.2f}%">{text}</span>'
 
 
@@ -154,4 +157,4 @@ def _data(line: Line) -> dict[str, object]:
 def _summary(chart: Chart) -> str:
     """What a screen reader says of it."""
     ends = [(line.name, [p[1] for p in line.points if p[1] is not None]) for line in chart.lines]
-    return f"{chart.title}: " + "; ".join(f"{name} from {v[0]:.4g} to {v[-1]:.4g}" for name, v in ends if v)
+    return f"{chart.title}: " + "; ".join(f"{name} from {v[0]:.4g} to {v[-1]:.4g}".strip() for name, v in ends if v)

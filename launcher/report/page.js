@@ -4,12 +4,14 @@ for (const figure of document.querySelectorAll(".chart")) {
   const plot = figure.querySelector(".plot"), cursor = figure.querySelector(".cursor"), out = figure.querySelector("output");
   const steps = [...new Set(lines.flatMap((line) => line.points.map((point) => point[0])))].sort((a, b) => a - b);
   let at = steps.length - 1;
-  const number = (value) => value.toLocaleString("en", {maximumSignificantDigits: 5});
+  const number = (value) =>
+    value && Math.abs(value) < 1e-3 ? value.toExponential(2) : value.toLocaleString("en", {maximumSignificantDigits: 5});
   const nearest = (points, step) => points.reduce((a, b) => (Math.abs(b[0] - step) < Math.abs(a[0] - step) ? b : a));
   const text = ({name, points}, step) => {
     const [x, mean, least, greatest] = nearest(points, step);
     const extent = least < greatest ? ` (${number(least)} to ${number(greatest)})` : "";
-    return name + " " + (mean === null ? "not finite" : number(mean) + extent) + (x === step ? "" : ` at ${number(x)}`);
+    const figure = mean === null ? "not finite" : number(mean) + extent;
+    return [name, figure, x === step ? "" : `at ${x.toLocaleString("en")}`].filter(Boolean).join(" ");
   };
   const show = (index, seen = true) => {
     at = Math.max(0, Math.min(steps.length - 1, index));

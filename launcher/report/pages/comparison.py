@@ -24,7 +24,7 @@ def comparison_page(record: ComparisonRecord) -> Page:
 def _sections(record: ComparisonRecord) -> Iterator[Section]:
     differ = f"{len(record.recipe)} of {counted(record.keys, 'key')} differ"
     yield _side_by_side("Recipe", "key", _texts(record.recipe), note=differ if record.recipe else "no key differs")
-    yield _side_by_side("Chosen or found", "of the start", _texts(record.start), note="what differs")
+    yield _side_by_side("Chosen or found", "of the start", _texts(record.start), note="what differs" if record.start else "")
     for title, losses in (("Loss at equal steps", record.losses), ("Eval loss at equal steps", record.eval_losses)):
         rows = {f"{step:,}": [formatting.loss(v) for v in losses[step]] for step in sampled(list(losses), LOSSES_SHOWN)}
         yield _side_by_side(title, "step", rows, numeric=True)
@@ -59,7 +59,7 @@ def _figures(name: str, values: Sequence[float | None]) -> list[Value]:
             continue
         text = formatting.loss(value) if "loss" in name else f"{value:,.1f}" if name.endswith("s") else whole(value)
         text = whole(value) if name in NO_CHANGE or name.endswith("tokens/s") else text
-        if name not in NO_CHANGE and first and value is not first:
+        if name not in NO_CHANGE and first and value != first:
             text += f" ({100 * (value / first - 1):+.1f} %)"
         cells.append(flagged(text, not (name in ("graph breaks", "recompiles") and value)))
     return cells

@@ -8,13 +8,14 @@ from launcher.report.pages.formatting import counted
 from launcher.report.pages.page import Chart, Line, Point
 
 BUCKETS = 480  # points of a line: one for each two pixels of a wide screen
+DOTS = 60  # evaluations that are shown one by one
 SMOOTHING = 0.05  # share of a line's points over which the smoothed line averages
 
 
 def charts(steps: Sequence[StepRecord], evals: Sequence[EvalRecord], *, memory: str) -> list[Chart]:
     """Losses, learning rate, gradient norm, step time and memory over the steps. `memory`: what that figure is."""
     loss = Line("train", downsampled([(s.step, s.loss) for s in steps]))
-    evaluated = Line("eval", downsampled([(e.step, e.eval_loss) for e in evals]), dots=True)
+    evaluated = Line("eval", downsampled([(e.step, e.eval_loss) for e in evals]), dots=len(evals) <= DOTS)
     found = [
         Chart("Loss", [loss, evaluated], note=_not_finite([s.loss for s in steps]), options=True),
         _chart("Learning rate", [(s.step, s.lr) for s in steps]),
@@ -28,7 +29,7 @@ def charts(steps: Sequence[StepRecord], evals: Sequence[EvalRecord], *, memory: 
 def _chart(
     title: str, values: Sequence[tuple[int, float]], unit: str = "", *, options: bool = False, note: str = ""
 ) -> Chart:
-    return Chart(title, [Line(title.lower(), downsampled(values))], unit, note, options)
+    return Chart(title, [Line("", downsampled(values))], unit, note, options)
 
 
 def _not_finite(values: Sequence[float]) -> str:

@@ -77,7 +77,7 @@ Point: TypeAlias = tuple[
 class Line:
     """A line of a chart, its points in the order of x."""
 
-    name: str
+    name: str  # "" of a chart's only line
     points: Sequence[Point]
     dots: bool = False  # few measurements, each of which is shown
 

@@ -13,6 +13,8 @@ from launcher.report.pages.run import change, run_page
 from launcher.report.pages.start import start_page
 from launcher.report.pages.unfinished import ending, unfinished_page
 
+MEMORY = ("Resident memory by phase", "VRAM by phase")  # the section of one rank's
+
 
 def web_page(run: RunRecord | UnfinishedRun) -> Page:
     """The whole run, finished or not."""
@@ -29,8 +31,7 @@ def web_page(run: RunRecord | UnfinishedRun) -> Page:
             Section("", [Figures(_figures(run))]),
             verdicts,
             Section("Curves", charts(run.steps, run.evals, memory=memory)),
-            *sections.values(),
-            _memory(run.ranks),
+            *(part for s in sections.values() for part in ((s, _memory(run.ranks)) if s.title in MEMORY else (s,))),
             Section("Set-up", [Facts(start_page(run.start).facts)]),
             _recipe(run.recipe),
             *following,
@@ -60,7 +61,8 @@ def _figures(run: RunRecord) -> list[tuple[str, Value, str]]:
 
 
 def _device(ranks: Sequence[RankRecord]) -> str:
-    return "resident, of the process" if on_cpu(ranks[0].device) else f"of {whole(ranks[0].vram[0].total_mib)} a device"
+    total = f"of {whole(ranks[0].vram[0].total_mib)} MiB" if ranks[0].vram else ""
+    return f"resident, {total}" if on_cpu(ranks[0].device) else total
 
 
 def _memory(ranks: Sequence[RankRecord]) -> Section:
