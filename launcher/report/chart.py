@@ -39,7 +39,7 @@ class Scale:
                     return inside
         rough = (self.high - self.low) / count
         power = 10.0 ** math.floor(math.log10(rough))
-        step = next(digit * power for digit in (1, 2, 5, 10) if digit * power >= rough * 0.999)
+        step = next(digit * power for digit in (1, 2, 5, 10) if digit * power >= 0.7 * rough)
         return [n * step for n in range(math.ceil(self.low / step), math.floor(self.high / step) + 1)]
 
 

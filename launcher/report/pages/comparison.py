@@ -24,7 +24,9 @@ def comparison_page(record: ComparisonRecord) -> Page:
 def _sections(record: ComparisonRecord) -> Iterator[Section]:
     differ = f"{len(record.recipe)} of {counted(record.keys, 'key')} differ"
     yield _side_by_side("Recipe", "key", _texts(record.recipe), note=differ if record.recipe else "no key differs")
-    yield _side_by_side("Chosen or found", "of the start", _texts(record.start), note="what differs" if record.start else "")
+    yield _side_by_side(
+        "Chosen or found", "of the start", _texts(record.start), note="what differs" if record.start else ""
+    )
     for title, losses in (("Loss at equal steps", record.losses), ("Eval loss at equal steps", record.eval_losses)):
         rows = {f"{step:,}": [formatting.loss(v) for v in losses[step]] for step in sampled(list(losses), LOSSES_SHOWN)}
         yield _side_by_side(title, "step", rows, numeric=True)
