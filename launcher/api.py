@@ -28,7 +28,7 @@ from launcher.recipe.load import Resolved, resolve
 from launcher.records.run import Event, Note, RunRecord
 from launcher.report import Screen, make_console
 from launcher.report import error as print_error
-from launcher.report.html import html_of
+from launcher.report.html_page import html_of
 from launcher.report.trackers import make_trackers
 from launcher.runtime.clock import boot_clock_s, seconds_since
 from launcher.runtime.ending import last_words

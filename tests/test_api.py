@@ -1,18 +1,26 @@
 """Training from Python: the record, the files and the console of one run, and how a run may fail."""
 
+import io
 import json
 import os
 import subprocess
 import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from launcher import api
+from launcher.checkpoint.folder import RunFiles
 from launcher.errors import CheckpointError, DiskError, RecipeError
 from launcher.model.packed import PackedCausalLM
-from launcher.records.run import RunRecord
+from launcher.records.run import RunOpened, RunRecord
+from launcher.report import make_console
+from launcher.runtime.ranks import RankInfo
 from tests.conftest import ROOT, fresh_dynamo
 from tests.support.arguments import replaced
+from tests.support.records import run_record
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +41,8 @@ def test_a_run_returns_the_record_that_its_report_is_written_from(finished, smal
     assert json.loads((folder / "report.json").read_text()) == json.loads(json.dumps(record.as_report()))
     assert copy.read_text() == (folder / "report.json").read_text()
     assert {path.name for path in folder.iterdir()} == {
-        "adapter", "checkpoints", "metrics.jsonl", "parts.json", "report.json", "status.json", "trackers",
+        "adapter", "checkpoints", "metrics.jsonl", "parts.json", "report.html", "report.json", "status.json",
+        "trackers",
     }  # fmt: skip
     assert json.loads((folder / "status.json").read_text()) == {
         "code": 0, "reason": "done", "rank": 0, "step": 2, "resumable": False,
@@ -134,3 +143,21 @@ def test_a_notebook_gets_its_memory_compiler_and_signal_handlers_back(small_argu
     command = [sys.executable, str(script), *small_arguments[1:]]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_a_page_that_could_not_be_written_is_noted_and_the_run_is_done(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def ends_without_a_page(_: Any, files: RunFiles, sinks: Any) -> RunRecord:
+        files.show(RunOpened(tmp_path))
+        files.no_page = "report.html could not be written: it is a folder"
+        return run_record()
+
+    monkeypatch.setattr(api, "_train", ends_without_a_page)
+    (tmp_path / "metrics.jsonl").write_text("{}\n")
+    trackers = SimpleNamespace(run=SimpleNamespace(trackers=[]))
+    request: Any = SimpleNamespace(rank_info=RankInfo(0, 0, 1, 1), recipe=trackers, started_s=0.0)
+    text = io.StringIO()
+    api.train(request, make_console(text), report_copy=None)
+    assert "note: report.html could not be written: it is a folder" in text.getvalue()
+    assert json.loads((tmp_path / "status.json").read_text())["code"] == 0

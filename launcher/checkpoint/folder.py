@@ -204,9 +204,8 @@ class RunFiles:
     def _write_page(self, folder: RunFolder, html_of: Callable[[RunRecord], str], record: RunRecord) -> None:
         """Write report.html. What prevents it is in `no_page`, for it ends no run; a full disk does."""
         try:
-            html = html_of(record)
-            with writing(folder.path, what="report.html", needed=len(html)):
-                write_text(folder.page, html)
+            with writing(folder.path, what="report.html"):
+                write_text(folder.page, html_of(record))
         except DiskError:
             raise
         except Exception as error:

@@ -10,7 +10,7 @@ from launcher.errors import RecipeError
 from launcher.recipe.run_options import ReportOptions
 from launcher.records.run import RunRecord
 from launcher.report.console import literal
-from launcher.report.html import PAGE_BEGIN, html_of
+from launcher.report.html_page import PAGE_BEGIN, html_of
 from launcher.report.render import print_record
 
 

@@ -1,3 +1,4 @@
+import errno
 import json
 import math
 
@@ -5,8 +6,9 @@ import pytest
 
 from launcher.checkpoint.files import write_json
 from launcher.checkpoint.folder import RunFiles, RunFolder, default_folder
-from launcher.errors import CheckpointError, RecipeError
+from launcher.errors import CheckpointError, DiskError, RecipeError
 from launcher.records.run import EvalRecord, RunOpened, StepRecord
+from tests.support.records import run_record
 
 STEP = StepRecord(1, 2.5, 1e-3, math.inf, 9, 9, 1.0, 1.0, skipped=True)
 
@@ -98,3 +100,32 @@ def test_a_json_file_is_written_whole_or_not_at_all(tmp_path):
         write_json(file, {"new": object()})
     assert json.loads(file.read_text()) == {"old": [None, 1.0]}
     assert list(tmp_path.iterdir()) == [file]
+
+
+def test_the_page_of_a_run_is_written_beside_its_report(folder):
+    files = RunFiles(0, html_of=lambda record: f"<p>{len(record.steps)}</p>")
+    for event in (RunOpened(folder.path), run_record(steps=3)):
+        files.show(event)
+    assert folder.page.read_text() == "<p>3</p>" and folder.report.is_file() and not files.no_page
+
+
+@pytest.mark.parametrize("fault", ["a bug in it", "a folder in its place", "a full disk"])
+def test_a_page_that_cannot_be_written_ends_no_run_unless_the_disk_is_full(folder, fault):
+    def page(_):
+        if fault == "a bug in it":
+            raise KeyError(fault)
+        if fault == "a full disk":
+            raise OSError(errno.ENOSPC, "no space")
+        return "page"
+
+    files = RunFiles(0, html_of=page)
+    files.show(RunOpened(folder.path))
+    if fault == "a folder in its place":
+        folder.page.mkdir()
+    if fault == "a full disk":
+        with pytest.raises(DiskError, match="report.html does not fit"):
+            files.show(run_record())
+        return
+    files.show(run_record())
+    assert "report.html could not be written" in files.no_page and folder.report.is_file()
+    assert [path.name for path in folder.path.glob("*.part")] == []

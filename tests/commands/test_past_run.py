@@ -15,7 +15,7 @@ from launcher.commands.past_run import read_run
 from launcher.errors import RecipeError
 from launcher.records.past import UnfinishedRun
 from launcher.records.run import RunOpened, RunPart, RunRecord
-from launcher.report.html import html_of
+from launcher.report.html_page import html_of
 from tests.conftest import ROOT
 from tests.support.records import rank_record, run_record, shown, step_record
 

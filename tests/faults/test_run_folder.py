@@ -26,7 +26,7 @@ from tests.support.runs import lines, trained
 pytestmark = pytest.mark.usefixtures("clean_dynamo")
 
 STEP = StepRecord(1, 2.5, 1e-3, 1.0, 9, 9, 1.0, 1.0)
-FILES = ("metrics.jsonl", "report.json", "status.json", "run.lock")
+FILES = ("metrics.jsonl", "report.json", "report.html", "status.json", "run.lock")
 FOLDERS = ("adapter", "checkpoints", "trackers")
 MakeRecipe = Callable[..., Any]
 

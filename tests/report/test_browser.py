@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from launcher.records.run import EvalRecord, Sample
-from launcher.report.html import html_of
+from launcher.report.html_page import html_of
 from tests.support.browser import CHROMIUM, DRIVER, Browser, browser
 from tests.support.records import rank_record, run_record, step_record
 

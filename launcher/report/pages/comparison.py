@@ -10,7 +10,7 @@ from launcher.report.pages.formatting import counted, plain_text, whole
 from launcher.report.pages.page import Column, Page, Section, Styled, Table, Value, flagged
 from launcher.report.pages.sections import notes, sampled
 
-LOSSES_SHOWN = 12  # rows of each loss table
+LOSS_ROWS = 12  # rows of each loss table
 NO_CHANGE = ("steps", "tokens", "compilations", "planned graphs", "graph breaks", "recompiles")  # shown as they are
 VERDICTS: dict[bool | None, Value] = {True: Styled("PASS", "good"), False: Styled("FAIL", "alarm"), None: ""}
 
@@ -28,7 +28,7 @@ def _sections(record: ComparisonRecord) -> Iterator[Section]:
         "Chosen or found", "of the start", _texts(record.start), note="what differs" if record.start else ""
     )
     for title, losses in (("Loss at equal steps", record.losses), ("Eval loss at equal steps", record.eval_losses)):
-        rows = {f"{step:,}": [formatting.loss(v) for v in losses[step]] for step in sampled(list(losses), LOSSES_SHOWN)}
+        rows = {f"{step:,}": [formatting.loss(v) for v in losses[step]] for step in sampled(list(losses), LOSS_ROWS)}
         yield _side_by_side(title, "step", rows, numeric=True)
         if not rows:
             yield Section(title, ["the runs have no step in common"])

@@ -13,7 +13,7 @@ from launcher.report.pages.run import change, run_page
 from launcher.report.pages.start import start_page
 from launcher.report.pages.unfinished import ending, unfinished_page
 
-MEMORY = ("Resident memory by phase", "VRAM by phase")  # the section of one rank's
+MEMORY_TITLES = ("Resident memory by phase", "VRAM by phase")  # the section of one rank's
 
 
 def web_page(run: RunRecord | UnfinishedRun) -> Page:
@@ -31,7 +31,11 @@ def web_page(run: RunRecord | UnfinishedRun) -> Page:
             Section("", [Figures(_figures(run))]),
             verdicts,
             Section("Curves", charts(run.steps, run.evals, memory=memory)),
-            *(part for s in sections.values() for part in ((s, _memory(run.ranks)) if s.title in MEMORY else (s,))),
+            *(
+                part
+                for s in sections.values()
+                for part in ((s, _memory(run.ranks)) if s.title in MEMORY_TITLES else (s,))
+            ),
             Section("Set-up", [Facts(start_page(run.start).facts)]),
             _recipe(run.recipe),
             *following,

@@ -11,7 +11,7 @@ import pytest
 
 from launcher.records.past import RunEnd, UnfinishedRun
 from launcher.records.run import EvalRecord, Sample, Verdict
-from launcher.report.html import document, html_of
+from launcher.report.html_page import document, html_of
 from launcher.report.pages import page_of
 from launcher.report.pages.page import Page, Section, Styled, Tokens
 from tests.support.records import PLAIN_TEXT, rank_record, run_record, section, shown, start_record, step_record
