@@ -18,7 +18,7 @@ from typing import Protocol
 
 from rich.console import Console
 
-from launcher.checkpoint.folder import RunFiles
+from launcher.checkpoint.run_files import RunFiles
 from launcher.compile.inductor_cache import prepare_cache
 from launcher.errors import RecipeError
 from launcher.export.card import run_card
@@ -29,6 +29,7 @@ from launcher.recipe.load import Resolved, resolve
 from launcher.records.run import Event, RunRecord
 from launcher.report import Screen, make_console
 from launcher.report import error as print_error
+from launcher.report.html_page import html_of
 from launcher.report.trackers import make_trackers
 from launcher.runtime.clock import boot_clock_s, seconds_since
 from launcher.runtime.ending import last_words
@@ -90,7 +91,8 @@ def train(request: Request, console: Console, *, report_copy: Path | None) -> Ru
     `report_copy` is where else the report is written. Raises the errors of launcher/errors.py.
     """
     info = request.rank_info
-    files, trackers = RunFiles(info.rank, report_copy=report_copy), make_trackers(request.recipe.run.trackers)
+    files = RunFiles(info.rank, report_copy=report_copy, card=_card, html=html_of)
+    trackers = make_trackers(request.recipe.run.trackers)
     with Screen(console, clock=seconds_since(request.started_s)) as screen, last_words(lambda *_: screen.close()):
         screen.show("importing torch")
         with quick_imports():
@@ -100,6 +102,10 @@ def train(request: Request, console: Console, *, report_copy: Path | None) -> Ru
         record = _train(request, files, [files, *(trackers if info.is_main else []), screen])
         files.end(code=0, reason="done" + ("; the console was closed on the way" if screen.lost else ""))
         return record
+
+
+def _card(record: RunRecord) -> str:
+    return run_card(record.as_report())
 
 
 def _train(request: Request, files: RunFiles, sinks: Sequence[Sink]) -> RunRecord:
@@ -125,7 +131,7 @@ def _train(request: Request, files: RunFiles, sinks: Sequence[Sink]) -> RunRecor
             check_before_load(request)
             for event in events:
                 if isinstance(event, RunRecord):
-                    event = files.with_card(replace(event, versions=computing_versions()), run_card)
+                    event = files.with_pages(replace(event, versions=computing_versions()))
                 for sink in (sinks[0], heartbeat, *sinks[1:]):  # a tracker's error must be told to the other ranks
                     sink.show(event)
     except BaseException as failure:

@@ -33,7 +33,8 @@ def test_a_run_returns_the_record_that_its_report_is_written_from(finished, smal
     assert json.loads((folder / "report.json").read_text()) == json.loads(json.dumps(record.as_report()))
     assert copy.read_text() == (folder / "report.json").read_text()
     assert {path.name for path in folder.iterdir()} == {
-        "adapter", "checkpoints", "metrics.jsonl", "parts.json", "report.json", "status.json", "trackers",
+        "adapter", "checkpoints", "metrics.jsonl", "parts.json", "report.html", "report.json", "status.json",
+        "trackers",
     }  # fmt: skip
     assert json.loads((folder / "status.json").read_text()) == {
         "code": 0, "reason": "done", "rank": 0, "step": 2, "resumable": False,
@@ -109,7 +110,7 @@ def test_a_notebook_gets_its_memory_compiler_and_signal_handlers_back(small_argu
         "from launcher.runtime import clock\n"
         "clock.process_started_s = lambda: clock.boot_clock_s() - 1e9\n"
         "assert 'torch' not in sys.modules\n"
-        "from launcher.checkpoint.folder import RunFiles\n"
+        "from launcher.checkpoint.run_files import RunFiles\n"
         "show = RunFiles.show\n"
         "def full(self, event):\n"
         "    show(self, event)\n"

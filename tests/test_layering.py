@@ -23,7 +23,8 @@ ALLOWED = {  # package or module: what of ours it may import, itself and all it 
     | {"checkpoint.files", *BASE},
     "api": {"preflight", "train", "report", "recipe", "runtime", "checkpoint.folder", "compile.inductor_cache", *BASE}
     | {"export.card"},
-    "commands": {"export", "preflight.before_torch", "report", "recipe", "runtime", "checkpoint.files", *BASE},
+    "commands": {"export", "preflight.before_torch", "report", "recipe", "runtime", *BASE}
+    | {"checkpoint.files", "checkpoint.folder", "checkpoint.parts"},
     "export": {"train", "recipe.run_options", "recipe.hub_request", *WORK},
     "export.card": BASE,
     "preflight": {"train", "recipe", *WORK},

@@ -66,6 +66,7 @@ def test_a_plain_install_carries_every_recipe_file_and_finds_them(checkout: Path
     assert {f"launcher/recipes/{name}" for name in SHIPPED} == {
         name for name in packed if name.startswith("launcher/recipes/")
     }
+    assert {"launcher/report/page.css", "launcher/report/page.js"} <= set(packed)
     assert not [name for name in packed if name.startswith(("recipes/", "tests/"))]
     # Run elsewhere, with a stranger's `recipes` beside the package, as site-packages may have one.
     (installed / "recipes").mkdir()

@@ -8,8 +8,9 @@ from typing import Any, cast
 
 from launcher.checkpoint.bundle import State, bundles_of, clean, newest_state, read_bundle, remove, step_of
 from launcher.checkpoint.files import write_text
-from launcher.checkpoint.folder import RunFolder, metrics_line
+from launcher.checkpoint.folder import RunFolder
 from launcher.checkpoint.parts import begin_part
+from launcher.checkpoint.run_files import metrics_line
 from launcher.records.run import EvalRecord, RunPart, StepRecord
 
 Records = list[StepRecord | EvalRecord]

@@ -6,11 +6,13 @@ from typing import Any
 
 from rich.console import Console
 
+from launcher.commands.compare import compare_runs
 from launcher.commands.evaluate import evaluate_adapter
 from launcher.commands.export import export_model
 from launcher.commands.finished_run import Invocation
 from launcher.commands.generate import answer_prompts
 from launcher.commands.push import push_model
+from launcher.commands.report import report_run
 from launcher.errors import RecipeError
 from launcher.preflight.before_torch import check_report
 from launcher.recipe.command_line import parse
@@ -24,6 +26,8 @@ RUN_COMMANDS: dict[str, Callable[[Any, Invocation], None]] = {  # by mode: the k
     "export": export_model,
     "push": push_model,
     "evaluate": evaluate_adapter,
+    "report": report_run,
+    "compare": compare_runs,
 }
 
 

@@ -24,12 +24,14 @@ MODES = {
     "export": "write the model of run=FOLDER to a folder that stock code loads, and prove that it is the trained one",
     "push": "put the adapter of run=FOLDER, or an exported folder, with its model card on the hub",
     "evaluate": "loss, perplexity and token accuracy of the adapter of run=FOLDER, on any data",
+    "report": "print the report of run=FOLDER again, or what there is of an unfinished run; html=PATH writes a page",
+    "compare": "print how the finished runs of runs=[FOLDER, ...] differ: recipes, losses, speed, memory, verdicts",
     "show": "print the resolved recipe and where each value comes from",
     "schema": "print the JSON schema of a recipe",
     "keys": "print the table of keys in docs/keys.md",
 }
 OPTIONS = {"recipe": "", "mode": "train", "report": "", "blocks": "2"}  # the keys outside every section, their defaults
-WITHOUT_REPORT = ("preview", "generate")
+WITHOUT_REPORT = ("preview", "generate", "report")
 MAX_LINES = 5  # of a message
 
 

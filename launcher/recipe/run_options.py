@@ -1,4 +1,4 @@
-"""The options of the modes that use a finished run, such as mode=generate. Their recipe is the run's own.
+"""The options of the modes that use finished runs. Their recipe is the run's own.
 
 An option is a field with its meaning, range and default, as a recipe's keys are; errors and `--help` are written from
 these fields.
@@ -7,6 +7,7 @@ these fields.
 import os
 from collections.abc import Sequence
 from contextlib import suppress
+from glob import glob, has_magic
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, ValidationError, ValidationInfo, field_validator
@@ -141,15 +142,46 @@ class EvaluateOptions(RunOptions):
         return data
 
 
-OPTIONS_OF: dict[str, type[RunOptions]] = {
+class ReportOptions(RunOptions):
+    """A run as it was shown at its end; one that has no report with what there is of it."""
+
+    html: NonEmptyText | None = Field(
+        None, description="File for the page that a browser shows.", examples=["./report.html"]
+    )
+
+
+def folders_of(value: Any) -> Any:
+    """The entries of a list as text; a pattern with * ? or [ stands for the folders that it matches."""
+    try:
+        read = read_value(value) if isinstance(value, str) else value
+    except RecipeError as error:
+        raise ValueError(f"runs: {error}; got {echoed(value)}; put the list in single quotes") from None
+    names = [str(name) for name in (read if isinstance(read, list) else [read])]
+    return [folder for name in names for folder in (sorted(glob(f"{name}/")) if has_magic(name) else [name])]
+
+
+class CompareOptions(RecipeSection):
+    """Finished runs side by side: what differs in their recipes, losses at equal steps, speed, memory, verdicts."""
+
+    runs: Annotated[list[NonEmptyText], BeforeValidator(folders_of)] = Field(
+        min_length=2,
+        max_length=26,
+        description="Folders of the runs, or patterns of such.",
+        examples=[["./runs/first", "./runs/second"]],
+    )
+
+
+OPTIONS_OF: dict[str, type[RecipeSection]] = {
     "generate": GenerateOptions,
     "export": ExportOptions,
     "push": PushOptions,
     "evaluate": EvaluateOptions,
+    "report": ReportOptions,
+    "compare": CompareOptions,
 }
 
 
-def read_options(argv: Sequence[str], mode: str) -> RunOptions:
+def read_options(argv: Sequence[str], mode: str) -> RecipeSection:
     """The options of `mode`, a key of OPTIONS_OF. Raises RecipeError naming all that is wrong with the command line."""
     kind = OPTIONS_OF[mode]
     arguments = parse(argv, own_options=kind.model_fields)

@@ -45,7 +45,12 @@ def page_width(console: Console) -> int:
 def literal(text: str, style: str = "") -> Text:
     """Text of a user, a model or a library, exactly as it is: no markup is read in it, and what a terminal would obey
     is shown as its escape. Line breaks and tabs stay."""
-    return Text("".join(map(_visible, text)), style)
+    return Text(visible(text), style)
+
+
+def visible(text: str) -> str:
+    """The text with an escape in place of each character that a terminal or a browser would obey or not show."""
+    return "".join(map(_visible, text))
 
 
 def error(console: Console, message: str, code: int, *, framed: bool = False) -> None:

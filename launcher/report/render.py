@@ -1,7 +1,9 @@
 """Draws a page on a console. Tables leave columns out rather than squeeze them, and say which."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import zip_longest
+from typing import Any
 
 from rich import box
 from rich.cells import cell_len
@@ -11,8 +13,22 @@ from rich.panel import Panel
 from rich.table import Table as RichTable
 from rich.text import Text
 
+from launcher.credentials import masked_tree
 from launcher.report.console import literal, page_width
-from launcher.report.pages.page import Column, Facts, Page, Section, Style, Styled, Table, Tokens, Value
+from launcher.report.pages import page_of
+from launcher.report.pages.page import (
+    Chart,
+    Column,
+    Facts,
+    Figures,
+    Page,
+    Section,
+    Style,
+    Styled,
+    Table,
+    Tokens,
+    Value,
+)
 from launcher.report.tokens import marks_of, tokens_text
 
 GAP = 2  # blanks between columns
@@ -21,6 +37,20 @@ STYLES: dict[Style, str] = {
     "": "", "strong": "bold", "dim": "dim", "label": "cyan", "bar": "blue", "good": "bold green", "warning": "yellow",
     "bad": "bold red", "alarm": "bold white on red",
 }  # fmt: skip
+
+
+def print_record(console: Console, record: object) -> None:
+    """Print the page of a record that has one."""
+    if page := page_of(masked_record(record)):
+        print_page(console, page)
+
+
+def masked_record(record: Any) -> Any:
+    """The record with credentials masked. Steps are left as they are: they hold no text, and may be many."""
+    steps = getattr(record, "steps", ())
+    if not isinstance(steps, tuple) or not steps:
+        return masked_tree(record)
+    return replace(masked_tree(replace(record, steps=())), steps=steps)
 
 
 def print_page(console: Console, page: Page) -> None:
@@ -43,8 +73,10 @@ def _print_section(console: Console, section: Section, *, nested: bool = False) 
                 _print_section(console, item, nested=True)
             case Table():
                 _print_table(console, item)
-            case Facts():
+            case Facts() | Figures():
                 _print_indented(console, _grid(item.rows))
+            case Chart():
+                pass
             case Tokens():
                 _print_indented(console, tokens_text(item.parts, marks_of(console)))
             case _:

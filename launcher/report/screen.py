@@ -16,12 +16,11 @@ from rich.live import Live
 from rich.spinner import Spinner
 from rich.text import Text
 
-from launcher.credentials import masked_tree
 from launcher.records.run import EvalRecord, Note, Phase, StartRecord, StepRecord
 from launcher.report.console import literal, page_width
 from launcher.report.pages import page_of
 from launcher.report.pages.formatting import loss, norm, on_cpu, rate, whole
-from launcher.report.render import print_page
+from launcher.report.render import masked_record, print_page
 
 LINES = 20  # steps printed in all where there is no terminal
 RECENT = 20  # steps whose mean time gives the ETA
@@ -116,7 +115,7 @@ class Screen:
             case Note():
                 self._settle()
                 self._print(literal(f"note: {event.text}", "yellow"))
-            case _ if page := page_of(masked_tree(event)):
+            case _ if page := page_of(masked_record(event)):
                 self._settle()
                 print_page(self._console, page)
                 self._printed_s, self._step = self._clock(), None

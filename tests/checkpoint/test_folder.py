@@ -1,12 +1,15 @@
+import errno
 import json
 import math
 
 import pytest
 
 from launcher.checkpoint.files import write_json
-from launcher.checkpoint.folder import RunFiles, RunFolder, default_folder
+from launcher.checkpoint.folder import RunFolder, default_folder
+from launcher.checkpoint.run_files import RunFiles
 from launcher.errors import CheckpointError, RecipeError
 from launcher.records.run import EvalRecord, RunOpened, StepRecord
+from tests.support.records import run_record
 
 STEP = StepRecord(1, 2.5, 1e-3, math.inf, 9, 9, 1.0, 1.0, skipped=True)
 
@@ -98,3 +101,29 @@ def test_a_json_file_is_written_whole_or_not_at_all(tmp_path):
         write_json(file, {"new": object()})
     assert json.loads(file.read_text()) == {"old": [None, 1.0]}
     assert list(tmp_path.iterdir()) == [file]
+
+
+def test_the_page_of_a_run_is_written_beside_its_report(folder):
+    files, record = RunFiles(0, html=lambda record: f"<p>{len(record.steps)}</p>"), run_record(steps=3)
+    files.show(RunOpened(folder.path))
+    assert files.with_pages(record) is record and folder.page.read_text() == "<p>3</p>"
+
+
+@pytest.mark.parametrize("fault", ["a bug in it", "a folder in its place", "no space"])
+def test_a_page_that_cannot_be_written_is_noted_and_ends_no_run(folder, fault):
+    def page(_):
+        if fault == "no space":
+            raise OSError(errno.ENOSPC, fault)
+        if fault == "a bug in it":
+            raise KeyError(fault)
+        return "page"
+
+    files = RunFiles(0, html=page)
+    files.show(RunOpened(folder.path))
+    if fault == "a folder in its place":
+        folder.page.mkdir()
+    noted = files.with_pages(run_record())
+    assert "report.html could not be written" in noted.notes[-1]
+    files.show(noted)
+    assert "report.html could not be written" in folder.report.read_text()
+    assert [path.name for path in folder.path.glob("*.part")] == []

@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 from huggingface_hub import ModelCard
 
-from launcher.checkpoint import folder as folder_module
+from launcher.checkpoint import run_files
 from launcher.checkpoint.files import write_json
-from launcher.checkpoint.folder import RunFiles, RunFolder
+from launcher.checkpoint.folder import RunFolder
+from launcher.checkpoint.run_files import RunFiles
 from launcher.export import write
 from launcher.export.card import CARD, export_card, run_card
 from launcher.records.run import RunOpened, Verdict
@@ -87,7 +88,8 @@ def test_random_weights_and_unknowns_are_said_and_a_known_licence_is_given(tmp_p
 
 @pytest.fixture
 def opened(tmp_path: Path) -> tuple[RunFiles, RunFolder]:
-    folder, files = RunFolder(tmp_path / "run"), RunFiles(0)
+    folder = RunFolder(tmp_path / "run")
+    files = RunFiles(0, card=lambda record: f"card of {len(record.steps)} steps")
     folder.create()
     folder.adapter.mkdir()
     (folder.adapter / CARD).write_text("before")
@@ -100,27 +102,27 @@ def test_a_card_that_cannot_be_written_is_a_note_and_the_report_stays(
 ) -> None:
     files, folder = opened
     record = run_record(verdicts=(SAVED,))
-    assert files.with_card(record, lambda report: f"card of {report['schema']}") is record
-    assert (folder.adapter / CARD).read_text() == "card of 1"
+    assert files.with_pages(record) is record
+    assert (folder.adapter / CARD).read_text() == f"card of {len(record.steps)} steps"
 
     def full(*_: Any) -> None:
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patched:
-        patched.setattr(folder_module, "write_text", full)
-        noted = files.with_card(record, lambda _: "another")
-    assert "no card" in noted.notes[-1] and "No space left" in noted.notes[-1]
+        patched.setattr(run_files, "write_text", full)
+        noted = files.with_pages(replace(record, steps=()))
+    assert "README.md could not be written" in noted.notes[-1] and "No space left" in noted.notes[-1]
     files.show(noted)
-    assert folder.report.exists() and (folder.adapter / CARD).read_text() == "card of 1"
+    assert folder.report.exists() and (folder.adapter / CARD).read_text() == f"card of {len(record.steps)} steps"
 
 
 def test_an_adapter_that_is_not_proven_keeps_the_card_that_it_had(opened: tuple[RunFiles, RunFolder]) -> None:
     files, folder = opened
     record = run_record(verdicts=(SAVED, FAILED))
-    assert files.with_card(record, lambda _: "new") is record and (folder.adapter / CARD).read_text() == "before"
-    other = RunFiles(1)
+    assert files.with_pages(record) is record and (folder.adapter / CARD).read_text() == "before"
+    other = RunFiles(1, card=lambda _: "of rank 1")
     other.show(RunOpened(folder.path))
-    other.with_card(run_record(verdicts=(SAVED,)), lambda _: "of rank 1")
+    other.with_pages(run_record(verdicts=(SAVED,)))
     assert (folder.adapter / CARD).read_text() == "before"
 
 

@@ -12,9 +12,10 @@ from typing import Any
 import pytest
 import torch
 
-from launcher.checkpoint import folder as run_folder
+from launcher.checkpoint import run_files
 from launcher.checkpoint.bundle import bundles_of, faults_of, step_of
-from launcher.checkpoint.folder import RunFiles, RunFolder
+from launcher.checkpoint.folder import RunFolder
+from launcher.checkpoint.run_files import RunFiles
 from launcher.errors import MemoryExhausted, NonFiniteError
 from launcher.records.run import RunOpened, StartRecord, StepRecord
 from launcher.runtime.failures import classified
@@ -199,17 +200,17 @@ def test_fault_47_an_end_that_may_follow_from_another_never_replaces_the_cause(o
 def test_fault_47_of_two_ranks_that_end_at_one_moment_the_first_to_write_stays(
     opened: RunFolder, monkeypatch: pytest.MonkeyPatch, links: bool
 ) -> None:
-    write = run_folder.write_json
+    write = run_files.write_json
 
     def other_first(path: Path, content: dict[str, Any]) -> None:
-        monkeypatch.setattr(run_folder, "write_json", write)
+        monkeypatch.setattr(run_files, "write_json", write)
         assert files_of(opened, 0).end(code=7, reason="disk full")
         write(path, content)
 
     def no_links(*_: object) -> None:
         raise OSError(errno.EPERM, os.strerror(errno.EPERM))
 
-    monkeypatch.setattr(run_folder, "write_json", other_first)
+    monkeypatch.setattr(run_files, "write_json", other_first)
     if not links:
         monkeypatch.setattr(os, "link", no_links)
     assert not files_of(opened, 1).end(code=5, reason="nan")

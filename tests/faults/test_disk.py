@@ -25,7 +25,8 @@ from launcher.checkpoint import adapter, folder
 from launcher.checkpoint import bundle as bundles
 from launcher.checkpoint.bundle import newest_state, read_bundle, step_of, write_bundle
 from launcher.checkpoint.files import write_json
-from launcher.checkpoint.folder import RunFiles, RunFolder
+from launcher.checkpoint.folder import RunFolder
+from launcher.checkpoint.run_files import RunFiles
 from launcher.errors import DiskError, FolderError, LauncherError
 from launcher.records.run import EvalRecord, RunOpened, StepRecord
 from launcher.train import rescue

@@ -13,7 +13,8 @@ import pytest
 
 from launcher import api
 from launcher.checkpoint.files import write_json
-from launcher.checkpoint.folder import RunFiles, RunFolder, default_folder
+from launcher.checkpoint.folder import RunFolder, default_folder
+from launcher.checkpoint.run_files import RunFiles
 from launcher.errors import CheckpointError, FolderError, RecipeError
 from launcher.recipe.load import resolve
 from launcher.records.run import EvalRecord, Event, RunOpened, StepRecord
@@ -26,7 +27,7 @@ from tests.support.runs import lines, trained
 pytestmark = pytest.mark.usefixtures("clean_dynamo")
 
 STEP = StepRecord(1, 2.5, 1e-3, 1.0, 9, 9, 1.0, 1.0)
-FILES = ("metrics.jsonl", "report.json", "status.json", "run.lock")
+FILES = ("metrics.jsonl", "report.json", "report.html", "status.json", "run.lock")
 FOLDERS = ("adapter", "checkpoints", "trackers")
 MakeRecipe = Callable[..., Any]
 

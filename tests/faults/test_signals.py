@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from launcher.checkpoint.bundle import bundles_of, step_of
-from launcher.checkpoint.folder import RunFiles
+from launcher.checkpoint.run_files import RunFiles
 from launcher.runtime.signals import HungUp, Preempted, Terminated, listening
 from launcher.train import evaluation, loop
 from tests.conftest import ROOT

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from launcher.checkpoint.folder import RunFiles
+from launcher.checkpoint.run_files import RunFiles
 from launcher.records.run import Event, RunRecord, StepRecord
 from launcher.train.history import RunHistory
 from launcher.train.loop import training

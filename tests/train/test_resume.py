@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from launcher.checkpoint.bundle import bundles_of, read_bundle, step_of
-from launcher.checkpoint.folder import RunFiles
+from launcher.checkpoint.run_files import RunFiles
 from launcher.data import stream
 from launcher.errors import CheckpointError
 from launcher.records.run import RunOpened, RunRecord, StepRecord

@@ -9,12 +9,14 @@ from launcher.records.check import CheckRecord
 from launcher.records.evaluation import EvaluationRecord
 from launcher.records.export import ExportRecord
 from launcher.records.parity import ParityRecord
+from launcher.records.past import ComparisonRecord, UnfinishedRun
 from launcher.records.preview import PreviewRecord
 from launcher.records.push import PushRecord
 from launcher.records.run import RunRecord, StartRecord
 from launcher.report.pages.answers import answers_page, speed
 from launcher.report.pages.bench import bench_page
 from launcher.report.pages.check import check_page
+from launcher.report.pages.comparison import comparison_page
 from launcher.report.pages.evaluation import evaluation_page
 from launcher.report.pages.export import export_page
 from launcher.report.pages.page import Page
@@ -23,6 +25,7 @@ from launcher.report.pages.preview import preview_page
 from launcher.report.pages.push import push_page
 from launcher.report.pages.run import run_page
 from launcher.report.pages.start import start_page
+from launcher.report.pages.unfinished import unfinished_page
 
 __all__ = ["BUILDERS", "page_of", "speed"]
 
@@ -37,6 +40,8 @@ BUILDERS: dict[type, Callable[[Any], Page]] = {
     CheckRecord: check_page,
     PushRecord: push_page,
     EvaluationRecord: evaluation_page,
+    UnfinishedRun: unfinished_page,
+    ComparisonRecord: comparison_page,
 }
 
 

@@ -1,6 +1,8 @@
 """How numbers and counts read on a page: thousands separators, counts with their noun."""
 
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 
 def whole(value: float) -> str:
@@ -41,3 +43,14 @@ def extent(values: Sequence[int]) -> str:
 def on_cpu(device: str) -> bool:
     """Whether a record's device is the CPU, where memory figures are the process's resident memory."""
     return device.lower().startswith("cpu")
+
+
+def recipe_keys(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """The values of a resolved recipe by their dotted keys."""
+    sections = {name: part if isinstance(part, dict) else {"": part} for name, part in recipe.items()}
+    return {f"{name}.{key}".rstrip("."): value for name, part in sections.items() for key, value in part.items()}
+
+
+def plain_text(value: Any) -> str:
+    """A value of a recipe: text as it is, all else as JSON."""
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)

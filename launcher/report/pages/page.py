@@ -62,6 +62,38 @@ class Tokens:
 
 
 @dataclass(frozen=True)
+class Figures:
+    """Headline figures: what it is, the figure, and what to know of it."""
+
+    rows: Sequence[tuple[str, Value, str]]
+
+
+Point: TypeAlias = tuple[
+    int, float | None, float, float
+]  # x; mean, least and greatest of the values there (None: none)
+
+
+@dataclass(frozen=True)
+class Line:
+    """A line of a chart, its points in the order of x."""
+
+    name: str  # "" of a chart's only line
+    points: Sequence[Point]
+    dots: bool = False  # few measurements, each of which is shown
+
+
+@dataclass(frozen=True)
+class Chart:
+    """Lines over the steps of a run. A medium that cannot draw leaves it out: its page has the figures in a table."""
+
+    title: str
+    lines: Sequence[Line]
+    unit: str = ""
+    note: str = ""
+    options: bool = False  # whether a logarithmic scale and smoothing are offered
+
+
+@dataclass(frozen=True)
 class Section:
     """A title with a note, and the items under it; a Value is a line. A page does not show a section without items."""
 
@@ -69,9 +101,10 @@ class Section:
     items: Sequence["Item"] = ()
     note: str = ""
     style: Style = ""  # of the title
+    folded: bool = False  # long: a medium that can shows it on request
 
 
-Item: TypeAlias = Value | Table | Facts | Tokens | Section
+Item: TypeAlias = Value | Table | Facts | Tokens | Figures | Chart | Section
 
 
 @dataclass(frozen=True)

@@ -22,13 +22,13 @@ def run_page(run: RunRecord) -> Page:
 
 
 def _sections(run: RunRecord) -> Iterator[Section]:
-    yield _losses(run.steps, run.evals)
+    yield loss_section(run.steps, run.evals)
     yield _sample(run.sample, run.no_sample)
     yield from rank_sections(run.ranks)
     yield _memory(run.ranks, run.start.forecast_mib)
     yield from event_sections(run.ranks)
     yield elapsed(run.elapsed_s)
-    yield _parts(run.parts)
+    yield parts_section(run.parts)
     yield notes(run.notes)
     yield verdicts(run.verdicts)
     stopped = [Styled(f"stopped {run.stopped}", "strong")] if run.stopped else []
@@ -60,7 +60,7 @@ def _memory(ranks: Sequence[RankRecord], forecast_mib: float | None) -> Section:
     return Section("Resident memory by phase" if cpu else "VRAM by phase", items, f"rank {rank.rank}{of_several}")
 
 
-def _parts(parts: Sequence[RunPart]) -> Section:
+def parts_section(parts: Sequence[RunPart]) -> Section:
     """The starts of a run that was resumed: where each ran, the steps of it that count, what was done again."""
     steps = [f"{p.first_step:,} to {p.last_step:,}" if p.last_step >= p.first_step else "none" for p in parts]
     columns = [
@@ -72,12 +72,12 @@ def _parts(parts: Sequence[RunPart]) -> Section:
     return Section("Starts of this run", [Table(columns)] if len(parts) > 1 else [])
 
 
-def _losses(steps: Sequence[StepRecord], evals: Sequence[EvalRecord]) -> Section:
+def loss_section(steps: Sequence[StepRecord], evals: Sequence[EvalRecord]) -> Section:
     """A row for each step (a sample of a long run), with the eval loss measured after it."""
     shown_steps, shown_evals = sampled(steps, STEPS_SHOWN), sampled(evals, EVALS_SHOWN)
     items: list[Item] = [Table(_loss_columns(shown_steps, shown_evals))] if steps or evals else []
     changes = [("loss", [s.loss for s in steps]), ("eval loss", [e.eval_loss for e in evals])]
-    texts = [f"{name} {_change(values[0], values[-1])}" for name, values in changes if len(values) > 1]
+    texts = [f"{name} {change(values[0], values[-1])}" for name, values in changes if len(values) > 1]
     if texts:
         items.append(" · ".join(texts))
     marked = {
@@ -112,7 +112,7 @@ def _loss_columns(steps: Sequence[StepRecord], evals: Sequence[EvalRecord]) -> l
     ]
 
 
-def _change(first: float, last: float) -> str:
+def change(first: float, last: float) -> str:
     """From the first to the last value, with the relative change: "2.9134 → 1.4711 (-49.5 %)"."""
     relative = f" ({100 * (last - first) / first:+.1f} %)" if first else ""
     return f"{formatting.loss(first)} → {formatting.loss(last)}{relative}"

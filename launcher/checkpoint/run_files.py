@@ -1,0 +1,142 @@
+"""The files of a run, all in its folder: rank 0's metrics.jsonl and report.json, and status.json: how the run ended."""
+
+import json
+import os
+import threading
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any, TypeAlias
+
+from launcher.checkpoint.files import append_text, finite, write_json, write_text, writing
+from launcher.checkpoint.folder import RunFolder
+from launcher.errors import LESS_TELLING
+from launcher.records.run import BadBatch, EvalRecord, EvalSamples, Event, RunOpened, RunRecord, StepRecord
+
+PageMaker: TypeAlias = Callable[[RunRecord], str]
+
+
+class RunFiles:
+    """A sink of a run's events: rank 0 writes metrics.jsonl and report.json, the rank that ends it status.json.
+
+    `report_copy` is where else the report is written; `card` and `html` make the contents of the adapter's README.md and
+    of report.html.
+    """
+
+    def __init__(
+        self,
+        rank: int,
+        *,
+        report_copy: Path | None = None,
+        card: PageMaker | None = None,
+        html: PageMaker | None = None,
+    ) -> None:
+        self._rank, self._report_copy, self._card, self._html = rank, report_copy, card, html
+        self._folder: RunFolder | None = None  # None until it is this run's: another run's is left alone
+        self._step, self._ending = 0, threading.Lock()
+
+    def show(self, event: Event) -> None:
+        if isinstance(event, RunOpened):
+            self._folder, self._step = RunFolder(event.path), event.step
+            self._folder.hold()
+        if isinstance(event, StepRecord):
+            self._step = event.step
+        if isinstance(event, BadBatch) and self._folder:
+            _write_batch(self._folder.bad_batches, event)
+        if self._rank or self._folder is None:
+            return
+        if isinstance(event, EvalSamples):
+            lines = [json.dumps({"step": event.step, **asdict(sample)}) + "\n" for sample in event.samples]
+            self._append(self._folder, self._folder.samples, "".join(lines))
+        elif isinstance(event, StepRecord | EvalRecord):
+            self._append(self._folder, self._folder.metrics, metrics_line(event))
+        elif isinstance(event, RunRecord):
+            for path in filter(None, (self._folder.report, self._report_copy)):
+                with writing(path.parent, what="The report"):
+                    self._folder.check_in_place()
+                    write_json(path, event.as_report())
+
+    def with_pages(self, record: RunRecord) -> RunRecord:
+        """The record, once rank 0 has written what people read: the card of the adapter that it saved, and report.html.
+        What cannot be written is noted: nothing that was trained is lost without it."""
+        folder = self._folder
+        if self._rank or folder is None:
+            return record
+        pages = [(folder.page, self._html, "mode=report html=PATH writes it")]
+        if record.verdicts[-1].holds:  # the last verdict is the adapter's
+            pages.append((folder.adapter / "README.md", self._card, "mode=push makes it from report.json"))
+        notes = []
+        for path, page, remedy in pages:
+            try:
+                folder.check_in_place()
+                if page:
+                    write_text(path, page(record))
+            except Exception as error:  # of libraries too
+                notes.append(f"{path.name} could not be written: {type(error).__name__}: {error}; {remedy}")
+        return replace(record, notes=(*record.notes, *notes)) if notes else record
+
+    def _append(self, folder: RunFolder, file: Path, text: str) -> None:
+        with writing(folder.path, what=f"What is added to {file.name}", needed=len(text)):
+            folder.check_in_place()
+            append_text(file, text)
+
+    @property
+    def saving(self) -> bool:
+        """Whether a checkpoint or the adapter is being written; another process may ask, too."""
+        folder = self._folder
+        return folder is not None and (folder.adapter_staging.exists() or any(folder.checkpoints.glob("step-*.part")))
+
+    def end(self, *, code: int, reason: str, step: int | None = None, rank: int | None = None) -> bool:
+        """Write status.json: on success rank 0's, else that of `rank`, the one to blame (None: this one). The launcher
+        masks exit codes as 1. Returns whether it was written: the first cause stays, unless it only followed from
+        another (LESS_TELLING). A run that fails with code 2 or 3 before its first metric leaves no folder.
+        """
+        folder = self._folder
+        if folder is None or (self._rank and not code):
+            return False
+        if not code:
+            with writing(folder.path, what="status.json"):
+                return self._write_status(folder, code, reason, step=step, rank=rank)
+        return self._write_status(folder, code, reason, step=step, rank=rank)
+
+    def _write_status(self, folder: RunFolder, code: int, reason: str, *, step: int | None, rank: int | None) -> bool:
+        folder.check_in_place()
+        if code in (2, 3) and not folder.metrics.stat().st_size:
+            folder.discard()
+            return False
+        status = {"code": code, "reason": reason, "rank": self._rank if rank is None else rank}
+        status |= {"step": self._step if step is None else step, "resumable": bool(code) and folder.has_checkpoints}
+        with self._ending:  # the thread that watches the other ranks may write at the same moment
+            return _write_first(folder, status, own=folder.status.with_name(f"status.json.{self._rank}.part"))
+
+
+def _write_first(folder: RunFolder, status: dict[str, Any], *, own: Path) -> bool:
+    """Write status.json if no rank has, or only a less telling one; whether it was written. `own` is a name that no
+    other process uses. Ranks may end at one moment: of two links to one name the kernel makes one."""
+    write_json(own, status)
+    try:
+        os.link(own, folder.status)
+    except OSError:  # there is one, or this file system has no hard links
+        cause = folder.code  # None: that is no status
+        if cause is not None and (status["code"] in LESS_TELLING or cause not in LESS_TELLING):
+            return False
+        own.replace(folder.status)
+    finally:
+        own.unlink(missing_ok=True)
+    return True
+
+
+def _write_batch(folder: Path, batch: BadBatch) -> None:
+    """A line for each document. A full disk must not hide what is wrong with the step."""
+    with suppress(OSError):
+        if folder.is_symlink():
+            return
+        folder.mkdir(exist_ok=True)
+        lines = [json.dumps(asdict(document)) + "\n" for document in batch.documents]
+        write_text(folder / f"step-{batch.step}-rank-{batch.rank}.jsonl", "".join(lines))
+
+
+def metrics_line(record: StepRecord | EvalRecord) -> str:
+    """The record's line of metrics.jsonl; null for what JSON lacks."""
+    return json.dumps(finite(asdict(record))) + "\n"

@@ -1,0 +1,41 @@
+"""A run without a report: how far it came, how it ended, and whether it can go on."""
+
+import shlex
+
+from launcher.records.past import UnfinishedRun
+from launcher.report.pages.formatting import counted
+from launcher.report.pages.page import Page, Styled, Value
+from launcher.report.pages.run import loss_section, parts_section
+from launcher.report.pages.sections import notes
+
+
+def unfinished_page(run: UnfinishedRun) -> Page:
+    """What metrics.jsonl and status.json tell."""
+    facts: list[tuple[Value, ...]] = [
+        ("run folder", run.folder),
+        ("ended", ending(run)),
+        ("last step", f"{run.steps[-1].step:,}" if run.steps else "none"),
+        ("time in steps", f"{sum(step.step_s for step in run.steps):,.1f} s"),
+        ("checkpoints", ", ".join(f"step {step:,}" for step in run.checkpoints) or "none"),
+        ("goes on", _resume(run)),
+    ]
+    sections = [loss_section(run.steps, run.evals), parts_section(run.parts), notes(run.notes)]
+    return Page(sections, title="run without a report", facts=facts)
+
+
+def ending(run: UnfinishedRun) -> Value:
+    """How the run ended, as far as that was written."""
+    if run.in_use:
+        return Styled("not yet: a process has the folder", "good")
+    if run.ending is None:
+        return Styled("without a word: it was killed, or its machine stopped", "bad")
+    return Styled(f"code {run.ending.code}, rank {run.ending.rank}: {run.ending.reason}", "bad")
+
+
+def _resume(run: UnfinishedRun) -> str:
+    if run.in_use:
+        return "by itself"
+    if not run.checkpoints:
+        return "no: it has no checkpoint; the same command starts anew"
+    again = f"its command again, with run.output_dir={shlex.quote(run.folder)}"
+    return f"yes, from step {run.checkpoints[-1]:,} ({counted(len(run.checkpoints), 'checkpoint')}): {again}"
