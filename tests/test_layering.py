@@ -21,8 +21,8 @@ ALLOWED = {  # package or module: what of ours it may import, itself and all it 
     "__main__": {"cli", "runtime"},
     "cli": {"api", "commands", "train", "preflight", "proof", "data", "model", "report", "recipe", "runtime"}
     | {"checkpoint.files", *BASE},
-    "api": {"preflight", "train", "report", "recipe", "runtime", "checkpoint.folder", "compile.inductor_cache", *BASE}
-    | {"export.card"},
+    "api": {"preflight", "train", "report", "recipe", "runtime", "checkpoint.run_files", "compile.inductor_cache"}
+    | {"export.card", *BASE},
     "commands": {"export", "preflight.before_torch", "report", "recipe", "runtime", *BASE}
     | {"checkpoint.files", "checkpoint.folder", "checkpoint.parts"},
     "export": {"train", "recipe.run_options", "recipe.hub_request", *WORK},

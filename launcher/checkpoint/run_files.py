@@ -20,8 +20,7 @@ PageMaker: TypeAlias = Callable[[RunRecord], str]
 class RunFiles:
     """A sink of a run's events: rank 0 writes metrics.jsonl and report.json, the rank that ends it status.json.
 
-    `report_copy` is where else the report is written; `card` and `html` make the contents of the adapter's README.md and
-    of report.html.
+    `report_copy` is where else the report is written; `card` and `html` make the adapter's README.md and report.html.
     """
 
     def __init__(
