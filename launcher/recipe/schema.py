@@ -20,7 +20,11 @@ INTERVAL_MEANING = "a time as 90s, 10m or 2h, or off"
 class ModelSection(RecipeSection):
     """Which base model, and in which precision it computes."""
 
-    name: NonEmptyText = Field("unsloth/Llama-3.2-1B-Instruct", description="Hub id or local folder of the base model.")
+    name: NonEmptyText = Field(
+        "unsloth/Llama-3.2-1B-Instruct",
+        description="Hub id or local folder of the base model.",
+        examples=["./my-model"],
+    )
     revision: NonEmptyText | None = Field(
         None, description="Branch, tag or commit on the hub; null: the newest.", examples=["main"]
     )
