@@ -85,7 +85,7 @@ def _check(resolved: Resolved, info: RankInfo, console: Console) -> None:
             screen.show(record)
         if resolved.report and isinstance(record, CheckRecord):
             write_json(resolved.report, record.as_report())
-    checks.refuse()
+    checks.refuse(shown=True)
 
 
 def _preview(resolved: Resolved, info: RankInfo, console: Console) -> None:

@@ -285,6 +285,18 @@ class Recipe(RecipeSection):
     run: RunSection = Field(default_factory=RunSection)
     proof: ProofSection = Field(default_factory=ProofSection)
 
+    @field_validator("train", "run")
+    @classmethod
+    def _rows_validate(cls, section: TrainSection | RunSection, info: ValidationInfo) -> TrainSection | RunSection:
+        """Where the recipe alone tells that nothing is evaluated; the rows may tell it later (train/setup.py)."""
+        keys = ("patience", "keep_best", "eval_samples")
+        wanting = next((key for key in keys if getattr(section, key, None)), None)
+        data = info.data.get("data")
+        if wanting and data and data.validation == 0:
+            name = f"{info.field_name}.{wanting}"
+            raise ValueError(f"{name} needs rows that validate; got data.validation=0; try data.validation=0.05")
+        return section
+
     @field_validator("train")
     @classmethod
     def _a_stream_has_no_epochs(cls, train: TrainSection, info: ValidationInfo) -> TrainSection:
