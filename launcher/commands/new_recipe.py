@@ -94,17 +94,17 @@ def _model_folders(name: str) -> tuple[Path | None, Path | None]:
     folder that is not there, or an architecture that cannot be trained."""
     folder = Path(os.path.expanduser(name))
     if folder.is_dir() or name.startswith((".", "/", "~")) or not HUB_ID.fullmatch(name):
-        tokenizer = config = Path(locate(ModelSection(name=name), recipes_dir() / "architectures"))
-    else:
-        from huggingface_hub import try_to_load_from_cache
+        there = Path(locate(ModelSection(name=name), recipes_dir() / "architectures"))
+        check_config_file(there / "config.json", max_length=16)
+        return there, there
+    from huggingface_hub import try_to_load_from_cache
 
-        cached = try_to_load_from_cache(name, "tokenizer.json")
-        tokenizer = Path(cached).parent if isinstance(cached, str) else None
-        file, shipped = config_file(name, None), recipes_dir() / "architectures" / name.rpartition("/")[2]
-        config = file.parent if file else shipped if shipped.is_dir() else None
+    cached, file = try_to_load_from_cache(name, "tokenizer.json"), config_file(name, None)
+    shipped = recipes_dir() / "architectures" / name.rpartition("/")[2]
+    config = file.parent if file else shipped if shipped.is_dir() else None
     if config:
         check_config_file(config / "config.json", max_length=16)
-    return tokenizer, config
+    return Path(cached).parent if isinstance(cached, str) else None, config
 
 
 def _read(source: Source, progress: ReadingProgress) -> tuple[str, int, list[Row], Counter[str]]:

@@ -1,7 +1,4 @@
-"""The recipe that recipe=new proposes for data and a model: each value with its reason, by the rules of docs/choosing.md.
-
-Letters: L tokens of a block.
-"""
+"""The recipe that recipe=new proposes: each value with its reason, by the rules of docs/choosing.md."""
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -27,7 +24,7 @@ from launcher.recipe.yaml_lines import inline
 LENGTHS = (256, 512, 1024, 2048, 4096, 8192)  # of a block; more only on the user's word: activations grow with it
 STEP_TOKENS = 4096  # in the middle of the 2k to 8k that the shipped recipes use
 MICRO_TOKENS = {True: 4096, False: 2048}  # of a forward pass, by whether the model is small
-TINY, SMALL, WIDE = 1e8, 2e9, 7e9  # parameters
+TINY_MODEL, SMALL_MODEL, BIG_MODEL = 1e8, 2e9, 7e9  # parameters
 EPOCHS = ((2_000, 3), (10_000, 2))  # up to so many rows; 1 beyond
 RANKS = ((10_000, 16), (30_000, 32), (100_000, 64))  # up to so many rows; 128 beyond
 CARDS_GB = (8, 12, 16, 24, 48, 80)
@@ -85,7 +82,7 @@ def recipe_text(data: DataFacts, model: ModelFacts) -> str:
     return "\n".join(lines) + "\n"
 
 
-_UNKNOWN_MODEL = "Memory: no forecast, as this machine does not have the model's config.json; docs/memory.md has a table."
+_UNKNOWN_MODEL = "Memory: no forecast without the model's config.json, which is not here; docs/memory.md has a table."
 
 
 def _found(data: DataFacts, model: ModelFacts) -> Iterator[str]:
@@ -93,7 +90,7 @@ def _found(data: DataFacts, model: ModelFacts) -> Iterator[str]:
     yield f"Trains {model.name} on {rows}; every value is yours to change, its reason stands beside it."
     yield f"Proposed by qlora-launcher {__version__} recipe=new, by the rules of docs/choosing.md."
     drawn = f"{len(lengths):,} rows drawn at random" if len(lengths) < data.rows else "all rows"
-    how = "the model's tokenizer" if data.by_tokenizer else "estimated at 3 characters a token: no tokenizer is here yet"
+    how = "the model's tokenizer" if data.by_tokenizer else "estimated at 3 characters a token, without tokenizer"
     marks = ", ".join(f"{mark} % up to {_quantile(lengths, mark):,}" for mark in (50, 90, 95, 99))
     yield f"Tokens of a row ({drawn}; {how}):"
     yield f"{lengths.min():,} to {lengths.max():,}; {marks}."
@@ -125,7 +122,8 @@ def _width(lengths: Any, config: Any) -> tuple[int, str]:
     wanted = _quantile(lengths, 99)
     width = next((width for width in widths if width >= wanted), widths[-1])
     cut = float(np.mean(lengths > width))
-    return width, f"{'holds' if wanted <= width else 'does not hold'} 99 % of the rows whole; {100 * cut:.1f} % are longer"
+    verb = "holds" if wanted <= width else "does not hold"
+    return width, f"{verb} 99 % of the rows whole; {100 * cut:.1f} % are longer"
 
 
 def _positions(config: Any) -> int:
@@ -174,7 +172,7 @@ def _of_training(data: DataFacts, lengths: Any, width: int, parameters: int | No
     share = 1 - validation if isinstance(validation, float) else 1.0
     blocks = max(1, round(data.rows * share * float(np.minimum(lengths, width).mean()) / width))
     step_blocks = max(1, min(STEP_TOKENS // width, blocks // 10))
-    micro = max(1, min(MICRO_TOKENS[parameters is not None and parameters < SMALL] // width, step_blocks))
+    micro = max(1, min(MICRO_TOKENS[parameters is not None and parameters < SMALL_MODEL] // width, step_blocks))
     accumulation = max(1, step_blocks // micro)
     epochs = next((epochs for rows, epochs in EPOCHS if data.rows < rows), 1)
     steps = max(1, epochs * blocks // (micro * accumulation))
@@ -189,9 +187,9 @@ def _of_training(data: DataFacts, lengths: Any, width: int, parameters: int | No
 
 def _rate(parameters: int | None) -> tuple[float, str]:
     """train.lr and its reason."""
-    if parameters is not None and parameters < TINY:
+    if parameters is not None and parameters < TINY_MODEL:
         return 2e-3, "of the recipe tiny: a small model needs a higher rate"
-    if parameters is not None and parameters >= WIDE:
+    if parameters is not None and parameters >= BIG_MODEL:
         return 1e-4, "of the recipe llama8b, for safety; QLoRA has 2e-4 up to 13B"
     return 2e-4, "QLoRA's own up to 13B"
 

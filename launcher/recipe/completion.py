@@ -15,7 +15,7 @@ from launcher.recipe.run_options import OPTIONS_OF
 
 FILES = "./"  # among the words of a value: complete the names of files
 
-WORDS = """\
+SHARED_FUNCTION = """\
 # Completion of qlora-launcher, written by `qlora-launcher completion=@SHELL@`: write it again after an update.
 # What may stand behind KEY=, or without a key the keys there are, on the command line LINE. "./" stands for files.
 _qlora_launcher_words() {  # KEY LINE
@@ -27,21 +27,21 @@ _qlora_launcher_words() {  # KEY LINE
 BASH = """
 _qlora_launcher() {
   local line=${COMP_LINE:0:COMP_POINT}
-  local word=${line##*[[:space:]]} key= word_of_key= cut= reply
+  local word=${line##*[[:space:]]} key value cut= reply
   COMPREPLY=()
   if [[ $word != *=* ]]; then
     compopt -o nospace
     COMPREPLY=($(compgen -W "$(_qlora_launcher_words "" "$line")" -- "$word"))
     return
   fi
-  key=${word%%=*} word_of_key=${word#*=}
+  key=${word%%=*} value=${word#*=}
   local words=" $(_qlora_launcher_words "$key" "$line") "
-  mapfile -t COMPREPLY < <(compgen -W "${words/ .\\/ / }" -- "$word_of_key")
+  mapfile -t COMPREPLY < <(compgen -W "${words/ .\\/ / }" -- "$value")
   if [[ $words == *" ./ "* ]]; then
     compopt -o filenames
-    mapfile -t -O ${#COMPREPLY[@]} COMPREPLY < <(compgen -f -- "$word_of_key")
+    mapfile -t -O ${#COMPREPLY[@]} COMPREPLY < <(compgen -f -- "$value")
   fi
-  # Readline replaces what follows the last of these characters, which end a word for it; the user may have changed them.
+  # Readline replaces what follows the last of these characters, which end a word for it, if the user has left them.
   local breaks=${COMP_WORDBREAKS//[^=:@]/}
   [[ $breaks ]] && cut=${word%"${word##*[$breaks]}"}
   for reply in "${!COMPREPLY[@]}"; do
@@ -64,7 +64,7 @@ _qlora_launcher() {
 }
 compdef _qlora_launcher qlora-launcher
 """
-SHELLS = {"bash": WORDS + BASH, "zsh": "#compdef qlora-launcher\n" + WORDS + ZSH}
+SHELLS = {"bash": SHARED_FUNCTION + BASH, "zsh": "#compdef qlora-launcher\n" + SHARED_FUNCTION + ZSH}
 
 
 def completion_script(shell: str) -> str:
@@ -89,6 +89,7 @@ def _cases() -> Iterator[tuple[str, Iterable[str]]]:
     yield '"recipe "*', ["list", *OWN_RECIPES, *recipe_names(), FILES]
     yield '"mode "*', MODES
     yield '"report "*', [FILES]
+    yield '"model.name "*', [FILES]
     yield '"completion "*', SHELLS
     yield from ((f'"{leaf} "*', _words(field(leaf))) for leaf in LEAVES)
 

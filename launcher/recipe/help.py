@@ -89,7 +89,7 @@ def print_help(console: Console) -> None:
         ("report=PATH", "write the report there too"),
         (f"blocks={OPTIONS['blocks']}", "how many blocks mode=preview prints"),
         ("key=value", "overrides the recipe, as in train.steps=100; of a list: lora.targets=q_proj,v_proj"),
-        ("completion=SHELL", 'print what completes this command line: eval "$(qlora-launcher completion=bash)", or zsh'),
+        ("completion=SHELL", "print a script that completes this command line in bash or zsh"),
         ("--version", "print the versions of this program and of what it runs on"),
     ]
     console.out("usage: launcher/main.py recipe=NAME [mode=MODE] [key=value ...]\n", highlight=False)

@@ -78,7 +78,7 @@ def target(to: str) -> Path:
 
 
 def write_own(path: Path, text: str) -> None:
-    """Write a new recipe. Raises RecipeError if the file exists or its folder takes none, DiskError if it has no room."""
+    """Write a new recipe. Raises RecipeError if it exists or cannot be written, DiskError if there is no room."""
     try:
         with path.open("x", encoding="utf-8") as file:
             file.write(text)

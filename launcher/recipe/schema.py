@@ -20,11 +20,7 @@ INTERVAL_MEANING = "a time as 90s, 10m or 2h, or off"
 class ModelSection(RecipeSection):
     """Which base model, and in which precision it computes."""
 
-    name: NonEmptyText = Field(
-        "unsloth/Llama-3.2-1B-Instruct",
-        description="Hub id or local folder of the base model.",
-        examples=["./my-model"],
-    )
+    name: NonEmptyText = Field("unsloth/Llama-3.2-1B-Instruct", description="Hub id or local folder of the base model.")
     revision: NonEmptyText | None = Field(
         None, description="Branch, tag or commit on the hub; null: the newest.", examples=["main"]
     )
@@ -285,22 +281,13 @@ class Recipe(RecipeSection):
     run: RunSection = Field(default_factory=RunSection)
     proof: ProofSection = Field(default_factory=ProofSection)
 
-    @field_validator("train", "run")
-    @classmethod
-    def _rows_validate(cls, section: TrainSection | RunSection, info: ValidationInfo) -> TrainSection | RunSection:
-        """Where the recipe alone tells that nothing is evaluated; the rows may tell it later (train/setup.py)."""
-        keys = ("patience", "keep_best", "eval_samples")
-        wanting = next((key for key in keys if getattr(section, key, None)), None)
-        data = info.data.get("data")
-        if wanting and data and data.validation == 0:
-            name = f"{info.field_name}.{wanting}"
-            raise ValueError(f"{name} needs rows that validate; got data.validation=0; try data.validation=0.05")
-        return section
-
     @field_validator("train")
     @classmethod
-    def _a_stream_has_no_epochs(cls, train: TrainSection, info: ValidationInfo) -> TrainSection:
+    def _data_allows_it(cls, train: TrainSection, info: ValidationInfo) -> TrainSection:
         data = info.data.get("data")
         if data and data.streaming and train.steps is None:
             raise ValueError("train.steps must be set with data.streaming; got null; try train.steps=200")
+        wanting = "patience" if train.patience else train.keep_best and "keep_best"
+        if wanting and data and data.validation == 0:  # that no row validates otherwise, the rows tell (train/setup.py)
+            raise ValueError(f"train.{wanting} needs validation rows; got data.validation=0; try data.validation=0.05")
         return train

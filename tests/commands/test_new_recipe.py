@@ -38,7 +38,7 @@ def written(file: Path, rows: list[dict[str, Any]]) -> Path:
             writer.writeheader()
             writer.writerows(rows)
     else:
-        file.write_text("".join(row["text"] + "\n" if file.suffix == ".txt" else json.dumps(row) + "\n" for row in rows))
+        file.write_text("".join((row["text"] if file.suffix == ".txt" else json.dumps(row)) + "\n" for row in rows))
     return file
 
 

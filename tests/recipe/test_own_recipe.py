@@ -1,7 +1,6 @@
 """recipe=copy: the user's own file does what the shipped recipe does, and none is ever replaced."""
 
 import io
-from pathlib import Path
 
 import pytest
 from rich.console import Console
