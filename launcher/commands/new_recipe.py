@@ -8,13 +8,15 @@ import os
 import random
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import suppress
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
 from launcher.data.read.formats import detected_format, read_rows
-from launcher.data.read.rows import Conversation, ReadingProgress, Row, RowFault
+from launcher.data.read.rows import Conversation, Feed, ReadingProgress, Row, RowFault
 from launcher.data.read.sources import local_files, open_source
 from launcher.errors import DataError
 from launcher.model.config_file import check_config_file
@@ -121,10 +123,18 @@ def _read(source: Source, progress: ReadingProgress) -> tuple[str, int, list[Row
         for _ in read_rows(feeds, data=DataSection(sources=[source]), counts=Counter()):  # raises why
             pass
         raise DataError(f"{source.path}: data needs rows; all of it is empty.\nName another file, or fill it.")
-    first = next(raw for feed in feeds for raw in feed.raw_rows() if not isinstance(raw, RowFault))
-    format = source.format if source.format != "auto" else detected_format(first.fields, first.where)
+    format = source.format if source.format != "auto" else _format_of(feeds)
     rows = counts["rows_read"] - sum(count for key, count in counts.items() if key.startswith("rows_dropped"))
     return format, rows, sample, Counter({k: n for k, n in counts.items() if k.startswith("rows_dropped")})
+
+
+def _format_of(feeds: Sequence[Feed]) -> str:
+    """The format of the first row that has one, as read_rows finds it."""
+    for raw in chain.from_iterable(feed.raw_rows() for feed in feeds):
+        with suppress(RowFault):
+            if not isinstance(raw, RowFault):
+                return detected_format(raw.fields, raw.where)
+    raise AssertionError("a row was read")
 
 
 def _lengths(

@@ -21,7 +21,19 @@ from launcher.recipe.own_recipe import schema_line
 from launcher.recipe.schema import Recipe
 from launcher.recipe.yaml_lines import inline
 
-LENGTHS = (256, 512, 1024, 2048, 4096, 8192)  # of a block; more only on the user's word: activations grow with it
+LENGTHS = (
+    16,
+    32,
+    64,
+    128,
+    256,
+    512,
+    1024,
+    2048,
+    4096,
+    8192,
+)  # of a block; activations grow with it
+LEAST_LENGTH = 256  # unless the model takes no more
 STEP_TOKENS = 4096  # in the middle of the 2k to 8k that the shipped recipes use
 MICRO_TOKENS = {True: 4096, False: 2048}  # of a forward pass, by whether the model is small
 TINY_MODEL, SMALL_MODEL, BIG_MODEL = 1e8, 2e9, 7e9  # parameters
@@ -71,8 +83,8 @@ def recipe_text(data: DataFacts, model: ModelFacts) -> str:
         section, _, name = key.partition(".")
         tree.setdefault(section, {})[name] = value
     recipe = Recipe.model_validate(tree)
-    lines = [schema_line(), *(f"# {line}" for line in _found(data, model))]
-    lines += [f"# {line}" for line in (_memory(recipe, model.config, empty) if empty else [_UNKNOWN_MODEL])]
+    head = [*_found(data, model), *(_memory(recipe, model.config, empty) if empty else [_UNKNOWN_MODEL])]
+    lines = [schema_line(), *(f"# {' '.join(line.split())}" for line in head)]  # a file's name may hold line breaks
     section = ""
     for key, value, reason in proposals:
         if key.partition(".")[0] != section:
@@ -118,18 +130,14 @@ def _proposals(data: DataFacts, model: ModelFacts, parameters: int | None) -> It
 
 def _width(lengths: Any, config: Any) -> tuple[int, str]:
     """data.max_length: the narrowest that holds 99 of 100 rows, and that the model takes."""
-    widths = [width for width in LENGTHS if config is None or _takes(config, width)] or [_positions(config)]
+    if config is not None:
+        family_of(config, max_length=LENGTHS[0])  # refuses a model that no length makes trainable
+    widths = [width for width in LENGTHS if config is None or _takes(config, width)]
     wanted = _quantile(lengths, 99)
-    width = next((width for width in widths if width >= wanted), widths[-1])
+    width = next((width for width in widths if width >= max(wanted, LEAST_LENGTH)), widths[-1])
     cut = float(np.mean(lengths > width))
     verb = "holds" if wanted <= width else "does not hold"
     return width, f"{verb} 99 % of the rows whole; {100 * cut:.1f} % are longer"
-
-
-def _positions(config: Any) -> int:
-    """Of a model with fewer positions than the narrowest of LENGTHS. Raises RecipeError as family_of."""
-    family_of(config, max_length=16)
-    return next(width for width in (128, 64, 32, 16) if _takes(config, width))
 
 
 def _takes(config: Any, width: int) -> bool:

@@ -5,6 +5,7 @@ recipe=copy is answered here; recipe=new reads data and a model (launcher/comman
 
 import os
 import re
+import shlex
 import sys
 from pathlib import Path
 from typing import Literal
@@ -60,7 +61,7 @@ def copy_recipe(options: CopyOptions) -> Path:
     text = SCHEMA_LINE.sub(lambda match: f"$schema={os.path.normpath(folder / match[1])}", text, count=1)
     head, break_, rest = text.partition("\n")
     first, second = (head + break_, rest) if "$schema=" in head else ("", text)
-    name = options.source if options.source in recipe_names() else path
+    name = options.source if options.source in recipe_names() else " ".join(str(path).split())
     write_own(to, f"{first}# A copy of the recipe {name}, made by qlora-launcher {__version__}.\n{second}")
     return to
 
@@ -93,7 +94,8 @@ def next_steps(path: Path) -> str:
     """What to run with a recipe that was written, and how."""
     program = "qlora-launcher" if Path(sys.argv[0]).name == "qlora-launcher" else "python launcher/main.py"
     near = os.path.relpath(path)
-    recipe = f"{program} recipe={path if near.startswith('..') else near}"
+    word = shlex.quote(f"recipe={path if near.startswith('..') else near}")
+    recipe = f"{program} {word}"
     return "\n".join(
         (
             f"{recipe} mode=preview  # what is trained on, token by token",

@@ -142,6 +142,13 @@ def test_paths_are_relative_to_the_file_where_they_lie_below_it_and_else_absolut
     assert "{path: ./deep," in text and "name: ./model #" in text
 
 
+def test_a_line_break_in_a_name_ends_no_comment(new: New, small_model: Path, tmp_path: Path) -> None:
+    model = shutil.copytree(small_model, tmp_path / "m\nrun: {output_dir: x}")
+    written(tmp_path / "rows.jsonl", rows_of("text"))
+    text, recipe = new("data=rows.jsonl", f"model={model}")
+    assert recipe.model.name == str(model) and recipe.run.output_dir is None and "\nrun:" not in text
+
+
 def test_a_folders_own_validation_files_validate(new: New, small_model: Path, tmp_path: Path) -> None:
     (tmp_path / "d").mkdir()
     written(tmp_path / "d" / "train.jsonl", rows_of("text"))
@@ -152,9 +159,9 @@ def test_a_folders_own_validation_files_validate(new: New, small_model: Path, tm
 
 def test_faulty_rows_are_counted_and_skipped_in_the_recipe(new: New, small_model: Path, tmp_path: Path) -> None:
     file = written(tmp_path / "rows.jsonl", rows_of("messages"))
-    file.write_text(file.read_text() + '{"messages": 3}\n{"messages": []}\n')
+    file.write_text('{"x": 1}\n' + file.read_text() + '{"messages": 3}\n{"messages": []}\n')
     text, recipe = new("data=rows.jsonl", f"model={small_model}")
-    assert recipe.data.bad_rows == "skip" and "cannot be used: 1 wrong_type, 1 empty" in text and "on 60 rows" in text
+    assert recipe.data.bad_rows == "skip" and "cannot be used: 2 wrong_type, 1 empty" in text and "on 60 rows" in text
 
 
 def test_a_tokenizer_without_a_chat_template_gets_one_that_fits(new: New, small_model: Path, tmp_path: Path) -> None:
