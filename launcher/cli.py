@@ -13,6 +13,7 @@ from rich.console import Console
 
 from launcher.api import make_request, train
 from launcher.checkpoint.files import write_json
+from launcher.commands.new_recipe import own_recipe
 from launcher.commands.run_command import run_command
 from launcher.data.read.rows import ReadingProgress
 from launcher.errors import SHARED_CODES, ContractError, DataError, LauncherError, RecipeError
@@ -23,6 +24,7 @@ from launcher.proof.bench.processes import ChildFailed
 from launcher.recipe.command_line import parse
 from launcher.recipe.help import print_request
 from launcher.recipe.load import Resolved, resolve
+from launcher.recipe.own_recipe import OWN_RECIPES
 from launcher.recipe.run_options import OPTIONS_OF
 from launcher.records.check import CheckRecord
 from launcher.records.run import Phase
@@ -50,7 +52,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         console = make_console(None if info.is_main else io.StringIO())
         if print_request(arguments, console=console):
             return 0
-        if parse(arguments).options["mode"] in OPTIONS_OF:
+        options = parse(arguments).options
+        if (word := options["recipe"]) in OWN_RECIPES:
+            own_recipe(arguments, word, info, console)
+        elif options["mode"] in OPTIONS_OF:
             run_command(arguments, info, console)
         else:
             resolved = resolve(arguments)
@@ -78,7 +83,7 @@ def _check(resolved: Resolved, info: RankInfo, console: Console) -> None:
             screen.show(record)
         if resolved.report and isinstance(record, CheckRecord):
             write_json(resolved.report, record.as_report())
-    checks.refuse()
+    checks.refuse(shown=True)
 
 
 def _preview(resolved: Resolved, info: RankInfo, console: Console) -> None:

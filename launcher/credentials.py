@@ -21,7 +21,8 @@ LEAST_CHARACTERS = 8  # of a variable's value: masking a shorter one would garbl
 LONGEST = 2_000  # characters of a credential that a cut might halve
 
 WORD = r"secret|passw(?:or)?d|passphrase|credentials?|(?:api|access|account|auth|private|secret|signing)[_-]?key"
-TOKEN = "".join(f"(?<!{kind}_)" for kind in ("bos", "eos", "pad", "unk", "sep", "cls", "mask", "end")) + "token"
+ROLES_OF_TOKENS = ("bos", "eos", "pad", "unk", "sep", "cls", "mask", "end", "image", "video", "audio", "per")
+TOKEN = "".join(f"(?<!{kind}_)" for kind in ROLES_OF_TOKENS) + "token"
 SECRET_NAME = re.compile(rf"(?:{WORD}|{TOKEN}|authorization)$", re.IGNORECASE)
 SECRET_VARIABLE = re.compile(
     rf"(?:{WORD}|{TOKEN}|(?:^|_)(?:key|pass|pat|auth)|_pwd)s?(?:_?\d+)?$", re.IGNORECASE
@@ -36,6 +37,11 @@ NAMED = re.compile(
     |authorization\\*['"]?\s*[:=](?:\s*\\*['"]?(?:basic|bearer|digest|token)\b)?
     |[?&][\w-]{{0,40}}(?:auth|key|sig|signature)=)\s*\\*['"]?)
     (?:(?<=')[^']+|(?<=")(?:[^"\\]|\\.)+|[^\s,;&'"\\)\]}}]+)""",
+    re.IGNORECASE | re.VERBOSE,
+)
+# Of that a folder's name (.../token=5/...), a special token, and prose (The secret: never give up).
+ORDINARY = re.compile(
+    r"""(?<![\w?&-])token=\d{1,9}/.*|token\W{1,9}<[^<>\s]*>|(?:(?<=\bthe\ )|(?<=\ba\ )|(?<=\ban\ ))secret:\ [a-z]+""",
     re.IGNORECASE | re.VERBOSE,
 )
 ISSUED = re.compile(
@@ -104,10 +110,14 @@ def _masker() -> Callable[[str], str]:
         if "@" in text:
             text = USERINFO.sub(rf"\1\2\3{MASK}@", text)
         if "=" in text or ":" in text:
-            text = NAMED.sub(rf"\1{MASK}", text)
+            text = NAMED.sub(_without_value, text)
         return ISSUED.sub(MASK, text)
 
     return mask
+
+
+def _without_value(match: re.Match[str]) -> str:
+    return match[0] if ORDINARY.fullmatch(match.string, *match.span()) else f"{match[1]}{MASK}"
 
 
 def _values() -> Iterator[str]:

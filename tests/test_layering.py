@@ -24,7 +24,7 @@ ALLOWED = {  # package or module: what of ours it may import, itself and all it 
     "api": {"preflight", "train", "report", "recipe", "runtime", "checkpoint.run_files", "compile.inductor_cache"}
     | {"export.card", *BASE},
     "commands": {"export", "preflight.before_torch", "report", "recipe", "runtime", *BASE}
-    | {"checkpoint.files", "checkpoint.folder", "checkpoint.parts"},
+    | {"data", "model", "memory", "ops", "checkpoint.files", "checkpoint.folder", "checkpoint.parts"},
     "export": {"train", "recipe.run_options", "recipe.hub_request", *WORK},
     "export.card": BASE,
     "preflight": {"train", "recipe", *WORK},

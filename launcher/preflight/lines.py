@@ -34,14 +34,18 @@ class Checks:
         self.lines.append(Check(name, True, found(value)))
         return value
 
-    def refuse(self, *, local_rank: int = 0) -> None:
+    def refuse(self, *, local_rank: int = 0, shown: bool = False) -> None:
         """Raise what failed: the one error, or one of the first's class with a line for each. `local_rank` is this
-        process's: it reports what it found for itself alone."""
+        process's: it reports what it found for itself alone. `shown`: a page has said all of it, so the error only
+        names the checks."""
         if not self._errors:
             return
         error = self._errors[0]
-        if len(self._errors) > 1:
-            failed = [line for line in self.lines if not line.holds]
+        failed = [line for line in self.lines if not line.holds]
+        if shown:
+            names = ", ".join(line.name for line in failed)
+            error = type(error)(f"a run needs all that is checked; {len(failed)} of {len(self.lines)} fail: {names}.")
+        elif len(self._errors) > 1:
             lines = [" ".join(f"{line.name}: {line.found} {line.remedy}".split()) for line in failed]
             error = type(error)("\n".join([f"a run needs these {len(lines)} things, which fail:", *lines]))
         error.reporter = local_rank if self._own else 0  # one process of the machine prints what all find

@@ -79,6 +79,7 @@ class DataSection(RecipeSection):
     ] = Field(
         0.05,
         description="Fraction of the rows held out (0: none), or validation data: a path, or an entry like a source's.",
+        examples=["./validation.jsonl"],
         validate_default=True,
     )
     wait_s: int = Field(

@@ -1,4 +1,4 @@
-"""Answers that need no run: mode=show, recipe=list, mode=schema, mode=keys, --help, --version.
+"""Answers that need no run: mode=show, recipe=list, mode=schema, mode=keys, --help, --version, completion=SHELL.
 
 On a terminal the tables are drawn; elsewhere they are aligned text, one line a row whatever its length, for grep.
 The help is text of at most 80 columns everywhere.
@@ -19,9 +19,11 @@ from rich.text import Text
 from launcher import __version__
 from launcher.credentials import masked
 from launcher.recipe.command_line import MODES, OPTIONS, parse
+from launcher.recipe.completion import completion_script
 from launcher.recipe.field_types import recipe_names, recipes_dir
 from launcher.recipe.fields import GROUPS, accepts, field, in_words, json_schema, names_in, shown_default
 from launcher.recipe.load import Resolved, resolve
+from launcher.recipe.own_recipe import OWN_RECIPES
 from launcher.recipe.run_options import OPTIONS_OF
 from launcher.recipe.yaml_lines import inline
 
@@ -37,10 +39,13 @@ def print_request(argv: Sequence[str], *, console: Console) -> bool:
         RecipeError: mode=show of a recipe that does not resolve.
     """
     options = parse(argv).options
+    shell = next((word.partition("=")[2] for word in argv if word.startswith("completion=")), None)
     if {"-h", "--help"} & set(argv) or list(argv) == ["help"]:
         print_help(console)
     elif "--version" in argv:
         print_versions(console)
+    elif shell is not None:
+        console.out(completion_script(shell), highlight=False)
     elif options["mode"] == "schema":
         console.out(json.dumps(json_schema(), indent=2), highlight=False)
     elif options["mode"] == "keys":
@@ -84,6 +89,7 @@ def print_help(console: Console) -> None:
         ("report=PATH", "write the report there too"),
         (f"blocks={OPTIONS['blocks']}", "how many blocks mode=preview prints"),
         ("key=value", "overrides the recipe, as in train.steps=100; of a list: lora.targets=q_proj,v_proj"),
+        ("completion=SHELL", "print a script that completes this command line in bash or zsh"),
         ("--version", "print the versions of this program and of what it runs on"),
     ]
     console.out("usage: launcher/main.py recipe=NAME [mode=MODE] [key=value ...]\n", highlight=False)
@@ -91,6 +97,9 @@ def print_help(console: Console) -> None:
     for mode, options in OPTIONS_OF.items():
         _print_wrapped(f"\nmode={mode}, without recipe: {options.__doc__}", console)
         _print_entries(list(_entries(options.model_json_schema())), console)
+    for word, own in OWN_RECIPES.items():
+        _print_wrapped(f"\nrecipe={word} writes a file: {own.__doc__}", console)
+        _print_entries(list(_entries(own.model_json_schema())), console)
     console.out("\nThe keys of a recipe, with their defaults:", highlight=False)
     for title, description, rows in _groups():
         _print_wrapped(f"\n{title}: {description}", console)

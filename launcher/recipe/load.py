@@ -47,7 +47,7 @@ def resolve(argv: Sequence[str]) -> Resolved:
     arguments = parse(argv)
     options, problems = arguments.options, arguments.problems
     try:
-        path = _recipe_path(options["recipe"])
+        path = recipe_path(options["recipe"])
         tree, places = read_file(path)
     except RecipeError as error:
         problems[str(error)] = "recipe"
@@ -81,23 +81,24 @@ def resolve(argv: Sequence[str]) -> Resolved:
     )
 
 
-def _recipe_path(recipe: str) -> Path:
+def recipe_path(recipe: str, key: str = "recipe") -> Path:
+    """The file of `key=recipe`: of a shipped recipe, or the user's own. Raises RecipeError where there is none."""
     names = recipe_names()
     listed = f"the recipes are {', '.join(names)}, or a path that ends in .yaml"
     near = nearest_recipe(recipe)
-    hint = f"did you mean recipe={bare(near)}? " if near else ""
+    hint = f"did you mean {key}={bare(near)}? " if near else ""
     if not recipe:
-        raise RecipeError(f"recipe=NAME is required; got none; {listed}")
+        raise RecipeError(f"{key}=NAME is required; got none; {listed}")
     if recipe.endswith(".yaml"):
         path = Path(os.path.expanduser(recipe))
         if not os.path.exists(path):
-            rule = "recipe must be a file if it ends in .yaml"
+            rule = f"{key} must be a file if it ends in .yaml"
             raise RecipeError(f"{rule}; {echoed(recipe)} does not exist; {hint.strip() or listed}")
         return path
     if recipe not in names and os.path.isfile(recipe):
         raise RecipeError(f"a recipe's file must end in .yaml; got {echoed(recipe)}; rename it")
     if recipe not in names:
-        raise RecipeError(f"recipe must exist; got {echoed(recipe)}; {hint}{listed}")
+        raise RecipeError(f"{key} must exist; got {echoed(recipe)}; {hint}{listed}")
     return recipes_dir() / f"{recipe}.yaml"
 
 

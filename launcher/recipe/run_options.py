@@ -8,7 +8,7 @@ import os
 from collections.abc import Sequence
 from contextlib import suppress
 from glob import glob, has_magic
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BeforeValidator, Field, ValidationError, ValidationInfo, field_validator
 
@@ -181,18 +181,33 @@ OPTIONS_OF: dict[str, type[RecipeSection]] = {
 }
 
 
+Options = TypeVar("Options", bound=RecipeSection)
+
+
 def read_options(argv: Sequence[str], mode: str) -> RecipeSection:
     """The options of `mode`, a key of OPTIONS_OF. Raises RecipeError naming all that is wrong with the command line."""
-    kind = OPTIONS_OF[mode]
-    arguments = parse(argv, own_options=kind.model_fields)
+    return read_form(argv, f"mode={mode}", OPTIONS_OF[mode])
+
+
+def read_form(argv: Sequence[str], form: str, kind: type[Options]) -> Options:
+    """The options of a command line that begins with `form`, "mode=MODE" or "recipe=WORD".
+
+    Raises RecipeError naming all that is wrong with it.
+    """
+    schema = kind.model_json_schema()["properties"]
+    arguments = parse(argv, own_options=schema)
     for key, value in arguments.overrides:
-        near = closest(key.removeprefix("--"), kind.model_fields)
-        remedy = f"did you mean {near}?" if near else f"it has {', '.join(kind.model_fields)}"
-        arguments.refuse(key, f"mode={mode} has no key {bare(key)}; got {echoed(value, key)}; {remedy}")
-    if recipe := arguments.options["recipe"]:
-        arguments.refuse("recipe", f"mode={mode} takes the recipe of its run; got recipe={bare(recipe)}; remove it")
+        near = closest(key.removeprefix("--"), schema)
+        remedy = f"did you mean {near}?" if near else f"it has {', '.join(schema)}"
+        arguments.refuse(key, f"{form} has no key {bare(key)}; got {echoed(value, key)}; {remedy}")
+    for key in ("recipe", "mode", "report"):
+        value = arguments.options[key]
+        if value == OPTIONS[key] or f"{key}={value}" == form or (key, form[:5]) == ("report", "mode="):
+            continue
+        rule = "takes the recipe of its run" if key == "recipe" else "runs nothing and writes no report"
+        arguments.refuse(key, f"{form} {rule}; got {key}={bare(value)}; remove it")
     given = {key: text for key, text in arguments.options.items() if key not in OPTIONS}
-    options, schema = None, kind.model_json_schema()["properties"]
+    options = None
     try:
         options = kind.model_validate(given)
     except ValidationError as error:

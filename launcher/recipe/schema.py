@@ -283,8 +283,11 @@ class Recipe(RecipeSection):
 
     @field_validator("train")
     @classmethod
-    def _a_stream_has_no_epochs(cls, train: TrainSection, info: ValidationInfo) -> TrainSection:
+    def _data_allows_it(cls, train: TrainSection, info: ValidationInfo) -> TrainSection:
         data = info.data.get("data")
         if data and data.streaming and train.steps is None:
             raise ValueError("train.steps must be set with data.streaming; got null; try train.steps=200")
+        wanting = "patience" if train.patience else train.keep_best and "keep_best"
+        if wanting and data and data.validation == 0:  # that no row validates otherwise, the rows tell (train/setup.py)
+            raise ValueError(f"train.{wanting} needs validation rows; got data.validation=0; try data.validation=0.05")
         return train

@@ -7,6 +7,7 @@ word. Tags, aliases and repeated keys are refused: they could execute, expand or
 import json
 import re
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +82,17 @@ def inline(value: Any) -> str:
     if UNQUOTED.fullmatch(value) and value.isprintable() and value == value.strip() and value not in NULLS:
         return value
     return json.dumps(value, ensure_ascii=not value.isprintable())
+
+
+def scalars(text: str) -> Iterator[tuple[str, int, int]]:
+    """Each key and value of a YAML text that `read_file` takes, with the characters of the text where it stands."""
+    nodes = [node] if (node := yaml.compose(text, Loader=yaml.SafeLoader)) else []
+    while nodes:
+        node = nodes.pop()
+        if isinstance(node, ScalarNode):
+            yield node.value, node.start_mark.index, node.end_mark.index
+        else:
+            nodes += chain.from_iterable(node.value) if isinstance(node, MappingNode) else node.value
 
 
 class _Walk:

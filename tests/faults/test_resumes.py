@@ -1,6 +1,7 @@
 """A run goes on with other processes only if that is allowed, and with other data or another recipe never."""
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -131,6 +132,8 @@ def test_fault_33_other_data_or_another_recipe_is_refused_naming_every_key_and_n
             trained(make(**sections))
         assert caught.value.code == 4
         assert all(difference in str(caught.value) for difference in differences), caught.value
+        assert len(str(caught.value).splitlines()) == 2 + len(differences), "what follows from them is left out"
+        assert not re.search("[0-9a-f]{20}", str(caught.value)), "of a digest the beginning"
         assert contents(killed) == before
     trained(make(data={"sources": [{"path": str(tmp_path / "same.jsonl")}]}))  # the same data in another place
     assert step_of(bundles_of(killed / "checkpoints")[0]) == 8

@@ -74,6 +74,11 @@ def test_fault_37_a_token_is_known_by_its_issuers_prefix_wherever_it_stands(toke
         ("Bearer canarycanarycanary1", "Bearer ***"),
         ("https://h/x?X-Amz-Signature=canary&y=1", "https://h/x?X-Amz-Signature=***&y=1"),
         ("--hub_token=canary", "--hub_token=***"),
+        ("https://h/x?token=5/canary", "https://h/x?token=***"), ("my_token=5/canary", "my_token=***"),
+        ("the secret: C4nary", "the secret: ***"), ("secret: canary", "secret: ***"),
+        ("a_secret: canary", "a_secret: ***"),
+        ("the password: canary", "the password: ***"), ("token='<canary", "token='***"),
+        ("token=canary/x", "token=***"),
         ("-----BEGIN RSA PRIVATE KEY-----\ncanary\n-----END RSA PRIVATE KEY-----", "***"),
     ],
 )  # fmt: skip
@@ -89,7 +94,10 @@ def test_fault_37_a_value_beside_a_secrets_name_and_a_login_in_a_url_are_masked(
         "dGhlIHF1aWNrIGJyb3duIGZveCBqdW1wcw==", "/data/hf_transformers/token/sk-learn/AKIA.jsonl", "git@github.com:a/b",
         "https://host:8080/a@b", "http://host/path@v1.2", "each token: a piece", "max_tokens=48", "sample_tokens: 4",
         "pad_token='<pad>'", "{'eos_token': '<|im_end|>'}", "tokenizer: no vector in the model for x", "sort_key=name",
-        "unknown key --token; got nothing", "a bearer of news", "eyJustAName.and.another", "12,345 tokens: 8 a step",
+        "unknown key --token; got nothing", "a bearer of news", "image_token='<image>'",
+        '{"fim_token": "<fim>"}', "The secret: never give up", "bytes_per_token: 4.9",
+        "/data/token=5/part.parquet", "data.sources=token=5/part.parquet", "eyJustAName.and.another",
+        "12,345 tokens: 8 a step",
     ],
 )  # fmt: skip
 def test_fault_37_ordinary_text_stays_readable(secrets, monkeypatch, text):

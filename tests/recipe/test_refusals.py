@@ -152,3 +152,10 @@ def test_a_terminal_never_receives_control_codes_from_a_value(refusal, own):
 
 
 # --- as a process
+
+
+@pytest.mark.parametrize("key", ["train.patience=2", "train.keep_best=true"])
+def test_what_compares_eval_losses_is_refused_where_the_recipe_holds_no_row_out(refusal, key):
+    message = refusal("recipe=llama1b", key, "train.eval_every=5", "data.validation=0")
+    assert message.startswith(f"{key.partition('=')[0]} needs validation rows; got data.validation=0")
+    assert resolve(["recipe=llama1b", key, "train.eval_every=5"])

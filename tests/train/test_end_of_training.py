@@ -126,8 +126,15 @@ def test_an_adapter_that_is_not_the_best_ones_fails_its_verdict(
 @pytest.mark.parametrize("key", ["patience", "keep_best"])
 def test_without_validation_rows_they_are_refused(make: MakeRecipe, tmp_path: Path, key: str) -> None:
     with pytest.raises(RecipeError, match=rf"train.{key} compares eval losses; no row validates"):
-        trained(make(data={"validation": 0}, train={**EVERY_STEP, key: 1}))
+        trained(make(data={"sources": [{"path": str(one_row(tmp_path))}]}, train={**EVERY_STEP, key: 1}))
     assert not (tmp_path / "run").exists()
+
+
+def one_row(folder: Path) -> Path:
+    """A file of which no row can be held out."""
+    file = folder / "one.jsonl"
+    file.write_text(json.dumps({"text": "one row"}))
+    return file
 
 
 def test_the_same_prompts_are_answered_at_every_evaluation_and_once_after_a_resume(

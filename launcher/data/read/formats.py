@@ -60,7 +60,7 @@ def read_rows(feeds: Iterable[Feed], *, data: DataSection, counts: Counter[str])
             try:
                 if isinstance(raw, RowFault):
                     raise raw
-                format = format or _detected(raw.fields, raw.where)
+                format = format or _FORMATS[detected_format(raw.fields, raw.where)]
                 row, unused = _parsed(raw, format, data)
             except RowFault as fault:
                 if data.bad_rows == "raise":
@@ -88,11 +88,12 @@ def _parsed(raw: RawRow, format: "_Format", data: DataSection) -> tuple[Row | No
     return row, unused
 
 
-def _detected(fields: Fields, where: str) -> "_Format":
-    """The one format whose columns a source's first row has."""
+def detected_format(fields: Fields, where: str) -> str:
+    """The name of the one format whose columns a source's first row has. Raises RowFault if there is none, DataError
+    if there are several."""
     names = [name for name, format in _FORMATS.items() if fields.keys() >= set(format.columns)]
     if len(names) == 1:
-        return _FORMATS[names[0]]
+        return names[0]
     columns = shown_value(f"the columns {', '.join(sorted(fields)) or '(none)'}")
     if names:
         raise DataError(
