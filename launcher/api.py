@@ -42,7 +42,7 @@ from launcher.runtime.parent import end_with_parent, under_launcher
 from launcher.runtime.ranks import RankInfo, rank_info
 from launcher.runtime.signals import ask_to_stop, deferring, forget_signals, handling, listening
 from launcher.runtime.watched_ranks import Ending
-from launcher.sinks import GuardedSink, Sink, closed_at_end
+from launcher.sinks import GuardedSink, Sink, closed_at_end, light
 from launcher.train.request import Request
 from launcher.trained_run import TrainedRun
 
@@ -183,7 +183,7 @@ def _train(
             closing(loop.training(request, history)) as events,
         ):
             check_before_load(request)
-            for event in events:
+            for event in map(light, events):
                 for sink in (files, heartbeat, *sinks, *guarded):  # a tracker's error must be told to the other ranks
                     sink.show(event)
                 try:

@@ -2,10 +2,13 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
+from types import MethodType
 from typing import Any, Protocol
+from weakref import WeakMethod
 
 from launcher.errors import SinkError
-from launcher.records.run import Event, StepRecord
+from launcher.records.run import Event, Phase, StepRecord
 from launcher.runtime.signals import ask_to_stop
 
 
@@ -40,6 +43,14 @@ class GuardedSink:
             self.failure.__cause__ = error
             if not (ask_to_stop() or self._trained):
                 raise self.failure from error
+
+
+def light(event: Event) -> Event:
+    """The event for who may keep it: the progress of a phase does not hold the model."""
+    if not isinstance(event, Phase) or not isinstance(event.progress, MethodType):
+        return event
+    reference = WeakMethod(event.progress)
+    return replace(event, progress=lambda: progress() if (progress := reference()) else "")
 
 
 @contextmanager

@@ -21,7 +21,10 @@ ALLOWED = {  # package or module: what of ours it may import, itself and all it 
     "__main__": {"cli", "runtime"},
     "cli": {"api", "commands", "train", "preflight", "proof", "data", "model", "report", "recipe", "runtime"}
     | {"checkpoint.files", *BASE},
-    "api": {"preflight", "train", "report", "recipe", "runtime", "checkpoint.folder", "compile.inductor_cache", *BASE},
+    "api": {"preflight", "train", "report", "recipe", "runtime", "checkpoint.folder", "compile.inductor_cache", *BASE}
+    | {"sinks", "trained_run"},
+    "sinks": {"records", "errors", "runtime"},
+    "trained_run": {"commands.finished_run", "export", "recipe", "runtime", *BASE},
     "commands": {"export", "preflight.before_torch", "report", "recipe", "runtime", "checkpoint.files", *BASE},
     "export": {"train", "recipe.run_options", *WORK},
     "preflight": {"train", "recipe", *WORK},

@@ -24,7 +24,7 @@ from launcher.report.render import print_page
 
 UPDATE_S = 0.5  # between two drawings, at least
 ROWS = 5  # steps in the table
-RECENT = 20  # steps whose mean time gives the ETA
+ETA_STEPS = 20  # whose mean time gives the ETA
 POINTS = 150  # of a curve; each is the mean of as many steps as it takes
 WIDTH, HEIGHT, MARGIN = 600, 120, 6  # of the curves, in units of their own
 COLORS = {"loss": "#4c8bf5", "eval loss": "#e8833a"}  # seen on light and dark
@@ -42,7 +42,7 @@ class NotebookScreen:
         self._phase, self._began_s = Phase("starting", lambda: ""), clock()
         self._total = 0  # steps; known once training begins
         self._end = ""  # how the run ended
-        self._steps: deque[StepRecord] = deque(maxlen=RECENT)
+        self._steps: deque[StepRecord] = deque(maxlen=ETA_STEPS)
         self._curves: dict[str, Curve] = {name: [] for name in COLORS}
         self._lock, self._ended = threading.RLock(), threading.Event()
         # In the context of the cell: a kernel sends what a thread displays to the cell of its context.
