@@ -149,7 +149,8 @@ def _run_events(
     request: Request, screen: Screen | NotebookScreen, *, report_copy: Path | None, callers: Sequence[Sink] = ()
 ) -> Generator[Event, None, None]:
     """`callers`: sinks of the caller, which may fail."""
-    trackers = make_trackers(request.recipe.run.trackers)
+    made = make_trackers(request.recipe.run.trackers)
+    trackers = made if request.rank_info.is_main else []
     files = RunFiles(request.rank_info.rank, report_copy=report_copy)
     guarded = [GuardedSink(sink) for sink in callers]
     with closed_at_end([*trackers, *callers]), screen, last_words(lambda *_: screen.close()):
@@ -158,13 +159,14 @@ def _run_events(
             import launcher.preflight.with_torch
             import launcher.train.loop  # noqa: F401
         end_with_parent(signal.SIGTERM)  # from now on there may be something to save
-        yield from _train(request, files, [*(trackers if request.rank_info.is_main else []), screen], guarded)
+        yield from _train(request, files, [*trackers, screen], guarded)
 
 
 def _train(
     request: Request, files: RunFiles, sinks: Sequence[Any], guarded: Sequence[GuardedSink]
 ) -> Generator[Event, None, None]:
-    """A function of its own: what exists while imports are frozen, a cell of `history` too, would never be freed."""
+    """A function of its own: what exists while imports are frozen, a cell of `history` too, would never be freed. The
+    last of `sinks` is the screen."""
     from launcher.preflight.with_torch import check_before_load
     from launcher.train import loop
     from launcher.train.history import RunHistory
@@ -207,8 +209,7 @@ def _train(
     finally:
         with deferring():
             heartbeat.close()
-    lost = any(getattr(sink, "lost", False) for sink in sinks)
-    files.end(code=0, reason="done" + ("; the console was closed on the way" if lost else ""))
+    files.end(code=0, reason="done" + ("; the console was closed on the way" if sinks[-1].lost else ""))
 
 
 def _record_failure(

@@ -165,7 +165,8 @@ def _table(steps: Sequence[StepRecord]) -> str:
     if not steps:
         return ""
     rows = [COLUMNS, *map(_cells, steps)]
-    return "<table>" + "".join(f"<tr>{''.join(f'<td>{cell}</td>' for cell in row)}</tr>" for row in rows) + "</table>"
+    lines = "".join(f"<tr>{''.join(f'<td>{cell}</td>' for cell in row)}</tr>" for row in rows)
+    return f'<table style="color:inherit">{lines}</table>'
 
 
 def _cells(step: StepRecord) -> tuple[str, ...]:

@@ -39,8 +39,9 @@ def prepare_environment() -> tuple[str, ...]:
 
 @contextmanager
 def environment_put_back() -> Iterator[Callable[[], None]]:
-    """Call what it gives once the environment is prepared. Afterwards variables, warning filters and the log level are
-    as they were before, where nobody else has changed them since. What libraries have read on import stays."""
+    """Call what it gives once the environment is prepared. Afterwards the variables and warning filters that were set
+    until then, and the log level, are what they were before, unless somebody has changed them since. What libraries
+    have read on import stays."""
     logger = logging.getLogger("torch.distributed")
     variables, filters, level = dict(os.environ), list(warnings.filters), logger.level
     changed: dict[str, str] = {}
@@ -53,11 +54,14 @@ def environment_put_back() -> Iterator[Callable[[], None]]:
     try:
         yield prepared
     finally:
+        if not changed:  # it failed before that
+            prepared()
         for name in (name for name, value in changed.items() if os.environ.get(name) == value):
             del os.environ[name]
             os.environ.update({name: variables[name]} if name in variables else {})
         warnings.filters[:] = [entry for entry in warnings.filters if entry not in added]  # type: ignore[index]
-        logger.setLevel(level)
+        if logger.level == logging.ERROR:
+            logger.setLevel(level)
 
 
 def _ensure_home() -> tuple[str, ...]:
