@@ -1,20 +1,22 @@
-"""Training from Python, as in a notebook. The command line trains through the same functions.
+"""Training from Python, as in a notebook: launcher.run and launcher.events. The command line trains through the same
+functions.
 
-from launcher.api import run
-record = run("tiny", "train.steps=5")
-record.evals[-1].eval_loss, record.start.run_dir
+run ─► events ─► _handed_over ─► _run_events ─► _train ─► train/loop.py
+       one a     signals and     imports,       sinks, status.json,
+       process   memory          closing        who leaves
 """
 
 import gc
 import io
 import signal
 import sys
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing, suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Protocol
+from typing import Any
 
 from rich.console import Console
 
@@ -29,35 +31,51 @@ from launcher.recipe.load import Resolved, resolve
 from launcher.records.run import Event, RunRecord
 from launcher.report import Screen, make_console
 from launcher.report import error as print_error
+from launcher.report.console import kernel_shell
 from launcher.report.html_page import html_of
+from launcher.report.notebook import NotebookScreen
 from launcher.report.trackers import make_trackers
 from launcher.runtime.clock import boot_clock_s, seconds_since
 from launcher.runtime.ending import last_words
-from launcher.runtime.environment import prepare_environment, quick_imports
-from launcher.runtime.failures import classified, code_and_reason
+from launcher.runtime.environment import environment_put_back, prepare_environment, quick_imports
+from launcher.runtime.failures import classified, code_and_reason, free_frames
 from launcher.runtime.heartbeat import Heartbeat
 from launcher.runtime.packages import computing_versions
 from launcher.runtime.parent import end_with_parent, under_launcher
 from launcher.runtime.ranks import RankInfo, rank_info
-from launcher.runtime.signals import deferring, listening
+from launcher.runtime.signals import ask_to_stop, deferring, forget_signals, handling, listening
 from launcher.runtime.watched_ranks import Ending
+from launcher.sinks import GuardedSink, Sink, closed_at_end, light
 from launcher.train.request import Request
+from launcher.trained_run import TrainedRun
+
+_running: list[str] = []  # the recipe of the run of this process
 
 
-class Sink(Protocol):
-    """Something that a run's events are shown to, each as it comes: the console, files, a tracker."""
-
-    def show(self, event: Event) -> None: ...
-
-
-def run(recipe: str, *overrides: str, quiet: bool = False) -> RunRecord:
+def run(recipe: str, *overrides: str, sinks: Sequence[Sink] = (), quiet: bool = False) -> TrainedRun:
     """Train, as the command line does with `recipe=RECIPE OVERRIDE ...`; returns what report.json is written from.
 
     `recipe` is the name of a shipped recipe or a path that ends in .yaml, an override is a text like "train.steps=5".
-    The run folder is the same as the command line's, and so is what is printed, unless `quiet`.
+    `sinks` are shown every event too. The run folder is the same as the command line's, and so is what is printed,
+    unless `quiet`; a kernel's cell shows progress in one display.
 
     Raises:
         LauncherError: the run failed; its class and `code` say how (launcher/errors.py).
+        KeyboardInterrupt: the training was interrupted, and saved; the same call goes on if it has a run.output_dir.
+    """
+    with listening():
+        [record] = deque(events(recipe, *overrides, sinks=sinks, quiet=quiet), maxlen=1)
+    assert isinstance(record, RunRecord), "a run's last event is its record"
+    return TrainedRun(**vars(record))
+
+
+def events(
+    recipe: str, *overrides: str, sinks: Sequence[Sink] = (), quiet: bool = True
+) -> Generator[Event, None, None]:
+    """`run` as an iterator over its events, the last one a RunRecord; it begins with the first `next`. Who leaves it
+    ends the run: it is saved first where steps are trained, as by an interrupt.
+
+    Raises what `run` raises.
     """
     started_s = boot_clock_s()
     resolved, info = resolve([f"recipe={recipe}", *overrides]), rank_info()
@@ -65,12 +83,48 @@ def run(recipe: str, *overrides: str, quiet: bool = False) -> RunRecord:
         raise RecipeError(f"run() trains; got mode={resolved.mode}; give that to the command line: qlora-launcher")
     if info.world_size > 1:  # a run ends its process group, and a second run of the process would find none
         raise RecipeError(f"run() trains in one process; {info.world_size} were started; launch launcher/main.py")
-    request = replace(make_request(resolved, info, trains=True), started_s=started_s)
-    with listening():
-        try:
-            return train(request, make_console(io.StringIO() if quiet else None), report_copy=resolved.report)
-        finally:
-            gc.collect()  # the model is part of cycles; its memory is the next run's
+    if _running:
+        raise RecipeError(
+            f"a process trains one model at a time; the run of {_running[0]} goes on. Iterate over its events to their "
+            "end, or close() them."
+        )
+    _running.append(recipe)
+    try:
+        with environment_put_back() as prepared:
+            request = replace(make_request(resolved, info, trains=True), started_s=started_s)
+            prepared()
+            screen = _screen(request, quiet=quiet)
+            yield from _handed_over(_run_events(request, screen, report_copy=resolved.report, callers=sinks))
+    finally:
+        _running.clear()
+
+
+def _screen(request: Request, *, quiet: bool) -> Screen | NotebookScreen:
+    console, clock = make_console(io.StringIO() if quiet else None), seconds_since(request.started_s)
+    shell = None if quiet else kernel_shell()
+    return NotebookScreen(shell, console, clock=clock) if shell else Screen(console, clock=clock)
+
+
+def _handed_over(events: Generator[Event, None, None]) -> Iterator[Event]:
+    """The events of a run, between which the process is the caller's: its signals, and after them its memory."""
+    forget_signals()
+    try:
+        while True:
+            outer = sys.exception()
+            try:
+                with handling():
+                    event = next(events, None)
+            except BaseException as failure:
+                free_frames(failure, but=outer)
+                raise
+            if event is None:
+                return
+            yield event
+    finally:
+        with handling():
+            events.close()
+        forget_signals()
+        gc.collect()  # the model is part of cycles; its memory is the next run's
 
 
 def make_request(resolved: Resolved, info: RankInfo, *, trains: bool = False) -> Request:
@@ -85,37 +139,46 @@ def make_request(resolved: Resolved, info: RankInfo, *, trains: bool = False) ->
     return Request(resolved.recipe, resolved.name, located.source, shipped, info, notes=tuple(filter(None, notes)))
 
 
-def train(request: Request, console: Console, *, report_copy: Path | None) -> RunRecord:
+def train(request: Request, console: Console, *, report_copy: Path | None) -> None:
     """Run `request`; every event goes to the files, the trackers and `console`. status.json says how the run ended.
 
     `report_copy` is where else the report is written. Raises the errors of launcher/errors.py.
     """
-    info = request.rank_info
-    files = RunFiles(info.rank, report_copy=report_copy, card=_card, html=html_of)
-    trackers = make_trackers(request.recipe.run.trackers)
-    with Screen(console, clock=seconds_since(request.started_s)) as screen, last_words(lambda *_: screen.close()):
+    for _ in _run_events(request, Screen(console, clock=seconds_since(request.started_s)), report_copy=report_copy):
+        pass
+
+
+def _run_events(
+    request: Request, screen: Screen | NotebookScreen, *, report_copy: Path | None, callers: Sequence[Sink] = ()
+) -> Generator[Event, None, None]:
+    """`callers`: sinks of the caller, which may fail."""
+    made = make_trackers(request.recipe.run.trackers)
+    trackers = made if request.rank_info.is_main else []
+    files = RunFiles(request.rank_info.rank, report_copy=report_copy, card=_card, html=html_of)
+    guarded = [GuardedSink(sink) for sink in callers]
+    with closed_at_end([*trackers, *callers]), screen, last_words(lambda *_: screen.close()):
         screen.show("importing torch")
         with quick_imports():
             import launcher.preflight.with_torch
             import launcher.train.loop  # noqa: F401
         end_with_parent(signal.SIGTERM)  # from now on there may be something to save
-        record = _train(request, files, [files, *(trackers if info.is_main else []), screen])
-        files.end(code=0, reason="done" + ("; the console was closed on the way" if screen.lost else ""))
-        return record
+        yield from _train(request, files, [*trackers, screen], guarded)
 
 
 def _card(record: RunRecord) -> str:
     return run_card(record.as_report())
 
 
-def _train(request: Request, files: RunFiles, sinks: Sequence[Sink]) -> RunRecord:
-    """A function of its own: what exists while imports are frozen, a cell of `history` too, would never be freed."""
+def _train(
+    request: Request, files: RunFiles, sinks: Sequence[Any], guarded: Sequence[GuardedSink]
+) -> Generator[Event, None, None]:
+    """A function of its own: what exists while imports are frozen, a cell of `history` too, would never be freed. The
+    last of `sinks` is the screen."""
     from launcher.preflight.with_torch import check_before_load
     from launcher.train import loop
     from launcher.train.history import RunHistory
-    from launcher.train.rescue import rescue
 
-    history = RunHistory()
+    history, left = RunHistory(), False
     heartbeat = Heartbeat(
         request.rank_info,
         timeout_s=interval_s(request.recipe.run.timeout),
@@ -129,31 +192,53 @@ def _train(request: Request, files: RunFiles, sinks: Sequence[Sink]) -> RunRecor
             closing(loop.training(request, history)) as events,
         ):
             check_before_load(request)
-            for event in events:
+            for event in map(light, events):
                 if isinstance(event, RunRecord):
                     event = files.with_pages(replace(event, versions=computing_versions()))
-                for sink in (sinks[0], heartbeat, *sinks[1:]):  # a tracker's error must be told to the other ranks
+                for sink in (files, heartbeat, *sinks, *guarded):  # a tracker's error must be told to the other ranks
                     sink.show(event)
+                try:
+                    if not left:
+                        yield event
+                except GeneratorExit:  # the caller wants no more; what was trained is saved
+                    left = isinstance(event, RunRecord) or ask_to_stop()
+                    if not left:
+                        raise
+            for sink in guarded:
+                if sink.failure:
+                    raise sink.failure
     except BaseException as failure:
         with deferring():  # the process launcher terminates this rank because another has ended
-            try:
-                rescue(history.worker, failure)
-            except Exception as error:  # must not take the place of the failure
-                failure.add_note(f"The adapter could not be kept: {type(error).__name__}: {error}")
-            cause = heartbeat.first_cause(failure)
-            code, reason = code_and_reason(cause)
-            with suppress(OSError):  # a full disk must not hide what ended the run
-                files.end(
-                    code=code, reason=reason, step=getattr(cause, "step", None), rank=getattr(cause, "rank", None)
-                )
+            cause = _record_failure(failure, history, heartbeat, files, guarded)
+        if left and isinstance(cause, KeyboardInterrupt):
+            return
         if cause is failure:
             raise
-        raise cause from failure
+        raise cause from cause.__cause__ or failure
     finally:
         with deferring():
             heartbeat.close()
-    assert isinstance(event, RunRecord), "a run's last event is its record"
-    return event
+    files.end(code=0, reason="done" + ("; the console was closed on the way" if sinks[-1].lost else ""))
+
+
+def _record_failure(
+    failure: BaseException, history: Any, heartbeat: Heartbeat, files: RunFiles, guarded: Sequence[GuardedSink]
+) -> BaseException:
+    """Keep what was trained and write status.json; returns what ends the run."""
+    from launcher.train.rescue import rescue
+
+    try:
+        rescue(history.worker, failure)
+    except Exception as error:  # must not take the place of the failure
+        failure.add_note(f"The adapter could not be kept: {type(error).__name__}: {error}")
+    cause = heartbeat.first_cause(failure)
+    if isinstance(cause, KeyboardInterrupt) and (refusal := next(filter(None, (s.failure for s in guarded)), None)):
+        refusal.add_note(str(cause))  # what was saved
+        cause = refusal
+    code, reason = code_and_reason(cause)
+    with suppress(OSError):  # a full disk must not hide what ended the run
+        files.end(code=code, reason=reason, step=getattr(cause, "step", None), rank=getattr(cause, "rank", None))
+    return cause
 
 
 def _record_loss(files: RunFiles, info: RankInfo, ending: Ending, told: bool) -> None:

@@ -56,6 +56,10 @@ class LauncherError(Exception):
         return "\n".join([super().__str__(), *getattr(self, "__notes__", ())])
 
 
+class SinkError(LauncherError):
+    """A sink of the caller (launcher.run) failed."""
+
+
 class RecipeError(LauncherError):
     """The recipe or the command line is wrong, or names a model that is not available."""
 

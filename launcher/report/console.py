@@ -76,9 +76,14 @@ def _visible(char: str) -> str:
 def _in_notebook() -> bool:
     """In a kernel, or in a command that a cell started: its pseudo-terminal shows no live display. jupyter_client sets
     JPY_PARENT_PID for each kernel it starts, and the kernel's commands inherit it."""
+    return "JPY_PARENT_PID" in os.environ or kernel_shell() is not None
+
+
+def kernel_shell() -> Any:
+    """IPython's shell if this process is a notebook's kernel, else None."""
     ipython = sys.modules.get("IPython")
     shell = ipython.get_ipython() if ipython is not None else None
-    return "JPY_PARENT_PID" in os.environ or hasattr(shell, "kernel")
+    return shell if hasattr(shell, "kernel") else None
 
 
 def _nearest(failure: UnicodeError) -> tuple[str | bytes, int]:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from launcher.errors import RecipeError
-from launcher.records.run import EvalRecord, Event, RunOpened, RunRecord, StepRecord
+from launcher.records.run import EvalRecord, Event, RunOpened, StepRecord
 
 
 class TensorBoard:
@@ -23,7 +23,9 @@ class TensorBoard:
             self._write(event.step, loss=event.loss, lr=event.lr, grad_norm=event.grad_norm)
         elif isinstance(event, EvalRecord):
             self._write(event.step, eval_loss=event.eval_loss)
-        elif isinstance(event, RunRecord):
+
+    def close(self) -> None:
+        if self._writer is not None:
             self._writer.close()
 
     def _write(self, step: int, **values: float) -> None:

@@ -9,9 +9,10 @@ import sys
 import tempfile
 import traceback
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from launcher.errors import LauncherError, RecipeError
 from launcher.runtime.packages import import_failure
@@ -34,6 +35,33 @@ def prepare_environment() -> tuple[str, ...]:
     logging.getLogger("torch.distributed").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning)
     return _ensure_home()
+
+
+@contextmanager
+def environment_put_back() -> Iterator[Callable[[], None]]:
+    """Call what it gives once the environment is prepared. Afterwards the variables and warning filters that were set
+    until then, and the log level, are what they were before, unless somebody has changed them since. What libraries
+    have read on import stays."""
+    logger = logging.getLogger("torch.distributed")
+    variables, filters, level = dict(os.environ), list(warnings.filters), logger.level
+    changed: dict[str, str] = {}
+    added: list[Any] = []
+
+    def prepared() -> None:
+        changed.update({name: value for name, value in os.environ.items() if variables.get(name) != value})
+        added.extend(entry for entry in warnings.filters if entry not in filters)
+
+    try:
+        yield prepared
+    finally:
+        if not changed:  # it failed before that
+            prepared()
+        for name in (name for name, value in changed.items() if os.environ.get(name) == value):
+            del os.environ[name]
+            os.environ.update({name: variables[name]} if name in variables else {})
+        warnings.filters[:] = [entry for entry in warnings.filters if entry not in added]  # type: ignore[index]
+        if logger.level == logging.ERROR:
+            logger.setLevel(level)
 
 
 def _ensure_home() -> tuple[str, ...]:

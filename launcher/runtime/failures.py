@@ -2,6 +2,7 @@
 
 import errno
 import sys
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -74,6 +75,21 @@ def code_and_reason(error: BaseException) -> tuple[int, str]:
     """The exit code of a process that this error ends, and the reason for status.json."""
     if isinstance(error, LauncherError):
         return error.code, str(error)
+    if isinstance(error, GeneratorExit):  # who iterates over the run's events has left it
+        return stop_code_and_reason(KeyboardInterrupt)
     if isinstance(error, KeyboardInterrupt | Terminated):
         return stop_code_and_reason(type(error), saved=str(error))
     return 1, f"{type(error).__name__}: {error}"
+
+
+def free_frames(failure: BaseException, *, but: BaseException | None) -> None:
+    """Clear the local variables of the frames that an error and its causes keep. A notebook holds its last error, and
+    with it would hold the model. `but`: an error of before, while which is handled a run was started."""
+    pending: list[BaseException | None] = [failure]
+    cleared: list[BaseException | None] = [None, but]
+    while pending:
+        error = pending.pop()
+        if error not in cleared and error is not None:
+            cleared.append(error)
+            traceback.clear_frames(error.__traceback__)
+            pending += [error.__cause__, error.__context__]

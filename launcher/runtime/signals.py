@@ -51,9 +51,17 @@ _owned: list[bool] = []  # not empty: the process is the command line's
 
 
 def listen() -> None:
-    """From now on the signals of STOPS end the run. An ignored SIGINT or SIGHUP stays ignored, as for a background job
-    or under nohup."""
+    """From now on the signals of STOPS end the run; those received before are forgotten. An ignored SIGINT or SIGHUP
+    stays ignored, as for a background job or under nohup."""
+    forget_signals()
+    _set_handlers()
+
+
+def forget_signals() -> None:
     _received.clear()
+
+
+def _set_handlers() -> None:
     for number in STOPS:
         if number not in (signal.SIGINT, signal.SIGHUP) or signal.getsignal(number) != signal.SIG_IGN:
             signal.signal(number, _stop)
@@ -62,18 +70,36 @@ def listen() -> None:
 @contextmanager
 def listening() -> Iterator[None]:
     """`listen` inside, the handlers of before afterwards. Does nothing in a thread other than the main one."""
+    with handling():
+        forget_signals()
+        try:
+            yield
+        finally:
+            forget_signals()
+
+
+@contextmanager
+def handling() -> Iterator[None]:
+    """`listening` for a part of a run: what was received is remembered until the next part."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
     handlers = {number: signal.getsignal(number) for number in STOPS}
-    listen()
+    _set_handlers()
     try:
         yield
     finally:
         for number, handler in handlers.items():
             if handler is not None:  # one that was not set from Python cannot be put back
                 signal.signal(number, handler)
-        _received.clear()
+
+
+def ask_to_stop() -> bool:
+    """Inside `deferring` the same as a SIGINT: the training loop saves, and raises KeyboardInterrupt. Elsewhere nothing
+    is asked for; returns which of the two."""
+    if _deferring:
+        _received.append(signal.SIGINT)
+    return bool(_deferring)
 
 
 def own_process() -> None:
