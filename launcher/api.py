@@ -25,10 +25,10 @@ from launcher.preflight.before_torch import check_before_torch
 from launcher.preflight.lines import Checks
 from launcher.recipe.field_types import interval_s, recipes_dir
 from launcher.recipe.load import Resolved, resolve
-from launcher.records.run import Event, RunRecord
+from launcher.records.run import Event, Note, RunRecord
 from launcher.report import Screen, make_console
 from launcher.report import error as print_error
-from launcher.report.trackers import make_trackers
+from launcher.report.trackers import Trackers, make_trackers
 from launcher.runtime.clock import boot_clock_s, seconds_since
 from launcher.runtime.ending import last_words
 from launcher.runtime.environment import prepare_environment, quick_imports
@@ -88,19 +88,30 @@ def train(request: Request, console: Console, *, report_copy: Path | None) -> Ru
     `report_copy` is where else the report is written. Raises the errors of launcher/errors.py.
     """
     info = request.rank_info
-    files, trackers = RunFiles(info.rank, report_copy=report_copy), make_trackers(request.recipe.run.trackers)
+    files, recipe = RunFiles(info.rank, report_copy=report_copy), request.recipe
+    config = {"recipe": request.name, **recipe.model_dump(mode="json")}
+    trackers = make_trackers(recipe.run.trackers, config, is_main=info.is_main)
     with Screen(console, clock=seconds_since(request.started_s)) as screen, last_words(lambda *_: screen.close()):
         screen.show("importing torch")
         with quick_imports():
             import launcher.preflight.with_torch
             import launcher.train.loop  # noqa: F401
         end_with_parent(signal.SIGTERM)  # from now on there may be something to save
-        record = _train(request, files, [files, *(trackers if info.is_main else []), screen])
+        try:
+            record = _train(request, files, [files, trackers, screen], trackers)
+        finally:
+            with deferring():
+                late = trackers.close()
+            for text in late:
+                screen.show(Note(text))
+        if late:
+            record = replace(record, notes=(*record.notes, *late))
+            files.show(record)
         files.end(code=0, reason="done" + ("; the console was closed on the way" if screen.lost else ""))
         return record
 
 
-def _train(request: Request, files: RunFiles, sinks: Sequence[Sink]) -> RunRecord:
+def _train(request: Request, files: RunFiles, sinks: Sequence[Sink], trackers: Trackers) -> RunRecord:
     """A function of its own: what exists while imports are frozen, a cell of `history` too, would never be freed."""
     from launcher.preflight.with_torch import check_before_load
     from launcher.train import loop
@@ -121,8 +132,8 @@ def _train(request: Request, files: RunFiles, sinks: Sequence[Sink]) -> RunRecor
             closing(loop.training(request, history)) as events,
         ):
             check_before_load(request)
-            for event in events:
-                for sink in (sinks[0], heartbeat, *sinks[1:]):  # a tracker's error must be told to the other ranks
+            for event in trackers.noting(events):
+                for sink in (sinks[0], heartbeat, *sinks[1:]):
                     sink.show(event)
     except BaseException as failure:
         with deferring():  # the process launcher terminates this rank because another has ended
