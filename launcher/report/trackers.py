@@ -134,7 +134,7 @@ class _ToolThread:
                 _keep(file, tool, done)
                 if ended:
                     break
-        except Exception as error:
+        except BaseException as error:  # a tool may call sys.exit, which in a thread ends nothing and says nothing
             self._switch_off(_reason(error))
 
     def _hand_over(self, tool: TrackingTool, items: Sequence[Any]) -> bool:
@@ -148,7 +148,8 @@ class _ToolThread:
             for item in group:
                 if isinstance(item, EvalSamples):
                     samples = [{"step": item.step, **asdict(sample)} for sample in masked_tree(item.samples)]
-                    tool.table("eval_samples", samples, step=item.step)
+                    if samples:
+                        tool.table("eval_samples", samples, step=item.step)
                 elif isinstance(item, RunRecord):
                     _hand_record(tool, masked_tree(item), step=self._last_step)
                 else:
@@ -184,7 +185,9 @@ def _keep(file: Path, tool: TrackingTool, done: Mapping[str, int]) -> None:
     """So that a resumed run goes on in the same run of the tool; written whole or not at all."""
     file.parent.mkdir(exist_ok=True)
     staging = file.with_suffix(".part")
-    staging.write_text(json.dumps({"id": tool.identity, "done": done}))
+    staging.unlink(missing_ok=True)  # of a killed process, or a link that someone planted
+    with open(staging, "x", encoding="utf-8") as text:
+        json.dump({"id": tool.identity, "done": done}, text)
     os.replace(staging, file)
 
 
