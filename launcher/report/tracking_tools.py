@@ -23,7 +23,7 @@ from typing import Any
 
 Scalars = Mapping[str, float | int | str | bool]
 Rows = Sequence[tuple[int, Mapping[str, float]]]  # (step, figures by name), the steps ascending
-PROJECT = "qlora-launcher"  # of runs, where the tool's own variable names none
+TRACKER_PROJECT = "qlora-launcher"  # of runs, where the tool's own variable names none
 
 
 class TrackingTool:
@@ -120,7 +120,7 @@ class WandbTool(TrackingTool):
             x_disable_stats=True,
             x_save_requirements=False,
         )
-        project, run = session.project or PROJECT, {"id": self.identity, "name": self.folder.name}
+        project, run = session.project or TRACKER_PROJECT, {"id": self.identity, "name": self.folder.name}
         self._open("WandBTracker", project, **run, resume="allow", dir=str(self.place), settings=settings)
         self.tracker.store_init_configuration(dict(config))
 
@@ -154,7 +154,7 @@ class MlflowTool(TrackingTool):
             self.client = mlflow.MlflowClient()
             run = {"run_id": self.identity} if self.resumed else {"run_name": self.folder.name}
             self._open(
-                "MLflowTracker", PROJECT, logging_dir=None if has_store else (store / "artifacts").as_uri(), **run
+                "MLflowTracker", TRACKER_PROJECT, logging_dir=None if has_store else (store / "artifacts").as_uri(), **run
             )
             self.identity, known = self.tracker.tracker.info.run_id, self.tracker.tracker.data.params
             self.tracker.store_init_configuration({name: value for name, value in config.items() if name not in known})
@@ -193,7 +193,7 @@ class TrackioTool(TrackingTool):
 
     def start(self, config: Scalars, *, step: int) -> None:
         quiet = {"auto_log_gpu": False, "auto_log_cpu": False, "embed": False}
-        project = os.environ.get("TRACKIO_PROJECT", PROJECT)
+        project = os.environ.get("TRACKIO_PROJECT", TRACKER_PROJECT)
         self._open("TrackioTracker", project, name=self.identity, resume="allow", config=dict(config), **quiet)
 
     def table(self, name: str, rows: Sequence[Mapping[str, Any]], *, step: int) -> None:
