@@ -153,9 +153,8 @@ class MlflowTool(TrackingTool):
         try:
             self.client = mlflow.MlflowClient()
             run = {"run_id": self.identity} if self.resumed else {"run_name": self.folder.name}
-            self._open(
-                "MLflowTracker", TRACKER_PROJECT, logging_dir=None if has_store else (store / "artifacts").as_uri(), **run
-            )
+            artifacts = None if has_store else (store / "artifacts").as_uri()
+            self._open("MLflowTracker", TRACKER_PROJECT, logging_dir=artifacts, **run)
             self.identity, known = self.tracker.tracker.info.run_id, self.tracker.tracker.data.params
             self.tracker.store_init_configuration({name: value for name, value in config.items() if name not in known})
         finally:
