@@ -28,13 +28,13 @@ from launcher.preflight.before_torch import check_before_torch
 from launcher.preflight.lines import Checks
 from launcher.recipe.field_types import interval_s, recipes_dir
 from launcher.recipe.load import Resolved, resolve
-from launcher.records.run import Event, RunRecord
+from launcher.records.run import Event, Note, RunRecord
 from launcher.report import Screen, make_console
 from launcher.report import error as print_error
 from launcher.report.console import kernel_shell
 from launcher.report.html_page import html_of
 from launcher.report.notebook import NotebookScreen
-from launcher.report.trackers import make_trackers
+from launcher.report.trackers import Trackers, make_trackers
 from launcher.runtime.clock import boot_clock_s, seconds_since
 from launcher.runtime.ending import last_words
 from launcher.runtime.environment import environment_put_back, prepare_environment, quick_imports
@@ -152,17 +152,29 @@ def _run_events(
     request: Request, screen: Screen | NotebookScreen, *, report_copy: Path | None, callers: Sequence[Sink] = ()
 ) -> Generator[Event, None, None]:
     """`callers`: sinks of the caller, which may fail."""
-    made = make_trackers(request.recipe.run.trackers)
-    trackers = made if request.rank_info.is_main else []
-    files = RunFiles(request.rank_info.rank, report_copy=report_copy, card=_card, html=html_of)
+    info, recipe = request.rank_info, request.recipe
+    config = {"recipe": request.name, **recipe.model_dump(mode="json")}
+    trackers = make_trackers(recipe.run.trackers, config, is_main=info.is_main)
+    files = RunFiles(info.rank, report_copy=report_copy, card=_card, html=html_of)
     guarded = [GuardedSink(sink) for sink in callers]
-    with closed_at_end([*trackers, *callers]), screen, last_words(lambda *_: screen.close()):
+    with closed_at_end(callers), screen, last_words(lambda *_: screen.close()):
         screen.show("importing torch")
         with quick_imports():
             import launcher.preflight.with_torch
             import launcher.train.loop  # noqa: F401
         end_with_parent(signal.SIGTERM)  # from now on there may be something to save
-        yield from _train(request, files, [*trackers, screen], guarded)
+        try:
+            record = yield from _train(request, files, screen, trackers, guarded)
+        finally:
+            with deferring():
+                late = trackers.close()
+            for text in late:
+                screen.show(Note(text))
+        if record is None:
+            return
+        if late:
+            files.show(replace(record, notes=(*record.notes, *late)))
+        files.end(code=0, reason="done" + ("; the console was closed on the way" if screen.lost else ""))
 
 
 def _card(record: RunRecord) -> str:
@@ -170,10 +182,14 @@ def _card(record: RunRecord) -> str:
 
 
 def _train(
-    request: Request, files: RunFiles, sinks: Sequence[Any], guarded: Sequence[GuardedSink]
-) -> Generator[Event, None, None]:
-    """A function of its own: what exists while imports are frozen, a cell of `history` too, would never be freed. The
-    last of `sinks` is the screen."""
+    request: Request,
+    files: RunFiles,
+    screen: Screen | NotebookScreen,
+    trackers: Trackers,
+    guarded: Sequence[GuardedSink],
+) -> Generator[Event, None, RunRecord | None]:
+    """A function of its own: what exists while imports are frozen, a cell of `history` too, would never be freed.
+    Returns the record; None where the caller wanted no more events, and what was trained was saved."""
     from launcher.preflight.with_torch import check_before_load
     from launcher.train import loop
     from launcher.train.history import RunHistory
@@ -192,10 +208,10 @@ def _train(
             closing(loop.training(request, history)) as events,
         ):
             check_before_load(request)
-            for event in map(light, events):
+            for event in trackers.noting(map(light, events)):
                 if isinstance(event, RunRecord):
                     event = files.with_pages(replace(event, versions=computing_versions()))
-                for sink in (files, heartbeat, *sinks, *guarded):  # a tracker's error must be told to the other ranks
+                for sink in (files, heartbeat, trackers, screen, *guarded):
                     sink.show(event)
                 try:
                     if not left:
@@ -211,14 +227,15 @@ def _train(
         with deferring():  # the process launcher terminates this rank because another has ended
             cause = _record_failure(failure, history, heartbeat, files, guarded)
         if left and isinstance(cause, KeyboardInterrupt):
-            return
+            return None
         if cause is failure:
             raise
         raise cause from cause.__cause__ or failure
     finally:
         with deferring():
             heartbeat.close()
-    files.end(code=0, reason="done" + ("; the console was closed on the way" if sinks[-1].lost else ""))
+    assert isinstance(event, RunRecord), "a run's last event is its record"
+    return event
 
 
 def _record_failure(

@@ -59,7 +59,7 @@ class TrainedRun(RunRecord):
         """The opened run, and the trained model on its NF4 base."""
         from launcher.export.load_run import load_trained, open_run
 
-        options = read_options([f"run={self.start.run_dir}", "mode=generate"], "generate")
+        options = GenerateOptions(run=self.start.run_dir)
         with environment_put_back() as prepared:
             place, source = located(options)
             prepared()

@@ -41,7 +41,7 @@ def test_a_run_returns_the_record_that_its_report_is_written_from(finished, smal
     }  # fmt: skip
     adapter = json.loads((folder / "adapter" / "adapter_config.json").read_text())
     assert adapter["base_model_name_or_path"] == str(small_model)  # absolute: it loads from any folder
-    assert [path.name.split(".tfevents")[0] for path in (folder / "trackers").iterdir()] == ["events.out"]
+    assert {path.name for path in (folder / "trackers").iterdir()} == {"tensorboard", "tensorboard.json"}
 
 
 def test_the_files_of_a_run_hold_the_public_keys(finished):

@@ -238,8 +238,8 @@ class RunSection(RecipeSection):
         "temporary folder.",
         examples=["./rescued"],
     )
-    trackers: Distinct[Literal["tensorboard"]] = Field(
-        [], description="Trackers that receive the metrics.", examples=[["tensorboard"]]
+    trackers: Distinct[Literal["tensorboard", "wandb", "mlflow", "trackio"]] = Field(
+        [], description="Trackers that receive the metrics (docs/trackers.md).", examples=[["tensorboard", "wandb"]]
     )
     timeout: Annotated[str, Field(pattern=INTERVAL), OnOff] = Field(
         "5m",

@@ -26,7 +26,7 @@ UPDATE_S = 0.5  # between two drawings, at least
 ROWS = 5  # steps in the table
 ETA_STEPS = 20  # whose mean time gives the ETA
 POINTS = 150  # of a curve; each is the mean of as many steps as it takes
-WIDTH, HEIGHT, MARGIN = 600, 120, 6  # of the curves, in units of their own
+CURVE_WIDTH, CURVE_HEIGHT, CURVE_MARGIN = 600, 120, 6  # of the curves, in units of their own
 COLORS = {"loss": "#4c8bf5", "eval loss": "#e8833a"}  # seen on light and dark
 COLUMNS = ("step", "loss", "lr", "grad norm", "tok/s", "MiB", "")
 
@@ -127,7 +127,7 @@ class NotebookScreen:
         done = self._steps[-1].step if self._steps else 0
         bar = f'<progress value="{done}" max="{self._total}" style="width:100%"></progress>' if self._total else ""
         return (
-            f'<div style="max-width:{WIDTH}px;font-family:monospace"><div><b>{html.escape(headline)}</b></div>'
+            f'<div style="max-width:{CURVE_WIDTH}px;font-family:monospace"><div><b>{html.escape(headline)}</b></div>'
             f"{bar}{curves(self._curves)}{_table([*self._steps][-ROWS:])}</div>"
         )
 
@@ -142,8 +142,8 @@ def curves(named: dict[str, Curve]) -> str:
     left, low, wide, tall = min(xs), min(ys), (max(xs) - min(xs)) or 1, (max(ys) - min(ys)) or 1
 
     def place(x: float, y: float) -> str:
-        across = MARGIN + (x - left) / wide * (WIDTH - 2 * MARGIN)
-        return f"{across:.1f},{HEIGHT - MARGIN - (y - low) / tall * (HEIGHT - 2 * MARGIN):.1f}"
+        across = CURVE_MARGIN + (x - left) / wide * (CURVE_WIDTH - 2 * CURVE_MARGIN)
+        return f"{across:.1f},{CURVE_HEIGHT - CURVE_MARGIN - (y - low) / tall * (CURVE_HEIGHT - 2 * CURVE_MARGIN):.1f}"
 
     lines = ""
     for name, points in drawn.items():
@@ -151,7 +151,8 @@ def curves(named: dict[str, Curve]) -> str:
         lines += f'<polyline fill="none" stroke="{COLORS[name]}" stroke-width="1.5" points="{path}"/>'
     legend = " ".join(f'<span style="color:{COLORS[name]}">{name}</span>' for name in drawn)
     bounds = f"{loss(low)} to {loss(max(ys))}, steps {left:,.0f} to {max(xs):,.0f}"
-    return f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" width="100%" role="img">{lines}</svg><div>{legend} {bounds}</div>'
+    box = f"0 0 {CURVE_WIDTH} {CURVE_HEIGHT}"
+    return f'<svg viewBox="{box}" width="100%" role="img">{lines}</svg><div>{legend} {bounds}</div>'
 
 
 def thinned(points: Curve) -> Curve:

@@ -40,7 +40,7 @@ def test_two_recipes_never_share_a_list():
         ("data.validation", [{"path": "a"}], [1.0, "1", "1.5", -0.1, ".inf", {"format": "text"}]),
         ("compile.regions", [["mlp"], []], [["mpl"], ["mlp", "mlp"]]),
         ("train.clip", [None, 0.1], [0]),
-        ("run.trackers", [["tensorboard"]], [["wandb"], ["tensorboard", "tensorboard"]]),
+        ("run.trackers", [["tensorboard", "wandb", "mlflow", "trackio"]], [["comet"], ["tensorboard", "tensorboard"]]),
         ("run.output_dir", ["runs/x"], [""]),
     ],
 )
