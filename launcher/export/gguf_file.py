@@ -56,7 +56,8 @@ class GgufPlan:
     def nbytes(self) -> int:
         """Of all that is on the disk at a time."""
         count = sum(math.prod(shape) for shape in self.merge.shapes.values())
-        return sum(self.nbytes_of(name) for name in self.names) if self.direct else count * (32 + BITS[self.quantization]) // 8
+        made = 0 if self.direct else count * BITS[self.quantization] // 8
+        return made + sum(self.nbytes_of(name) for name in self.names)
 
     def type_of(self, name: str) -> GGMLQuantizationType:
         """As llama.cpp's converter: vectors in fp32, what does not fill blocks in 16 bits."""
@@ -96,9 +97,7 @@ def plan_gguf(merge: MergePlan, quantization: str) -> GgufPlan:
     return GgufPlan(merge, quantization, vocabulary, names)
 
 
-def write_gguf(
-    plan: GgufPlan, updates: Mapping[str, Update], file: Path, *, progress: Callable[[int], object]
-) -> None:
+def write_gguf(plan: GgufPlan, updates: Mapping[str, Update], file: Path, *, progress: Callable[[int], object]) -> None:
     """Write `file`; where llama-quantize is needed, what it was made from lies beside it, as `source_of` says.
 
     `progress` is told how many tensors are done. Raises RecipeError where llama-quantize fails.
@@ -109,10 +108,10 @@ def write_gguf(
     _add_metadata(writer, plan, file.stem)
     for name in plan.names:
         shape = plan.merge.shapes[plan.names[name]]
-        writer.add_tensor_info(name, shape, torch.float32, plan.nbytes_of(name), plan.type_of(name))  # type: ignore[arg-type]
+        writer.add_tensor_info(name, shape, torch.float32, plan.nbytes_of(name), plan.type_of(name))
     factors = rope_factors(plan.merge.run)
     if factors is not None:
-        writer.add_tensor_info(ROPE, factors.shape, torch.float32, factors.numel() * 4, F32)  # type: ignore[arg-type]
+        writer.add_tensor_info(ROPE, factors.shape, torch.float32, factors.numel() * 4, F32)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
@@ -195,5 +194,6 @@ def _run_tool(source: Path, file: Path, quantization: str) -> None:
         said = (done.stderr or done.stdout).strip().splitlines()[-TOOL_LINES:]
         raise RecipeError(
             f"{QUANTIZE_TOOL} must make {quantization} of the file; it ended with code {done.returncode}:\n"
-            + "\n".join(said) + "\nUse quantization=q8_0, which needs no tool, or another llama.cpp."
+            + "\n".join(said)
+            + "\nUse quantization=q8_0, which needs no tool, or another llama.cpp."
         )

@@ -6,7 +6,6 @@ and what it made of it is as near as that type can be.
 """
 
 import io
-from collections.abc import Iterator
 from contextlib import redirect_stderr
 from pathlib import Path
 from types import SimpleNamespace
@@ -24,7 +23,16 @@ from launcher.export.gguf_file import ROPE, GgufPlan, default_frequencies, sourc
 from launcher.export.gguf_vocabulary import STOP_KEYS
 from launcher.export.limits import BLOCK_ERRORS
 from launcher.export.load_run import OpenedRun
-from launcher.export.proof import CHATS, Probe, figure_verdicts, figures_of, measured, rendered, ModelOutputs
+from launcher.export.proof import (
+    ANSWER_TOKENS,
+    CHATS,
+    ModelOutputs,
+    Probe,
+    figure_verdicts,
+    figures_of,
+    measured,
+    rendered,
+)
 from launcher.export.weights import ROUNDINGS, SUM_ERROR, is_rounded, trained_weight
 from launcher.model.families import head_width
 from launcher.model.weight_files import listed
@@ -158,34 +166,26 @@ class LlamaCppModel:
         return torch.tensor([ids])
 
 
-def llama_cpp_verdict(
-    run: OpenedRun, file: Path, probe: Probe, trained: ModelOutputs, limits: ExportLimits
-) -> Verdict:
+def llama_cpp_verdict(run: OpenedRun, file: Path, probe: Probe, trained: ModelOutputs, limits: ExportLimits) -> Verdict:
     """Whether llama.cpp computes, splits texts and ends answers as the trained model does."""
-    longest = max(len(ids) for ids in [*(d.input_ids for d in probe.documents), *probe.prompts])
-    model = LlamaCppModel(file, positions=longest + 64)
+    longest = max(*(len(document) for document in probe.documents), *map(len, probe.prompts))
+    model = LlamaCppModel(file, positions=longest + ANSWER_TOKENS)
     outputs = measured(model, probe, stop_ids=run.stop_ids)
     figures = figures_of(trained, outputs, probe)
     broken = [verdict.claim for verdict in figure_verdicts(figures, limits) if not verdict.holds]
     texts = [run.tokenizer.decode(document.input_ids) for document in probe.documents]
-    texts += [text for text, _ in _chats(run.tokenizer)]
+    texts += [text for text, ids in (rendered(run.tokenizer, roles, prompt=True) for roles in CHATS) if ids]
     expected = run.tokenizer(texts, add_special_tokens=False)["input_ids"]
     found = [model.llama.tokenize(text.encode(), add_bos=False, special=True) for text in texts]
     if other := sum(a != b for a, b in zip(expected, found, strict=True)):
         broken.append(f"{other} of {len(texts)} texts have other tokens")
-    open_ends = [a[-1] in run.stop_ids and b[-1] not in run.stop_ids for a, b in zip(trained.answers, outputs.answers)]
-    if any(open_ends):
-        broken.append(f"{sum(open_ends)} answers do not end")
+    stops = {*run.stop_ids}
+    ends = [not stops & {*ids[:-1]} and (ids[-1] in stops or len(ids) == ANSWER_TOKENS) for ids in outputs.answers]
+    if not all(ends):
+        broken.append(f"{ends.count(False)} answers do not end at {sorted(stops)}")
     same = sum(a == b for a, b in zip(trained.answers, outputs.answers, strict=True))
     evidence = (
         f"loss {figures.written_loss:.5f}, mean KL {figures.mean_kl:.1e}, {same} of {len(trained.answers)} greedy "
         f"answers and the tokens of {len(texts)} texts are the same"
     )
     return Verdict("llama.cpp reads the trained model", not broken, evidence + "".join(f"; not: {b}" for b in broken))
-
-
-def _chats(tokenizer: Any) -> Iterator[tuple[str, list[int]]]:
-    for roles in CHATS:
-        chat = rendered(tokenizer, roles, prompt=True)
-        if chat[1]:
-            yield chat

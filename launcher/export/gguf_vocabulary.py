@@ -89,7 +89,9 @@ def vocabulary_of(run: OpenedRun) -> tuple[Vocabulary | None, list[str]]:
         stops=stops,
         template=tokenizer.get_chat_template() if tokenizer.chat_template else None,
         ids={"bos": tokenizer.bos_token_id, "padding": tokenizer.pad_token_id, "unknown": tokenizer.unk_token_id},
-        notes=("llama.cpp does not compose characters (NFC), as the tokenizer does: é written as two gets other tokens",)
+        notes=(
+            "llama.cpp does not compose characters (NFC), as the tokenizer does: those written as two get other tokens",
+        )
         if spec["normalizer"]
         else (),
     )

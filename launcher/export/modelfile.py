@@ -20,7 +20,7 @@ def modelfile(tokenizer: Any, file: str, stops: tuple[str, ...], *, adds_bos: bo
     if tokenizer.chat_template:
         found = _parts(tokenizer)
         if found is None:
-            told = "no TEMPLATE: the chat template is more than text around each message; Ollama takes its own, if it knows one"
+            told = "no TEMPLATE: the chat template is more than text around messages; Ollama may know one of its own"
             return "\n".join([*lines, f"# {told}", ""]), told
         start, parts, prompt = found
         kept = " (spaces around a message are kept, which the chat template drops)" if _trims(tokenizer) else ""

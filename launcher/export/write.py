@@ -239,9 +239,7 @@ def _measure_llama_cpp(work: _Work, probe: Probe, trained: ModelOutputs) -> list
 def _limits(work: _Work) -> ExportLimits:
     options = work.options
     quantization = options.quantization if work.gguf else ""
-    return limits_of(
-        on=options.on if work.plan else "", dtypes=(work.run.dtype, work.dtype), quantization=quantization
-    )
+    return limits_of(on=options.on if work.plan else "", dtypes=(work.run.dtype, work.dtype), quantization=quantization)
 
 
 def _record(

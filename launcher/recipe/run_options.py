@@ -84,7 +84,8 @@ class ExportOptions(RunOptions):
         given = info.data.get("format", formats[0])
         if given not in formats:
             raise ValueError(
-                f"{info.field_name} belongs to format={' and '.join(formats)}; got {value} with format={given}; remove it"
+                f"{info.field_name} belongs to format={' and '.join(formats)}; "
+                f"got {value} with format={given}; remove it"
             )
         return value
 
