@@ -75,18 +75,17 @@ class GgufPlan:
 def plan_gguf(merge: MergePlan, quantization: str) -> GgufPlan:
     """`merge` is in fp32. Raises RecipeError for what GGUF or llama.cpp's architecture cannot express."""
     config = merge.run.config
-    rope = config.rope_parameters
+    rope, architecture = config.rope_parameters, ARCHITECTURES[config.model_type]
     vocabulary, refused = vocabulary_of(merge.run)
     known = gguf.get_tensor_name_map(
-        {name: arch for arch, name in gguf.MODEL_ARCH_NAMES.items()}[ARCHITECTURES[config.model_type]],
-        config.num_hidden_layers,
+        {name: kind for kind, name in gguf.MODEL_ARCH_NAMES.items()}[architecture], config.num_hidden_layers
     )
-    names = {str(known.get_name(name, (".weight",))): name for name in merge.shapes if name.endswith(".weight")}
+    names = {known.get_name(name, (".weight",)) or "": name for name in merge.shapes}
     wrong = {
         f"hidden_act={config.hidden_act}": config.hidden_act != "silu",
         f"rope_type={rope['rope_type']}": rope["rope_type"] not in ("default", "llama3"),
         "a rotation of a part of a head": rope.get("partial_rotary_factor", 1.0) != 1.0,
-        "the weights of biases": len(names) != len(merge.shapes),
+        f"the weight {names.get('')}, which llama.cpp's {architecture} lacks": "" in names,
     }
     refused += [what for what, holds in wrong.items() if holds]
     if refused or vocabulary is None:

@@ -101,7 +101,7 @@ def _values(tensor: ReaderTensor) -> Tensor:
 
 def load_gguf(run: OpenedRun, file: Path) -> tuple[Any, Any, GenerationConfig, list[Verdict], list[str]]:
     """What Transformers makes of the file: model, tokenizer, where answers end; verdicts, and notes."""
-    where: dict[str, Any] = {"gguf_file": file.name}
+    where: dict[str, Any] = {"gguf_file": file.name, "trust_remote_code": False}
     config = AutoConfig.from_pretrained(str(file.parent), **where)
     fields, notes = GGUFReader(file).fields, _complete(config, run)
     with redirect_stderr(io.StringIO()):  # its bar of progress
@@ -153,14 +153,14 @@ class LlamaCppModel:
 
     def generate(self, input_ids: Tensor, generation_config: GenerationConfig, **_: Any) -> Tensor:
         """Greedy, up to what llama.cpp itself takes for the end of an answer."""
-        from llama_cpp import llama_vocab_is_eog
+        from llama_cpp import llama_model_get_vocab, llama_vocab_is_eog
 
         ids = input_ids[0].tolist()
         self.llama.reset()
         self.llama.eval(ids)
         for _step in range(generation_config.max_new_tokens):
             ids.append(int(self.llama.scores[self.llama.n_tokens - 1].argmax()))
-            if llama_vocab_is_eog(self.llama._model.vocab, ids[-1]):
+            if llama_vocab_is_eog(llama_model_get_vocab(self.llama.model), ids[-1]):
                 break
             self.llama.eval(ids[-1:])
         return torch.tensor([ids])
@@ -169,7 +169,10 @@ class LlamaCppModel:
 def llama_cpp_verdict(run: OpenedRun, file: Path, probe: Probe, trained: ModelOutputs, limits: ExportLimits) -> Verdict:
     """Whether llama.cpp computes, splits texts and ends answers as the trained model does."""
     longest = max(*(len(document) for document in probe.documents), *map(len, probe.prompts))
-    model = LlamaCppModel(file, positions=longest + ANSWER_TOKENS)
+    try:
+        model = LlamaCppModel(file, positions=longest + ANSWER_TOKENS)
+    except (ImportError, OSError, ValueError) as error:
+        return Verdict("llama.cpp reads the trained model", False, f"it does not load: {error}")
     outputs = measured(model, probe, stop_ids=run.stop_ids)
     figures = figures_of(trained, outputs, probe)
     broken = [verdict.claim for verdict in figure_verdicts(figures, limits) if not verdict.holds]

@@ -21,6 +21,7 @@ from launcher.model.families import FAMILIES
 from tests.conftest import TINY, small_config
 from tests.export.conftest import Main, Outcome, trained
 from tests.support.gguf_files import opened_with, small_base
+from tests.support.resident import resident_kib
 
 CLAIMS = 8  # of an export without llama-cpp-python
 WEIGHTS, LOSS = "every written weight is the trained model's", "the loss is the trained model's"
@@ -175,7 +176,11 @@ def test_llama_quantize_is_given_the_proved_file_in_fp32_which_is_removed(
     ("change", "code", "says"),
     [
         ("sys.exit('no room: of all')", 2, "no room: of all"),
-        ("t = GGUFReader(source).tensors[5]; data[t.data_offset : t.data_offset + t.n_bytes] = bytes(t.n_bytes)", 4, WEIGHTS),
+        (
+            "t = GGUFReader(source).tensors[5]; data[t.data_offset : t.data_offset + t.n_bytes] = bytes(t.n_bytes)",
+            4,
+            WEIGHTS,
+        ),
     ],
 )
 def test_a_llama_quantize_that_fails_or_writes_something_else(
@@ -235,7 +240,7 @@ def test_a_tool_that_is_missing_is_told_before_torch_is_imported(
     [
         ({"hidden_act": "gelu"}, "hidden_act=gelu"),
         ({"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}}, "rope_type=linear"),
-        ({"attention_bias": True}, "biases"),
+        ({"attention_bias": True}, "bias, which llama.cpp.s llama lacks"),
         ({"vocab_size": 4000}, "4,096 tokens for 4,000 embeddings"),
     ],
 )
@@ -296,6 +301,30 @@ def test_pre_tokenizers_are_named_as_transformers_names_them(small_model: Path) 
     assert plain is not None and (plain.pre, plain.bos, plain.eos) == ("gpt-2", True, False)
     composing, _ = gguf_vocabulary.vocabulary_of(opened_with(small_model, with_parts(normalizer={"type": "NFC"})))
     assert composing is not None and "NFC" in composing.notes[0]
+
+
+def test_stop_tokens_are_the_tokenizers_and_two_more_at_most(small_model: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(TINY / "base")
+    vocabulary, _ = gguf_vocabulary.vocabulary_of(opened_with(small_model, tokenizer, stops=(5, 2, 0)))
+    assert vocabulary is not None and vocabulary.stops == (2, 5, 0)
+    assert vocabulary.kinds[:7] == [3] * 6 + [1] and vocabulary.kinds[-1] == 5  # control, normal; no token at all
+    nothing, found = gguf_vocabulary.vocabulary_of(opened_with(small_model, tokenizer, stops=(5, 4, 2, 0)))
+    assert nothing is None and found == ["4 stop tokens (it has 3)"]
+
+
+def test_no_more_than_one_tensor_is_in_memory(tmp_path: Path) -> None:
+    size = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 10, "head_dim": 192}
+    base = small_base(small_config(**size), tmp_path / "base", dtype=torch.bfloat16)
+    run = opened_with(base, AutoTokenizer.from_pretrained(TINY / "base"))
+    plan = gguf_file.plan_gguf(merge.plan_merge(run, on="dequantised", dtype=torch.float32), "f16")
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew (man 5 proc)
+    before = resident_kib("VmRSS")
+    done: list[int] = []
+    gguf_file.write_gguf(plan, {}, tmp_path / "out.gguf", progress=done.append)
+    assert (
+        done == [*range(1, len(plan.names) + 1)] and (tmp_path / "out.gguf").stat().st_size > plan.nbytes > 190 * 2**20
+    )
+    assert resident_kib("VmHWM") - before < 120 * 1024
 
 
 def test_q8_0_is_within_the_rounding_of_its_blocks_and_no_further() -> None:

@@ -26,8 +26,8 @@ def go_rendered(text: str, roles: list[str]) -> str:
     parts = re.fullmatch(r"(.*)\{\{ range .Messages \}\}(.*)\{\{ end \}\}\{\{ end \}\}(.*)", template[1], re.DOTALL)
     assert parts is not None
     start, cases, prompt = parts.groups()
-    found = re.findall(r'if eq .Role "(\w+)" \}\}(.*?)(?=\{\{ else|$)', cases, re.DOTALL)
-    by_role = {role: case for role, case in found}
+    found = re.findall(r'if eq .Role "(\w+)" \}\}(.*?)(?=\{\{ else|\Z)', cases, re.DOTALL)
+    by_role = dict(found)
     return start + "".join(by_role[role].replace("{{ .Content }}", SAID[role]) for role in roles) + prompt
 
 
@@ -43,7 +43,8 @@ def test_the_tiny_template_renders_as_jinja_does_but_for_the_bos_that_llama_cpp_
 
 @pytest.mark.parametrize("name", ["chatml", "llama3", "qwen3", "mistral", "gemma"])
 def test_a_shipped_template_is_rendered_alike_or_said_not_to_be_in_it(name: str) -> None:
-    tokenizer = tokenizer_with((SHIPPED / f"{name}.jinja").read_text())
+    template = (SHIPPED / f"{name}.jinja").read_text()
+    tokenizer = tokenizer_with(template.replace("<|begin_of_text|>", "<|begin|>"))
     text, told = modelfile(tokenizer, "m.gguf", (), adds_bos=False)
     assert ("TEMPLATE" in text.replace("no TEMPLATE", "")) == (name in ("chatml", "llama3")), told
     if "no TEMPLATE" in told:

@@ -13,10 +13,10 @@ from launcher.recipe.schema import Recipe
 from tests.conftest import TINY
 
 
-def small_base(config: Any, folder: Path) -> Path:
+def small_base(config: Any, folder: Path, *, dtype: torch.dtype = torch.float32) -> Path:
     """A checkpoint with the tiny tokenizer, whose attention and MLP matter to the loss."""
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config)
+    model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim == 2:
