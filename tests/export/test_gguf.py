@@ -1,8 +1,5 @@
 """format=gguf: one file that other code reads as the trained model; what it cannot hold is refused by name."""
 
-import json
-import shutil
-import stat
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +7,10 @@ import numpy as np
 import pytest
 import torch
 from gguf import GGUFReader, GGUFWriter, dequantize, quantize
-from tokenizers import Regex, Tokenizer, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
 
 from launcher.errors import RecipeError
 from launcher.export import gguf_file, gguf_vocabulary, merge
-from launcher.export.gguf_vocabulary import SPLITS
 from launcher.model.families import FAMILIES
 from tests.conftest import TINY, small_config
 from tests.export.conftest import Main, Outcome, trained
@@ -135,86 +129,6 @@ def test_another_base_of_rotation_in_the_file(export: Main, monkeypatch: pytest.
     refused(export("format=gguf"), {LOSS})
 
 
-# llama-quantize
-
-
-TOOL = """#!/usr/bin/env python3
-import sys
-import numpy as np
-from gguf import GGUFReader
-source, target, kind = sys.argv[1:]
-assert kind == "Q4_K_M" and GGUFReader(source).tensors[0].tensor_type == 0, "a file in fp32"
-data = bytearray(open(source, "rb").read())
-{change}
-open(target, "wb").write(data)
-"""
-
-
-def tool(folder: Path, monkeypatch: pytest.MonkeyPatch, change: str) -> None:
-    """Puts a llama-quantize on PATH that copies the file, with `change`."""
-    import sys
-
-    path = folder / "bin" / "llama-quantize"
-    path.parent.mkdir()
-    path.write_text(TOOL.format(change=change).replace("/usr/bin/env python3", sys.executable))
-    path.chmod(path.stat().st_mode | stat.S_IXUSR)
-    monkeypatch.setenv("PATH", str(path.parent), prepend=":")
-
-
-def test_llama_quantize_is_given_the_proved_file_in_fp32_which_is_removed(
-    main: Main, run_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    tool(tmp_path, monkeypatch, "")
-    done = main(
-        "mode=export", f"run={run_folder}", "to=out", "report=report.json", "format=gguf", "quantization=q4_k_m"
-    )
-    assert done.code == 0, done.err
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {"out-q4_k_m.gguf", "Modelfile"}
-
-
-@pytest.mark.parametrize(
-    ("change", "code", "says"),
-    [
-        ("sys.exit('no room: of all')", 2, "no room: of all"),
-        (
-            "t = GGUFReader(source).tensors[5]; data[t.data_offset : t.data_offset + t.n_bytes] = bytes(t.n_bytes)",
-            4,
-            WEIGHTS,
-        ),
-    ],
-)
-def test_a_llama_quantize_that_fails_or_writes_something_else(
-    export: Main, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: str, code: int, says: str
-) -> None:
-    tool(tmp_path, monkeypatch, change)
-    done = export("format=gguf", "quantization=q4_k_m")
-    assert done.code == code and says in done.err
-    assert not (tmp_path / "out").exists()
-
-
-def test_llama_quantize_makes_what_the_proof_accepts(export: Main, tmp_path: Path) -> None:
-    if not shutil.which("llama-quantize"):
-        pytest.skip("llama.cpp's llama-quantize is not on PATH")
-    for quantization in ("q6_k", "q5_k_m", "q4_k_m"):
-        done = export("format=gguf", f"quantization={quantization}")
-        assert done.code == 0, done.err
-        (tmp_path / "out").rename(tmp_path / quantization)
-
-
-def test_llama_cpp_answers_as_the_trained_model(export: Main) -> None:
-    pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed")
-    done = export("format=gguf")
-    assert done.code == 0, done.err
-    verdicts = {verdict["claim"]: verdict for verdict in done.report["verdicts"]}
-    assert "4 of 4 greedy answers" in verdicts["llama.cpp reads the trained model"]["evidence"]
-
-
-def test_llama_cpp_sees_a_wrong_pre_tokenizer_and_stop_token(export: Main, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed")
-    monkeypatch.setattr(gguf_vocabulary, "_pre_tokenizer", lambda spec: ("tekken", False))
-    refused(export("format=gguf"), {"llama.cpp reads the trained model"})
-
-
 # What cannot be written
 
 
@@ -250,66 +164,6 @@ def test_a_model_that_llama_cpp_does_not_compute_is_refused_by_name(
     run = opened_with(small_base(small_config(**changes), tmp_path), AutoTokenizer.from_pretrained(TINY / "base"))
     with pytest.raises(RecipeError, match=f"{says}.\nUse format=merged"):
         gguf_file.plan_gguf(merge.plan_merge(run, on="dequantised", dtype=torch.float32), "f16")
-
-
-def with_parts(**parts: Any) -> Any:
-    """The tiny tokenizer with other parts in its tokenizer.json."""
-    tokenizer: Any = AutoTokenizer.from_pretrained(TINY / "base")
-    spec = json.loads(tokenizer.backend_tokenizer.to_str())
-    for key, value in parts.items():
-        spec[key] = {**spec[key], **value} if key == "model" else value
-    tokenizer._tokenizer = Tokenizer.from_str(json.dumps(spec))
-    return tokenizer
-
-
-def split_by(expression: str) -> dict[str, Any]:
-    made = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(expression), behavior="isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
-    return dict(json.loads(made.__getstate__()))
-
-
-@pytest.mark.parametrize(
-    ("parts", "says"),
-    [
-        ({"pre_tokenizer": split_by(r"\p{L}+|.")}, "pre-tokenizer, for which llama.cpp has no name"),
-        ({"pre_tokenizer": None}, "pre-tokenizer, for which llama.cpp has no name"),
-        ({"model": {"ignore_merges": True}}, "ignore_merges=True with the pre-tokenizer gpt-2"),
-        ({"normalizer": {"type": "Lowercase"}}, "normalizer"),
-        ({"model": {"byte_fallback": True}}, "no byte-level BPE"),
-    ],
-)
-def test_a_tokenizer_that_llama_cpp_lacks_is_refused_by_name(
-    small_model: Path, parts: dict[str, Any], says: str
-) -> None:
-    vocabulary, found = gguf_vocabulary.vocabulary_of(opened_with(small_model, with_parts(**parts)))
-    assert vocabulary is None and len(found) == 1 and says in found[0]
-
-
-def test_pre_tokenizers_are_named_as_transformers_names_them(small_model: Path) -> None:
-    assert {name: expression for expression, (name, _) in SPLITS.items()} == {
-        name: GGUF_PRE_TOKENIZER_SPLITS[name] for name in ("llama-bpe", "qwen2", "tekken")
-    }
-    for expression, (name, ignores) in SPLITS.items():
-        tokenizer = with_parts(pre_tokenizer=split_by(expression), model={"ignore_merges": ignores})
-        vocabulary, _ = gguf_vocabulary.vocabulary_of(opened_with(small_model, tokenizer))
-        assert vocabulary is not None and vocabulary.pre == name
-    plain, _ = gguf_vocabulary.vocabulary_of(opened_with(small_model, with_parts()))
-    assert plain is not None and (plain.pre, plain.bos, plain.eos) == ("gpt-2", True, False)
-    composing, _ = gguf_vocabulary.vocabulary_of(opened_with(small_model, with_parts(normalizer={"type": "NFC"})))
-    assert composing is not None and "NFC" in composing.notes[0]
-
-
-def test_stop_tokens_are_the_tokenizers_and_two_more_at_most(small_model: Path) -> None:
-    tokenizer = AutoTokenizer.from_pretrained(TINY / "base")
-    vocabulary, _ = gguf_vocabulary.vocabulary_of(opened_with(small_model, tokenizer, stops=(5, 2, 0)))
-    assert vocabulary is not None and vocabulary.stops == (2, 5, 0)
-    assert vocabulary.kinds[:7] == [3] * 6 + [1] and vocabulary.kinds[-1] == 5  # control, normal; no token at all
-    nothing, found = gguf_vocabulary.vocabulary_of(opened_with(small_model, tokenizer, stops=(5, 4, 2, 0)))
-    assert nothing is None and found == ["4 stop tokens (it has 3)"]
 
 
 def test_no_more_than_one_tensor_is_in_memory(tmp_path: Path) -> None:
