@@ -8,7 +8,7 @@ EXACT = ExportLimits(loss=1e-6, kl=1e-7, disagreement=0.0)  # the same files, lo
 SINGLE = ExportLimits(loss=1e-5, kl=1e-6, disagreement=0.001)  # merged; all of both sides in float32
 HALF_WIDTH = ExportLimits(loss=5e-3, kl=1e-3, disagreement=0.01)  # merged; weights or computation in 16 bits
 OTHER_BASE = ExportLimits(loss=0.05, kl=0.06, disagreement=0.1)  # on=original: the rounding of the base to NF4 besides
-QUANTISED = {  # gguf, on=dequantised
+GGUF_LIMITS = {  # gguf, on=dequantised
     "f16": HALF_WIDTH,
     "bf16": HALF_WIDTH,
     "q8_0": ExportLimits(loss=0.01, kl=2e-3, disagreement=0.02),
@@ -27,9 +27,9 @@ def limits_of(*, on: str, dtypes: tuple[torch.dtype, ...], quantization: str = "
     if not on:
         return EXACT
     if on == "original":
-        return _sum(OTHER_BASE, QUANTISED[quantization]) if quantization else OTHER_BASE
+        return _sum(OTHER_BASE, GGUF_LIMITS[quantization]) if quantization else OTHER_BASE
     if quantization:
-        return QUANTISED[quantization]
+        return GGUF_LIMITS[quantization]
     return SINGLE if all(dtype == torch.float32 for dtype in dtypes) else HALF_WIDTH
 
 
