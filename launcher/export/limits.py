@@ -11,10 +11,10 @@ OTHER_BASE = ExportLimits(loss=0.05, kl=0.06, disagreement=0.1)  # on=original: 
 GGUF_LIMITS = {  # gguf, on=dequantised
     "f16": HALF_WIDTH,
     "bf16": HALF_WIDTH,
-    "q8_0": ExportLimits(loss=0.01, kl=2e-3, disagreement=0.02),
-    "q6_k": ExportLimits(loss=0.02, kl=5e-3, disagreement=0.03),
-    "q5_k_m": ExportLimits(loss=0.05, kl=0.02, disagreement=0.06),
-    "q4_k_m": ExportLimits(loss=0.15, kl=0.06, disagreement=0.12),
+    "q8_0": ExportLimits(loss=5e-3, kl=2e-3, disagreement=0.02),
+    "q6_k": ExportLimits(loss=0.01, kl=5e-3, disagreement=0.02),
+    "q5_k_m": ExportLimits(loss=0.03, kl=0.02, disagreement=0.03),
+    "q4_k_m": ExportLimits(loss=0.1, kl=0.06, disagreement=0.06),
 }
 BLOCK_ERRORS = {  # root mean square of a tensor's error by that of its values, at most; by type of the tensor
     "Q6_K": 0.03, "Q5_K": 0.06, "Q5_0": 0.08, "Q5_1": 0.08, "Q4_K": 0.12, "Q4_0": 0.12, "Q4_1": 0.12,
