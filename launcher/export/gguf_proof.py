@@ -32,6 +32,7 @@ from launcher.export.proof import (
     figures_of,
     measured,
     rendered,
+    texts_of,
 )
 from launcher.export.weights import ROUNDINGS, SUM_ERROR, is_rounded, trained_weight
 from launcher.model.families import head_width
@@ -176,8 +177,9 @@ def llama_cpp_verdict(run: OpenedRun, file: Path, probe: Probe, trained: ModelOu
     outputs = measured(model, probe, stop_ids=run.stop_ids)
     figures = figures_of(trained, outputs, probe)
     broken = [verdict.claim for verdict in figure_verdicts(figures, limits) if not verdict.holds]
-    texts = [run.tokenizer.decode(document.input_ids) for document in probe.documents]
-    texts += [text for text, ids in (rendered(run.tokenizer, roles, prompt=True) for roles in CHATS) if ids]
+    texts = texts_of(run, probe) + [
+        text for text, ids in (rendered(run.tokenizer, roles, prompt=True) for roles in CHATS) if ids
+    ]
     expected = run.tokenizer(texts, add_special_tokens=False)["input_ids"]
     found = [model.llama.tokenize(text.encode(), add_bos=False, special=True) for text in texts]
     if other := sum(a != b for a, b in zip(expected, found, strict=True)):

@@ -38,6 +38,9 @@ CHATS = (  # rendered by both tokenizers
     ["system", "user", "assistant"],
 )
 SAID = {"system": "Answer in French.", "user": "What is a heron?  Say it\nshortly.", "assistant": "A bird."}
+HARD_TEXT = (
+    "I'LL say: don't!!\t12345 3.14  myWord==y;\r\n\n   Привет, 世界…  naïve 🙂 \n"  # pre-tokenizers differ on such
+)
 
 
 @dataclass(frozen=True)
@@ -186,12 +189,17 @@ def chat_verdict(run: OpenedRun, tokenizer: Any, probe: Probe) -> Verdict:
             ours, theirs = (rendered(each, roles, prompt=prompt) for each in (run.tokenizer, tokenizer))
             if ours != theirs:
                 different.append(f"{' '.join(roles)}: {theirs[0]!r:.60} for {ours[0]!r:.60}")
-    texts = [run.tokenizer.decode(document.input_ids) for document in probe.documents]
+    texts = texts_of(run, probe)
     encoded = [each(texts, add_special_tokens=False)["input_ids"] for each in (run.tokenizer, tokenizer)]
     wrong = sum(ours != theirs for ours, theirs in zip(*encoded, strict=True))
     different += [f"{wrong} of {len(texts)} texts have other tokens"] if wrong else []
     evidence = f"{2 * len(CHATS)} chats and {len(texts)} texts give the same tokens"
     return Verdict("chats are rendered as in training", not different, different[0] if different else evidence)
+
+
+def texts_of(run: OpenedRun, probe: Probe) -> list[str]:
+    """What two tokenizers are compared on."""
+    return [*(run.tokenizer.decode(document.input_ids) for document in probe.documents), HARD_TEXT]
 
 
 def rendered(

@@ -11,6 +11,7 @@ from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKEN
 
 from launcher.export import gguf_vocabulary
 from launcher.export.gguf_vocabulary import SPLITS
+from launcher.export.proof import HARD_TEXT
 from tests.conftest import TINY
 from tests.support.gguf_files import opened_with
 
@@ -64,6 +65,14 @@ def test_pre_tokenizers_are_named_as_transformers_names_them(small_model: Path) 
     assert plain is not None and (plain.pre, plain.bos, plain.eos) == ("gpt-2", True, False)
     composing, _ = gguf_vocabulary.vocabulary_of(opened_with(small_model, with_parts(normalizer={"type": "NFC"})))
     assert composing is not None and "NFC" in composing.notes[0]
+
+
+def test_each_pre_tokenizer_splits_the_hard_text_in_its_own_way() -> None:
+    makers = [with_parts(), *(with_parts(pre_tokenizer=split_by(expression)) for expression in SPLITS)]
+    pieces = [made.backend_tokenizer.pre_tokenizer.pre_tokenize_str(HARD_TEXT) for made in makers]
+    assert len({tuple(piece for piece, _ in each) for each in pieces}) == 4
+    plain, *others = (made(HARD_TEXT)["input_ids"] for made in makers)
+    assert all(ids != plain for ids in others)  # with the merges of the tiny tokenizer too
 
 
 def test_stop_tokens_are_the_tokenizers_and_two_more_at_most(small_model: Path) -> None:
