@@ -39,7 +39,7 @@ CHATS = (  # rendered by both tokenizers
 )
 SAID = {"system": "Answer in French.", "user": "What is a heron?  Say it\nshortly.", "assistant": "A bird."}
 HARD_TEXT = (
-    "I'LL say: don't!!\t12345 3.14  myWord==y;\r\n\n   Привет, 世界…  naïve 🙂 \n"  # pre-tokenizers differ on such
+    "I'LL say: don't!!\t12345 3.14  myWord==y;\r\n\n   Привет, 世界…  naïve 🙂 \n"  # each splits it otherwise
 )
 
 
