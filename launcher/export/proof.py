@@ -38,9 +38,7 @@ CHATS = (  # rendered by both tokenizers
     ["system", "user", "assistant"],
 )
 SAID = {"system": "Answer in French.", "user": "What is a heron?  Say it\nshortly.", "assistant": "A bird."}
-HARD_TEXT = (
-    "I'LL say: don't!!\t12345 3.14  myWord==y;\r\n\n   Привет, 世界…  naïve 🙂 \n"  # each splits it otherwise
-)
+HARD_TEXT = "I'LL say: don't!!\t12345 3.14  myWord==y;\r\n\n   Привет, 世界…  naïve 🙂 \n"  # each splits it otherwise
 
 
 @dataclass(frozen=True)
