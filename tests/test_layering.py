@@ -75,6 +75,7 @@ OUTSIDE = {  # of other people's packages; not listed: any
     "errors": set(),
     "credentials": set(),
 }
+OPTIONAL = {"llama_cpp"}  # used where it is installed; it is built from source, for the machine that it runs on
 IMPORT_NAMES = {"mlflow-skinny": "mlflow", "pyyaml": "yaml"}  # where it differs from the name in setup.cfg
 
 
@@ -193,7 +194,7 @@ def undeclared(package: Path) -> list[str]:
     """Packages that are imported and not required in setup.cfg."""
     known = modules(package)
     imported = {i.partition(".")[0] for path in known.values() for i in imports(path, known)}
-    return sorted(imported - dependencies() - sys.stdlib_module_names - {"launcher", "pydantic_core"})
+    return sorted(imported - dependencies() - sys.stdlib_module_names - OPTIONAL - {"launcher", "pydantic_core"})
 
 
 def test_imports_run_downward_only() -> None:

@@ -6,7 +6,7 @@ from typing import Any
 from launcher.checkpoint.files import write_json
 from launcher.commands.finished_run import Invocation, located
 from launcher.errors import CheckpointError
-from launcher.export.place import check_target
+from launcher.export.place import check_gguf, check_target
 from launcher.recipe.run_options import ExportOptions
 from launcher.report import Screen
 from launcher.runtime.clock import seconds_since
@@ -19,6 +19,8 @@ def export_model(options: ExportOptions, invocation: Invocation) -> None:
     info, report = invocation.rank_info, invocation.report
     to = Path(options.to).expanduser().absolute()
     check_target(to)
+    if options.format == "gguf":
+        check_gguf(options.quantization)
     place, source = located(options)
     record: Any = None
     with Screen(invocation.console, clock=seconds_since()) as screen, classified(info):

@@ -92,9 +92,9 @@ def plan_merge(run: OpenedRun, *, on: str, dtype: torch.dtype) -> MergePlan:
     return MergePlan(run, headers, expected_shapes(skeleton), frozenset(linear_weights(skeleton)), on, dtype)
 
 
-def check_space(plan: MergePlan, folder: Path) -> None:
-    """Raise DiskError unless the merged weights fit where `folder` will be."""
-    free, needed = shutil.disk_usage(folder.parent).free, plan.nbytes + FREE_BYTES
+def check_space(nbytes: int, folder: Path) -> None:
+    """Raise DiskError unless merged weights of so many bytes fit where `folder` will be."""
+    free, needed = shutil.disk_usage(folder.parent).free, nbytes + FREE_BYTES
     if free < needed:
         raise DiskError(
             f"the merged model needs {needed:,} bytes in {folder.parent}; {free:,} are free.\n"
@@ -112,7 +112,7 @@ def read_updates(adapter: Path) -> dict[str, Update]:
     found = {key: value for key, plain in PLAIN.items() if (value := getattr(config, key, plain) or plain) != plain}
     if found:
         raise RecipeError(
-            f"format=merged merges plain LoRA adapters; that of {adapter} has "
+            f"an adapter that is merged must be plain LoRA; that of {adapter} has "
             f"{', '.join(f'{key}={value}' for key, value in found.items())}.\nUse format=adapter."
         )
     scale = config.lora_alpha / (math.sqrt(config.r) if config.use_rslora else config.r)
@@ -128,13 +128,18 @@ def read_updates(adapter: Path) -> dict[str, Update]:
     }
 
 
+def check_updates(plan: MergePlan, updates: Mapping[str, Update]) -> None:
+    """Raise RecipeError where an update is of no weight of the base."""
+    if unknown := updates.keys() - plan.linears:
+        raise RecipeError(f"an adapter must belong to its base; {plan.run.source} has no {sorted(unknown)[0]}.")
+
+
 def write_merged(
     plan: MergePlan, updates: Mapping[str, Update], folder: Path, *, shard_bytes: int, progress: Callable[[int], object]
 ) -> list[Path]:
     """Write the merged weights into `folder`: files of at most `shard_bytes` unless a weight is larger, and an index
     where there are several. `progress` is told how many weights are done. Returns the files."""
-    if unknown := updates.keys() - plan.linears:
-        raise RecipeError(f"an adapter must belong to its base; {plan.run.source} has no {sorted(unknown)[0]}.")
+    check_updates(plan, updates)
     sizes: dict[str, Any] = {name: math.prod(shape) * plan.dtype.itemsize for name, shape in plan.shapes.items()}
     split = split_state_dict_into_shards_factory(
         sizes, get_storage_size=int, filename_pattern="model{suffix}.safetensors", max_shard_size=shard_bytes

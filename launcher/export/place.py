@@ -1,7 +1,9 @@
 """Where a run's adapter is, and what it was trained with. Imports no torch: a wrong folder is answered at once."""
 
+import importlib.util
 import json
 import os
+import shutil
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +17,7 @@ from launcher.recipe.schema import Recipe
 
 UNPROVEN_SUFFIX = ".unproven"  # of a folder whose proof failed
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
+QUANTIZE_TOOL = "llama-quantize"  # llama.cpp's
 IDENTITY_SECTIONS = ("model", "quant", "lora", "data")
 
 
@@ -63,6 +66,17 @@ def check_target(to: Path) -> None:
         writable(to.parent)
     except OSError as error:
         raise RecipeError(f"to must be a folder that can be made; {to}: {error.strerror}.\nName another.") from None
+
+
+def check_gguf(quantization: str) -> None:
+    """Raise RecipeError unless what writes a GGUF file of that kind is installed."""
+    if importlib.util.find_spec("gguf") is None:
+        raise RecipeError("format=gguf needs the package gguf, which is not installed.\nRun: pip install 'gguf>=0.19'")
+    if "_k" in quantization and shutil.which(QUANTIZE_TOOL) is None:
+        raise RecipeError(
+            f"quantization={quantization} needs llama.cpp's {QUANTIZE_TOOL} on PATH; it is not there.\n"
+            "Build it (cmake -B build && cmake --build build -t llama-quantize), or use quantization=q8_0."
+        )
 
 
 def _folder_and_adapter(path: Path) -> tuple[Path, Path, tuple[str, ...]]:

@@ -11,7 +11,7 @@ turns ended, alike.
 Letters: T supervised tokens, P compared positions, V vocabulary.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,6 +39,7 @@ CHATS = (  # rendered by both tokenizers
     ["system", "user", "assistant"],
 )
 SAID = {"system": "Answer in French.", "user": "What is a heron?  Say it\nshortly.", "assistant": "A bird."}
+HARD_TEXT = "I'LL say: don't!!\t12345 3.14  myWord==y;\r\n\n   Привет, 世界…  naïve 🙂 \n"  # each splits it otherwise
 
 
 @dataclass(frozen=True)
@@ -181,10 +182,10 @@ def chat_verdict(run: OpenedRun, tokenizer: Any, probe: Probe) -> Verdict:
     different = []
     for roles in CHATS:
         for prompt in (True, False):
-            ours, theirs = (_rendered(each, roles, prompt=prompt) for each in (run.tokenizer, tokenizer))
+            ours, theirs = (rendered(each, roles, prompt=prompt) for each in (run.tokenizer, tokenizer))
             if ours != theirs:
                 different.append(f"{' '.join(roles)}: {theirs[0]!r:.60} for {ours[0]!r:.60}")
-    texts = [run.tokenizer.decode(document.input_ids) for document in probe.documents]
+    texts = texts_of(run, probe)
     encoded = [each(texts, add_special_tokens=False)["input_ids"] for each in (run.tokenizer, tokenizer)]
     wrong = sum(ours != theirs for ours, theirs in zip(*encoded, strict=True))
     different += [f"{wrong} of {len(texts)} texts have other tokens"] if wrong else []
@@ -192,8 +193,16 @@ def chat_verdict(run: OpenedRun, tokenizer: Any, probe: Probe) -> Verdict:
     return Verdict("chats are rendered as in training", not different, different[0] if different else evidence)
 
 
-def _rendered(tokenizer: Any, roles: list[str], *, prompt: bool) -> tuple[str, list[int]]:
-    messages = [{"role": role, "content": SAID[role]} for role in roles]
+def texts_of(run: OpenedRun, probe: Probe) -> list[str]:
+    """What two tokenizers are compared on."""
+    return [*(run.tokenizer.decode(document.input_ids) for document in probe.documents), HARD_TEXT]
+
+
+def rendered(
+    tokenizer: Any, roles: list[str], *, prompt: bool, said: Mapping[str, str] = SAID
+) -> tuple[str, list[int]]:
+    """A chat as text and tokens; the words of a template's refusal, and no tokens."""
+    messages = [{"role": role, "content": said[role]} for role in roles]
     try:
         text = tokenizer.apply_chat_template(messages, add_generation_prompt=prompt, tokenize=False)
     except Exception as error:  # a template refuses in its own words; without one it is a ValueError

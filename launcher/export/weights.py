@@ -32,16 +32,16 @@ def weights_verdict(model: PeftModel, plan: MergePlan, folder: Path) -> Verdict:
     with ExitStack() as stack:
         opened = {h.file: stack.enter_context(safe_open(h.file, framework="pt")) for h in headers.values()}
         for name in plan.shapes.keys() & headers.keys():
-            expected = _expected(base, name, plan).float()
+            expected = trained_weight(base, name, plan).float()
             found = opened[headers[name].file].get_tensor(name).to(expected.device)
-            if found.dtype != plan.dtype or found.shape != expected.shape or not _is_rounded(found, expected):
+            if found.dtype != plan.dtype or found.shape != expected.shape or not is_rounded(found, expected):
                 wrong.append(name)
     whole = f"{len(plan.shapes) - len(wrong)} of {len(plan.shapes)} weights are base + update, rounded once"
     evidence = whole + (f"; not {listed(sorted(wrong))}" if wrong else "")
     return Verdict("every written weight is the trained model's", not wrong, evidence)
 
 
-def _expected(base: Any, name: str, plan: MergePlan) -> Tensor:
+def trained_weight(base: Any, name: str, plan: MergePlan) -> Tensor:
     """The weight in the trained model, before it is rounded."""
     module = base.get_submodule(name.rpartition(".")[0])
     adapted = isinstance(module, LoraLayer) and name.endswith(".weight")
@@ -59,8 +59,8 @@ def _expected(base: Any, name: str, plan: MergePlan) -> Tensor:
     return weight.float() + module.get_delta_weight(ADAPTER).float() if adapted else weight
 
 
-def _is_rounded(found: Tensor, expected: Tensor) -> bool:
-    """Whether `found` is `expected` rounded to its dtype."""
+def is_rounded(found: Tensor, expected: Tensor) -> bool:
+    """Whether `found` is `expected`, in fp32, rounded to its dtype."""
     info = torch.finfo(found.dtype)
     smallest = info.tiny * info.eps  # steps between subnormal numbers
     bound = ROUNDINGS * info.eps * expected.abs() + SUM_ERROR * expected.abs().max() + smallest / 2

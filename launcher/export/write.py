@@ -1,10 +1,11 @@
 """Writes what a run trained into a folder for stock code, and proves it there before the folder gets its name."""
 
 import copy
+import importlib.util
 import json
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -37,7 +38,7 @@ from launcher.memory.ledger import Ledger
 from launcher.model.build import DTYPES
 from launcher.model.load import load_tokenizer
 from launcher.recipe.run_options import ExportOptions
-from launcher.records.export import ExportRecord
+from launcher.records.export import ExportLimits, ExportRecord
 from launcher.records.run import Phase, Verdict
 from launcher.runtime.clock import Clock
 from launcher.train.describe import slow_dtype_note
@@ -54,6 +55,7 @@ class _Work:
     to: Path
     staging: Path  # of this export alone
     plan: MergePlan | None  # None: the adapter alone
+    gguf: Any  # GgufPlan; None in another format
     clock: Clock
     done: int = 0  # weights written
     peak_mib: float = 0.0
@@ -64,6 +66,10 @@ class _Work:
         """Of the written weights."""
         return self.plan.dtype if self.plan else torch.float32
 
+    @property
+    def gguf_file(self) -> Path:
+        return self.staging / f"{self.to.name}-{self.options.quantization}.gguf"
+
 
 def export(run: OpenedRun, options: ExportOptions, to: Path) -> Iterator[str | Phase | ExportRecord]:
     """Write `to` and prove it; yields the names of phases and, last, the record. `to` exists only if all verdicts hold;
@@ -71,11 +77,15 @@ def export(run: OpenedRun, options: ExportOptions, to: Path) -> Iterator[str | P
 
     Raises RecipeError, DiskError, and what the base and the data raise.
     """
-    plan = None
-    if options.format == "merged":
+    plan = gguf = None
+    if options.format != "adapter":
         plan = plan_merge(run, on=options.on, dtype=_written_dtype(run, options))
-        check_space(plan, to)
-    work = _Work(run, options, to, _staging(to), plan, Clock(), notes=list(run.notes))
+        if options.format == "gguf":
+            from launcher.export.gguf_file import plan_gguf  # gguf is an extra
+
+            gguf = plan_gguf(plan, options.quantization)
+        check_space(gguf.nbytes if gguf else plan.nbytes, to)
+    work = _Work(run, options, to, _staging(to), plan, gguf, Clock(), notes=list(run.notes))
     try:
         yield "reading data"
         with work.clock.phase("data"):
@@ -90,6 +100,8 @@ def export(run: OpenedRun, options: ExportOptions, to: Path) -> Iterator[str | P
         yield f"written model: {len(probe.documents)} documents"
         with work.clock.phase("written model"):
             written, found = _measure_written(work, probe)
+            if gguf:
+                found += _measure_llama_cpp(work, probe, trained)
         record = _with_card(work, _record(work, probe, trained, written, [*loaded, *found]))
         work.staging.rename(record.folder)  # raises where something stands there by now, but for an empty folder
     except BaseException:
@@ -107,6 +119,8 @@ def _staging(to: Path) -> Path:
 
 
 def _written_dtype(run: OpenedRun, options: ExportOptions) -> torch.dtype:
+    if options.format == "gguf":
+        return torch.float32  # before it is rounded to a type of GGUF's
     trained = DTYPES[run.place.dtype]
     return DTYPES[options.dtype] if options.dtype != "auto" else trained if trained.itemsize == 2 else torch.bfloat16
 
@@ -125,12 +139,15 @@ def prepared_data(run: OpenedRun) -> PreparedData:
 
 def _write(work: _Work) -> None:
     run, folder = work.run, work.staging
+
+    def count(done: int) -> None:
+        work.done = done
+
+    if work.gguf:
+        _write_gguf(work, count)
+        return
     config, generation = copy.deepcopy(run.config), copy.deepcopy(run.generation)
     if work.plan:
-
-        def count(done: int) -> None:
-            work.done = done
-
         updates, shard_bytes = read_updates(run.place.adapter), work.options.shard_mib * 2**20
         write_merged(work.plan, updates, folder, shard_bytes=shard_bytes, progress=count)
         if hasattr(config, "quantization_config"):
@@ -147,10 +164,29 @@ def _write(work: _Work) -> None:
     free_memory(run.device)
 
 
+def _write_gguf(work: _Work, progress: Callable[[int], object]) -> None:
+    from launcher.export.gguf_file import positions_of, write_gguf
+    from launcher.export.modelfile import modelfile
+
+    run, vocabulary = work.run, work.gguf.vocabulary
+    write_gguf(work.gguf, read_updates(run.place.adapter), work.gguf_file, progress=progress)
+    stops: Any = run.tokenizer.convert_ids_to_tokens(run.stop_ids)
+    text, told = modelfile(run.tokenizer, work.gguf_file.name, stops, adds_bos=vocabulary.bos)
+    (work.staging / "Modelfile").write_text(text, encoding="utf-8")
+    work.notes += [*vocabulary.notes, f"the Modelfile has {told}"]
+    if positions_of(run) < run.config.max_position_embeddings:
+        work.notes.append(f"llama.cpp has no sliding window here: the file says {positions_of(run):,} positions")
+    free_memory(run.device)
+
+
 def _measure_trained(work: _Work, probe: Probe) -> tuple[ModelOutputs, list[Verdict]]:
     model, loaded = load_trained(work.run)
     verdicts = [loaded] if loaded else []
-    if work.plan:
+    if work.gguf:
+        from launcher.export.gguf_proof import gguf_weights_verdict
+
+        verdicts.append(gguf_weights_verdict(model, work.gguf, work.gguf_file))
+    elif work.plan:
         verdicts.append(weights_verdict(model, work.plan, work.staging))
     found = measured(model, probe, stop_ids=work.run.stop_ids)
     del model
@@ -160,8 +196,14 @@ def _measure_trained(work: _Work, probe: Probe) -> tuple[ModelOutputs, list[Verd
 
 def _measure_written(work: _Work, probe: Probe) -> tuple[ModelOutputs, list[Verdict]]:
     run, folder = work.run, str(work.staging)
-    verdicts = []
-    if work.plan:
+    verdicts: list[Verdict] = []
+    tokenizer: Any = None
+    if work.gguf:
+        from launcher.export.gguf_proof import load_gguf
+
+        model, tokenizer, generation, verdicts, notes = load_gguf(run, work.gguf_file)
+        work.notes += notes
+    elif work.plan:
         note = slow_dtype_note(work.plan.dtype, run.device)
         if note:
             work.notes.append(
@@ -182,11 +224,26 @@ def _measure_written(work: _Work, probe: Probe) -> tuple[ModelOutputs, list[Verd
     else:
         model, _ = load_trained(run, work.staging)
         generation = GenerationConfig.from_pretrained(folder)
-    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    tokenizer = tokenizer or AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     found = measured(model.eval(), probe, stop_ids=stop_ids_of(generation))
     del model
     free_memory(run.device)
     return found, [*verdicts, chat_verdict(run, tokenizer, probe), stop_verdict(run, tokenizer, generation)]
+
+
+def _measure_llama_cpp(work: _Work, probe: Probe, trained: ModelOutputs) -> list[Verdict]:
+    if importlib.util.find_spec("llama_cpp") is None:
+        work.notes.append("llama-cpp-python is not installed: the file was read by Transformers alone")
+        return []
+    from launcher.export.gguf_proof import llama_cpp_verdict
+
+    return [llama_cpp_verdict(work.run, work.gguf_file, probe, trained, _limits(work))]
+
+
+def _limits(work: _Work) -> ExportLimits:
+    options = work.options
+    quantization = options.quantization if work.gguf else ""
+    return limits_of(on=options.on if work.plan else "", dtypes=(work.run.dtype, work.dtype), quantization=quantization)
 
 
 def _record(
@@ -194,7 +251,7 @@ def _record(
 ) -> ExportRecord:
     run, merged = work.run, work.plan is not None
     figures = figures_of(trained, written, probe)
-    limits = limits_of(on=work.options.on if merged else "", dtypes=(run.dtype, work.dtype))
+    limits = _limits(work)
     verdicts = (*found, *figure_verdicts(figures, limits))
     holds = all(verdict.holds for verdict in verdicts)
     names: Any = run.tokenizer.convert_ids_to_tokens(run.stop_ids)
@@ -204,7 +261,7 @@ def _record(
         folder=str(work.to if holds else work.to.with_name(work.to.name + UNPROVEN_SUFFIX)),
         format=work.options.format,
         on=work.options.on if merged else "",
-        dtype=str(work.dtype)[6:],
+        dtype=work.options.quantization if work.gguf else str(work.dtype)[6:],
         trained_dtype=str(run.dtype)[6:],
         device="CPU" if run.device.type == "cpu" else torch.cuda.get_device_name(run.device),
         files=_sizes(work.staging),

@@ -65,8 +65,10 @@ class ExportOptions(RunOptions):
     """A model that stock code loads, proved to be the trained one."""
 
     to: NonEmptyText = Field(description="Folder to write, new or empty.", examples=["./my-model"])
-    format: Literal["merged", "adapter"] = Field(
-        "merged", description="merged: a whole model for Transformers; adapter: the adapter, complete by itself."
+    format: Literal["merged", "adapter", "gguf"] = Field(
+        "merged",
+        description="merged: a whole model for Transformers; adapter: the adapter, complete by itself; gguf: a file "
+        "for llama.cpp and Ollama.",
     )
     on: Literal["dequantised", "original"] = Field(
         "dequantised",
@@ -77,11 +79,20 @@ class ExportOptions(RunOptions):
     )
     shard_mib: int = Field(4096, ge=1, le=2**20, description="Largest file of merged weights, unless one is larger.")
 
-    @field_validator("on", "dtype", "shard_mib")
+    quantization: Literal["f16", "bf16", "q8_0", "q6_k", "q5_k_m", "q4_k_m"] = Field(
+        "f16", description="Of the GGUF file; q6_k, q5_k_m and q4_k_m are made by llama.cpp's llama-quantize."
+    )
+
+    @field_validator("on", "dtype", "shard_mib", "quantization")
     @classmethod
-    def _is_merged(cls, value: str | int, info: ValidationInfo) -> str | int:
-        if info.data.get("format") == "adapter":
-            raise ValueError(f"{info.field_name} belongs to format=merged; got {value} with format=adapter; remove it")
+    def _belongs(cls, value: str | int, info: ValidationInfo) -> str | int:
+        formats = {"on": ("merged", "gguf"), "quantization": ("gguf",)}.get(str(info.field_name), ("merged",))
+        given = info.data.get("format", formats[0])
+        if given not in formats:
+            raise ValueError(
+                f"{info.field_name} belongs to format={' and '.join(formats)}; "
+                f"got {value} with format={given}; remove it"
+            )
         return value
 
 

@@ -1,7 +1,6 @@
 """Merging weight by weight: on the very base that was trained on, with the adapter's own scale, in bounded memory."""
 
 import json
-import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from launcher.model.lora import nf4_of
 from launcher.ops.nf4 import plain_merged_weight
 from launcher.recipe.schema import Recipe
 from tests.conftest import small_config
+from tests.support.resident import resident_kib
 
 
 def opened(source: Path, *, dtype: torch.dtype = torch.float32, double: bool = True) -> OpenedRun:
@@ -47,10 +47,6 @@ def test_the_base_that_is_merged_into_is_bit_for_bit_the_one_that_is_trained_on(
         assert torch.equal(merged_weight(plan, name, None), trained)
     embedding = merged_weight(plan, "model.embed_tokens.weight", None)
     assert torch.equal(embedding, base.get_input_embeddings().weight)
-
-
-def resident_kib(field: str) -> int:
-    return int(re.search(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text())[1])  # type: ignore[index]
 
 
 def test_no_more_than_one_file_is_in_memory(tmp_path: Path) -> None:

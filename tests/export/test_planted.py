@@ -52,13 +52,19 @@ def refused(done: Any, folder: Path, claims: set[str]) -> None:
     assert claims <= done.broken, done.broken
 
 
-@pytest.mark.parametrize("on", ["dequantised", "original"])
+@pytest.mark.parametrize(
+    "options", [("on=dequantised",), ("on=original",), ("format=gguf",), ("format=gguf", "quantization=q8_0")]
+)
 @pytest.mark.parametrize("plant", [scaled, transposed, swapped, swapped_b, dropped])
 def test_an_update_that_is_not_the_trained_one(
-    export: Main, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, plant: Callable[[Updates], Updates], on: str
+    export: Main,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    plant: Callable[[Updates], Updates],
+    options: tuple[str, ...],
 ) -> None:
     monkeypatch.setattr(write, "read_updates", lambda adapter: plant(merge.read_updates(adapter)))
-    refused(export(f"on={on}"), tmp_path, {WEIGHTS})
+    refused(export(*options), tmp_path, {WEIGHTS})
 
 
 def test_a_wrong_scale_shows_in_the_loss_too(export: Main, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -53,6 +53,8 @@ def test_all_errors_come_at_once() -> None:
     assert len(lines) == 5 and all("must be" in line for line in lines)
     assert [line.split()[0] for line in lines] == ["run", "to", "format", "on", "shard_mib"]
     assert "belongs to format=merged" in refused("run=r", "to=t", "format=adapter", "dtype=fp16", mode="export")[0]
+    assert "belongs to format=gguf; got q8_0" in refused("run=r", "to=t", "quantization=q8_0", mode="export")[0]
+    assert "belongs to format=merged; got" in refused("run=r", "to=t", "format=gguf", "dtype=fp16", mode="export")[0]
 
 
 def test_data_is_given_as_the_sources_of_a_recipe_are(tmp_path: Path) -> None:

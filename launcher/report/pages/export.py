@@ -25,7 +25,7 @@ def export_page(record: ExportRecord) -> Page:
 
 def _facts(record: ExportRecord) -> list[tuple[Value, Value]]:
     size = sum(record.files.values()) / 2**20
-    weights = [bytes_ for name, bytes_ in record.files.items() if name.endswith(".safetensors")]
+    weights = [bytes_ for name, bytes_ in record.files.items() if name.endswith((".safetensors", ".gguf"))]
     largest = max(weights, default=0) / 2**20
     return [
         ("adapter", record.run),
@@ -91,6 +91,10 @@ def _next(record: ExportRecord) -> list[tuple[Value, Value]]:
         return [("kept aside", Styled(record.folder, "bad"))]
     if record.format == "adapter":
         return [("load", f'AutoPeftModelForCausalLM.from_pretrained("{record.folder}")')]
+    if record.format == "gguf":
+        file = next(name for name in record.files if name.endswith(".gguf"))
+        create = f"ollama create {record.folder.rpartition('/')[2]} -f {record.folder}/Modelfile"
+        return [("llama.cpp", f"llama-cli -m {record.folder}/{file}"), ("Ollama", create)]
     return [("load", f'AutoModelForCausalLM.from_pretrained("{record.folder}")')]
 
 

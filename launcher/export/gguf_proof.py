@@ -1,0 +1,196 @@
+"""Is a GGUF file the model that was trained? Read by gguf's own reader, by Transformers, and by llama.cpp where
+llama-cpp-python is installed.
+
+A K-quant is proved in two steps: the fp32 file that llama-quantize was given holds base + update, element by element,
+and what it made of it is as near as that type can be.
+"""
+
+import io
+from contextlib import redirect_stderr
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import gguf
+import numpy as np
+import torch
+from gguf import GGMLQuantizationType, GGUFReader, ReaderTensor
+from peft import PeftModel
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+
+from launcher.export.gguf_file import ROPE, GgufPlan, default_frequencies, source_of
+from launcher.export.gguf_vocabulary import STOP_KEYS
+from launcher.export.limits import BLOCK_ERRORS
+from launcher.export.load_run import OpenedRun
+from launcher.export.proof import (
+    ANSWER_TOKENS,
+    CHATS,
+    ModelOutputs,
+    Probe,
+    figure_verdicts,
+    figures_of,
+    measured,
+    rendered,
+    texts_of,
+)
+from launcher.export.weights import ROUNDINGS, SUM_ERROR, is_rounded, trained_weight
+from launcher.model.families import head_width
+from launcher.model.weight_files import listed
+from launcher.records.export import ExportLimits
+from launcher.records.run import Verdict
+
+DTYPES_OF = {
+    GGMLQuantizationType.F32: torch.float32,
+    GGMLQuantizationType.F16: torch.float16,
+    GGMLQuantizationType.BF16: torch.bfloat16,
+}
+Q8_STEPS = ROUNDINGS + 127 * 2**-11  # of a block's step that a weight of Q8_0 may be away: the step itself is in fp16
+
+
+@torch.no_grad()
+def gguf_weights_verdict(model: PeftModel, plan: GgufPlan, file: Path) -> Verdict:
+    """As weights_verdict, of a GGUF file. What a K-quant was made from is removed."""
+    base: Any = model.get_base_model()
+    wrong, loose = set(), set()
+    exact = {tensor.name: tensor for tensor in GGUFReader(file if plan.direct else source_of(file)).tensors}
+    made = exact if plan.direct else {tensor.name: tensor for tensor in GGUFReader(file).tensors}
+    extra = {ROPE} if plan.merge.run.config.rope_parameters["rope_type"] != "default" else set()
+    wrong |= (exact.keys() ^ (plan.names.keys() | extra)) | (exact.keys() ^ made.keys())
+    for name in plan.names.keys() & exact.keys() & made.keys():
+        expected = trained_weight(base, plan.names[name], plan.merge).float().cpu()
+        if plan.architecture == "llama" and name.endswith(("attn_q.weight", "attn_k.weight")):
+            pairs = expected.unflatten(0, (-1, head_width(plan.merge.run.config)))  # [heads, width, D]
+            expected = torch.stack(pairs.chunk(2, 1), 2).flatten(0, 2)
+        if not _is_near(exact[name], expected):
+            wrong.add(name)
+        elif not plan.direct and not _is_near(made[name], expected):
+            loose.add(name)
+    if ROPE in exact and ROPE in made:
+        frequencies = default_frequencies(plan.merge.run) / _values(made[ROPE]).double()
+        trained = base.model.rotary_emb.inv_freq.double().cpu()
+        if frequencies.shape != trained.shape or not torch.allclose(frequencies, trained, rtol=1e-5, atol=0):
+            wrong.add(ROPE)
+    source_of(file).unlink(missing_ok=True)
+    whole = f"{len(exact) - len(wrong) - len(loose)} of {len(exact)} tensors are base + update, rounded to their type"
+    evidence = whole + (f"; not {listed(sorted(wrong | loose))}" if wrong | loose else "")
+    return Verdict("every written weight is the trained model's", not wrong | loose, evidence)
+
+
+def _is_near(tensor: ReaderTensor, expected: Tensor) -> bool:
+    """Whether it is `expected` as near as its type allows."""
+    kind, found = tensor.tensor_type, _values(tensor)
+    if found.shape != expected.shape:
+        return False
+    if kind in DTYPES_OF:
+        return is_rounded(found, expected)
+    error = (found - expected).abs()
+    if kind == GGMLQuantizationType.Q8_0:
+        step = expected.unflatten(-1, (-1, 32)).abs().amax(-1, keepdim=True) / 127
+        bound = Q8_STEPS * step + SUM_ERROR * expected.abs().max() + 127 * 2**-25
+        return bool((error.unflatten(-1, (-1, 32)) <= bound).all())
+    limit = BLOCK_ERRORS.get(kind.name, 0.0)
+    return bool(error.square().mean() <= limit**2 * expected.square().mean())
+
+
+def _values(tensor: ReaderTensor) -> Tensor:
+    data = np.array(tensor.data)
+    if dtype := DTYPES_OF.get(tensor.tensor_type):
+        return torch.from_numpy(data).view(dtype)
+    return torch.from_numpy(gguf.dequantize(data, tensor.tensor_type))
+
+
+def load_gguf(run: OpenedRun, file: Path) -> tuple[Any, Any, GenerationConfig, list[Verdict], list[str]]:
+    """What Transformers makes of the file: model, tokenizer, where answers end; verdicts, and notes."""
+    where: dict[str, Any] = {"gguf_file": file.name, "trust_remote_code": False}
+    config = AutoConfig.from_pretrained(str(file.parent), **where)
+    fields, notes = GGUFReader(file).fields, _complete(config, run)
+    with redirect_stderr(io.StringIO()):  # its bar of progress
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            str(file.parent),
+            config=config,
+            dtype=torch.float32 if run.device.type == "cpu" else run.dtype,
+            device_map={"": run.device},
+            output_loading_info=True,
+            **where,
+        )
+    model, info = loaded
+    wrong = [name for names in info.values() for name in names]
+    evidence = f"stock transformers fills every weight; {len(wrong)} are missing, left over or of another shape"
+    tokenizer = AutoTokenizer.from_pretrained(str(file.parent), **where)
+    keys = [f"tokenizer.ggml.{key}_token_id" for key in STOP_KEYS]
+    stops = [int(fields[key].contents()) for key in keys if key in fields]
+    verdict = Verdict("the folder loads whole", not wrong, evidence)
+    return model.eval(), tokenizer, GenerationConfig(eos_token_id=stops), [verdict], notes
+
+
+def _complete(config: Any, run: OpenedRun) -> list[str]:
+    """Give a config what Transformers does not read of a GGUF file, and say so; all else stays as it was read."""
+    ours, theirs = run.config.rope_parameters, config.rope_parameters
+    given = {"head_dim": head_width(run.config)} if head_width(config) != head_width(run.config) else {}
+    if ours["rope_type"] != theirs.get("rope_type", "default") and ours["rope_theta"] == theirs["rope_theta"]:
+        given["rope_parameters"] = ours
+    for key, value in given.items():
+        setattr(config, key, value)
+    return [f"Transformers does not read {key} of a GGUF file: here it was given the base's" for key in given]
+
+
+class LlamaCppModel:
+    """llama.cpp behind the part of Transformers' interface that the proof uses."""
+
+    device = torch.device("cpu")
+
+    def __init__(self, file: Path, *, positions: int) -> None:
+        from llama_cpp import Llama
+
+        self.llama = Llama(str(file), n_ctx=positions, n_batch=positions, logits_all=True, verbose=False)
+        self.config = SimpleNamespace(vocab_size=self.llama.n_vocab())
+
+    def __call__(self, input_ids: Tensor, logits_to_keep: Tensor) -> Any:
+        """int64 [1, L] and the positions that are wanted; their logits are an fp32 [1, P, V]."""
+        self.llama.reset()
+        self.llama.eval(input_ids[0].tolist())
+        return SimpleNamespace(logits=torch.from_numpy(self.llama.scores[logits_to_keep.numpy()])[None])
+
+    def generate(self, input_ids: Tensor, generation_config: GenerationConfig, **_: Any) -> Tensor:
+        """Greedy, up to what llama.cpp itself takes for the end of an answer."""
+        from llama_cpp import llama_model_get_vocab, llama_vocab_is_eog
+
+        ids = input_ids[0].tolist()
+        self.llama.reset()
+        self.llama.eval(ids)
+        for _step in range(generation_config.max_new_tokens):
+            ids.append(int(self.llama.scores[self.llama.n_tokens - 1].argmax()))
+            if llama_vocab_is_eog(llama_model_get_vocab(self.llama.model), ids[-1]):
+                break
+            self.llama.eval(ids[-1:])
+        return torch.tensor([ids])
+
+
+def llama_cpp_verdict(run: OpenedRun, file: Path, probe: Probe, trained: ModelOutputs, limits: ExportLimits) -> Verdict:
+    """Whether llama.cpp computes, splits texts and ends answers as the trained model does."""
+    longest = max(*(len(document) for document in probe.documents), *map(len, probe.prompts))
+    try:
+        model = LlamaCppModel(file, positions=longest + ANSWER_TOKENS)
+    except (ImportError, OSError, ValueError) as error:
+        return Verdict("llama.cpp reads the trained model", False, f"it does not load: {error}")
+    outputs = measured(model, probe, stop_ids=run.stop_ids)
+    figures = figures_of(trained, outputs, probe)
+    broken = [verdict.claim for verdict in figure_verdicts(figures, limits) if not verdict.holds]
+    texts = texts_of(run, probe) + [
+        text for text, ids in (rendered(run.tokenizer, roles, prompt=True) for roles in CHATS) if ids
+    ]
+    expected = run.tokenizer(texts, add_special_tokens=False)["input_ids"]
+    found = [model.llama.tokenize(text.encode(), add_bos=False, special=True) for text in texts]
+    if other := sum(a != b for a, b in zip(expected, found, strict=True)):
+        broken.append(f"{other} of {len(texts)} texts have other tokens")
+    stops = {*run.stop_ids}
+    ends = [not stops & {*ids[:-1]} and (ids[-1] in stops or len(ids) == ANSWER_TOKENS) for ids in outputs.answers]
+    if not all(ends):
+        broken.append(f"{ends.count(False)} answers do not end at {sorted(stops)}")
+    same = sum(a == b for a, b in zip(trained.answers, outputs.answers, strict=True))
+    evidence = (
+        f"loss {figures.written_loss:.5f}, mean KL {figures.mean_kl:.1e}, {same} of {len(trained.answers)} greedy "
+        f"answers and the tokens of {len(texts)} texts are the same"
+    )
+    return Verdict("llama.cpp reads the trained model", not broken, evidence + "".join(f"; not: {b}" for b in broken))
