@@ -21,12 +21,15 @@ TOLD_APART = ("model.name", "model.revision", "data.sources", "data.validation")
 SECTIONS_TOLD = ("model", "quant", "lora", "data", "train")  # the others do not change what is learned
 EXPORT_KINDS = {  # by format of an export: library, relation to the base, what it is
     "merged": ("transformers", "finetune", "A whole model: base and adapter merged into 16-bit or 32-bit weights."),
+    "gguf": ("gguf", "quantized", "A whole model as one GGUF file, with its tokenizer and chat template."),
     "adapter": ("peft", "adapter", "A LoRA adapter with the config, generation config and tokenizer of its base."),
 }
 LOAD_MERGED = """from transformers import AutoModelForCausalLM, AutoTokenizer
 
 model = AutoModelForCausalLM.from_pretrained("{here}", device_map="auto")
 tokenizer = AutoTokenizer.from_pretrained("{here}")"""
+LOAD_GGUF = """# llama.cpp, with the file of this folder; or Ollama: ollama create my-model -f Modelfile
+llama-cli -m {here}/*.gguf"""
 LOAD_ADAPTER = """import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
@@ -54,8 +57,7 @@ def run_card(report: Mapping[str, Any]) -> str:
 def export_card(record: ExportRecord, report: Mapping[str, Any]) -> str:
     """The card of an exported folder: what it is, how it was proved, and the run (its report.json) that it is of."""
     base, verdicts = _Base(report), [vars(verdict) for verdict in record.verdicts]
-    other = (record.format, "quantized", f"The whole model as {record.format}.")
-    library, relation, what = EXPORT_KINDS.get(record.format, other)
+    library, relation, what = EXPORT_KINDS[record.format]
     weights = "NF4 base as training saw it" if record.on == "dequantised" else "weights of the base's files"
     on = f" The update was added to the {weights} (`on={record.on}`)." if record.on else ""
     figures, limits = record.figures, record.limits
@@ -71,7 +73,7 @@ def export_card(record: ExportRecord, report: Mapping[str, Any]) -> str:
         f"Loaded by stock code and compared with the trained model ({base.start['quantization']} base and adapter) on "
         f"{record.data}: {figures.tokens:,} tokens, on {record.device}. Weights: {record.dtype}."
     )
-    load = LOAD_MERGED if record.format == "merged" else LOAD_ADAPTER if record.format == "adapter" else ""
+    load = {"merged": LOAD_MERGED, "adapter": LOAD_ADAPTER, "gguf": LOAD_GGUF}[record.format]
     sections = [
         *_failing(verdicts),
         f"{what}{on} It was trained on {base.words}.",
@@ -148,7 +150,7 @@ def _evaluation(report: Mapping[str, Any]) -> Any:
 
 
 def _load(code: str, base: _Base) -> Iterable[str]:
-    if not code or base.random:
+    if base.random:
         return
     quant = base.start["quantization"]
     filled = code.format(
@@ -159,7 +161,7 @@ def _load(code: str, base: _Base) -> Iterable[str]:
         dtype=base.start["dtype"],
         revision=f'revision="{base.revision}", ' if base.revision else "",
     )
-    yield f"## Load it\n\n```python\n{filled}\n```"
+    yield f"## Load it\n\n```{'sh' if code == LOAD_GGUF else 'python'}\n{filled}\n```"
 
 
 def _run_sections(report: Mapping[str, Any], base: _Base) -> Iterable[str]:

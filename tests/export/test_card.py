@@ -143,7 +143,7 @@ def test_an_exports_card_says_what_it_is_how_it_was_proved_and_of_which_run() ->
     for unproven in (export_card(far, report_of()), export_card(EXPORTED, report_of(FAILED))):
         assert "unproven" in ModelCard(unproven).data.to_dict()["tags"]
     other = ModelCard(export_card(replace(EXPORTED, format="gguf"), report_of()))
-    assert other.data.to_dict()["library_name"] == "gguf" and "Proof of the export" in other.text
+    assert other.data.to_dict()["library_name"] == "gguf" and "ollama create" in other.text
 
 
 def test_a_run_and_an_export_end_with_their_cards(run_folder: Path, export: Any) -> None:
