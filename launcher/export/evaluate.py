@@ -15,7 +15,7 @@ from launcher.export.evaluated_data import EvaluatedData, read_evaluated
 from launcher.export.generate import Answerer
 from launcher.export.limits import limits_of
 from launcher.export.load_run import OpenedRun, load_trained
-from launcher.export.supervised import batches_by_length, supervised_logits
+from launcher.export.supervised import batches_by_length, check_head, supervised_logits
 from launcher.model.build import DTYPES
 from launcher.recipe.run_options import EvaluateOptions, GenerateOptions
 from launcher.records.answers import Answered
@@ -60,6 +60,7 @@ def evaluation(run: OpenedRun, options: EvaluateOptions) -> Iterator[str | Phase
 
 @torch.inference_mode()
 def _figures(model: PeftModel, documents: Sequence[Document], count: Callable[[int], None]) -> ModelFigures:
+    check_head(model, documents[0])
     sums, tokens, done = torch.zeros(2, dtype=torch.float64, device=model.device), 0, 0
     for batch in batches_by_length(documents):
         for logits, targets in supervised_logits(model, batch):

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import gguf
+import numpy as np
 import torch
 from gguf import GGMLQuantizationType, GGUFWriter, LlamaFileType
 from torch import Tensor
@@ -107,10 +108,10 @@ def write_gguf(plan: GgufPlan, updates: Mapping[str, Update], file: Path, *, pro
     _add_metadata(writer, plan, file.stem)
     for name in plan.names:
         shape = plan.merge.shapes[plan.names[name]]
-        writer.add_tensor_info(name, shape, torch.float32, plan.nbytes_of(name), plan.type_of(name))
+        writer.add_tensor_info(name, shape, np.dtype(np.float32), plan.nbytes_of(name), plan.type_of(name))
     factors = rope_factors(plan.merge.run)
     if factors is not None:
-        writer.add_tensor_info(ROPE, factors.shape, torch.float32, factors.numel() * 4, F32)
+        writer.add_tensor_info(ROPE, factors.shape, np.dtype(np.float32), factors.numel() * 4, F32)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()

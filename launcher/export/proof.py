@@ -24,7 +24,7 @@ from launcher.data.documents import Document
 from launcher.data.pack.blocks import Blocks
 from launcher.data.prepare import PreparedData
 from launcher.export.load_run import OpenedRun, generation_settings, stop_ids_of
-from launcher.export.supervised import supervised_logits
+from launcher.export.supervised import check_head, supervised_logits
 from launcher.records.export import ExportFigures, ExportLimits, GreedyPair
 from launcher.records.run import Verdict
 
@@ -92,6 +92,7 @@ def _beginning(document: Document) -> list[int]:
 @torch.inference_mode()
 def measured(model: Any, probe: Probe, *, stop_ids: Sequence[int]) -> ModelOutputs:
     """Losses, predictions, logits and greedy answers of a stock model."""
+    check_head(model, probe.documents[0])
     losses, predictions, logits = [], [], []
     count = max(1, min(probe.tokens, LOGIT_BYTES // (4 * model.config.vocab_size)))
     kept = torch.zeros(probe.tokens, dtype=torch.bool)

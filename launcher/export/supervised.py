@@ -10,10 +10,12 @@ import torch
 from torch import Tensor
 
 from launcher.data.documents import Document
+from launcher.errors import RecipeError
 
 CHUNK_BYTES = 2**28  # of fp32 logits that exist at once: 512 rows of a vocabulary of 131,072
 BATCH_POSITIONS = 8192  # padded positions of a batch, unless one document alone has more
 NO_LOSS = -100
+SAME_LOGITS = 1e-3  # relative to the largest; both are made by the same code
 
 
 def supervised_logits(model: Any, documents: Sequence[Document]) -> Iterator[tuple[Tensor, Tensor]]:
@@ -34,6 +36,21 @@ def supervised_logits(model: Any, documents: Sequence[Document]) -> Iterator[tup
     for chunk, expected in zip(kept.split(rows), wanted.split(rows), strict=True):
         logits = head(chunk).float()
         yield logits, expected.to(logits.device)
+
+
+@torch.inference_mode()
+def check_head(model: Any, document: Document) -> None:
+    """Raise RecipeError unless the stock model's logits are what its head gives, as `supervised_logits` takes them: one
+    that scales or caps them would be measured wrongly."""
+    ids = torch.tensor(document.input_ids, dtype=torch.long, device=model.device)[None]
+    stock = model(input_ids=ids, use_cache=False, logits_to_keep=1).logits[0, -1].float()
+    hidden = model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state[0, -1]
+    difference = (model.get_output_embeddings()(hidden).float() - stock).abs().max()
+    if not difference <= SAME_LOGITS * stock.abs().max():
+        raise RecipeError(
+            f"the logits of a model must be the outputs of its head; those of {type(model).__name__} are "
+            f"{float(difference):.2g} away: it computes something after the head, which this program does not know."
+        )
 
 
 def batches_by_length(documents: Sequence[Document]) -> Iterator[list[Document]]:

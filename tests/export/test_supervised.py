@@ -9,8 +9,9 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from launcher.data.documents import Document
+from launcher.errors import RecipeError
 from launcher.export import supervised
-from launcher.export.supervised import batches_by_length, supervised_logits
+from launcher.export.supervised import batches_by_length, check_head, supervised_logits
 
 VOCABULARY, CHUNK_ROWS = 8192, 7
 
@@ -44,6 +45,21 @@ def test_padded_and_in_chunks_the_logits_are_those_of_each_document_alone(
         targets.append(ids[1:][rows])
     assert torch.equal(torch.cat([found for _, found in chunks]), torch.cat(targets))
     torch.testing.assert_close(torch.cat([found for found, _ in chunks]), torch.cat(expected), rtol=1e-4, atol=1e-4)
+
+
+def test_a_model_that_caps_its_logits_after_the_head_is_refused(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    [document] = documents_of(12)
+    check_head(model, document)
+    original = type(model).forward
+
+    def capped(self: Any, **inputs: Any) -> Any:
+        output = original(self, **inputs)
+        output.logits = 30 * torch.tanh(output.logits / 30)
+        return output
+
+    monkeypatch.setattr(type(model), "forward", capped)
+    with pytest.raises(RecipeError, match="computes something after the head"):
+        check_head(model, document)
 
 
 def test_batches_hold_every_document_once_the_longest_first_within_their_bound(monkeypatch: pytest.MonkeyPatch) -> None:
