@@ -77,6 +77,13 @@ def events(
 
     Raises what `run` raises.
     """
+    with closed_at_end(sinks):
+        yield from _events(recipe, overrides, sinks, quiet=quiet)
+
+
+def _events(
+    recipe: str, overrides: Sequence[str], sinks: Sequence[Sink], *, quiet: bool
+) -> Generator[Event, None, None]:
     started_s = boot_clock_s()
     resolved, info = resolve([f"recipe={recipe}", *overrides]), rank_info()
     if resolved.mode != "train":
@@ -157,24 +164,20 @@ def _run_events(
     trackers = make_trackers(recipe.run.trackers, config, is_main=info.is_main)
     files = RunFiles(info.rank, report_copy=report_copy, card=_card, html=html_of)
     guarded = [GuardedSink(sink) for sink in callers]
-    with closed_at_end(callers), screen, last_words(lambda *_: screen.close()):
+    with screen, last_words(lambda *_: screen.close()):
         screen.show("importing torch")
         with quick_imports():
             import launcher.preflight.with_torch
             import launcher.train.loop  # noqa: F401
         end_with_parent(signal.SIGTERM)  # from now on there may be something to save
         try:
-            record = yield from _train(request, files, screen, trackers, guarded)
+            yield from _train(request, files, screen, trackers, guarded)
         finally:
             with deferring():
                 late = trackers.close()
             for text in late:
                 screen.show(Note(text))
-        if record is None:
-            return
-        if late:
-            files.show(replace(record, notes=(*record.notes, *late)))
-        files.end(code=0, reason="done" + ("; the console was closed on the way" if screen.lost else ""))
+            files.add_notes(late)
 
 
 def _card(record: RunRecord) -> str:
@@ -187,9 +190,8 @@ def _train(
     screen: Screen | NotebookScreen,
     trackers: Trackers,
     guarded: Sequence[GuardedSink],
-) -> Generator[Event, None, RunRecord | None]:
-    """A function of its own: what exists while imports are frozen, a cell of `history` too, would never be freed.
-    Returns the record; None where the caller wanted no more events, and what was trained was saved."""
+) -> Generator[Event, None, None]:
+    """A function of its own: what exists while imports are frozen, a cell of `history` too, would never be freed."""
     from launcher.preflight.with_torch import check_before_load
     from launcher.train import loop
     from launcher.train.history import RunHistory
@@ -227,15 +229,14 @@ def _train(
         with deferring():  # the process launcher terminates this rank because another has ended
             cause = _record_failure(failure, history, heartbeat, files, guarded)
         if left and isinstance(cause, KeyboardInterrupt):
-            return None
+            return
         if cause is failure:
             raise
         raise cause from cause.__cause__ or failure
     finally:
         with deferring():
             heartbeat.close()
-    assert isinstance(event, RunRecord), "a run's last event is its record"
-    return event
+    files.end(code=0, reason="done" + ("; the console was closed on the way" if screen.lost else ""))
 
 
 def _record_failure(

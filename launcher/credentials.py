@@ -80,6 +80,14 @@ def masked_tree(value: Any, name: str = "") -> Any:
     return _tree(value, name, _masker())
 
 
+def masked_record(record: Any) -> Any:
+    """The record with credentials masked. Steps are left as they are: they hold no text, and may be many."""
+    steps = getattr(record, "steps", ())
+    if not isinstance(steps, tuple) or not steps:
+        return masked_tree(record)
+    return replace(masked_tree(replace(record, steps=())), steps=steps)
+
+
 def _tree(value: Any, name: str, mask: Callable[[str], str]) -> Any:
     if isinstance(value, str):
         return MASK if value and SECRET_NAME.search(name) else mask(value)

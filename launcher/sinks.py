@@ -56,9 +56,11 @@ def light(event: Event) -> Event:
 @contextmanager
 def closed_at_end(sinks: Sequence[Any]) -> Iterator[None]:
     """Afterwards calls `close()` of the sinks that have it. Its errors are added to the failure of the run; where there
-    is none, raises SinkError."""
+    is none, also where the caller left the events, raises SinkError."""
     try:
         yield
+    except GeneratorExit:
+        pass
     except BaseException as failure:
         for fault in _close(sinks):
             failure.add_note(fault)

@@ -19,7 +19,6 @@ import launcher
 from launcher import api
 from launcher.errors import RecipeError, SinkError
 from launcher.records.run import EvalRecord, RunOpened, RunRecord, StartRecord, StepRecord
-from launcher.report.trackers import TensorBoard
 from launcher.trained_run import TrainedRun
 from tests.conftest import ROOT
 from tests.support.arguments import replaced
@@ -182,19 +181,15 @@ def test_a_sink_that_fails_before_the_steps_ends_the_run_at_once_and_after_them_
     assert [sink.closed for sink in sinks] == [1, 1, 1]
 
 
-def test_a_tracker_is_closed_on_a_run_that_fails(
-    arguments: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    writers, show = [], TensorBoard.show
-
-    def shown(self: TensorBoard, event: Any) -> None:
-        show(self, event)
-        writers.append(self._writer)
-
-    monkeypatch.setattr(TensorBoard, "show", shown)
-    with pytest.raises(SinkError):
-        launcher.run(*arguments, "run.trackers=[tensorboard]", sinks=[Kept(StartRecord)], quiet=True)
-    assert writers[-1].file_writer is None, "as SummaryWriter.close leaves it"
+def test_sinks_are_closed_once_also_when_the_recipe_is_refused_or_the_events_are_left(arguments: list[str]) -> None:
+    sink, failing = Kept(), Kept(fails_to_close=True)
+    with pytest.raises(RecipeError):
+        launcher.run(*arguments, "lora.r=-1", sinks=[sink], quiet=True)
+    events = launcher.events(*arguments, sinks=[failing])
+    next(event for event in events if isinstance(event, RunRecord))
+    with pytest.raises(SinkError, match="cannot flush"):
+        events.close()
+    assert (sink.closed, failing.closed) == (1, 1)
 
 
 def test_a_failed_run_that_the_notebook_remembers_holds_no_model(arguments: list[str]) -> None:

@@ -3,7 +3,7 @@
 import json
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -11,7 +11,7 @@ from typing import Any, TypeAlias
 
 from launcher.checkpoint.files import append_text, finite, write_json, write_text, writing
 from launcher.checkpoint.folder import RunFolder
-from launcher.errors import LESS_TELLING
+from launcher.errors import LESS_TELLING, LauncherError
 from launcher.records.run import BadBatch, EvalRecord, EvalSamples, Event, RunOpened, RunRecord, StepRecord
 
 PageMaker: TypeAlias = Callable[[RunRecord], str]
@@ -32,6 +32,7 @@ class RunFiles:
         html: PageMaker | None = None,
     ) -> None:
         self._rank, self._report_copy, self._card, self._html = rank, report_copy, card, html
+        self._record: RunRecord | None = None  # once it is written
         self._folder: RunFolder | None = None  # None until it is this run's: another run's is left alone
         self._step, self._ending = 0, threading.Lock()
 
@@ -51,6 +52,7 @@ class RunFiles:
         elif isinstance(event, StepRecord | EvalRecord):
             self._append(self._folder, self._folder.metrics, metrics_line(event))
         elif isinstance(event, RunRecord):
+            self._record = event
             for path in filter(None, (self._folder.report, self._report_copy)):
                 with writing(path.parent, what="The report"):
                     self._folder.check_in_place()
@@ -74,6 +76,12 @@ class RunFiles:
             except Exception as error:  # of libraries too
                 notes.append(f"{path.name} could not be written: {type(error).__name__}: {error}; {remedy}")
         return replace(record, notes=(*record.notes, *notes)) if notes else record
+
+    def add_notes(self, notes: Sequence[str]) -> None:
+        """Write report.json again with what was noticed after it was written. That the disk is full ends no run now."""
+        if notes and self._record:
+            with suppress(LauncherError, OSError):
+                self.show(replace(self._record, notes=(*self._record.notes, *notes)))
 
     def _append(self, folder: RunFolder, file: Path, text: str) -> None:
         with writing(folder.path, what=f"What is added to {file.name}", needed=len(text)):

@@ -10,6 +10,7 @@ from html import escape
 from itertools import count, zip_longest
 from pathlib import Path
 
+from launcher.credentials import masked_record
 from launcher.records.past import UnfinishedRun
 from launcher.records.run import RunRecord
 from launcher.report.chart import chart_html
@@ -17,7 +18,6 @@ from launcher.report.console import visible
 from launcher.report.pages.page import Chart, Column, Facts, Figures, Page, Section, Style, Styled, Table, Tokens, Value
 from launcher.report.pages.sections import BAR_WIDTH
 from launcher.report.pages.web import web_page
-from launcher.report.render import masked_record
 
 PAGE_BEGIN = '<!doctype html>\n<html lang="en" data-by="qlora-launcher">'
 

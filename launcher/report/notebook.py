@@ -10,12 +10,13 @@ import threading
 from collections import deque
 from collections.abc import Callable, Sequence
 from datetime import timedelta
+from statistics import fmean
 from typing import Any, Self
 from uuid import uuid4
 
 from rich.console import Console
 
-from launcher.credentials import masked_tree
+from launcher.credentials import masked_record
 from launcher.records.run import EvalRecord, Note, Phase, StartRecord, StepRecord
 from launcher.report.console import literal
 from launcher.report.pages import page_of
@@ -26,6 +27,7 @@ UPDATE_S = 0.5  # between two drawings, at least
 ROWS = 5  # steps in the table
 ETA_STEPS = 20  # whose mean time gives the ETA
 POINTS = 150  # of a curve; each is the mean of as many steps as it takes
+AVERAGED = 20  # steps of a point that are averaged, evenly spaced: a long run is drawn again and again
 CURVE_WIDTH, CURVE_HEIGHT, CURVE_MARGIN = 600, 120, 6  # of the curves, in units of their own
 COLORS = {"loss": "#4c8bf5", "eval loss": "#e8833a"}  # seen on light and dark
 COLUMNS = ("step", "loss", "lr", "grad norm", "tok/s", "MiB", "")
@@ -98,7 +100,7 @@ class NotebookScreen:
                 self._curves["eval loss"].append((event.step, event.eval_loss))
             case Note():
                 self._console.print(literal(f"note: {event.text}"), soft_wrap=True, highlight=False)
-            case _ if page := page_of(masked_tree(event)):
+            case _ if page := page_of(masked_record(event)):
                 print_page(self._console, page)
         if isinstance(event, StartRecord):
             self._phase, self._total = Phase("training", str), event.steps
@@ -134,7 +136,7 @@ class NotebookScreen:
 
 def curves(named: dict[str, Curve]) -> str:
     """An SVG of the curves that have two finite points or more, with the bounds of both axes; "" if there is none."""
-    drawn = {name: thinned([p for p in points if math.isfinite(p[1])]) for name, points in named.items()}
+    drawn = {name: thinned(points) for name, points in named.items()}
     drawn = {name: points for name, points in drawn.items() if len(points) > 1}
     if not drawn:
         return ""
@@ -156,10 +158,11 @@ def curves(named: dict[str, Curve]) -> str:
 
 
 def thinned(points: Curve) -> Curve:
-    """At most POINTS points, each the mean of as many neighbours."""
+    """At most POINTS points, each the mean of as many neighbours; what is not finite is left out."""
     size = -(-len(points) // POINTS) or 1
-    groups = [points[start : start + size] for start in range(0, len(points), size)]
-    return [(sum(x for x, _ in group) / len(group), sum(y for _, y in group) / len(group)) for group in groups]
+    starts, apart = range(0, len(points), size), max(1, size // AVERAGED)
+    groups = ([p for p in points[start : start + size : apart] if math.isfinite(p[1])] for start in starts)
+    return [(fmean(x for x, _ in group), fmean(y for _, y in group)) for group in groups if group]
 
 
 def _table(steps: Sequence[StepRecord]) -> str:

@@ -1,9 +1,7 @@
 """Draws a page on a console. Tables leave columns out rather than squeeze them, and say which."""
 
 from collections.abc import Sequence
-from dataclasses import replace
 from itertools import zip_longest
-from typing import Any
 
 from rich import box
 from rich.cells import cell_len
@@ -13,7 +11,7 @@ from rich.panel import Panel
 from rich.table import Table as RichTable
 from rich.text import Text
 
-from launcher.credentials import masked_tree
+from launcher.credentials import masked_record
 from launcher.report.console import literal, page_width
 from launcher.report.pages import page_of
 from launcher.report.pages.page import (
@@ -43,14 +41,6 @@ def print_record(console: Console, record: object) -> None:
     """Print the page of a record that has one."""
     if page := page_of(masked_record(record)):
         print_page(console, page)
-
-
-def masked_record(record: Any) -> Any:
-    """The record with credentials masked. Steps are left as they are: they hold no text, and may be many."""
-    steps = getattr(record, "steps", ())
-    if not isinstance(steps, tuple) or not steps:
-        return masked_tree(record)
-    return replace(masked_tree(replace(record, steps=())), steps=steps)
 
 
 def print_page(console: Console, page: Page) -> None:

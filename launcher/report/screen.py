@@ -16,11 +16,12 @@ from rich.live import Live
 from rich.spinner import Spinner
 from rich.text import Text
 
+from launcher.credentials import masked_record
 from launcher.records.run import EvalRecord, Note, Phase, StartRecord, StepRecord
 from launcher.report.console import literal, page_width
 from launcher.report.pages import page_of
 from launcher.report.pages.formatting import loss, norm, on_cpu, rate, whole
-from launcher.report.render import masked_record, print_page
+from launcher.report.render import print_page
 
 LINES = 20  # steps printed in all where there is no terminal
 RECENT = 20  # steps whose mean time gives the ETA

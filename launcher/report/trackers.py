@@ -18,7 +18,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from launcher.credentials import masked_tree, shortened
+from launcher.credentials import masked_record, masked_tree, shortened
 from launcher.errors import RecipeError
 from launcher.records.run import EvalRecord, EvalSamples, Event, Note, RunOpened, RunRecord, StepRecord
 from launcher.report.tracking_tools import TOOLS, TrackingTool, flat_scalars
@@ -47,6 +47,7 @@ class Trackers:
             self._threads = [_ToolThread(name, event, self._config) for name in self._names]
         elif isinstance(event, StepRecord | EvalRecord | EvalSamples | RunRecord):
             self._finished = isinstance(event, RunRecord)
+            event = masked_record(event)
             for thread in self._threads:
                 thread.put(event)
 
@@ -64,7 +65,8 @@ class Trackers:
         """Finish the tools' runs, within CLOSE_S; returns notes of those that failed since the last event. The run
         has failed if an error is on its way while this is called, or if there was no RunRecord."""
         failure = sys.exception()
-        failure = None if failure is self._before else failure
+        if failure is self._before or isinstance(failure, GeneratorExit):  # who leaves the events may have seen all
+            failure = None
         code = 0 if self._finished and failure is None else getattr(failure, "code", None) or 1
         reason = f": {_reason(failure)}" if failure else ""
         status = f"failed{reason}" if code else "finished"
@@ -147,11 +149,11 @@ class _ToolThread:
                 continue
             for item in group:
                 if isinstance(item, EvalSamples):
-                    samples = [{"step": item.step, **asdict(sample)} for sample in masked_tree(item.samples)]
+                    samples = [{"step": item.step, **asdict(sample)} for sample in item.samples]
                     if samples:
                         tool.table("eval_samples", samples, step=item.step)
                 elif isinstance(item, RunRecord):
-                    _hand_record(tool, masked_tree(item), step=self._last_step)
+                    _hand_record(tool, item, step=self._last_step)
                 else:
                     tool.finish(*item, step=self._last_step)
         return bool(items) and isinstance(items[-1], tuple)

@@ -46,15 +46,17 @@ def environment_put_back() -> Iterator[Callable[[], None]]:
     variables, filters, level = dict(os.environ), list(warnings.filters), logger.level
     changed: dict[str, str] = {}
     added: list[Any] = []
+    done: list[bool] = []
 
     def prepared() -> None:
+        done.append(True)
         changed.update({name: value for name, value in os.environ.items() if variables.get(name) != value})
         added.extend(entry for entry in warnings.filters if entry not in filters)
 
     try:
         yield prepared
     finally:
-        if not changed:  # it failed before that
+        if not done:  # it failed before that
             prepared()
         for name in (name for name, value in changed.items() if os.environ.get(name) == value):
             del os.environ[name]

@@ -2,6 +2,7 @@
 
 import io
 import math
+import time
 from types import SimpleNamespace
 from typing import Any
 from xml.etree import ElementTree
@@ -114,3 +115,7 @@ def test_curves_leave_out_what_is_not_finite_and_long_ones_are_thinned() -> None
     assert "2.0000 to 2.0000, steps 2 to 4" in page
     long = thinned([(float(step), 1.0) for step in range(1000)])
     assert len(long) <= live.POINTS and {value for _, value in long} == {1.0} and long[0][0] == 3.0
+    start = time.process_time()
+    longest = thinned([(float(step), 1.0) for step in range(1_000_000)] + [(1e6, math.nan)])
+    assert len(longest) <= live.POINTS and longest[-1][0] > 990_000
+    assert time.process_time() - start < 2, "mostly the list itself"
