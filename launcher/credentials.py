@@ -21,7 +21,24 @@ LEAST_CHARACTERS = 8  # of a variable's value: masking a shorter one would garbl
 LONGEST = 2_000  # characters of a credential that a cut might halve
 
 WORD = r"secret|passw(?:or)?d|passphrase|credentials?|(?:api|access|account|auth|private|secret|signing)[_-]?key"
-ROLES_OF_TOKENS = ("bos", "eos", "pad", "unk", "sep", "cls", "mask", "end", "image", "video", "audio", "per")
+ROLES_OF_TOKENS = (
+    "bos",
+    "eos",
+    "pad",
+    "unk",
+    "sep",
+    "cls",
+    "mask",
+    "end",
+    "image",
+    "video",
+    "audio",
+    "per",
+    "max",
+    "min",
+    "sample",
+    "stop",
+)
 TOKEN = "".join(f"(?<!{kind}_)" for kind in ROLES_OF_TOKENS) + "token"
 SECRET_NAME = re.compile(rf"(?:{WORD}|{TOKEN}|authorization)$", re.IGNORECASE)
 SECRET_VARIABLE = re.compile(

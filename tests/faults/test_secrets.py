@@ -97,7 +97,7 @@ def test_fault_37_a_value_beside_a_secrets_name_and_a_login_in_a_url_are_masked(
         "unknown key --token; got nothing", "a bearer of news", "image_token='<image>'",
         '{"fim_token": "<fim>"}', "The secret: never give up", "bytes_per_token: 4.9",
         "/data/token=5/part.parquet", "data.sources=token=5/part.parquet", "eyJustAName.and.another",
-        "12,345 tokens: 8 a step",
+        "12,345 tokens: 8 a step", "max_token=20", "run.sample_token=4",
     ],
 )  # fmt: skip
 def test_fault_37_ordinary_text_stays_readable(secrets, monkeypatch, text):
