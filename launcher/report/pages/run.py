@@ -1,7 +1,9 @@
 """The summary of a run: losses, what each rank did, what it cost, whether each claim holds, what to do next."""
 
 import shlex
+import sys
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 from launcher.records.run import EvalRecord, RankRecord, RunPart, RunRecord, Sample, StepRecord
 from launcher.report.pages import formatting
@@ -149,12 +151,17 @@ def _next(adapter: str, run_dir: str, *, raises: str) -> Section:
     merge = "export it, and train the result with model.name=./my-model"
     rows: list[tuple[Value, Value]] = [
         ("load", "\n".join(code)),
-        ("talk to it", f"python launcher/main.py mode=generate run={shlex.quote(run_dir)}"),
-        ("export it", f"python launcher/main.py mode=export run={shlex.quote(run_dir)} to=./my-model"),
+        ("talk to it", f"{_program()} mode=generate run={shlex.quote(run_dir)}"),
+        ("export it", f"{_program()} mode=export run={shlex.quote(run_dir)} to=./my-model"),
         ("continue", more_steps if raises else merge),
         ("how", "docs/export.md: answers, a merged model and its proof; docs/adapter.md: the adapter in stock code"),
     ]
     return Section("Next", [Facts(rows)])
+
+
+def _program() -> str:
+    """As this process was started: commands are to be copied."""
+    return "qlora-launcher" if Path(sys.argv[0]).name == "qlora-launcher" else "python launcher/main.py"
 
 
 def _total(ranks: Sequence[RankRecord]) -> str:

@@ -2,6 +2,7 @@
 
 import ast
 import re
+import sys
 from dataclasses import replace
 from typing import Any
 
@@ -174,6 +175,13 @@ def test_what_to_do_next_is_code_that_loads_the_adapter_of_a_run_whose_claims_ho
     assert "raise train.steps" in "".join(lines) and "raise train.steps" not in "".join(unsaved)
     failed = (Verdict("no recompile", False, "2 recompiles"),)
     assert all("─ Next" not in shown(run_record(**change)) for change in ({"adapter": None}, {"verdicts": failed}))
+
+
+@pytest.mark.parametrize("program", ["qlora-launcher", "python launcher/main.py"])
+def test_the_commands_that_come_next_begin_as_this_one_did(monkeypatch: pytest.MonkeyPatch, program: str) -> None:
+    monkeypatch.setattr(sys, "argv", [f"/somewhere/{program.split('/')[-1]}", "recipe=tiny"])
+    text = shown(run_record(adapter="/runs/a/adapter", recipe={"train": {"save_every": 1}}))
+    assert f"{program} mode=generate run=" in text and f"{program} mode=export run=" in text
 
 
 def test_a_sample_that_is_missing_says_why() -> None:
