@@ -6,7 +6,6 @@ from pathlib import Path
 from launcher.checkpoint.files import write_text, writing
 from launcher.commands.finished_run import Invocation
 from launcher.commands.past_run import read_run
-from launcher.errors import RecipeError
 from launcher.preflight.before_torch import check_output
 from launcher.recipe.run_options import ReportOptions
 from launcher.records.run import RunRecord

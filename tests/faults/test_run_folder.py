@@ -244,7 +244,9 @@ def test_fault_48_a_report_is_not_written_into_a_run(tmp_path: Path, mode: str, 
     write_json(tmp_path / "report.json", {"schema": 1, "recipe": {}})
     for name in ("report.json", "new.json"):
         with pytest.raises(RecipeError, match="report=PATH must not be in a run's folder"):
-            api.make_request(resolve(["recipe=tiny", f"mode={mode}", f"report={tmp_path / name}"]), RankInfo(0, 0, 1, 1))
+            api.make_request(
+                resolve(["recipe=tiny", f"mode={mode}", f"report={tmp_path / name}"]), RankInfo(0, 0, 1, 1)
+            )
 
 
 def test_fault_48_a_run_that_goes_on_may_be_told_its_own_report(tmp_path: Path) -> None:
