@@ -84,18 +84,18 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
     write_text(path, json.dumps(finite(masked_tree(content)), indent=2) + "\n")
 
 
-def read_json(file: Path, text: str | None = None, where: str = "") -> dict[str, Any]:
+def read_object(file: Path, text: str | None = None, where: str = "") -> dict[str, Any]:
     """The object in a file of a run, or in `text`, the part of it that `where` names. Raises RecipeError."""
     try:
         content = json.loads(file.read_text(encoding="utf-8", errors="replace") if text is None else text)
     except (OSError, ValueError, RecursionError) as error:
-        raise unreadable(file, f"{where}{error}") from None
+        raise damaged(file, f"{where}{error}") from None
     if not isinstance(content, dict):
-        raise unreadable(file, f"{where}it holds no object")
+        raise damaged(file, f"{where}it holds no object")
     return content
 
 
-def unreadable(file: Path, reason: str) -> RecipeError:
+def damaged(file: Path, reason: str) -> RecipeError:
     """The error of a run's file that is damaged or of another version."""
     return RecipeError(
         f"{file.name} of a run must be whole and of this version; {file} is not: {reason}.\n"

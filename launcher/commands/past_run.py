@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
-from launcher.checkpoint.files import read_json, unreadable
+from launcher.checkpoint.files import damaged, read_object
 from launcher.checkpoint.folder import RunFolder, bundles_of, run_folder_of, step_of
 from launcher.checkpoint.parts import parts_of
 from launcher.errors import CheckpointError, RecipeError
@@ -49,16 +49,16 @@ def _finished(
 ) -> RunRecord:
     """The record that the report was written from, with the places where the folder is now."""
     file = folder.report
-    report = read_json(file)
+    report = read_object(file)
     if (schema := report.get("schema")) != REPORT_SCHEMA:
-        raise unreadable(file, f"its schema is {schema!r}, not {REPORT_SCHEMA}")
+        raise damaged(file, f"its schema is {schema!r}, not {REPORT_SCHEMA}")
     try:
         ranks = [_flat(rank) for rank in report["ranks"]]
     except (KeyError, TypeError, AttributeError) as error:
-        raise unreadable(file, f"ranks: {type(error).__name__}: {error}") from None
+        raise damaged(file, f"ranks: {type(error).__name__}: {error}") from None
     record = _typed(RunRecord, {**report, "ranks": ranks, "steps": steps, "evals": evals}, file)
     if not record.ranks or not {"train", "model"} <= record.recipe.keys():
-        raise unreadable(file, "it has no ranks or no whole recipe")
+        raise damaged(file, "it has no ranks or no whole recipe")
     if not steps:
         notes.append(f"{folder.metrics.name} has no step: losses and curves are left out")
     elif steps[-1].step > record.start.steps:
@@ -86,14 +86,14 @@ def _metrics(file: Path) -> tuple[list[dict[str, Any]], list[str]]:
     if lines and not lines[-1].endswith("}"):
         lines.pop()
         notes.append(f"the last line of {file.name} is cut: it is left out")
-    entries = [read_json(file, line, f"line {number}: ") for number, line in enumerate(lines, 1)]
+    entries = [read_object(file, line, f"line {number}: ") for number, line in enumerate(lines, 1)]
     return [{key: _number(value) for key, value in entry.items()} for entry in entries], notes
 
 
 def _ending(folder: RunFolder) -> RunEnd | None:
     if not folder.status.is_file():
         return None
-    return _typed(RunEnd, read_json(folder.status), folder.status)
+    return _typed(RunEnd, read_object(folder.status), folder.status)
 
 
 def _endings(ending: RunEnd | None) -> Iterator[str]:
@@ -122,4 +122,4 @@ def _typed(kind: type[T], content: Any, file: Path) -> T:
         return TypeAdapter(kind).validate_python(content)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
-        raise unreadable(file, f"{'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+        raise damaged(file, f"{'.'.join(map(str, first['loc']))}: {first['msg']}") from None

@@ -11,7 +11,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from launcher.checkpoint.files import read_json, unreadable, writable
+from launcher.checkpoint.files import damaged, read_object, writable
 from launcher.checkpoint.folder import bundles_of, run_folder_of
 from launcher.errors import RecipeError
 from launcher.recipe.schema import Recipe
@@ -42,7 +42,7 @@ def find_run(path: Path) -> RunPlace:
     Raises RecipeError: it is none, it has no adapter, or its base has random weights, which exist nowhere.
     """
     folder, adapter, notes = _folder_and_adapter(path.expanduser().absolute())
-    report = read_json(folder / "report.json") if (folder / "report.json").is_file() else None
+    report = read_object(folder / "report.json") if (folder / "report.json").is_file() else None
     recipe, dtype = _of_report(report, folder) if report is not None else _of_checkpoint(folder, adapter)
     if recipe.model.init == "random":
         raise RecipeError(
@@ -106,7 +106,7 @@ def _of_report(report: dict[str, Any], folder: Path) -> tuple[Recipe, str]:
     try:
         return Recipe.model_validate(report["recipe"]), str(report["start"]["dtype"])
     except (ValidationError, KeyError, TypeError) as error:
-        raise unreadable(folder / "report.json", str(error).splitlines()[0]) from None
+        raise damaged(folder / "report.json", str(error).splitlines()[0]) from None
 
 
 def _of_checkpoint(folder: Path, adapter: Path) -> tuple[Recipe, str]:
@@ -119,7 +119,7 @@ def _of_checkpoint(folder: Path, adapter: Path) -> tuple[Recipe, str]:
             "run must be a run's folder, or lie in one: its recipe is in report.json or in a checkpoint; "
             f"{folder} has neither.\nLoad an adapter without its run in stock code: docs/adapter.md."
         )
-    identity = read_json(bundles[0] / "state.json").get("state", {}).get("identity", {})
+    identity = read_object(bundles[0] / "state.json").get("state", {}).get("identity", {})
     sections: dict[str, dict[str, Any]] = {"train": {"steps": 1, "seed": identity.get("train.seed", 0)}}
     for section in IDENTITY_SECTIONS:
         keys = {key: value for key, value in identity.items() if key.startswith(f"{section}.")}
