@@ -162,6 +162,6 @@ def test_an_export_whose_card_cannot_be_written_says_so_and_is_there(tmp_path: P
     write_json(tmp_path / "report.json", report_of())
     work: Any = SimpleNamespace(run=SimpleNamespace(place=SimpleNamespace(folder=tmp_path)), staging=tmp_path / "out")
     noted = write._with_card(work, EXPORTED)
-    assert "no card of the export: RecipeError: report.json of a run must be whole" in noted.notes[-1]
+    assert "no card of the export: FileNotFoundError" in noted.notes[-1]
     work.staging.mkdir()
     assert write._with_card(work, EXPORTED).files == {CARD: (tmp_path / "out" / CARD).stat().st_size}
