@@ -25,13 +25,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from launcher.checkpoint.files import delete, sync, sync_one, writing
+from launcher.checkpoint.folder import PREFIX, bundles_of, step_of
 from launcher.errors import CheckpointError
 
 State = dict[str, Any]  # a tree of dicts with strings as keys; leaves are tensors and JSON values
 
 PLAIN_FILES = {".safetensors", ".json", ".md"}  # of files in a bundle; none of them can execute
 MANIFEST, TENSORS, REST = "manifest.json", "state.safetensors", "state.json"
-PREFIX, STAGING = "step-", ".part"
+STAGING = ".part"
 
 
 def write_bundle(checkpoints: Path, state: State, *, step: int, adapter: Callable[[Path], None]) -> Path:
@@ -99,18 +100,6 @@ def faults_of(bundle: Path) -> Iterator[str]:
             yield f"{name} was changed"
         elif Path(name).suffix not in PLAIN_FILES:
             yield f"{name} is neither safetensors nor JSON"
-
-
-def bundles_of(checkpoints: Path) -> list[Path]:
-    """The finished bundles, the newest first; each may be damaged."""
-    steps = {path: path.name.removeprefix(PREFIX) for path in checkpoints.glob(f"{PREFIX}*")}
-    finished = (path for path, step in steps.items() if step.isdecimal() and path.is_dir() and not path.is_symlink())
-    return sorted(finished, key=step_of, reverse=True)
-
-
-def step_of(bundle: Path) -> int:
-    """The optimizer steps that were done when the bundle was written."""
-    return int(bundle.name.removeprefix(PREFIX))
 
 
 def newest_state(checkpoints: Path) -> tuple[Path, State, list[str]]:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from launcher.credentials import masked_tree
-from launcher.errors import DISK_FAULTS, DiskError, FolderError, LauncherError, errno_of
+from launcher.errors import DISK_FAULTS, DiskError, FolderError, LauncherError, RecipeError, errno_of
 
 
 @contextmanager
@@ -82,6 +82,25 @@ def append_text(path: Path, text: str) -> None:
 def write_json(path: Path, content: dict[str, Any]) -> None:
     """As `write_text`. NaN and infinity become null, credentials are masked."""
     write_text(path, json.dumps(finite(masked_tree(content)), indent=2) + "\n")
+
+
+def read_object(file: Path, text: str | None = None, where: str = "") -> dict[str, Any]:
+    """The object in a file of a run, or in `text`, the part of it that `where` names. Raises RecipeError."""
+    try:
+        content = json.loads(file.read_text(encoding="utf-8", errors="replace") if text is None else text)
+    except (OSError, ValueError, RecursionError) as error:
+        raise damaged(file, f"{where}{error}") from None
+    if not isinstance(content, dict):
+        raise damaged(file, f"{where}it holds no object")
+    return content
+
+
+def damaged(file: Path, reason: str) -> RecipeError:
+    """The error of a run's file that is damaged or of another version."""
+    return RecipeError(
+        f"{file.name} of a run must be whole and of this version; {file} is not: {reason}.\n"
+        "Use the version that wrote it, or another run."
+    )
 
 
 def finite(value: Any) -> Any:

@@ -5,6 +5,7 @@ import fcntl
 import json
 import os
 import platform
+import re
 import stat
 import time
 from collections.abc import Iterator
@@ -15,6 +16,10 @@ from filelock import FileLock, Timeout
 
 from launcher.checkpoint.files import refusing_links, writable
 from launcher.errors import CheckpointError, RecipeError
+
+PREFIX = "step-"  # of a checkpoint's name
+MARKS = ("metrics.jsonl", "status.json", "report.json")  # a folder that has one is a run's
+PARTS_OF_A_RUN = re.compile(rf"\.|adapter|checkpoints(/{PREFIX}\d+(/adapter)?)?")
 
 
 class RunFolder:
@@ -166,6 +171,30 @@ def named_folder(resume: str) -> Path | None:
         return None
     path = Path(resume).absolute()
     return path.parents[1] if path.name.startswith("step-") and path.parent.name == "checkpoints" else path
+
+
+def run_folder_of(path: Path) -> Path | None:
+    """The folder of the run that `path` names: by itself, by a file in it, its adapter, its checkpoints, one of these
+    or that one's adapter. None: it names no run."""
+    for folder in (path, *path.parents[:3]):
+        is_part = PARTS_OF_A_RUN.fullmatch(path.relative_to(folder).as_posix()) or (
+            path.parent == folder and path.is_file()
+        )
+        if is_part and any((folder / mark).is_file() for mark in MARKS):
+            return folder
+    return None
+
+
+def bundles_of(checkpoints: Path) -> list[Path]:
+    """The finished checkpoints, the newest first; each may be damaged."""
+    steps = {path: path.name.removeprefix(PREFIX) for path in checkpoints.glob(f"{PREFIX}*")}
+    finished = (path for path, step in steps.items() if step.isdecimal() and path.is_dir() and not path.is_symlink())
+    return sorted(finished, key=step_of, reverse=True)
+
+
+def step_of(bundle: Path) -> int:
+    """The optimizer steps that were done when a checkpoint was written."""
+    return int(bundle.name.removeprefix(PREFIX))
 
 
 def default_folder(recipe: str) -> str:

@@ -41,6 +41,7 @@ def comparison(runs: Sequence[RunRecord]) -> ComparisonRecord:
         runs=tuple(run.start.run_dir for run in runs),
         recipe=_differences(recipes),
         start=start,
+        versions=_differences([run.versions for run in runs]),
         losses=_in_common([{s.step: s.loss for s in run.steps} for run in runs]),
         eval_losses=_in_common([{e.step: e.eval_loss for e in run.evals} for run in runs]),
         figures=_side_by_side([_figures(run) for run in runs]),

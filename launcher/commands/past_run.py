@@ -1,6 +1,5 @@
 """A run's folder read back into records. Imports no torch: a report of any length is there in a second or two."""
 
-import json
 import math
 from collections.abc import Iterator
 from dataclasses import replace
@@ -9,7 +8,8 @@ from typing import Any, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
-from launcher.checkpoint.folder import RunFolder
+from launcher.checkpoint.files import damaged, read_object
+from launcher.checkpoint.folder import RunFolder, bundles_of, run_folder_of, step_of
 from launcher.checkpoint.parts import parts_of
 from launcher.errors import CheckpointError, RecipeError
 from launcher.records.past import RunEnd, UnfinishedRun
@@ -24,24 +24,23 @@ def read_run(run: str) -> RunRecord | UnfinishedRun:
     Raises RecipeError: there is no run, or its files cannot be read.
     """
     path = Path(run).expanduser().absolute()
-    places = [f for f in (path, *path.parents[:2]) if any((f / n).is_file() for n in ("report.json", "metrics.jsonl"))]
-    if not (path.exists() and places):
+    found = run_folder_of(path)
+    if not (path.exists() and found):
         near = sorted(str(file.parent) for file in path.parent.glob("*/metrics.jsonl"))[-3:]
         there = f"\nThere are {', '.join(near)}." if near else ""
         raise RecipeError(
-            f"run must be the folder of a run; {path} holds neither report.json nor metrics.jsonl.{there}"
+            f"run must be the folder of a run; {path} holds neither report.json, metrics.jsonl nor status.json.{there}"
         )
-    folder = RunFolder(places[0])
+    folder = RunFolder(found)
     entries, notes = _metrics(folder.metrics)
     steps = _typed(tuple[StepRecord, ...], [entry for entry in entries if "loss" in entry], folder.metrics)
     evals = _typed(tuple[EvalRecord, ...], [entry for entry in entries if "eval_loss" in entry], folder.metrics)
     ending = _ending(folder)
     if folder.report.is_file():
         return _finished(folder, steps, evals, notes=[*_endings(ending), *notes])
-    saved = [bundle.name.removeprefix("step-") for bundle in folder.checkpoints.glob("step-*[0-9]")]
     return UnfinishedRun(
         str(folder.path), steps, evals, tuple(parts_of(folder)), ending, in_use=_in_use(folder),
-        checkpoints=tuple(sorted(int(step) for step in saved if step.isdecimal())), notes=tuple(notes),
+        checkpoints=tuple(sorted(map(step_of, bundles_of(folder.checkpoints)))), notes=tuple(notes),
     )  # fmt: skip
 
 
@@ -50,16 +49,16 @@ def _finished(
 ) -> RunRecord:
     """The record that the report was written from, with the places where the folder is now."""
     file = folder.report
-    report = _json(file, file.read_text(encoding="utf-8", errors="replace"))
+    report = read_object(file)
     if (schema := report.get("schema")) != REPORT_SCHEMA:
-        raise _unreadable(file, f"its schema is {schema!r}, not {REPORT_SCHEMA}")
+        raise damaged(file, f"its schema is {schema!r}, not {REPORT_SCHEMA}")
     try:
         ranks = [_flat(rank) for rank in report["ranks"]]
     except (KeyError, TypeError, AttributeError) as error:
-        raise _unreadable(file, f"ranks: {type(error).__name__}: {error}") from None
+        raise damaged(file, f"ranks: {type(error).__name__}: {error}") from None
     record = _typed(RunRecord, {**report, "ranks": ranks, "steps": steps, "evals": evals}, file)
     if not record.ranks or not {"train", "model"} <= record.recipe.keys():
-        raise _unreadable(file, "it has no ranks or no whole recipe")
+        raise damaged(file, "it has no ranks or no whole recipe")
     if not steps:
         notes.append(f"{folder.metrics.name} has no step: losses and curves are left out")
     elif steps[-1].step > record.start.steps:
@@ -87,15 +86,14 @@ def _metrics(file: Path) -> tuple[list[dict[str, Any]], list[str]]:
     if lines and not lines[-1].endswith("}"):
         lines.pop()
         notes.append(f"the last line of {file.name} is cut: it is left out")
-    entries = [_json(file, line, f"line {number}: ") for number, line in enumerate(lines, 1)]
+    entries = [read_object(file, line, f"line {number}: ") for number, line in enumerate(lines, 1)]
     return [{key: _number(value) for key, value in entry.items()} for entry in entries], notes
 
 
 def _ending(folder: RunFolder) -> RunEnd | None:
     if not folder.status.is_file():
         return None
-    status = _json(folder.status, folder.status.read_text(encoding="utf-8", errors="replace"))
-    return _typed(RunEnd, status, folder.status)
+    return _typed(RunEnd, read_object(folder.status), folder.status)
 
 
 def _endings(ending: RunEnd | None) -> Iterator[str]:
@@ -119,26 +117,9 @@ def _number(value: Any) -> Any:
     return math.nan if value is None else value
 
 
-def _json(file: Path, text: str, where: str = "") -> dict[str, Any]:
-    try:
-        content = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise _unreadable(file, f"{where}{error}") from None
-    if not isinstance(content, dict):
-        raise _unreadable(file, f"{where}it holds no object")
-    return content
-
-
 def _typed(kind: type[T], content: Any, file: Path) -> T:
     try:
         return TypeAdapter(kind).validate_python(content)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
-        raise _unreadable(file, f"{'.'.join(map(str, first['loc']))}: {first['msg']}") from None
-
-
-def _unreadable(file: Path, reason: str) -> RecipeError:
-    return RecipeError(
-        f"{file.name} of a run must be whole and of this version; {file} is not: {reason}.\n"
-        "Use the version that wrote it, or another run."
-    )
+        raise damaged(file, f"{'.'.join(map(str, first['loc']))}: {first['msg']}") from None

@@ -11,7 +11,8 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from launcher.checkpoint.files import writable
+from launcher.checkpoint.files import damaged, read_object, writable
+from launcher.checkpoint.folder import bundles_of, run_folder_of
 from launcher.errors import RecipeError
 from launcher.recipe.schema import Recipe
 
@@ -41,7 +42,7 @@ def find_run(path: Path) -> RunPlace:
     Raises RecipeError: it is none, it has no adapter, or its base has random weights, which exist nowhere.
     """
     folder, adapter, notes = _folder_and_adapter(path.expanduser().absolute())
-    report = _read_json(folder / "report.json") if (folder / "report.json").is_file() else None
+    report = read_object(folder / "report.json") if (folder / "report.json").is_file() else None
     recipe, dtype = _of_report(report, folder) if report is not None else _of_checkpoint(folder, adapter)
     if recipe.model.init == "random":
         raise RecipeError(
@@ -81,30 +82,20 @@ def check_gguf(quantization: str) -> None:
 
 def _folder_and_adapter(path: Path) -> tuple[Path, Path, tuple[str, ...]]:
     """The run's folder, the adapter's folder, and what to say of the choice."""
-    if _is_adapter(path):
-        return _run_of(path.parent), path, ()
-    if _is_adapter(path / "adapter"):
-        return _run_of(path), path / "adapter", ()
-    if bundles := [bundle for bundle in _bundles(path) if _is_adapter(bundle / "adapter")]:
-        note = f"the run has no adapter of its end: that of its newest checkpoint, {bundles[-1].name}, is used"
-        return path, bundles[-1] / "adapter", (note,)
+    folder = run_folder_of(path) or path
+    for adapter in (path, path / "adapter"):
+        if _is_adapter(adapter):
+            return folder, adapter, ()
+    for bundle in bundles_of(path / "checkpoints"):
+        if _is_adapter(bundle / "adapter"):
+            note = f"the run has no adapter of its end: that of its newest checkpoint, {bundle.name}, is used"
+            return folder, bundle / "adapter", (note,)
     found = "a folder without an adapter" if path.is_dir() else "no folder"
     runs = sorted(str(run.parent) for run in path.parent.glob("*/report.json"))[-3:] if path.parent.is_dir() else []
     raise RecipeError(
         f"run must be the folder of a run that saved an adapter, of one of its checkpoints, or of the adapter; "
         f"{path} is {found}." + (f"\nThere are {', '.join(runs)}." if runs else "")
     )
-
-
-def _run_of(path: Path) -> Path:
-    """The run's folder of itself, or of one of its checkpoints."""
-    return path.parents[1] if path.parent.name == "checkpoints" else path
-
-
-def _bundles(folder: Path) -> list[Path]:
-    """The finished checkpoints, the newest last."""
-    found = {path: path.name.removeprefix("step-") for path in folder.glob("checkpoints/step-*")}
-    return sorted((path for path, step in found.items() if step.isdecimal()), key=lambda path: int(found[path]))
 
 
 def _is_adapter(folder: Path) -> bool:
@@ -115,21 +106,20 @@ def _of_report(report: dict[str, Any], folder: Path) -> tuple[Recipe, str]:
     try:
         return Recipe.model_validate(report["recipe"]), str(report["start"]["dtype"])
     except (ValidationError, KeyError, TypeError) as error:
-        raise RecipeError(
-            f"report.json must be a run's of this version; that of {folder} is not: {str(error).splitlines()[0]}.\n"
-            "Use the version that trained it."
-        ) from None
+        raise damaged(folder / "report.json", str(error).splitlines()[0]) from None
 
 
 def _of_checkpoint(folder: Path, adapter: Path) -> tuple[Recipe, str]:
     """From the state of the checkpoint that the adapter is of, or of the run's newest."""
-    bundles = [bundle for bundle in (adapter.parent, *reversed(_bundles(folder))) if (bundle / "state.json").is_file()]
+    bundles = [
+        bundle for bundle in (adapter.parent, *bundles_of(folder / "checkpoints")) if (bundle / "state.json").is_file()
+    ]
     if not bundles:
         raise RecipeError(
             "run must be a run's folder, or lie in one: its recipe is in report.json or in a checkpoint; "
             f"{folder} has neither.\nLoad an adapter without its run in stock code: docs/adapter.md."
         )
-    identity = _read_json(bundles[0] / "state.json").get("state", {}).get("identity", {})
+    identity = read_object(bundles[0] / "state.json").get("state", {}).get("identity", {})
     sections: dict[str, dict[str, Any]] = {"train": {"steps": 1, "seed": identity.get("train.seed", 0)}}
     for section in IDENTITY_SECTIONS:
         keys = {key: value for key, value in identity.items() if key.startswith(f"{section}.")}
@@ -148,14 +138,3 @@ def _eval_loss(folder: Path, adapter: Path, report: dict[str, Any]) -> float | N
             if "eval_loss" in (record := json.loads(line)):
                 losses[f"step-{record['step']}"] = record["eval_loss"]
     return losses.get(adapter.parent.name)
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        if isinstance(content, dict):
-            return content
-        reason = "it holds no object"
-    except (OSError, ValueError) as error:
-        reason = str(error)
-    raise RecipeError(f"{path.name} of a run must be readable JSON; {path} is not: {reason}.\nUse another run.")

@@ -2,7 +2,6 @@
 
 import copy
 import importlib.util
-import json
 import secrets
 import shutil
 from collections.abc import Callable, Iterator
@@ -14,7 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from launcher.checkpoint.bundle import delete
-from launcher.checkpoint.files import write_text
+from launcher.checkpoint.files import read_object, write_text
 from launcher.data.prepare import PreparedData, prepare
 from launcher.errors import RecipeError
 from launcher.export.card import CARD, export_card
@@ -280,7 +279,7 @@ def _record(
 def _with_card(work: _Work, record: ExportRecord) -> ExportRecord:
     """The record, once the folder has its card. One that cannot be written is a note: the model is there."""
     try:
-        report = json.loads((work.run.place.folder / "report.json").read_text(encoding="utf-8"))
+        report = read_object(work.run.place.folder / "report.json")
         write_text(work.staging / CARD, export_card(record, report))
     except Exception as error:  # of libraries too
         note = f"the folder has no card of the export: {type(error).__name__}: {error}"

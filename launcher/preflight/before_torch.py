@@ -36,7 +36,8 @@ def check_before_torch(checks: Checks, resolved: Resolved, *, shipped: Path, cor
     recipe = resolved.recipe
     checks.add("packages", check_packages)
     if resolved.report:
-        checks.add("report", partial(check_report, resolved.report))
+        own = run_folder(recipe, resolved.name).report if resolved.mode == "train" else None
+        checks.add("report", partial(check_report, resolved.report, own=own))
     notes = checks.add(
         "launch",
         partial(check_launch_flags, recipe.model, recipe.train, cores=cores),
@@ -61,22 +62,28 @@ def check_packages() -> str:
     return "versions are supported"
 
 
-def check_report(path: Path) -> str:
-    """Raise RecipeError if report=PATH cannot be written, or names a file that is no report: a slip would lose it."""
-    if path.is_dir() or not os.access(path.parent, os.W_OK):
-        raise RecipeError(f"report=PATH must be a file in a folder that can be written; {path} is not.")
-    if os.path.lexists(path) and not _may_replace(path):
-        raise RecipeError(f"report=PATH must be a new file or an earlier report; {path} is neither. Choose another.")
+def check_report(path: Path, *, own: Path | None = None) -> str:
+    """Raise RecipeError if report=PATH cannot be written, names a file that is no report, or lies in a run's folder:
+    a slip would lose what is there. `own`: the report of the run to come, which is written anyway."""
+    check_output("report=PATH", path, REPORT_BEGIN, kind="report")
+    if path != own and any((path.parent / name).is_file() for name in ("metrics.jsonl", "status.json")):
+        raise RecipeError(f"report=PATH must not be in a run's folder; {path.parent} is one. Choose another folder.")
     return str(path)
 
 
-def _may_replace(path: Path) -> bool:
-    """Whether a path names an empty file or a report; a pipe or a device is neither."""
-    if not path.is_file() or not os.access(path, os.R_OK):
-        return False
-    with open(path, "rb") as file:  # which may be large
-        begin = file.read(200)
-    return not begin or REPORT_BEGIN.match(begin) is not None
+def check_output(key: str, path: Path, begin: re.Pattern[bytes], *, kind: str) -> None:
+    """Raise RecipeError if the file that `key` names cannot be written, or would replace what is neither empty nor an
+    earlier one of its `kind`, told by how it begins; a pipe or a device is neither."""
+    if path.is_dir() or not os.access(path.parent, os.W_OK):
+        raise RecipeError(f"{key} must be a file in a folder that can be written; {path} is not.")
+    if not os.path.lexists(path):
+        return
+    content = None
+    if path.is_file() and os.access(path, os.R_OK):
+        with open(path, "rb") as file:  # which may be large
+            content = file.read(200)
+    if content is None or (content and not begin.match(content)):
+        raise RecipeError(f"{key} must be a new file or an earlier {kind}; {path} is neither. Choose another.")
 
 
 def check_located(recipe: Recipe, shipped: Path) -> str:

@@ -162,13 +162,22 @@ class ReportOptions(RunOptions):
 
 
 def folders_of(value: Any) -> Any:
-    """The entries of a list as text; a pattern with * ? or [ stands for the folders that it matches."""
+    """The entries of a list as text; one with * ? or [ that is no path stands for the folders that it matches."""
     try:
         read = read_value(value) if isinstance(value, str) else value
     except RecipeError as error:
         raise ValueError(f"runs: {error}; got {echoed(value)}; put the list in single quotes") from None
     names = [str(name) for name in (read if isinstance(read, list) else [read])]
-    return [folder for name in names for folder in (sorted(glob(f"{name}/")) if has_magic(name) else [name])]
+    return [folder for name in names for folder in _matches(name)]
+
+
+def _matches(name: str) -> list[str]:
+    path = os.path.expanduser(name)
+    if not has_magic(name) or os.path.exists(path):
+        return [name]
+    if not (folders := sorted(glob(f"{path}/"))):
+        raise ValueError(f"runs: a pattern must match a folder; got {echoed(name)}, which matches none; correct it")
+    return folders
 
 
 class CompareOptions(RecipeSection):

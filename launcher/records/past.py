@@ -3,7 +3,7 @@
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from launcher.records.run import EvalRecord, RunPart, StepRecord
+from launcher.records.run import REPORT_SCHEMA, EvalRecord, RunPart, StepRecord
 
 
 @dataclass(frozen=True)
@@ -38,6 +38,7 @@ class ComparisonRecord:
     runs: tuple[str, ...]  # their folders
     recipe: dict[str, tuple[Any, ...]]  # the keys whose values differ; None where a run has no such key
     start: dict[str, tuple[Any, ...]]  # what the runs chose or found, where it differs: device, attention, rows
+    versions: dict[str, tuple[str | None, ...]]  # of Python and packages, where they differ; None: its report has none
     losses: dict[int, tuple[float, ...]]  # by step, of the steps that all have: at most 200, evenly spaced
     eval_losses: dict[int, tuple[float, ...]]
     figures: dict[str, tuple[float | None, ...]]  # units in the names; None where a run has no such figure
@@ -47,4 +48,4 @@ class ComparisonRecord:
 
     def as_report(self) -> dict[str, Any]:
         """The content of report=PATH; steps are keys, as text."""
-        return {"schema": 1, **asdict(self)}
+        return {"schema": REPORT_SCHEMA, "mode": "compare", **asdict(self)}

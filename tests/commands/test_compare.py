@@ -12,7 +12,9 @@ from rich.console import Console
 from launcher.commands.compare import compare_runs, comparison
 from launcher.commands.finished_run import Invocation
 from launcher.commands.report import report_run
+from launcher.commands.run_command import run_command
 from launcher.errors import RecipeError
+from launcher.preflight.before_torch import check_report
 from launcher.recipe.run_options import CompareOptions, ReportOptions, read_options
 from launcher.records.run import EvalRecord, RunRecord, Verdict
 from launcher.runtime.ranks import RankInfo
@@ -61,6 +63,13 @@ def test_other_hardware_and_other_amounts_of_data_are_said() -> None:
     assert "different hardware" not in shown(comparison([run_of(), run_of()]))
 
 
+def test_versions_that_differ_are_shown() -> None:
+    first, other = run_of(versions={"torch": "2.11.0", "peft": "0.21.0"}), run_of(versions={"torch": "2.13.0"})
+    text = shown(comparison([first, other, replace(other, versions={"torch": "2.13.0", "peft": "0.21.0"})]))
+    assert section(text, "Versions")[3:5] == ["torch 2.11.0 2.13.0 2.13.0", "peft 0.21.0 - 0.21.0"]
+    assert "Versions" not in shown(comparison([first, first]))
+
+
 def test_verdicts_are_matched_by_claim() -> None:
     other = run_of(verdicts=(Verdict("no graph break", False, "1"), Verdict("learned", True, "")))
     rows = section(shown(comparison([run_of(), other])), "Verdicts")
@@ -74,14 +83,36 @@ def test_the_report_has_the_same_and_unfinished_runs_are_refused(tmp_path: Path)
     (tmp_path / "note.txt").touch()
     options = read_options(["mode=compare", f"runs={tmp_path}/*"], "compare")
     assert options == CompareOptions(runs=[f"{tmp_path}/a/", f"{tmp_path}/b/"])
-    compare_runs(options, invocation(tmp_path / "out.json"))
+    for _ in range(2):  # it may take its own place
+        check_report(tmp_path / "out.json")
+        compare_runs(options, invocation(tmp_path / "out.json"))
     report = json.loads((tmp_path / "out.json").read_text())
-    assert report["schema"] == 1 and report["runs"] == [str(tmp_path / "a"), str(tmp_path / "b")]
+    assert (report["schema"], report["mode"]) == (1, "compare")
+    assert report["runs"] == [str(tmp_path / "a"), str(tmp_path / "b")]
     assert report["figures"]["tokens/s"] == [75_312.4, 75_312.4]
     (tmp_path / "b" / "report.json").rename(tmp_path / "b" / "metrics.jsonl")
     (tmp_path / "b" / "metrics.jsonl").write_text("")
     with pytest.raises(RecipeError, match=rf"must have ended with a report; {tmp_path}/b/ has none"):
         compare_runs(options, invocation())
+
+
+def test_a_folder_whose_name_is_like_a_pattern_is_itself(tmp_path: Path) -> None:
+    for name in ("c[1]", "c1", "c2"):
+        (tmp_path / name).mkdir()
+    given = [f"{tmp_path}/c[1]", f"{tmp_path}/c[12]"]
+    assert CompareOptions(runs=given).runs == [f"{tmp_path}/c[1]", f"{tmp_path}/c1/", f"{tmp_path}/c2/"]
+
+
+def test_a_report_into_one_of_the_runs_is_refused_and_that_one_stays(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "metrics.jsonl").touch()
+        (tmp_path / name / "report.json").write_text(json.dumps(run_of(folder=name).as_report()))
+    own = tmp_path / "a" / "report.json"
+    before, words = own.read_text(), ["mode=compare", f"runs=[{tmp_path}/a, {tmp_path}/b]", f"report={own}"]
+    with pytest.raises(RecipeError, match="report=PATH must not be in a run's folder"):
+        run_command(words, invocation().rank_info, invocation().console)
+    assert own.read_text() == before
 
 
 def test_a_page_replaces_only_an_earlier_page(tmp_path: Path) -> None:
@@ -104,6 +135,7 @@ def test_a_page_replaces_only_an_earlier_page(tmp_path: Path) -> None:
         ("runs=a", "at least 2; got ['a']"),
         ("runs=[a", "put the list in single quotes"),
         ("runs=", "runs must be"),
+        ("runs=[a, b, ./gone-*]", "got './gone-*', which matches none"),
         ("run=a", "did you mean runs?"),
         (f"runs=[{', '.join('a' * 27)}]", "runs must be"),
     ],

@@ -63,7 +63,8 @@ def test_a_run_is_found_by_its_files_its_adapter_and_its_checkpoints(tmp_path: P
     folder = tmp_path / "run"
     written(folder)
     (folder / "checkpoints" / "step-8").mkdir(parents=True)
-    for name in ("report.json", "adapter", "checkpoints/step-8"):
+    (folder / "checkpoints" / "step-8" / "adapter").mkdir()
+    for name in ("report.json", "adapter", "checkpoints", "checkpoints/step-8", "checkpoints/step-8/adapter"):
         assert read_run(str(folder / name)) == read_run(str(folder))
 
 
@@ -144,9 +145,25 @@ def test_a_file_of_another_version_or_a_broken_one_is_one_clear_error(
     assert says in str(caught.value) and len(str(caught.value).splitlines()) <= 5
 
 
+def test_another_run_is_never_shown_in_the_place_of_the_one_that_was_named(tmp_path: Path) -> None:
+    written(tmp_path)
+    status = {"code": 3, "reason": "no rows", "rank": 0, "step": 0, "resumable": False}
+    failed, empty = tmp_path / "runs" / "failed", tmp_path / "empty"
+    for folder in (failed, empty, tmp_path / "checkpoints" / "mine"):
+        folder.mkdir(parents=True)
+    (failed / "status.json").write_text(json.dumps(status))
+    run = read_run(str(failed))
+    assert isinstance(run, UnfinishedRun) and run.folder == str(failed) and "code 3, rank 0: no rows" in shown(run)
+    for folder in (empty, failed.parent, tmp_path / "checkpoints" / "mine"):
+        with pytest.raises(RecipeError, match="run must be the folder of a run"):
+            read_run(str(folder))
+
+
 def test_where_there_is_no_run_those_beside_it_are_named(tmp_path: Path) -> None:
     written(tmp_path / "mine")
-    with pytest.raises(RecipeError, match=rf"neither report.json nor metrics.jsonl.\nThere are {tmp_path}/mine"):
+    with pytest.raises(
+        RecipeError, match=rf"neither report.json, metrics.jsonl nor status.json.\nThere are {tmp_path}/mine"
+    ):
         read_run(str(tmp_path / "other"))
 
 

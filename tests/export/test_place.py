@@ -62,7 +62,7 @@ def test_random_weights_exist_nowhere(copied: Path, of: str) -> None:
 @pytest.mark.parametrize(
     ("content", "says"),
     [
-        ("{", "readable JSON"),
+        ("{", "must be whole"),
         ("[]", "holds no object"),
         ('{"recipe": {"model": 3}}', "of this version"),
         ("{}", "this version"),
@@ -78,6 +78,12 @@ def test_an_adapter_without_its_run_is_told_where_to_load_it(copied: Path, tmp_p
     alone = Path(shutil.copytree(copied / "adapter", tmp_path / "elsewhere" / "adapter"))
     with pytest.raises(RecipeError, match="docs/adapter.md"):
         find_run(alone)
+
+
+def test_an_adapter_is_not_taken_for_that_of_a_run_around_it(copied: Path) -> None:
+    (copied / "adapter").rename(copied / "anothers")
+    with pytest.raises(RecipeError, match="docs/adapter.md"):
+        find_run(copied / "anothers")
 
 
 def test_a_mistyped_run_is_told_the_runs_beside_it(copied: Path) -> None:

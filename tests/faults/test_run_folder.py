@@ -237,6 +237,26 @@ def test_fault_48_a_report_takes_no_other_files_place(tmp_path: Path, mode: str,
     assert (after.st_ino, after.st_mtime_ns, after.st_size) == (before.st_ino, before.st_mtime_ns, before.st_size)
 
 
+@pytest.mark.parametrize("mark", ["metrics.jsonl", "status.json"])
+@pytest.mark.parametrize("mode", ["train", "parity", "bench", "check"])
+def test_fault_48_a_report_is_not_written_into_a_run(tmp_path: Path, mode: str, mark: str) -> None:
+    (tmp_path / mark).touch()
+    write_json(tmp_path / "report.json", {"schema": 1, "recipe": {}})
+    for name in ("report.json", "new.json"):
+        with pytest.raises(RecipeError, match="report=PATH must not be in a run's folder"):
+            api.make_request(
+                resolve(["recipe=tiny", f"mode={mode}", f"report={tmp_path / name}"]), RankInfo(0, 0, 1, 1)
+            )
+
+
+def test_fault_48_a_run_that_goes_on_may_be_told_its_own_report(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").touch()
+    own = [f"run.output_dir={tmp_path}", "run.resume=auto", f"report={tmp_path}/report.json"]
+    api.make_request(resolve(["recipe=tiny", *own]), RankInfo(0, 0, 1, 1), trains=True)
+    with pytest.raises(RecipeError, match="report=PATH must not be in a run's folder"):
+        api.make_request(resolve(["recipe=tiny", "mode=check", *own]), RankInfo(0, 0, 1, 1), trains=True)
+
+
 @pytest.mark.parametrize("report", [{"schema": 1, "recipe": {}}, {"schema": 12, "mode": "bench"}, None])
 def test_fault_48_an_earlier_report_or_an_empty_file_may_be_replaced(tmp_path: Path, report: dict[str, Any]) -> None:
     path = tmp_path / "report.json"

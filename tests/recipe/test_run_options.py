@@ -37,7 +37,7 @@ def test_values_are_read_as_their_options_say_and_texts_stay_as_they_are() -> No
         (["run=r", "train.steps=3"], "mode=generate has no key train.steps"),
         (["run=r", "recipe=tiny"], "takes the recipe of its run"),
         (["run=r", "run=s"], "twice"),
-        (["run=r", "report=a.json"], "mode=generate; remove one"),
+        (["run=r", "report=a.json"], "mode=generate writes no report; got report=a.json; remove it"),
         (["run=r", "hello"], "every argument is key=value"),
         (["--run", "r"], "write run=..."),
         (["run="], "run must be"),

@@ -27,6 +27,9 @@ def _sections(record: ComparisonRecord) -> Iterator[Section]:
     yield _side_by_side(
         "Chosen or found", "of the start", _texts(record.start), note="what differs" if record.start else ""
     )
+    yield _side_by_side(
+        "Versions", "package", {name: [v or "-" for v in versions] for name, versions in record.versions.items()}
+    )
     for title, losses in (("Loss at equal steps", record.losses), ("Eval loss at equal steps", record.eval_losses)):
         rows = {f"{step:,}": [formatting.loss(v) for v in losses[step]] for step in sampled(list(losses), LOSS_ROWS)}
         yield _side_by_side(title, "step", rows, numeric=True)
