@@ -138,10 +138,11 @@ def _of_checkpoint(folder: Path, adapter: Path) -> tuple[Recipe, str]:
 
 
 def _eval_loss(folder: Path, adapter: Path, report: dict[str, Any]) -> float | None:
-    """That of the run's end, or of the step whose checkpoint the adapter is of."""
+    """That of the adapter which the run saved, or of the step whose checkpoint the adapter is of."""
     if adapter.parent == folder:
-        found: float | None = report.get("loss", {}).get("eval_last")
-        return found
+        found, recipe = report.get("loss", {}), report.get("recipe", {})
+        last: float | None = None if recipe.get("train", {}).get("keep_best") else found.get("eval_last")
+        return found.get("eval_adapter", last)  # which reports of an earlier day lack
     losses: dict[str, float] = {}
     with suppress(OSError, ValueError):  # the folder may have been copied without it, or be written to
         for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
