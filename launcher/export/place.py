@@ -34,6 +34,12 @@ class RunPlace:
     counts: dict[str, int] = field(default_factory=dict)  # of a finished run's data
     eval_loss: float | None = None  # of this adapter on the run's validation data, as the run measured it
 
+    @property
+    def checkpoint_step(self) -> int | None:
+        """The step of the checkpoint whose adapter this is; None of the adapter that the run saved."""
+        step = self.adapter.parent.name.removeprefix("step-")
+        return int(step) if self.adapter.parent != self.folder and step.isdecimal() else None
+
 
 def find_run(path: Path) -> RunPlace:
     """The run of a run's folder, of a checkpoint's or of an adapter's.

@@ -211,6 +211,7 @@ def test_an_exported_folder_is_pushed_with_its_card_and_one_without_is_refused(
     out = run / "out"  # an export may lie anywhere, in its run's folder too
     (run / "adapter").rename(out)
     (out / "adapter_model.safetensors").rename(out / "model-00001-of-00001.safetensors")
+    write_json(out / "report.json", EXPORTED.as_report())  # the report= of its export
     done = main("mode=push", f"run={out}", "to=me/out", "report=report.json")
     assert done.code == 0 and "model-00001-of-00001.safetensors" in done.report["files"]
     (out / "README.md").write_text("# a card of another's")
@@ -226,16 +227,6 @@ def test_no_file_of_a_folder_within_is_pushed_but_for_chat_templates(hub: HubSer
     done = push()
     assert done.code == 0 and set(within) <= set(done.report["left_out"])
     assert {"additional_chat_templates/tool.jinja", "LICENSE.txt"} < set(hub.repositories["me/own"].files)
-
-
-def test_an_exported_folder_may_hold_the_report_of_its_export(
-    hub: HubServer, main: Main, run: Path, push: Main, tmp_path: Path
-) -> None:
-    push()
-    out = tmp_path / "out"
-    (run / "adapter").rename(out)
-    write_json(out / "report.json", EXPORTED.as_report())
-    assert main("mode=push", f"run={out}", "to=me/out").code == 0 and "me/out" in hub.repositories
 
 
 def test_a_run_that_goes_on_a_checkpoint_and_an_unproven_adapter_are_refused(
