@@ -50,6 +50,7 @@ def _forms(path: str) -> Iterator[tuple[str, str]]:
     """How a path may be written, each with what is told of it; nothing of a hub id."""
     if _is_hub_id(path):
         return
+    path = path.removeprefix("file:").rstrip("/")
     plain = os.path.expanduser(path)
     whole = {os.path.abspath(plain), os.path.join(os.getcwd(), plain), os.path.realpath(plain)}
     yield from ((os.path.dirname(form) + "/", "…/") for form in whole)
