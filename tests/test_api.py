@@ -53,7 +53,7 @@ def test_the_files_of_a_run_hold_the_public_keys(finished):
     assert {"step", "loss", "lr", "grad_norm", "tokens", "supervised_tokens", "step_s", "vram_mib"} <= set(lines[1])
     report = json.loads((folder / "report.json").read_text())
     assert {"schema", "recipe", "loss", "elapsed_s", "verdicts", "ranks"} <= set(report)
-    assert set(report["loss"]) == {"first", "last", "eval_first", "eval_last"}
+    assert set(report["loss"]) == {"first", "last", "eval_first", "eval_last", "eval_adapter"}
     rank = report["ranks"][0]
     assert {"rank", "device", "compile", "vram", "tokens_per_s", "supervised_tokens_per_s", "step_ms"} <= set(rank)
     assert {

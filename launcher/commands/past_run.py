@@ -56,7 +56,11 @@ def _finished(
         ranks = [_flat(rank) for rank in report["ranks"]]
     except (KeyError, TypeError, AttributeError) as error:
         raise damaged(file, f"ranks: {type(error).__name__}: {error}") from None
-    record = _typed(RunRecord, {**report, "ranks": ranks, "steps": steps, "evals": evals}, file)
+    loss = report.get("loss")
+    evaluated = loss.get("eval_adapter") if isinstance(loss, dict) else None
+    record = _typed(
+        RunRecord, {**report, "ranks": ranks, "steps": steps, "evals": evals, "eval_adapter": evaluated}, file
+    )
     if not record.ranks or not {"train", "model"} <= record.recipe.keys():
         raise damaged(file, "it has no ranks or no whole recipe")
     if not steps:

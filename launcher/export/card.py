@@ -5,18 +5,17 @@ A card names no path of the machine that made it, only last components, and no c
 
 import math
 import os
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from launcher.credentials import masked
+from launcher.export.told_names import name_told, paths_of, value_told, without_folders
 from launcher.recipe.schema import Recipe
 from launcher.records.counts import counts_in_words
 from launcher.records.export import ExportRecord
 
 CARD, OUR_TAG, UNPROVEN_TAG = "README.md", "qlora-launcher", "unproven"
-PATH = re.compile(r"(?<![\w.:/…])/(?:[^\s/'\"`|]+/)+([^\s/'\"`|,;:)]*)")
 TOLD_APART = ("model.name", "model.revision", "data.sources", "data.validation")  # keys with a line of their own
 SECTIONS_TOLD = ("model", "quant", "lora", "data", "train")  # the others do not change what is learned
 EXPORT_KINDS = {  # by format of an export: library, relation to the base, what it is
@@ -54,9 +53,19 @@ def run_card(report: Mapping[str, Any]) -> str:
     return _card(report, base, kind=("peft", "adapter"), holds=_hold(verdicts), sections=sections)
 
 
-def export_card(record: ExportRecord, report: Mapping[str, Any]) -> str:
-    """The card of an exported folder: what it is, how it was proved, and the run (its report.json) that it is of."""
+def export_card(
+    record: ExportRecord, report: Mapping[str, Any], *, checkpoint: int | None = None, eval_loss: float | None = None
+) -> str:
+    """The card of an exported folder: what it is, how it was proved, and the run (its report.json) that it is of.
+
+    `checkpoint`: its step, where the adapter is not the run's own; `eval_loss`: then the checkpoint's, if it has one.
+    """
+    of = ""
+    if checkpoint is not None:
+        of = f" This is the checkpoint of step {checkpoint:,} of {report['start']['steps']:,}."
+        report = {**report, "checkpoint": checkpoint, "loss": {**report["loss"], "eval_adapter": eval_loss}}
     base, verdicts = _Base(report), [vars(verdict) for verdict in record.verdicts]
+    base.paths += [record.run, record.folder, *([record.base] if base.local else [])]
     library, relation, what = EXPORT_KINDS[record.format]
     weights = "NF4 base as training saw it" if record.on == "dequantised" else "weights of the base's files"
     on = f" The update was added to the {weights} (`on={record.on}`)." if record.on else ""
@@ -76,7 +85,7 @@ def export_card(record: ExportRecord, report: Mapping[str, Any]) -> str:
     load = {"merged": LOAD_MERGED, "adapter": LOAD_ADAPTER, "gguf": LOAD_GGUF}[record.format]
     sections = [
         *_failing(verdicts),
-        f"{what}{on} It was trained on {base.words}.",
+        f"{what}{on} It was trained on {base.words}.{of}",
         *_load(load, base),
         "## Proof of the export",
         proof,
@@ -95,7 +104,9 @@ class _Base:
         self.start, model = report["start"], report["recipe"]["model"]
         source = self.start["model"].removesuffix(" (random weights)")
         self.random, self.local = model["init"] == "random", os.path.isabs(source)
-        self.name, self.revision = _name(source), None if self.local else model["revision"]
+        self.name = masked(Path(source).name if self.local else source)
+        self.revision = None if self.local else model["revision"]
+        self.paths = list(paths_of(report))
         self.license: dict[str, Any] = {} if self.random else _license(source)
         where = "a folder of the machine that trained it" if self.local else self.revision or "no revision was named"
         self.words = f"`{self.name}` ({'random weights' if self.random else where}; {self.start['family']})"
@@ -133,20 +144,29 @@ def _card(
         **base.license,
     )
     text = "\n\n".join([f"---\n{data.to_yaml()}\n---", f"# {name}", *filter(None, sections)]) + "\n"
-    return masked(PATH.sub(r"…/\1", text.replace(base.start["run_dir"], "the run's folder")))
+    return without_folders(text, base.paths, run_dir=base.start["run_dir"])
 
 
 def _evaluation(report: Mapping[str, Any]) -> Any:
-    """The eval loss for the front matter; None where there is none of the adapter that was saved."""
+    """The eval loss for the front matter; None where there is none of this adapter."""
     from huggingface_hub import EvalResult
 
-    value = report["loss"]["eval_last"]
-    if value is None or not math.isfinite(value) or report["recipe"]["train"].get("keep_best"):
+    value = _adapter_loss(report)
+    if value is None or not math.isfinite(value):
         return None
-    names = ", ".join(_name(source["path"]) for source in report["recipe"]["data"]["sources"])
+    names = ", ".join(name_told(source["path"]) for source in report["recipe"]["data"]["sources"])
     of = EvalResult("text-generation", "validation", f"validation rows of {names}", "loss", round(value, 6))
     of.metric_name = "eval loss"
     return [of]
+
+
+def _adapter_loss(report: Mapping[str, Any]) -> float | None:
+    """The eval loss of the card's adapter; reports of an earlier day lack that of the best checkpoint's."""
+    loss = report["loss"]
+    found: float | None = loss.get(
+        "eval_adapter", None if report["recipe"]["train"].get("keep_best") else loss["eval_last"]
+    )
+    return found
 
 
 def _load(code: str, base: _Base) -> Iterable[str]:
@@ -180,13 +200,13 @@ def _run_sections(report: Mapping[str, Any], base: _Base) -> Iterable[str]:
 def _data(report: Mapping[str, Any]) -> Iterable[str]:
     start, data = report["start"], report["recipe"]["data"]
     rows = [
-        (_name(one["path"]), one.get("split") or "", one.get("format") or "", str(one.get("weight") or ""))
+        (name_told(one["path"]), one.get("split") or "", one.get("format") or "", str(one.get("weight") or ""))
         for one in data["sources"]
     ]
     yield "## Data"
     yield _table(("source", "split", "format", "weight"), rows)
     validation = data["validation"]
-    held = _name(validation["path"]) if isinstance(validation, dict) else validation
+    held = name_told(validation["path"]) if isinstance(validation, dict) else validation
     trained = "a stream" if start["streamed"] else f"{start['train_rows']:,} rows to train on"
     yield f"{trained}, {start['validation_rows']:,} to validate (`data.validation`: {held})."
     counts = {key: count for key, count in report["data"].items() if count}
@@ -196,13 +216,13 @@ def _data(report: Mapping[str, Any]) -> Iterable[str]:
 def _training(report: Mapping[str, Any]) -> Iterable[str]:
     start, loss, ranks = report["start"], report["loss"], report["ranks"]
     yield "## Training"
-    yield _table(
-        ("loss", "first", "last"),
-        [
-            ("training", _number(loss["first"]), _number(loss["last"])),
-            ("validation", _number(loss["eval_first"]), _number(loss["eval_last"])),
-        ],
-    )
+    own, checkpoint = _adapter_loss(report), report.get("checkpoint")
+    rows = [["loss", "first"], ["training", _number(loss["first"])], ["validation", _number(loss["eval_first"])]]
+    columns = [("last", _number(loss["last"]), _number(loss["eval_last"]))] if checkpoint is None else []
+    if own is not None and (checkpoint is not None or own != loss["eval_last"]):
+        columns.append(("this adapter", "-", _number(own)))
+    yield _table([*rows[0], *(c[0] for c in columns)], [[*rows[n], *(c[n] for c in columns)] for n in (1, 2)])
+    yield "What follows, and the verdicts, are of the whole run." if checkpoint is not None else ""
     peak = max(rank["vram"]["peak_mib"] for rank in ranks)
     what = "resident memory" if start["device"].lower().startswith("cpu") else "allocated memory"
     seconds = sum(report["elapsed_s"].values())
@@ -225,7 +245,7 @@ def _changed_keys(recipe: Mapping[str, Any]) -> Iterable[str]:
         for key, value in recipe[section].items():
             name, default = f"{section}.{key}", defaults.get(section, {}).get(key)
             if name not in TOLD_APART and (value != default or name == "train.steps"):
-                yield f"{name}={_named(value)}"
+                yield f"{name}={value_told(value)}"
 
 
 def _limits(report: Mapping[str, Any], base: _Base) -> Iterable[str]:
@@ -238,11 +258,12 @@ def _limits(report: Mapping[str, Any], base: _Base) -> Iterable[str]:
         yield "No revision of the base was named: its commit was the newest that the machine had."
     if not base.license:
         yield "The licence of the base is not known to this card, and so none is given."
-    yield (
-        f"It was evaluated by its loss on {start['validation_rows']:,} rows alone."
-        if start["validation_rows"]
-        else "It was not evaluated: no row was held out."
-    )
+    if "checkpoint" in report and _adapter_loss(report) is None:
+        yield "The run did not evaluate this checkpoint."
+    elif start["validation_rows"]:
+        yield f"It was evaluated by its loss on {start['validation_rows']:,} rows alone."
+    else:
+        yield "It was not evaluated: no row was held out."
     yield "Not known: rights, biases and private content of the data; how it behaves outside of what it was trained on."
     yield from (" ".join(note.split()) for note in (*start["notes"], *report["notes"]))
 
@@ -264,16 +285,6 @@ def _verdicts(verdicts: Sequence[Mapping[str, Any]]) -> str:
 def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join("| " + " | ".join(" ".join(c.split()).replace("|", "\\|") for c in line) + " |" for line in lines)
-
-
-def _name(path: str) -> str:
-    """The last component of a path; a hub id whole. Masked: YAML quotes what it must, and would not quote later."""
-    return masked(path if path.count("/") == 1 and not path.startswith(("/", ".", "~")) else Path(path).name)
-
-
-def _named(value: Any) -> str:
-    """A value without folders of this machine."""
-    return Path(value).name if isinstance(value, str) and os.path.isabs(value) else str(value)
 
 
 def _number(value: float | None) -> str:

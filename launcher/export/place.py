@@ -35,6 +35,12 @@ class RunPlace:
     counts: dict[str, int] = field(default_factory=dict)  # of a finished run's data
     eval_loss: float | None = None  # of this adapter on the run's validation data, as the run measured it
 
+    @property
+    def checkpoint_step(self) -> int | None:
+        """The step of the checkpoint whose adapter this is; None of the adapter that the run saved."""
+        step = self.adapter.parent.name.removeprefix("step-")
+        return int(step) if self.adapter.parent != self.folder and step.isdecimal() else None
+
 
 def find_run(path: Path) -> RunPlace:
     """The run of a run's folder, of a checkpoint's or of an adapter's.
@@ -128,10 +134,11 @@ def _of_checkpoint(folder: Path, adapter: Path) -> tuple[Recipe, str]:
 
 
 def _eval_loss(folder: Path, adapter: Path, report: dict[str, Any]) -> float | None:
-    """That of the run's end, or of the step whose checkpoint the adapter is of."""
+    """That of the adapter which the run saved, or of the step whose checkpoint the adapter is of."""
     if adapter.parent == folder:
-        found: float | None = report.get("loss", {}).get("eval_last")
-        return found
+        found, recipe = report.get("loss", {}), report.get("recipe", {})
+        last: float | None = None if recipe.get("train", {}).get("keep_best") else found.get("eval_last")
+        return found.get("eval_adapter", last)  # which reports of an earlier day lack
     losses: dict[str, float] = {}
     with suppress(OSError, ValueError):  # the folder may have been copied without it, or be written to
         for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines():

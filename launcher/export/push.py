@@ -58,7 +58,7 @@ def plan_push(options: PushOptions) -> PushPlan:
             f"what is pushed must be the trained model; the proof of {path} failed, or it was not finished.\n"
             "Export it again; a folder that is no proven model is not pushed."
         )
-    of_run = (path / "report.json").exists() or (path.name == "adapter" and (path.parent / "report.json").exists())
+    of_run = _has_run(path) or (path.name == "adapter" and _has_run(path.parent))
     exported = not of_run and _card_tags(path) is not None
     folder, broken = (path, f"its card has the tag {UNPROVEN_TAG}") if exported else _adapter_of(path)
     tags = _card_tags(folder) or []
@@ -76,7 +76,7 @@ def plan_push(options: PushOptions) -> PushPlan:
         )
     names = sorted(file.relative_to(folder).as_posix() for file in folder.rglob("*") if not file.is_dir())
     plain = [name for name in names if not _is_link(folder, name)]
-    files = [name for name in plain if any(fnmatch.fnmatchcase(name, pattern) for pattern in PUSHED)]
+    files = [name for name in plain if any(_matches(name, pattern) for pattern in PUSHED)]
     left_out = tuple(name for name in names if name not in files)
     return PushPlan(folder, tuple(files), left_out, unproven, tuple(_base_note(folder)))
 
@@ -119,6 +119,16 @@ def push(plan: PushPlan, options: PushOptions) -> Iterator[str | PushRecord]:
     )
 
 
+def _has_run(folder: Path) -> bool:
+    """Whether its report.json is a run's: those of modes (an export's report=) name theirs. One that cannot be read is
+    taken for a run's, whose reader says what is wrong with it."""
+    file = folder / "report.json"
+    try:
+        return file.exists() and "mode" not in json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, TypeError, RecursionError):
+        return True
+
+
 def _adapter_of(path: Path) -> tuple[Path, str]:
     """The adapter's folder of a finished run, which has a card now, and the claims that do not hold."""
     place = find_run(path)
@@ -153,6 +163,11 @@ def _card_tags(folder: Path) -> list[str] | None:
     return tags if OUR_TAG in tags else None
 
 
+def _matches(name: str, pattern: str) -> bool:
+    """As a shell matches: unlike fnmatch's, no * takes in a folder."""
+    return name.count("/") == pattern.count("/") and fnmatch.fnmatchcase(name, pattern)
+
+
 def _is_link(folder: Path, name: str) -> bool:
     """Whether the file, or a folder that it lies in, is a link: it may name anything of this machine."""
     file = folder / name
@@ -181,15 +196,8 @@ def _token() -> str:
 
 def _make_repository(api: Any, plan: PushPlan, options: PushOptions) -> Iterator[str]:
     """Make it, or see that the one which is there may take this model; what to say of it."""
-    from huggingface_hub.errors import HfHubHTTPError
-
     to, private = options.to, options.private
-    try:
-        api.create_repo(to, private=private)
-        return
-    except HfHubHTTPError as error:
-        if error.response.status_code != 409:
-            raise
+    api.create_repo(to, private=private, exist_ok=True)  # asks for it where the token may not make any
     found = api.model_info(to)
     names = {sibling.rfilename for sibling in found.siblings or []} - {".gitattributes"}
     if names and OUR_TAG not in (found.tags or []):

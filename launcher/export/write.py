@@ -278,9 +278,11 @@ def _record(
 
 def _with_card(work: _Work, record: ExportRecord) -> ExportRecord:
     """The record, once the folder has its card. One that cannot be written is a note: the model is there."""
+    place = work.run.place
     try:
-        report = read_object(work.run.place.folder / "report.json")
-        write_text(work.staging / CARD, export_card(record, report))
+        report = read_object(place.folder / "report.json")
+        step, eval_loss = place.checkpoint_step, place.eval_loss
+        write_text(work.staging / CARD, export_card(record, report, checkpoint=step, eval_loss=eval_loss))
     except Exception as error:  # of libraries too
         note = f"the folder has no card of the export: {type(error).__name__}: {error}"
         return replace(record, notes=(*record.notes, note))

@@ -257,6 +257,7 @@ class RunRecord:
     notes: tuple[str, ...] = ()  # what was noticed after the start
     adapter: str | None = None  # its folder; None where it was not proven, or where its base is random
     versions: dict[str, str] = field(default_factory=dict)  # of Python and the packages that decide what is computed
+    eval_adapter: float | None = None  # eval loss of the adapter that was saved: with train.keep_best the best one's
 
     def as_report(self) -> dict[str, Any]:
         """report.json (its keys are public: add, never rename)."""
@@ -271,6 +272,7 @@ class RunRecord:
                 "last": losses[-1] if losses else None,
                 "eval_first": evals[0] if evals else None,
                 "eval_last": evals[-1] if evals else None,
+                "eval_adapter": self.eval_adapter,
             },
             "elapsed_s": self.elapsed_s,
             "data": self.data,

@@ -121,7 +121,8 @@ def run_record(worker: Worker, history: RunHistory, verdicts: Sequence[Verdict])
         if worker.recipe.compile.mode == "off"
         else compile_verdicts([rank.compile for rank in ranks], steps=len(history.rank_tokens))
     )
-    learned = None if worker.recipe.model.init == "random" else learning_verdict(history.steps, _evals(history))
+    evals = _evals(history)
+    learned = None if worker.recipe.model.init == "random" else learning_verdict(history.steps, evals)
     return RunRecord(
         recipe=worker.recipe.model_dump(mode="json"),
         start=start_record(worker),
@@ -134,4 +135,5 @@ def run_record(worker: Worker, history: RunHistory, verdicts: Sequence[Verdict])
         stopped=_stopped(worker, history),
         notes=base_notes(worker, (history.evals or history.steps)[:1]),
         adapter=str(worker.folder.adapter) if verdicts[-1].holds and worker.recipe.model.init != "random" else None,
+        eval_adapter=evals[-1] if evals else None,
     )

@@ -66,12 +66,56 @@ def test_a_verdict_that_fails_stands_at_the_top_and_in_the_tags() -> None:
     assert text.index("**Unproven.** What does not hold: training lowered the loss") < text.index("## Load it")
 
 
-def test_figures_stand_in_the_front_matter_only_where_they_are_the_adapters() -> None:
-    for changes in ({"train": {"steps": 8, "keep_best": True, "save_every": 4, "eval_every": 4}}, {}):
-        report = report_of(**changes)
-        if not changes:
-            report["loss"]["eval_last"] = None
-        assert "model-index" not in card_of(report)[0]
+def test_figures_are_the_adapters_or_none() -> None:
+    best = report_of(train={"steps": 8, "keep_best": True, "save_every": 4, "eval_every": 4})
+    best["loss"]["eval_adapter"] = 1.25
+    data, text = card_of(best)
+    assert data["model-index"][0]["results"][0]["metrics"][0]["value"] == 1.25
+    assert "| loss | first | last | this adapter |" in text and "| validation | 2.9134 | 1.4711 | 1.2500 |" in text
+    earlier, unknown = json.loads(json.dumps(best)), report_of()
+    del earlier["loss"]["eval_adapter"]
+    unknown["loss"]["eval_adapter"] = None
+    for report in (earlier, unknown):
+        assert "model-index" not in card_of(report)[0] and "this adapter" not in card_of(report)[1]
+
+
+def test_an_exported_checkpoints_card_has_its_own_figures_or_none() -> None:
+    card = ModelCard(export_card(EXPORTED, report_of(), checkpoint=2, eval_loss=2.5))
+    assert card.data.to_dict()["model-index"][0]["results"][0]["metrics"][0]["value"] == 2.5
+    assert "checkpoint of step 2 of 100" in card.text and "| validation | 2.9134 | 2.5000 |" in card.text
+    assert "| loss | first | this adapter |" in card.text and "1.4711" not in card.content
+    card = ModelCard(export_card(EXPORTED, report_of(), checkpoint=2))
+    assert "model-index" not in card.data.to_dict() and "| validation | 2.9134 |\n" in card.text
+    assert "The run did not evaluate this checkpoint." in card.text and "1.4711" not in card.content
+
+
+@pytest.mark.parametrize(
+    ("path", "said"),
+    [
+        ("/home/ann/secret client/rows.jsonl", "rows.jsonl"),
+        ("file:/home/ann/secret/x.jsonl", "x.jsonl"),
+        ("file:///home/ann/secret/x.jsonl", "x.jsonl"),
+        ("secret-acme/rows.jsonl", "rows.jsonl"),
+        ("../secret acme/rows.jsonl", "rows.jsonl"),
+        ("~/secret acme/rows.jsonl", "rows.jsonl"),
+        ("secret/acme", "acme"),
+        ("/data/secret client/rows of/", "rows of"),
+        ("owner/set", "owner/set"),
+    ],
+)
+def test_private_names_of_folders_are_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, path: str, said: str
+) -> None:
+    (tmp_path / "secret" / "acme").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", "/home/ann")
+    report = report_of(data={"sources": [{"path": path}]})
+    whole = Path(path).expanduser()
+    beside = whole.with_name("other rows.jsonl").absolute()
+    report["notes"] = [f"data: left out in {path}: 8 ({whole}, {whole.absolute()})", f"see {beside}, /home/ann"]
+    card = run_card(report)
+    assert "secret" not in card and "/ann" not in card and f"| {said} |" in card
+    assert f"left out in {said}" in card or "file:" in path
 
 
 def test_random_weights_and_unknowns_are_said_and_a_known_licence_is_given(tmp_path: Path) -> None:
@@ -160,8 +204,11 @@ def test_a_run_and_an_export_end_with_their_cards(run_folder: Path, export: Any)
 
 def test_an_export_whose_card_cannot_be_written_says_so_and_is_there(tmp_path: Path) -> None:
     write_json(tmp_path / "report.json", report_of())
-    work: Any = SimpleNamespace(run=SimpleNamespace(place=SimpleNamespace(folder=tmp_path)), staging=tmp_path / "out")
+    place = SimpleNamespace(folder=tmp_path, checkpoint_step=2, eval_loss=2.5)
+    work: Any = SimpleNamespace(run=SimpleNamespace(place=place), staging=tmp_path / "out")
     noted = write._with_card(work, EXPORTED)
     assert "no card of the export: FileNotFoundError" in noted.notes[-1]
     work.staging.mkdir()
     assert write._with_card(work, EXPORTED).files == {CARD: (tmp_path / "out" / CARD).stat().st_size}
+    card = (tmp_path / "out" / CARD).read_text()
+    assert "checkpoint of step 2 of 100" in card and "| validation | 2.9134 | 2.5000 |" in card

@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from tests.export.conftest import Main
+from tests.export.conftest import Main, trained
+from tests.support.planted import plant
 
 CLAIM = "the loss is what the run measured"
 CHAT = {"messages": [{"role": "user", "content": "Define a heron."}, {"role": "assistant", "content": "It is a bird."}]}
@@ -159,3 +160,20 @@ def test_an_unfinished_run_is_evaluated_on_given_data_and_told_why_not_on_its_ow
     assert done.report["trained"] == finished.report["trained"]
     refused = evaluate(run=copied)
     assert refused.code == 2 and "a digest, which names no file" in refused.err and "data=PATH" in refused.err
+
+
+def test_the_best_checkpoints_adapter_is_compared_with_its_own_loss(
+    evaluate: Main, small_arguments: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plant(monkeypatch, dict.fromkeys(range(4, 9), -1.0))  # training goes up the gradient: step 3 is the best
+    best = ("train.keep_best=true", "train.eval_every=1", "train.schedule=constant", "train.warmup=0")
+    run = trained(small_arguments, tmp_path / "best", *best)
+    losses = json.loads((run / "report.json").read_text())["loss"]
+    assert losses["eval_adapter"] < losses["eval_last"] - 0.1
+    done = evaluate(run=run)
+    assert done.code == 0 and CLAIM in {verdict["claim"] for verdict in done.report["verdicts"]}, done.err
+    assert done.report["run_eval_loss"] == losses["eval_adapter"]
+    change(
+        run / "report.json", "loss", value={"eval_last": losses["eval_last"]}
+    )  # of a version that has no eval_adapter
+    assert evaluate(run=run).report["run_eval_loss"] is None

@@ -34,6 +34,7 @@ def test_a_run_is_found_by_its_folder_a_checkpoint_or_an_adapter(run_folder: Pat
     for path, adapter in expected.items():
         place = find_run(path)
         assert (place.folder, place.adapter, place.finished, place.notes) == (run_folder, adapter, True, ())
+        assert place.checkpoint_step == (4 if bundle in adapter.parents else None)
         assert place.recipe.lora.r == 32 and place.dtype == "float32"
 
 

@@ -13,10 +13,11 @@ from filelock import FileLock
 from huggingface_hub import constants
 
 from launcher import credentials
+from launcher.checkpoint.files import write_json
 from launcher.credentials import masked
 from tests.conftest import ROOT
 from tests.export.conftest import Main, Outcome
-from tests.support.finished_runs import FAILED, finished_run
+from tests.support.finished_runs import EXPORTED, FAILED, finished_run
 from tests.support.hub_server import HubServer, Repository, hub_server
 from tests.support.launches import ALONE, MAIN, finished
 
@@ -145,6 +146,15 @@ def test_each_refusal_is_told_with_its_remedy_and_nothing_is_committed(
     assert not done.report and not [r for r in hub.repositories.values() if r.commits]
 
 
+@pytest.mark.parametrize("status", [401, 402, 403])
+def test_a_token_that_may_write_to_this_repository_alone_is_enough(hub: HubServer, push: Main, status: int) -> None:
+    hub.refusals["repos/create"] = (status, "this token makes no repositories")
+    assert push().code == 2 and not hub.repositories
+    hub.repositories["me/own"] = Repository(True, {".gitattributes": b""})
+    assert push().code == 0 and hub.repositories["me/own"].commits
+    assert "is private. Give private=true" in told(push("private=false"))
+
+
 def test_a_connection_that_breaks_midway_commits_nothing_and_the_same_command_ends_it(
     hub: HubServer, push: Main, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -201,11 +211,22 @@ def test_an_exported_folder_is_pushed_with_its_card_and_one_without_is_refused(
     out = run / "out"  # an export may lie anywhere, in its run's folder too
     (run / "adapter").rename(out)
     (out / "adapter_model.safetensors").rename(out / "model-00001-of-00001.safetensors")
+    write_json(out / "report.json", EXPORTED.as_report())  # the report= of its export
     done = main("mode=push", f"run={out}", "to=me/out", "report=report.json")
     assert done.code == 0 and "model-00001-of-00001.safetensors" in done.report["files"]
     (out / "README.md").write_text("# a card of another's")
     done = main("mode=push", f"run={out}", "to=me/out")
     assert done.code == 2 and "run must be the folder of a run" in told(done)
+
+
+def test_no_file_of_a_folder_within_is_pushed_but_for_chat_templates(hub: HubServer, run: Path, push: Main) -> None:
+    within = ["q4.unproven/q4-q4_k_m.gguf", "LICENSES/id_rsa", "additional_chat_templates/old/tool.jinja"]
+    for name in (*within, "additional_chat_templates/tool.jinja", "LICENSE.txt"):
+        (run / "adapter" / name).parent.mkdir(parents=True, exist_ok=True)
+        (run / "adapter" / name).write_text("content")
+    done = push()
+    assert done.code == 0 and set(within) <= set(done.report["left_out"])
+    assert {"additional_chat_templates/tool.jinja", "LICENSE.txt"} < set(hub.repositories["me/own"].files)
 
 
 def test_a_run_that_goes_on_a_checkpoint_and_an_unproven_adapter_are_refused(

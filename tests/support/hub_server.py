@@ -64,7 +64,7 @@ class HubServer(ThreadingHTTPServer):
     def _create(self, asked: dict[str, Any]) -> tuple[int, Any]:
         name = f"{asked['organization']}/{asked['name']}"
         if name in self.repositories:
-            return 409, {"error": "You already created this model repo"}
+            return 409, {"error": "You already created this model repo", "url": f"{self.url}/{name}"}
         self.repositories[name] = Repository(asked["visibility"] == "private", {".gitattributes": b""})
         return 200, {"url": f"{self.url}/{name}"}
 

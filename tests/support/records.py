@@ -116,6 +116,7 @@ def run_record(*ranks: RankRecord, steps: int = 8, **changes: Any) -> RunRecord:
         recipe={"train": {"save_every": "10m"}}, start=start_record(),
         steps=tuple(step_record(n) for n in range(1, steps + 1)),
         evals=(EvalRecord(0, 2.9134), EvalRecord(steps, 1.4711)),
+        eval_adapter=1.4711,
         elapsed_s={"data": 3.21, "load": 14.9, "compile": 41.0, "train": 102.7, "save": 0.8},
         ranks=ranks or (rank_record(0),), verdicts=(Verdict("no graph break", True, "0 breaks on 1 rank"),),
         sample=Sample("define [green]lexicon[/]", "a list of words", "a book of words"), adapter="/runs/own/adapter",

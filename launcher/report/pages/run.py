@@ -24,7 +24,7 @@ def run_page(run: RunRecord) -> Page:
 
 
 def _sections(run: RunRecord) -> Iterator[Section]:
-    yield loss_section(run.steps, run.evals)
+    yield loss_section(run.steps, run.evals, run.eval_adapter)
     yield _sample(run.sample, run.no_sample)
     yield from rank_sections(run.ranks)
     yield _memory(run.ranks, run.start.forecast_mib)
@@ -74,12 +74,17 @@ def parts_section(parts: Sequence[RunPart]) -> Section:
     return Section("Starts of this run", [Table(columns)] if len(parts) > 1 else [])
 
 
-def loss_section(steps: Sequence[StepRecord], evals: Sequence[EvalRecord]) -> Section:
-    """A row for each step (a sample of a long run), with the eval loss measured after it."""
+def loss_section(
+    steps: Sequence[StepRecord], evals: Sequence[EvalRecord], eval_adapter: float | None = None
+) -> Section:
+    """A row for each step (a sample of a long run), with the eval loss after it. `eval_adapter`: that of the adapter
+    which was saved, told where it is not the last step's."""
     shown_steps, shown_evals = sampled(steps, STEPS_SHOWN), sampled(evals, EVALS_SHOWN)
     items: list[Item] = [Table(_loss_columns(shown_steps, shown_evals))] if steps or evals else []
     changes = [("loss", [s.loss for s in steps]), ("eval loss", [e.eval_loss for e in evals])]
     texts = [f"{name} {change(values[0], values[-1])}" for name, values in changes if len(values) > 1]
+    if evals and eval_adapter is not None and eval_adapter != evals[-1].eval_loss:
+        texts.append(f"of the saved adapter, the best step's: {formatting.loss(eval_adapter)}")
     if texts:
         items.append(" · ".join(texts))
     marked = {

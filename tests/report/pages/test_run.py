@@ -208,3 +208,9 @@ def test_an_explanation_is_shown_once_with_its_ranks_above_dynamos_own_words() -
     assert text.index("Why it broke") < text.index("─ Recompiles")
     assert ranks[0].as_report()["compile"]["explanations"][0]["remedy"] == why.remedy
     assert "Why it broke" not in shown(run_record())
+
+
+def test_the_eval_loss_of_a_saved_adapter_that_is_not_the_last_steps_is_told() -> None:
+    assert "of the saved adapter" not in shown(run_record(eval_adapter=1.4711))
+    losses = section(shown(run_record(eval_adapter=1.2)), "Loss")
+    assert "eval loss 2.9134 → 1.4711 (-49.5 %) · of the saved adapter, the best step's: 1.2000" in " ".join(losses)
