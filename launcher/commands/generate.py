@@ -2,7 +2,8 @@
 
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from rich.console import Console
 from rich.text import Text
 
 from launcher.commands.finished_run import Invocation, located
-from launcher.errors import RecipeError
+from launcher.errors import LauncherError, RecipeError
 from launcher.recipe.run_options import GenerateOptions
 from launcher.report import Screen
 from launcher.report.console import literal
@@ -18,6 +19,7 @@ from launcher.report.pages import speed
 from launcher.runtime.clock import seconds_since
 from launcher.runtime.environment import quick_imports
 from launcher.runtime.failures import classified
+from launcher.runtime.signals import Terminated
 
 ANSWERS_SHOWN = 8  # of a file with prompts
 
@@ -28,26 +30,25 @@ def answer_prompts(options: GenerateOptions, invocation: Invocation) -> None:
     prompts = Path(options.prompts).expanduser().absolute() if options.prompts else None
     if prompts and not (prompts.is_file() and os.access(prompts.parent, os.W_OK)):
         raise RecipeError(f"prompts must be a file in a folder that can be written; {prompts} is not.")
+    answers = prompts and prompts.with_name(f"{prompts.stem}.answers.jsonl")
+    if answers and answers.exists():
+        raise RecipeError(f"answers must not be overwritten; {answers} is there. Move or remove it.")
     place, source = located(options)
-    with Screen(console, clock=seconds_since()) as screen, classified(info):
+    with Screen(console, clock=seconds_since()) as screen, _telling_what_is_left(answers), classified(info):
         screen.show("importing torch")
         with quick_imports():
-            from launcher.export.generate import Answerer, answer_all, answers_file, prompt_of, read_prompts
+            from launcher.export.generate import Answerer, answer_all, prompt_of, read_prompts
             from launcher.export.load_run import load_trained, open_run
 
         run = open_run(place, source, info)
         notes = list(run.notes)
         if prompts:
-            if (answers := answers_file(prompts)).exists():
-                raise RecipeError(f"answers must not be overwritten; {answers} is there. Move or remove it.")
             rows, dropped = read_prompts(prompts, run)
             notes += [f"{prompts}: {dropped}"] if dropped else []
         screen.show("loading the model")
         answerer = Answerer(run, load_trained(run)[0], options)
-        if prompts:
-            for number, answered in enumerate(answer_all(answerer, rows, answers_file(prompts)), 1):
-                screen.show(answered if number <= ANSWERS_SHOWN else f"answered {number} of {len(rows)}")
-            notes.append(f"{len(rows)} answers are in {answers_file(prompts)}")
+        if answers:
+            notes.append(_answer_file(answer_all(answerer, rows, answers), len(rows), answers, screen))
         elif options.prompt and options.base:
             screen.show(answerer.answered(prompt_of(options.prompt, run)))
     for note in notes:
@@ -57,6 +58,38 @@ def answer_prompts(options: GenerateOptions, invocation: Invocation) -> None:
             _say(answerer, prompt_of(options.prompt, run).content, console)
         elif not prompts and not options.prompt:
             _chat(answerer, lambda text: prompt_of(text, run).content, console, base=options.base)
+
+
+@contextmanager
+def _telling_what_is_left(answers: Path | None) -> Iterator[None]:
+    """Around what writes `answers`, a new file: whatever ends it early is told how many lines there are."""
+    try:
+        yield
+    except (LauncherError, KeyboardInterrupt, Terminated) as end:
+        if not (answers and answers.exists()):
+            raise
+        written = answers.read_text(encoding="utf-8").count("\n")
+        left = f"{written} answers are in {answers}: move or remove it before these prompts are asked again"
+        if not isinstance(end, LauncherError):
+            raise type(end)(left) from None
+        end.add_note(f"{left}.")
+        raise
+
+
+def _answer_file(answers: Iterator[Any], count: int, file: Path, screen: Screen) -> str:
+    """Show the answers as they are written to `file`; returns what to say of them. Raises the first refusal where no
+    prompt could be answered; the file is then removed."""
+    refused = []
+    for number, answered in enumerate(answers, 1):
+        if isinstance(answered, LauncherError):
+            refused.append(answered)
+        shown = number <= ANSWERS_SHOWN and not isinstance(answered, LauncherError)
+        screen.show(answered if shown else f"answered {number} of {count}")
+    if len(refused) == count:
+        file.unlink()
+        raise refused[0]
+    none = f"; {len(refused)} prompts have none, the first: {str(refused[0]).splitlines()[0]}" if refused else ""
+    return f"{count - len(refused)} answers are in {file}{none}"
 
 
 def _chat(answerer: Any, first: Callable[[str], Any], console: Console, *, base: bool) -> None:

@@ -45,4 +45,4 @@ def run_command(argv: Sequence[str], info: RankInfo, console: Console) -> None:
         RUN_COMMANDS[mode](options, Invocation(info, console, report))
     except (KeyboardInterrupt, Terminated) as stop:
         rest = "all of it is committed, or nothing: run it again" if mode == "push" else "nothing of it is left"
-        raise type(stop)(rest) from None
+        raise type(stop)(str(stop) or rest) from None

@@ -10,7 +10,6 @@ import torch.nn.functional as F
 from peft import PeftModel
 
 from launcher.data.documents import Document
-from launcher.errors import RecipeError
 from launcher.export.evaluated_data import EvaluatedData, read_evaluated
 from launcher.export.generate import Answerer
 from launcher.export.limits import limits_of
@@ -49,10 +48,11 @@ def evaluation(run: OpenedRun, options: EvaluateOptions) -> Iterator[str | Phase
         yield f"answering {number} of {len(data.prompts)}"
         with clock.phase("samples"):
             assert answerer is not None
-            try:
-                answers.append(answerer.answered(prompt))
-            except RecipeError as error:  # longer than the model's positions, to which a document is cut
-                data = replace(data, notes=(*data.notes, f"samples: row {number}: {str(error).splitlines()[0]}"))
+            found = answerer.answered_or_not(prompt)
+        if isinstance(found, Answered):
+            answers.append(found)
+        else:
+            data = replace(data, notes=(*data.notes, f"samples: row {number}: {str(found).splitlines()[0]}"))
     record = _record(run, options, data, figures)
     verdicts = [*([loaded] if loaded else []), *_loss_verdict(run, data, figures["trained"].loss)]
     yield EvaluationRecord(**record, answers=tuple(answers), verdicts=tuple(verdicts), elapsed_s=clock.elapsed_s)

@@ -1,6 +1,7 @@
 """What mode=evaluate measures on: the run's own data, or other sources read with the run's masks and template."""
 
 from collections import Counter
+from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass
 from itertools import chain, islice
@@ -11,12 +12,12 @@ from launcher.data.chat.encode import Encoder
 from launcher.data.chat.workers import EncoderPool
 from launcher.data.documents import Document
 from launcher.data.pack.fit import fit_rows, notes_on, nothing_left
-from launcher.data.prepare import PreparedData
 from launcher.data.read.formats import read_rows
 from launcher.data.read.rows import PlainText, Row
 from launcher.data.read.sources import open_source
 from launcher.data.read.unused import unused_notes
 from launcher.data.vocabulary import check_ids
+from launcher.errors import DataError
 from launcher.export.generate import Prompt, prompt_of_row
 from launcher.export.load_run import OpenedRun
 from launcher.export.write import prepared_data
@@ -43,14 +44,15 @@ class EvaluatedData:
 
 def read_evaluated(run: OpenedRun, options: EvaluateOptions) -> EvaluatedData:
     """Raises DataError as the data of a run does, RecipeError for the own data of an unfinished run."""
-    data = _given(run, options) if options.data else _own(run, prepared_data(run), options)
+    data = _given(run, options) if options.data else _own(run, options)
     for document in data.documents:
         check_ids(document.input_ids, tokenizer=run.tokenizer, vocabulary=run.config.vocab_size)
     return data
 
 
-def _own(run: OpenedRun, prepared: PreparedData, options: EvaluateOptions) -> EvaluatedData:
+def _own(run: OpenedRun, options: EvaluateOptions) -> EvaluatedData:
     """The validation data, else the training data; of a stream its first window."""
+    prepared = prepared_data(run, instead=" Or give data=PATH.")
     recipe, place, notes = run.place.recipe.data, run.place, list[str]()
     held_out = prepared.validation is not None
     blocks = prepared.validation if prepared.validation is not None else prepared.first_blocks
@@ -89,19 +91,22 @@ def _given(run: OpenedRun, options: EvaluateOptions) -> EvaluatedData:
     counts, loss_on = Counter[str](), Counter[str]()
     documents, prompts, read = list[Document](), list[Prompt](), 0
     with closing(EncoderPool(Encoder(run.tokenizer, data=data), workers=rank_info().cores)) as pool:
-        rows = islice(read_rows(feeds, data=data, counts=counts), options.max_rows)
+        every = read_rows(feeds, data=data, counts=counts)
+        rows = islice(every, options.max_rows)
         for fitted in fit_rows(pool.encode(rows), counts, data=data, seed=run.place.recipe.train.seed):
             read += 1
             if fitted.documents:
                 documents += fitted.documents
                 loss_on[fitted.loss_on] += 1
                 prompts += _answerable(fitted.row) if len(prompts) < options.samples else []
+    counts = counts.copy()  # what is counted from here on is of a row that is not evaluated
+    more = read == options.max_rows and _has_more(every)
     if not documents:
         raise nothing_left(feeds, counts)
     notes = [note for source in opened for note in source.notes]
     if dropped := {name: count for name, count in counts.items() if count and name.startswith(LEFT_OUT)}:
         notes.append(counts_in_words(dropped))
-    if read == options.max_rows:
+    if more:
         notes.append(f"max_rows: only the first {read:,} rows were read; those after them are left out")
     return EvaluatedData(
         documents,
@@ -113,6 +118,13 @@ def _given(run: OpenedRun, options: EvaluateOptions) -> EvaluatedData:
         is_the_runs=False,
         notes=(*notes, *notes_on(counts), *unused_notes(counts)),
     )
+
+
+def _has_more(rows: Iterator[Row]) -> bool:
+    try:
+        return next(rows, None) is not None
+    except DataError:  # a row at fault is a row
+        return True
 
 
 def _answerable(row: Row) -> list[Prompt]:

@@ -62,6 +62,13 @@ class Answerer:
         base = self.answer(prompt.content, base=True) if self._options.base else None
         return Answered(self._shown(prompt.content), self.answer(prompt.content), base, prompt.expected)
 
+    def answered_or_not(self, prompt: Prompt) -> Answered | DataError | RecipeError:
+        """As `answered`, or what `answer` raises: one prompt must not cost what the others gave."""
+        try:
+            return self.answered(prompt)
+        except (DataError, RecipeError) as error:
+            return error
+
     @torch.inference_mode()
     def answer(self, content: Chat | str | list[int], *, base: bool = False, write: Write | None = None) -> Answer:
         """One answer; `base`: with the adapter off. `write` gets its text as it grows.
@@ -180,14 +187,10 @@ def prompt_of_row(row: Row) -> Prompt:
     return Prompt(messages)
 
 
-def answers_file(prompts: Path) -> Path:
-    """questions.jsonl -> questions.answers.jsonl"""
-    return prompts.with_name(f"{prompts.stem}.answers.jsonl")
-
-
-def answer_all(answerer: Answerer, prompts: list[Prompt], file: Path) -> Iterator[Answered]:
-    """Answer each prompt; each answer is a line of `file`, a new one, as soon as it is there."""
+def answer_all(answerer: Answerer, prompts: list[Prompt], file: Path) -> Iterator[Answered | DataError | RecipeError]:
+    """Answer each prompt; each answer, or why there is none, is a line of `file`, a new one, as soon as it is there."""
     for prompt in prompts:
-        answered = answerer.answered(prompt)
-        append_text(file, json.dumps({**asdict(answered), "prompt": prompt.content}, ensure_ascii=False) + "\n")
-        yield answered
+        found = answerer.answered_or_not(prompt)
+        said = asdict(found) if isinstance(found, Answered) else {"expected": prompt.expected, "error": str(found)}
+        append_text(file, json.dumps({**said, "prompt": prompt.content}, ensure_ascii=False) + "\n")
+        yield found

@@ -13,15 +13,17 @@ from pathlib import Path
 
 import gguf
 import numpy as np
+import psutil
 import torch
 from gguf import GGMLQuantizationType, GGUFWriter, LlamaFileType
 from torch import Tensor
 
-from launcher.errors import RecipeError
+from launcher.errors import MemoryExhausted, RecipeError
 from launcher.export.gguf_vocabulary import Vocabulary, vocabulary_of
 from launcher.export.load_run import OpenedRun
 from launcher.export.merge import MergePlan, Update, check_updates, merged_weight
 from launcher.export.place import QUANTIZE_TOOL
+from launcher.memory.ledger import MIB
 from launcher.model.families import head_width
 
 ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen3": "qwen3"}  # by model_type; llama.cpp's names
@@ -95,6 +97,17 @@ def plan_gguf(merge: MergePlan, quantization: str) -> GgufPlan:
             "Use format=merged, which Transformers and servers built on it load."
         )
     return GgufPlan(merge, quantization, vocabulary, names)
+
+
+def check_proof_memory(plan: GgufPlan) -> None:
+    """Raise MemoryExhausted unless the host can hold what the proof loads: Transformers reads all weights in fp32."""
+    needed, free = 4 * sum(map(math.prod, plan.merge.shapes.values())), psutil.virtual_memory().available
+    if needed > free:
+        raise MemoryExhausted(
+            f"the proof of a GGUF file holds the whole model in fp32 in host memory; it needs {needed / MIB:,.0f} MiB, "
+            f"{free / MIB:,.0f} MiB are available.\nEnd what else uses it, take a machine with more, or use "
+            "format=merged and llama.cpp's convert_hf_to_gguf.py."
+        )
 
 
 def write_gguf(plan: GgufPlan, updates: Mapping[str, Update], file: Path, *, progress: Callable[[int], object]) -> None:

@@ -6,9 +6,9 @@ and what it made of it is as near as that type can be.
 """
 
 import io
+from collections.abc import Iterator
 from contextlib import redirect_stderr
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import gguf
@@ -19,6 +19,7 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
+from launcher.data.documents import Document
 from launcher.export.gguf_file import ROPE, GgufPlan, default_frequencies, source_of
 from launcher.export.gguf_vocabulary import STOP_KEYS
 from launcher.export.limits import BLOCK_ERRORS
@@ -30,7 +31,7 @@ from launcher.export.proof import (
     Probe,
     figure_verdicts,
     figures_of,
-    measured,
+    outputs_of,
     rendered,
     texts_of,
 )
@@ -46,6 +47,7 @@ DTYPES_OF = {
     GGMLQuantizationType.BF16: torch.bfloat16,
 }
 Q8_STEPS = ROUNDINGS + 127 * 2**-11  # of a block's step that a weight of Q8_0 may be away: the step itself is in fp16
+BLOCK = 512  # tokens that llama.cpp is given at once: 250 MiB of logits at a vocabulary of 128,256
 
 
 @torch.no_grad()
@@ -136,35 +138,52 @@ def _complete(config: Any, run: OpenedRun) -> list[str]:
 
 
 class LlamaCppModel:
-    """llama.cpp behind the part of Transformers' interface that the proof uses."""
-
-    device = torch.device("cpu")
+    """llama.cpp, BLOCK tokens at a time: the logits of no more are in memory, however long a document is."""
 
     def __init__(self, file: Path, *, positions: int) -> None:
-        from llama_cpp import Llama
+        from llama_cpp import Llama, llama_batch_init
 
-        self.llama = Llama(str(file), n_ctx=positions, n_batch=positions, logits_all=True, verbose=False)
-        self.config = SimpleNamespace(vocab_size=self.llama.n_vocab())
+        self.llama = Llama(str(file), n_ctx=positions, n_batch=BLOCK, verbose=False)
+        self._batch = llama_batch_init(BLOCK, 0, 1)
 
-    def __call__(self, input_ids: Tensor, logits_to_keep: Tensor) -> Any:
-        """int64 [1, L] and the positions that are wanted; their logits are an fp32 [1, P, V]."""
-        self.llama.reset()
-        self.llama.eval(input_ids[0].tolist())
-        return SimpleNamespace(logits=torch.from_numpy(self.llama.scores[logits_to_keep.numpy()])[None])
+    def supervised_logits(self, document: Document) -> Iterator[tuple[Tensor, Tensor]]:
+        """As those of a stock model: logits fp32 [R, V] and targets [R]."""
+        ids, supervised = torch.tensor(document.input_ids).long(), torch.tensor(document.supervised)
+        for start in range(0, len(ids) - 1, BLOCK):
+            targets = ids[start + 1 : start + 1 + BLOCK]  # position t predicts token t + 1
+            wanted = supervised[start + 1 : start + 1 + BLOCK]
+            logits = self._decoded(ids[start : start + len(targets)].tolist(), start)
+            if wanted.any():
+                yield logits[wanted], targets[wanted]
 
-    def generate(self, input_ids: Tensor, generation_config: GenerationConfig, **_: Any) -> Tensor:
-        """Greedy, up to what llama.cpp itself takes for the end of an answer."""
+    def greedy(self, prompt: list[int]) -> list[int]:
+        """The next ANSWER_TOKENS tokens, up to what llama.cpp itself takes for the end of an answer."""
         from llama_cpp import llama_model_get_vocab, llama_vocab_is_eog
 
-        ids = input_ids[0].tolist()
-        self.llama.reset()
-        self.llama.eval(ids)
-        for _step in range(generation_config.max_new_tokens):
-            ids.append(int(self.llama.scores[self.llama.n_tokens - 1].argmax()))
-            if llama_vocab_is_eog(llama_model_get_vocab(self.llama.model), ids[-1]):
+        for start in range(0, len(prompt), BLOCK):
+            logits = self._decoded(prompt[start : start + BLOCK], start)
+        answer = [int(logits[-1].argmax())]
+        while len(answer) < ANSWER_TOKENS:
+            if llama_vocab_is_eog(llama_model_get_vocab(self.llama.model), answer[-1]):
                 break
-            self.llama.eval(ids[-1:])
-        return torch.tensor([ids])
+            logits = self._decoded(answer[-1:], len(prompt) + len(answer) - 1)
+            answer.append(int(logits[-1].argmax()))
+        return answer
+
+    def _decoded(self, ids: list[int], past: int) -> Tensor:
+        """Logits fp32 [len(ids), V] of the tokens after the `past` before them; the next call overwrites them."""
+        from llama_cpp import llama_decode, llama_get_logits, llama_get_memory, llama_memory_clear
+
+        if past == 0:
+            llama_memory_clear(llama_get_memory(self.llama.ctx), True)
+        self._batch.n_tokens = len(ids)
+        for row, token in enumerate(ids):
+            self._batch.token[row], self._batch.pos[row] = token, past + row
+            self._batch.n_seq_id[row], self._batch.seq_id[row][0], self._batch.logits[row] = 1, 0, 1
+        if code := llama_decode(self.llama.ctx, self._batch):
+            raise RuntimeError(f"llama_decode ended with {code}")
+        shape = (len(ids), self.llama.n_vocab())
+        return torch.from_numpy(np.ctypeslib.as_array(llama_get_logits(self.llama.ctx), shape=shape))
 
 
 def llama_cpp_verdict(run: OpenedRun, file: Path, probe: Probe, trained: ModelOutputs, limits: ExportLimits) -> Verdict:
@@ -174,7 +193,7 @@ def llama_cpp_verdict(run: OpenedRun, file: Path, probe: Probe, trained: ModelOu
         model = LlamaCppModel(file, positions=longest + ANSWER_TOKENS)
     except (ImportError, OSError, ValueError) as error:
         return Verdict("llama.cpp reads the trained model", False, f"it does not load: {error}")
-    outputs = measured(model, probe, stop_ids=run.stop_ids)
+    outputs = outputs_of(model.supervised_logits, model.greedy, probe, run.config.vocab_size)
     figures = figures_of(trained, outputs, probe)
     broken = [verdict.claim for verdict in figure_verdicts(figures, limits) if not verdict.holds]
     texts = texts_of(run, probe) + [

@@ -24,6 +24,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
+from launcher.checkpoint.files import writable
 from launcher.errors import DiskError, RecipeError
 from launcher.export.load_run import OpenedRun
 from launcher.model.load import empty_model
@@ -94,10 +95,11 @@ def plan_merge(run: OpenedRun, *, on: str, dtype: torch.dtype) -> MergePlan:
 
 def check_space(nbytes: int, folder: Path) -> None:
     """Raise DiskError unless merged weights of so many bytes fit where `folder` will be."""
-    free, needed = shutil.disk_usage(folder.parent).free, nbytes + FREE_BYTES
+    there = writable(folder.parent)
+    free, needed = shutil.disk_usage(there).free, nbytes + FREE_BYTES
     if free < needed:
         raise DiskError(
-            f"the merged model needs {needed:,} bytes in {folder.parent}; {free:,} are free.\n"
+            f"the merged model needs {needed:,} bytes in {there}; {free:,} are free.\n"
             "Free space, or name another disk with to=."
         )
 

@@ -10,12 +10,14 @@ from typing import Any
 from launcher.export.proof import CHATS, SAID, rendered
 
 MARK = "\x02"  # in place of a content
+LONG_CHAT = ["user", "assistant"] * 3 + ["user"]  # where a template changes after some messages
 Parts = dict[str, tuple[str, str]]  # what stands before and after a content, by role
 
 
 def modelfile(tokenizer: Any, file: str, stops: tuple[str, ...], *, adds_bos: bool) -> tuple[str, str]:
     """Its text, and what of the chat template it expresses, in words."""
-    lines, template = [f"FROM ./{file}", *(f'PARAMETER stop "{stop}"' for stop in stops)], "{{ .Prompt }}"
+    quoted = (f'"""{stop}"""' if '"' in stop else f'"{stop}"' for stop in stops)  # Ollama has no escapes
+    lines, template = [f"FROM ./{file}", *(f"PARAMETER stop {stop}" for stop in quoted)], "{{ .Prompt }}"
     told = "the prompt as it is: the tokenizer has no chat template"
     if tokenizer.chat_template:
         found = _parts(tokenizer)
@@ -52,7 +54,7 @@ def _parts(tokenizer: Any) -> tuple[str, Parts, str] | None:
     if len(system := _pieces(tokenizer, ["system", "user"])) == 3:
         parts["system"] = (system[0].removeprefix(start), system[1].removesuffix(user[0]))
     prompt = _pieces(tokenizer, ["user"], prompt=True)[-1].removeprefix(user[1])
-    for roles in CHATS:
+    for roles in (*CHATS, LONG_CHAT):
         for asked in (True, False):
             text, ids = rendered(tokenizer, roles, prompt=asked)
             made = start + "".join(SAID[role].join(parts[role]) for role in roles if role in parts)

@@ -11,8 +11,9 @@ turns ended, alike.
 Letters: T supervised tokens, P compared positions, V vocabulary.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -40,6 +41,7 @@ CHATS = (  # rendered by both tokenizers
 )
 SAID = {"system": "Answer in French.", "user": "What is a heron?  Say it\nshortly.", "assistant": "A bird."}
 HARD_TEXT = "I'LL say: don't!!\t12345 3.14  myWord==y;\r\n\n   Привет, 世界…  naïve 🙂 \n"  # each splits it otherwise
+LogitsOf = Callable[[Document], Iterator[tuple[Tensor, Tensor]]]  # chunks of logits fp32 [R, V] and targets [R]
 
 
 @dataclass(frozen=True)
@@ -93,17 +95,23 @@ def _beginning(document: Document) -> list[int]:
 def measured(model: Any, probe: Probe, *, stop_ids: Sequence[int]) -> ModelOutputs:
     """Losses, predictions, logits and greedy answers of a stock model."""
     check_head(model, probe.documents[0])
+    answer = partial(greedy, model, stop_ids=stop_ids)
+    return outputs_of(lambda document: supervised_logits(model, [document]), answer, probe, model.config.vocab_size)
+
+
+def outputs_of(logits_of: LogitsOf, answer: Callable[[list[int]], list[int]], probe: Probe, width: int) -> ModelOutputs:
+    """What a model gives for a probe; `width`: V."""
     losses, predictions, logits = [], [], []
-    count = max(1, min(probe.tokens, LOGIT_BYTES // (4 * model.config.vocab_size)))
+    count = max(1, min(probe.tokens, LOGIT_BYTES // (4 * width)))
     kept = torch.zeros(probe.tokens, dtype=torch.bool)
     kept[torch.linspace(0, probe.tokens - 1, count).long()] = True
     for document in probe.documents:
-        for found, targets in supervised_logits(model, [document]):
+        for found, targets in logits_of(document):
             losses.append(F.cross_entropy(found, targets, reduction="none").cpu())
             predictions.append(found.argmax(-1).cpu())
             own, kept = kept[: len(found)], kept[len(found) :]
             logits.append(found[own.to(found.device)].cpu())
-    answers = [greedy(model, prompt, stop_ids=stop_ids) for prompt in probe.prompts]
+    answers = [answer(prompt) for prompt in probe.prompts]
     return ModelOutputs(torch.cat(losses), torch.cat(predictions), torch.cat(logits), answers)
 
 

@@ -74,15 +74,16 @@ def export(run: OpenedRun, options: ExportOptions, to: Path) -> Iterator[str | P
     """Write `to` and prove it; yields the names of phases and, last, the record. `to` exists only if all verdicts hold;
     else the folder has .unproven at the end of its name. What fails on the way leaves nothing.
 
-    Raises RecipeError, DiskError, and what the base and the data raise.
+    Raises RecipeError, DiskError, MemoryExhausted, and what the base and the data raise.
     """
     plan = gguf = None
     if options.format != "adapter":
         plan = plan_merge(run, on=options.on, dtype=_written_dtype(run, options))
         if options.format == "gguf":
-            from launcher.export.gguf_file import plan_gguf  # gguf is an extra
+            from launcher.export.gguf_file import check_proof_memory, plan_gguf  # gguf is an extra
 
             gguf = plan_gguf(plan, options.quantization)
+            check_proof_memory(gguf)
         check_space(gguf.nbytes if gguf else plan.nbytes, to)
     work = _Work(run, options, to, _staging(to), plan, gguf, Clock(), notes=list(run.notes))
     try:
@@ -124,14 +125,15 @@ def _written_dtype(run: OpenedRun, options: ExportOptions) -> torch.dtype:
     return DTYPES[options.dtype] if options.dtype != "auto" else trained if trained.itemsize == 2 else torch.bfloat16
 
 
-def prepared_data(run: OpenedRun) -> PreparedData:
-    """The run's data again, mostly from the cache. Raises RecipeError where the recipe of the run is not whole."""
+def prepared_data(run: OpenedRun, *, instead: str = "") -> PreparedData:
+    """The run's data again, mostly from the cache. Raises RecipeError where the recipe of the run is not whole, with
+    what can be done `instead`."""
     recipe = run.place.recipe
     if not run.place.finished:
         raise RecipeError(
             "a run's own data is found by the paths in the report.json of a finished run; "
             f"{run.place.folder} has none.\nA checkpoint knows its data by a digest, which names no file.\n"
-            "Let the run come to its end: it goes on with run.resume=auto. mode=evaluate takes data=PATH instead."
+            f"Let the run come to its end: it goes on with run.resume=auto.{instead}"
         )
     return prepare(recipe.data, load_tokenizer(run.source, recipe.model, stand_in=Path()), seed=recipe.train.seed)
 

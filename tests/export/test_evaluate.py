@@ -106,6 +106,7 @@ def test_max_rows_leaves_rows_out_and_says_so(evaluate: Main, rows_file: Path) -
     assert (own.report["rows"], given.report["rows"]) == (2, 2)
     assert "the first 2 of 6 documents" in own.out and "only the first 2 rows were read" in given.out
     assert "max_rows" not in evaluate("max_rows=6").out
+    assert "max_rows" not in evaluate(f"data={rows_file}", f"max_rows={len(rows_file.read_text().splitlines())}").out
 
 
 def test_samples_stand_beside_the_datas_own_answers(evaluate: Main, run_folder: Path, tmp_path: Path) -> None:
@@ -128,6 +129,17 @@ def test_a_prompt_that_is_too_long_to_be_answered_costs_its_answer_alone(evaluat
     done = evaluate(write(tmp_path / "chats.jsonl", CHAT, more), "samples=2")
     assert done.code == 0 and len(done.report["answers"]) == 1, done.err
     assert "samples: row 2: a prompt must leave room" in " ".join(done.out.split())
+
+
+def test_a_prompt_that_the_template_refuses_costs_its_answer_alone(
+    evaluate: Main, copied: Path, tmp_path: Path
+) -> None:
+    template = copied / "adapter" / "chat_template.jinja"
+    refusal = "{% if add_generation_prompt %}{{ raise_exception('no prompts here') }}{% endif %}"
+    template.write_text(refusal + template.read_text())
+    done = evaluate(write(tmp_path / "chats.jsonl", CHAT), "samples=1", run=copied)
+    assert done.code == 0 and not done.report["answers"] and done.report["trained"]["loss"] > 0, done.err
+    assert "samples: row 1: the chat template must take the conversation" in " ".join(done.out.split())
 
 
 @pytest.mark.parametrize(
@@ -159,7 +171,7 @@ def test_an_unfinished_run_is_evaluated_on_given_data_and_told_why_not_on_its_ow
     assert done.code == 0 and "step-8, is used" in done.out, done.err
     assert done.report["trained"] == finished.report["trained"]
     refused = evaluate(run=copied)
-    assert refused.code == 2 and "a digest, which names no file" in refused.err and "data=PATH" in refused.err
+    assert refused.code == 2 and "a digest, which names no file" in refused.err and "give data=PATH" in refused.err
 
 
 def test_the_best_checkpoints_adapter_is_compared_with_its_own_loss(

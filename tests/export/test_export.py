@@ -159,6 +159,12 @@ def test_a_full_disk_is_told_before_anything_is_written(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_folder_in_folders_that_are_new_is_made(main: Main, run_folder: Path, tmp_path: Path) -> None:
+    done = main("mode=export", f"run={run_folder}", "to=./new/deep/out")
+    assert done.code == 0, done.err
+    assert (tmp_path / "new" / "deep" / "out" / "model.safetensors").is_file()
+
+
 def test_a_write_that_fails_leaves_nothing(export: Main, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")

@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 
+from launcher.export.generate import Answerer, Prompt
+from launcher.records.answers import Answered
 from tests.export.conftest import Main
 
 QUESTION = 'Define the noun "heron", a kind of wading bird.'
@@ -105,6 +107,7 @@ def test_an_unfinished_run_answers_from_its_newest_checkpoint_and_is_not_exporte
     assert done.out.splitlines()[-2] == finished.out.splitlines()[-2]
     refused = main("mode=export", f"run={unfinished}", "to=out")
     assert refused.code == 2 and "the report.json of a finished run" in refused.err
+    assert "data=" not in refused.err  # mode=export has no such option
     assert [path.name for path in tmp_path.iterdir()] == ["unfinished"]
 
 
@@ -146,4 +149,60 @@ def test_prompts_that_cannot_be_answered_are_refused(
         (tmp_path / "asked.jsonl").write_text(content)
     done = generate("prompts=asked.jsonl")
     assert done.code == code and says in done.err, done.err
+    assert not (tmp_path / "asked.answers.jsonl").exists()
+
+
+def questions(tmp_path: Path, *contents: str) -> list[list[dict[str, str]]]:
+    chats = [[{"role": "user", "content": content}] for content in contents]
+    (tmp_path / "asked.jsonl").write_text("".join(json.dumps({"messages": chat}) + "\n" for chat in chats))
+    return chats
+
+
+def test_a_prompt_that_cannot_be_answered_costs_its_answer_alone(generate: Main, tmp_path: Path) -> None:
+    chats = questions(tmp_path, "word " * 600, QUESTION)
+    done = generate("prompts=asked.jsonl")
+    assert done.code == 0, done.err
+    refused, answered = rows(tmp_path / "asked.answers.jsonl")
+    assert "must leave room for an answer" in refused["error"] and answered["trained"]["text"]
+    assert [refused["prompt"], answered["prompt"]] == chats
+    assert "1 answers are in" in done.out and "1 prompts have none, the first: a prompt must leave room" in done.out
+
+
+def test_answers_are_not_overwritten(generate: Main, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    questions(tmp_path, QUESTION)
+    (tmp_path / "asked.answers.jsonl").write_text("{}\n")
+    monkeypatch.setattr("launcher.commands.generate.located", lambda _: pytest.fail("too late"))
+    done = generate("prompts=asked.jsonl")
+    assert done.code == 2 and "must not be overwritten" in done.err and "1 answers" not in done.err
+
+
+@pytest.mark.parametrize(("end", "code"), [(KeyboardInterrupt, 130), (MemoryError("std::bad_alloc"), 6)])
+def test_what_ends_the_answers_early_says_what_is_left(
+    generate: Main, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, end: Any, code: int
+) -> None:
+    answered = Answerer.answered
+
+    def ended(self: Answerer, prompt: Prompt) -> Answered:
+        if prompt.content[0]["content"] != QUESTION:  # type: ignore[index]
+            raise end
+        return answered(self, prompt)
+
+    questions(tmp_path, QUESTION, "And a crane?")
+    monkeypatch.setattr(Answerer, "answered", ended)
+    done = generate("prompts=asked.jsonl")
+    assert done.code == code, done.err
+    assert f"1 answers are in {tmp_path / 'asked.answers.jsonl'}: move or remove it" in done.err
+    assert "nothing of it is left" not in done.err and len(rows(tmp_path / "asked.answers.jsonl")) == 1
+
+
+def test_an_interrupt_before_the_first_answer_leaves_nothing(
+    generate: Main, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    questions(tmp_path, QUESTION)
+    monkeypatch.setattr(Answerer, "answered", interrupted)
+    done = generate("prompts=asked.jsonl")
+    assert done.code == 130 and "nothing of it is left" in done.err
     assert not (tmp_path / "asked.answers.jsonl").exists()

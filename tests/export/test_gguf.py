@@ -1,6 +1,7 @@
 """format=gguf: one file that other code reads as the trained model; what it cannot hold is refused by name."""
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -33,7 +34,7 @@ def test_a_file_has_weights_tokenizer_template_and_stops_and_says_how_to_use_it(
     done = export("format=gguf")
     assert done.code == 0, done.err
     assert done.report["holds"] and len(done.report["verdicts"]) >= CLAIMS and done.report["dtype"] == "f16"
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {"out-f16.gguf", "Modelfile"}
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"out-f16.gguf", "Modelfile", "README.md"}
     assert "ollama create out" in done.out and "Converting" not in done.err
     fields = GGUFReader(tmp_path / "out" / "out-f16.gguf").fields
     saved = AutoTokenizer.from_pretrained(run_folder / "adapter")
@@ -149,6 +150,15 @@ def test_a_tool_that_is_missing_is_told_before_torch_is_imported(
     assert done.code == 2 and says in done.err
 
 
+def test_memory_that_the_proof_lacks_is_told_before_anything_is_written(
+    export: Main, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=2**20, total=2**30))
+    done = export("format=gguf")
+    assert done.code == 6 and "1 MiB are available" in done.err and "format=merged" in done.err
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
@@ -195,6 +205,4 @@ def test_q8_0_is_within_the_rounding_of_its_blocks_and_no_further() -> None:
 
 
 def small_tensor(data: Any) -> Any:
-    from types import SimpleNamespace
-
     return SimpleNamespace(data=data, tensor_type=gguf_file.TYPES["q8_0"][0])

@@ -40,7 +40,7 @@ def test_llama_quantize_is_given_the_proved_file_in_fp32_which_is_removed(
         "mode=export", f"run={run_folder}", "to=out", "report=report.json", "format=gguf", "quantization=q4_k_m"
     )
     assert done.code == 0, done.err
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {"out-q4_k_m.gguf", "Modelfile"}
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"out-q4_k_m.gguf", "Modelfile", "README.md"}
 
 
 @pytest.mark.parametrize(
@@ -72,8 +72,11 @@ def test_llama_quantize_makes_what_the_proof_accepts(export: Main, tmp_path: Pat
         (tmp_path / "out").rename(tmp_path / quantization)
 
 
-def test_llama_cpp_answers_as_the_trained_model(export: Main) -> None:
+@pytest.mark.parametrize("block", [512, 7])
+def test_llama_cpp_answers_as_the_trained_model(export: Main, monkeypatch: pytest.MonkeyPatch, block: int) -> None:
+    """However many tokens it is given at once: a document of several blocks has the same logits."""
     pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed")
+    monkeypatch.setattr("launcher.export.gguf_proof.BLOCK", block)
     done = export("format=gguf")
     assert done.code == 0, done.err
     verdicts = {verdict["claim"]: verdict for verdict in done.report["verdicts"]}

@@ -59,12 +59,21 @@ def test_a_shipped_template_is_rendered_alike_or_said_not_to_be_in_it(name: str)
     [
         "{% for m in messages %}{{ loop.index }}{{ m.content }}{% endfor %}",
         "{% for m in messages %}{{ m.content }}{% if loop.last %}<|end|>{% endif %}{% endfor %}",
+        "{% for m in messages %}{{ '<|end|>' if loop.index0 > 4 }}{{ m.content }}|{% endfor %}",
         "{% for m in messages %}{{ m.content | upper }}{% endfor %}",
         "{% for m in messages %}{{ '{{' + m.role + m.content }}{% endfor %}",
     ],
 )
 def test_what_depends_on_the_place_or_changes_a_message_gets_no_template(template: str) -> None:
     assert "no TEMPLATE" in modelfile(tokenizer_with(template), "m.gguf", (), adds_bos=False)[1]
+
+
+def test_a_stop_token_with_quotes_is_read_as_it_is() -> None:
+    """Ollama takes off the outer quotes and knows no escapes."""
+    text, _ = modelfile(tokenizer_with(None), "m.gguf", ('"', 'say "so"', "<|end|>"), adds_bos=True)
+    stops = [line.removeprefix("PARAMETER stop ") for line in text.splitlines() if line.startswith("PARAMETER stop ")]
+    read = [stop[3:-3] if stop.startswith('"""') else stop[1:-1] for stop in stops]
+    assert read == ['"', 'say "so"', "<|end|>"]
 
 
 def test_without_a_chat_template_the_prompt_is_passed_as_it_is() -> None:
