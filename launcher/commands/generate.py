@@ -13,9 +13,10 @@ from rich.text import Text
 from launcher.commands.finished_run import Invocation, located
 from launcher.errors import LauncherError, RecipeError
 from launcher.recipe.run_options import GenerateOptions
-from launcher.report import Screen
+from launcher.report import Screen, make_console
 from launcher.report.console import literal
 from launcher.report.pages import speed
+from launcher.report.render import print_record
 from launcher.runtime.clock import seconds_since
 from launcher.runtime.environment import quick_imports
 from launcher.runtime.failures import classified
@@ -28,13 +29,16 @@ def answer_prompts(options: GenerateOptions, invocation: Invocation) -> None:
     """Answer `prompt`, `prompts`, or what is typed."""
     info, console = invocation.rank_info, invocation.console
     prompts = Path(options.prompts).expanduser().absolute() if options.prompts else None
-    if prompts and not (prompts.is_file() and os.access(prompts.parent, os.W_OK)):
-        raise RecipeError(f"prompts must be a file in a folder that can be written; {prompts} is not.")
+    if prompts and not prompts.is_file():
+        raise RecipeError(f"prompts must be a file; {prompts} is {'a folder' if prompts.is_dir() else 'not there'}.")
+    if prompts and not os.access(prompts.parent, os.W_OK):
+        raise RecipeError(f"the answers are written beside prompts; {prompts.parent} cannot be written.")
     answers = prompts and prompts.with_name(f"{prompts.stem}.answers.jsonl")
     if answers and answers.exists():
         raise RecipeError(f"answers must not be overwritten; {answers} is there. Move or remove it.")
     place, source = located(options)
-    with Screen(console, clock=seconds_since()) as screen, _telling_what_is_left(answers), classified(info):
+    progress = console if prompts else make_console(sys.stderr)  # to stdout goes the answer alone, for a pipe
+    with Screen(progress, clock=seconds_since()) as screen, _telling_what_is_left(answers), classified(info):
         screen.show("importing torch")
         with quick_imports():
             from launcher.export.generate import Answerer, answer_all, prompt_of, read_prompts
@@ -49,11 +53,11 @@ def answer_prompts(options: GenerateOptions, invocation: Invocation) -> None:
         answerer = Answerer(run, load_trained(run)[0], options)
         if answers:
             notes.append(_answer_file(answer_all(answerer, rows, answers), len(rows), answers, screen))
-        elif options.prompt and options.base:
-            screen.show(answerer.answered(prompt_of(options.prompt, run)))
     for note in notes:
-        console.print(literal(note, "yellow"), soft_wrap=True)
+        progress.print(literal(note, "yellow"), soft_wrap=True)
     with classified(info):
+        if options.prompt and options.base:
+            print_record(console, answerer.answered(prompt_of(options.prompt, run)))
         if options.prompt and not options.base:
             _say(answerer, prompt_of(options.prompt, run).content, console)
         elif not prompts and not options.prompt:
@@ -125,6 +129,7 @@ def _say(answerer: Any, content: Any, console: Console, *, base: bool = False) -
             content, base=side, write=lambda text: console.print(literal(text), end="", soft_wrap=True)
         )
         console.print()
-        console.print(Text(speed(answer), "dim"))
+        told = console if console.is_terminal else make_console(sys.stderr)  # an answer may go into a pipe
+        told.print(Text(speed(answer), "dim"))
         texts.append(answer.text)
     return str(texts[0])

@@ -42,6 +42,7 @@ nf4 = BitsAndBytesConfig(
 base = AutoModelForCausalLM.from_pretrained("{base}", {revision}quantization_config=nf4, device_map="auto")
 model = PeftModel.from_pretrained(base, "{here}")
 tokenizer = AutoTokenizer.from_pretrained("{here}")"""
+CACHED = "read from the cache of an earlier run"  # a note that tells nothing of the model
 HERE = "FOLDER-OR-ID-OF-THIS-MODEL"
 
 
@@ -50,7 +51,7 @@ def run_card(report: Mapping[str, Any]) -> str:
     base, verdicts = _Base(report), report["verdicts"]
     lead = f"A LoRA adapter of {base.words}, trained on it in {base.start['quantization']} (QLoRA)."
     sections = [*_failing(verdicts), lead, *_load(LOAD_ADAPTER, base), *_run_sections(report, base)]
-    return _card(report, base, kind=("peft", "adapter"), holds=_hold(verdicts), sections=sections)
+    return _card(report, base, ("peft", "adapter"), _evaluation(report), holds=_hold(verdicts), sections=sections)
 
 
 def export_card(
@@ -91,10 +92,12 @@ def export_card(
         proof,
         _table(("", "found", "limit"), [(name, f"{value:.6g}", limit) for name, value, limit in compared]),
         _verdicts(verdicts),
-        *_run_sections(report, base),
+        *(" ".join(note.split()) for note in record.notes),
+        *_run_sections(report, base, kind=record.format),
     ]
     holds = _hold(verdicts) and _hold(report["verdicts"])
-    return _card(report, base, kind=(library, relation), holds=holds, sections=sections)
+    measured = _evaluation(report) if record.format == "adapter" else None  # the run's loss is not a merged model's
+    return _card(report, base, (library, relation), measured, holds=holds, sections=sections)
 
 
 class _Base:
@@ -126,7 +129,7 @@ def _license(source: str) -> dict[str, str]:
 
 
 def _card(
-    report: Mapping[str, Any], base: _Base, *, kind: tuple[str, str], holds: bool, sections: Iterable[str]
+    report: Mapping[str, Any], base: _Base, kind: tuple[str, str], measured: Any, *, holds: bool, sections: Any
 ) -> str:
     from huggingface_hub import ModelCardData
 
@@ -140,7 +143,7 @@ def _card(
         pipeline_tag="text-generation",
         tags=["lora", "qlora", OUR_TAG, *([] if holds else [UNPROVEN_TAG])],
         model_name=name,
-        eval_results=_evaluation(report),
+        eval_results=measured,
         **base.license,
     )
     text = "\n\n".join([f"---\n{data.to_yaml()}\n---", f"# {name}", *filter(None, sections)]) + "\n"
@@ -184,16 +187,15 @@ def _load(code: str, base: _Base) -> Iterable[str]:
     yield f"## Load it\n\n```{'sh' if code == LOAD_GGUF else 'python'}\n{filled}\n```"
 
 
-def _run_sections(report: Mapping[str, Any], base: _Base) -> Iterable[str]:
+def _run_sections(report: Mapping[str, Any], base: _Base, *, kind: str = "adapter") -> Iterable[str]:
     yield from _data(report)
     yield from _training(report)
     yield "## Verdicts of the run"
     yield _verdicts(report["verdicts"])
-    yield "## Go on"
-    yield (
-        "On the same data: more `train.steps` in the run's folder. On other data: merge it first (`mode=export`), then "
-        "`model.name=./the-merged-folder`. docs/resume.md and docs/adapter.md of qlora-launcher say how."
-    )
+    if kind != "gguf":  # which nothing trains on
+        yield "## Go on"
+        other = "`model.name=` this folder" if kind == "merged" else "merge it first with `mode=export`"
+        yield f"On the same data: more `train.steps` in the run's folder. On other data: {other}. See docs/adapter.md."
     yield "## Limits\n\n" + "\n".join(f"- {limit}" for limit in _limits(report, base))
 
 
@@ -265,7 +267,7 @@ def _limits(report: Mapping[str, Any], base: _Base) -> Iterable[str]:
     else:
         yield "It was not evaluated: no row was held out."
     yield "Not known: rights, biases and private content of the data; how it behaves outside of what it was trained on."
-    yield from (" ".join(note.split()) for note in (*start["notes"], *report["notes"]))
+    yield from (" ".join(note.split()) for note in (*start["notes"], *report["notes"]) if CACHED not in note)
 
 
 def _failing(verdicts: Sequence[Mapping[str, Any]]) -> list[str]:

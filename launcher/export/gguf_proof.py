@@ -47,7 +47,7 @@ DTYPES_OF = {
     GGMLQuantizationType.BF16: torch.bfloat16,
 }
 Q8_STEPS = ROUNDINGS + 127 * 2**-11  # of a block's step that a weight of Q8_0 may be away: the step itself is in fp16
-BLOCK = 512  # tokens that llama.cpp is given at once: 250 MiB of logits at a vocabulary of 128,256
+TOKENS_AT_ONCE = 512  # tokens that llama.cpp is given at once: 250 MiB of logits at a vocabulary of 128,256
 
 
 @torch.no_grad()
@@ -138,20 +138,20 @@ def _complete(config: Any, run: OpenedRun) -> list[str]:
 
 
 class LlamaCppModel:
-    """llama.cpp, BLOCK tokens at a time: the logits of no more are in memory, however long a document is."""
+    """llama.cpp, TOKENS_AT_ONCE tokens at a time: the logits of no more are in memory, however long a document is."""
 
     def __init__(self, file: Path, *, positions: int) -> None:
         from llama_cpp import Llama, llama_batch_init
 
-        self.llama = Llama(str(file), n_ctx=positions, n_batch=BLOCK, verbose=False)
-        self._batch = llama_batch_init(BLOCK, 0, 1)
+        self.llama = Llama(str(file), n_ctx=positions, n_batch=TOKENS_AT_ONCE, verbose=False)
+        self._batch = llama_batch_init(TOKENS_AT_ONCE, 0, 1)
 
     def supervised_logits(self, document: Document) -> Iterator[tuple[Tensor, Tensor]]:
         """As those of a stock model: logits fp32 [R, V] and targets [R]."""
         ids, supervised = torch.tensor(document.input_ids).long(), torch.tensor(document.supervised)
-        for start in range(0, len(ids) - 1, BLOCK):
-            targets = ids[start + 1 : start + 1 + BLOCK]  # position t predicts token t + 1
-            wanted = supervised[start + 1 : start + 1 + BLOCK]
+        for start in range(0, len(ids) - 1, TOKENS_AT_ONCE):
+            targets = ids[start + 1 : start + 1 + TOKENS_AT_ONCE]  # position t predicts token t + 1
+            wanted = supervised[start + 1 : start + 1 + TOKENS_AT_ONCE]
             logits = self._decoded(ids[start : start + len(targets)].tolist(), start)
             if wanted.any():
                 yield logits[wanted], targets[wanted]
@@ -160,8 +160,8 @@ class LlamaCppModel:
         """The next ANSWER_TOKENS tokens, up to what llama.cpp itself takes for the end of an answer."""
         from llama_cpp import llama_model_get_vocab, llama_vocab_is_eog
 
-        for start in range(0, len(prompt), BLOCK):
-            logits = self._decoded(prompt[start : start + BLOCK], start)
+        for start in range(0, len(prompt), TOKENS_AT_ONCE):
+            logits = self._decoded(prompt[start : start + TOKENS_AT_ONCE], start)
         answer = [int(logits[-1].argmax())]
         while len(answer) < ANSWER_TOKENS:
             if llama_vocab_is_eog(llama_model_get_vocab(self.llama.model), answer[-1]):

@@ -80,11 +80,13 @@ def test_figures_are_the_adapters_or_none() -> None:
 
 
 def test_an_exported_checkpoints_card_has_its_own_figures_or_none() -> None:
-    card = ModelCard(export_card(EXPORTED, report_of(), checkpoint=2, eval_loss=2.5))
+    adapter = replace(EXPORTED, format="adapter", on="")
+    assert "model-index" not in ModelCard(export_card(EXPORTED, report_of())).data.to_dict(), "of a merged model"
+    card = ModelCard(export_card(adapter, report_of(), checkpoint=2, eval_loss=2.5))
     assert card.data.to_dict()["model-index"][0]["results"][0]["metrics"][0]["value"] == 2.5
     assert "checkpoint of step 2 of 100" in card.text and "| validation | 2.9134 | 2.5000 |" in card.text
     assert "| loss | first | this adapter |" in card.text and "1.4711" not in card.content
-    card = ModelCard(export_card(EXPORTED, report_of(), checkpoint=2))
+    card = ModelCard(export_card(adapter, report_of(), checkpoint=2))
     assert "model-index" not in card.data.to_dict() and "| validation | 2.9134 |\n" in card.text
     assert "The run did not evaluate this checkpoint." in card.text and "1.4711" not in card.content
 

@@ -42,8 +42,8 @@ def test_the_answer_to_the_runs_own_sample_prompt_is_what_training_generated(
 def test_a_prompt_is_answered_and_with_base_the_base_answers_beside_it(generate: Main, tmp_path: Path) -> None:
     alone, beside = generate(f"prompt={QUESTION}"), generate(f"prompt={QUESTION}", "base=true")
     assert (alone.code, beside.code) == (0, 0), alone.err + beside.err
-    answer = alone.out.splitlines()[-2].strip()
-    assert re.search(r"8 tokens, [\d,]+ tokens/s; cut by max_tokens", alone.out)
+    answer = alone.out.splitlines()[-1].strip()
+    assert re.search(r"8 tokens, [\d,]+ tokens/s; cut by max_tokens", alone.err)
     said = {
         line.split()[0]: line.split(maxsplit=1)[1].strip() for line in beside.out.splitlines() if len(line.split()) > 1
     }
@@ -56,11 +56,11 @@ def test_sampling_repeats_with_its_seed_and_differs_with_another(generate: Main)
     def sampled(*more: str) -> str:
         done = generate(f"prompt={QUESTION}", "temperature=2", *more)
         assert done.code == 0, done.err
-        return done.out.splitlines()[-2]
+        return done.out.splitlines()[-1]
 
     assert sampled("seed=3") == sampled("seed=3")
     assert len({sampled(f"seed={seed}") for seed in range(3)}) > 1
-    assert sampled("top_p=1e-6") == generate(f"prompt={QUESTION}").out.splitlines()[-2]
+    assert sampled("top_p=1e-6") == generate(f"prompt={QUESTION}").out.splitlines()[-1]
 
 
 def test_any_chat_format_is_read_and_asked_without_its_last_answer(generate: Main, tmp_path: Path) -> None:
@@ -85,8 +85,8 @@ def test_a_chat_keeps_the_whole_conversation(generate: Main) -> None:
     alone = generate(typed="And a crane?\n")
     both = generate(typed=f"{QUESTION}\n\nAnd a crane?\n")
     assert (alone.code, both.code) == (0, 0), both.err
-    assert both.out.count("tokens/s") == 2 and alone.out.count("tokens/s") == 1
-    assert both.out.splitlines()[-2] != alone.out.splitlines()[-2]
+    assert both.err.count("tokens/s") == 2 and alone.err.count("tokens/s") == 1
+    assert both.out.splitlines()[-1] != alone.out.splitlines()[-1]
 
 
 def test_the_base_of_a_chat_answers_beside_it(generate: Main) -> None:
@@ -103,8 +103,8 @@ def test_an_unfinished_run_answers_from_its_newest_checkpoint_and_is_not_exporte
     (unfinished / "report.json").unlink()
     asked = (f"prompt={QUESTION}", "max_tokens=8")
     done, finished = (main("mode=generate", f"run={run}", *asked) for run in (unfinished, run_folder))
-    assert done.code == 0 and "step-8, is used" in done.out, done.err
-    assert done.out.splitlines()[-2] == finished.out.splitlines()[-2]
+    assert done.code == 0 and "step-8, is used" in done.err
+    assert done.out.splitlines()[-1] == finished.out.splitlines()[-1]
     refused = main("mode=export", f"run={unfinished}", "to=out")
     assert refused.code == 2 and "the report.json of a finished run" in refused.err
     assert "data=" not in refused.err  # mode=export has no such option

@@ -76,7 +76,7 @@ def test_llama_quantize_makes_what_the_proof_accepts(export: Main, tmp_path: Pat
 def test_llama_cpp_answers_as_the_trained_model(export: Main, monkeypatch: pytest.MonkeyPatch, block: int) -> None:
     """However many tokens it is given at once: a document of several blocks has the same logits."""
     pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed")
-    monkeypatch.setattr("launcher.export.gguf_proof.BLOCK", block)
+    monkeypatch.setattr("launcher.export.gguf_proof.TOKENS_AT_ONCE", block)
     done = export("format=gguf")
     assert done.code == 0, done.err
     verdicts = {verdict["claim"]: verdict for verdict in done.report["verdicts"]}
