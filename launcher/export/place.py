@@ -97,7 +97,8 @@ def _folder_and_adapter(path: Path) -> tuple[Path, Path, tuple[str, ...]]:
             note = f"the run has no adapter of its end: that of its newest checkpoint, {bundle.name}, is used"
             return folder, bundle / "adapter", (note,)
     found = "a folder without an adapter" if path.is_dir() else "no folder"
-    runs = sorted(str(run.parent) for run in path.parent.glob("*/report.json"))[-3:] if path.parent.is_dir() else []
+    beside = {str(run.parent) for run in path.parent.glob("*/report.json")} if path.parent.is_dir() else set()
+    runs = sorted(beside - {str(path)})[-3:]
     raise RecipeError(
         f"run must be the folder of a run that saved an adapter, of one of its checkpoints, or of the adapter; "
         f"{path} is {found}." + (f"\nThere are {', '.join(runs)}." if runs else "")
