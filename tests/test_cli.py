@@ -98,7 +98,7 @@ def test_a_run_ends_with_0_prints_plain_text_and_leaves_its_files(small, tmp_pat
     assert "PASS" in done.stdout
     assert "FAIL" not in done.stdout
     assert {p.name for p in (tmp_path / "out").iterdir()} == {
-        "adapter", "checkpoints", "metrics.jsonl", "parts.json", "report.json", "status.json"
+        "adapter", "checkpoints", "metrics.jsonl", "parts.json", "report.html", "report.json", "status.json"
     }  # fmt: skip
 
 

@@ -56,10 +56,21 @@ def status(folder: Path) -> dict[str, Any]:
     return content
 
 
-def models_left() -> list[str]:
+def models() -> list[Any]:
     gc.collect()
     names = ("PackedCausalLM", "Worker", "PeftModelForCausalLM")
-    return [type(o).__name__ for o in gc.get_objects() if type(o).__name__ in names]
+    return [o for o in gc.get_objects() if type(o).__name__ in names]
+
+
+@pytest.fixture(scope="module")
+def of_others() -> list[Any]:
+    """Models that other tests of this process hold."""
+    return models()
+
+
+def models_left(of_others: list[Any]) -> list[str]:
+    known = {id(model) for model in of_others}
+    return [type(model).__name__ for model in models() if id(model) not in known]
 
 
 def until(events: Iterator[Any], kind: type | str, count: int = 1) -> Any:
@@ -94,12 +105,12 @@ def test_the_events_are_those_of_the_sinks_and_the_last_one_is_the_record(argume
 
 
 def test_who_leaves_while_steps_are_trained_has_them_saved_and_the_run_goes_on(
-    arguments: list[str], tmp_path: Path
+    arguments: list[str], tmp_path: Path, of_others: list[Any]
 ) -> None:
     for event in launcher.events(*arguments):
         if isinstance(event, StepRecord) and event.step == 3:
             break
-    assert models_left() == []
+    assert models_left(of_others) == []
     ended = status(tmp_path)
     assert (ended["code"], ended["resumable"], ended["step"]) == (130, True, 4) and "step 4 is saved" in ended["reason"]
     assert not (tmp_path / "run" / "run.lock").exists()
@@ -115,14 +126,14 @@ def test_an_error_of_the_loop_over_the_events_saves_them_too(arguments: list[str
 
 @pytest.mark.parametrize(("kind", "code"), [("loading model", 130), ("saving adapter", 130), (RunRecord, 0)])
 def test_who_leaves_elsewhere_ends_the_run_at_once_and_after_its_record_it_is_whole(
-    arguments: list[str], tmp_path: Path, kind: type | str, code: int
+    arguments: list[str], tmp_path: Path, kind: type | str, code: int, of_others: list[Any]
 ) -> None:
     events = launcher.events(*arguments)
     until(events, kind)
     with pytest.raises(RecipeError, match="one model at a time; the run of tiny goes on"):
         launcher.run("tiny", quiet=True)
     events.close()
-    assert status(tmp_path)["code"] == code and models_left() == []
+    assert status(tmp_path)["code"] == code and models_left(of_others) == []
     assert not (tmp_path / "run" / "run.lock").exists()
 
 
@@ -192,12 +203,12 @@ def test_sinks_are_closed_once_also_when_the_recipe_is_refused_or_the_events_are
     assert (sink.closed, failing.closed) == (1, 1)
 
 
-def test_a_failed_run_that_the_notebook_remembers_holds_no_model(arguments: list[str]) -> None:
+def test_a_failed_run_that_the_notebook_remembers_holds_no_model(arguments: list[str], of_others: list[Any]) -> None:
     try:
         launcher.run(*arguments, sinks=[Kept(EvalRecord)], quiet=True)
     except SinkError as error:
         kept = error
-    assert models_left() == []
+    assert models_left(of_others) == []
     assert "test_python.py" in "".join(traceback.format_exception(kept)), "the caller's own line is still told"
 
 
@@ -219,7 +230,9 @@ def test_each_run_of_a_process_counts_its_own_compilations(arguments: list[str],
     }
 
 
-def test_a_run_gives_metrics_for_a_table_and_answers_until_it_is_freed(arguments: list[str], tmp_path: Path) -> None:
+def test_a_run_gives_metrics_for_a_table_and_answers_until_it_is_freed(
+    arguments: list[str], tmp_path: Path, of_others: list[Any]
+) -> None:
     run = launcher.run(*arguments, "train.eval_every=4", quiet=True)
     assert isinstance(run, TrainedRun) and run.adapter == str(tmp_path / "run" / "adapter")
     assert len(repr(run)) < 300 and "8 steps" in repr(run)
@@ -230,10 +243,10 @@ def test_a_run_gives_metrics_for_a_table_and_answers_until_it_is_freed(arguments
     answer = run.generate(chat[0]["content"], max_tokens=3)
     assert isinstance(answer, str) and run.generate(chat, max_tokens=3) == answer
     assert run.generate(chat, max_tokens=3, base=True) != answer
-    assert models_left().count("PeftModelForCausalLM") == 1
+    assert models_left(of_others).count("PeftModelForCausalLM") == 1
     run.free()
     run.free()
-    assert models_left() == []
+    assert models_left(of_others) == []
     with pytest.raises(RecipeError, match="no key top_q"):
         run.generate("x", top_q=1)
     with pytest.raises(RecipeError, match="its prompt and its run; got prompts too"):

@@ -104,8 +104,8 @@ def _values(tensor: ReaderTensor) -> Tensor:
 
 def load_gguf(run: OpenedRun, file: Path) -> tuple[Any, Any, GenerationConfig, list[Verdict], list[str]]:
     """What Transformers makes of the file: model, tokenizer, where answers end; verdicts, and notes."""
-    where: dict[str, Any] = {"gguf_file": file.name, "trust_remote_code": False}
-    config = AutoConfig.from_pretrained(str(file.parent), **where)
+    where: dict[str, Any] = {"gguf_file": file.name}
+    config = AutoConfig.from_pretrained(str(file.parent), trust_remote_code=False, **where)
     fields, notes = GGUFReader(file).fields, _complete(config, run)
     with redirect_stderr(io.StringIO()):  # its bar of progress
         loaded: Any = AutoModelForCausalLM.from_pretrained(
@@ -114,12 +114,13 @@ def load_gguf(run: OpenedRun, file: Path) -> tuple[Any, Any, GenerationConfig, l
             dtype=torch.float32 if run.device.type == "cpu" else run.dtype,
             device_map={"": run.device},
             output_loading_info=True,
+            trust_remote_code=False,
             **where,
         )
     model, info = loaded
     wrong = [name for names in info.values() for name in names]
     evidence = f"stock transformers fills every weight; {len(wrong)} are missing, left over or of another shape"
-    tokenizer = AutoTokenizer.from_pretrained(str(file.parent), **where)
+    tokenizer = AutoTokenizer.from_pretrained(str(file.parent), trust_remote_code=False, **where)
     keys = [f"tokenizer.ggml.{key}_token_id" for key in STOP_KEYS]
     stops = [int(fields[key].contents()) for key in keys if key in fields]
     verdict = Verdict("the folder loads whole", not wrong, evidence)

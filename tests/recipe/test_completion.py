@@ -55,7 +55,7 @@ def folder(tmp_path):
         ("qlora-launcher recipe=tiny data.sources=./my.", ["./my.jsonl"]),
         ("qlora-launcher recipe=tiny data.sources=./my", ["./my.jsonl", "./my data"]),
         ("qlora-launcher mode=generate max", ["max_tokens="]),
-        ("qlora-launcher mode=export format=", ["merged", "adapter"]),
+        ("qlora-launcher mode=export format=", ["merged", "adapter", "gguf"]),
         ("qlora-launcher recipe=new format=alp", ["alpaca"]),
         ("qlora-launcher recipe=copy from=llama1b-", ["llama1b-t4"]),
         ("qlora-launcher recipe=tiny train.lr=", [""]),
