@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import ROOT
-from tests.support.setup_cfg import requirements
+from tests.support.setup_cfg import EXTRAS, requirements
 
 MAX_FILE_LINES, MAX_FUNCTION_LINES = 300, 60
 
@@ -180,7 +180,7 @@ def size_faults(folder: Path) -> list[str]:
 
 def dependencies() -> set[str]:
     """The import names of what setup.cfg requires, extras included."""
-    names = {requirement.name for requirement in requirements()}
+    names = {requirement.name for requirement in requirements(*EXTRAS)}
     return {IMPORT_NAMES.get(name, name.replace("-", "_")) for name in names} | {"triton"}
 
 
