@@ -48,7 +48,7 @@ def classified(rank_info: RankInfo, ledger: Callable[[], str] = lambda: "nothing
 def _classify(error: Exception, rank_info: RankInfo, ledger: Callable[[], str]) -> LauncherError | None:
     if isinstance(error, LauncherError):
         return None
-    if _is_out_of_memory(error):
+    if is_out_of_memory(error):
         return MemoryExhausted(
             f"the device ran out of memory on rank {rank_info.rank}; held by phase: {ledger()}.\n{LESS_MEMORY}"
         )
@@ -63,7 +63,8 @@ def _classify(error: Exception, rank_info: RankInfo, ledger: Callable[[], str]) 
     return None
 
 
-def _is_out_of_memory(error: Exception) -> bool:
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory ran out, on the device or the host."""
     torch = sys.modules.get("torch")  # if it was not imported, the error is not its
     if isinstance(error, MemoryError) or (torch and isinstance(error, torch.OutOfMemoryError)):
         return True

@@ -10,6 +10,7 @@ from launcher.data.read.rows import ReadingProgress
 from launcher.errors import CheckpointError, ContractError, LauncherError
 from launcher.records.run import Event, Phase, RunOpened
 from launcher.runtime.clock import Clock
+from launcher.runtime.failures import is_out_of_memory
 from launcher.runtime.ranks import gather
 from launcher.runtime.signals import deferring, stop_vote, voted_stop
 from launcher.train.checkpoints import Checkpoints
@@ -126,6 +127,8 @@ def _train_step(worker: Worker, history: RunHistory, pending: MetricsReader) -> 
             worker.step.stop_vote = stop_vote()
             batch = next(worker.batches)  # while the device works on the step before
             pending.add(worker.step(batch), batch)
-    except (LauncherError, KeyboardInterrupt):
-        yield from step_records(worker, history, pending.read(all=True))
+    except (LauncherError, KeyboardInterrupt, RuntimeError, MemoryError) as error:
+        # A RuntimeError of another kind may come from the device, from which nothing more can be read.
+        if not isinstance(error, RuntimeError) or is_out_of_memory(error):
+            yield from step_records(worker, history, pending.read(all=True))
         raise

@@ -55,6 +55,23 @@ def test_a_nan_loss_that_is_read_late_ends_the_run_with_code_5_and_the_weights_o
     assert all(weights[name].any() for name in weights if "lora_B" in name), "which starts at zero"
 
 
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("planted"), MemoryError()])
+def test_steps_whose_metrics_were_not_read_yet_are_recorded_when_memory_runs_out(make_recipe, monkeypatch, error):
+    calls, original = [], PackedCausalLM.forward
+
+    def forward(self, *batch):
+        calls.append(self.training and torch.is_grad_enabled())
+        if sum(calls) == 4:  # the first is the warm-up's: step 3
+            raise error
+        return original(self, *batch)
+
+    monkeypatch.setattr(PackedCausalLM, "forward", forward)
+    history = RunHistory()
+    with pytest.raises(type(error)):
+        events_of(make_recipe(train={"log_every": 4, "steps": 6}, compile={"mode": "off"}), history)
+    assert [step.step for step in history.steps] == [1, 2]
+
+
 def test_an_eval_loss_that_is_not_finite_ends_the_run(make_recipe, monkeypatch):
     poison(monkeypatch)
     with pytest.raises(NonFiniteError, match="eval loss must be finite"):
