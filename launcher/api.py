@@ -143,7 +143,8 @@ def make_request(resolved: Resolved, info: RankInfo, *, trains: bool = False) ->
     checks.refuse()
     assert located.source is not None, "else it was refused"
     notes += located.notes
-    return Request(resolved.recipe, resolved.name, located.source, shipped, info, notes=tuple(filter(None, notes)))
+    settled, given = tuple(filter(None, notes)), {key: of for key, of in resolved.origins.items() if of != "default"}
+    return Request(resolved.recipe, resolved.name, located.source, shipped, info, notes=settled, origins=given)
 
 
 def train(request: Request, console: Console, *, report_copy: Path | None) -> None:

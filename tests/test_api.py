@@ -63,6 +63,8 @@ def test_the_files_of_a_run_hold_the_public_keys(finished):
     assert {"before_mib", "after_mib", "peak_mib", "phases"} <= set(rank["vram"])
     assert {"median", "p90"} == set(rank["step_ms"])
     assert report["recipe"]["train"]["steps"] == 2
+    origins = report["recipe_origins"]
+    assert origins["train.steps"] == "command line" and "file" in origins.values() and "train.clip" not in origins
 
 
 @pytest.mark.usefixtures("clean_dynamo")

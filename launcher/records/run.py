@@ -258,6 +258,9 @@ class RunRecord:
     adapter: str | None = None  # its folder; None where it was not proven, or where its base is random
     versions: dict[str, str] = field(default_factory=dict)  # of Python and the packages that decide what is computed
     eval_adapter: float | None = None  # eval loss of the adapter that was saved: with train.keep_best the best one's
+    recipe_origins: dict[str, str] = field(
+        default_factory=dict
+    )  # file or command line, of the keys that were given
 
     def as_report(self) -> dict[str, Any]:
         """report.json (its keys are public: add, never rename)."""
@@ -266,6 +269,7 @@ class RunRecord:
         return {
             "schema": REPORT_SCHEMA,
             "recipe": self.recipe,
+            "recipe_origins": self.recipe_origins,
             "start": asdict(self.start),
             "loss": {
                 "first": losses[0] if losses else None,

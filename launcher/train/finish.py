@@ -136,4 +136,5 @@ def run_record(worker: Worker, history: RunHistory, verdicts: Sequence[Verdict])
         notes=base_notes(worker, (history.evals or history.steps)[:1]),
         adapter=str(worker.folder.adapter) if verdicts[-1].holds and worker.recipe.model.init != "random" else None,
         eval_adapter=evals[-1] if evals else None,
+        recipe_origins=dict(worker.request.origins),
     )

@@ -1,6 +1,7 @@
 """What is asked of a run, a comparison or a benchmark. Imports no torch."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from launcher.recipe.schema import Recipe
@@ -17,4 +18,7 @@ class Request:
     shipped: Path  # the folder of the recipes
     rank_info: RankInfo
     notes: tuple[str, ...] = ()  # what the user should know, for the report
+    origins: Mapping[str, str] = field(
+        default_factory=dict
+    )  # file or command line, of the keys that were given
     started_s: float | None = None  # by runtime/clock.py's boot_clock_s; None: when the process was started

@@ -102,6 +102,16 @@ def test_every_section_of_the_console_and_every_key_of_the_recipe_is_on_the_page
     assert "own [bold]" in text and "a list of words" in text and "0 breaks on 1 rank" in text and "a note" in text
 
 
+def test_the_page_says_where_each_value_of_the_recipe_is_from() -> None:
+    recipe = {"train": {"save_every": "10m", "lr": 2e-4, "clip": 1.0}}
+    run = run_record(recipe=recipe, recipe_origins={"train.lr": "command line", "train.save_every": "file"})
+    text = Reader(html_of(run)).text
+    assert "3 keys, 2 set" in text
+    assert [text.index(word) < text.index("command line") for word in ("train.lr", "0.0002")] == [True, True]
+    assert "default" in text[text.index("train.clip") :]
+    assert "default" not in Reader(html_of(replace(run, recipe_origins={}))).text  # a report that does not tell
+
+
 def test_the_curves_are_drawn_without_javascript() -> None:
     html = html_of(run_record(steps=30))
     for title in ("Loss", "Learning rate", "Gradient norm", "Step time", "VRAM, allocated"):

@@ -37,7 +37,7 @@ def web_page(run: RunRecord | UnfinishedRun) -> Page:
                 for part in ((s, _memory(run.ranks)) if s.title in MEMORY_TITLES else (s,))
             ),
             Section("Set-up", [Facts(start_page(run.start).facts)]),
-            _recipe(run.recipe),
+            _recipe(run.recipe, run.recipe_origins),
             *following,
         ],
         title=f"recipe {run.start.recipe}",
@@ -76,7 +76,9 @@ def _memory(ranks: Sequence[RankRecord]) -> Section:
     return Section("Peak memory by phase and rank", [Table([phases, *columns])] if len(ranks) > 1 else [], "MiB")
 
 
-def _recipe(recipe: Mapping[str, Any]) -> Section:
-    """Every key as it was resolved."""
-    rows = [(key, plain_text(value)) for key, value in recipe_keys(recipe).items()]
-    return Section("Recipe", [Facts(rows)] if rows else [], counted(len(rows), "key"), folded=True)
+def _recipe(recipe: Mapping[str, Any], origins: Mapping[str, str]) -> Section:
+    """Every key as it was resolved, and where its value is from; reports of before do not tell."""
+    rest = "default" if origins else ""
+    rows = [(key, plain_text(value), origins.get(key, rest)) for key, value in recipe_keys(recipe).items()]
+    note = counted(len(rows), "key") + (f", {len(origins)} set" if origins else "")
+    return Section("Recipe", [Facts(rows)] if rows else [], note, folded=True)
