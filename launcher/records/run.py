@@ -258,9 +258,7 @@ class RunRecord:
     adapter: str | None = None  # its folder; None where it was not proven, or where its base is random
     versions: dict[str, str] = field(default_factory=dict)  # of Python and the packages that decide what is computed
     eval_adapter: float | None = None  # eval loss of the adapter that was saved: with train.keep_best the best one's
-    recipe_origins: dict[str, str] = field(
-        default_factory=dict
-    )  # file or command line, of the keys that were given
+    recipe_origins: dict[str, str] = field(default_factory=dict)  # file or command line, of the keys that were given
 
     def as_report(self) -> dict[str, Any]:
         """report.json (its keys are public: add, never rename)."""

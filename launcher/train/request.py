@@ -18,7 +18,5 @@ class Request:
     shipped: Path  # the folder of the recipes
     rank_info: RankInfo
     notes: tuple[str, ...] = ()  # what the user should know, for the report
-    origins: Mapping[str, str] = field(
-        default_factory=dict
-    )  # file or command line, of the keys that were given
+    origins: Mapping[str, str] = field(default_factory=dict)  # file or command line, of the keys that were given
     started_s: float | None = None  # by runtime/clock.py's boot_clock_s; None: when the process was started
