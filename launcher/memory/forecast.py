@@ -52,8 +52,8 @@ def optimizer_bytes(optimizer: str, rank: int) -> float:
 
 def forecast(shapes: Shapes, kept: Kept, *, held_mib: float) -> float:
     """Peak MiB of a training step: the `held_mib` of weights and adapters, gradients and optimizer state of the
-    adapters, what the layers keep on the device, and the temporaries of the loss or of one layer's backward pass, whichever are
-    larger."""
+    adapters, what the layers keep on the device, and the temporaries of the loss or of one layer's backward pass,
+    whichever are larger."""
     s = shapes
     column = s.itemsize * s.tokens / MIB  # MiB of one number per token
     # The feed-forward block: its input's gradient, h, incoming and outgoing gradients; gate and up dequantised.

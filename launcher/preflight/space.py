@@ -105,10 +105,8 @@ def check_memory(recipe: Recipe, config: Any, model: nn.Module, device: torch.de
     free_mib = Ledger(device).free_mib()
     room_mib = psutil.virtual_memory().available / MIB if free_mib is None else free_mib
     if free_mib is None:
-        peak_mib, kept = (
-            held_mib + (2 * FP32 + shapes.state) * shapes.trainable / MIB,
-            "weights, adapters and optimizer",
-        )
+        peak_mib = held_mib + (2 * FP32 + shapes.state) * shapes.trainable / MIB
+        kept = "weights, adapters and optimizer"
     else:
         policy = choose_policy(recipe, shapes, held_mib=held_mib, free_mib=free_mib - held_mib)
         peak_mib, kept = forecast(shapes, policy.kept, held_mib=held_mib), f"a peak with activations {policy.name}"

@@ -7,7 +7,7 @@ from pydantic import Field, ValidationInfo, field_validator
 from launcher.recipe.field_types import INTERVAL, INTERVAL_MEANING, RecipeSection, off_is
 from launcher.recipe.train_options import OPTIMIZERS, SCHEDULES, PolynomialOptions, check_options
 
-Options = (
+NamedOptions = (
     Annotated[dict[str, Any], Field(description="names and values, as {name: value}")]
     | Annotated[None, Field(description="null")]
 )
@@ -96,13 +96,13 @@ class TrainSection(RecipeSection):
         1, ge=1, description="Steps between two reads of the metrics, each of which waits for the device."
     )
 
-    schedule_options: Options = Field(
+    schedule_options: NamedOptions = Field(
         None,
         description="What train.schedule takes besides, by name.",
         examples=[{"num_cycles": 1}],
         validate_default=True,
     )
-    optimizer_options: Options = Field(
+    optimizer_options: NamedOptions = Field(
         None, description="What train.optimizer takes besides, by name.", examples=[{"betas": [0.9, 0.95]}]
     )
 

@@ -96,7 +96,7 @@ def test_every_schedule_begins_with_the_warmup_and_never_exceeds_the_peak(name):
 def test_each_schedule_has_the_form_that_its_options_ask_for():
     assert rates_of("cosine_with_min_lr")[-1] == pytest.approx(0.001)
     assert rates_of("cosine_with_min_lr", min_lr_rate=0.5)[-1] == pytest.approx(0.005)
-    assert rates_of("cosine_with_restarts", num_cycles=2)[5] == pytest.approx(0.01) > rates_of("cosine")[5]
+    assert rates_of("cosine_with_restarts", num_cycles=2)[5] == pytest.approx(0.01)
     assert rates_of("cosine", num_cycles=1)[5] == pytest.approx(0)
     assert rates_of("polynomial", power=2, lr_end=0)[5] == pytest.approx(0.01 / 4)
     assert rates_of("polynomial", lr_end=0.005)[-1] == pytest.approx(0.005)
@@ -116,7 +116,7 @@ def test_a_fall_longer_than_the_run_is_cut_to_what_the_warmup_leaves():
 def test_a_longer_run_that_goes_on_has_the_longer_schedules_rates():
     short, long = (rates_of("warmup_stable_decay", steps=steps, num_decay_steps=2) for steps in (10, 20))
     assert long[:9] == short[:9], "the stable part is the same"
-    assert long[10] == pytest.approx(0.01) > short[10]
+    assert long[10] == pytest.approx(0.01) and short[10] == 0
 
 
 def test_matrices_alone_are_one_group_and_vectors_have_no_decay():
@@ -181,7 +181,8 @@ def test_the_options_of_the_recipe_reach_the_optimizer():
     ):
         optimizer = make_optimizer(Adapted(), section(optimizer=name, optimizer_options=options), lr=0.01)
         group = optimizer.param_groups[0]
-        assert {option: group[option] for option in options} == options, name
+        for option, value in options.items():
+            assert group[option] == (tuple(value) if isinstance(group[option], tuple) else value), name
 
 
 @pytest.mark.parametrize("name", ON_CPU)
