@@ -10,7 +10,7 @@ import torch
 
 from launcher import __version__
 from launcher.errors import RecipeError
-from launcher.memory.forecast import Shapes, forecast
+from launcher.memory.forecast import Shapes, forecast, optimizer_bytes
 from launcher.memory.ledger import MIB
 from launcher.memory.policy import KEPT, choose_policy
 from launcher.model.families import family_of
@@ -208,7 +208,8 @@ def _memory(recipe: Recipe, config: Any, model: Any) -> Iterator[str]:
     trainable = adapter_parameters(model, recipe.lora)
     chunk = chunk_rows([tokens], config.vocab_size, recipe.memory.loss_chunk_mib, itemsize=dtype.itemsize)
     sizes = step_sizes(config, attention="varlen", dtype=dtype, loss_chunk=chunk, trainable=trainable)
-    shapes, held_mib = Shapes(tokens=tokens, **sizes), (weight_bytes(model, recipe.quant, dtype) + 4 * trainable) / MIB
+    shapes = Shapes(tokens=tokens, state=optimizer_bytes(recipe.train.optimizer, recipe.lora.r), **sizes)
+    held_mib = (weight_bytes(model, recipe.quant, dtype) + 4 * trainable) / MIB
     peaks = {name: forecast(shapes, kept, held_mib=held_mib) / 1024 for name, kept in KEPT.items()}
     yield "Memory by the forecast of docs/memory.md, GiB at the peak in bf16, by memory.activations:"
     yield ", ".join(f"{name} {gib:.1f}" for name, gib in peaks.items()) + "; auto then takes, by the card's size:"

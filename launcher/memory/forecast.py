@@ -27,6 +27,7 @@ class Shapes:
     repeated: int = 0  # features by which keys and values grow where each is repeated for its group of query heads
     masked: int = 0  # S, where attention reads an [S, S] mask of the compute dtype
     dropped: int = 0  # sum of in-features of a layer's adapters, where dropout gives each an input of its own
+    state: float = 8.0  # bytes of optimizer state a trained parameter; adamw's
 
 
 class Kept(NamedTuple):
@@ -40,10 +41,19 @@ class Kept(NamedTuple):
 KEEP_ALL = Kept(1.0, True)
 
 
+def optimizer_bytes(optimizer: str, rank: int) -> float:
+    """Bytes of state that an optimizer keeps for a parameter of adapters of `rank`. Of a matrix with fewer than 4,096
+    numbers bitsandbytes keeps the state in fp32 in any case."""
+    if optimizer == "adafactor":
+        return 4 / rank  # an average for each row and each column, fp32; of [rank, n] the columns decide
+    moments = 2 if "adamw" in optimizer else 1
+    return moments * (1 + 4 / 256 if optimizer.endswith("8bit") else 4)  # of 8 bits: a scale for 256 numbers
+
+
 def forecast(shapes: Shapes, kept: Kept, *, held_mib: float) -> float:
-    """Peak MiB of a training step: the `held_mib` of weights and adapters, gradients and two moments of the adapters,
-    what the layers keep on the device, and the temporaries of the loss or of one layer's backward pass, whichever are
-    larger."""
+    """Peak MiB of a training step: the `held_mib` of weights and adapters, gradients and optimizer state of the
+    adapters, what the layers keep on the device, and the temporaries of the loss or of one layer's backward pass,
+    whichever are larger."""
     s = shapes
     column = s.itemsize * s.tokens / MIB  # MiB of one number per token
     # The feed-forward block: its input's gradient, h, incoming and outgoing gradients; gate and up dequantised.
@@ -51,7 +61,7 @@ def forecast(shapes: Shapes, kept: Kept, *, held_mib: float) -> float:
     if kept.budget < 1:
         work += _layer_mib(s, KEEP_ALL) - _layer_mib(s, kept)  # of the layer that is being recomputed
     loss = s.loss_chunk * s.vocabulary * s.itemsize / MIB + 3 * s.hidden * column
-    adapters = 4 * 4 * s.trainable / MIB  # summed gradients, those of this pass, two moments; fp32
+    adapters = (2 * 4 + s.state) * s.trainable / MIB  # summed gradients, those of this pass, fp32; optimizer state
     return held_mib + adapters + layers_mib(s, kept) + s.masked * column + max(work, loss)
 
 

@@ -13,6 +13,7 @@ import torch
 from launcher.errors import RecipeError
 from launcher.ops.projection_group import HAS_TRITON
 from launcher.recipe.schema import Recipe
+from launcher.train.optim import LIBRARIES
 
 NVIDIA_DEVICES = "/dev/nvidia[0-9]*"
 ARCHITECTURE = re.compile(r"(sm|compute)_(\d+)(\d)([af]?)")  # of torch.cuda.get_arch_list(), as sm_90 or sm_100a
@@ -72,7 +73,8 @@ def _why_no_cuda() -> str:
 def check_bitsandbytes(recipe: Recipe, device: torch.device) -> str:
     """Quantise and dequantise on the device. Raises RecipeError where bitsandbytes cannot: it can be imported without
     its native library."""
-    if recipe.quant.type == "none" and recipe.train.optimizer == "adamw":
+    library, _ = LIBRARIES[recipe.train.optimizer]
+    if recipe.quant.type == "none" and not library.startswith("bitsandbytes"):
         return "not needed"
     from bitsandbytes import functional
 

@@ -15,7 +15,7 @@ from launcher.checkpoint.bundle import bundles_of
 from launcher.checkpoint.folder import RunFolder
 from launcher.compile.inductor_cache import VARIABLE
 from launcher.errors import LESS_MEMORY, DiskError, MemoryExhausted, RecipeError
-from launcher.memory.forecast import Shapes, forecast
+from launcher.memory.forecast import Shapes, forecast, optimizer_bytes
 from launcher.memory.ledger import MIB, Ledger
 from launcher.memory.policy import choose_policy
 from launcher.model.attention import choose_attention
@@ -33,9 +33,8 @@ FORECAST_ERROR = 0.04  # the largest that was measured (docs/memory.md)
 
 
 def bundle_bytes(recipe: Recipe, trainable: int) -> int:
-    """Bytes of a checkpoint: the adapter in PEFT's layout, and in the state the adapter again and its two moments."""
-    moments = 2 * (1 if recipe.train.optimizer.endswith("8bit") else FP32)
-    return trainable * (2 * FP32 + moments)
+    """Bytes of a checkpoint: the adapter in PEFT's layout, and in the state the adapter again and its optimizer."""
+    return round(trainable * (2 * FP32 + optimizer_bytes(recipe.train.optimizer, recipe.lora.r)))
 
 
 def check_disk(recipe: Recipe, source: str, model: nn.Module, folder: RunFolder) -> str:
@@ -106,7 +105,8 @@ def check_memory(recipe: Recipe, config: Any, model: nn.Module, device: torch.de
     free_mib = Ledger(device).free_mib()
     room_mib = psutil.virtual_memory().available / MIB if free_mib is None else free_mib
     if free_mib is None:
-        peak_mib, kept = held_mib + 4 * FP32 * shapes.trainable / MIB, "weights, adapters and optimizer"
+        peak_mib = held_mib + (2 * FP32 + shapes.state) * shapes.trainable / MIB
+        kept = "weights, adapters and optimizer"
     else:
         policy = choose_policy(recipe, shapes, held_mib=held_mib, free_mib=free_mib - held_mib)
         peak_mib, kept = forecast(shapes, policy.kept, held_mib=held_mib), f"a peak with activations {policy.name}"
@@ -130,6 +130,7 @@ def planned_shapes(recipe: Recipe, config: Any, model: nn.Module, device: torch.
     shapes = Shapes(
         tokens=tokens,
         masked=width if attention == "sdpa" else 0,
+        state=optimizer_bytes(recipe.train.optimizer, recipe.lora.r),
         dropped=sum(linear.in_features for linear in adapted) // config.num_hidden_layers,
         **step_sizes(config, attention=attention, dtype=dtype, loss_chunk=chunk, trainable=trainable),
     )

@@ -13,6 +13,8 @@ from launcher.errors import RecipeError
 HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")  # "name" or "owner/name", of a model or a dataset; a full match
 SHORT_DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 UNITS_S = {"s": 1.0, "m": 60.0, "h": 3600.0}
+INTERVAL = r"^([1-9]\d*[smh]|off)$"  # of train.save_every and run.timeout
+INTERVAL_MEANING = "a time as 90s, 10m or 2h, or off"
 
 Word = TypeVar("Word", bound=str)
 

@@ -1,7 +1,7 @@
 """The recipe: one frozen model per section, each field with its meaning, unit, range and default.
 
 Errors, `mode=show`, `--help` and the JSON schema are written from these fields. A subsystem is handed its section
-(`recipe.compile`), never the recipe.
+(`recipe.compile`), never the recipe. The sections data and train are in files of their own.
 """
 
 from typing import Annotated, Literal
@@ -9,12 +9,10 @@ from typing import Annotated, Literal
 from pydantic import BeforeValidator, Field, ValidationInfo, field_validator
 
 from launcher.recipe.data_section import DataSection
-from launcher.recipe.field_types import Distinct, NonEmptyText, OnOff, RecipeSection, dtype_name, off_is
+from launcher.recipe.field_types import INTERVAL, Distinct, NonEmptyText, OnOff, RecipeSection, dtype_name
+from launcher.recipe.train_section import TrainSection
 
 ALTERNATIVES = (("train.steps", "train.epochs"), ("memory.budget", "memory.activations"))  # one takes the other's place
-
-INTERVAL = r"^([1-9]\d*[smh]|off)$"  # of train.save_every and run.timeout
-INTERVAL_MEANING = "a time as 90s, 10m or 2h, or off"
 
 
 class ModelSection(RecipeSection):
@@ -116,91 +114,6 @@ class MemorySection(RecipeSection):
                 f"memory.budget takes the place of memory.activations; got {budget} and {activations}; give one"
             )
         return budget
-
-
-class TrainSection(RecipeSection):
-    """The loop: how long, how large a batch, and the optimizer."""
-
-    steps: int | None = Field(None, ge=1, description="Optimizer steps; or give train.epochs.", examples=[200])
-    epochs: float | None = Field(
-        None,
-        gt=0,
-        description="Passes over the packed data; or give train.steps.",
-        examples=[1.0],
-        validate_default=True,
-    )
-    micro_batch: int = Field(1, ge=1, description="Blocks per forward pass and process.")
-    accumulation: int = Field(1, ge=1, description="Forward passes per optimizer step.")
-    lr: float = Field(2e-4, gt=0, le=1, description="Peak learning rate.")
-    schedule: Literal["cosine", "linear", "constant"] = Field(
-        "cosine", description="How the learning rate falls after the warm-up."
-    )
-    warmup: float = Field(0.05, ge=0, description="Warm-up: steps when >= 1, else a fraction of the run.")
-    optimizer: Literal["adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit"] = Field(
-        "adamw", description="adamw is fused PyTorch; the others are bitsandbytes'."
-    )
-    weight_decay: float = Field(0.0, ge=0, description="Decoupled weight decay.")
-    clip: Annotated[Annotated[float, Field(gt=0)] | None, off_is(None)] = Field(
-        1.0, description="Largest norm of the whole gradient; null or off: no clipping."
-    )
-    seed: int = Field(0, ge=0, lt=2**32, description="Seed of weights, dropout and data order.")
-    deterministic: bool = Field(
-        False,
-        description="Only kernels that give the same bits every time, at some cost, so that two runs on a GPU are "
-        "equal; on a CPU they are in any case.",
-    )
-    eval_every: int = Field(
-        0, ge=0, description="Steps between evaluations; 0: only before the first step and after the last."
-    )
-    save_every: Annotated[
-        Annotated[int, Field(ge=0, description="steps (a whole number >= 0)")]
-        | Annotated[str, Field(pattern=INTERVAL, description=INTERVAL_MEANING)],
-        off_is(0),
-    ] = Field(
-        "10m",
-        description="Steps or time between two checkpoints; the last step and a signal save one besides. 0 or off: "
-        "none.",
-        examples=["10m", 500],
-    )
-    keep: int = Field(2, ge=1, description="Checkpoints kept: the newest, and the best by eval loss besides.")
-    patience: Annotated[Annotated[int, Field(ge=1)] | None, off_is(None)] = Field(
-        None,
-        description="Evaluations in a row without a lower eval loss that end training early; null or off: none do.",
-        examples=[3],
-    )
-    keep_best: bool = Field(
-        False, description="Save where the eval loss is lowest, and give back the adapter of that step at the end."
-    )
-    spike_patience: Annotated[Annotated[int, Field(ge=1)] | None, off_is(None)] = Field(
-        None,
-        description="Spikes in a row that end the run: steps whose gradient norm or loss is far above the usual. null "
-        "or off: they are only noted.",
-        examples=[5],
-    )
-    log_every: int = Field(
-        1, ge=1, description="Steps between two reads of the metrics, each of which waits for the device."
-    )
-
-    @field_validator("patience", "keep_best")
-    @classmethod
-    def _is_evaluated(cls, value: int | bool | None, info: ValidationInfo) -> int | bool | None:
-        key = f"train.{info.field_name}"
-        if value and not info.data.get("eval_every", 1):
-            raise ValueError(f"{key} needs evaluations; got train.eval_every=0; try train.eval_every=20")
-        if value and info.field_name == "keep_best" and info.data.get("save_every") == 0:
-            raise ValueError(f"{key} needs checkpoints; got train.save_every=off; leave that out")
-        return value
-
-    @field_validator("epochs")
-    @classmethod
-    def _has_one_end(cls, epochs: float | None, info: ValidationInfo) -> float | None:
-        # A field's validator, not the model's: that would run only once all fields are valid, and hide this error.
-        steps = info.data.get("steps", 0)  # 0: it has an error of its own
-        if epochs is None and steps is None:
-            raise ValueError("train.steps or train.epochs must be set; got neither; try train.steps=200")
-        if epochs is not None and steps:
-            raise ValueError(f"train.steps and train.epochs both set the end; got {steps} and {epochs:g}; give one")
-        return epochs
 
 
 class RunSection(RecipeSection):

@@ -12,7 +12,8 @@ from itertools import pairwise
 from pathlib import Path
 
 from launcher.errors import RecipeError
-from launcher.recipe.schema import ModelSection, TrainSection
+from launcher.recipe.schema import ModelSection
+from launcher.recipe.train_section import TrainSection
 
 VARIABLES = (  # names of flags, each with its variable
     "mixed_precision", "gradient_accumulation_steps", "gradient_clipping", "dynamo_backend", "use_deepspeed",

@@ -4,6 +4,7 @@ import math
 import os
 import statistics
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 
@@ -42,7 +43,8 @@ def start_record(worker: Worker) -> StartRecord:
         accumulation=train.accumulation,
         steps=worker.steps,
         epochs=worker.steps / worker.batches.steps_per_epoch if isinstance(worker.batches, TrainLoader) else None,
-        optimizer=f"{train.optimizer}, lr {train.lr:g}, {train.schedule}",
+        optimizer=f"{_with_options(train.optimizer, train.optimizer_options)}, lr {train.lr:g}, "
+        f"{_with_options(train.schedule, train.schedule_options)}",
         compile="off" if compile.mode == "off" else f"{compile.mode}, scope {compile.scope}, {compile.backend}",
         batching=recipe.data.batching,
         streamed=recipe.data.streaming,
@@ -70,6 +72,11 @@ def start_record(worker: Worker) -> StartRecord:
             *slow_dtype_note(built.dtype, worker.accelerator.device),
         ),
     )
+
+
+def _with_options(name: str, options: dict[str, Any] | None) -> str:
+    """A choice and the options that are given for it: `polynomial (power 2.0)`."""
+    return f"{name} ({', '.join(f'{key} {value}' for key, value in options.items())})" if options else name
 
 
 def _activations(worker: Worker) -> str:

@@ -21,7 +21,7 @@ from launcher.memory.policy import check_policy
 from launcher.model.attention import BlockFacts
 from launcher.model.build import check_model
 from launcher.model.load import load_config, load_tokenizer
-from launcher.recipe.schema import TrainSection
+from launcher.recipe.train_section import TrainSection
 from launcher.runtime.first_rank import one_rank_first
 from launcher.runtime.ranks import (
     RankInfo,

@@ -1,38 +1,119 @@
-"""Optimizers and learning-rate schedules: torch, bitsandbytes and transformers provide them all."""
+"""Optimizers and learning-rate schedules: torch, bitsandbytes and transformers provide them all.
 
-from collections.abc import Iterator, Sequence
+Only torch's fused AdamW skips an update by itself, by a flag on the device, and can be captured in a CUDA graph. Before
+an update of the others the host reads the flag and hands the rate over.
+"""
+
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from importlib import import_module
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import get_scheduler
 
 from launcher.errors import RecipeError
-from launcher.recipe.schema import TrainSection
+from launcher.recipe.train_section import TrainSection
+
+Named = list[tuple[str, nn.Parameter]]
+
+LIBRARIES = {  # train.optimizer: the library and its class
+    "adamw": ("torch.optim", "AdamW"),
+    "adamw_8bit": ("bitsandbytes.optim", "AdamW8bit"),
+    "paged_adamw": ("bitsandbytes.optim", "PagedAdamW"),
+    "paged_adamw_8bit": ("bitsandbytes.optim", "PagedAdamW8bit"),
+    # Not torch's Adafactor: that scales a rate by the size of the weights, and LoRA's B begins at zero.
+    "adafactor": ("transformers", "Adafactor"),
+    "lion": ("bitsandbytes.optim", "Lion"),
+    "lion_8bit": ("bitsandbytes.optim", "Lion8bit"),
+    "paged_lion": ("bitsandbytes.optim", "PagedLion"),
+    "paged_lion_8bit": ("bitsandbytes.optim", "PagedLion8bit"),
+    "muon": ("torch.optim", "Muon"),
+}
+FIXED: dict[str, dict[str, Any]] = {  # arguments that make train.lr mean the same for all
+    "adamw": {"fused": True},
+    "adafactor": {"scale_parameter": False, "relative_step": False},
+    "muon": {"adjust_lr_fn": "match_rms_adamw"},
+}
 
 
 def check_optimizer(train: TrainSection, device: torch.device) -> None:
-    """Raise RecipeError for an optimizer that `device` cannot run as asked: bitsandbytes would silently use another."""
+    """Raise RecipeError for an optimizer that the installed libraries lack, or that `device` cannot run as asked:
+    bitsandbytes would silently use another."""
     if train.optimizer.startswith("paged") and device.type != "cuda":
         plain = train.optimizer.removeprefix("paged_")
         raise RecipeError(
             f"train.optimizer={train.optimizer} pages its state between GPU and host, the device is {device.type}. "
             f"Use train.optimizer={plain}."
         )
+    if not _has_optimizer(train.optimizer):
+        library, name = LIBRARIES[train.optimizer]
+        raise RecipeError(
+            f"train.optimizer={train.optimizer} is {name} of {library}, which the installed version lacks.\n"
+            f"Those that are there: {', '.join(filter(_has_optimizer, LIBRARIES))}. Use one, or upgrade {library}."
+        )
 
 
-def make_optimizer(parameters: Sequence[torch.nn.Parameter], train: TrainSection, *, lr: Tensor | float) -> Optimizer:
-    """AdamW over the LoRA masters: torch's fused one, which reads the rate from the tensor `lr`, or bitsandbytes' 8-bit
-    and paged ones, which read it from their `param_groups`."""
-    if train.optimizer == "adamw":
-        return torch.optim.AdamW(parameters, lr=lr, weight_decay=train.weight_decay, fused=True)
-    from bitsandbytes import optim
+def _has_optimizer(name: str) -> bool:
+    try:
+        optimizer_class(name)
+    except (ImportError, AttributeError):
+        return False
+    return True
 
-    kinds = {"adamw_8bit": optim.AdamW8bit, "paged_adamw": optim.PagedAdamW, "paged_adamw_8bit": optim.PagedAdamW8bit}
-    return kinds[train.optimizer](parameters, lr=train.lr, weight_decay=train.weight_decay)
+
+def optimizer_class(name: str) -> Callable[..., Optimizer]:
+    """The class behind a name of train.optimizer. Raises ImportError or AttributeError where its library lacks it."""
+    library, attribute = LIBRARIES[name]
+    return getattr(import_module(library), attribute)
+
+
+def make_optimizer(model: nn.Module, train: TrainSection, *, lr: Tensor | float) -> Optimizer:
+    """The recipe's optimizer over the trained parameters of `model`. Torch's fused AdamW reads the rate from `lr`,
+    which may be a tensor, the others read it from their `param_groups`."""
+    named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+    kind, options = train.optimizer, train.optimizer_parameters()
+    if kind == "muon":
+        return _muon(named, train, options)
+    rate = lr if kind == "adamw" else train.lr
+    return optimizer_class(kind)(parameter_groups(named, train), lr=rate, **options, **FIXED.get(kind, {}))
+
+
+def parameter_groups(named: Iterable[tuple[str, nn.Parameter]], train: TrainSection) -> list[dict[str, Any]]:
+    """The parameters as an optimizer takes them. Vectors (norms, biases, magnitudes) have no weight decay; in their own
+    group only where that makes a difference: each group is a launch."""
+    groups: dict[float, list[nn.Parameter]] = {}
+    for _, parameter in named:
+        groups.setdefault(train.weight_decay if parameter.ndim > 1 else 0.0, []).append(parameter)
+    return [{"params": parameters, "weight_decay": decay} for decay, parameters in groups.items()]
+
+
+def _muon(named: Named, train: TrainSection, options: dict[str, Any]) -> Optimizer:
+    """Muon over LoRA's matrices, AdamW over whatever else is trained: Muon is not made for vectors and embeddings."""
+    matrices = [(name, parameter) for name, parameter in named if parameter.ndim == 2 and "lora_" in name]
+    rest = [(name, parameter) for name, parameter in named if parameter.ndim != 2 or "lora_" not in name]
+    made: list[Optimizer] = []
+    for kind, parameters, arguments in (("muon", matrices, options), ("adamw", rest, {})):
+        if parameters:
+            groups = parameter_groups(parameters, train)
+            made.append(optimizer_class(kind)(groups, lr=train.lr, **arguments, **FIXED[kind]))
+    return SideBySide(made)
+
+
+class SideBySide(Optimizer):
+    """Several optimizers, each over its own parameters, stepped as one; their groups and states are its own."""
+
+    def __init__(self, optimizers: Iterable[Optimizer]) -> None:
+        self.optimizers = tuple(optimizers)
+        super().__init__([group for one in self.optimizers for group in one.param_groups], {})
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for optimizer in self.optimizers:
+            optimizer.step()
+            self.state.update(optimizer.state)
 
 
 def gates_on_device(optimizer: Optimizer) -> bool:
@@ -47,10 +128,25 @@ def init_state(optimizer: Any) -> None:
     if gates_on_device(optimizer):
         optimizer.found_inf.fill_(1.0)  # each update sets it anew
         optimizer.step()
-        return
-    for group_index, group in enumerate(optimizer.param_groups):
-        for index, parameter in enumerate(group["params"]):
-            optimizer.init_state(group, parameter, group_index, index)
+    elif hasattr(optimizer, "init_state"):  # bitsandbytes'
+        for group_index, group in enumerate(optimizer.param_groups):
+            for index, parameter in enumerate(group["params"]):
+                optimizer.init_state(group, parameter, group_index, index)
+    else:
+        _step_in_vain(optimizer)
+
+
+@torch.no_grad()
+def _step_in_vain(optimizer: Optimizer) -> None:
+    """Make a step, put the parameters back, and zero the state."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    before = [parameter.clone() for parameter in parameters]
+    optimizer.step()
+    for parameter, value in zip(parameters, before, strict=True):
+        parameter.copy_(value)
+    for state in optimizer.state.values():
+        for name, value in state.items():
+            state[name] = value.zero_() if isinstance(value, Tensor) else type(value)(0)
 
 
 @contextmanager
@@ -90,12 +186,17 @@ class Rates:
 
 
 def schedule(train: TrainSection, *, steps: int) -> list[float]:
-    """The learning rates of a run's updates and one more, [steps + 1]: transformers' cosine, linear or constant
-    schedule, each with a linear warm-up."""
+    """The learning rates of a run's updates and one more, [steps + 1]: transformers' schedule of the name, with a
+    linear warm-up."""
     name = "constant_with_warmup" if train.schedule == "constant" else train.schedule
     unused = torch.optim.SGD([torch.zeros(1)], lr=train.lr)
-    warmup = warmup_steps(train.warmup, steps)
-    scheduler = get_scheduler(name, unused, num_warmup_steps=warmup, num_training_steps=steps)
+    warmup, options = warmup_steps(train.warmup, steps), train.schedule_parameters()
+    if "num_decay_steps" in options:
+        decay = options["num_decay_steps"]
+        options["num_decay_steps"] = min(steps - warmup, int(decay) if decay >= 1 else max(1, int(decay * steps)))
+    scheduler = get_scheduler(
+        name, unused, num_warmup_steps=warmup, num_training_steps=steps, scheduler_specific_kwargs=options
+    )
     assert isinstance(scheduler, LambdaLR), "a rate depends on the step alone"
     return [train.lr * float(scheduler.lr_lambdas[0](step)) for step in range(steps + 1)]
 

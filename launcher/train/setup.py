@@ -27,7 +27,7 @@ from launcher.credentials import masked_tree
 from launcher.data.loader import eval_batches, sample_batch, train_loader
 from launcher.data.pack.micro_batch import MicroBatch
 from launcher.errors import CheckpointError, ContractError, DataError, RecipeError
-from launcher.memory.forecast import Shapes
+from launcher.memory.forecast import Shapes, optimizer_bytes
 from launcher.memory.ledger import Ledger
 from launcher.memory.offload import HostInputs
 from launcher.memory.policy import Policy, applied, choose_policy
@@ -187,6 +187,7 @@ class Worker:
             Shapes(
                 tokens=self.recipe.train.micro_batch * width,
                 masked=width if self.built.attention == "sdpa" else 0,
+                state=optimizer_bytes(self.recipe.train.optimizer, self.recipe.lora.r),
                 **self.built.sizes(),
             ),
             held_mib=self.ledger.used_mib(),

@@ -18,7 +18,8 @@ A non-finite step must not reach the weights, and the host must not have to ask.
 - the first non-finite loss or gradient raises a flag that turns every later loss into NaN. That closes the gate on all
   ranks until the host reads the metrics and stops: the weights are those of the last good step.
 fp16 differs: an overflowing gradient is ordinary there. It skips the update, halves the scale and holds the schedule,
-all on the device. bitsandbytes' optimizers have no gate and take the learning rate from the host, which waits for both.
+all on the device. Other optimizers than torch's fused AdamW have no gate and take the learning rate from the host,
+which waits for both.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -35,7 +36,7 @@ from launcher.compile.plan import Plan
 from launcher.data.loader import StepBatch
 from launcher.data.pack.micro_batch import MicroBatch
 from launcher.model.packed import PackedCausalLM
-from launcher.recipe.schema import TrainSection
+from launcher.recipe.train_section import TrainSection
 from launcher.runtime.progress import PROGRESS
 from launcher.train.gradients import FlatGradients
 from launcher.train.loss_scale import LossScale
@@ -104,7 +105,7 @@ class TrainStep:
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self._gradients = FlatGradients(self.parameters)
         self._rates = Rates(train, steps=steps, device=device)
-        self.optimizer = make_optimizer(self.parameters, train, lr=self._rates.lr)
+        self.optimizer = make_optimizer(model, train, lr=self._rates.lr)
         self.scaler = LossScale(device, enabled=fp16)
         self._clip = train.clip
         self._nan = torch.full((), float("nan"), device=device)
@@ -119,8 +120,8 @@ class TrainStep:
         self._live_state: dict[str, Any] = {}
 
     def __call__(self, batch: StepBatch) -> StepResult:
-        """Run the step. Never waits for the device, except with bitsandbytes' optimizers. Raises ContractError (strict)
-        for a compile error."""
+        """Run the step. Never waits for the device, except with an optimizer without a gate. Raises ContractError
+        (strict) for a compile error."""
         self.plan.call(self.accumulate, batch)
         self._update()
         self.steps_done += 1
@@ -277,7 +278,7 @@ class TrainStep:
     def _step_optimizer(self) -> None:
         if gates_on_device(self.optimizer):
             self.optimizer.step()
-        elif not bool(self._found_inf):  # waits for the device: bitsandbytes' optimizers have no gate
+        elif not bool(self._found_inf):  # waits for the device: only fused optimizers have a gate
             for group in self.optimizer.param_groups:
                 group["lr"] = float(self._rates.lr)
             self.optimizer.step()

@@ -40,7 +40,7 @@ def on_disk(folder: Path) -> int:
 
 
 @pytest.mark.usefixtures("clean_dynamo")
-@pytest.mark.parametrize("optimizer", ["adamw", "adamw_8bit"])
+@pytest.mark.parametrize("optimizer", ["adamw", "adamw_8bit", "adafactor", "lion_8bit"])
 def test_the_bytes_of_a_checkpoint_are_those_that_a_run_writes(
     make_recipe: MakeRecipe, tmp_path: Path, optimizer: str
 ) -> None:

@@ -68,13 +68,21 @@ def test_a_resumed_run_is_bit_equal_to_the_uninterrupted_one(
     assert middle["loader"] != {"epoch": 0, "offset": 0}
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-@pytest.mark.parametrize("optimizer", ["adamw", "adamw_8bit"])
+@pytest.mark.parametrize(
+    ("optimizer", "dtype"),
+    [
+        *((optimizer, dtype) for optimizer in ("adamw", "adamw_8bit") for dtype in ("float32", "bfloat16", "float16")),
+        ("adafactor", "float32"),
+        ("lion", "float16"),
+        ("lion_8bit", "float32"),
+        ("muon", "float16"),
+    ],
+)
 def test_every_optimizer_and_dtype_goes_on_bit_equal(make_recipe: MakeRecipe, optimizer: str, dtype: str) -> None:
     sections = {"model": {"dtype": dtype}, "compile": OFF, "lora": {"r": 64}}
     middle = assert_goes_on_alike(make_recipe(**sections, train={"steps": 8, "optimizer": optimizer}), steps=4)
     kinds = {tensor.dtype for name, tensor in flat_tensors(middle) if name.startswith("training.optimizer")}
-    assert (torch.uint8 in kinds) == (optimizer == "adamw_8bit")
+    assert (torch.uint8 in kinds) == optimizer.endswith("8bit")
 
 
 def flat_tensors(state: dict[str, Any]) -> Iterator[tuple[str, Tensor]]:
@@ -101,7 +109,7 @@ def test_the_loss_scale_its_good_steps_and_the_updates_done_are_kept(
     assert again.step.scaler.get_scale() == 2  # after four good steps, two of them before the interruption
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "adamw_8bit"])
+@pytest.mark.parametrize("optimizer", ["adamw", "adamw_8bit", "adafactor", "muon"])
 def test_a_state_of_before_the_first_step_is_the_beginning(make_recipe: MakeRecipe, optimizer: str) -> None:
     recipe = make_recipe(compile=OFF, train={"optimizer": optimizer})
     expected = train(compiled(recipe), 3)

@@ -24,7 +24,7 @@ from launcher.train.step import TrainStep
 
 pytestmark = pytest.mark.usefixtures("clean_dynamo")
 
-OPTIMIZERS = ["adamw", "adamw_8bit"]
+OPTIMIZERS = ["adamw", "adamw_8bit", "adafactor", "lion", "lion_8bit", "muon"]
 
 
 class Linear(nn.Module):

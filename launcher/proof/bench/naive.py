@@ -32,7 +32,7 @@ class NaiveStep:
         else:
             self.model.gradient_checkpointing_disable()
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
-        self.optimizer = make_optimizer(self.parameters, train, lr=train.lr)
+        self.optimizer = make_optimizer(self.model, train, lr=train.lr)
         assert train.steps is not None, "bench_inputs sets it"
         self.rates, self.updates = schedule(train, steps=train.steps), 0
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype == torch.float16)
