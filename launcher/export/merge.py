@@ -19,6 +19,7 @@ import torch
 from bitsandbytes.nn import Params4bit
 from huggingface_hub import split_state_dict_into_shards_factory
 from peft import LoraConfig, PeftConfig
+from peft.utils.other import get_pattern_key
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -44,8 +45,7 @@ from launcher.ops.nf4 import Nf4, plain_merged_weight
 
 PEFT_PREFIX = "base_model.model."  # of PEFT's names
 PLAIN = {  # settings of a LoRA whose update is scale * B A, and nothing else
-    "use_dora": False, "bias": "none", "modules_to_save": None, "rank_pattern": {}, "alpha_pattern": {},
-    "fan_in_fan_out": False, "layers_to_transform": None,
+    "use_dora": False, "bias": "none", "modules_to_save": None, "fan_in_fan_out": False,
 }  # fmt: skip
 FREE_BYTES = 64 * 2**20  # for tokenizer, configs and the file system itself
 
@@ -117,7 +117,6 @@ def read_updates(adapter: Path) -> dict[str, Update]:
             f"an adapter that is merged must be plain LoRA; that of {adapter} has "
             f"{', '.join(f'{key}={value}' for key, value in found.items())}.\nUse format=adapter."
         )
-    scale = config.lora_alpha / (math.sqrt(config.r) if config.use_rslora else config.r)
     stored = load_file(adapter / "adapter_model.safetensors")
     tensors = {name.removeprefix(PEFT_PREFIX): tensor.float() for name, tensor in stored.items()}
     names = {name.removesuffix(".lora_A.weight") for name in tensors if name.endswith(".lora_A.weight")}
@@ -125,9 +124,19 @@ def read_updates(adapter: Path) -> dict[str, Update]:
     if unknown:
         raise RecipeError(f"an adapter must hold LoRA matrices only; {adapter} holds {sorted(unknown)[0]} too.")
     return {
-        f"{name}.weight": Update(tensors[f"{name}.lora_A.weight"], tensors[f"{name}.lora_B.weight"], scale)
+        f"{name}.weight": Update(
+            tensors[f"{name}.lora_A.weight"], tensors[f"{name}.lora_B.weight"], _scale(config, name)
+        )
         for name in sorted(names)
     }
+
+
+def _scale(config: LoraConfig, name: str) -> float:
+    """What an update is multiplied by; PEFT's rule."""
+    ranks, alphas = config.rank_pattern or {}, config.alpha_pattern or {}
+    rank = ranks.get(get_pattern_key([*ranks], name), config.r)
+    alpha = alphas.get(get_pattern_key([*alphas], name), config.lora_alpha)
+    return alpha / (math.sqrt(rank) if config.use_rslora else rank)
 
 
 def check_updates(plan: MergePlan, updates: Mapping[str, Update]) -> None:

@@ -22,7 +22,8 @@ from launcher.model.load import (
     load_base,
     random_base,
 )
-from launcher.model.lora import ADAPTER, attach_lora, check_targets
+from launcher.model.lora import ADAPTER, attach_lora
+from launcher.model.lora_targets import check_targets
 from launcher.model.packed import PackedCausalLM, use_native_norm
 from launcher.model.sizes import step_sizes
 from launcher.model.weight_files import check_depth, check_headers, read_headers
@@ -52,7 +53,8 @@ class BuiltModel:
     def sizes(self) -> dict[str, int]:
         """What decides how much memory a token of a micro batch takes, as memory/forecast.py's Shapes names it."""
         lora: Any = self.peft.peft_config[ADAPTER]
-        adapted: list[Any] = [module for module in self.packed.body.layers[0].modules() if hasattr(module, "lora_A")]
+        layers = self.packed.body.layers
+        adapted: list[Any] = [module for module in layers.modules() if hasattr(module, "lora_A")]
         sizes = step_sizes(
             self.peft.config,
             attention=self.attention,
@@ -60,7 +62,8 @@ class BuiltModel:
             loss_chunk=self.packed.loss_chunk,
             trainable=self.trainable,
         )
-        return {**sizes, "dropped": sum(module.in_features for module in adapted) if lora.lora_dropout else 0}
+        dropped = sum(module.in_features for module in adapted) if lora.lora_dropout else 0
+        return {**sizes, "dropped": dropped // len(layers)}
 
 
 def choose_dtype(wanted: str, device: torch.device) -> torch.dtype:
@@ -86,7 +89,7 @@ def check_model(recipe: Recipe, source: str, config: Any, device: torch.device) 
         headers = read_headers(source, recipe.model.revision)
         check_depth(headers or {}, config.num_hidden_layers)
     skeleton = empty_model(config)
-    check_targets(skeleton, recipe.lora.targets)
+    check_targets(skeleton, recipe.lora)
     if headers is not None:
         check_headers(headers, skeleton, prequantised=is_prequantised(config), double=recipe.quant.double)
     return skeleton

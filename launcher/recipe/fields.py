@@ -120,6 +120,8 @@ def in_words(schema: Json) -> str:
             return f"a list of {in_words(schema['items'])}{minimum}" + (
                 ", each once" if "uniqueItems" in schema else ""
             )
+        case "object" if "properties" not in schema:
+            return f"a mapping of text to {in_words(schema['additionalProperties'])}"
         case "object":
             return "{" + ", ".join(schema["properties"]) + "}"
         case "integer":
