@@ -21,11 +21,17 @@ class Adapted(NamedTuple):
     linear: nn.Linear
     rank: int
     alpha: float
+    dora: bool
+
+    @property
+    def matrices(self) -> int:
+        """Numbers of A [r, in] and B [out, r]."""
+        return self.rank * (self.linear.in_features + self.linear.out_features)
 
     @property
     def parameters(self) -> int:
-        """Of A [r, in] and B [out, r]."""
-        return self.rank * (self.linear.in_features + self.linear.out_features)
+        """Numbers that are trained."""
+        return self.matrices + (self.linear.out_features if self.dora else 0)
 
 
 def adapted_linears(model: nn.Module, lora: LoraSection) -> dict[str, Adapted]:
@@ -36,7 +42,7 @@ def adapted_linears(model: nn.Module, lora: LoraSection) -> dict[str, Adapted]:
         in_layer = chosen is None or int(LAYER.findall(name)[0]) in chosen
         if in_layer and any(_is_target(name, target) for target in lora.targets):
             rank = _by_pattern(lora.rank_pattern, name, lora.r)
-            found[name] = Adapted(linear, rank, _by_pattern(lora.alpha_pattern, name, lora.alpha))
+            found[name] = Adapted(linear, rank, _by_pattern(lora.alpha_pattern, name, lora.alpha), lora.dora)
     return found
 
 

@@ -1,5 +1,6 @@
 """The sizes of a model before it is built, from its empty form: adapters, weights, and what decides a step's memory."""
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -18,9 +19,10 @@ def adapter_parameters(model: nn.Module, lora: LoraSection) -> int:
     return sum(one.parameters for one in adapted_linears(model, lora).values())
 
 
-def dropped_features(model: nn.Module, lora: LoraSection) -> int:
-    """In-features of all adapters, each of which dropout gives an input of its own."""
-    return sum(one.linear.in_features for one in adapted_linears(model, lora).values()) if lora.dropout else 0
+def kept_by_adapters(linears: Iterable[Any], lora: LoraSection) -> int:
+    """Features that the adapters of these linears keep besides: under dropout inputs of their own, and for DoRA's
+    magnitudes the outputs before they are scaled."""
+    return sum((one.in_features if lora.dropout else 0) + (one.out_features if lora.dora else 0) for one in linears)
 
 
 def weight_bytes(model: nn.Module, quant: QuantSection, dtype: torch.dtype) -> int:

@@ -1,13 +1,20 @@
 """The section lora of a recipe: the adapters, and how they begin."""
 
 import re
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, ValidationInfo, field_validator
 
 from launcher.recipe.field_types import Distinct, NonEmptyText, RecipeSection
 
 ALL_LINEAR, EXPRESSION = "all-linear", "re:"  # in lora.targets: every linear; what a regular expression begins with
+NOT_OFFERED = {  # of PEFT's initialisations: why
+    **dict.fromkeys(
+        ("pissa", "olora", "loftq"),
+        "takes its product out of the base, which is then rounded to NF4 anew: the adapter would not fit the base",
+    ),
+    **dict.fromkeys(("eva", "corda", "lora_ga"), "needs activations or gradients of data before training starts"),
+}
 
 
 def entry_alone(value: Any) -> Any:
@@ -29,6 +36,13 @@ def layer_range(text: str) -> str:
     if last and int(last) < int(first):
         raise ValueError(f"a range of lora.layers must end after it begins; got {text}")
     return text
+
+
+def possible_start(value: Any) -> Any:
+    """Raises ValueError, with the reason, for one of PEFT's initialisations that is not offered."""
+    if value in NOT_OFFERED:
+        raise ValueError(f"lora.init={value} {NOT_OFFERED[value]}; use default, gaussian or orthogonal")
+    return value
 
 
 LayerRange = Annotated[
@@ -65,6 +79,18 @@ class LoraSection(RecipeSection):
         description="Other alphas than alpha, by a regular expression for the end of a module's name.",
         examples=[{"down_proj": 16}],
     )
+    plus_ratio: float = Field(
+        1.0, gt=0, description="Learning rate of B and of DoRA's magnitudes as a multiple of train.lr (LoRA+)."
+    )
+    init: Annotated[Literal["default", "gaussian", "orthogonal"], BeforeValidator(possible_start)] = Field(
+        "default", description="How A begins, and under orthogonal B too; in each case B A is zero."
+    )
+    dora: bool = Field(False, description="Train a magnitude for each row of W + update beside its direction (DoRA).")
+    start_from: NonEmptyText | None = Field(
+        None,
+        description="Folder or hub id of an adapter whose weights training begins with; null: new ones.",
+        examples=["./runs/first/adapter"],
+    )
 
     @property
     def chosen_layers(self) -> frozenset[int] | None:
@@ -81,6 +107,21 @@ class LoraSection(RecipeSection):
         if ALL_LINEAR in targets and len(targets) > 1:
             raise ValueError(f"lora.targets={ALL_LINEAR} names every linear; got other entries beside it")
         return targets
+
+    @field_validator("init")
+    @classmethod
+    def _has_halves(cls, init: str, info: ValidationInfo) -> str:
+        ranks = [info.data.get("r", 2), *info.data.get("rank_pattern", {}).values()]
+        if init == "orthogonal" and (odd := [rank for rank in ranks if rank % 2]):
+            raise ValueError(f"lora.init=orthogonal needs even ranks; got {odd[0]}; try {odd[0] + 1}")
+        return init
+
+    @field_validator("start_from")
+    @classmethod
+    def _is_the_only_start(cls, start: str | None, info: ValidationInfo) -> str | None:
+        if start and info.data.get("init", "default") != "default":
+            raise ValueError(f"lora.start_from takes the place of lora.init; got {start} and {info.data['init']}")
+        return start
 
     @field_validator("rank_pattern", "alpha_pattern")
     @classmethod

@@ -168,6 +168,11 @@ class TrainSection(RecipeSection):
     log_every: int = Field(
         1, ge=1, description="Steps between two reads of the metrics, each of which waits for the device."
     )
+    neftune_alpha: float = Field(
+        0.0,
+        ge=0,
+        description="Noise on the embeddings of training (NEFTune), in alpha / sqrt(tokens * width); 0: none.",
+    )
 
     @field_validator("patience", "keep_best")
     @classmethod

@@ -28,11 +28,29 @@ def make_optimizer(parameters: Sequence[torch.nn.Parameter], train: TrainSection
     """AdamW over the LoRA masters: torch's fused one, which reads the rate from the tensor `lr`, or bitsandbytes' 8-bit
     and paged ones, which read it from their `param_groups`."""
     if train.optimizer == "adamw":
-        return torch.optim.AdamW(parameters, lr=lr, weight_decay=train.weight_decay, fused=True)
+        groups = parameter_groups(parameters, lr=lr)
+        return torch.optim.AdamW(groups, lr=lr, weight_decay=train.weight_decay, fused=True)
     from bitsandbytes import optim
 
     kinds = {"adamw_8bit": optim.AdamW8bit, "paged_adamw": optim.PagedAdamW, "paged_adamw_8bit": optim.PagedAdamW8bit}
-    return kinds[train.optimizer](parameters, lr=train.lr, weight_decay=train.weight_decay)
+    groups = parameter_groups(parameters, lr=train.lr)
+    return kinds[train.optimizer](groups, lr=train.lr, weight_decay=train.weight_decay)
+
+
+def parameter_groups(parameters: Sequence[torch.nn.Parameter], *, lr: Tensor | float) -> Any:
+    """The parameters; where some have a `rate_factor` (model/lora.py), a group for each factor, with its own rate."""
+    factors = sorted({rate_factor(parameter) for parameter in parameters})
+    if factors in ([], [1.0]):
+        return parameters
+    return [
+        {"params": [p for p in parameters if rate_factor(p) == factor], "lr": lr * factor, "rate_factor": factor}
+        for factor in factors
+    ]
+
+
+def rate_factor(parameter: torch.nn.Parameter) -> float:
+    """What the learning rate is multiplied by for this parameter."""
+    return float(getattr(parameter, "rate_factor", 1.0))
 
 
 def gates_on_device(optimizer: Optimizer) -> bool:

@@ -14,6 +14,7 @@ VARIANTS = {
         ("lora.layers=1", "lora.targets=all-linear", "lora.rank_pattern={down_proj: 2}", "lora.rslora=true"),
         2,  # kinds of layers
     ),
+    "dora": (("lora.dora=true", "lora.layers=1", "lora.init=orthogonal"), 2),
     "expressions": (("lora.targets=re:.*proj", r"lora.alpha_pattern={'layers\.0\..*q_proj': 8}"), 2),
 }
 

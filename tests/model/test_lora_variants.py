@@ -6,12 +6,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model
+from pydantic import ValidationError
 
 from launcher.errors import RecipeError
 from launcher.model.families import family_of
 from launcher.model.grouped import group_projections
 from launcher.model.load import empty_model, random_base
-from launcher.model.lora import attach_lora
+from launcher.model.lora import attach_lora, orthogonal_start, stock_lora
 from launcher.model.lora_targets import adapted_linears, check_targets
 from launcher.recipe.lora_section import LoraSection
 from launcher.recipe.schema import QuantSection
@@ -33,6 +34,12 @@ VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {  # keys of ours, 
     "patterns and rslora": (
         {"rank_pattern": {"down_proj": 2}, "rslora": True},
         {"rank_pattern": {"down_proj": 2}, "use_rslora": True},
+    ),
+    "gaussian": ({"init": "gaussian"}, {"init_lora_weights": "gaussian"}),
+    "dora": ({"dora": True}, {"use_dora": True}),
+    "dora and rslora in some layers": (
+        {"dora": True, "rslora": True, "layers": ["0", "2"]},
+        {"use_dora": True, "use_rslora": True, "layers_to_transform": [0, 2]},
     ),
 }
 
@@ -100,6 +107,54 @@ def test_a_scale_of_another_variant_is_seen_by_that_comparison() -> None:
     _, loss = ours({})
     _, other = stock({"use_rslora": True})
     assert abs(loss - other) > 1e-3 * abs(loss)
+
+
+@pytest.mark.parametrize("quant", ["nf4", "none"])
+def test_dora_with_dropout_drops_what_stock_peft_drops(quant: str) -> None:
+    ours_of, stock_of = (
+        perturbed(make(base_model(quant), LoraSection(r=4, dora=True, dropout=0.4), seed=0))
+        for make in (attach_lora, stock_lora)
+    )
+    x = torch.randn(2, 5, 64)
+    results = []
+    for peft in (ours_of, stock_of.train()):
+        layer = peft.base_model.model.model.layers[0].mlp.up_proj
+        torch.manual_seed(3)
+        y = layer(x)
+        y.square().sum().backward()
+        results.append((y.detach(), [p.grad for p in layer.parameters() if p.requires_grad]))
+    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-4)
+    assert len(results[0][1]) == 3
+    with torch.no_grad():  # evaluation has no dropout
+        assert torch.equal(*(ours_of.base_model.model.model.layers[0].mlp.up_proj(x) for _ in range(2)))
+
+
+def test_dora_whose_norm_is_a_twentieth_wrong_is_seen_by_the_comparison(monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = torch.linalg.vector_norm
+    monkeypatch.setattr(torch.linalg, "vector_norm", lambda *a, **k: plain(*a, **k) * 1.05)  # PEFT uses norm
+    (_, loss), (_, stock_loss) = ours({"dora": True}), stock({"use_dora": True})
+    assert abs(loss - stock_loss) > 1e-4 * stock_loss
+
+
+def test_the_orthogonal_start_is_that_of_peft_and_changes_nothing_under_nf4() -> None:
+    config = LoraConfig(r=4, target_modules=["up_proj"], init_lora_weights="orthogonal")
+    layer = get_peft_model(base_model("none"), config).base_model.model.model.layers[0].mlp.up_proj
+    torch.manual_seed(5)
+    layer.orthogonal_init("default")
+    wanted = [layer.lora_A["default"].weight, layer.lora_B["default"].weight]
+    torch.manual_seed(5)
+    a, b = (torch.empty_like(weight) for weight in wanted)
+    orthogonal_start(a, b)
+    assert torch.equal(a, wanted[0]) and torch.equal(b, wanted[1])
+    layer = attach_lora(base_model(), LoraSection(r=4, init="orthogonal"), seed=0).base_model.model.model.layers[0]
+    a, b = layer.mlp.up_proj.lora_A["default"].weight, layer.mlp.up_proj.lora_B["default"].weight
+    assert (b @ a).abs().max() < 1e-6 < b.abs().mean()
+
+
+@pytest.mark.parametrize("start", ["pissa", "olora", "loftq", "eva"])
+def test_a_start_that_would_change_the_base_or_needs_data_is_refused_by_name(start: str) -> None:
+    with pytest.raises(ValidationError, match=f"lora.init={start} "):
+        LoraSection(init=start)
 
 
 @pytest.mark.parametrize(

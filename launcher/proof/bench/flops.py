@@ -23,7 +23,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from launcher.model.sizes import adapter_parameters
+from launcher.model.lora_targets import adapted_linears
 from launcher.recipe.lora_section import LoraSection
 
 
@@ -50,7 +50,7 @@ def model_flops(config: Any, lora: LoraSection) -> ModelFlops:
     for module in skeleton.modules():
         if isinstance(module, nn.Linear) and module is not head:
             per_token += 2 * 2 * module.in_features * module.out_features
-    per_token += 3 * 2 * adapter_parameters(skeleton, lora)
+    per_token += sum(3 * 2 * one.matrices for one in adapted_linears(skeleton, lora).values())
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     width = config.num_attention_heads * head_dim
     return ModelFlops(per_token, per_target, 3 * 2 * 2 * width * config.num_hidden_layers)
