@@ -39,7 +39,7 @@ def adapted_linears(model: nn.Module, lora: LoraSection) -> dict[str, Adapted]:
     chosen, found = lora.chosen_layers, {}
     for weight, linear in linear_weights(model).items():
         name = weight.removesuffix(".weight")
-        in_layer = chosen is None or int(LAYER.findall(name)[0]) in chosen
+        in_layer = not chosen or any(_layer(name) in numbers for numbers in chosen)
         if in_layer and any(_is_target(name, target) for target in lora.targets):
             rank = _by_pattern(lora.rank_pattern, name, lora.r)
             found[name] = Adapted(linear, rank, _by_pattern(lora.alpha_pattern, name, lora.alpha), lora.dora)
@@ -61,11 +61,9 @@ def check_targets(model: nn.Module, lora: LoraSection) -> None:
             f"lora.targets must name linear layers of the decoder; {', '.join(unmatched)} matched nothing.\n"
             f"This model has: {', '.join(sorted({name.rpartition('.')[2] for name in names}))}."
         )
-    depth = max(int(LAYER.findall(name)[0]) for name in names) + 1
-    if missing := sorted(number for number in lora.chosen_layers or () if number >= depth):
-        raise RecipeError(
-            f"lora.layers must be of the model, which has the layers 0-{depth - 1}; {missing[0]} is none."
-        )
+    last = max(_layer(name) for name in names)
+    if missing := [numbers[-1] for numbers in lora.chosen_layers if numbers[-1] > last]:
+        raise RecipeError(f"lora.layers must be of the model, which has the layers 0-{last}; {missing[0]} is none.")
     adapted = adapted_linears(model, lora)
     if not adapted:
         raise RecipeError("lora.targets and lora.layers must name a linear together; none is in both. Change one.")
@@ -84,6 +82,10 @@ def _check_patterns(key: str, patterns: Mapping[str, float], names: Collection[s
         if len(several := [pattern for pattern in patterns if _ends_with(name, pattern)]) > 1:
             both = " and ".join(several)
             raise RecipeError(f"{key} must have one pattern a module; {name} has {both}.\nMake one of them narrower.")
+
+
+def _layer(name: str) -> int:
+    return int(LAYER.findall(name)[0])
 
 
 def _is_target(name: str, target: str) -> bool:

@@ -31,7 +31,9 @@ def check_expression(pattern: str, key: str) -> None:
 
 
 def layer_range(text: str) -> str:
-    """Raises ValueError where a range of layers ends before it begins."""
+    """Raises ValueError unless `text` is a number or a range of numbers."""
+    if not re.fullmatch(r"\d+(-\d+)?", text):
+        raise ValueError(f"lora.layers must hold numbers and ranges, as 0-7 or 12; got {text!r}")
     first, _, last = text.partition("-")
     if last and int(last) < int(first):
         raise ValueError(f"a range of lora.layers must end after it begins; got {text}")
@@ -40,7 +42,7 @@ def layer_range(text: str) -> str:
 
 def possible_start(value: Any) -> Any:
     """Raises ValueError, with the reason, for one of PEFT's initialisations that is not offered."""
-    if value in NOT_OFFERED:
+    if isinstance(value, str) and value in NOT_OFFERED:
         raise ValueError(f"lora.init={value} {NOT_OFFERED[value]}; use default, gaussian or orthogonal")
     return value
 
@@ -48,7 +50,6 @@ def possible_start(value: Any) -> Any:
 LayerRange = Annotated[
     str,
     BeforeValidator(lambda value: str(value) if type(value) is int else value),
-    Field(pattern=r"^\d+(-\d+)?$"),
     AfterValidator(layer_range),
 ]
 
@@ -93,10 +94,10 @@ class LoraSection(RecipeSection):
     )
 
     @property
-    def chosen_layers(self) -> frozenset[int] | None:
-        """The numbers of `layers`; None: all."""
+    def chosen_layers(self) -> list[range]:
+        """The ranges of `layers`; none: all layers."""
         ends = [(first, last or first) for first, _, last in (entry.partition("-") for entry in self.layers)]
-        return frozenset(n for first, last in ends for n in range(int(first), int(last) + 1)) if ends else None
+        return [range(int(first), int(last) + 1) for first, last in ends]
 
     @field_validator("targets")
     @classmethod
