@@ -121,7 +121,16 @@ def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 def _load(model: PeftModel, folder: Path) -> None:
     saved, live = PeftConfig.from_pretrained(str(folder)), model.peft_config[ADAPTER]
     assert isinstance(saved, LoraConfig) and isinstance(live, LoraConfig)
-    for key in ("r", "lora_alpha", "lora_dropout", "target_modules"):
+    for key in (
+        "r",
+        "lora_alpha",
+        "lora_dropout",
+        "target_modules",
+        "use_rslora",
+        "use_dora",
+        "rank_pattern",
+        "alpha_pattern",
+    ):
         if getattr(saved, key) != getattr(live, key):
             raise CheckpointError(
                 f"adapter_config.json must say what was trained: {key} is {getattr(saved, key)!r}, "

@@ -4,7 +4,8 @@
 
 base is the NF4 weight dequantised, which training added the update to (ops/nf4.py), or the weight of the base's files.
 Training itself rounds A and scale * B to the compute dtype first; the masters that it updates are fp32, and so is this
-sum. What is not quantised keeps its value, in the dtype of the result.
+sum. Under DoRA each row of the sum is scaled to its magnitude. What is not quantised keeps its value, in the dtype of
+the result.
 """
 
 import json
@@ -19,6 +20,7 @@ import torch
 from bitsandbytes.nn import Params4bit
 from huggingface_hub import split_state_dict_into_shards_factory
 from peft import LoraConfig, PeftConfig
+from peft.utils.other import get_pattern_key
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -44,9 +46,9 @@ from launcher.ops.nf4 import Nf4, plain_merged_weight
 
 PEFT_PREFIX = "base_model.model."  # of PEFT's names
 PLAIN = {  # settings of a LoRA whose update is scale * B A, and nothing else
-    "use_dora": False, "bias": "none", "modules_to_save": None, "rank_pattern": {}, "alpha_pattern": {},
-    "fan_in_fan_out": False, "layers_to_transform": None,
+    "bias": "none", "modules_to_save": None, "fan_in_fan_out": False,
 }  # fmt: skip
+MAGNITUDE = "lora_magnitude_vector"
 FREE_BYTES = 64 * 2**20  # for tokenizer, configs and the file system itself
 
 
@@ -56,6 +58,7 @@ class Update(NamedTuple):
     a: Tensor  # fp32 [r, D]
     b: Tensor  # fp32 [O, r]
     scale: float
+    magnitude: Tensor | None  # fp32 [O], of DoRA
 
 
 @dataclass(frozen=True)
@@ -107,7 +110,7 @@ def check_space(nbytes: int, folder: Path) -> None:
 def read_updates(adapter: Path) -> dict[str, Update]:
     """The updates of an adapter in PEFT's layout, by the name of the weight that each is added to.
 
-    Raises RecipeError for a kind of adapter that is more than scale * B A.
+    Raises RecipeError for a kind of adapter that is more than scale * B A, or DoRA.
     """
     config = PeftConfig.from_pretrained(str(adapter))
     assert isinstance(config, LoraConfig), "the trainer makes LoRA adapters"
@@ -117,17 +120,30 @@ def read_updates(adapter: Path) -> dict[str, Update]:
             f"an adapter that is merged must be plain LoRA; that of {adapter} has "
             f"{', '.join(f'{key}={value}' for key, value in found.items())}.\nUse format=adapter."
         )
-    scale = config.lora_alpha / (math.sqrt(config.r) if config.use_rslora else config.r)
     stored = load_file(adapter / "adapter_model.safetensors")
     tensors = {name.removeprefix(PEFT_PREFIX): tensor.float() for name, tensor in stored.items()}
     names = {name.removesuffix(".lora_A.weight") for name in tensors if name.endswith(".lora_A.weight")}
-    unknown = tensors.keys() - {f"{name}.lora_{matrix}.weight" for name in names for matrix in "AB"}
+    parts = ("lora_A.weight", "lora_B.weight", *([MAGNITUDE] if config.use_dora else []))
+    unknown = tensors.keys() - {f"{name}.{part}" for name in names for part in parts}
     if unknown:
         raise RecipeError(f"an adapter must hold LoRA matrices only; {adapter} holds {sorted(unknown)[0]} too.")
     return {
-        f"{name}.weight": Update(tensors[f"{name}.lora_A.weight"], tensors[f"{name}.lora_B.weight"], scale)
+        f"{name}.weight": Update(
+            tensors[f"{name}.lora_A.weight"],
+            tensors[f"{name}.lora_B.weight"],
+            _scale(config, name),
+            tensors[f"{name}.{MAGNITUDE}"] if config.use_dora else None,
+        )
         for name in sorted(names)
     }
+
+
+def _scale(config: LoraConfig, name: str) -> float:
+    """What an update is multiplied by; PEFT's rule."""
+    ranks, alphas = config.rank_pattern or {}, config.alpha_pattern or {}
+    rank = ranks.get(get_pattern_key([*ranks], name), config.r)
+    alpha = alphas.get(get_pattern_key([*alphas], name), config.lora_alpha)
+    return alpha / (math.sqrt(rank) if config.use_rslora else rank)
 
 
 def check_updates(plan: MergePlan, updates: Mapping[str, Update]) -> None:
@@ -167,13 +183,22 @@ def merged_weight(plan: MergePlan, name: str, update: Update | None) -> Tensor:
     run, shape = plan.run, torch.Size(plan.shapes[name])
     if name in plan.linears and plan.on == "dequantised" and run.place.recipe.quant.type != "none":
         a, b = (update.a.to(run.device), update.b.to(run.device)) if update else (None, None)
-        return plain_merged_weight(_nf4(plan, name), a, b, update.scale if update else 1.0, shape)
+        merged = plain_merged_weight(_nf4(plan, name), a, b, update.scale if update else 1.0, shape)
+        return _lengthened(merged, update)
     weight = _stored(plan, name)
     if plan.on == "dequantised":
         weight = weight.to(run.dtype)  # as training computes with it
     if update is None:
         return weight
-    return weight.to(run.device, torch.float32).addmm_(update.b.to(run.device) * update.scale, update.a.to(run.device))
+    weight = weight.to(run.device, torch.float32)
+    return _lengthened(weight.addmm_(update.b.to(run.device) * update.scale, update.a.to(run.device)), update)
+
+
+def _lengthened(weight: Tensor, update: Update | None) -> Tensor:
+    """The fp32 weight [O, D], in place; under DoRA its rows get the lengths that were trained."""
+    if update is None or update.magnitude is None:
+        return weight
+    return weight.mul_((update.magnitude.to(weight.device) / torch.linalg.vector_norm(weight, dim=1))[:, None])
 
 
 def _nf4(plan: MergePlan, name: str) -> Nf4:

@@ -56,7 +56,14 @@ def trained_weight(base: Any, name: str, plan: MergePlan) -> Tensor:
             state = copy.copy(weight.quant_state)
             state.dtype = torch.float32  # else it would be rounded to the dtype that it had before
             weight = dequantize_4bit(weight.data, state)
-    return weight.float() + module.get_delta_weight(ADAPTER).float() if adapted else weight
+    if not adapted:
+        return weight
+    update = module.get_delta_weight(ADAPTER).float()
+    if ADAPTER not in module.lora_magnitude_vector:
+        return weight.float() + update
+    dora = module.lora_magnitude_vector[ADAPTER]
+    norms = dora.get_weight_norm(weight.float(), update, scaling=1)
+    return (dora.weight / norms)[:, None] * (weight.float() + update)
 
 
 def is_rounded(found: Tensor, expected: Tensor) -> bool:

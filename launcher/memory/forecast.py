@@ -26,8 +26,8 @@ class Shapes:
     trainable: int  # parameters
     repeated: int = 0  # features by which keys and values grow where each is repeated for its group of query heads
     masked: int = 0  # S, where attention reads an [S, S] mask of the compute dtype
-    dropped: int = 0  # sum of in-features of a layer's adapters, where dropout gives each an input of its own
     state: float = 8.0  # bytes of optimizer state a trained parameter; adamw's
+    by_adapters: int = 0  # features that a layer's adapters keep besides (model/sizes.py)
 
 
 class Kept(NamedTuple):
@@ -75,6 +75,6 @@ def _layer_mib(s: Shapes, kept: Kept) -> float:
     """MiB that one layer keeps for the backward pass."""
     # Its input, the sum after attention, attention's inputs and output, gate and up; then the norms' outputs, and the
     # repeated keys and values, which are computed again where elementwise results are.
-    selective = 2 * s.hidden + 2 * s.query + 2 * s.key_value + 2 * s.intermediate + s.dropped
+    selective = 2 * s.hidden + 2 * s.query + 2 * s.key_value + 2 * s.intermediate + s.by_adapters
     most = selective + (2 * s.hidden + s.repeated if kept.elementwise else 0)
     return (s.hidden + kept.budget * (most - s.hidden)) * s.itemsize * s.tokens / MIB

@@ -22,11 +22,13 @@ from launcher.model.load import (
     load_base,
     random_base,
 )
-from launcher.model.lora import ADAPTER, attach_lora, check_targets
+from launcher.model.lora import attach_lora
+from launcher.model.lora_targets import check_targets
 from launcher.model.packed import PackedCausalLM, use_native_norm
-from launcher.model.sizes import step_sizes
+from launcher.model.sizes import kept_by_adapters, step_sizes
 from launcher.model.weight_files import check_depth, check_headers, read_headers
 from launcher.ops.linear_ce import chunk_rows, product_rows
+from launcher.recipe.lora_section import LoraSection
 from launcher.recipe.schema import Recipe
 from launcher.records.run import Verdict
 
@@ -39,6 +41,7 @@ class BuiltModel:
 
     peft: PeftModel
     packed: PackedCausalLM
+    lora: LoraSection
     family: Family
     dtype: torch.dtype
     attention: str  # the path
@@ -51,8 +54,8 @@ class BuiltModel:
 
     def sizes(self) -> dict[str, int]:
         """What decides how much memory a token of a micro batch takes, as memory/forecast.py's Shapes names it."""
-        lora: Any = self.peft.peft_config[ADAPTER]
-        adapted: list[Any] = [module for module in self.packed.body.layers[0].modules() if hasattr(module, "lora_A")]
+        layers = self.packed.body.layers
+        adapted: list[Any] = [module for module in layers.modules() if hasattr(module, "lora_A")]
         sizes = step_sizes(
             self.peft.config,
             attention=self.attention,
@@ -60,7 +63,7 @@ class BuiltModel:
             loss_chunk=self.packed.loss_chunk,
             trainable=self.trainable,
         )
-        return {**sizes, "dropped": sum(module.in_features for module in adapted) if lora.lora_dropout else 0}
+        return {**sizes, "by_adapters": kept_by_adapters(adapted, self.lora) // len(layers)}
 
 
 def choose_dtype(wanted: str, device: torch.device) -> torch.dtype:
@@ -86,7 +89,7 @@ def check_model(recipe: Recipe, source: str, config: Any, device: torch.device) 
         headers = read_headers(source, recipe.model.revision)
         check_depth(headers or {}, config.num_hidden_layers)
     skeleton = empty_model(config)
-    check_targets(skeleton, recipe.lora.targets)
+    check_targets(skeleton, recipe.lora)
     if headers is not None:
         check_headers(headers, skeleton, prequantised=is_prequantised(config), double=recipe.quant.double)
     return skeleton
@@ -133,11 +136,13 @@ def build_model(
         loss_rows=loss_rows,
         max_seqlen=blocks.max_seqlen,
     )
+    packed.neftune_alpha = recipe.train.neftune_alpha
     phase("after adapters")
     parameters, trainable = count_parameters(peft)
     return BuiltModel(
         peft,
         packed.train(),
+        recipe.lora,
         family,
         dtype,
         attention=path,

@@ -15,10 +15,10 @@ from transformers.activations import SiLUActivation
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb, eager_attention_forward
 
-from launcher.model.lora import ADAPTER, QLoraLinear4bit, nf4_of
+from launcher.model.lora import ADAPTER, QDoraLinear4bit, QLoraLinear4bit, nf4_of
 from launcher.ops.feed_forward import gated_feed_forward
 from launcher.ops.nf4 import Nf4
-from launcher.ops.qlora_linear import joined_linears
+from launcher.ops.qlora_linear import dora_linears, joined_linears
 from launcher.ops.rotary import rotary
 
 ATTENTION = ("q_proj", "k_proj", "v_proj")
@@ -44,7 +44,8 @@ def _attention_forward(module: Any) -> Any:
 
 
 def _feed_forward_forward(module: Any) -> Any:
-    if isinstance(module.act_fn, nn.SiLU | SiLUActivation) and _can_be_grouped(module, FEED_FORWARD):
+    activated = isinstance(module.act_fn, nn.SiLU | SiLUActivation)
+    if activated and _can_be_grouped(module, FEED_FORWARD) and not isinstance(module.down_proj, QDoraLinear4bit):
         return _gated_feed_forward
     return _feed_forward if _can_be_grouped(module, FEED_FORWARD[:2]) else None
 
@@ -55,7 +56,7 @@ def _can_be_grouped(module: Any, names: Sequence[str]) -> bool:
         return False
     if any(p.base_layer.bias is not None or getattr(p.lora_dropout[ADAPTER], "p", 0.0) for p in projections):
         return False
-    return len({(p.scaling[ADAPTER], p.lora_A[ADAPTER].weight.shape[0]) for p in projections}) == 1
+    return len({(type(p), p.scaling[ADAPTER], p.lora_A[ADAPTER].weight.shape[0]) for p in projections}) == 1
 
 
 @cache  # one class for all layers: torch.compile guards on it
@@ -74,7 +75,12 @@ def _weights(projections: list[Any]) -> tuple[list[Nf4], list[Tensor], list[Tens
 
 def _joined(x: Tensor, projections: list[Any]) -> Tensor:
     """x [..., D] -> [..., sum of O]."""
-    return joined_linears(x, *_weights(projections), scaling=projections[0].scaling[ADAPTER])
+    weights, scaling = _weights(projections), projections[0].scaling[ADAPTER]
+    if isinstance(projections[0], QDoraLinear4bit):
+        return dora_linears(
+            x, *weights, [p.lora_magnitude_vector[ADAPTER].weight for p in projections], scaling=scaling
+        )
+    return joined_linears(x, *weights, scaling=scaling)
 
 
 def _attention(

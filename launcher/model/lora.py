@@ -13,14 +13,16 @@ import torch.nn.functional as F
 from bitsandbytes.nn import Linear4bit
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import Linear as PeftLinear
+from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.bnb import Linear4bit as PeftLinear4bit
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from launcher.errors import RecipeError
+from launcher.model.lora_targets import module_names
 from launcher.ops.nf4 import BLOCK, Nf4
-from launcher.ops.qlora_linear import frozen_linear, lora_update, qlora_linear
-from launcher.recipe.schema import LoraSection
+from launcher.ops.qlora_linear import dora_linears, frozen_linear, lora_update, qlora_linear
+from launcher.recipe.lora_section import LoraSection
 
 ADAPTER = "default"
 
@@ -50,6 +52,46 @@ class QLoraLinear4bit(PeftLinear4bit):
         return y if self.base_layer.bias is None else y + self.base_layer.bias
 
 
+class QDoraLinear(QLoraLinear):
+    """DoRA on an unquantised linear; x [..., D] -> [..., O]."""
+
+    def forward(self: Any, x: Tensor) -> Tensor:
+        base, scaling = self.base_layer, self.scaling[ADAPTER]
+        a, b = self.lora_A[ADAPTER].weight, self.lora_B[ADAPTER].weight
+        with torch.no_grad():
+            norms = torch.linalg.vector_norm(base.weight + scaling * (b @ a), dim=1, dtype=torch.float32)
+        dropped = _dropped(self, x)
+        y = F.linear(dropped, base.weight) + lora_update(dropped, a, b, scaling=scaling)
+        y = (y * (self.lora_magnitude_vector[ADAPTER].weight / norms)).to(x.dtype)
+        if dropped is not x:
+            y = y + F.linear(x - dropped, base.weight)
+        return y if base.bias is None else y + base.bias
+
+
+class QDoraLinear4bit(QLoraLinear4bit):
+    """DoRA on a 4-bit linear; x [..., D] -> [..., O]."""
+
+    def forward(self: Any, x: Tensor) -> Tensor:
+        base, dropped = nf4_of(self.base_layer), _dropped(self, x)
+        y = dora_linears(
+            dropped,
+            [base],
+            [self.lora_A[ADAPTER].weight],
+            [self.lora_B[ADAPTER].weight],
+            [self.lora_magnitude_vector[ADAPTER].weight],
+            scaling=self.scaling[ADAPTER],
+        )
+        if dropped is not x:  # PEFT: the base's own part is not dropped
+            y = y + frozen_linear(x - dropped, base, out_features=self.out_features)
+        return y if self.base_layer.bias is None else y + self.base_layer.bias
+
+
+def _dropped(linear: Any, x: Tensor) -> Tensor:
+    """The input of an adapter: x itself without dropout or gradients."""
+    dropout = getattr(linear.lora_dropout[ADAPTER], "p", 0.0)
+    return F.dropout(x, dropout, training=True) if dropout > 0 and torch.is_grad_enabled() else x
+
+
 class FrozenLinear4bit(Linear4bit):
     """A 4-bit linear without an adapter; x [..., D] -> [..., O]."""
 
@@ -58,7 +100,12 @@ class FrozenLinear4bit(Linear4bit):
         return y if self.bias is None else y + self.bias
 
 
-OURS: dict[type, type] = {PeftLinear: QLoraLinear, PeftLinear4bit: QLoraLinear4bit}
+OURS: dict[tuple[type, bool], type] = {  # by PEFT's class, and whether it is DoRA
+    (PeftLinear, False): QLoraLinear,
+    (PeftLinear, True): QDoraLinear,
+    (PeftLinear4bit, False): QLoraLinear4bit,
+    (PeftLinear4bit, True): QDoraLinear4bit,
+}
 
 
 def nf4_of(linear: Linear4bit) -> Nf4:
@@ -78,17 +125,37 @@ def nf4_of_weight(weight: Any) -> Nf4:
 def stock_lora(model: PreTrainedModel, lora: LoraSection, *, seed: int) -> PeftModel:
     """Freeze the base and add PEFT's own adapters, drawn from `seed`. Targets have passed `check_targets`."""
     torch.manual_seed(seed)
-    return get_peft_model(
+    adapted = get_peft_model(
         model,
         LoraConfig(
             r=lora.r,
             lora_alpha=lora.alpha,  # type: ignore[arg-type]  # annotated int, any number scales
             lora_dropout=lora.dropout,
-            target_modules=list(lora.targets),
+            target_modules=module_names(model, lora),
+            use_rslora=lora.rslora,
+            use_dora=lora.dora,
+            init_lora_weights="gaussian" if lora.init == "gaussian" else True,
+            rank_pattern=dict(lora.rank_pattern),
+            alpha_pattern=dict(lora.alpha_pattern),
             task_type="CAUSAL_LM",
         ),
         adapter_name=ADAPTER,
     )
+    if lora.init == "orthogonal":
+        layers: list[Any] = [module for module in adapted.modules() if isinstance(module, LoraLayer)]
+        for layer in layers:
+            orthogonal_start(layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight)
+    return adapted
+
+
+@torch.no_grad()
+def orthogonal_start(a: Tensor, b: Tensor) -> None:
+    """Draw A [r, D] and B [O, r] so that both are far from zero and B A is not: their rows and columns lie in two
+    orthogonal halves of r dimensions. PEFT's `orthogonal`, which refuses weights that are not floating point."""
+    (rank, width), out = a.shape, b.shape[0]
+    basis = torch.linalg.qr(torch.randn(rank, rank))[0]
+    a.copy_((torch.randn(width, rank // 2) @ basis[0::2]).T / 10)
+    b.copy_(torch.randn(rank // 2, out).T @ basis[1::2] / 10)
 
 
 def attach_lora(model: PreTrainedModel, lora: LoraSection, *, seed: int) -> PeftModel:
@@ -96,7 +163,7 @@ def attach_lora(model: PreTrainedModel, lora: LoraSection, *, seed: int) -> Peft
     adapted = stock_lora(model, lora, seed=seed)
     for name, module in adapted.named_modules():
         if hasattr(module, "lora_A"):
-            module.__class__ = OURS[type(module)]
+            module.__class__ = OURS[type(module), lora.dora]
         elif isinstance(module, Linear4bit):
             check_blocks(name, module)
             if not name.endswith(".base_layer"):
@@ -104,6 +171,8 @@ def attach_lora(model: PreTrainedModel, lora: LoraSection, *, seed: int) -> Peft
     for name, parameter in adapted.named_parameters():
         if parameter.requires_grad and parameter.dtype != torch.float32:
             raise AssertionError(f"{name} is {parameter.dtype}: LoRA masters are fp32")
+        if parameter.requires_grad and lora.plus_ratio != 1 and ".lora_A." not in name:
+            parameter.rate_factor = lora.plus_ratio  # type: ignore[attr-defined]  # read by train/optim.py
     # Train mode throughout: torch.compile guards on the mode, and bitsandbytes repacks weights in eval on some CPUs.
     # Dropout follows the gradient mode instead (ops/qlora_linear.py).
     return adapted.train()
@@ -117,16 +186,4 @@ def check_blocks(name: str, linear: Linear4bit) -> None:
         raise RecipeError(
             f"4-bit weights must be quantised in blocks of {BLOCK}; {name} of this checkpoint has {state.blocksize}.\n"
             "Name the unquantised checkpoint in model.name."
-        )
-
-
-def check_targets(model: PreTrainedModel, targets: tuple[str, ...] | list[str]) -> None:
-    """Raise RecipeError naming every LoRA target that is not a linear of the decoder layers."""
-    layers: nn.Module = model.model.layers
-    linears = {name.rsplit(".", 1)[-1] for name, module in layers.named_modules() if isinstance(module, nn.Linear)}
-    unmatched = [t for t in targets if t not in linears]
-    if unmatched:
-        raise RecipeError(
-            f"lora.targets must name linear layers of the decoder; {', '.join(unmatched)} matched nothing.\n"
-            f"This model has: {', '.join(sorted(linears))}."
         )

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from launcher.ops.document_attention import document_mask
+from launcher.ops.embedding_noise import embedding_noise
 from launcher.ops.linear_ce import ChunkFunctions, linear_cross_entropy
 
 
@@ -82,6 +83,7 @@ class PackedCausalLM(nn.Module):
         self.max_seqlen = max_seqlen or max_length
         self._loss_rows = dict(loss_rows or {})
         self.loss_functions = ChunkFunctions()
+        self.neftune_alpha = 0.0  # of the noise on the embeddings, where gradients are recorded
         weight = self.embed.weight
         positions = torch.arange(max_length, device=weight.device)[None]
         with torch.no_grad():  # [S, E] each; the model's own rotary module makes them, scaling included
@@ -100,6 +102,8 @@ class PackedCausalLM(nn.Module):
         the model's bound on document length, for documents that are not of the run's data."""
         hidden = self.embed(input_ids)
         if torch.is_grad_enabled():
+            if self.neftune_alpha:
+                hidden = hidden + embedding_noise(hidden, cu_seqlens, self.neftune_alpha)
             # Nothing below the first layer is trained. Without this, layer 0's input would need no gradient and the
             # other layers' would: two graphs instead of one.
             hidden.requires_grad_()

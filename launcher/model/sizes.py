@@ -1,26 +1,28 @@
 """The sizes of a model before it is built, from its empty form: adapters, weights, and what decides a step's memory."""
 
-from collections.abc import Collection
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import nn
 
 from launcher.model.families import head_width
+from launcher.model.lora_targets import adapted_linears
 from launcher.model.weight_files import linear_weights
 from launcher.ops.nf4 import BLOCK, BLOCK2
-from launcher.recipe.schema import LoraSection, QuantSection
-
-
-def adapted_linears(model: nn.Module, targets: Collection[str]) -> list[nn.Linear]:
-    """The linears of the decoder layers that get an adapter."""
-    linears = linear_weights(model).items()
-    return [linear for name, linear in linears if name.removesuffix(".weight").rpartition(".")[2] in targets]
+from launcher.recipe.lora_section import LoraSection
+from launcher.recipe.schema import QuantSection
 
 
 def adapter_parameters(model: nn.Module, lora: LoraSection) -> int:
-    """Parameters of all adapters: A [r, in] and B [out, r] of each linear."""
-    return sum(lora.r * (one.in_features + one.out_features) for one in adapted_linears(model, lora.targets))
+    """Parameters of all adapters."""
+    return sum(one.parameters for one in adapted_linears(model, lora).values())
+
+
+def kept_by_adapters(linears: Iterable[Any], lora: LoraSection) -> int:
+    """Features that the adapters of these linears keep besides: under dropout inputs of their own, and for DoRA's
+    magnitudes the outputs before they are scaled."""
+    return sum((one.in_features if lora.dropout else 0) + (one.out_features if lora.dora else 0) for one in linears)
 
 
 def weight_bytes(model: nn.Module, quant: QuantSection, dtype: torch.dtype) -> int:

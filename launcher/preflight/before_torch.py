@@ -8,6 +8,7 @@ from pathlib import Path
 
 from launcher.checkpoint.files import writable
 from launcher.checkpoint.folder import RunFolder, default_folder, named_folder
+from launcher.checkpoint.start_adapter import check_start
 from launcher.data.read.sources import local_files
 from launcher.errors import CheckpointError, DataError, RecipeError
 from launcher.model.config_file import check_config_file
@@ -44,6 +45,8 @@ def check_before_torch(checks: Checks, resolved: Resolved, *, shipped: Path, cor
         found=lambda notes: "; ".join(notes) or "nothing is asked for without effect",
     )
     source = checks.add("model", partial(check_located, recipe, shipped))
+    if recipe.lora.start_from:
+        checks.add("adapter", partial(check_start, recipe.lora))
     for entry in recipe.data.sources:
         checks.add("data", partial(check_data, entry))
     if recipe.data.validation_source:

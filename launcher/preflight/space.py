@@ -21,7 +21,8 @@ from launcher.memory.policy import choose_policy
 from launcher.model.attention import choose_attention
 from launcher.model.build import choose_dtype
 from launcher.model.families import head_width
-from launcher.model.sizes import adapted_linears, adapter_parameters, step_sizes, weight_bytes
+from launcher.model.lora_targets import adapted_linears
+from launcher.model.sizes import adapter_parameters, kept_by_adapters, step_sizes, weight_bytes
 from launcher.model.weight_files import read_headers
 from launcher.ops.linear_ce import chunk_rows
 from launcher.recipe.schema import Recipe
@@ -126,12 +127,12 @@ def planned_shapes(recipe: Recipe, config: Any, model: nn.Module, device: torch.
     width = 1 if recipe.data.batching == "bucketed" else recipe.data.max_length
     tokens, trainable = recipe.train.micro_batch * width, adapter_parameters(model, recipe.lora)
     chunk = chunk_rows([tokens], config.vocab_size, recipe.memory.loss_chunk_mib, itemsize=dtype.itemsize)
-    adapted = adapted_linears(model, recipe.lora.targets) if recipe.lora.dropout else []
+    adapted = [one.linear for one in adapted_linears(model, recipe.lora).values()]
     shapes = Shapes(
         tokens=tokens,
         masked=width if attention == "sdpa" else 0,
         state=optimizer_bytes(recipe.train.optimizer, recipe.lora.r),
-        dropped=sum(linear.in_features for linear in adapted) // config.num_hidden_layers,
+        by_adapters=kept_by_adapters(adapted, recipe.lora) // config.num_hidden_layers,
         **step_sizes(config, attention=attention, dtype=dtype, loss_chunk=chunk, trainable=trainable),
     )
     return shapes, (weight_bytes(model, recipe.quant, dtype) + FP32 * trainable) / MIB

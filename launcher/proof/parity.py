@@ -46,7 +46,7 @@ def parity(request: Request) -> Iterator[str | ParityRecord]:
 
     Raises the errors of launcher/errors.py, but not for a closed gate: that is in the record's verdicts.
     """
-    clock, (request, notes) = Clock(), without_dropout(request)
+    clock, (request, notes) = Clock(), without_noise(request)
     recipe = request.recipe
     yield "reading data"
     with clock.phase("data"):
@@ -95,13 +95,16 @@ def parity(request: Request) -> Iterator[str | ParityRecord]:
     )
 
 
-def without_dropout(request: Request) -> tuple[Request, tuple[str, ...]]:
-    """The request with lora.dropout=0, and a note if it asked for more: three models cannot draw the same masks."""
-    lora = request.recipe.lora
-    if not lora.dropout:
-        return request, ()
-    recipe = request.recipe.model_copy(update={"lora": lora.model_copy(update={"dropout": 0.0})})
-    return replace(request, recipe=recipe), (f"measured with lora.dropout=0, not the recipe's {lora.dropout:g}",)
+def without_noise(request: Request) -> tuple[Request, tuple[str, ...]]:
+    """The request without dropout and NEFTune, and a note on each that it asked for: three models cannot draw the same
+    numbers."""
+    recipe, notes = request.recipe, []
+    for section, key in (("lora", "dropout"), ("train", "neftune_alpha")):
+        if asked := getattr(getattr(recipe, section), key):
+            quiet = getattr(recipe, section).model_copy(update={key: 0.0})
+            recipe = recipe.model_copy(update={section: quiet})
+            notes.append(f"measured with {section}.{key}=0, not the recipe's {asked:g}")
+    return replace(request, recipe=recipe), tuple(notes)
 
 
 def compiled_worker(request: Request, prepared: Prepared, *, clock: Clock) -> Worker:

@@ -34,6 +34,12 @@ OTHER_NAMES = {  # another trainer's name: our key
     "eval_steps": "train.eval_every",
     "rank": "lora.r",
     "target_modules": "lora.targets",
+    "use_rslora": "lora.rslora",
+    "use_dora": "lora.dora",
+    "layers_to_transform": "lora.layers",
+    "init_lora_weights": "lora.init",
+    "loraplus_lr_ratio": "lora.plus_ratio",
+    "neftune_noise_alpha": "train.neftune_alpha",
     "dataset": "data.sources",
     "seq_len": "data.max_length",
     "model_name_or_path": "model.name",
@@ -120,6 +126,8 @@ def in_words(schema: Json) -> str:
             return f"a list of {in_words(schema['items'])}{minimum}" + (
                 ", each once" if "uniqueItems" in schema else ""
             )
+        case "object" if "properties" not in schema:
+            return f"a mapping of text to {in_words(schema['additionalProperties'])}"
         case "object":
             return "{" + ", ".join(schema["properties"]) + "}"
         case "integer":

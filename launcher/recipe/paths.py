@@ -40,10 +40,10 @@ def misplaced(values: Values, folder: Path, recipe_folder: Path) -> Iterator[tup
 
 
 def _named_paths(values: Values) -> Iterator[tuple[str, str]]:
-    """The paths and names that a run reads from: of the model, the sources and the validation data."""
+    """The paths and names that a run reads from: of the model, an adapter, the sources and the validation data."""
     sources = values.get("data.sources")
     entries = {f"data.sources[{i}].path": entry for i, entry in enumerate(sources if isinstance(sources, list) else ())}
-    entries |= {key: values[key] for key in ("model.name", "data.validation") if key in values}
+    entries |= {key: values[key] for key in ("model.name", "data.validation", "lora.start_from") if key in values}
     for key, entry in entries.items():
         text = entry.get("path") if isinstance(entry, dict) else entry
         if isinstance(text, str) and text:

@@ -1,7 +1,7 @@
 """The recipe: one frozen model per section, each field with its meaning, unit, range and default.
 
 Errors, `mode=show`, `--help` and the JSON schema are written from these fields. A subsystem is handed its section
-(`recipe.compile`), never the recipe. The sections data and train are in files of their own.
+(`recipe.compile`), never the recipe. The sections lora, data and train are in files of their own.
 """
 
 from typing import Annotated, Literal
@@ -10,6 +10,7 @@ from pydantic import BeforeValidator, Field, ValidationInfo, field_validator
 
 from launcher.recipe.data_section import DataSection
 from launcher.recipe.field_types import INTERVAL, Distinct, NonEmptyText, OnOff, RecipeSection, dtype_name
+from launcher.recipe.lora_section import LoraSection
 from launcher.recipe.train_section import TrainSection
 
 ALTERNATIVES = (("train.steps", "train.epochs"), ("memory.budget", "memory.activations"))  # one takes the other's place
@@ -44,19 +45,6 @@ class QuantSection(RecipeSection):
 
     type: Literal["nf4", "none"] = Field("nf4", description="4-bit NormalFloat, or not quantised.")
     double: bool = Field(True, description="Quantise the NF4 scales once more (saves about 0.4 bit per weight).")
-
-
-class LoraSection(RecipeSection):
-    """The low-rank adapters, the only weights that are trained."""
-
-    r: int = Field(16, ge=1, le=1024, description="Rank of the adapters.")
-    alpha: float = Field(32.0, gt=0, description="Scale of the update; it is multiplied by alpha / r.")
-    dropout: float = Field(0.0, ge=0, lt=1, description="Probability of dropping an adapter's input.")
-    targets: Distinct[NonEmptyText] = Field(
-        ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
-        min_length=1,
-        description="Names of the linear modules that get an adapter; each must match.",
-    )
 
 
 class CompileSection(RecipeSection):

@@ -134,6 +134,12 @@ class TrainSection(RecipeSection):
             )
         return options
 
+    neftune_alpha: float = Field(
+        0.0,
+        ge=0,
+        description="Noise on the embeddings of training (NEFTune), in alpha / sqrt(tokens * width); 0: none.",
+    )
+
     @field_validator("patience", "keep_best")
     @classmethod
     def _is_evaluated(cls, value: int | bool | None, info: ValidationInfo) -> int | bool | None:

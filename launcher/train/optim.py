@@ -79,16 +79,24 @@ def make_optimizer(model: nn.Module, train: TrainSection, *, lr: Tensor | float)
     if kind == "muon":
         return _muon(named, train, options)
     rate = lr if kind == "adamw" else train.lr
-    return optimizer_class(kind)(parameter_groups(named, train), lr=rate, **options, **FIXED.get(kind, {}))
+    return optimizer_class(kind)(parameter_groups(named, train, lr=rate), lr=rate, **options, **FIXED.get(kind, {}))
 
 
-def parameter_groups(named: Iterable[tuple[str, nn.Parameter]], train: TrainSection) -> list[dict[str, Any]]:
-    """The parameters as an optimizer takes them. Vectors (norms, biases, magnitudes) have no weight decay; in their own
-    group only where that makes a difference: each group is a launch."""
-    groups: dict[float, list[nn.Parameter]] = {}
+def parameter_groups(
+    named: Iterable[tuple[str, nn.Parameter]], train: TrainSection, *, lr: Tensor | float
+) -> list[dict[str, Any]]:
+    """The parameters as an optimizer takes them: in as few groups as may be, since each is a launch. Vectors (norms,
+    biases, magnitudes) have no weight decay. Where some have a `rate_factor` (model/lora.py), a group has its own rate.
+    """
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for _, parameter in named:
-        groups.setdefault(train.weight_decay if parameter.ndim > 1 else 0.0, []).append(parameter)
-    return [{"params": parameters, "weight_decay": decay} for decay, parameters in groups.items()]
+        decay = train.weight_decay if parameter.ndim > 1 else 0.0
+        groups.setdefault((decay, rate_factor(parameter)), []).append(parameter)
+    one_rate = all(factor == 1 for _, factor in groups)
+    return [
+        {"params": parameters, "weight_decay": decay} | ({} if one_rate else {"lr": lr * factor, "rate_factor": factor})
+        for (decay, factor), parameters in groups.items()
+    ]
 
 
 def _muon(named: Named, train: TrainSection, options: dict[str, Any]) -> Optimizer:
@@ -98,7 +106,7 @@ def _muon(named: Named, train: TrainSection, options: dict[str, Any]) -> Optimiz
     made: list[Optimizer] = []
     for kind, parameters, arguments in (("muon", matrices, options), ("adamw", rest, {})):
         if parameters:
-            groups = parameter_groups(parameters, train)
+            groups = parameter_groups(parameters, train, lr=train.lr)
             made.append(optimizer_class(kind)(groups, lr=train.lr, **arguments, **FIXED[kind]))
     return SideBySide(made)
 
@@ -114,6 +122,11 @@ class SideBySide(Optimizer):
         for optimizer in self.optimizers:
             optimizer.step()
             self.state.update(optimizer.state)
+
+
+def rate_factor(parameter: nn.Parameter) -> float:
+    """What the learning rate is multiplied by for this parameter."""
+    return float(getattr(parameter, "rate_factor", 1.0))
 
 
 def gates_on_device(optimizer: Optimizer) -> bool:

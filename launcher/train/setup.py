@@ -9,6 +9,7 @@ Worker            the process group; every rank has read the same; the data load
 
 import gc
 import hashlib
+from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from launcher.checkpoint.adapter import adapter_digest
 from launcher.checkpoint.folder import RunFolder, default_folder, named_folder
 from launcher.checkpoint.parts import parts_of
 from launcher.checkpoint.resume import Resumed, cut_back, open_folder
+from launcher.checkpoint.start_adapter import load_start
 from launcher.compile.graphs import CaptureFailed, outcome
 from launcher.compile.observe import Observer
 from launcher.compile.plan import Plan
@@ -156,6 +158,9 @@ class Worker:
                 blocks=block_facts(self.prepared.data, micro_batch=self.recipe.train.micro_batch),
                 phase=self.ledger.mark,
             )
+            if self.recipe.lora.start_from and self.resumed is None:  # else the checkpoint has the weights
+                note = load_start(self.built.peft, self.recipe.lora, base=self.request.source)
+                self.built = replace(self.built, notes=(*self.built.notes, note))
         if self.rank_info.world_size > 1:  # ranks exchange only gradients: those that begin differently stay different
             check_same_on_all_ranks(
                 "start from the same adapter",

@@ -277,10 +277,13 @@ class TrainStep:
 
     def _step_optimizer(self) -> None:
         if gates_on_device(self.optimizer):
+            for group in self.optimizer.param_groups:
+                if "rate_factor" in group:  # else the optimizer reads the schedule's own tensor
+                    group["lr"].copy_(self._rates.lr * group["rate_factor"])
             self.optimizer.step()
         elif not bool(self._found_inf):  # waits for the device: only fused optimizers have a gate
             for group in self.optimizer.param_groups:
-                group["lr"] = float(self._rates.lr)
+                group["lr"] = float(self._rates.lr) * group.get("rate_factor", 1.0)
             self.optimizer.step()
 
 

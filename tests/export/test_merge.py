@@ -80,7 +80,7 @@ def test_the_scale_is_alpha_by_r_and_by_its_root_for_rslora(run_folder: Path, tm
     assert {update.scale for update in root.values()} == {64 / 32**0.5}
 
 
-@pytest.mark.parametrize("settings", [{"use_dora": True}, {"rank_pattern": {"q_proj": 4}}, {"bias": "all"}])
+@pytest.mark.parametrize("settings", [{"modules_to_save": ["lm_head"]}, {"bias": "all"}])
 def test_an_adapter_that_is_more_than_b_a_is_refused(
     run_folder: Path, tmp_path: Path, settings: dict[str, Any]
 ) -> None:

@@ -8,7 +8,8 @@ from launcher.model.families import FAMILIES, family_of
 from launcher.model.grouped import group_projections
 from launcher.model.load import random_base
 from launcher.model.lora import attach_lora
-from launcher.recipe.schema import LoraSection, QuantSection
+from launcher.recipe.lora_section import LoraSection
+from launcher.recipe.schema import QuantSection
 from tests.conftest import small_config
 from tests.support.models import packed_batch, packed_form
 

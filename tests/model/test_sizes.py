@@ -7,7 +7,8 @@ import torch
 
 from launcher.model.build import check_model
 from launcher.model.load import empty_model, load_config
-from launcher.model.sizes import adapted_linears, adapter_parameters, weight_bytes
+from launcher.model.lora_targets import adapted_linears
+from launcher.model.sizes import adapter_parameters, weight_bytes
 from launcher.preflight.space import planned_shapes
 from launcher.recipe.schema import Recipe
 from tests.support.models import ARCHITECTURES, build
@@ -20,9 +21,10 @@ CPU = torch.device("cpu")
     [
         {},
         {"quant": {"double": False}, "lora": {"targets": ["q_proj", "down_proj"], "dropout": 0.1}},
+        {"lora": {"layers": ["1"], "rank_pattern": {"down_proj": 2}, "targets": ["all-linear"], "dropout": 0.1}},
         {"quant": {"type": "none"}, "model": {"dtype": "bfloat16"}, "data": {"batching": "padded"}},
     ],
-    ids=["nf4", "single", "none"],
+    ids=["nf4", "single", "chosen layers", "none"],
 )
 def test_parameters_weights_and_shapes_are_those_of_the_built_model(make_recipe: Any, sections: dict[str, Any]) -> None:
     recipe = make_recipe(**sections)
@@ -48,6 +50,6 @@ def test_parameters_weights_and_shapes_are_those_of_the_built_model(make_recipe:
 def test_a_tied_embedding_counts_once() -> None:
     recipe = Recipe.model_validate({"train": {"steps": 1}})
     model = empty_model(load_config(str(ARCHITECTURES / "Llama-3.2-1B-Instruct"), recipe.model))
-    assert len(adapted_linears(model, recipe.lora.targets)) == 7 * 16
+    assert len(adapted_linears(model, recipe.lora)) == 7 * 16
     assert adapter_parameters(model, recipe.lora) == 11_272_192
     assert round(weight_bytes(model, recipe.quant, torch.bfloat16) / 2**20) == 980

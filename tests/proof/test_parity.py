@@ -62,6 +62,13 @@ def test_random_weights_are_the_same_in_all_three_and_accumulated_batches_are_co
     assert record.batches[0].reference_loss == pytest.approx(math.log(8192), rel=0.02)  # a guess among the vocabulary
 
 
+def test_a_variant_of_lora_is_within_the_gate_and_noise_is_left_out(compared: Callable[..., ParityRecord]) -> None:
+    lora = {"dora": True, "rslora": True, "layers": ["1"]}
+    record = compared(lora=lora, model={"dtype": "bfloat16"}, train={"neftune_alpha": 5.0})
+    assert record.holds, record.verdicts
+    assert any("train.neftune_alpha=0, not the recipe's 5" in note for note in record.notes)
+
+
 def test_float16_is_compared_with_its_loss_scale(compared: Callable[..., ParityRecord]) -> None:
     record = compared(model={"dtype": "float16"}, compile={"mode": "off"})
     assert record.holds, record.verdicts

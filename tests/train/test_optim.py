@@ -120,10 +120,10 @@ def test_a_longer_run_that_goes_on_has_the_longer_schedules_rates():
 
 
 def test_matrices_alone_are_one_group_and_vectors_have_no_decay():
-    groups = parameter_groups(Adapted(vector=False).named_parameters(), section(weight_decay=0.1))
+    groups = parameter_groups(Adapted(vector=False).named_parameters(), section(weight_decay=0.1), lr=0.01)
     assert [(len(group["params"]), group["weight_decay"]) for group in groups] == [(3, 0.1)]
-    assert len(parameter_groups(Adapted().named_parameters(), section())) == 1, "no decay, no second launch"
-    [matrices, vectors] = parameter_groups(Adapted().named_parameters(), section(weight_decay=0.1))
+    assert len(parameter_groups(Adapted().named_parameters(), section(), lr=0.01)) == 1, "no decay, no second launch"
+    [matrices, vectors] = parameter_groups(Adapted().named_parameters(), section(weight_decay=0.1), lr=0.01)
     assert [p.ndim for p in vectors["params"]] == [1] and vectors["weight_decay"] == 0
     assert {p.ndim for p in matrices["params"]} == {2}
 

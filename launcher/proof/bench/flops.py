@@ -23,7 +23,8 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from launcher.recipe.schema import LoraSection
+from launcher.model.lora_targets import adapted_linears
+from launcher.recipe.lora_section import LoraSection
 
 
 @dataclass(frozen=True)
@@ -41,16 +42,15 @@ class ModelFlops:
 
 
 def model_flops(config: Any, lora: LoraSection) -> ModelFlops:
-    """Count for the model of `config` with adapters of rank `lora.r` on the linears named in `lora.targets`."""
+    """Count for the model of `config` with the adapters of `lora`."""
     with torch.device("meta"):
         skeleton = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     head = skeleton.get_output_embeddings()
     per_token, per_target = 0, 2 * 2 * head.in_features * head.out_features
-    for name, module in skeleton.named_modules():
+    for module in skeleton.modules():
         if isinstance(module, nn.Linear) and module is not head:
             per_token += 2 * 2 * module.in_features * module.out_features
-            if name.rsplit(".", 1)[-1] in lora.targets:
-                per_token += 3 * 2 * lora.r * (module.in_features + module.out_features)
+    per_token += sum(3 * 2 * one.matrices for one in adapted_linears(skeleton, lora).values())
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     width = config.num_attention_heads * head_dim
     return ModelFlops(per_token, per_target, 3 * 2 * 2 * width * config.num_hidden_layers)

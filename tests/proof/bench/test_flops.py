@@ -9,7 +9,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from launcher.model.lora import stock_lora
 from launcher.proof.bench.flops import ModelFlops, model_flops
-from launcher.recipe.schema import LoraSection
+from launcher.recipe.lora_section import LoraSection
 from tests.conftest import ROOT, small_config
 
 ROWS, LENGTH = 2, 24

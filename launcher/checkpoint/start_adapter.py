@@ -1,0 +1,105 @@
+"""Begins a run with the weights of an adapter that exists (lora.start_from). Imports no torch before it loads them."""
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from launcher.credentials import masked
+from launcher.errors import RecipeError
+from launcher.recipe.field_types import HUB_ID
+from launcher.recipe.fields import assignment
+from launcher.recipe.lora_section import LoraSection
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+SETTINGS = {  # of adapter_config.json: our key, and what PEFT takes where there is none
+    "r": ("r", 8), "lora_alpha": ("alpha", 8), "use_rslora": ("rslora", False), "use_dora": ("dora", False),
+    "rank_pattern": ("rank_pattern", {}), "alpha_pattern": ("alpha_pattern", {}),
+}  # fmt: skip
+SHOWN = 12  # digits of a digest
+
+
+def check_start(lora: LoraSection) -> str:
+    """What is known of `lora.start_from` without the network. Raises RecipeError unless it is a hub id, or a folder of
+    an adapter with the settings of `lora`."""
+    start = str(lora.start_from)
+    if not os.path.isdir(start):
+        if HUB_ID.fullmatch(start):
+            return f"{start} of the hub"
+        raise RecipeError(
+            f"lora.start_from must be a folder or a hub id; {start} is neither. Name an adapter's folder."
+        )
+    check_settings(lora, _settings(Path(start) / CONFIG, start))
+    if not (Path(start) / WEIGHTS).is_file():
+        raise RecipeError(
+            f"lora.start_from must hold its weights as {WEIGHTS}; {start} has none. A .bin file is not read: it may "
+            "run code.\nLoad it with PEFT and save it again (save_pretrained)."
+        )
+    return start
+
+
+def check_settings(lora: LoraSection, settings: dict[str, Any]) -> None:
+    """Raise RecipeError naming every setting in which the adapter and the recipe differ, and the keys that agree."""
+    here = {key: getattr(lora, key) for key, _ in SETTINGS.values()}
+    there = {key: settings.get(name) or default for name, (key, default) in SETTINGS.items()}
+    targets = settings.get("target_modules")
+    if isinstance(targets, list) and not lora.layers and not settings.get("layers_to_transform"):
+        words = [target for target in targets if "." not in target]
+        if words == targets and not any(t.startswith("re:") or t == "all-linear" for t in lora.targets):
+            here["targets"], there["targets"] = sorted(lora.targets), sorted(words)
+    if differ := [key for key in here if here[key] != there[key]]:
+        found = "; ".join(f"lora.{key} is {here[key]} here, {there[key]} there" for key in differ)
+        remedy = " ".join(assignment(f"lora.{key}", there[key]) for key in differ)
+        raise RecipeError(f"the settings must be those of lora.start_from={lora.start_from}; {found}.\nSet {remedy}")
+
+
+def load_start(model: Any, lora: LoraSection, *, base: str) -> str:
+    """Overwrite the adapter of the PeftModel `model` with the weights of `lora.start_from`; returns a note that says
+    which they are. `base`: what the model was loaded from. Raises RecipeError where they are not this model's."""
+    from peft import get_peft_model_state_dict, set_peft_model_state_dict
+    from safetensors.torch import load_file
+
+    start = str(lora.start_from)
+    settings = _settings(_file(start, CONFIG), start)
+    check_settings(lora, settings)
+    file = _file(start, WEIGHTS)
+    saved, own = load_file(file), get_peft_model_state_dict(model, save_embedding_layers=False)
+    shapes = [{name: tuple(tensor.shape) for name, tensor in tensors.items()} for tensors in (saved, own)]
+    if shapes[0] != shapes[1]:
+        name = sorted(dict(shapes[0].items() ^ shapes[1].items()))[0]
+        raise RecipeError(
+            f"lora.start_from must hold the tensors of this run's adapter; {start} differs in {name}: "
+            f"{shapes[0].get(name, 'none')} there, {shapes[1].get(name, 'none')} here.\n"
+            "Name the base that it was trained on, and its lora.targets and lora.layers."
+        )
+    set_peft_model_state_dict(model, saved)
+    digest = hashlib.sha256(file.read_bytes()).hexdigest()[:SHOWN]
+    before = str(settings.get("base_model_name_or_path"))
+    other = "" if before == base else f"; this run's base is {base}, to which it was not fitted"
+    return masked(f"the adapter starts from {start} (sha256 {digest}), trained on {before}{other}")
+
+
+def _settings(file: Path, start: str) -> dict[str, Any]:
+    try:
+        settings = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        settings = None
+    if not isinstance(settings, dict) or settings.get("peft_type") != "LORA":
+        raise RecipeError(f"lora.start_from must be a LoRA adapter in PEFT's layout; {start} has no {CONFIG} of one.")
+    return settings
+
+
+def _file(start: str, name: str) -> Path:
+    """The file `name` of a folder, or of a repository of the hub: downloaded where it is not in the local cache."""
+    if os.path.isdir(start):
+        return Path(start) / name
+    from huggingface_hub import hf_hub_download
+
+    try:
+        return Path(hf_hub_download(start, name))
+    except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise RecipeError(
+            f"lora.start_from must be an adapter; {start} has no {name} that can be read: {reason}"
+        ) from None

@@ -1,0 +1,132 @@
+"""The section lora of a recipe: the adapters, and how they begin."""
+
+import re
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BeforeValidator, Field, ValidationInfo, field_validator
+
+from launcher.recipe.field_types import Distinct, NonEmptyText, RecipeSection
+
+ALL_LINEAR, EXPRESSION = "all-linear", "re:"  # in lora.targets: every linear; what a regular expression begins with
+NOT_OFFERED = {  # of PEFT's initialisations: why
+    **dict.fromkeys(
+        ("pissa", "olora", "loftq"),
+        "takes its product out of the base, which is then rounded to NF4 anew: the adapter would not fit the base",
+    ),
+    **dict.fromkeys(("eva", "corda", "lora_ga"), "needs activations or gradients of data before training starts"),
+}
+
+
+def entry_alone(value: Any) -> Any:
+    """A whole number where a list is expected is its only entry."""
+    return [value] if isinstance(value, int) and not isinstance(value, bool) else value
+
+
+def check_expression(pattern: str, key: str) -> None:
+    """Raise ValueError unless `pattern`, an entry of `key`, is a regular expression."""
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise ValueError(f"{key} must hold regular expressions; {pattern!r} is none: {error}") from None
+
+
+def layer_range(text: str) -> str:
+    """Raises ValueError unless `text` is a number or a range of numbers."""
+    if not re.fullmatch(r"\d+(-\d+)?", text):
+        raise ValueError(f"lora.layers must hold numbers and ranges, as 0-7 or 12; got {text!r}")
+    first, _, last = text.partition("-")
+    if last and int(last) < int(first):
+        raise ValueError(f"a range of lora.layers must end after it begins; got {text}")
+    return text
+
+
+def possible_start(value: Any) -> Any:
+    """Raises ValueError, with the reason, for one of PEFT's initialisations that is not offered."""
+    if isinstance(value, str) and value in NOT_OFFERED:
+        raise ValueError(f"lora.init={value} {NOT_OFFERED[value]}; use default, gaussian or orthogonal")
+    return value
+
+
+LayerRange = Annotated[
+    str,
+    BeforeValidator(lambda value: str(value) if type(value) is int else value),
+    AfterValidator(layer_range),
+]
+
+
+class LoraSection(RecipeSection):
+    """The low-rank adapters, the only weights that are trained."""
+
+    r: int = Field(16, ge=1, le=1024, description="Rank of the adapters.")
+    alpha: float = Field(32.0, gt=0, description="Scale of the update; it is multiplied by alpha / r.")
+    dropout: float = Field(0.0, ge=0, lt=1, description="Probability of dropping an adapter's input.")
+    targets: Distinct[NonEmptyText] = Field(
+        ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
+        min_length=1,
+        description="Names of the linear modules that get an adapter; each must match. all-linear: all of them; re:... "
+        "is a regular expression for a module's whole name.",
+    )
+    rslora: bool = Field(False, description="Multiply the update by alpha / sqrt(r) in place of alpha / r.")
+    layers: Annotated[Distinct[LayerRange], BeforeValidator(entry_alone)] = Field(
+        [], description="Decoder layers that get adapters, as 0-7,12; all if empty.", examples=[["0-7", "12"]]
+    )
+    rank_pattern: dict[str, Annotated[int, Field(ge=1, le=1024)]] = Field(
+        {},
+        description="Other ranks than r, by a regular expression for the end of a module's name.",
+        examples=[{"down_proj": 8}],
+    )
+    alpha_pattern: dict[str, Annotated[float, Field(gt=0)]] = Field(
+        {},
+        description="Other alphas than alpha, by a regular expression for the end of a module's name.",
+        examples=[{"down_proj": 16}],
+    )
+    plus_ratio: float = Field(
+        1.0, gt=0, description="Learning rate of B and of DoRA's magnitudes as a multiple of train.lr (LoRA+)."
+    )
+    init: Annotated[Literal["default", "gaussian", "orthogonal"], BeforeValidator(possible_start)] = Field(
+        "default", description="How A begins, and under orthogonal B too; in each case B A is zero."
+    )
+    dora: bool = Field(False, description="Train a magnitude for each row of W + update beside its direction (DoRA).")
+    start_from: NonEmptyText | None = Field(
+        None,
+        description="Folder or hub id of an adapter whose weights training begins with; null: new ones.",
+        examples=["./runs/first/adapter"],
+    )
+
+    @property
+    def chosen_layers(self) -> list[range]:
+        """The ranges of `layers`; none: all layers."""
+        ends = [(first, last or first) for first, _, last in (entry.partition("-") for entry in self.layers)]
+        return [range(int(first), int(last) + 1) for first, last in ends]
+
+    @field_validator("targets")
+    @classmethod
+    def _are_expressions(cls, targets: list[str]) -> list[str]:
+        for target in targets:
+            if target.startswith(EXPRESSION):
+                check_expression(target.removeprefix(EXPRESSION), "lora.targets")
+        if ALL_LINEAR in targets and len(targets) > 1:
+            raise ValueError(f"lora.targets={ALL_LINEAR} names every linear; got other entries beside it")
+        return targets
+
+    @field_validator("init")
+    @classmethod
+    def _has_halves(cls, init: str, info: ValidationInfo) -> str:
+        ranks = [info.data.get("r", 2), *info.data.get("rank_pattern", {}).values()]
+        if init == "orthogonal" and (odd := [rank for rank in ranks if rank % 2]):
+            raise ValueError(f"lora.init=orthogonal needs even ranks; got {odd[0]}; try {odd[0] + 1}")
+        return init
+
+    @field_validator("start_from")
+    @classmethod
+    def _is_the_only_start(cls, start: str | None, info: ValidationInfo) -> str | None:
+        if start and info.data.get("init", "default") != "default":
+            raise ValueError(f"lora.start_from takes the place of lora.init; got {start} and {info.data['init']}")
+        return start
+
+    @field_validator("rank_pattern", "alpha_pattern")
+    @classmethod
+    def _have_expressions(cls, patterns: dict[str, float], info: ValidationInfo) -> dict[str, float]:
+        for pattern in patterns:
+            check_expression(pattern, f"lora.{info.field_name}")
+        return patterns

@@ -1,0 +1,93 @@
+"""lora.start_from: training goes on from an adapter that exists; another one is refused, naming both."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from launcher.checkpoint.start_adapter import check_start
+from launcher.errors import RecipeError
+from launcher.records.run import RunRecord, StartRecord
+from tests.support.runs import adapter, events_of, record_of, trained
+
+
+@pytest.fixture
+def first(make: Any, tmp_path: Path) -> tuple[Path, RunRecord]:
+    """The adapter of a finished run, and the run's record."""
+    events = trained(make("first", train={"lr": 1e-2, "save_every": 0}))
+    return tmp_path / "first" / "adapter", next(event for event in events if isinstance(event, RunRecord))
+
+
+def started(recipe: Any) -> tuple[StartRecord, RunRecord]:
+    events = events_of(recipe)
+    return (
+        next(event for event in events if isinstance(event, StartRecord)),
+        next(event for event in events if isinstance(event, RunRecord)),
+    )
+
+
+def test_a_run_begins_where_the_adapter_ended_and_says_from_which(make: Any, first: Any) -> None:
+    folder, before = first
+    start, record = started(make("second", lora={"start_from": str(folder)}))
+    assert record.evals[0].eval_loss == pytest.approx(before.evals[-1].eval_loss, rel=1e-6)
+    assert before.evals[-1].eval_loss < before.evals[0].eval_loss - 0.01
+    notes = [note for note in start.notes if str(folder) in note]
+    assert len(notes) == 1 and "sha256" in notes[0] and "not fitted" not in notes[0]
+
+
+def test_a_resumed_run_has_the_weights_of_its_checkpoint(make: Any, first: Any, tmp_path: Path) -> None:
+    lora = {"start_from": str(first[0])}
+    trained(make("whole", lora=lora))
+    trained(make("cut", lora=lora), until=6)
+    trained(make("cut", lora=lora))
+    assert adapter(tmp_path / "cut") == adapter(tmp_path / "whole")
+
+
+def test_another_base_is_said(make: Any, first: Any) -> None:
+    folder, _ = first
+    config = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": "a/b"}))
+    start, _ = started(make("second", lora={"start_from": str(folder)}, train={"steps": 1}))
+    assert any("trained on a/b; this run's base is" in note for note in start.notes)
+
+
+@pytest.mark.parametrize(
+    ("lora", "message"),
+    [
+        ({"r": 8}, "lora.r is 8 here, 4 there.*Set lora.r=4"),
+        ({"alpha": 5.0, "rslora": True}, "lora.alpha is 5.0 here, 32.0 there; lora.rslora is True here, False there"),
+        ({"targets": ["q_proj"]}, "lora.targets is .'q_proj'. here"),
+        ({"dora": True}, "lora.dora"),
+    ],
+)
+def test_settings_that_differ_are_refused_naming_both(make: Any, first: Any, lora: Any, message: str) -> None:
+    with pytest.raises(RecipeError, match=f"(?s){message}"):
+        check_start(make(lora={"start_from": str(first[0]), **lora}).lora)
+
+
+def test_tensors_of_other_layers_are_refused_by_name(make: Any, first: Any) -> None:
+    folder, _ = first
+    file = folder / "adapter_model.safetensors"
+    save_file({name.replace("layers.1", "layers.5"): t for name, t in load_file(file).items()}, file)
+    with pytest.raises(RecipeError, match=r"layers\.1.*: none there|layers\.5.*none here"):
+        record_of(make("second", lora={"start_from": str(folder)}))
+
+
+def test_a_pickle_a_stray_path_and_a_hub_id_offline_are_refused(make: Any, first: Any) -> None:
+    folder, _ = first
+    with pytest.raises(RecipeError, match="neither"):
+        check_start(make(lora={"start_from": "./no/such/folder"}).lora)
+    with pytest.raises(RecipeError, match="a/b has no adapter_config.json that can be read"):
+        record_of(make("second", lora={"start_from": "a/b"}))
+    tensors = load_file(folder / "adapter_model.safetensors")
+    torch.save(tensors, folder / "adapter_model.bin")
+    (folder / "adapter_model.safetensors").unlink()
+    with pytest.raises(RecipeError, match="bin file is not read"):
+        check_start(make(lora={"start_from": str(folder)}).lora)
+    shutil.rmtree(folder)
+    with pytest.raises(RecipeError, match="neither"):
+        check_start(make(lora={"start_from": str(folder)}).lora)
