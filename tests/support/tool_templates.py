@@ -134,8 +134,8 @@ TOOL_STYLES = {
             " Rome has 30, Oslo 9.</s>",
         ],
     ),
-    "deepseek": ToolStyle(  # calls are written only where the content is null; no header, no end of a question
-        "{{- bos_token }}{%- for m in messages %}{%- if m.role == 'assistant' and m.content is none %}"
+    "deepseek": ToolStyle(  # calls are written only where there is no content; a question has no end token
+        "{{- bos_token }}{%- for m in messages %}{%- if m.role == 'assistant' and m.content is not defined %}"
         "{{- '<|Assistant|><|calls|>' }}{%- for call in m.tool_calls %}"
         "{{- '<|call|>' + call.function.name + '<|sep|>' + (call.function.arguments | tojson) + '<|/call|>' }}"
         "{{- '' if loop.last else '\n' }}{%- endfor %}{{- '<|/calls|><|end|>' }}"

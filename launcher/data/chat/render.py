@@ -80,6 +80,7 @@ class ChatRenderer:
             remarks: tuple[str, ...] = (CUT,) if is_cut(messages, text) or self._lacks(tools, text) else ()
             if loss_on == "all":
                 return Rendered(text, None, stand_ins, remarks=remarks)
+            self._check_calls(row, messages, turns, [text])
             find = self._marked_spans if self._marked_template else _spans_of_turns
             spans = find(messages, turns, text, self._turns.with_apply(apply) if tools else self._turns)
         written = [text[slice(*span)] for span in spans]
@@ -108,7 +109,7 @@ class ChatRenderer:
         return str(apply(messages, chat_template=template, **options))
 
     def _lacks(self, tools: Tools, text: str) -> bool:
-        """Whether a tool is not written. Calls have its name too, so a sample is tried as well."""
+        """Whether a tool is not written. Calls have its name as well, so a sample is tried too."""
         return bool(tools) and not (self._writes_tools and has_tools(tools, text))
 
     @cached_property
@@ -131,8 +132,8 @@ class ChatRenderer:
 
     @cached_property
     def _no_content(self) -> str | None:
-        """What this template must get as the content of a turn of tool calls alone. Some write no call beside "" (they
-        ask for null), some cannot add null to a string: the one under which it writes the sample's call."""
+        """The content of a turn of tool calls alone, as this template must get it; None: no content, as transformers hands
+        null on. Some write no call beside "", some add the content to a string: that under which it writes a call."""
         for content in ("", None):
             for chat in sample_calls():
                 with suppress(Exception):  # a template's own, of a form that it refuses
@@ -185,6 +186,8 @@ class ChatRenderer:
         """A template is a program of its own: whatever it raises is a fault of this chat, but for one that is none."""
         try:
             yield
+        except RowFault:
+            raise
         except UnshownTurn as turn:
             rule = (
                 "to mask all but the assistant, a chat template must write what comes before a turn the same whatever "
