@@ -27,9 +27,8 @@ def calling(*cities: str, **more: Any) -> dict[str, Any]:
 
 
 def result(city: str, celsius: int) -> dict[str, Any]:
-    return {
-        "role": "tool", "tool_call_id": f"call{city:_<5}", "name": "get_weather", "content": f'{{"celsius": {celsius}}}',
-    }  # fmt: skip
+    content = f'{{"celsius": {celsius}}}'
+    return {"role": "tool", "tool_call_id": f"call{city:_<5}", "name": "get_weather", "content": content}
 
 
 MESSAGES: list[dict[str, Any]] = [
@@ -51,13 +50,17 @@ class ToolStyle(NamedTuple):
     learned: list[str]  # of MESSAGES, turn by turn
 
 
+LAST_QUESTION = (
+    "{%- set ns = namespace(question=0) %}{%- for m in messages %}{%- if m.role == 'user' %}"
+    "{%- set ns.question = loop.index0 %}{%- endif %}{%- endfor %}"
+)
+
+
 def _hermes(thoughts: str) -> str:
     """Results stand in a turn of the user's, several in one; `thoughts`: what of them is written of the message m."""
     return (
         "{%- if tools %}{{- '<|im_start|>system\n<tools>' }}{%- for tool in tools %}{{- '\n' + (tool | tojson) }}"
-        "{%- endfor %}{{- '\n</tools><|im_end|>\n' }}{%- endif %}"
-        "{%- set ns = namespace(question=0) %}{%- for m in messages %}{%- if m.role == 'user' %}"
-        "{%- set ns.question = loop.index0 %}{%- endif %}{%- endfor %}"
+        "{%- endfor %}{{- '\n</tools><|im_end|>\n' }}{%- endif %}" + LAST_QUESTION + ""
         "{%- for m in messages %}{%- if m.role == 'assistant' %}{{- '<|im_start|>assistant\n' }}" + thoughts + ""
         "{%- if m.content %}{{- m.content }}{%- endif %}{%- for call in m.tool_calls or [] %}"
         "{%- if not loop.first or m.content %}{{- '\n' }}{%- endif %}"
@@ -90,13 +93,15 @@ TOOL_STYLES = {
         [*HERMES[:3], f"<think>\n\n</think>\n\n{HERMES[3]}"],
     ),
     "llama 3.1": ToolStyle(  # one call a turn as JSON, no content beside it; results with a header of their own
-        "{{- '<|begin|>' }}{%- if tools %}{{- '<|head|>system<|/head|>\n\n' + (tools | tojson) + '<|eot|>' }}{%- endif %}"
+        "{{- '<|begin|>' }}{%- if tools %}{{- '<|head|>system<|/head|>\n\n' + (tools | tojson) }}"
+        "{{- '<|eot|>' }}{%- endif %}"
         "{%- for m in messages %}{%- if m.role == 'tool' %}"
         "{{- '<|head|>ipython<|/head|>\n\n' + (m.content | tojson) + '<|eot|>' }}"
         "{%- elif m.tool_calls %}{{- '<|head|>assistant<|/head|>\n\n' }}{%- for call in m.tool_calls %}"
         '{{- \'{"name": "\' + call.function.name + \'", "parameters": \' }}{{- call.function.arguments | tojson }}'
         "{{- '}' }}{%- endfor %}{{- '<|eot|>' }}"
-        "{%- else %}{{- '<|head|>' + m.role + '<|/head|>\n\n' + m.content | trim + '<|eot|>' }}{%- endif %}{%- endfor %}"
+        "{%- else %}{{- '<|head|>' + m.role + '<|/head|>\n\n' + m.content | trim + '<|eot|>' }}{%- endif %}"
+        "{%- endfor %}"
         "{%- if add_generation_prompt %}{{- '<|head|>assistant<|/head|>\n\n' }}{%- endif %}",
         {"bos_token": "<|begin|>", "eos_token": "<|eot|>", "extra_special_tokens": ["<|head|>", "<|/head|>"]},
         [
@@ -108,15 +113,17 @@ TOOL_STYLES = {
         ],
     ),
     "mistral": ToolStyle(  # tools before the last question, wherever that is; calls are a list with their ids
-        "{{- bos_token }}{%- set ns = namespace(question=0) %}{%- for m in messages %}{%- if m.role == 'user' %}"
-        "{%- set ns.question = loop.index0 %}{%- endif %}{%- endfor %}{%- for m in messages %}{%- if m.role == 'user' %}"
-        "{%- if tools and loop.index0 == ns.question %}{{- '[AVAILABLE_TOOLS] ' + (tools | tojson) + '[/AVAILABLE_TOOLS]' }}"
-        "{%- endif %}{{- '[INST] ' + m.content + '[/INST]' }}"
+        "{{- bos_token }}" + LAST_QUESTION + "{%- for m in messages %}{%- if m.role == 'user' %}"
+        "{%- if tools and loop.index0 == ns.question %}"
+        "{{- '[AVAILABLE_TOOLS] ' + (tools | tojson) + '[/AVAILABLE_TOOLS]' }}{%- endif %}"
+        "{{- '[INST] ' + m.content + '[/INST]' }}"
         "{%- elif m.tool_calls %}{{- '[TOOL_CALLS] [' }}{%- for call in m.tool_calls %}"
         "{%- if call.id | length != 9 %}{{- raise_exception('an id has 9 characters') }}{%- endif %}"
-        "{{- (call.function | tojson)[:-1] + ', \"id\": \"' + call.id + '\"}' }}{{- ', ' if not loop.last else ']</s>' }}"
+        "{{- (call.function | tojson)[:-1] + ', \"id\": \"' + call.id + '\"}' }}"
+        "{{- ', ' if not loop.last else ']</s>' }}"
         "{%- endfor %}{%- elif m.role == 'tool' %}"
-        "{{- '[TOOL_RESULTS] {\"content\": ' + m.content + ', \"call_id\": \"' + m.tool_call_id + '\"}[/TOOL_RESULTS]' }}"
+        "{{- '[TOOL_RESULTS] {\"content\": ' + m.content + ', \"call_id\": \"' + m.tool_call_id }}"
+        "{{- '\"}[/TOOL_RESULTS]' }}"
         "{%- else %}{{- ' ' + m.content | trim + '</s>' }}{%- endif %}{%- endfor %}",
         {
             "bos_token": "<s>",
@@ -147,8 +154,8 @@ TOOL_STYLES = {
             "bos_token": "<|begin|>",
             "eos_token": "<|end|>",
             "extra_special_tokens": [
-                "<|User|>", "<|Assistant|>", "<|calls|>", "<|/calls|>", "<|call|>", "<|sep|>", "<|/call|>", "<|output|>",
-                "<|/output|>",
+                "<|User|>", "<|Assistant|>", "<|calls|>", "<|/calls|>", "<|call|>", "<|sep|>", "<|/call|>",
+                "<|output|>", "<|/output|>",
             ],
         },
         [
@@ -160,14 +167,17 @@ TOOL_STYLES = {
         ],
     ),
     "gpt-oss": ToolStyle(  # a call ends with a token of its own, and thoughts are a message of their own
+        "{%- set called = namespace(name='') %}"
         "{%- for m in messages %}{%- if m.role == 'assistant' %}{%- if m.thinking %}"
         "{{- '<|start|>assistant<|channel|>analysis<|message|>' + m.thinking + '<|end|>' }}{%- endif %}"
-        "{%- for call in m.tool_calls or [] %}{{- '<|start|>assistant to=' + call.function.name + '<|channel|>commentary' }}"
+        "{%- for call in m.tool_calls or [] %}{%- set called.name = call.function.name %}"
+        "{{- '<|start|>assistant to=' + call.function.name + '<|channel|>commentary' }}"
         "{{- '<|message|>' + (call.function.arguments | tojson) + '<|call|>' }}{%- else %}"
         "{{- '<|start|>assistant<|channel|>final<|message|>' + m.content }}"
         "{{- '<|return|>' if loop.last and not add_generation_prompt else '<|end|>' }}{%- endfor %}"
-        "{%- elif m.role == 'tool' %}{{- '<|start|>' + m.name + ' to=assistant<|message|>' + (m.content | tojson) }}"
-        "{{- '<|end|>' }}{%- else %}{{- '<|start|>' + m.role + '<|message|>' + m.content + '<|end|>' }}{%- endif %}"
+        "{%- elif m.role == 'tool' %}{{- '<|start|>' + called.name + ' to=assistant<|message|>' }}"
+        "{{- (m.content | tojson) + '<|end|>' }}"
+        "{%- else %}{{- '<|start|>' + m.role + '<|message|>' + m.content + '<|end|>' }}{%- endif %}"
         "{%- endfor %}{%- if add_generation_prompt %}{{- '<|start|>assistant' }}{%- endif %}",
         {
             "eos_token": "<|return|>",

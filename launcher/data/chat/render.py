@@ -132,8 +132,8 @@ class ChatRenderer:
 
     @cached_property
     def _no_content(self) -> str | None:
-        """The content of a turn of tool calls alone, as this template must get it; None: no content, as transformers hands
-        null on. Some write no call beside "", some add the content to a string: that under which it writes a call."""
+        """The content of a turn of tool calls alone, as this template must get it; None: none, as transformers
+        makes of null. Some write no call beside "", some need a string: that under which it writes a call."""
         for content in ("", None):
             for chat in sample_calls():
                 with suppress(Exception):  # a template's own, of a form that it refuses
@@ -199,7 +199,8 @@ class ChatRenderer:
                     "where the first turn begins and ends."
                 )
             remedy = "data.loss_on=all needs none; data.template has others."
-            found = f"{self._name} does not, message {turn.index + 1}. {remedy}"
+            which = f"message {turn.index + 1}{', a call of tools' * bool(row.messages[turn.index].calls)}"
+            found = f"{self._name} does not, {which}. {remedy}"
             raise RowFault("unmaskable", where=row.where, rule=rule, found=found) from None
         except TemplateSyntaxError as error:  # also a filter that Jinja does not know
             line = error.lineno - ("strftime_now" in self._template)  # without_today puts a line before it

@@ -164,8 +164,11 @@ class Turns:
         for turn in inner:
             marked[turn] = _marked(messages[turn], f"{BEGIN}{turn}{END}", before_whitespace)
         pieces = re.split(f"{BEGIN}([0-9]+){END}", self.apply(marked))
-        positions = accumulate(map(len, pieces[::2]))
-        return dict(zip(map(int, pieces[1::2]), positions, strict=False)), "".join(pieces[::2])
+        ends: dict[int, int] = {}
+        for turn, position in zip(map(int, pieces[1::2]), accumulate(map(len, pieces[::2])), strict=False):
+            if turn not in ends or not messages[turn].get("tool_calls"):
+                ends[turn] = position
+        return ends, "".join(pieces[::2])
 
     def _own_end(self, messages: Messages, turn: int, text: str, mark: int) -> int | None:
         """The end of a turn whose mark is at `mark`, found on a short chat that it ends and on one that goes on."""
@@ -180,9 +183,9 @@ class Turns:
                     rendered = self.apply(chat), self.apply([*chat, *messages[turn + 1 : follows + 1]])
                 except Exception:  # a template's own
                     continue
-                last, followed = (item.rpartition(END)[2] for item in rendered)
+                (_, is_there, last), (_, goes_on, followed) = (_at_mark(item, messages[turn]) for item in rendered)
                 ending = self._ending(followed, last)
-                if all(END in item for item in rendered) and ending and text.startswith(ending, mark):
+                if is_there and goes_on and ending and text.startswith(ending, mark):
                     return mark + len(ending)
         return None
 
@@ -190,8 +193,9 @@ class Turns:
         """Where a turn begins behind the message before it, as it does in its prompt."""
         before = _marked(messages[turn - 1], BEGIN + END, False)
         chat = [*messages[: turn - 1], before]
-        lead = self.apply(chat, prompt=True).rpartition(BEGIN + END)[2]
-        head, mark, tail = self.apply([*chat, *messages[turn:]]).rpartition(BEGIN + END)
+        lead = _at_mark(self.apply(chat, prompt=True), before)[2]
+        head, mark, tail = _at_mark(self.apply([*chat, *messages[turn:]]), before)
+        tail = tail.replace(BEGIN + END, "")
         for start in (lead, lead.removesuffix(self._format.opening)):
             if mark and head + tail == text and start.strip() and tail.startswith(start):
                 return len(head) + len(start)
@@ -253,23 +257,24 @@ class Turns:
         return self._up_to_end_token(shared)
 
 
-def _marked(message: dict[str, Any], mark: str, before_whitespace: bool) -> dict[str, Any]:
-    """The message with a mark behind the last that is written of it: a call's name, else the content, else thoughts.
+def _at_mark(text: str, message: dict[str, Any]) -> tuple[str, str, str]:
+    """What stands before the mark of this message, the mark, and what follows. Results may have the name of a call."""
+    return text.partition(BEGIN + END) if message.get("tool_calls") else text.rpartition(BEGIN + END)
 
-    A name is enough: all behind it is of the call. Templates trim contents, so a mark is put before the whitespace of
-    a content; of thoughts alone, behind it too: then it is all that is left of them.
+
+def _marked(message: dict[str, Any], mark: str, before_whitespace: bool) -> dict[str, Any]:
+    """The message with a mark behind its last call's name, else its content, else its thoughts. Templates trim
+    contents, so a mark is put before the whitespace of a content; of thoughts alone, behind it too: then it is all that
+    is left of them.
     """
     content, calls = message["content"], message.get("tool_calls")
-    changed: dict[str, Any] = {}
     if calls:
         function = {**calls[-1]["function"], "name": calls[-1]["function"]["name"] + mark}
-        changed["tool_calls"] = [*calls[:-1], {**calls[-1], "function": function}]
-    elif not content.strip() and "reasoning_content" in message:
-        changed = dict.fromkeys(REASONING, message["reasoning_content"].rstrip() + mark)
-    if content.strip() or not changed:
-        body = content.rstrip() if before_whitespace or not THOUGHTS_ALONE.search(content) else content
-        changed["content"] = body + mark + content[len(body) :]
-    return {**message, **changed}
+        return {**message, "tool_calls": [*calls[:-1], {**calls[-1], "function": function}]}
+    if not content.strip() and "reasoning_content" in message:
+        return {**message, **dict.fromkeys(REASONING, message["reasoning_content"].rstrip() + mark)}
+    body = content.rstrip() if before_whitespace or not THOUGHTS_ALONE.search(content) else content
+    return {**message, "content": body + mark + content[len(body) :]}
 
 
 def _behind(content: str, text: str) -> str:
