@@ -6,8 +6,10 @@ from typing import Any
 
 import pytest
 
+from launcher.data.example import find_examples
 from launcher.data.read.formats import read_rows
 from launcher.data.read.rows import Conversation, Feed, RawRow, RowFault
+from launcher.data.splits import digest
 from launcher.recipe.data_section import DataSection
 from tests.support.chats import encode, encoder, supervised_runs
 from tests.support.tool_templates import MESSAGES, TOOL_STYLES, TOOLS, calling, result
@@ -20,12 +22,18 @@ def make_tools(build_tokenizer):
     return lambda name: build_tokenizer(TOOL_STYLES[name].tokens, TOOL_STYLES[name].template)
 
 
+SIZE: dict[str, Any] = {"max_length": 2048, "seed": 0}
+
+
+def feed_of(messages: list[Any], tools: Any = TOOLS, **columns: Any) -> Feed:
+    fields = {"messages": messages, "tools": tools, **columns}
+    return Feed("rows.jsonl", "rows.jsonl", "messages", "", lambda: iter([RawRow("rows.jsonl:1", fields)]))
+
+
 def row_of(messages: list[Any], tools: Any = TOOLS, **columns: Any) -> Conversation:
     """The row of these messages, as it is read."""
-    fields = {"messages": messages, "tools": tools, **columns}
-    feed = Feed("rows.jsonl", "rows.jsonl", "messages", "", lambda: iter([RawRow("rows.jsonl:1", fields)]))
     data = DataSection.model_validate({"sources": [{"path": "rows.jsonl"}]})
-    [row] = read_rows([feed], data=data, counts=Counter())
+    [row] = read_rows([feed_of(messages, tools, **columns)], data=data, counts=Counter())
     assert isinstance(row, Conversation)
     return row
 
@@ -233,3 +241,10 @@ def test_a_chat_of_twice_as_many_calls_is_rendered_with_twice_as_many_messages(m
         [document] = encode(tokenizer, row_of([MESSAGES[0], *loop, MESSAGES[3]]))
         assert len(supervised_runs(tokenizer, document)) == turns + 1
         assert sum(rendered) < 6 * 2 * turns + 6 * turns + 40  # prompts, marks; two short chats a call
+
+
+def test_an_example_of_a_run_asks_with_tools_and_expects_the_call(make_tools):
+    tokenizer, row = make_tools("qwen 2.5"), row_of(MESSAGES[:2])
+    [example] = find_examples([feed_of(MESSAGES[:2])], [digest(row, seed=0)], encoder=encoder(tokenizer), **SIZE)
+    assert example.expected == '{"name": "get_weather", "arguments": {"city": "Paris"}}'
+    assert "Tells the weather." in example.prompt and example.prompt.endswith("assistant\n")
