@@ -15,6 +15,7 @@ from peft import PeftModel
 from transformers import GenerationConfig, TextStreamer
 
 from launcher.checkpoint.files import append_text
+from launcher.data.chat.tool_calls import call_form, has_calls, in_call_form
 from launcher.data.read.formats import read_rows
 from launcher.data.read.rows import Conversation, Feed, PlainText, RawRow, Row, RowFault
 from launcher.data.read.sources import open_source
@@ -25,7 +26,7 @@ from launcher.recipe.run_options import GenerateOptions
 from launcher.records.answers import Answer, Answered
 from launcher.records.counts import counts_in_words
 
-Chat = list[dict[str, str]]  # messages with "role" and "content"
+Chat = list[dict[str, Any]]  # messages as chat templates take them
 COMPLETED = {"completion", "messages", "conversations", "instruction", "text"}  # columns of no bare prompt
 Write = Callable[[str], object]  # takes pieces of a text as they come
 
@@ -35,6 +36,7 @@ class Prompt(NamedTuple):
 
     content: Chat | str | list[int]  # token ids: rendered already
     expected: str | None = None  # the data's own answer
+    tools: tuple[dict[str, Any], ...] = ()  # of a chat, as Conversation has them
 
 
 class _Stream(TextStreamer):
@@ -59,8 +61,9 @@ class Answerer:
 
     def answered(self, prompt: Prompt) -> Answered:
         """The answer, and with base=true the base's."""
-        base = self.answer(prompt.content, base=True) if self._options.base else None
-        return Answered(self._shown(prompt.content), self.answer(prompt.content), base, prompt.expected)
+        base = self.answer(prompt.content, base=True, tools=prompt.tools) if self._options.base else None
+        answer = self.answer(prompt.content, tools=prompt.tools)
+        return Answered(self._shown(prompt.content), answer, base, prompt.expected)
 
     def answered_or_not(self, prompt: Prompt) -> Answered | DataError | RecipeError:
         """As `answered`, or what `answer` raises: one prompt must not cost what the others gave."""
@@ -70,13 +73,20 @@ class Answerer:
             return error
 
     @torch.inference_mode()
-    def answer(self, content: Chat | str | list[int], *, base: bool = False, write: Write | None = None) -> Answer:
+    def answer(
+        self,
+        content: Chat | str | list[int],
+        *,
+        base: bool = False,
+        write: Write | None = None,
+        tools: tuple[dict[str, Any], ...] = (),
+    ) -> Answer:
         """One answer; `base`: with the adapter off. `write` gets its text as it grows.
 
         Raises DataError where the chat template refuses the chat, RecipeError for a prompt longer than the model's
         positions.
         """
-        ids = self._ids(content)
+        ids = self._ids(content, tools)
         room = self._run.config.max_position_embeddings - ids.shape[1]
         if room < 1:
             raise RecipeError(
@@ -109,10 +119,10 @@ class Answerer:
         if isinstance(content, str):
             return content
         if isinstance(last := content[-1], dict):
-            return last["content"]
+            return str(last["content"])
         return str(self._run.tokenizer.decode(content, skip_special_tokens=True)).strip()
 
-    def _ids(self, content: Chat | str | list[int]) -> torch.Tensor:
+    def _ids(self, content: Chat | str | list[int], tools: tuple[dict[str, Any], ...]) -> torch.Tensor:
         """int64 [1, L], on the model's device."""
         tokenizer: Any = self._run.tokenizer
         if not isinstance(content, str) and isinstance(content[0], int):
@@ -122,8 +132,12 @@ class Answerer:
             bos = tokenizer.bos_token_id
             ids = ids if bos is None or ids[:1] == [bos] else [bos, *ids]
         else:
+            if has_calls(content):
+                content = in_call_form(content, call_form(partial(tokenizer.apply_chat_template, tokenize=False)))
             try:
-                ids = tokenizer.apply_chat_template(content, add_generation_prompt=True, return_dict=True)["input_ids"]
+                ids = tokenizer.apply_chat_template(
+                    content, tools=list(tools) or None, add_generation_prompt=True, return_dict=True
+                )["input_ids"]
             except Exception as error:  # templates refuse in their own words
                 raise DataError(
                     f"the chat template must take the conversation; it refuses one of "
@@ -152,7 +166,7 @@ def read_prompts(file: Path, run: OpenedRun) -> tuple[list[Prompt], str]:
         raise DataError(f"{file}: prompts must hold a row to answer; it has {counts_in_words(counts) or 'none'}.")
     prompts = [
         prompt_of(row.messages[0].content, run)
-        if isinstance(row, Conversation) and row.where in bare and len(row.messages) == 1
+        if isinstance(row, Conversation) and row.where in bare and len(row.messages) == 1 and not row.tools
         else prompt_of_row(row)
         for row in rows
     ]
@@ -167,7 +181,7 @@ def _bare_as_chats(feed: Feed, bare: set[str]) -> Iterator[RawRow | RowFault]:
         if isinstance(raw, RawRow) and isinstance(prompt, str | list) and raw.fields.keys().isdisjoint(COMPLETED):
             messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
             fields = {key: value for key, value in raw.fields.items() if key != "prompt"}
-            raw = RawRow(raw.where, {**fields, "messages": messages})
+            raw = raw._replace(fields={**fields, "messages": messages})
             bare.add(raw.where)
         yield raw
 
@@ -181,10 +195,10 @@ def prompt_of_row(row: Row) -> Prompt:
                 'Give rows as {"prompt": "..."} or {"messages": [...]}.'
             )
         return Prompt(row.text[: row.answer], row.text[row.answer :])
-    messages = [{"role": message.role, "content": message.content} for message in row.messages]
+    messages = [{"role": message.role, "content": message.content, **message.extra} for message in row.messages]
     if len(messages) > 1 and messages[-1]["role"] == "assistant":
-        return Prompt(messages[:-1], messages[-1]["content"])
-    return Prompt(messages)
+        return Prompt(messages[:-1], row.messages[-1].said, row.tools)
+    return Prompt(messages, tools=row.tools)
 
 
 def answer_all(answerer: Answerer, prompts: list[Prompt], file: Path) -> Iterator[Answered | DataError | RecipeError]:
@@ -192,5 +206,12 @@ def answer_all(answerer: Answerer, prompts: list[Prompt], file: Path) -> Iterato
     for prompt in prompts:
         found = answerer.answered_or_not(prompt)
         said = asdict(found) if isinstance(found, Answered) else {"expected": prompt.expected, "error": str(found)}
-        append_text(file, json.dumps({**said, "prompt": prompt.content}, ensure_ascii=False) + "\n")
+        append_text(
+            file,
+            json.dumps(
+                {**said, "prompt": prompt.content, **({"tools": prompt.tools} if prompt.tools else {})},
+                ensure_ascii=False,
+            )
+            + "\n",
+        )
         yield found
