@@ -121,7 +121,7 @@ def in_words(schema: Json) -> str:
                 ", each once" if "uniqueItems" in schema else ""
             )
         case "object":
-            return "{" + ", ".join(schema["properties"]) + "}"
+            return "{" + ", ".join(schema.get("properties", ("name: name",))) + "}"
         case "integer":
             return f"a whole number{_range(schema)}"
         case "number":

@@ -35,7 +35,7 @@ from launcher.recipe.data_section import DataSection
 
 Fields = dict[str, Any]
 RENAME = (
-    'Rename the columns to those of a format, such as "question" and "answer" to "prompt" and "completion". '
+    "Name them beside the source's path, such as columns: {prompt: question, completion: answer}. "
     "If only some rows lack them, data.bad_rows=skip drops such rows and counts them."
 )
 RowParser = Callable[[Fields, str], Row | None]  # (fields, where) of a raw row -> the row; None: it is empty
@@ -198,6 +198,12 @@ _FORMATS = {
     ),
     "text": _Format(("text",), _parse_text, UsedKeys(frozenset({"text"}))),
 }
+
+
+OUR_COLUMNS = frozenset[str]().union(*(format.used.columns for format in _FORMATS.values()))
+OPTIONAL_COLUMNS = OUR_COLUMNS - {column for format in _FORMATS.values() for column in format.columns}
+MESSAGE_COLUMNS = frozenset(column for format in _FORMATS.values() for column in format.used.messages)
+MESSAGE_KEYS = frozenset[str]().union(*(format.used.of_message for format in _FORMATS.values()))
 
 
 class _Keys(NamedTuple):

@@ -5,8 +5,9 @@ source -> Feed -> RawRow (columns as they were read) -> Row (a Conversation or a
 
 import copyreg
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
+from difflib import get_close_matches
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -15,6 +16,10 @@ from launcher.errors import DataError
 
 ROLES = ("system", "user", "assistant")
 SKIP = "Fix the row, or set data.bad_rows=skip to drop such rows and count them."
+NOT_MAPPED = " (not mapped)"  # added to the name of a column that gives way to the one that the user names
+CORRECT_ENTRY = (
+    "Correct the source's entry. If only some rows lack it, data.bad_rows=skip drops such rows and counts them."
+)
 
 
 @dataclass(frozen=True)
@@ -134,3 +139,15 @@ def shown_under(key: str, fields: dict[str, Any]) -> str:
     return (
         f'no "{key}"; the keys are {shown_value(", ".join(map(str, fields)))}' if fields else f'no "{key}"; it is empty'
     )
+
+
+def near_name(word: str, names: Iterable[str]) -> str:
+    """The question whether the nearest of these names is meant; "" if none is near."""
+    likely = get_close_matches(word, list(names), n=1)
+    return f"did you mean {shown_value(likely[0])}? " if likely else ""
+
+
+def missing_column(where: str, rule: str, theirs: str, fields: dict[str, Any]) -> RowFault:
+    """The fault of a row, or of all, that lacks a column which the recipe names."""
+    remedy = near_name(theirs, map(str, fields)).replace("did", "Did", 1) + CORRECT_ENTRY
+    return RowFault("missing_column", where=where, rule=rule, found=shown_under(theirs, fields), remedy=remedy)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from launcher.data.read import folders
+from launcher.data.read.columns import reshape_of
 from launcher.data.read.csv_files import read_csv
 from launcher.data.read.hub import open_dataset
 from launcher.data.read.json_files import read_json
@@ -68,13 +69,16 @@ def open_source(source: Source, *, data: DataSection, validates: bool = False) -
     is not streamed, and of a folder its validation files are taken.
 
     Raises DataError: there is no such file, folder or dataset, a folder has no files of one supported kind and of the
-    split, a file cannot be read, or config, revision or (of a file) split is given for a local path.
+    split, a file cannot be read, or config, revision or (of a file) split is given for a local path; RecipeError as
+    reshape_of.
     """
+    reshape = reshape_of(source, data.max_row_bytes)
     files, note = local_files(source, validates=validates)
     streaming = data.streaming and not validates
     feeds = [_file_feed(file, source, data, streaming=streaming) for file in files]
+    feeds = feeds or [open_dataset(source, streaming=streaming)]
     reopen = partial(open_source, source, data=data, validates=validates)
-    return OpenedSource(feeds or [open_dataset(source, streaming=streaming)], [note] if note else [], reopen)
+    return OpenedSource([reshape(feed) for feed in feeds], [note] if note else [], reopen)
 
 
 def local_files(source: Source, *, validates: bool = False) -> folders.Selection:
