@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from launcher.data.documents import Bools, Longs
-from launcher.data.read.rows import Conversation, Row
+from launcher.data.read.rows import Conversation, Row, TokenIds
 
 _quoted = json.JSONEncoder().encode  # of a string; json.dumps of the lists takes twice as long
 
@@ -16,9 +16,11 @@ def digest(row: Row, *, seed: int) -> bytes:
     """16 bytes that depend on the row's content and the seed only, not on its place.
 
     Whitespace around a message or a text makes no difference, nor do Windows line ends, nor where the completion begins
-    in a text: it is tokenised as one.
+    in a text: it is tokenised as one. Of token ids, the labels make none.
     """
-    if isinstance(row, Conversation):
+    if isinstance(row, TokenIds):
+        content = " ".join(map(str, row.input_ids.tolist()))
+    elif isinstance(row, Conversation):
         content = f"[{', '.join([f'[{_quoted(m.role)}, {_quoted(_normal(m.content))}]' for m in row.messages])}]"
     else:
         content = _quoted(_normal(row.text))

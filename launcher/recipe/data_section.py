@@ -19,7 +19,7 @@ class Source(RecipeSection):
         description="File (.jsonl, .json, .csv, .parquet, .txt), folder of such files, or dataset id on the hub.",
         examples=["./my.jsonl"],
     )
-    format: Literal["auto", "messages", "sharegpt", "alpaca", "prompt_completion", "text"] = Field(
+    format: Literal["auto", "messages", "sharegpt", "alpaca", "prompt_completion", "text", "tokens"] = Field(
         "auto", description="Columns of the rows; auto: recognised from the first row."
     )
     weight: float | None = Field(

@@ -1,4 +1,4 @@
-"""Raw rows of every format become conversations or texts.
+"""Raw rows of every format become conversations, texts or token ids.
 
 format              columns                     row
 messages            messages                    [{"role", "content"}, …] -> Conversation
@@ -6,6 +6,7 @@ sharegpt            conversations               [{"from", "value"}, …] -> Conv
 alpaca              instruction, input, output  -> Conversation that ends in two messages; answer: the last
 prompt_completion   prompt, completion          strings -> PlainText; message lists -> Conversation; answer: completion
 text                text                        -> PlainText
+tokens              input_ids                   -> TokenIds; labels and attention_mask may stand beside (token_ids.py)
 
 The first three may have a column "system", a Conversation's first message; alpaca "history", pairs of messages before.
 unused.py has what else a row may hold. Faulty rows follow data.bad_rows. Empty rows are always dropped and counted.
@@ -25,6 +26,7 @@ from launcher.data.read.rows import (
     RawRow,
     Row,
     RowFault,
+    TokenIds,
     shown_under,
     shown_value,
     too_large,
@@ -170,6 +172,12 @@ def _parse_text(fields: Fields, where: str) -> PlainText | None:
     return PlainText(text, where) if text.strip() else None
 
 
+def _parse_tokens(fields: Fields, where: str) -> TokenIds | None:
+    from launcher.data.read.token_ids import parse_token_ids  # loads numpy
+
+    return parse_token_ids(fields, where)
+
+
 class _Format(NamedTuple):
     columns: tuple[str, ...]  # that `auto` recognises it by
     parse: RowParser
@@ -197,6 +205,7 @@ _FORMATS = {
         UsedKeys(frozenset({"prompt", "completion"}), ("prompt", "completion"), _ROLE_CONTENT),
     ),
     "text": _Format(("text",), _parse_text, UsedKeys(frozenset({"text"}))),
+    "tokens": _Format(("input_ids",), _parse_tokens, UsedKeys(frozenset({"input_ids", "labels", "attention_mask"}))),
 }
 
 

@@ -1,6 +1,7 @@
-"""What a row is: a conversation or a text, whatever its source and format. Later stages know neither.
+"""What a row is: a conversation, a text or token ids, whatever its source and format. Later stages know neither.
 
-source -> Feed -> RawRow (columns as they were read) -> Row (a Conversation or a PlainText); RowFault where one fails
+source -> Feed -> RawRow (columns as they were read) -> Row (Conversation, PlainText or TokenIds); RowFault where one
+fails
 """
 
 import copyreg
@@ -9,10 +10,14 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from functools import partial
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from launcher.credentials import shortened
 from launcher.errors import DataError
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 ROLES = ("system", "user", "assistant")
 SKIP = "Fix the row, or set data.bad_rows=skip to drop such rows and count them."
@@ -50,7 +55,22 @@ class PlainText:
         return len(self.text)
 
 
-Row = Conversation | PlainText
+@dataclass(frozen=True, eq=False)
+class TokenIds:
+    """Tokens as they were prepared elsewhere, N >= 1 of them."""
+
+    input_ids: "NDArray[np.int32]"  # [N]
+    supervised: "NDArray[np.bool_] | None"  # [N], by the row's labels; None: it has none
+    where: str
+    answer: None = None
+
+    @property
+    def characters(self) -> int:
+        """A measure of its size, as of the other rows."""
+        return len(self.input_ids)
+
+
+Row = Conversation | PlainText | TokenIds
 
 
 class RowFault(DataError):
