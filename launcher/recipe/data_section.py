@@ -16,7 +16,8 @@ class Source(RecipeSection):
     )  # a text is its path: fields.py's as_list
 
     path: NonEmptyText = Field(
-        description="File (.jsonl, .json, .csv, .parquet, .txt), folder of such files, or dataset id on the hub.",
+        description="File (.jsonl, .json, .csv, .tsv, .parquet, .arrow, .txt), folder of such files, or dataset id on "
+        "the hub.",
         examples=["./my.jsonl"],
     )
     format: Literal["auto", "messages", "sharegpt", "alpaca", "prompt_completion", "text", "tokens"] = Field(
@@ -44,6 +45,12 @@ class Source(RecipeSection):
     )
     completion: NonEmptyText | None = Field(
         None, description="Jinja line of what is learned after the template's text.", examples=["{{ answer }}"]
+    )
+    delimiter: str | None = Field(
+        None,
+        pattern=r'^[^"\r\n]$',
+        description="Character between the columns of .csv and .tsv files; null: told from the header.",
+        examples=[";"],
     )
 
     @model_validator(mode="after")
