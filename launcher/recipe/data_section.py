@@ -33,8 +33,8 @@ class Source(RecipeSection):
     revision: NonEmptyText | None = Field(
         None, description="Branch, tag or commit of a hub dataset.", examples=["main"]
     )
-    columns: dict[NonEmptyText, NonEmptyText] = Field(
-        {},
+    columns: dict[NonEmptyText, NonEmptyText] | None = Field(
+        None,
         description="Our names of columns and of messages' keys, each with its name in the data.",
         examples=[{"prompt": "question", "completion": "answer"}],
     )
@@ -46,9 +46,8 @@ class Source(RecipeSection):
     completion: NonEmptyText | None = Field(
         None, description="Jinja line of what is learned after the template's text.", examples=["{{ answer }}"]
     )
-    delimiter: str | None = Field(
+    delimiter: Annotated[str, Field(pattern=r'^[^"\r\n]$', description="one character, no quote")] | None = Field(
         None,
-        pattern=r'^[^"\r\n]$',
         description="Character between the columns of .csv and .tsv files; null: told from the header.",
         examples=[";"],
     )

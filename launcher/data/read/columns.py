@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING
 
+from launcher.credentials import masked
 from launcher.data.read.formats import MESSAGE_COLUMNS, MESSAGE_KEYS, OPTIONAL_COLUMNS, OUR_COLUMNS, Fields
 from launcher.data.read.rows import NOT_MAPPED, Feed, RawRow, RowFault, missing_column, near_name, shown_value
 from launcher.errors import DataError, RecipeError
@@ -24,31 +25,32 @@ from launcher.recipe.data_section import Source
 if TYPE_CHECKING:
     from launcher.data.read.row_template import RowTemplate
 
+OURS = "columns of a source names ours, each with its name there, such as {prompt: question}"
+
 
 def reshape_of(source: Source, max_bytes: int) -> Callable[[Feed], Feed]:
     """What gives the feeds of this source the columns of a format. A row has at most `max_bytes` afterwards too.
 
     Raises RecipeError: columns names one that nothing reads, or a template is no Jinja or uses no column.
     """
-    template = None
+    given, template = source.columns or {}, None
     if source.template is not None:
         from launcher.data.read.row_template import RowTemplate  # loads Jinja
 
         template = RowTemplate(source.template, source.completion, max_bytes)
-    elif not source.columns:
+    elif not given:
         return lambda feed: feed
     columns = template.columns if template else OUR_COLUMNS
     known = columns if template else columns | MESSAGE_KEYS
-    if unknown := sorted(source.columns.keys() - known):
-        which = "those of the template" if template else "ours"
+    if unknown := sorted(given.keys() - known):
+        which, rule = ("it uses", "beside a template, columns names what it uses") if template else ("ours are", OURS)
         raise RecipeError(
-            f"columns of a source are {which}, each with its name there; got {shown_value(unknown[0])} for "
-            f"{shown_value(source.columns[unknown[0]])}; {near_name(unknown[0], known)}"
-            f"{which} are {', '.join(sorted(known))}"
+            f"{masked(source.path)}: {rule}; got {shown_value(unknown[0])} for {shown_value(given[unknown[0]])}; "
+            f"{near_name(unknown[0], known)}{which} {', '.join(sorted(known))}"
         )
     names = _Names(
-        {ours: theirs for ours, theirs in source.columns.items() if ours in columns},
-        {ours: theirs for ours, theirs in source.columns.items() if ours not in columns},
+        {ours: theirs for ours, theirs in given.items() if ours in columns},
+        {ours: theirs for ours, theirs in given.items() if ours not in columns},
         columns if template else OPTIONAL_COLUMNS,
     )
     format = template.format if template else source.format

@@ -4,8 +4,10 @@ import json
 
 import pytest
 
+from launcher.data.prepare import prepare
 from launcher.data.read.rows import Conversation, Message, PlainText
-from launcher.errors import RecipeError
+from launcher.errors import DataError, RecipeError
+from launcher.preflight.before_torch import check_data
 from launcher.recipe.data_section import DataSection, Source
 from tests.support.reading import opened, read, refusal
 
@@ -93,6 +95,32 @@ def test_the_columns_of_a_folder_hold_for_all_its_files_and_for_validation(write
     assert texts(tmp_path, columns={"text": "body"}) == ["a.jsonl", "b.jsonl"]
     data = DataSection.model_validate({"validation": {"path": str(tmp_path), "columns": {"text": "body"}}})
     assert isinstance(data.validation_source, Source) and data.validation_source.columns == {"text": "body"}
+
+
+def test_the_columns_of_a_validation_entry_are_its_own(write, tokenizer):
+    held = write([{"body": "a lake"}, {"body": "a sea"}], name="held.jsonl")
+    sources = [
+        {
+            "path": write([QA, {"question": "a ", "answer": "lake"}]),
+            "columns": {"prompt": "question", "completion": "answer"},
+        }
+    ]
+    for validation in ({"columns": {"text": "body"}}, {"template": "{{ body }}"}):
+        data = DataSection.model_validate(
+            {"sources": sources, "validation": {"path": held, **validation}, "max_length": 64}
+        )
+        prepared = prepare(data, tokenizer, seed=0)
+        assert (prepared.validation_rows, prepared.counts["rows_dropped_in_validation"]) == (2, 1)
+        assert "data: nothing uses id (1 row)" in prepared.notes
+    data = data.model_copy(update={"validation": Source(path=held, columns={"text": "bdy"})})
+    with pytest.raises(DataError, match='data.validation: .*"text" is called "bdy" here'):
+        prepare(data, tokenizer, seed=0)
+
+
+def test_wrong_columns_and_templates_end_a_run_before_torch_is_loaded(write):
+    for entry in ({"columns": {"promt": "question"}}, {"template": "{{ q "}, {"delimiter": ";"}):
+        with pytest.raises(RecipeError):
+            check_data(Source.model_validate({"path": write([QA]), **entry}))
 
 
 def test_a_template_makes_a_text_of_the_columns_and_keeps_its_last_line_end(write):
