@@ -16,7 +16,7 @@ from typing import Any
 from rich.console import Console
 
 from launcher.data.read.formats import detected_format, read_rows
-from launcher.data.read.rows import Conversation, Feed, ReadingProgress, Row, RowFault
+from launcher.data.read.rows import Conversation, Feed, ReadingProgress, Row, RowFault, TokenIds
 from launcher.data.read.sources import local_files, open_source
 from launcher.errors import DataError
 from launcher.model.config_file import check_config_file
@@ -155,6 +155,8 @@ def _lengths(
 
 
 def _estimated(row: Row) -> int:
+    if isinstance(row, TokenIds):
+        return len(row.input_ids)
     messages = len(row.messages) if isinstance(row, Conversation) else 0
     return row.characters // CHARACTERS_A_TOKEN + messages * TOKENS_A_MESSAGE + 1
 

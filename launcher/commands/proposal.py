@@ -154,7 +154,7 @@ def _of_data(data: DataFacts, lengths: Any, width: int, why_width: str) -> Itera
     if data.template != "auto":
         yield Proposed("data.template", data.template, "the tokenizer has no chat template, and the tokens of this one")
     yield Proposed("data.max_length", width, why_width)
-    if data.format == "text" and lengths.max() > width:
+    if data.format in ("text", "tokens") and lengths.max() > width:
         yield Proposed("data.too_long", "split", "of a plain text every piece teaches; truncate would lose the rest")
     mean = float(np.minimum(lengths, width).mean())
     yield Proposed("data.batching", "packed", f"about {max(1.0, width / mean):.0f} rows share a block: no padding")

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from launcher.data.documents import Bools, Longs
-from launcher.data.read.rows import Conversation, Message, Row
+from launcher.data.read.rows import Conversation, Message, Row, TokenIds
 
 _quoted = json.JSONEncoder().encode  # of a string; json.dumps of the lists takes twice as long
 
@@ -17,9 +17,11 @@ def digest(row: Row, *, seed: int) -> bytes:
     """16 bytes that depend on the row's content and the seed only, not on its place.
 
     Whitespace around a message or a text makes no difference, nor do Windows line ends, nor where the completion begins
-    in a text: it is tokenised as one; nor ids of tool calls, nor which turns are learned.
+    in a text: it is tokenised as one; nor ids of tool calls, nor which turns or token ids are learned.
     """
-    if isinstance(row, Conversation):
+    if isinstance(row, TokenIds):
+        content = " ".join(map(str, row.input_ids.tolist()))
+    elif isinstance(row, Conversation):
         content = f"[{', '.join([f'[{_quoted(m.role)}, {_quoted(_normal(m.content))}]' for m in row.messages])}]"
         if row.tools or any(message.extra for message in row.messages):
             content += json.dumps([row.tools, *map(_learned, row.messages)], sort_keys=True)

@@ -13,7 +13,7 @@ from launcher.data.chat.workers import EncoderPool
 from launcher.data.documents import Document
 from launcher.data.pack.fit import fit_rows, notes_on, nothing_left
 from launcher.data.read.formats import read_rows
-from launcher.data.read.rows import PlainText, Row
+from launcher.data.read.rows import Conversation, Row
 from launcher.data.read.sources import open_source
 from launcher.data.read.unused import unused_notes
 from launcher.data.vocabulary import check_ids
@@ -129,7 +129,7 @@ def _has_more(rows: Iterator[Row]) -> bool:
 
 def _answerable(row: Row) -> list[Prompt]:
     """The row as a prompt with the answer that it ends with; none of one that has no such answer."""
-    if isinstance(row, PlainText) and not row.answer:
+    if not isinstance(row, Conversation) and not row.answer:
         return []
     prompt = prompt_of_row(row)
     return [prompt] if prompt.expected is not None else []

@@ -17,7 +17,7 @@ from transformers import GenerationConfig, TextStreamer
 from launcher.checkpoint.files import append_text
 from launcher.data.chat.tool_calls import call_form, has_calls, in_call_form
 from launcher.data.read.formats import read_rows
-from launcher.data.read.rows import Conversation, Feed, PlainText, RawRow, Row, RowFault
+from launcher.data.read.rows import Conversation, Feed, RawRow, Row, RowFault, TokenIds
 from launcher.data.read.sources import open_source
 from launcher.errors import DataError, RecipeError
 from launcher.export.load_run import OpenedRun, generation_settings
@@ -188,10 +188,11 @@ def _bare_as_chats(feed: Feed, bare: set[str]) -> Iterator[RawRow | RowFault]:
 
 def prompt_of_row(row: Row) -> Prompt:
     """The whole chat, or what stands before the answer that it ends with. Raises DataError for a text without one."""
-    if isinstance(row, PlainText):
-        if not row.answer:
+    if not isinstance(row, Conversation):
+        if isinstance(row, TokenIds) or not row.answer:
+            found = "token ids" if isinstance(row, TokenIds) else "plain text"
             raise DataError(
-                f"{row.where}: a prompt is a chat, or a text with a prompt.\nFound: plain text.\n"
+                f"{row.where}: a prompt is a chat, or a text with a prompt.\nFound: {found}.\n"
                 'Give rows as {"prompt": "..."} or {"messages": [...]}.'
             )
         return Prompt(row.text[: row.answer], row.text[row.answer :])

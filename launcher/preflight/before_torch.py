@@ -9,6 +9,7 @@ from pathlib import Path
 from launcher.checkpoint.files import writable
 from launcher.checkpoint.folder import RunFolder, default_folder, named_folder
 from launcher.checkpoint.start_adapter import check_start
+from launcher.data.read.columns import reshape_of
 from launcher.data.read.sources import local_files
 from launcher.errors import CheckpointError, DataError, RecipeError
 from launcher.model.config_file import check_config_file
@@ -99,7 +100,8 @@ def check_located(recipe: Recipe, shipped: Path) -> str:
 
 
 def check_data(source: Source, *, validates: bool = False) -> str:
-    """Raise DataError for local data that is not there or cannot be read."""
+    """Raise DataError for local data that is not there or cannot be read, RecipeError for columns that none has."""
+    reshape_of(source, 0)
     files = local_files(source, validates=validates).files
     if locked := [file for file in files if not os.access(file, os.R_OK)]:
         raise DataError(

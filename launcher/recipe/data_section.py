@@ -1,8 +1,8 @@
 """The recipe's data section: what is trained on, and how rows become blocks of tokens."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator
+from pydantic import BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
 from launcher.credentials import masked
 from launcher.recipe.field_types import NonEmptyText, RecipeSection, number_before_path, off_is, recipes_dir
@@ -16,10 +16,11 @@ class Source(RecipeSection):
     )  # a text is its path: fields.py's as_list
 
     path: NonEmptyText = Field(
-        description="File (.jsonl, .json, .csv, .parquet, .txt), folder of such files, or dataset id on the hub.",
+        description="File (.jsonl, .json, .csv, .tsv, .parquet, .arrow, .txt), folder of such files, or dataset id on "
+        "the hub.",
         examples=["./my.jsonl"],
     )
-    format: Literal["auto", "messages", "sharegpt", "alpaca", "prompt_completion", "text"] = Field(
+    format: Literal["auto", "messages", "sharegpt", "alpaca", "prompt_completion", "text", "tokens"] = Field(
         "auto", description="Columns of the rows; auto: recognised from the first row."
     )
     weight: float | None = Field(
@@ -32,6 +33,35 @@ class Source(RecipeSection):
     revision: NonEmptyText | None = Field(
         None, description="Branch, tag or commit of a hub dataset.", examples=["main"]
     )
+    columns: dict[NonEmptyText, NonEmptyText] | None = Field(
+        None,
+        description="Our names of columns and of messages' keys, each with its name in the data.",
+        examples=[{"prompt": "question", "completion": "answer"}],
+    )
+    template: NonEmptyText | None = Field(
+        None,
+        description="Jinja line that makes a text of a row's columns; with completion: the prompt.",
+        examples=["Q: {{ question }} A: {{ answer }}"],
+    )
+    completion: NonEmptyText | None = Field(
+        None, description="Jinja line of what is learned after the template's text.", examples=["{{ answer }}"]
+    )
+    delimiter: Annotated[str, Field(pattern=r'^[^"\r\n]$', description="one character, no quote")] | None = Field(
+        None,
+        description="Character between the columns of .csv and .tsv files; null: told from the header.",
+        examples=[";"],
+    )
+
+    @model_validator(mode="after")
+    def _template_makes_the_format(self) -> Self:
+        made = "text" if self.completion is None else "prompt_completion"
+        if self.template is None and self.completion is not None:
+            raise ValueError("completion of a source needs template, which makes the prompt; add it, or use columns")
+        if self.template is not None and self.format not in ("auto", made):
+            raise ValueError(
+                f"template of a source makes rows of the format {made}; got format {self.format}; leave format out"
+            )
+        return self
 
 
 class DataSection(RecipeSection):

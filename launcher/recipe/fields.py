@@ -129,7 +129,7 @@ def in_words(schema: Json) -> str:
         case "object" if "properties" not in schema:
             return f"a mapping of text to {in_words(schema['additionalProperties'])}"
         case "object":
-            return "{" + ", ".join(schema["properties"]) + "}"
+            return "{" + ", ".join(schema.get("properties", ("name: name",))) + "}"
         case "integer":
             return f"a whole number{_range(schema)}"
         case "number":

@@ -42,7 +42,7 @@ class NewOptions(RecipeSection):
     model: NonEmptyText = Field(
         ModelSection().name, description="Hub id or local folder of the base model.", examples=["./my-model"]
     )
-    format: Literal["auto", "messages", "sharegpt", "alpaca", "prompt_completion", "text"] = Field(
+    format: Literal["auto", "messages", "sharegpt", "alpaca", "prompt_completion", "text", "tokens"] = Field(
         "auto", description="Columns of the rows; auto: recognised from the first row."
     )
 

@@ -28,6 +28,7 @@ FORMATS: dict[str, Callable[[str, str], dict[str, Any]]] = {
     "alpaca": lambda q, a: {"instruction": q, "input": "", "output": a},
     "prompt_completion": lambda q, a: {"prompt": q, "completion": a},
     "text": lambda q, a: {"text": f"{q} {a}"},
+    "tokens": lambda q, a: {"input_ids": [ord(letter) for letter in q + a]},
 }
 
 

@@ -23,7 +23,7 @@ from launcher.data.documents import Documents
 from launcher.data.pack.blocks import Blocks
 from launcher.data.pack.buckets import bucket
 from launcher.data.pack.micro_batch import micro_batch_of
-from launcher.recipe.data_section import DataSection
+from launcher.recipe.data_section import DataSection, Source
 from tests.support.documents import documents_of
 
 NAME, OTHER = "a" * 40, "b" * 40
@@ -223,6 +223,16 @@ def test_every_field_of_the_data_section_but_the_waiting_changes_the_fingerprint
     assert {field for section in SECTIONS for field in section} | {"wait_s"} == set(DataSection.model_fields)
     assert len({name_of(tokenizer, section) for section in SECTIONS}) == len(SECTIONS)
     assert name_of(tokenizer, {"wait_s": 7}) == name_of(tokenizer)
+
+
+def test_every_key_of_a_source_but_its_path_changes_the_fingerprint(tokenizer):
+    keys: list[dict[str, Any]] = [{name: "text"} for name in ("config", "split", "revision", "format", "template")]
+    keys += [{}, {"weight": 2}, {"columns": {"text": "a"}}, {"columns": {"text": "b"}}, {"delimiter": ";"}]
+    keys += [{"template": "text", "completion": "a"}]
+    assert {name for entry in keys for name in entry} | {"path"} == set(Source.model_fields)
+    for field, wrap in (("sources", lambda source: [source]), ("validation", lambda source: source)):
+        names = {name_of(tokenizer, {field: wrap({"path": "rows.csv", **entry})}) for entry in keys}
+        assert len(names) == len(keys)
 
 
 def test_the_content_of_sources_and_not_their_place_decides(tokenizer):

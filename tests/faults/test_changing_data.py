@@ -41,10 +41,13 @@ def section(path: Path, **options: Any) -> DataSection:
 KINDS: dict[str, Callable[[list[str]], bytes]] = {  # a file of these texts
     ".jsonl": lambda texts: "".join(json.dumps({"text": text}) + "\n" for text in texts).encode(),
     ".jsonl.gz": lambda texts: gzip.compress(KINDS[".jsonl"](texts), mtime=0),
+    ".jsonl.zst": lambda texts: pa.compress(KINDS[".jsonl"](texts), codec="zstd", asbytes=True),
     ".json": lambda texts: json.dumps([{"text": text} for text in texts]).encode(),
     ".csv": lambda texts: "\n".join(["text", *texts]).encode(),
     ".txt": lambda texts: "\n".join(texts).encode(),
+    ".tsv": lambda texts: KINDS[".csv"](texts),
     ".parquet": lambda texts: parquet({"text": texts}),
+    ".arrow": lambda texts: arrow({"text": texts}),
 }
 BEFORE, AFTER = [f"a river {n}" for n in range(2000)], [f"a brook {n}" for n in range(2000)]
 
@@ -52,6 +55,13 @@ BEFORE, AFTER = [f"a river {n}" for n in range(2000)], [f"a brook {n}" for n in 
 def parquet(columns: dict[str, list[str]], **options: Any) -> bytes:
     sink = pa.BufferOutputStream()
     pq.write_table(pa.table(columns), sink, **options)
+    return bytes(sink.getvalue())
+
+
+def arrow(columns: dict[str, list[str]]) -> bytes:
+    sink, table = pa.BufferOutputStream(), pa.table(columns)
+    with pa.ipc.new_stream(sink, table.schema) as writer:
+        writer.write_table(table, max_chunksize=500)
     return bytes(sink.getvalue())
 
 

@@ -3,7 +3,8 @@
     row -> what of it the loss sees -> text with spans of characters (render.py) -> token ids and mask
 
 A token is supervised if it covers a character of a span. Control tokens spelled out in a message are plain characters
-(spelled_out.py). In plain text they are control tokens, since text rendered beforehand is a usual source.
+(spelled_out.py). In plain text they are control tokens, since text rendered beforehand is a usual source. Token ids
+stay as they are.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -18,14 +19,14 @@ from launcher.data.chat.render import ENDLESS, ChatRenderer, Rendered, render_te
 from launcher.data.chat.spelled_out import SpelledOut, copy_of
 from launcher.data.chat.turns import Span
 from launcher.data.documents import Bools, Document, Ints
-from launcher.data.read.rows import Conversation, Message, PlainText, Row, RowFault
+from launcher.data.read.rows import Conversation, Message, PlainText, Row, RowFault, TokenIds
 from launcher.errors import DataError, RecipeError
 from launcher.recipe.data_section import DataSection
 
 
 class EncodedRow(NamedTuple):
-    """What the loss sees of a row ("assistant", "last", "completion" or "all"), and the row's tokens, however many; or
-    why the chat template gives none.
+    """What the loss sees of a row ("assistant", "last", "completion", "labels" or "all"), and the row's tokens, however
+    many; or why there are none.
     """
 
     loss_on: str
@@ -33,10 +34,12 @@ class EncodedRow(NamedTuple):
 
 
 def resolve_loss_on(row: Row, choice: str) -> str:
-    """What the loss sees of this row under data.loss_on: assistant, last, completion or all.
+    """What the loss sees of this row under data.loss_on: assistant, last, completion, all; of token ids: their labels.
 
     Raises DataError if the choice has no meaning for the row.
     """
+    if isinstance(row, TokenIds):
+        return _loss_on_ids(row, choice)
     if choice == "auto":
         plain = "assistant" if isinstance(row, Conversation) else "all"
         return plain if row.answer is None else "completion"
@@ -49,6 +52,16 @@ def resolve_loss_on(row: Row, choice: str) -> str:
             "Set data.loss_on=auto (assistant for chats, completion after prompts, all for text)."
         )
     return choice
+
+
+def _loss_on_ids(row: TokenIds, choice: str) -> str:
+    if choice not in ("auto", "all"):
+        raise DataError(
+            f"{row.where}: data.loss_on={choice} needs chats, or prompts and completions.\n"
+            "Found: token ids, of which labels say what is learned.\n"
+            "Set data.loss_on=auto (the labels, or all tokens where there are none)."
+        )
+    return "all" if choice == "all" or row.supervised is None else "labels"
 
 
 class Encoder:
@@ -82,6 +95,7 @@ class Encoder:
         # The backend is called directly: the tokenizer around it halves the speed, and changes it at every call.
         self._backend = copy_of(tokenizer.backend_tokenizer)
         self._control_ids = control_tokens(tokenizer).keys()
+        self._known_ids = 1 + max(tokenizer.get_vocab().values(), default=-1)
 
     def encode(self, rows: Sequence[Row]) -> list[EncodedRow]:
         """Every row's document, in order, or the RowFault of a chat that the template refuses or cannot mask.
@@ -126,7 +140,17 @@ class Encoder:
             f'{remedy} an instruct model, or give the rows as {{"text": "..."}}.'
         )
 
-    def _render(self, row: Row, loss_on: str) -> Rendered | RowFault:
+    def _as_they_are(self, row: TokenIds, loss_on: str) -> Document | RowFault:
+        if len(unknown := row.input_ids[row.input_ids >= self._known_ids]):
+            rule = f"token ids are those of the model's tokenizer, which has {self._known_ids:,}."
+            remedy = "Prepare them with this tokenizer, or set data.bad_rows=skip to drop such rows and count them."
+            return RowFault("token_ids", where=row.where, rule=rule, found=f"the id {unknown[0]}", remedy=remedy)
+        everything = np.ones(len(row.input_ids), np.bool_)
+        return Document(row.input_ids, everything if loss_on == "all" or row.supervised is None else row.supervised)
+
+    def _render(self, row: Row, loss_on: str) -> Rendered | Document | RowFault:
+        if isinstance(row, TokenIds):
+            return self._as_they_are(row, loss_on)
         if isinstance(row, PlainText):
             return render_text(row, loss_on)
         self._check_template(row)
@@ -138,10 +162,10 @@ class Encoder:
     def _renderer_of(self, row: Conversation) -> ChatRenderer:
         return self._with_tools if row.tools else self._renderer
 
-    def _tokenise(self, rendered: Sequence[Rendered | RowFault]) -> list[Document | RowFault]:
+    def _tokenise(self, rendered: Sequence[Rendered | Document | RowFault]) -> list[Document | RowFault]:
         texts = [item.text for item in rendered if isinstance(item, Rendered) and not item.stand_ins]
         encodings = iter(self._backend.encode_batch(texts, add_special_tokens=False))
-        return [item if isinstance(item, RowFault) else self._document(item, encodings) for item in rendered]
+        return [self._document(item, encodings) if isinstance(item, Rendered) else item for item in rendered]
 
     def _document(self, item: Rendered, encodings: Iterator[EncodingFast]) -> Document:
         if item.stand_ins:

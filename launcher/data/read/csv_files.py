@@ -1,4 +1,6 @@
-"""A .csv file with commas and a header as raw rows; every cell stays text.
+"""A .csv or .tsv file with a header as raw rows; every cell stays text.
+
+What divides the cells is told from the header alone: of the usual marks the one that divides it.
 
 Readers of whole tables are not used: they guess types ("007" becomes 7, "NA" becomes null), and shift or fill the cells
 of rows that have too many or too few.
@@ -6,7 +8,8 @@ of rows that have too many or too few.
 
 import csv
 from collections.abc import Iterator
-from itertools import count
+from contextlib import suppress
+from itertools import count, islice
 from pathlib import Path
 
 from launcher.data.read.rows import RawRow, RowFault, shown_value, too_large
@@ -14,19 +17,24 @@ from launcher.data.read.tables import distinct
 from launcher.data.read.text_files import lines
 from launcher.errors import DataError
 
-SEPARATORS = {";": "semicolons", "\t": "tabs", "|": "bars"}  # that files named .csv have instead of commas
+DELIMITERS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "bars"}
+_UNFINISHED = "unexpected end of data"  # as csv says it
 CSV_REMEDY = (
     "Close its quotes, cut it into several, or raise data.max_row_mib. "
     "Nothing tells where the next row begins, so data.bad_rows=skip does not help."
 )
 
 
-def read_csv(path: Path, name: str, max_bytes: int) -> Iterator[RawRow | RowFault]:
-    """Raises DataError when the header cannot be read, or a row is longer than `max_bytes`."""
+def read_csv(path: Path, name: str, max_bytes: int, *, delimiter: str | None = None) -> Iterator[RawRow | RowFault]:
+    """`delimiter`: what divides the cells; None: told from the header.
+
+    Raises DataError when the header cannot be read or divided, or a row is longer than `max_bytes`.
+    """
     csv.field_size_limit(max_bytes)
     text_lines = _TextLines(path, name, max_bytes)
-    table = csv.reader(text_lines, strict=True)
-    columns = _header(table, name, text_lines)
+    header, delimiter = _header(text_lines, name, delimiter)
+    columns = distinct(header, name)
+    table = csv.reader(text_lines, strict=True, delimiter=delimiter)
     for number in count(1):
         where = f"{name} row {number}"
         text_lines.begin_row()
@@ -37,9 +45,10 @@ def read_csv(path: Path, name: str, max_bytes: int) -> Iterator[RawRow | RowFaul
                 return
             if len(cells) != len(columns):
                 rule = f"a row has as many cells as the header, {len(columns)}."
-                faults.append(_fault(where, rule, f"{len(cells)} cells, on line {table.line_num}"))
+                faults.append(_fault(where, rule, f"{len(cells)} cells, on line {text_lines.line}"))
         except csv.Error as error:
-            faults.append(_fault(where, "cells are divided by commas, or quoted.", f"{error}, line {table.line_num}"))
+            rule = f"cells are divided by {_named(delimiter)}, or quoted."
+            faults.append(_fault(where, rule, f"{error}, line {text_lines.line}"))
         yield faults[0] if faults else RawRow(where, dict(zip(columns, cells, strict=True)))
 
 
@@ -60,6 +69,7 @@ class _TextLines(Iterator[str]):
 
     def __next__(self) -> str:
         line = next(self._lines)
+        self.line = line.line
         self._first = self._first if self._row_bytes else line.line
         self._row_bytes += len(line.raw)
         if self._row_bytes > self._max_bytes:
@@ -71,21 +81,54 @@ class _TextLines(Iterator[str]):
             return line.raw.decode(errors="replace")
 
 
-def _header(table: Iterator[list[str]], name: str, text_lines: _TextLines) -> list[str]:
-    try:
-        columns = next(filter(None, table), [])
-    except csv.Error as error:
-        raise _fault(name, "the first line of a .csv file is its header.", f"{error}") from None
+def told_delimiter(path: Path, max_bytes: int) -> str | None:
+    """A mark that divides the cells of this file and that its name does not say; None where there is none, or the
+    header cannot be read."""
+    csv.field_size_limit(max_bytes)
+    with suppress(DataError):
+        _, delimiter = _header(_TextLines(path, str(path), max_bytes), str(path), None)
+        return None if delimiter == _by_name(str(path)) else delimiter
+    return None
+
+
+def _by_name(name: str) -> str:
+    return "\t" if name.lower().removesuffix(".gz").removesuffix(".zst").endswith(".tsv") else ","
+
+
+def _header(text_lines: _TextLines, name: str, delimiter: str | None) -> tuple[list[str], str]:
+    """The columns, and what divides them. Raises DataError where no mark or several do, and none is given."""
+    usual = delimiter or _by_name(name)
+    lines = list(islice(filter(str.strip, text_lines), 1))
+    parsed = {mark: _parsed_line(lines, mark) for mark in ([delimiter] if delimiter else {usual: "", **DELIMITERS})}
+    while _UNFINISHED in parsed.values() and (line := next(text_lines, None)) is not None:  # a quoted line end
+        lines.append(line)
+        parsed = {mark: _parsed_line(lines, mark) for mark in parsed}
     if text_lines.faults:
         raise text_lines.faults[0]
-    separator = next((mark for mark in SEPARATORS if mark in columns[0]), None) if len(columns) == 1 else None
-    if separator:
+    dividing = [mark for mark, cells in parsed.items() if isinstance(cells, list) and len(cells) > 1]
+    if len(dividing) > 1 and not (usual == "\t" and usual in dividing):
         raise DataError(
-            f"{name}: the cells of a .csv file are divided by commas.\n"
-            f"Found: one column, {shown_value(columns[0])}, divided by {SEPARATORS[separator]}.\n"
-            "Save the table with commas, or write its rows into a .jsonl file."
+            f"{name}: the header tells what divides the cells of a table.\n"
+            f"Found: {shown_value(lines[0].strip())}, divided by {' and by '.join(map(_named, dividing))}.\n"
+            f"Say which it is beside the source's path, such as delimiter: {shown_value(dividing[0])}."
         )
-    return distinct(columns, name)
+    chosen = usual if usual in dividing or not dividing else dividing[0]
+    cells = parsed[chosen]
+    if isinstance(cells, str):
+        raise _fault(name, "the first line of a table is its header.", cells)
+    return cells, chosen
+
+
+def _parsed_line(lines: list[str], delimiter: str) -> list[str] | str:
+    """The cells of a line, or what is wrong with it."""
+    try:
+        return next(csv.reader(lines, strict=True, delimiter=delimiter), [])
+    except csv.Error as error:
+        return str(error)
+
+
+def _named(delimiter: str) -> str:
+    return DELIMITERS.get(delimiter, repr(delimiter))
 
 
 def _fault(where: str, rule: str, found: str) -> RowFault:

@@ -7,6 +7,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from launcher.data.read.arrow_files import not_saved
+from launcher.data.read.packed import is_compressed
 from launcher.errors import DataError
 
 # Words in the name of a file or of its folder. Like those of `datasets`, which is slow to import: datasets.data_files
@@ -20,7 +22,7 @@ VALIDATION = (("validation",), ("eval",), ("holdout",), ("test",), (None,))  # N
 # Texts and objects that come with data and are none.
 _ABOUT = re.compile(
     r"(?:licen[cs]e|readme|requirements|notice|changelog|changes|copying|citation|authors|contributing|robots"
-    r"|dataset_infos?|dataset_dict|state|config|metadata|package)\b.*\.(?:txt|json)(?:\.gz)?",
+    r"|dataset_infos?|dataset_dict|state|config|metadata|package)\b.*\.(?:txt|json)(?:\.gz|\.zst)?",
     re.IGNORECASE,
 )
 # What a run writes into run.output_dir (checkpoint/folder.py), which may be the folder of the data.
@@ -79,7 +81,8 @@ def select_files(
 ) -> Selection:
     """`kinds`: the files, relative to the folder, and the kind of each; "": of none that is read.
 
-    Raises DataError: no file is left, they are of several kinds, or it is not clear which split is meant.
+    Raises DataError: no file is left, they are of several kinds, it is not clear which split is meant, or a saved
+    dataset lacks a file.
     """
     reasons = {path: "no kind of file that is read" for path, kind in kinds.items() if not kind}
 
@@ -87,10 +90,11 @@ def select_files(
         return [path for path in kinds if path not in reasons]
 
     reasons |= dict.fromkeys(_of_runs(data(), kinds), "of a run")
+    reasons |= dict.fromkeys(not_saved(folder, kinds), "a cache of the saved dataset")
     reasons |= {path: "about the data" for path in data() if _ABOUT.fullmatch(path.name)}
     if tables := sorted({kinds[path] for path in data()} - {".txt"}):
         reasons |= {path: f"text beside {' and '.join(tables)}" for path in data() if kinds[path] == ".txt"}
-    packed = [path for path in data() if path.suffix.lower() == ".gz"]
+    packed = [path for path in data() if is_compressed(path)]
     if len(packed) < len(data()):
         reasons |= dict.fromkeys(packed, "packed, beside files that are not")  # often the same rows
     files = _of_split(folder, data(), split, defaults)

@@ -1,4 +1,4 @@
-"""Raw rows of every format become conversations or texts.
+"""Raw rows of every format become conversations, texts or token ids.
 
 format              columns                     row
 messages            messages                    [{"role", "content"}, …] -> Conversation (messages.py)
@@ -6,6 +6,7 @@ sharegpt            conversations               [{"from", "value"}, …] -> Conv
 alpaca              instruction, input, output  -> Conversation that ends in two messages; answer: the last
 prompt_completion   prompt, completion          strings -> PlainText; message lists -> Conversation; answer: completion
 text                text                        -> PlainText
+tokens              input_ids                   -> TokenIds; labels and attention_mask may stand beside (token_ids.py)
 
 The first three may have a column "system", a Conversation's first message; alpaca "history", pairs of messages before.
 Rows of messages may have "tools" (tool_fields.py).
@@ -26,6 +27,7 @@ from launcher.data.read.rows import (
     RawRow,
     Row,
     RowFault,
+    TokenIds,
     shown_under,
     shown_value,
     too_large,
@@ -38,7 +40,7 @@ from launcher.recipe.data_section import DataSection
 
 Fields = dict[str, Any]
 RENAME = (
-    'Rename the columns to those of a format, such as "question" and "answer" to "prompt" and "completion". '
+    "Name them beside the source's path, such as columns: {prompt: question, completion: answer}. "
     "If only some rows lack them, data.bad_rows=skip drops such rows and counts them."
 )
 RowParser = Callable[[Fields, str], Row | None]  # (fields, where) of a raw row -> the row; None: it is empty
@@ -179,6 +181,12 @@ def _parse_text(fields: Fields, where: str) -> PlainText | None:
     return PlainText(text, where) if text.strip() else None
 
 
+def _parse_tokens(fields: Fields, where: str) -> TokenIds | None:
+    from launcher.data.read.token_ids import parse_token_ids  # loads numpy
+
+    return parse_token_ids(fields, where)
+
+
 class _Format(NamedTuple):
     columns: tuple[str, ...]  # that `auto` recognises it by
     parse: RowParser
@@ -206,7 +214,14 @@ _FORMATS = {
         UsedKeys(frozenset({"prompt", "completion"}), ("prompt", "completion"), _ROLE_CONTENT),
     ),
     "text": _Format(("text",), _parse_text, UsedKeys(frozenset({"text"}))),
+    "tokens": _Format(("input_ids",), _parse_tokens, UsedKeys(frozenset({"input_ids", "labels", "attention_mask"}))),
 }
+
+
+OUR_COLUMNS = frozenset({"tools"}).union(*(format.used.columns for format in _FORMATS.values()))
+OPTIONAL_COLUMNS = OUR_COLUMNS - {column for format in _FORMATS.values() for column in format.columns}
+MESSAGE_COLUMNS = frozenset(column for format in _FORMATS.values() for column in format.used.messages)
+MESSAGE_KEYS = frozenset[str]().union(*(format.used.of_message for format in _FORMATS.values()))
 
 
 def _string(fields: Fields, column: str, where: str) -> str:

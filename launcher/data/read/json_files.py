@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from launcher.data.read.packed import is_compressed
 from launcher.data.read.rows import RawRow, RowFault, shown_value
 from launcher.data.read.text_files import LONE_SURROGATE, Passage, lone_surrogate, not_unicode, opened, read_jsonl
 from launcher.errors import DataError
@@ -23,7 +24,7 @@ def read_json(path: Path, name: str, max_bytes: int) -> Iterator[RawRow | RowFau
     """Raises DataError when the file is not UTF-8, not JSON, too large, or has no list of objects or several."""
     with opened(path, name) as stream:
         offset, size = stream.tell(), path.stat().st_size
-        unpacked_at_most = MAX_FILE_BYTES + 1 if path.suffix.lower() == ".gz" else -1
+        unpacked_at_most = MAX_FILE_BYTES + 1 if is_compressed(path) else -1
         raw = stream.read(unpacked_at_most) if size <= MAX_FILE_BYTES else b""
         if (size := max(size, len(raw))) > MAX_FILE_BYTES:
             raise DataError(

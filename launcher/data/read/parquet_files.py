@@ -4,7 +4,7 @@
 for unchanged.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from itertools import repeat
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -34,8 +34,16 @@ def read_parquet(path: Path, name: str, max_bytes: int) -> Iterator[RawRow | Row
     group show that there is one, and the group is too large to be read, all rows of the group are faults: the first
     stands for the large one, the others are "beside_too_large".
     """
+    return rows_of_batches(_batches(path, name, max_bytes), name, max_bytes)
+
+
+def rows_of_batches(
+    batches: "Iterable[pyarrow.RecordBatch | RowFault]", name: str, max_bytes: int
+) -> Iterator[RawRow | RowFault]:
+    """The rows of a table that comes in batches; a fault among them stands for a row. Raises DataError where two
+    columns have one name."""
     number = 0
-    for batch in _batches(path, name, max_bytes):
+    for batch in batches:
         if isinstance(batch, RowFault):
             yield batch
             number += 1

@@ -1,21 +1,31 @@
-"""What a row is: a conversation or a text, whatever its source and format. Later stages know neither.
+"""What a row is: a conversation, a text or token ids, whatever its source and format. Later stages know neither.
 
-source -> Feed -> RawRow (columns as they were read) -> Row (a Conversation or a PlainText); RowFault where one fails
+source -> Feed -> RawRow (columns as they were read) -> Row (Conversation, PlainText or TokenIds); RowFault where one
+fails
 """
 
 import copyreg
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
+from difflib import get_close_matches
 from functools import partial
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from launcher.credentials import shortened
 from launcher.errors import DataError
 
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
 ROLES = ("system", "developer", "user", "assistant", "tool")
 SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "function_call": "assistant", "observation": "tool"}
 SKIP = "Fix the row, or set data.bad_rows=skip to drop such rows and count them."
+NOT_MAPPED = " (not mapped)"  # added to the name of a column that gives way to the one that the user names
+CORRECT_ENTRY = (
+    "Correct the source's entry. If only some rows lack it, data.bad_rows=skip drops such rows and counts them."
+)
 
 
 @dataclass(frozen=True)
@@ -73,7 +83,22 @@ class PlainText:
         return len(self.text)
 
 
-Row = Conversation | PlainText
+@dataclass(frozen=True, eq=False)
+class TokenIds:
+    """Tokens as they were prepared elsewhere, N >= 1 of them."""
+
+    input_ids: "NDArray[np.int32]"  # [N]
+    supervised: "NDArray[np.bool_] | None"  # [N], by the row's labels; None: it has none
+    where: str
+    answer: None = None
+
+    @property
+    def characters(self) -> int:
+        """A measure of its size, as of the other rows."""
+        return len(self.input_ids)
+
+
+Row = Conversation | PlainText | TokenIds
 
 
 class RowFault(DataError):
@@ -167,3 +192,15 @@ def shown_under(key: str, fields: dict[str, Any]) -> str:
     return (
         f'no "{key}"; the keys are {shown_value(", ".join(map(str, fields)))}' if fields else f'no "{key}"; it is empty'
     )
+
+
+def near_name(word: str, names: Iterable[str]) -> str:
+    """The question whether the nearest of these names is meant; "" if none is near."""
+    likely = get_close_matches(word, list(names), n=1)
+    return f"did you mean {shown_value(likely[0])}? " if likely else ""
+
+
+def missing_column(where: str, rule: str, theirs: str, fields: dict[str, Any]) -> RowFault:
+    """The fault of a row, or of all, that lacks a column which the recipe names."""
+    remedy = near_name(theirs, map(str, fields)).replace("did", "Did", 1) + CORRECT_ENTRY
+    return RowFault("missing_column", where=where, rule=rule, found=shown_under(theirs, fields), remedy=remedy)

@@ -1,6 +1,7 @@
 """Opens what a recipe names as a source: one feed for a file or a dataset of the hub, several for a folder."""
 
 import hashlib
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -8,13 +9,16 @@ from pathlib import Path
 from typing import NamedTuple
 
 from launcher.data.read import folders
-from launcher.data.read.csv_files import read_csv
+from launcher.data.read.arrow_files import read_arrow
+from launcher.data.read.columns import reshape_of
+from launcher.data.read.csv_files import read_csv, told_delimiter
 from launcher.data.read.hub import open_dataset
 from launcher.data.read.json_files import read_json
+from launcher.data.read.packed import is_compressed
 from launcher.data.read.parquet_files import read_parquet
-from launcher.data.read.rows import Feed, RawRow, RowFault
+from launcher.data.read.rows import Feed, RawRow, RowFault, shown_value
 from launcher.data.read.text_files import opened, read_jsonl, read_text
-from launcher.errors import DataError
+from launcher.errors import DataError, RecipeError
 from launcher.recipe.data_section import DataSection, Source
 from launcher.recipe.field_types import HUB_ID
 
@@ -23,10 +27,13 @@ FILE_READERS: dict[str, FileReader] = {
     ".jsonl": read_jsonl,
     ".json": read_json,
     ".csv": read_csv,
+    ".tsv": read_csv,
     ".parquet": read_parquet,
+    ".arrow": read_arrow,
     ".txt": read_text,
 }
-SUPPORTED = ", ".join(FILE_READERS) + " (texts also as .gz)"
+TABLES_OF_TEXT = {".csv", ".tsv"}
+SUPPORTED = ", ".join(FILE_READERS) + " (texts also as .gz and .zst)"
 
 
 class OpenedSource(NamedTuple):
@@ -68,13 +75,28 @@ def open_source(source: Source, *, data: DataSection, validates: bool = False) -
     is not streamed, and of a folder its validation files are taken.
 
     Raises DataError: there is no such file, folder or dataset, a folder has no files of one supported kind and of the
-    split, a file cannot be read, or config, revision or (of a file) split is given for a local path.
+    split, a file cannot be read, or config, revision or (of a file) split is given for a local path; RecipeError as
+    reshape_of.
     """
+    reshape = reshape_of(source, data.max_row_bytes)
     files, note = local_files(source, validates=validates)
     streaming = data.streaming and not validates
     feeds = [_file_feed(file, source, data, streaming=streaming) for file in files]
+    feeds = feeds or [open_dataset(source, streaming=streaming)]
     reopen = partial(open_source, source, data=data, validates=validates)
-    return OpenedSource(feeds or [open_dataset(source, streaming=streaming)], [note] if note else [], reopen)
+    notes = [*([note] if note else []), *_delimiter_notes(files, source, data.max_row_bytes)]
+    return OpenedSource([reshape(feed) for feed in feeds], notes, reopen)
+
+
+def _delimiter_notes(files: Sequence[Path], source: Source, max_bytes: int) -> Iterator[str]:
+    """Of the files in which a header tells another mark between columns than the file's name does."""
+    told: dict[str, list[Path]] = defaultdict(list)
+    for file in files if source.delimiter is None else ():
+        if kind_of(file) in TABLES_OF_TEXT and (mark := told_delimiter(file, max_bytes)):
+            told[mark].append(file)
+    for mark, those in told.items():
+        more = f" and {len(those) - 1:,} more" if len(those) > 1 else ""
+        yield f"{those[0]}{more}: read with {shown_value(mark)} between columns, by the header"
 
 
 def local_files(source: Source, *, validates: bool = False) -> folders.Selection:
@@ -86,12 +108,17 @@ def local_files(source: Source, *, validates: bool = False) -> folders.Selection
             kinds = {file: kind_of(file) for file in folders.files_in(path)}
             defaults = folders.VALIDATION if validates else folders.TRAINING
             files, note = folders.select_files(path, kinds, split=source.split, defaults=defaults)
-            return folders.Selection([path / file for file in files], note)
-        if files := _local_file(source, path):
-            _refuse_keys(source, "config", "revision", "split")
-        return folders.Selection(files, "")
+            selection = folders.Selection([path / file for file in files], note)
+        else:
+            selection = folders.Selection(_local_file(source, path), "")
+            if selection.files:
+                _refuse_keys(source, "config", "revision", "split")
     except (OSError, RuntimeError) as error:  # RuntimeError: "~user" of a user without a home
         raise _refused(source, f"{error}") from error
+    if source.delimiter is not None and not {kind_of(file) for file in selection.files} & TABLES_OF_TEXT:
+        kinds_of_text = " and ".join(sorted(TABLES_OF_TEXT))
+        raise RecipeError(f"delimiter of a source is for {kinds_of_text} files; {source.path} has none; remove it")
+    return selection
 
 
 def open_validation(data: DataSection) -> OpenedSource | None:
@@ -113,10 +140,11 @@ def errors_name_validation() -> Iterator[None]:
 
 
 def kind_of(path: Path) -> str:
-    """A key of FILE_READERS, or "" for files that are not read. A file in the format of gzip has the kind it holds."""
+    """A key of FILE_READERS, or "" for files that are not read. A packed file has the kind it holds."""
     suffix = path.suffix.lower()
-    if suffix == ".gz":
-        suffix = path.with_suffix("").suffix.lower().replace(".parquet", "")  # which needs to be read out of order
+    if is_compressed(path):
+        suffix = path.with_suffix("").suffix.lower()
+        return suffix if suffix in FILE_READERS and suffix not in (".parquet", ".arrow") else ""  # read out of order
     return suffix if suffix in FILE_READERS else ""
 
 
@@ -157,6 +185,8 @@ def _file_feed(file: Path, source: Source, data: DataSection, *, streaming: bool
         else:
             identity = f"{kind}:{hashlib.file_digest(stream, 'blake2b').hexdigest()[:32]}"
     raw_rows = partial(FILE_READERS[kind], file, name, data.max_row_bytes)
+    if kind in TABLES_OF_TEXT:
+        raw_rows = partial(read_csv, file, name, data.max_row_bytes, delimiter=source.delimiter)
     if streaming:
         raw_rows = partial(_one_pass, raw_rows, file, version)
     return Feed(source.path, name, source.format, identity, raw_rows, version)

@@ -1,10 +1,9 @@
 """Text files as raw rows: .jsonl has one JSON object per line, .txt one text per line. Blank lines are skipped.
 
 Lines are read as bytes and decoded one by one, so that a fault can name the line and the byte offset. Of a line beyond
-the size of a row only the beginning is held. A name that ends in .gz is read through gzip, with offsets in its content.
+the size of a row only the beginning is held. A packed file (.gz, .zst) is unpacked, with offsets in its content.
 """
 
-import gzip
 import json
 import re
 import zlib
@@ -14,8 +13,9 @@ from contextlib import contextmanager
 from io import BufferedReader
 from itertools import count
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
+from launcher.data.read.packed import is_compressed, unpacked
 from launcher.data.read.rows import SKIP, RawRow, RowFault, shown_value, too_large
 from launcher.errors import DataError
 
@@ -89,12 +89,11 @@ LONE_SURROGATE = "the escape of a lone surrogate, which no text can hold,"
 def opened(path: Path, name: str) -> Iterator[BufferedReader]:
     """The file, opened after a UTF-8 byte-order mark. Raises DataError when it cannot be opened or read."""
     try:
-        with gzip.open(path) if path.suffix.lower() == ".gz" else path.open("rb") as file:
-            stream = cast(BufferedReader, file)
-            if stream.read(len(BOM_UTF8)) != BOM_UTF8:
-                stream.seek(0)
+        with unpacked(path) if is_compressed(path) else path.open("rb") as stream:
+            if stream.peek(len(BOM_UTF8)).startswith(BOM_UTF8):
+                stream.read(len(BOM_UTF8))
             yield stream
-    except (OSError, EOFError, zlib.error) as error:  # the last two, and some of the first: a damaged .gz
+    except (OSError, EOFError, zlib.error) as error:  # the last two, and some of the first: a damaged packed file
         raise DataError(
             f"{name}: a source must be readable.\nFound: {getattr(error, 'strerror', None) or error}.\n"
             "Correct its permissions or write it anew, or name another."

@@ -1,10 +1,12 @@
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from launcher.data.read.rows import RowFault
-from tests.support.reading import feeds, fields, refusal
+from launcher.errors import RecipeError
+from tests.support.reading import feeds, fields, opened, refusal, written
 
 HEADER = b"prompt,completion\n"
 
@@ -49,13 +51,54 @@ def test_a_row_with_too_many_or_too_few_cells_is_a_fault_and_its_neighbours_are_
     assert str(fault).startswith(f"{path} row 2: ") and found in str(fault)
 
 
-@pytest.mark.parametrize(("mark", "name"), [(";", "semicolons"), ("\t", "tabs"), ("|", "bars")])
-def test_a_header_with_another_separator_is_refused_with_its_name(path, mark, name):
-    path.write_text(f"prompt{mark}completion\na, b{mark}c\n")
-    message = refusal(path)
-    assert "commas." in message and "one column, " in message and f"divided by {name}.\nSave the table" in message
+@pytest.mark.parametrize("mark", [";", "\t", "|"])
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+def test_the_header_tells_what_divides_the_cells_and_a_note_says_so(path, mark, end):
+    text = f'\ufeffprompt{mark}completion{end}"a, b\n{mark}c"{mark}d{end}{end}e,{mark}f{end}'
+    assert records(path, text) == [(f"a, b\n{mark}c", "d"), ("e,", "f")]
+    assert list(fields(path)[0]) == ["prompt", "completion"]
+    assert opened(path).notes == [f"{path}: read with {json.dumps(mark)} between columns, by the header"]
     assert records(path, f'"a{mark}b",c\n1,2\n') == [("1", "2")]
+    assert opened(path).notes == []
     assert records(path, f"text\na{mark}b\n") == [(f"a{mark}b",)]
+
+
+def test_a_tsv_file_has_tabs_whatever_else_its_header_holds(tmp_path):
+    path = tmp_path / "rows.TSV"
+    assert records(path, "question, or title\tanswer\na\tb\n") == [("a", "b")]
+    assert opened(path).notes == []
+    assert records(path, "question;answer\na;b\n") == [("a", "b")]
+    assert "by the header" in opened(path).notes[0]
+    assert records(path, "text\na, b\n") == [("a, b",)]
+
+
+def test_a_quoted_header_may_hold_line_ends_and_the_marks(path):
+    assert records(path, '"a\nb;c","d"\n1,2\n') == [("1", "2")]
+    assert list(fields(path)[0]) == ["a\nb;c", "d"]
+    assert records(path, '"a\n,b";"d"\n1;2\n') == [("1", "2")]
+
+
+def test_a_header_that_several_marks_divide_is_refused_until_one_is_named(path):
+    path.write_text("prompt (a,b);completion\n1;2\n")
+    message = refusal(path)
+    assert "divided by commas and by semicolons" in message and 'delimiter: ","' in message
+    assert fields(path, delimiter=";") == [{"prompt (a,b)": "1", "completion": "2"}]
+    assert opened(path).notes == [] == opened(path, delimiter=";").notes
+
+
+def test_a_delimiter_that_is_named_divides_whatever_the_header_looks_like(path):
+    path.write_text("prompt:completion;x\na:b\n")
+    assert fields(path, delimiter=":") == [{"prompt": "a", "completion;x": "b"}]
+    assert fields(path, delimiter=",")[0] == {"prompt:completion;x": "a:b"}
+    assert "divided by ':', or quoted" in refusal(written(path, [b"a:b", b'"1"2:3']), delimiter=":")
+
+
+def test_a_delimiter_where_there_is_no_table_of_text_is_refused(tmp_path, path):
+    with pytest.raises(RecipeError, match="delimiter of a source is for .csv and .tsv files"):
+        opened(written(tmp_path / "rows.jsonl", [{"text": "a"}]), delimiter=";")
+    for odd in ("", ";;", '"', "\n"):
+        with pytest.raises(ValueError, match="delimiter"):
+            opened(path, delimiter=odd)
 
 
 def test_a_quote_that_is_never_closed_is_a_fault(path):

@@ -137,7 +137,7 @@ def test_a_split_of_a_folder_can_be_named(folder, split, expected):
         (["test.jsonl", "dev.jsonl"], {}, "files of the splits test, validation"),
         (["a.jsonl", "b.csv"], {}, "Found: .csv, .jsonl"),
         (["a.json", "b.jsonl"], {}, "Found: .json, .jsonl"),
-        (["LICENSE.txt", "a.jsonl.zst"], {}, "Found: LICENSE.txt, a.jsonl.zst"),
+        (["LICENSE.txt", "a.jsonl.xz"], {}, "Found: LICENSE.txt, a.jsonl.xz"),
     ],
 )
 def test_a_folder_that_leaves_the_choice_open_is_refused(folder, files, keys, found):

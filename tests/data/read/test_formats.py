@@ -161,5 +161,5 @@ def test_columns_of_no_format_are_to_be_renamed_to_those_of_one(tmp_path, name):
     path.write_text("question,answer\na,b\n" if name == "rows.csv" else '{"question": "a", "answer": "b"}\n')
     rule, found, remedy = refusal(path).splitlines()
     assert 'a format: "messages"; "conversations"; "instruction" and "output"; "prompt" and "completion"' in rule
-    assert found == 'Found: "the columns answer, question"' and '"prompt" and "completion"' in remedy
-    assert remedy.startswith("Rename the columns to those of a format")
+    assert found == 'Found: "the columns answer, question"' and "columns: {prompt: question," in remedy
+    assert remedy.startswith("Name them beside the source's path")

@@ -56,9 +56,9 @@ def test_a_folder_gives_a_feed_per_file_sorted_by_path_without_hidden_ones(tmp_p
 def test_a_folder_without_data_says_what_it_holds(tmp_path):
     assert "nothing that is not hidden" in refusal(tmp_path)
     for number in range(7):
-        (tmp_path / f"{number}.jsonl.zst").touch()
+        (tmp_path / f"{number}.jsonl.xz").touch()
     message = refusal(tmp_path)
-    assert "0.jsonl.zst, " in message and "2 more" in message and "6.jsonl" not in message
+    assert "0.jsonl.xz, " in message and "2 more" in message and "6.jsonl" not in message
 
 
 @pytest.mark.parametrize(
@@ -72,10 +72,10 @@ def test_what_can_only_be_a_path_is_not_looked_for_on_the_hub(path, tmp_path, mo
 
 
 def test_a_file_of_another_kind_is_refused_with_what_is_supported(tmp_path):
-    for name in ("rows.arrow", "rows"):
+    for name in ("rows.xlsx", "rows"):
         (tmp_path / name).touch()
-    assert "a .arrow file" in refusal(tmp_path / "rows.arrow") and "a nameless file" in refusal(tmp_path / "rows")
-    assert ".jsonl, .json, .csv, .parquet, .txt" in refusal(tmp_path / "rows")
+    assert "a .xlsx file" in refusal(tmp_path / "rows.xlsx") and "a nameless file" in refusal(tmp_path / "rows")
+    assert ".jsonl, .json, .csv, .tsv, .parquet, .arrow, .txt" in refusal(tmp_path / "rows")
     assert "no regular file" in refusal("/dev/null")
     assert "too long" in refusal(tmp_path / ("x" * 300 + ".jsonl"))
     assert "home" in refusal("~no-such-user/rows.jsonl")
