@@ -23,11 +23,13 @@ from jinja2 import TemplateSyntaxError
 from transformers import PreTrainedTokenizerBase
 
 from launcher.credentials import shortened
+from launcher.data.chat.ends import Ends
 from launcher.data.chat.named_templates import without_today
 from launcher.data.chat.spelled_out import BEGIN, END, Messages, SpelledOut, restored
 from launcher.data.chat.turns import THOUGHTS_ALONE, Span, Turns, UnshownTurn
 from launcher.data.read.rows import SKIP, Conversation, PlainText, RowFault
 from launcher.errors import RecipeError
+from launcher.records.counts import UNCLOSED
 
 CUT = "rows_cut_by_template"
 ENDLESS = "rows_without_end_token"
@@ -53,17 +55,20 @@ class Rendered:
 
 
 class ChatRenderer:
-    """Renders chats with the tokenizer's template. `name`: what errors call that template."""
+    """Renders chats with the tokenizer's template. `name`: what errors call that template. `stop_ids`: as of Ends."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, *, spelled_out: SpelledOut, name: str) -> None:
-        self._tokenizer, self._spelled_out, self._name = tokenizer, spelled_out, name
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, *, spelled_out: SpelledOut, name: str, stop_ids: Sequence[int] = ()
+    ) -> None:
+        self._tokenizer, self._spelled_out, self._name, self._stop_ids = tokenizer, spelled_out, name, stop_ids
         # Any added token may end a turn, also one that is not special.
         self._end_tokens = tuple(token.content for token in tokenizer.added_tokens_decoder.values())
 
     def render(self, row: Conversation, loss_on: str) -> Rendered:
         """The chat with the spans that the loss sees: assistant turns, the completion's turns, or None for "all".
 
-        Remarks CUT where the template leaves out text of a message, and ENDLESS where a span has no end token.
+        Remarks CUT where the template leaves out text of a message, ENDLESS where no stop token ends a turn, and what
+        ends each turn.
         Raises RowFault: the template refuses the chat, or does not show where an assistant turn begins and ends; and
         RecipeError: it is no valid Jinja.
         """
@@ -72,13 +77,16 @@ class ChatRenderer:
         with self._faults(row):
             text = self._apply(messages)
             remarks: tuple[str, ...] = (CUT,) if _is_cut(messages, text) else ()
+            answer_last = messages[-1]["role"] == "assistant" and bool(messages[-1]["content"].strip())
             if loss_on == "all":
+                text = self._ends.close_chat(text) if answer_last else text
                 return Rendered(text, None, stand_ins, remarks=remarks)
             find = self._marked_spans if self._marked_template else self._turns.spans
             spans = find(messages, turns, text)
+        answer_last = answer_last and turns[-1:] == [len(messages) - 1]
+        text, spans, ends = self._ends.close(text, spans, turns=len(turns), answer_last=answer_last)
         written = [text[slice(*span)] for span in spans]
-        if sum(part.rstrip().endswith(self._end_tokens) for part in written) < len(turns):
-            remarks += (ENDLESS,)
+        remarks += (*ends, *[ENDLESS] * (UNCLOSED in ends))
         if any(THOUGHTS_ALONE.search(messages[turn]["content"]) for turn in turns):
             spans = [
                 s for s, part in zip(spans, written, strict=True) if self._spelled_out.control.sub("", part).strip()
@@ -102,6 +110,10 @@ class ChatRenderer:
     @cached_property
     def _turns(self) -> Turns:
         return Turns(self._apply, control=self._spelled_out.control, end_tokens=self._end_tokens)
+
+    @cached_property
+    def _ends(self) -> Ends:
+        return Ends(self._tokenizer, stop_ids=self._stop_ids, last=self._turns.last_token)
 
     @cached_property
     def _marked_template(self) -> str:

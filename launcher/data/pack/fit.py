@@ -136,8 +136,8 @@ def notes_on(counts: Mapping[str, int]) -> tuple[str, ...]:
     """What the model cannot learn from the rows that one would expect it to."""
     notes = {
         CUT: "the chat template leaves out text of {}, such as thoughts: it trains nothing; set another data.template",
-        ENDLESS: "in {}, an answer has no end token that the loss sees: the model cannot learn to stop; set a "
-        "data.template that has one, or stop at the next turn's opening when generating",
+        ENDLESS: "in {}, an answer does not end with a token that stops generation: it does not teach the model to "
+        "stop; set a data.template that has one, or stop at the next turn's opening when generating",
     }
     rows_read = counts["rows_read"]
     return tuple(
