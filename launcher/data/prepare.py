@@ -99,8 +99,8 @@ def prepare(
     sources source_<n>_rows_of_an_epoch (n from 1; a repeated row counts each time), documents, tokens and
     supervised_tokens (the targets) for training, validation_documents. Where validation data is a source of its own,
     its other counts have the prefix validation_, and its rows are dropped from training; with a fraction, rows_read =
-    train_rows + validation_rows + all dropped rows. Of a stream: what was read for the windows that training has begun with.
-    One row, or many equal ones, cannot be split and is all training.
+    train_rows + validation_rows + all dropped rows. Of a stream: what was read for the windows that training has begun
+    with. One row, or many equal ones, cannot be split and is all training.
 
     Raises DataError as sources, formats and chat say, when nothing is left to train on or to validate on, when no
     answer ends with a stop token, and when a local source changes meanwhile: then nothing is cached.

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 WORDS = {"truncated": "rows truncated", "split": "rows split"}
 UNCLOSED = "turns_without_end_token"
-RULES = {
+ENDING_RULES = {
     "template": "as the template writes it",
     "next_turn": "as the opening of what follows",
     "eos": "appended to the chat",
@@ -27,7 +27,7 @@ def counts_in_words(counts: Mapping[str, int]) -> str:
 
 
 def closed_key(rule: str, token: str) -> str:
-    """The count of answers that end with this token by this one of RULES."""
+    """The count of answers that end with this token by this one of ENDING_RULES."""
     return f"turns_closed_by_{rule}_{token}"
 
 
@@ -35,7 +35,7 @@ def closed_turns(counts: Mapping[str, int]) -> dict[tuple[str, str], int]:
     """Answers by the rule that ends them and the token."""
     return {
         (rule, key.removeprefix(closed_key(rule, ""))): count
-        for rule in RULES
+        for rule in ENDING_RULES
         for key, count in counts.items()
         if key.startswith(closed_key(rule, ""))
     }
@@ -44,7 +44,7 @@ def closed_turns(counts: Mapping[str, int]) -> dict[tuple[str, str], int]:
 def is_of_ends(key: str) -> bool:
     """Whether ends_in_words has this count, of training or validation data."""
     name = key.removeprefix("validation_")
-    return name == UNCLOSED or any(name.startswith(closed_key(rule, "")) for rule in RULES)
+    return name == UNCLOSED or any(name.startswith(closed_key(rule, "")) for rule in ENDING_RULES)
 
 
 def ends_in_words(counts: Mapping[str, int]) -> str:
@@ -54,7 +54,7 @@ def ends_in_words(counts: Mapping[str, int]) -> str:
 
 def _ends(counts: Mapping[str, int]) -> list[str]:
     parts = [
-        f"{token} ends {count:,} answer{'s' * (count != 1)}, {RULES[rule]}"
+        f"{token} ends {count:,} answer{'s' * (count != 1)}, {ENDING_RULES[rule]}"
         for (rule, token), count in closed_turns(counts).items()
     ]
     return parts + ([f"no token ends {counts[UNCLOSED]:,}"] if counts.get(UNCLOSED) else [])

@@ -46,8 +46,8 @@ def _chatml(default: str, prompt: str = "", content: str = "m.content") -> str:
 LLAMA3 = StockTemplate(  # Llama 3.1 and 3.3; 3.2 differs in asking for today's date
     "{{ bos_token }}" + SYSTEM_APART + "{{ '<|start_header_id|>system<|end_header_id|>\n\n"
     "Cutting Knowledge Date: December 2023\nToday Date: 26 Jul 2024\n\n' + rules + '<|eot_id|>' }}"
-    "{% for m in chat %}{{ '<|start_header_id|>' + m.role + '<|end_header_id|>\n\n' + m.content | trim + '<|eot_id|>' }}"
-    "{% endfor %}" + _prompt("<|start_header_id|>assistant<|end_header_id|>\\n\\n"),
+    "{% for m in chat %}{{ '<|start_header_id|>' + m.role + '<|end_header_id|>\n\n' + m.content | trim }}"
+    "<|eot_id|>{% endfor %}" + _prompt("<|start_header_id|>assistant<|end_header_id|>\\n\\n"),
     stops=("<|end_of_text|>", "<|eom_id|>", "<|eot_id|>"),
     eos="<|eot_id|>",
     special=("<|start_header_id|>", "<|end_header_id|>"),
@@ -69,10 +69,11 @@ THOUGHTS = (  # `thoughts` and `answer` of a message
 def _qwen3(condition: str, prompt: str = "") -> str:
     """`condition`: which answers have a block for thoughts."""
     return (
-        f"{SYSTEM_APART}{{% if rules %}}{{{{ '<|im_start|>system\n' + rules + '<|im_end|>\n' }}}}{{% endif %}}{QUESTION}"
-        f"{{% for m in chat %}}{THOUGHTS}{{{{ '<|im_start|>' + m.role + '\n' }}}}{{% if m.role == 'assistant' and "
-        f"{condition} %}}{{{{ '<think>\n' + thoughts + '\n</think>\n\n' }}}}{{% endif %}}{{{{ answer + '<|im_end|>\n' }}}}"
-        "{% endfor %}" + _prompt("<|im_start|>assistant\\n" + prompt)
+        f"{SYSTEM_APART}{{% if rules %}}{{{{ '<|im_start|>system\n' + rules + '<|im_end|>\n' }}}}{{% endif %}}"
+        f"{QUESTION}{{% for m in chat %}}{THOUGHTS}{{{{ '<|im_start|>' + m.role + '\n' }}}}"
+        f"{{% if m.role == 'assistant' and {condition} %}}"
+        "{{ '<think>\n' + thoughts + '\n</think>\n\n' }}{% endif %}"
+        "{{ answer + '<|im_end|>\n' }}{% endfor %}" + _prompt("<|im_start|>assistant\\n" + prompt)
     )
 
 

@@ -18,10 +18,9 @@ from typing import NamedTuple
 from transformers import PreTrainedTokenizerBase
 
 from launcher.data.chat.named_templates import fitting_templates
+from launcher.data.chat.turns import Span
 from launcher.errors import DataError
 from launcher.records.counts import UNCLOSED, closed_key, closed_turns
-
-Span = tuple[int, int]  # half-open range of characters
 
 
 class ClosedTurns(NamedTuple):
