@@ -45,7 +45,7 @@ def find_examples(
 
 def _example_of(row: Conversation, encoder: Encoder) -> Example | None:
     turn = max((index for index, message in enumerate(row.messages) if message.role == "assistant"), default=0)
-    if not turn or not row.messages[turn].content.strip():
+    if not turn or not row.messages[turn].said.strip():
         return None
-    prompt, prompt_ids = encoder.prompt(row.messages[:turn])
-    return Example(prompt_ids, prompt, row.messages[turn].content)
+    prompt, prompt_ids = encoder.prompt(row.messages[:turn], row.tools)
+    return Example(prompt_ids, prompt, row.messages[turn].said)

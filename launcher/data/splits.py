@@ -3,11 +3,12 @@
 import hashlib
 import json
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
 from launcher.data.documents import Bools, Longs
-from launcher.data.read.rows import Conversation, Row
+from launcher.data.read.rows import Conversation, Message, Row
 
 _quoted = json.JSONEncoder().encode  # of a string; json.dumps of the lists takes twice as long
 
@@ -16,13 +17,20 @@ def digest(row: Row, *, seed: int) -> bytes:
     """16 bytes that depend on the row's content and the seed only, not on its place.
 
     Whitespace around a message or a text makes no difference, nor do Windows line ends, nor where the completion begins
-    in a text: it is tokenised as one.
+    in a text: it is tokenised as one; nor ids of tool calls, nor which turns are learned.
     """
     if isinstance(row, Conversation):
         content = f"[{', '.join([f'[{_quoted(m.role)}, {_quoted(_normal(m.content))}]' for m in row.messages])}]"
+        if row.tools or any(message.extra for message in row.messages):
+            content += json.dumps([row.tools, *map(_learned, row.messages)], sort_keys=True)
     else:
         content = _quoted(_normal(row.text))
     return hashlib.blake2b(content.encode(), digest_size=16, salt=seed.to_bytes(8, "little")).digest()
+
+
+def _learned(message: Message) -> list[Any]:
+    """What the model reads or writes of a message beside its content: no ids, which are drawn."""
+    return [[call["function"] for call in message.calls], _normal(message.reasoning), message.extra.get("name")]
 
 
 def _normal(text: str) -> str:

@@ -25,7 +25,7 @@ from launcher.recipe.run_options import GenerateOptions
 from launcher.records.answers import Answer, Answered
 from launcher.records.counts import counts_in_words
 
-Chat = list[dict[str, str]]  # messages with "role" and "content"
+Chat = list[dict[str, Any]]  # messages as chat templates take them
 COMPLETED = {"completion", "messages", "conversations", "instruction", "text"}  # columns of no bare prompt
 Write = Callable[[str], object]  # takes pieces of a text as they come
 
@@ -35,6 +35,7 @@ class Prompt(NamedTuple):
 
     content: Chat | str | list[int]  # token ids: rendered already
     expected: str | None = None  # the data's own answer
+    tools: tuple[dict[str, Any], ...] = ()  # of a chat, as Conversation has them
 
 
 class _Stream(TextStreamer):
@@ -59,8 +60,9 @@ class Answerer:
 
     def answered(self, prompt: Prompt) -> Answered:
         """The answer, and with base=true the base's."""
-        base = self.answer(prompt.content, base=True) if self._options.base else None
-        return Answered(self._shown(prompt.content), self.answer(prompt.content), base, prompt.expected)
+        base = self.answer(prompt.content, base=True, tools=prompt.tools) if self._options.base else None
+        answer = self.answer(prompt.content, tools=prompt.tools)
+        return Answered(self._shown(prompt.content), answer, base, prompt.expected)
 
     def answered_or_not(self, prompt: Prompt) -> Answered | DataError | RecipeError:
         """As `answered`, or what `answer` raises: one prompt must not cost what the others gave."""
@@ -70,13 +72,20 @@ class Answerer:
             return error
 
     @torch.inference_mode()
-    def answer(self, content: Chat | str | list[int], *, base: bool = False, write: Write | None = None) -> Answer:
+    def answer(
+        self,
+        content: Chat | str | list[int],
+        *,
+        base: bool = False,
+        write: Write | None = None,
+        tools: tuple[dict[str, Any], ...] = (),
+    ) -> Answer:
         """One answer; `base`: with the adapter off. `write` gets its text as it grows.
 
         Raises DataError where the chat template refuses the chat, RecipeError for a prompt longer than the model's
         positions.
         """
-        ids = self._ids(content)
+        ids = self._ids(content, tools)
         room = self._run.config.max_position_embeddings - ids.shape[1]
         if room < 1:
             raise RecipeError(
@@ -109,10 +118,10 @@ class Answerer:
         if isinstance(content, str):
             return content
         if isinstance(last := content[-1], dict):
-            return last["content"]
+            return str(last["content"])
         return str(self._run.tokenizer.decode(content, skip_special_tokens=True)).strip()
 
-    def _ids(self, content: Chat | str | list[int]) -> torch.Tensor:
+    def _ids(self, content: Chat | str | list[int], tools: tuple[dict[str, Any], ...]) -> torch.Tensor:
         """int64 [1, L], on the model's device."""
         tokenizer: Any = self._run.tokenizer
         if not isinstance(content, str) and isinstance(content[0], int):
@@ -123,7 +132,9 @@ class Answerer:
             ids = ids if bos is None or ids[:1] == [bos] else [bos, *ids]
         else:
             try:
-                ids = tokenizer.apply_chat_template(content, add_generation_prompt=True, return_dict=True)["input_ids"]
+                ids = tokenizer.apply_chat_template(
+                    content, tools=list(tools) or None, add_generation_prompt=True, return_dict=True
+                )["input_ids"]
             except Exception as error:  # templates refuse in their own words
                 raise DataError(
                     f"the chat template must take the conversation; it refuses one of "
@@ -167,7 +178,7 @@ def _bare_as_chats(feed: Feed, bare: set[str]) -> Iterator[RawRow | RowFault]:
         if isinstance(raw, RawRow) and isinstance(prompt, str | list) and raw.fields.keys().isdisjoint(COMPLETED):
             messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
             fields = {key: value for key, value in raw.fields.items() if key != "prompt"}
-            raw = RawRow(raw.where, {**fields, "messages": messages})
+            raw = raw._replace(fields={**fields, "messages": messages})
             bare.add(raw.where)
         yield raw
 
@@ -181,10 +192,10 @@ def prompt_of_row(row: Row) -> Prompt:
                 'Give rows as {"prompt": "..."} or {"messages": [...]}.'
             )
         return Prompt(row.text[: row.answer], row.text[row.answer :])
-    messages = [{"role": message.role, "content": message.content} for message in row.messages]
+    messages = [{"role": message.role, "content": message.content, **message.extra} for message in row.messages]
     if len(messages) > 1 and messages[-1]["role"] == "assistant":
-        return Prompt(messages[:-1], messages[-1]["content"])
-    return Prompt(messages)
+        return Prompt(messages[:-1], row.messages[-1].said, row.tools)
+    return Prompt(messages, tools=row.tools)
 
 
 def answer_all(answerer: Answerer, prompts: list[Prompt], file: Path) -> Iterator[Answered | DataError | RecipeError]:
@@ -192,5 +203,12 @@ def answer_all(answerer: Answerer, prompts: list[Prompt], file: Path) -> Iterato
     for prompt in prompts:
         found = answerer.answered_or_not(prompt)
         said = asdict(found) if isinstance(found, Answered) else {"expected": prompt.expected, "error": str(found)}
-        append_text(file, json.dumps({**said, "prompt": prompt.content}, ensure_ascii=False) + "\n")
+        append_text(
+            file,
+            json.dumps(
+                {**said, "prompt": prompt.content, **({"tools": prompt.tools} if prompt.tools else {})},
+                ensure_ascii=False,
+            )
+            + "\n",
+        )
         yield found

@@ -56,16 +56,17 @@ class DataSection(RecipeSection):
         description="Documents share blocks; or each is a block, padded to one of up to 6 lengths or to max_length.",
     )
     max_length: int = Field(2048, ge=16, le=131072, description="Tokens of a block, and the most of a document.")
-    loss_on: Literal["auto", "assistant", "completion", "all"] = Field(
+    loss_on: Literal["auto", "assistant", "completion", "all", "last"] = Field(
         "auto",
-        description="Supervised tokens; auto: assistant in chats, completion where there is a prompt, all in texts.",
+        description="Supervised tokens; auto: assistant in chats, completion where there is a prompt, all in texts. "
+        "last: the last turn of the assistant alone.",
     )
     bad_rows: Literal["raise", "skip"] = Field(
         "raise", description="A row that cannot be read stops the run, or is skipped and counted."
     )
     unused: Literal["raise", "drop"] = Field(
         "raise",
-        description="A key that would change what is learned but is not honoured (weight, tools, reasoning_content) "
+        description="A key that would change what is learned but is not honoured (loss_mask, images, rejected) "
         "makes its row faulty, or is left out and counted.",
     )
     max_row_mib: float = Field(

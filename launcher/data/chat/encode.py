@@ -24,8 +24,8 @@ from launcher.recipe.data_section import DataSection
 
 
 class EncodedRow(NamedTuple):
-    """What the loss sees of a row ("assistant", "completion" or "all"), and the row's tokens, however many; or why the
-    chat template gives none.
+    """What the loss sees of a row ("assistant", "last", "completion" or "all"), and the row's tokens, however many; or
+    why the chat template gives none.
     """
 
     loss_on: str
@@ -33,15 +33,17 @@ class EncodedRow(NamedTuple):
 
 
 def resolve_loss_on(row: Row, choice: str) -> str:
-    """What the loss sees of this row under data.loss_on: assistant, completion or all.
+    """What the loss sees of this row under data.loss_on: assistant, last, completion or all.
 
     Raises DataError if the choice has no meaning for the row.
     """
     if choice == "auto":
         plain = "assistant" if isinstance(row, Conversation) else "all"
         return plain if row.answer is None else "completion"
-    if isinstance(row, PlainText) and (choice == "assistant" or (choice == "completion" and row.answer is None)):
-        need, lack = ("chats", "assistant") if choice == "assistant" else ("prompts and completions", "completion")
+    if isinstance(row, PlainText) and (
+        choice in ("assistant", "last") or (choice == "completion" and row.answer is None)
+    ):
+        need, lack = ("chats", "assistant") if choice != "completion" else ("prompts and completions", "completion")
         raise DataError(
             f"{row.where}: data.loss_on={choice} needs {need}.\nFound: plain text, which has no {lack}.\n"
             "Set data.loss_on=auto (assistant for chats, completion after prompts, all for text)."
@@ -71,9 +73,12 @@ class Encoder:
         else:
             put_template(tokenizer, data.template)
         self._spelled_out = SpelledOut(tokenizer)
-        self._renderer = ChatRenderer(
-            tokenizer, spelled_out=self._spelled_out, name=self.template, stop_ids=self.stop_ids
-        )
+        options: dict[str, Any] = {"spelled_out": self._spelled_out, "stop_ids": self.stop_ids}
+        self._renderer = ChatRenderer(tokenizer, name=self.template, **options)
+        self._with_tools = self._renderer
+        if isinstance(tokenizer.chat_template, dict) and "tool_use" in tokenizer.chat_template:
+            name = f"{self.template}, tool_use"
+            self._with_tools = ChatRenderer(tokenizer, name=name, variant="tool_use", **options)
         # The backend is called directly: the tokenizer around it halves the speed, and changes it at every call.
         self._backend = copy_of(tokenizer.backend_tokenizer)
         self._control_ids = control_tokens(tokenizer).keys()
@@ -88,14 +93,14 @@ class Encoder:
         documents = self._tokenise(rendered)
         return [EncodedRow(loss_on, document) for loss_on, document in zip(losses, documents, strict=True)]
 
-    def prompt(self, messages: Sequence[Message]) -> tuple[str, list[int]]:
-        """The conversation so far and the generation prompt, as text and as token ids.
+    def prompt(self, messages: Sequence[Message], tools: Sequence[dict[str, Any]] = ()) -> tuple[str, list[int]]:
+        """The conversation so far and the generation prompt, as text and as token ids; `tools`: as of Conversation.
 
         Raises DataError: no chat template, or it refuses the conversation.
         """
-        row = Conversation(tuple(messages), where="the prompt")
+        row = Conversation(tuple(messages), where="the prompt", tools=tuple(tools))
         self._check_template(row)
-        rendered = self._renderer.render_prompt(row)
+        rendered = self._renderer_of(row).render_prompt(row)
         [document] = self._tokenise([rendered])
         assert isinstance(document, Document)
         return rendered.shown, document.input_ids.tolist()
@@ -126,9 +131,12 @@ class Encoder:
             return render_text(row, loss_on)
         self._check_template(row)
         try:
-            return self._renderer.render(row, loss_on)
+            return self._renderer_of(row).render(row, loss_on)
         except RowFault as fault:
             return fault
+
+    def _renderer_of(self, row: Conversation) -> ChatRenderer:
+        return self._with_tools if row.tools else self._renderer
 
     def _tokenise(self, rendered: Sequence[Rendered | RowFault]) -> list[Document | RowFault]:
         texts = [item.text for item in rendered if isinstance(item, Rendered) and not item.stand_ins]

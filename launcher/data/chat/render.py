@@ -14,19 +14,21 @@ A template that asks for today's date gets a fixed one: the same rows give the s
 
 import re
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import accumulate, groupby, pairwise
+from typing import Any
 
 from jinja2 import TemplateSyntaxError
 from transformers import PreTrainedTokenizerBase
 
 from launcher.credentials import shortened
 from launcher.data.chat.ends import Ends
+from launcher.data.chat.left_out import QUESTION, SAMPLE_TOOLS, has_tools, is_cut, lost_call, sample_calls, with_content
 from launcher.data.chat.named_templates import without_today
-from launcher.data.chat.spelled_out import BEGIN, END, Messages, SpelledOut, restored
-from launcher.data.chat.turns import THOUGHTS_ALONE, Span, Turns, UnshownTurn
+from launcher.data.chat.spelled_out import BEGIN, END, Messages, SpelledOut, Tools, restored
+from launcher.data.chat.turns import SYSTEM, Span, Turns, UnshownTurn, may_be_unwritten
 from launcher.data.read.rows import SKIP, Conversation, PlainText, RowFault
 from launcher.errors import RecipeError
 from launcher.records.counts import UNCLOSED
@@ -55,12 +57,20 @@ class Rendered:
 
 
 class ChatRenderer:
-    """Renders chats with the tokenizer's template. `name`: what errors call that template. `stop_ids`: as of Ends."""
+    """Renders chats with the tokenizer's template. `name`: what errors call that template; `variant`: which it is, of
+    a tokenizer with several. `stop_ids`: as of Ends."""
 
     def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, *, spelled_out: SpelledOut, name: str, stop_ids: Sequence[int] = ()
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        spelled_out: SpelledOut,
+        name: str,
+        variant: str | None = None,
+        stop_ids: Sequence[int] = (),
     ) -> None:
-        self._tokenizer, self._spelled_out, self._name, self._stop_ids = tokenizer, spelled_out, name, stop_ids
+        self._tokenizer, self._spelled_out, self._name, self._variant = tokenizer, spelled_out, name, variant
+        self._stop_ids = stop_ids
         # Any added token may end a turn, also one that is not special.
         self._end_tokens = tuple(token.content for token in tokenizer.added_tokens_decoder.values())
 
@@ -72,22 +82,25 @@ class ChatRenderer:
         Raises RowFault: the template refuses the chat, or does not show where an assistant turn begins and ends; and
         RecipeError: it is no valid Jinja.
         """
-        messages, stand_ins = self._spelled_out.hide(row.messages)
+        messages, tools, stand_ins = self._spelled_out.hide(row)
         turns = _supervised_turns(row, loss_on)
+        apply = partial(self._apply, tools=tools)
         with self._faults(row):
-            text = self._apply(messages)
-            remarks: tuple[str, ...] = (CUT,) if _is_cut(messages, text) else ()
-            answer_last = messages[-1]["role"] == "assistant" and bool(messages[-1]["content"].strip())
+            text = apply(messages)
+            remarks: tuple[str, ...] = (CUT,) if is_cut(messages, text) or self._lacks(tools, text) else ()
+            answer_last = messages[-1]["role"] == "assistant" and not row.messages[-1].is_blank
             if loss_on == "all":
                 text = self._ends.close_chat(text) if answer_last else text
                 return Rendered(text, None, stand_ins, remarks=remarks)
-            find = self._marked_spans if self._marked_template else self._turns.spans
-            spans = find(messages, turns, text)
+            self._check_calls(row, messages, turns, [text])
+            find = self._marked_spans if self._marked_template else _spans_of_turns
+            spans = find(messages, turns, text, self._turns.with_apply(apply) if tools else self._turns)
         answer_last = answer_last and turns[-1:] == [len(messages) - 1]
         text, spans, ends = self._ends.close(text, spans, turns=len(turns), answer_last=answer_last)
         written = [text[slice(*span)] for span in spans]
+        self._check_calls(row, messages, turns, written)
         remarks += (*ends, *[ENDLESS] * (UNCLOSED in ends))
-        if any(THOUGHTS_ALONE.search(messages[turn]["content"]) for turn in turns):
+        if any(may_be_unwritten(messages[turn]) for turn in turns):
             spans = [
                 s for s, part in zip(spans, written, strict=True) if self._spelled_out.control.sub("", part).strip()
             ]
@@ -95,17 +108,58 @@ class ChatRenderer:
 
     def render_prompt(self, row: Conversation) -> Rendered:
         """The chat, then the generation prompt. Raises RowFault if the template refuses it."""
-        messages, stand_ins = self._spelled_out.hide(row.messages)
+        messages, tools, stand_ins = self._spelled_out.hide(row)
         with self._faults(row):
-            return Rendered(self._apply(messages, prompt=True), None, stand_ins)
+            return Rendered(self._apply(messages, tools=tools, prompt=True), None, stand_ins)
 
-    def _apply(self, messages: Messages, *, prompt: bool = False, template: str | None = None) -> str:
+    def _apply(
+        self, messages: Messages, *, tools: Tools | None = None, prompt: bool = False, template: str | None = None
+    ) -> str:
+        if any(m.get("tool_calls") and not m["content"].strip() for m in messages):
+            messages = with_content(messages, self._no_content)
         apply, template = self._tokenizer.apply_chat_template, template or self._template
-        return str(apply(messages, chat_template=template, tokenize=False, add_generation_prompt=prompt))
+        options: Any = {"tools": tools or None, "tokenize": False, "add_generation_prompt": prompt}
+        return str(apply(messages, chat_template=template, **options))
+
+    def _lacks(self, tools: Tools, text: str) -> bool:
+        """Whether a tool is not written. Calls have its name as well, so a sample is tried too."""
+        return bool(tools) and not (self._writes_tools and has_tools(tools, text))
+
+    @cached_property
+    def _writes_tools(self) -> bool:
+        for messages in (QUESTION, [SYSTEM, *QUESTION]):
+            with suppress(Exception):  # a template's own
+                return has_tools(SAMPLE_TOOLS, self._apply(messages, tools=SAMPLE_TOOLS))
+        return False
+
+    def _check_calls(self, row: Conversation, messages: Messages, turns: Sequence[int], written: Sequence[str]) -> None:
+        """Raise RowFault unless the loss sees every tool call of these turns, name and arguments."""
+        if (turn := lost_call(messages, turns, "".join(written))) is not None:
+            raise RowFault(
+                "template",
+                where=row.where,
+                rule="the chat template must write the tool calls of a turn that is learned, within that turn.",
+                found=f"the call of message {turn + 1} is not whole in what the loss sees ({self._name}).",
+                remedy=f"Use a tokenizer whose template has tool calls, or data.template=auto for it. {SKIP}",
+            )
+
+    @cached_property
+    def _no_content(self) -> str | None:
+        """The content of a turn of tool calls alone, as this template must get it; None: none, as transformers
+        makes of null. Some write no call beside "", some need a string: that under which it writes a call."""
+        for content in ("", None):
+            for chat in sample_calls():
+                with suppress(Exception):  # a template's own, of a form that it refuses
+                    if lost_call(chat, [1], self._raw(with_content(chat, content))) is None:
+                        return content
+        return ""
+
+    def _raw(self, messages: Messages) -> str:
+        return str(self._tokenizer.apply_chat_template(messages, chat_template=self._template, tokenize=False))
 
     @cached_property
     def _template(self) -> str:
-        return without_today(self._tokenizer.get_chat_template())
+        return without_today(self._tokenizer.get_chat_template(self._variant))
 
     @cached_property
     def _turns(self) -> Turns:
@@ -131,16 +185,16 @@ class ChatRenderer:
         template, count = GENERATION.subn(marked, self._template)
         return template if count else ""
 
-    def _marked_spans(self, messages: Messages, turns: Sequence[int], text: str) -> list[Span]:
+    def _marked_spans(self, messages: Messages, turns: Sequence[int], text: str, finder: Turns) -> list[Span]:
         """The spans of generation blocks, without those between the begin of another assistant turn and the next."""
-        pieces = re.split(f"[{BEGIN}{END}]", self._apply(messages, template=self._marked_template))
+        pieces = re.split(f"[{BEGIN}{END}]", finder.apply(messages, template=self._marked_template))
         if "".join(pieces) != text:
             raise UnshownTurn(turns[0] if turns else 0)
         borders = list(accumulate(map(len, pieces)))
         spans = list(zip(borders[::2], borders[1::2], strict=False))
         assistants = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
         groups = [(is_chosen, next(indices)) for is_chosen, indices in groupby(assistants, set(turns).__contains__)]
-        begins = [0, *(self._turns.begin(messages, first, text) for _, first in groups[1:]), len(text)]
+        begins = [0, *(finder.begin(messages, first, text) for _, first in groups[1:]), len(text)]
         chosen = [part for (is_chosen, _), part in zip(groups, pairwise(begins), strict=False) if is_chosen]
         return [span for span in spans if any(begin < span[1] <= end for begin, end in chosen)]
 
@@ -149,6 +203,8 @@ class ChatRenderer:
         """A template is a program of its own: whatever it raises is a fault of this chat, but for one that is none."""
         try:
             yield
+        except RowFault:
+            raise
         except UnshownTurn as turn:
             rule = (
                 "to mask all but the assistant, a chat template must write what comes before a turn the same whatever "
@@ -160,7 +216,8 @@ class ChatRenderer:
                     "where the first turn begins and ends."
                 )
             remedy = "data.loss_on=all needs none; data.template has others."
-            found = f"{self._name} does not, message {turn.index + 1}. {remedy}"
+            which = f"message {turn.index + 1}{', a call of tools' * bool(row.messages[turn.index].calls)}"
+            found = f"{self._name} does not, {which}. {remedy}"
             raise RowFault("unmaskable", where=row.where, rule=rule, found=found) from None
         except TemplateSyntaxError as error:  # also a filter that Jinja does not know
             line = error.lineno - ("strftime_now" in self._template)  # without_today puts a line before it
@@ -174,6 +231,9 @@ class ChatRenderer:
             found = f"{type(error).__name__}: {shortened(' '.join(str(error).split()), 200)}"
             rule = f"the chat template ({self._name}) must accept the conversation."
             remedy = f"{SKIP} If the template is at fault, repair it or set another data.template."
+            if strangers := {message.role for message in row.messages} & {"developer", "tool"}:
+                roles = " and ".join(sorted(strangers))
+                remedy += f" It may not know the role {roles}: developer can be written as system, tool cannot."
             raise RowFault("template", where=row.where, rule=rule, found=found, remedy=remedy) from error
 
 
@@ -186,32 +246,16 @@ def render_text(row: PlainText, loss_on: str) -> Rendered:
     return Rendered(row.text, spans, {}, framed=True)
 
 
+def _spans_of_turns(messages: Messages, turns: Sequence[int], text: str, finder: Turns) -> list[Span]:
+    return finder.spans(messages, turns, text)
+
+
 def _supervised_turns(row: Conversation, loss_on: str) -> list[int]:
-    """The assistant's messages to supervise: all, or those of the completion. Blank ones train nothing."""
+    """The assistant's messages to supervise: all, the last, or those of the completion; none that the row takes out.
+    Blank ones train nothing."""
     turns = [index for index, message in enumerate(row.messages) if message.role == "assistant"]
-    if loss_on == "completion":
-        turns = turns[-1:] if row.answer is None else [turn for turn in turns if turn >= row.answer]
-    return [turn for turn in turns if row.messages[turn].content.strip()]
-
-
-def _is_cut(messages: Messages, text: str) -> bool:
-    """Whether the text lacks a message's content, or a part of it, such as thoughts. Whitespace may differ, and blank
-    thoughts, of which no word can be lost.
-    """
-    contents = [message["content"].strip() for message in messages]
-    return not _has_all(text, contents) and not _has_all(_joined(text), [_joined(content) for content in contents])
-
-
-def _joined(text: str) -> str:
-    return "".join(text.split()).replace("<think></think>", "")
-
-
-def _has_all(text: str, parts: Sequence[str]) -> bool:
-    """Looks for each part behind the one before: so a long chat is read once. Templates move system messages."""
-    end = 0
-    for part in parts:
-        start = text.find(part, end)
-        if start < 0 and (start := text.find(part)) < 0:
-            return False
-        end = start + len(part)
-    return True
+    if loss_on == "last" or (loss_on == "completion" and row.answer is None):
+        turns = turns[-1:]
+    elif loss_on == "completion":
+        turns = [turn for turn in turns if turn >= (row.answer or 0)]
+    return [turn for turn in turns if not row.messages[turn].is_blank and row.messages[turn].train is not False]

@@ -5,14 +5,17 @@ tokenising    the strings are put back, and the template's control tokens are di
               strings as characters and the disguises as added tokens, so that a row is tokenised in one piece: some
               tokenizers write a blank at the beginning of every piece.
 
+The same holds for all that a template is given of a chat: tools and their calls, thoughts, names.
+
 Only rows that spell out a control token pay for it. Thoughts between control tokens, at which a template splits the
 assistant's content, are no such strings.
 """
 
 import random
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 from tokenizers import AddedToken, Tokenizer
@@ -21,9 +24,11 @@ from transformers.tokenization_utils_base import EncodingFast
 
 from launcher.data.chat.named_templates import control_tokens
 from launcher.data.documents import Ints
-from launcher.data.read.rows import Message
+from launcher.data.read.rows import Conversation
+from launcher.data.read.unused import REASONING
 
-Messages = list[dict[str, str]]  # as templates take them
+Messages = list[dict[str, Any]]  # as templates take them; "content" is a string
+Tools = list[dict[str, Any]]
 
 BEGIN, END = "\U0010fffe", "\U0010ffff"  # marks that rendering puts into a chat to find places in it
 PRIVATE = re.compile("[\U00100000-\U0010ffff]")  # Unicode's last plane
@@ -41,21 +46,36 @@ class SpelledOut:
         hidden = [string for string in longest_first if string not in split_at]
         self._of_assistant = re.compile("|".join(map(re.escape, hidden)) or "(?!)")
 
-    def hide(self, row_messages: Sequence[Message]) -> tuple[Messages, dict[str, str]]:
-        """The messages with stand-ins, and the string that each stands for; private characters are replaced too."""
-        messages = [{"role": message.role, "content": message.content} for message in row_messages]
-        patterns = [self._of_assistant if m["role"] == "assistant" else self.control for m in messages]
-        pairs = list(zip(patterns, messages, strict=True))
-        if not any(pattern.search(m["content"]) or PRIVATE.search(m["content"]) for pattern, m in pairs):
-            return messages, {}
+    def hide(self, row: Conversation) -> tuple[Messages, Tools, dict[str, str]]:
+        """Messages and tools with stand-ins, and the string that each stands for; private characters are replaced too.
+
+        Templates read thoughts under several names: each has them.
+        """
+        messages: Messages = [{"role": m.role, "content": m.content, **m.extra} for m in row.messages]
+        for message in messages:
+            if "reasoning_content" in message:
+                message.update(dict.fromkeys(REASONING, message["reasoning_content"]))
         stand_in: dict[str, str] = {}
-        for pattern, message in pairs:
-            message["content"] = re.sub(
-                f"{pattern.pattern}|{PRIVATE.pattern}",
-                lambda m: stand_in.setdefault(m[0], chr(0x100000 + len(stand_in))) * len(m[0]),
-                message["content"],
-            )
-        return messages, {char: string for string, char in stand_in.items()}
+
+        def hidden(value: Any, pattern: re.Pattern[str]) -> Any:
+            if isinstance(value, str):
+                if not pattern.search(value) and not PRIVATE.search(value):
+                    return value
+                return re.sub(
+                    f"{pattern.pattern}|{PRIVATE.pattern}",
+                    lambda m: stand_in.setdefault(m[0], chr(0x100000 + len(stand_in))) * len(m[0]),
+                    value,
+                )
+            if isinstance(value, dict):
+                return {hidden(key, pattern): hidden(item, pattern) for key, item in value.items()}
+            return [hidden(item, pattern) for item in value] if isinstance(value, list) else value
+
+        for message in messages:
+            content = self._of_assistant if message["role"] == "assistant" else self.control
+            for key, value in message.items():
+                message[key] = hidden(value, content if key == "content" else self.control)
+        tools = hidden(list(row.tools), self.control)
+        return messages, tools, {char: string for string, char in stand_in.items()}
 
     def encode(self, text: str, stand_ins: Mapping[str, str]) -> tuple[EncodingFast, Ints]:
         """A rendered text's encoding, whose offsets fit the text, and its ids, without those of disguises."""

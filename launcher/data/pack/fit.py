@@ -22,7 +22,7 @@ class FittedRow(NamedTuple):
     """A row with its documents, each of at most max_length tokens and at least one target; none if it is left out."""
 
     row: Row
-    loss_on: str  # what the loss sees of it: assistant, completion or all
+    loss_on: str  # what the loss sees of it: assistant, last, completion or all
     digest: bytes  # of its content
     documents: list[Document]
 
@@ -60,7 +60,7 @@ def fit_rows(
 
 def _empty_turns(row: Row) -> int:
     messages = row.messages if isinstance(row, Conversation) else ()
-    return sum(message.role == "assistant" and not message.content.strip() for message in messages)
+    return sum(message.role == "assistant" and message.is_blank for message in messages)
 
 
 def _learnable_pieces(row: Row, document: Document, counts: Counter[str], *, data: DataSection) -> list[Document]:
@@ -135,7 +135,8 @@ class UsableRows:
 def notes_on(counts: Mapping[str, int]) -> tuple[str, ...]:
     """What the model cannot learn from the rows that one would expect it to."""
     notes = {
-        CUT: "the chat template leaves out text of {}, such as thoughts: it trains nothing; set another data.template",
+        CUT: "the chat template leaves out text of {}, such as thoughts or tools: it trains nothing; set another "
+        "data.template",
         ENDLESS: "in {}, an answer does not end with a token that stops generation: it does not teach the model to "
         "stop; set a data.template that has one, or stop at the next turn's opening when generating",
     }

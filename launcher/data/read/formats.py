@@ -1,13 +1,14 @@
 """Raw rows of every format become conversations or texts.
 
 format              columns                     row
-messages            messages                    [{"role", "content"}, …] -> Conversation
+messages            messages                    [{"role", "content"}, …] -> Conversation (messages.py)
 sharegpt            conversations               [{"from", "value"}, …] -> Conversation; items with "role" are messages
 alpaca              instruction, input, output  -> Conversation that ends in two messages; answer: the last
 prompt_completion   prompt, completion          strings -> PlainText; message lists -> Conversation; answer: completion
 text                text                        -> PlainText
 
 The first three may have a column "system", a Conversation's first message; alpaca "history", pairs of messages before.
+Rows of messages may have "tools" (tool_fields.py).
 unused.py has what else a row may hold. Faulty rows follow data.bad_rows. Empty rows are always dropped and counted.
 """
 
@@ -15,8 +16,8 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
+from launcher.data.read.messages import MESSAGE, TURN, messages_of
 from launcher.data.read.rows import (
-    ROLES,
     SKIP,
     Conversation,
     Feed,
@@ -28,7 +29,9 @@ from launcher.data.read.rows import (
     shown_under,
     shown_value,
     too_large,
+    wrong_type,
 )
+from launcher.data.read.tool_fields import tools_of, without_filled_nulls
 from launcher.data.read.unused import UsedKeys, count_unused, unused_keys
 from launcher.errors import DataError
 from launcher.recipe.data_section import DataSection
@@ -80,9 +83,10 @@ def _parsed(raw: RawRow, format: "_Format", data: DataSection) -> tuple[Row | No
         expected = " and ".join(map(shown_value, format.columns))
         rule = f"all rows of a source have its format, here with the column {expected}."
         columns = shown_value(f"the columns {', '.join(sorted(raw.fields)) or '(none)'}")
-        raise _wrong_type(raw.where, rule, columns, f"Name files of another format as sources of their own. {SKIP}")
-    unused = unused_keys(raw.fields, format.used, raw.where, drop=data.unused == "drop")
-    row = format.parse(raw.fields, raw.where)
+        raise wrong_type(raw.where, rule, columns, f"Name files of another format as sources of their own. {SKIP}")
+    fields = without_filled_nulls(raw.fields, format.used.messages) if raw.null_filled else raw.fields
+    unused = unused_keys(fields, format.used, raw.where, data=data)
+    row = format.parse(fields, raw.where)
     if row is not None and row.characters > data.max_row_bytes:
         raise too_large(raw.where, f"{row.characters:,} characters", data.max_row_bytes)
     return row, unused
@@ -101,20 +105,25 @@ def detected_format(fields: Fields, where: str) -> str:
             f"Say which of them holds the data with format: {' or format: '.join(names)} beside the source's path."
         )
     known = "; ".join(" and ".join(f'"{column}"' for column in format.columns) for format in _FORMATS.values())
-    raise _wrong_type(where, f"a row has the columns of a format: {known}.", columns, RENAME)
+    raise wrong_type(where, f"a row has the columns of a format: {known}.", columns, RENAME)
 
 
 def _parse_messages(fields: Fields, where: str) -> Conversation | None:
-    messages = _messages(fields, "messages", where)
-    return Conversation(_system(fields, where, messages) + messages, where) if messages else None
+    messages = messages_of(fields, "messages", where)
+    return _chat(fields, where, messages)
 
 
 def _parse_sharegpt(fields: Fields, where: str) -> Conversation | None:
     turns = fields.get("conversations")
     first = turns[0] if isinstance(turns, list) and turns and isinstance(turns[0], dict) else {}
-    keys = _MESSAGE if first.get("from") is None and first.get("role") is not None else _TURN
-    messages = _messages(fields, "conversations", where, keys)
-    return Conversation(_system(fields, where, messages) + messages, where) if messages else None
+    keys = MESSAGE if first.get("from") is None and first.get("role") is not None else TURN
+    messages = messages_of(fields, "conversations", where, keys)
+    return _chat(fields, where, messages)
+
+
+def _chat(fields: Fields, where: str, messages: tuple[Message, ...]) -> Conversation | None:
+    tools = tools_of(fields.get("tools"), where)
+    return Conversation(_system(fields, where, messages) + messages, where, tools=tools) if messages else None
 
 
 def _parse_alpaca(fields: Fields, where: str) -> Conversation | None:
@@ -137,7 +146,7 @@ def _system(fields: Fields, where: str, messages: tuple[Message, ...] = ()) -> t
         if messages[0].content == text:
             return ()
         rule = 'a conversation has one system message: in the column "system", or as its first message.'
-        raise _wrong_type(where, rule, f"{shown_value(text)} and {shown_value(messages[0].content)}")
+        raise wrong_type(where, rule, f"{shown_value(text)} and {shown_value(messages[0].content)}")
     return (Message("system", text),)
 
 
@@ -147,7 +156,7 @@ def _history(fields: Fields, where: str) -> tuple[Message, ...]:
         return ()
     for pair in pairs if isinstance(pairs, list) else [pairs]:
         if not isinstance(pair, list) or len(pair) != 2 or not all(isinstance(text, str) for text in pair):
-            raise _wrong_type(where, '"history" is a list of [question, answer] pairs of strings.', shown_value(pair))
+            raise wrong_type(where, '"history" is a list of [question, answer] pairs of strings.', shown_value(pair))
     return tuple(Message(role, text) for pair in pairs for role, text in zip(("user", "assistant"), pair, strict=True))
 
 
@@ -156,13 +165,13 @@ def _parse_prompt_completion(fields: Fields, where: str) -> Row | None:
     if isinstance(prompt, str) and isinstance(completion, str):
         return PlainText(prompt + completion, where, answer=len(prompt)) if completion.strip() else None
     if isinstance(prompt, list) and isinstance(completion, list):
-        question, answer = _messages(fields, "prompt", where), _messages(fields, "completion", where)
-        if not any(message.content.strip() for message in answer):
+        question, answer = messages_of(fields, "prompt", where), messages_of(fields, "completion", where)
+        if all(message.is_blank for message in answer):
             return None
-        return Conversation(question + answer, where, answer=len(question))
+        return Conversation(question + answer, where, len(question), tools_of(fields.get("tools"), where))
     column = "completion" if isinstance(prompt, str | list) else "prompt"
     rule = f'"prompt" and "completion" are two strings or two lists of messages (here "{column}").'
-    raise _wrong_type(where, rule, shown_under(column, fields))
+    raise wrong_type(where, rule, shown_under(column, fields))
 
 
 def _parse_text(fields: Fields, where: str) -> PlainText | None:
@@ -200,59 +209,8 @@ _FORMATS = {
 }
 
 
-class _Keys(NamedTuple):
-    """Where a message has its role and its text, and which roles there are: in the source -> in a Message."""
-
-    role: str
-    text: str
-    roles: dict[str, str]
-
-
-_MESSAGE = _Keys("role", "content", {role: role for role in ROLES})
-_TURN = _Keys("from", "value", {"human": "user", "gpt": "assistant", **_MESSAGE.roles})
-
-
-def _messages(fields: Fields, column: str, where: str, keys: _Keys = _MESSAGE) -> tuple[Message, ...]:
-    items = fields.get(column)
-    rule = f'"{column}" is a list of {{"{keys.role}", "{keys.text}"}} objects.'
-    if isinstance(items, list):
-        return tuple([_message(item, where, keys) for item in items])
-    if not isinstance(items, str) or not items.lstrip().startswith("["):
-        raise _wrong_type(where, rule, shown_under(column, fields))
-    remedy = "Save the data as .jsonl or .parquet, with the list as a list; a cell of a .csv file is text."
-    raise _wrong_type(where, rule, f"a list written as text, {shown_value(items)}", remedy)
-
-
-def _message(item: Any, where: str, keys: _Keys) -> Message:
-    if not isinstance(item, dict):
-        raise _wrong_type(where, f'a message is a {{"{keys.role}", "{keys.text}"}} object.', shown_value(item))
-    role, text = item.get(keys.role), item.get(keys.text)
-    if not isinstance(role, str) or role not in keys.roles:
-        rule = f"a role is one of {', '.join(keys.roles)}."
-        raise RowFault("unknown_role", where=where, rule=rule, found=shown_under(keys.role, item))
-    if not isinstance(text, str):
-        parts = '{"type": "text", "text"} parts'
-        rule = f'the "{keys.text}" of a message is a string or a list of {parts} (here of {role}).'
-        if not isinstance(text, list):
-            raise _wrong_type(where, rule, shown_under(keys.text, item))
-        text = "".join([_text_of_part(part, where, rule) for part in text])
-    return Message(keys.roles[role], text)
-
-
-def _text_of_part(part: Any, where: str, rule: str) -> str:
-    if not isinstance(part, dict):
-        raise _wrong_type(where, rule, f"a list with {shown_value(part)}")
-    if part.get("type") != "text" or not isinstance(part.get("text"), str):
-        raise _wrong_type(where, rule, f"a list with a part of type {shown_value(part.get('type'))}")
-    return str(part["text"])
-
-
 def _string(fields: Fields, column: str, where: str) -> str:
     value = fields.get(column)
     if not isinstance(value, str):
-        raise _wrong_type(where, f'"{column}" is a string.', shown_under(column, fields))
+        raise wrong_type(where, f'"{column}" is a string.', shown_under(column, fields))
     return value
-
-
-def _wrong_type(where: str, rule: str, found: str, remedy: str = SKIP) -> RowFault:
-    return RowFault("wrong_type", where=where, rule=rule, found=found, remedy=remedy)

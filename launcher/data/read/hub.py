@@ -112,7 +112,8 @@ def _raw_rows(source: Source, commit: str | None, *, split: str, streaming: bool
         for batch in _batches(_builder(source, commit), split=split, streaming=streaming):
             for values in zip(*batch.values(), strict=True):
                 number += 1
-                yield RawRow(f"{source.path} row {number}", dict(zip(batch, values, strict=True)))
+                fields = dict(zip(batch, values, strict=True))
+                yield RawRow(f"{source.path} row {number}", fields, null_filled=True)
     except Exception as error:  # kinds of `datasets`, Arrow, the hub and the network
         remedy = "Correct the source or its config, split and revision"
         raise unreadable(source.path, error, after=number, remedy=remedy) from error

@@ -110,7 +110,7 @@ def _rows(batch: "pyarrow.RecordBatch", name: str, before: int) -> Iterator[RawR
         rows = [None] * batch.num_rows
     for index, fields in enumerate(rows):
         where = f"{name} row {before + index + 1}"
-        yield RawRow(where, fields) if fields is not None else _cell_by_cell(batch, index, where)
+        yield RawRow(where, fields, null_filled=True) if fields is not None else _cell_by_cell(batch, index, where)
 
 
 def _cell_by_cell(batch: "pyarrow.RecordBatch", index: int, where: str) -> RawRow | RowFault:
@@ -124,4 +124,4 @@ def _cell_by_cell(batch: "pyarrow.RecordBatch", index: int, where: str) -> RawRo
             rule = f"the column {shown_value(column)} holds values that can be read."
             found = f"a value of type {one_line(array.type)}: {one_line(error)}"
             return RowFault(reason, where=where, rule=rule, found=found)
-    return RawRow(where, fields)
+    return RawRow(where, fields, null_filled=True)

@@ -6,21 +6,46 @@ source -> Feed -> RawRow (columns as they were read) -> Row (a Conversation or a
 import copyreg
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, NamedTuple
 
 from launcher.credentials import shortened
 from launcher.errors import DataError
 
-ROLES = ("system", "user", "assistant")
+ROLES = ("system", "developer", "user", "assistant", "tool")
 SKIP = "Fix the row, or set data.bad_rows=skip to drop such rows and count them."
 
 
 @dataclass(frozen=True)
 class Message:
+    """`extra`: what else of a message the chat template gets, under the names that templates read. "tool_calls": a
+    list of {"type", "function": {"name", "arguments": {}}, "id" if it has one}, "reasoning_content", "tool_call_id",
+    "name".
+    """
+
     role: str  # one of ROLES
-    content: str
+    content: str  # may be empty beside tool calls
+    extra: dict[str, Any] = field(default_factory=dict)
+    train: bool | None = None  # the row's own word on whether the loss sees it
+
+    @property
+    def calls(self) -> list[dict[str, Any]]:
+        return self.extra.get("tool_calls", [])
+
+    @property
+    def reasoning(self) -> str:
+        return str(self.extra.get("reasoning_content", ""))
+
+    @property
+    def is_blank(self) -> bool:
+        return not (self.content.strip() or self.calls or self.reasoning.strip())
+
+    @property
+    def said(self) -> str:
+        """The content, then each tool call as a line of JSON: an answer as it is shown beside the model's."""
+        calls = [json.dumps(call["function"], ensure_ascii=False) for call in self.calls]
+        return "\n".join([*([self.content] if self.content.strip() or not calls else []), *calls])
 
 
 @dataclass(frozen=True)
@@ -28,10 +53,12 @@ class Conversation:
     messages: tuple[Message, ...]
     where: str  # its place in messages: "file:line" or "file row 7"
     answer: int | None = None  # index of the first message of the completion, in formats that mark one
+    tools: tuple[dict[str, Any], ...] = ()  # JSON schemas, each {"type": "function", "function": {"name", ...}}
 
     @property
     def characters(self) -> int:
-        return sum(len(message.content) for message in self.messages)
+        written = [json.dumps(extra) for extra in (*(m.extra for m in self.messages), *self.tools) if extra]
+        return sum(len(message.content) for message in self.messages) + sum(map(len, written))
 
 
 @dataclass(frozen=True)
@@ -60,6 +87,10 @@ class RowFault(DataError):
         return copyreg.__newobj__, (type(self), *self.args), self.__dict__  # type: ignore[attr-defined]
 
 
+def wrong_type(where: str, rule: str, found: str, remedy: str = SKIP) -> RowFault:
+    return RowFault("wrong_type", where=where, rule=rule, found=found, remedy=remedy)
+
+
 CUT_OR_SKIP = "Cut the row into several, raise data.max_row_mib, or set data.bad_rows=skip to drop and count such rows."
 
 
@@ -73,6 +104,7 @@ class RawRow(NamedTuple):
 
     where: str
     fields: dict[str, Any]  # values by column
+    null_filled: bool = False  # whether objects have null for the keys that only other rows have, as Arrow's do
 
 
 @dataclass(frozen=True)

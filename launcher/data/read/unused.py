@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping, Set
 from typing import Any, NamedTuple
 
 from launcher.data.read.rows import RowFault, shown_value
+from launcher.recipe.data_section import DataSection
 
 # What a key says (rows_dropped_<it> counts the rows that are refused for it) -> its names, of columns and of messages.
 _MEANINGS = {
@@ -20,6 +21,14 @@ _MEANINGS = {
 MEANING_OF = {name.replace("_", ""): meaning for meaning, names in _MEANINGS.items() for name in names.split()}
 OF_PARTS = {"type", "text"}  # what is used of the parts of a message's content
 OF_MESSAGES = {"name", "loss"}  # as columns they may be anything
+REASONING = ("reasoning_content", "thinking", "reasoning")  # thoughts of a message, under the names that are honoured
+FLAGS = ("weight", "train")  # of a message: whether the loss sees it
+_OF_ROLE = {"assistant": {"tool_calls", *REASONING}, "tool": {"name", "tool_call_id"}}
+_ROLES = {"gpt": "assistant", "function_call": "assistant", "observation": "tool"}  # as sharegpt names them
+_RULES_OF_FLAGS = (
+    'a "weight" of 0 or a "train" of false takes a turn of the assistant from what is learned, 1 and true keep it;',
+    "with data.loss_on=all every message is learned;",
+)
 _TRUTH = {"true": 1.0, "yes": 1.0, "on": 1.0, "false": 0.0, "no": 0.0, "off": 0.0}
 MAX_KEYS_COUNTED = 30  # names of unused keys that are counted one by one: rows may have any number of keys
 UNUSED_REMEDY = (
@@ -28,32 +37,62 @@ UNUSED_REMEDY = (
 
 
 class UsedKeys(NamedTuple):
-    """What a format uses of a row: its columns, those of them that hold messages, and the keys of a message."""
+    """What a format uses of a row: its columns, those of them that hold messages, and the keys of any message.
+
+    Of a message `honoured` is used too, and "tools" beside a list of messages.
+    """
 
     columns: frozenset[str]
     messages: tuple[str, ...] = ()
     of_message: frozenset[str] = frozenset()
 
 
-def unused_keys(fields: Mapping[str, Any], used: UsedKeys, where: str, *, drop: bool) -> list[str]:
+def honoured(key: str, value: Any, role: Any) -> bool:
+    """Whether this key of a message with this role changes what is learned as it says. Others are left to
+    `unused_keys`; so are flags that ask for more than a turn of the assistant's, learned or not.
+    """
+    role = _plain_role(role)
+    if key in FLAGS:
+        return truth(value) is False or (truth(value) is True and role == "assistant")
+    return key in _OF_ROLE.get(role, ()) and (isinstance(value, str) or key == "tool_calls")
+
+
+def _plain_role(role: Any) -> Any:
+    return _ROLES.get(role, role) if isinstance(role, str) else None
+
+
+def truth(value: Any) -> bool | None:
+    """The flag that a value says: true, 1, "yes" and their like; None if it says neither."""
+    value = _TRUTH.get(value.strip().lower(), value) if isinstance(value, str) else value
+    try:
+        return {0.0: False, 1.0: True}.get(float(value))
+    except (TypeError, ValueError, OverflowError):
+        return None
+
+
+def unused_keys(fields: Mapping[str, Any], used: UsedKeys, where: str, *, data: DataSection) -> list[str]:
     """The counters of what a row has and its format does not use: unused_key_<name>, dropped_key_<name>. Keys without
     a value (null, "", [], {}) are none.
 
-    Raises RowFault for a key that would change what is learned; with `drop` it is left out.
+    Raises RowFault for a key that would change what is learned; with data.unused=drop it is left out.
     """
     keys: dict[str, None] = {}  # in the order of the row, each once
-    for column, key, value, role in _unused(fields, used):
+    sees_all = data.loss_on == "all"
+    for column, key, value, role in _unused(fields, used, sees_all):
         name, known = f"{column}.{key}" if column else key, re.sub(r"[-_\s]", "", key.lower())
         meaning = MEANING_OF.get(known) if column or known not in OF_MESSAGES else None
-        if meaning is None or (meaning == "weight" and _says_what_happens(known, value, role, used)):
+        if meaning is None or (meaning == "weight" and _says_what_happens(known, value, role, used, sees_all)):
             keys[f"unused_key_{shown_value(name)[1:-1]}"] = None
-        elif drop:
+        elif data.unused == "drop":
             keys[f"dropped_key_{name}"] = None
         else:
-            rule = f'a key that changes what is learned is honoured or refused; "{name}" is not honoured yet.'
+            rule = "a key that changes what is learned is honoured or refused;"
+            if column and meaning == "weight":
+                rule = _RULES_OF_FLAGS[sees_all]
             found = f'"{key}": {shown_value(value)}' + (
                 "" if not column else f" in a message of role {shown_value(role)}"
             )
+            rule = f'{rule} "{name}" is not honoured yet.'
             raise RowFault(meaning, where=where, rule=rule, found=found, remedy=UNUSED_REMEDY)
     return list(keys)
 
@@ -77,42 +116,44 @@ def unused_notes(counts: Mapping[str, int]) -> Iterator[str]:
                 yield f"{section}: {text} {named}"
 
 
-def _unused(fields: Mapping[str, Any], used: UsedKeys) -> Iterator[tuple[str, str, Any, Any]]:
+def _unused(fields: Mapping[str, Any], used: UsedKeys, sees_all: bool) -> Iterator[tuple[str, str, Any, Any]]:
     """Each key that has a value and is not used: (path of what has it or "", key, value, role of its message)."""
+    lists = {column: items for column in used.messages if isinstance(items := fields.get(column), list)}
     for key, value in fields.items():
-        if key not in used.columns and not _is_empty(value):
+        if key not in used.columns and not (key == "tools" and lists) and not has_no_value(value):
             yield "", key, value, None
-    for column in used.messages:
-        messages = fields.get(column)
-        for message in messages if isinstance(messages, list) else ():
+    for column, messages in lists.items():
+        for message in messages:
             if isinstance(message, dict):
                 role = message.get("role") or message.get("from")
                 for path, key, value in _unused_of_message(message, column, used.of_message):
-                    yield path, key, value, role
+                    if path != column or not honoured(key, value, role) or (key in FLAGS and sees_all):
+                        yield path, key, value, role
 
 
 def _unused_of_message(message: Mapping[str, Any], column: str, used: Set[str]) -> Iterator[tuple[str, str, Any]]:
     for key, value in message.items():
         if key not in used:
-            if not _is_empty(value):
+            if not has_no_value(value):
                 yield column, key, value
         elif isinstance(value, list):  # parts of a content
             for part in value:
                 for inner, of_part in part.items() if isinstance(part, dict) else ():
-                    if inner not in OF_PARTS and not _is_empty(of_part):
+                    if inner not in OF_PARTS and not has_no_value(of_part):
                         yield f"{column}.{key}", inner, of_part
 
 
-def _is_empty(value: Any) -> bool:
+def has_no_value(value: Any) -> bool:
+    """Whether a value is the same as none: null, NaN, "", [], {}, an object of nulls."""
     if isinstance(value, dict):  # Parquet has every field of an object, and null for those that a row lacks
-        return all(map(_is_empty, value.values()))
+        return all(map(has_no_value, value.values()))
     if isinstance(value, str):
         return value.strip() in ("", "[]", "{}", "null")  # lists and objects may be written as JSON
     return value is None or value != value or (isinstance(value, list | tuple) and not value)  # NaN: null of pandas
 
 
-def _says_what_happens(key: str, value: Any, role: Any, used: UsedKeys) -> bool:
-    """Whether a weight asks for nothing else than is done: an answer has the weight 1, other messages have 0 or 1.
+def _says_what_happens(key: str, value: Any, role: Any, used: UsedKeys, sees_all: bool) -> bool:
+    """Whether a weight asks for nothing else than is done: an answer has the weight 1, other messages have 0.
 
     A label other than 0 is a class of texts, or says that the answer is good. A column "train" may name a split.
     """
@@ -129,4 +170,5 @@ def _says_what_happens(key: str, value: Any, role: Any, used: UsedKeys) -> bool:
         return False
     if key == "masked":
         number = 1 - number
-    return number == 1 or (number == 0 and role in ("user", "human", "system"))
+    answers = sees_all or role is None or _plain_role(role) == "assistant"
+    return number == (1 if answers else 0)
