@@ -45,6 +45,22 @@ def test_rows_that_differ_in_surrounding_whitespace_are_the_same_row():
     assert len({digest(row, seed=0) for row in different}) == len(different)
 
 
+def test_rows_are_the_same_with_other_ids_of_calls_and_weights_and_not_with_other_calls_tools_or_thoughts():
+    def calling(city, call_id="1", tool="f", train=None, thoughts=""):
+        function = {"name": "f", "arguments": {"city": city, "n": 1}}
+        extra = {"tool_calls": [{"type": "function", "function": function, "id": call_id}]}
+        extra |= {"reasoning_content": thoughts} if thoughts else {}
+        told = Message("tool", "1", {"tool_call_id": call_id})
+        messages = (Message("user", "a"), Message("assistant", "", extra, train), told)
+        return Conversation(messages, "f:1", tools=({"type": "function", "function": {"name": tool}},))
+
+    same = [calling("Rome"), calling("Rome", call_id="2"), calling("Rome", train=False)]
+    assert len({digest(row, seed=0) for row in same}) == 1
+    plain = Conversation((Message("user", "a"), Message("assistant", ""), Message("tool", "1")), "f:1")
+    different = [calling("Rome"), calling("Oslo"), calling("Rome", tool="g"), calling("Rome", thoughts="b"), plain]
+    assert len({digest(row, seed=0) for row in different}) == len(different)
+
+
 @pytest.mark.parametrize(("rows", "fraction", "expected"), [(2, 0.01, 1), (2, 0.99, 1), (10, 0.05, 1), (100, 0.25, 25)])
 def test_a_tiny_set_validates_on_at_least_one_row_and_trains_on_at_least_one(rows, fraction, expected):
     assert held_out(digests(*map(str, range(rows))), fraction=fraction).sum() == expected

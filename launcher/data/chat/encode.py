@@ -149,7 +149,7 @@ class Encoder:
         else:
             encoding = next(encodings)
             ids = np.array(encoding.ids, dtype=np.int32)
-        document = Document(ids, self._supervised(encoding, ids, item.spans), item.remarks)
+        document = Document(ids, self._supervised(encoding, ids, item.spans), item.remarks, item.ends)
         return self._framed(document, item) if item.framed else document
 
     def _supervised(self, encoding: EncodingFast, ids: Ints, spans: Sequence[Span] | None) -> Bools:

@@ -28,29 +28,34 @@ class ClosedTurns(NamedTuple):
 
     text: str
     spans: list[Span]
-    remarks: tuple[str, ...]
+    ends: tuple[str, ...]
 
 
 class Ends:
     """Closes the turns of a template that ends a chat with the token `last`, "" if with none. `stop_ids`: of
-    generation_config.json.
+    generation_config.json. `control`: finds control tokens.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, *, stop_ids: Sequence[int], last: str) -> None:
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, *, stop_ids: Sequence[int], last: str, control: re.Pattern[str]
+    ) -> None:
         eos = tokenizer.eos_token
         self._eos = str(eos) if eos else ""
         added = tokenizer.added_tokens_decoder
-        stops = {self._eos, last, *(str(added[index]) for index in stop_ids if index in added)} - {""}
-        self._stops = tuple(sorted(stops, key=len, reverse=True))
+        self._known = {self._eos, *(str(added[index]) for index in stop_ids if index in added)} - {""}
+        self._stops = tuple(sorted({*self._known, last} - {""}, key=len, reverse=True))
         self._follows = re.compile(r"\s*(" + ("|".join(map(re.escape, self._stops)) or "(?!)") + ")")
+        self._control = control
 
     def close(self, text: str, spans: Sequence[Span], *, turns: int, answer_last: bool) -> ClosedTurns:
         """`turns`: how many the spans are of; a template's own marks may give a turn several. `answer_last`: the last
         span is of the chat's last message.
         """
-        closed, remarks = list[Span](), list[str]()
+        closed, ends = list[Span](), list[str]()
         for number, (start, end) in enumerate(spans, 1):
             rule, stop = "template", self._ending_of(text[start:end])
+            if stop not in self._known and (reached := self._reached(text, start, end)):
+                stop, end = reached[0], reached.end()
             if not stop and (follows := self._follows.match(text, end)):
                 rule, stop, end = "next_turn", follows[1], follows.end()
             if not stop and self._eos and answer_last and number == len(spans):
@@ -58,12 +63,25 @@ class Ends:
                 end = len(text)
             closed.append((start, end))
             if stop:
-                remarks.append(closed_key(rule, stop))
-        return ClosedTurns(text, closed, (*remarks, *[UNCLOSED] * (turns - len(remarks))))
+                ends.append(closed_key(rule, stop))
+        return ClosedTurns(text, closed, (*ends, *[UNCLOSED] * (turns - len(ends))))
 
     def close_chat(self, text: str) -> str:
         """A text that is learned as a whole and that an answer ends, with a stop token at its end."""
         return text if self._ending_of(text) else text + self._eos
+
+    def _reached(self, text: str, start: int, end: int) -> re.Match[str] | None:
+        """The last stop token of the model in the run of control tokens that ends this span.
+
+        What a template writes behind it, such as a generation prompt, is never reached.
+        """
+        for token in reversed(list(self._control.finditer(text, start, end))):
+            if text[token.end() : end].strip():
+                return None
+            if token[0] in self._known:
+                return token
+            end = token.start()
+        return None
 
     def _ending_of(self, text: str) -> str:
         body = text.rstrip()

@@ -41,7 +41,7 @@ GENERATION = re.compile(r"\{%([-+]?)\s*(end)?generation\s*([-+]?)%\}")
 @dataclass(frozen=True)
 class Rendered:
     """A row as text. `spans`: the characters that the loss sees; None: all. `stand_ins`: the string that each
-    replaces. `framed`: the text gets a begin and an end token when tokenised. `remarks`: as of Document.
+    replaces. `framed`: the text gets a begin and an end token when tokenised. `remarks`, `ends`: as of Document.
     """
 
     text: str
@@ -49,6 +49,7 @@ class Rendered:
     stand_ins: dict[str, str]
     framed: bool = False
     remarks: tuple[str, ...] = ()
+    ends: tuple[str, ...] = ()
 
     @property
     def shown(self) -> str:
@@ -77,8 +78,8 @@ class ChatRenderer:
     def render(self, row: Conversation, loss_on: str) -> Rendered:
         """The chat with the spans that the loss sees: assistant turns, the completion's turns, or None for "all".
 
-        Remarks CUT where the template leaves out text of a message, ENDLESS where no stop token ends a turn, and what
-        ends each turn.
+        Remarks CUT where the template leaves out text of a message, and ENDLESS where no stop token ends a
+        turn.
         Raises RowFault: the template refuses the chat, or does not show where an assistant turn begins and ends; and
         RecipeError: it is no valid Jinja.
         """
@@ -99,12 +100,12 @@ class ChatRenderer:
         text, spans, ends = self._ends.close(text, spans, turns=len(turns), answer_last=answer_last)
         written = [text[slice(*span)] for span in spans]
         self._check_calls(row, messages, turns, written)
-        remarks += (*ends, *[ENDLESS] * (UNCLOSED in ends))
+        remarks += (ENDLESS,) * (UNCLOSED in ends)
         if any(may_be_unwritten(messages[turn]) for turn in turns):
             spans = [
                 s for s, part in zip(spans, written, strict=True) if self._spelled_out.control.sub("", part).strip()
             ]
-        return Rendered(text, spans, stand_ins, remarks=remarks)
+        return Rendered(text, spans, stand_ins, remarks=remarks, ends=ends)
 
     def render_prompt(self, row: Conversation) -> Rendered:
         """The chat, then the generation prompt. Raises RowFault if the template refuses it."""
@@ -167,7 +168,8 @@ class ChatRenderer:
 
     @cached_property
     def _ends(self) -> Ends:
-        return Ends(self._tokenizer, stop_ids=self._stop_ids, last=self._turns.last_token)
+        last, control = self._turns.last_token, self._spelled_out.control
+        return Ends(self._tokenizer, stop_ids=self._stop_ids, last=last, control=control)
 
     @cached_property
     def _marked_template(self) -> str:

@@ -53,7 +53,7 @@ def fit_rows(
         else:
             if loss_on != "all":
                 counts["empty_assistant_turns"] += _empty_turns(row)
-            counts.update(document.remarks)
+            counts.update(document.remarks + document.ends)
             documents = _learnable_pieces(row, document, counts, data=data)
         yield FittedRow(row, loss_on, row_digest, documents)
 

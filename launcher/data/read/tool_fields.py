@@ -73,6 +73,10 @@ def _objects(value: Any, where: str, rule: str) -> Objects:
     for item in items:
         if not isinstance(item, dict):
             raise wrong_type(where, rule, f"a list with {shown_value(item)}")
+    try:
+        json.dumps(items)
+    except (TypeError, ValueError) as error:  # dates, bytes and decimals of Arrow's
+        raise wrong_type(where, rule, f"a value that JSON cannot hold: {error}") from None
     return items
 
 
@@ -80,7 +84,8 @@ def _in_function(item: dict[str, Any], where: str, rule: str) -> dict[str, Any]:
     """{"type", "function": …}, also of a function that stands alone."""
     function = item.get("function", item)
     if not isinstance(function, dict) or not isinstance(function.get("name"), str) or not function["name"].strip():
-        raise wrong_type(where, rule, f'an object without a "name", with the keys {shown_value(", ".join(item))}')
+        keys = shown_value(", ".join(item))
+        raise wrong_type(where, rule, f'an object without a "name" of its function, with the keys {keys}')
     return item if "function" in item else {"type": "function", "function": function}
 
 

@@ -28,23 +28,24 @@ def bare(build_tokenizer):
 
 
 def ends_of(tokenizer, *turns, stops=(), **options):
-    """The supervised runs and the remarks of one chat."""
+    """The supervised runs of one chat, and the counts of its answers' ends."""
     stop_ids = [tokenizer.convert_tokens_to_ids(stop) for stop in stops]
     encoder = Encoder(tokenizer, data=DataSection.model_validate(options), stop_ids=stop_ids)
     [(_, document)] = encoder.encode([chat(*turns)])
-    return supervised_runs(tokenizer, document), document.remarks
+    assert ("rows_without_end_token" in document.remarks) is ("turns_without_end_token" in document.ends)
+    return supervised_runs(tokenizer, document), document.ends
 
 
 def test_the_next_turns_opening_ends_a_turn_if_the_model_stops_there_and_the_last_turn_gets_eos(bare):
-    runs, remarks = ends_of(bare(), *TURNS, stops=["<|user|>"])
+    runs, ends = ends_of(bare(), *TURNS, stops=["<|user|>"])
     assert runs == ["Hello\n<|user|>", "Bye\n<eos>"]
-    assert remarks == (NEXT_TURN + "<|user|>", EOS + "<eos>")
+    assert ends == (NEXT_TURN + "<|user|>", EOS + "<eos>")
 
 
 def test_an_opening_at_which_the_model_does_not_stop_ends_no_turn(bare):
-    runs, remarks = ends_of(bare(), *TURNS)
+    runs, ends = ends_of(bare(), *TURNS)
     assert runs == ["Hello\n", "Bye\n<eos>"]
-    assert remarks == (EOS + "<eos>", "turns_without_end_token", "rows_without_end_token")
+    assert ends == (EOS + "<eos>", "turns_without_end_token")
 
 
 def test_a_stop_token_that_the_next_message_spells_out_ends_no_turn(bare):
@@ -55,7 +56,7 @@ def test_a_stop_token_that_the_next_message_spells_out_ends_no_turn(bare):
 
 def test_a_chat_that_a_question_ends_gets_no_eos(bare):
     tokenizer = bare()
-    assert ends_of(tokenizer, *TURNS[:3]) == (["Hello\n"], ("turns_without_end_token", "rows_without_end_token"))
+    assert ends_of(tokenizer, *TURNS[:3]) == (["Hello\n"], ("turns_without_end_token",))
     assert ends_of(tokenizer, *TURNS[:3], "assistant:  ")[0] == ["Hello\n"]
 
 
@@ -71,13 +72,22 @@ def test_a_chat_that_is_learned_as_a_whole_ends_with_a_stop_token_where_an_answe
 def test_marks_that_leave_the_end_token_out_are_extended_by_it(bare):
     said = "{% if m.role == 'assistant' %}{% generation %}{{ m.content }}{% endgeneration %}{% else %}{{ m.content }}"
     marked = BARE.replace("+ m.content + '\n' }}", "}}" + said + "{% endif %}{{ eos_token }}")
-    runs, remarks = ends_of(bare(marked), *TURNS)
-    assert runs == ["Hello<eos>", "Bye<eos>"] and remarks[1] == NEXT_TURN + "<eos>"
+    runs, ends = ends_of(bare(marked), *TURNS)
+    assert runs == ["Hello<eos>", "Bye<eos>"] and ends[1] == NEXT_TURN + "<eos>"
 
 
 def test_the_token_that_ends_a_chat_is_a_stop_token_also_where_the_model_does_not_name_it(bare):
-    runs, remarks = ends_of(bare(BARE.replace("'\n'", "'<|system|>'")), *TURNS)
-    assert runs == ["Hello<|system|>", "Bye<|system|>"] and remarks == (TEMPLATE + "<|system|>",) * 2
+    runs, ends = ends_of(bare(BARE.replace("'\n'", "'<|system|>'")), *TURNS)
+    assert runs == ["Hello<|system|>", "Bye<|system|>"] and ends == (TEMPLATE + "<|system|>",) * 2
+
+
+def test_what_a_template_writes_behind_the_models_stop_token_is_not_learned(bare):
+    prompts_always = BARE.replace("'\n'", "eos_token + '\n'").replace("{% if add_generation_prompt %}", "{% if true %}")
+    runs, ends = ends_of(bare(prompts_always.replace("<|assistant|>{%", "<|system|>{%")), *TURNS[:2], loss_on="all")
+    assert runs[0].endswith("Hello<eos>\n<|system|>") and ends == ()
+    several = BARE.replace("'\n'", "'<|system|>' + eos_token + '\n<|user|><|system|>'")
+    runs, ends = ends_of(bare(several), *TURNS)
+    assert runs == ["Hello<|system|><eos>", "Bye<|system|><eos>"] and ends == (TEMPLATE + "<eos>",) * 2
 
 
 @pytest.fixture

@@ -8,9 +8,10 @@ import pytest
 
 from launcher.data.chat.encode import Encoder
 from launcher.data.documents import Document
-from launcher.data.read.rows import RowFault
+from launcher.data.read.rows import Conversation, Message, RowFault
 from launcher.recipe.data_section import DataSection
 from tests.support.chats import chat
+from tests.support.stock_calls import CALLS, with_calls
 from tests.support.stock_templates import STOCK_TEMPLATES
 
 SYSTEM, HI, HELLO = "system: Be brief.", "user: Hi", "assistant: Hello there"
@@ -24,6 +25,16 @@ CHATS = {
     "thoughts": (HI, HELLO, MORE, FIVE),
     "thoughts before": (HI, FIVE, MORE, BYE),
 }
+PLAIN = {kind: chat(*turns) for kind, turns in CHATS.items()}
+CALL = {"id": "abcdefghi", "type": "function", "function": {"name": "sky", "arguments": {"at": "Rome"}}}
+CALLING = (
+    Message("user", "Rome?"),
+    Message("assistant", "", {"tool_calls": [CALL]}),
+    Message("tool", "30", {"tool_call_id": "abcdefghi", "name": "sky"}),
+    Message("assistant", "Hot."),
+)
+WITH_CALLS = {"call": Conversation(CALLING, "rows:1"), "call last": Conversation(CALLING[:2], "rows:1")}
+ROWS = PLAIN | WITH_CALLS
 
 
 def read_table():
@@ -44,10 +55,11 @@ TABLE = read_table()
 @pytest.fixture(scope="session")
 def stock_encoder(build_tokenizer):
     @cache
-    def build(name, template="auto"):
+    def build(name, template="auto", calls=False):
         stock = STOCK_TEMPLATES[name]
+        text = with_calls(name) if calls else stock.template
         tokens = {"eos_token": stock.eos, "extra_special_tokens": [*stock.special, *stock.stops]}
-        tokenizer = build_tokenizer(tokens | ({"bos_token": stock.bos} if stock.bos else {}), stock.template)
+        tokenizer = build_tokenizer(tokens | ({"bos_token": stock.bos} if stock.bos else {}), text)
         tokenizer.add_tokens(["<think>", "</think>"])
         stop_ids = tokenizer.convert_tokens_to_ids(list(stock.stops))
         return Encoder(tokenizer, data=DataSection.model_validate({"template": template}), stop_ids=stop_ids)
@@ -55,9 +67,9 @@ def stock_encoder(build_tokenizer):
     return build
 
 
-def marked(encoder, turns):
+def marked(encoder, row):
     """The chat's text with « and » around what the loss sees, or why there is none."""
-    [(_, document)] = encoder.encode([chat(*turns)])
+    [(_, document)] = encoder.encode([row])
     if isinstance(document, RowFault):
         found = str(document).splitlines()[1]
         return f"{'refused' if document.reason == 'template' else document.reason}: {found}"
@@ -71,7 +83,7 @@ def marked(encoder, turns):
 
 @pytest.mark.parametrize(("name", "kind"), TABLE)
 def test_the_loss_sees_of_a_stock_template_what_the_table_states(stock_encoder, name, kind):
-    found, cell = marked(stock_encoder(name), CHATS[kind]), TABLE[name, kind]
+    found, cell = marked(stock_encoder(name, calls=kind in WITH_CALLS), ROWS[kind]), TABLE[name, kind]
     if "«" in cell:
         assert found == cell
     else:
@@ -80,7 +92,9 @@ def test_the_loss_sees_of_a_stock_template_what_the_table_states(stock_encoder, 
 
 
 def test_the_table_is_whole_and_every_supervised_turn_of_it_ends_with_a_stop_token():
-    assert set(TABLE) == {(name, kind) for name in STOCK_TEMPLATES for kind in CHATS}
+    assert set(TABLE) == {(name, kind) for name in STOCK_TEMPLATES for kind in PLAIN} | {
+        (name, kind) for name in CALLS for kind in WITH_CALLS
+    }
     endless = set()
     for (name, _), cell in TABLE.items():
         spans = [piece.partition("»")[0] for piece in cell.split("«")[1:]]
@@ -99,13 +113,13 @@ def test_the_table_is_whole_and_every_supervised_turn_of_it_ends_with_a_stop_tok
         (
             "gpt-oss",
             "multi",
-            ["turns_closed_by_template_<|return|>", "turns_without_end_token", "rows_without_end_token"],
+            ["turns_closed_by_template_<|return|>", "turns_without_end_token"],
         ),
     ],
 )
 def test_a_turns_end_is_counted_by_its_token_and_its_rule(stock_encoder, name, kind, ends):
-    [(_, document)] = stock_encoder(name).encode([chat(*CHATS[kind])])
-    assert list(document.remarks) == ends
+    [(_, document)] = stock_encoder(name).encode([ROWS[kind]])
+    assert list(document.ends) == ends
 
 
 UNDATED = ("Cutting Knowledge Date: December 2023\nToday Date: 26 Jul 2024\n\n", "")
@@ -124,4 +138,4 @@ UNDATED = ("Cutting Knowledge Date: December 2023\nToday Date: 26 Jul 2024\n\n",
 def test_a_shipped_template_writes_and_marks_what_its_familys_stock_one_does(stock_encoder, template, name, kinds):
     encoder = stock_encoder(name, template)
     for kind in kinds:
-        assert marked(encoder, CHATS[kind]) == TABLE[name, kind].replace(*UNDATED)
+        assert marked(encoder, ROWS[kind]) == TABLE[name, kind].replace(*UNDATED)

@@ -25,30 +25,32 @@ def in_parts(**of_part: Any) -> dict[str, Any]:
 
 
 MEANINGFUL = [
-    (chat(reasoning_content="Think."), "messages.reasoning_content", "reasoning"),
-    (chat(thinking="Think."), "messages.thinking", "reasoning"),
+    ({"messages": [{**USER, "reasoning_content": "Think."}, REPLY]}, "messages.reasoning_content", "reasoning"),
+    (chat(thinking=["Think."]), "messages.thinking", "reasoning"),
     (chat(Weight=0), "messages.Weight", "weight"),
     (chat(weight=0.5), "messages.weight", "weight"),
-    (chat(train=False), "messages.train", "weight"),
-    (chat(train="false"), "messages.train", "weight"),
+    ({"messages": [{**USER, "train": True}, REPLY]}, "messages.train", "weight"),
+    ({"conversations": [{**HUMAN, "weight": 1}, GPT]}, "conversations.weight", "weight"),
     (chat(loss=False), "messages.loss", "weight"),
-    (chat(tool_calls=[{"id": "1"}]), "messages.tool_calls", "tools"),
+    ({"messages": [{**USER, "tool_calls": [{"id": "1"}]}, REPLY]}, "messages.tool_calls", "tools"),
+    (chat(tool_call_id="1"), "messages.tool_call_id", "tools"),
+    (chat(function_call={"name": "f"}), "messages.function_call", "tools"),
     (chat(name="Ann"), "messages.name", "context"),
     ({"messages": [{**USER, "weight": 2}, REPLY]}, "messages.weight", "weight"),
     ({"messages": [{**USER, "tool_call_id": "1"}, REPLY]}, "messages.tool_call_id", "tools"),
-    ({**chat(), "tools": TOOLS}, "tools", "tools"),
-    ({**chat(), "tools": '[{"name": "weather"}]'}, "tools", "tools"),
+    ({**chat(), "functions": TOOLS}, "functions", "tools"),
+    ({**PAIR, "tools": TOOLS}, "tools", "tools"),
+    ({**ALPACA, "tools": '[{"name": "weather"}]'}, "tools", "tools"),
     ({**chat(), "history": [["a", "b"]]}, "history", "context"),
     ({**chat(), "images": ["a.png"]}, "images", "media"),
     ({**chat(), "chat_template_kwargs": {"enable_thinking": False}}, "chat_template_kwargs", "context"),
-    ({"conversations": [HUMAN, {**GPT, "weight": 0}]}, "conversations.weight", "weight"),
-    ({"conversations": [HUMAN, GPT], "tools": TOOLS}, "tools", "tools"),
+    ({"conversations": [HUMAN, {**GPT, "loss": 0}]}, "conversations.loss", "weight"),
     ({**ALPACA, "weight": 0.5}, "weight", "weight"),
     ({**PAIR, "label": False}, "label", "weight"),
     ({**PAIR, "label": "false"}, "label", "weight"),
     ({**PAIR, "label": 0}, "label", "weight"),
     ({**PAIR, "system": "Be brief."}, "system", "context"),
-    ({"prompt": [USER], "completion": [{**REPLY, "thinking": "…"}]}, "completion.thinking", "reasoning"),
+    ({"prompt": [USER], "completion": [{**REPLY, "thought": "…"}]}, "completion.thought", "reasoning"),
     ({"text": "a", "weight": 0}, "weight", "weight"),
     ({"text": "a", "label": False}, "label", "weight"),
     (in_parts(weight=0), "messages.content.weight", "weight"),
@@ -87,9 +89,23 @@ def test_a_key_that_changes_what_is_learned_is_refused_or_dropped_and_counted(wr
     assert len(rows) == 1 and counts == {"rows_read": 1, f"dropped_key_{name}": 1}
 
 
+FLAGGED = {"messages": [USER, {**REPLY, "weight": 0}, USER, REPLY]}
+
+
+def test_a_flag_is_refused_where_the_loss_sees_all_and_no_turn_can_be_taken_out(write):
+    path = write([FLAGGED])
+    assert '"messages.weight" is not honoured' in refusal(path, loss_on="all")
+    assert "data.loss_on=all" in refusal(path, loss_on="all")
+    _, counts = read(path, loss_on="all", unused="drop")
+    assert counts["dropped_key_messages.weight"] == 1
+    [row], _ = read(path)
+    assert isinstance(row, Conversation) and [m.train for m in row.messages] == [None, False, None, None]
+    assert read(write([chat(weight=1, train=True)]), loss_on="all")[1]["unused_key_messages.weight"] == 1
+
+
 NOTHING: list[dict[str, Any]] = [
     chat(weight=1, train=True, loss=1.0),
-    {"messages": [{**USER, "weight": 0, "train": False}, {**REPLY, "weight": "1.0"}]},
+    {"messages": [{**USER, "weight": 0, "train": False, "loss": 0}, {**REPLY, "weight": "1.0"}]},
     {**PAIR, "label": True},
     {**PAIR, "label": "arithmetic"},
     {**PAIR, "label": "no"},
