@@ -98,14 +98,15 @@ def _preview(resolved: Resolved, info: RankInfo, console: Console) -> None:
             from launcher.data.preview import preview_record
             from launcher.data.vocabulary import fit_vocabulary
             from launcher.model.families import family_of
-            from launcher.model.load import load_config, load_tokenizer
+            from launcher.model.load import load_config, load_stop_ids, load_tokenizer
             from launcher.model.token_vectors import stored_vectors, untrained_notes
 
         recipe, name, source = resolved.recipe, resolved.name, request.source
         config = load_config(source, recipe.model)
         family_of(config, max_length=recipe.data.max_length)  # refuses what training refuses
         tokenizer = load_tokenizer(source, recipe.model, stand_in=request.shipped / "tiny" / "base")
-        data = prepare(recipe.data, tokenizer, seed=recipe.train.seed, progress=progress)
+        stop_ids = load_stop_ids(source, recipe.model)
+        data = prepare(recipe.data, tokenizer, seed=recipe.train.seed, stop_ids=stop_ids, progress=progress)
         fault: DataError | None = None
         try:
             data, used = fit_vocabulary(data, tokenizer, vocabulary=config.vocab_size)

@@ -74,11 +74,18 @@ class Entry:
         }
 
 
-def fingerprint(data: DataSection, *, identities: Sequence[Sequence[str]], tokenizer: Any, seed: int) -> str:
+def fingerprint(
+    data: DataSection,
+    *,
+    identities: Sequence[Sequence[str]],
+    tokenizer: Any,
+    seed: int,
+    stop_ids: Sequence[int] = (),
+) -> str:
     """A name for everything that decides the prepared arrays: 40 hexadecimal digits.
 
     `identities`: of the feeds of each source, in the order of data.sources, a validation source last. They stand for
-    the paths. `tokenizer` has the chat template that is used.
+    the paths. `tokenizer` has the chat template that is used. `stop_ids`: as of Encoder; they end turns.
     """
     section = data.model_dump(
         mode="json", exclude={"wait_s": True, "sources": {"__all__": {"path"}}, "validation": {"path"}}
@@ -92,6 +99,7 @@ def fingerprint(data: DataSection, *, identities: Sequence[Sequence[str]], token
         "identities": identities,
         "tokenizer": hashlib.blake2b(tokenizer.backend_tokenizer.to_str().encode()).hexdigest(),
         "special": [tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id, tokenizer.all_special_ids],
+        "stops": sorted(stop_ids),
         "template": tokenizer.chat_template,
         "seed": seed,
     }

@@ -23,12 +23,13 @@ Bools = NDArray[np.bool_]
 class Document:
     """The tokens of one conversation or text, and for each of them whether it is a target of the loss.
 
-    `remarks`: names of the counts that it adds to.
+    `remarks`: names of the counts that it adds to. `ends`: those of its answers, by what ends each.
     """
 
     input_ids: Ints
     supervised: Bools
     remarks: tuple[str, ...] = ()
+    ends: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.input_ids)

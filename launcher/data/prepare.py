@@ -21,6 +21,7 @@ from transformers import PreTrainedTokenizerBase
 
 from launcher.data import cache
 from launcher.data.chat.encode import Encoder
+from launcher.data.chat.ends import check_ends
 from launcher.data.chat.workers import EncoderPool
 from launcher.data.documents import Documents, Longs
 from launcher.data.example import Example, find_examples
@@ -82,24 +83,29 @@ class _Inputs:
 
 
 def prepare(
-    data: DataSection, tokenizer: PreTrainedTokenizerBase, *, seed: int, progress: ReadingProgress | None = None
+    data: DataSection,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    seed: int,
+    stop_ids: Sequence[int] = (),
+    progress: ReadingProgress | None = None,
 ) -> PreparedData:
     """The blocks of a data section: from the cache of an earlier run, or made and cached. The same on every rank.
 
     Counts: rows_read, rows_dropped_<reason>, pieces_dropped_zero_supervised, truncated and split (rows that were too
     long), empty_assistant_turns (where masked), rows_cut_by_template (it leaves out text of them),
-    rows_without_end_token (of an answer), unused_key_<name> and dropped_key_<name> (rows with a key that nothing uses),
-    rows_repeated and rows_left_out (by weights), of several sources
-    source_<n>_rows_of_an_epoch (n from 1; a repeated row counts each time), documents, tokens and supervised_tokens
-    (the targets) for training, validation_documents. Where validation data is a source of its own, its other counts
-    have the prefix validation_, and its rows are dropped from training; with a fraction, rows_read = train_rows +
-    validation_rows + all dropped rows. Of a stream: what was read for the windows that training has begun with.
-    One row, or many equal ones, cannot be split and is all training.
+    rows_without_end_token (of an answer), answers by what ends them (records/counts.py), unused_key_<name> and
+    dropped_key_<name> (rows with a key that nothing uses), rows_repeated and rows_left_out (by weights), of several
+    sources source_<n>_rows_of_an_epoch (n from 1; a repeated row counts each time), documents, tokens and
+    supervised_tokens (the targets) for training, validation_documents. Where validation data is a source of its own,
+    its other counts have the prefix validation_, and its rows are dropped from training; with a fraction, rows_read =
+    train_rows + validation_rows + all dropped rows. Of a stream: what was read for the windows that training has begun
+    with. One row, or many equal ones, cannot be split and is all training.
 
-    Raises DataError as sources, formats and chat say, when nothing is left to train on or to validate on, and when a
-    local source changes meanwhile: then nothing is cached.
+    Raises DataError as sources, formats and chat say, when nothing is left to train on or to validate on, when no
+    answer ends with a stop token, and when a local source changes meanwhile: then nothing is cached.
     """
-    encoder = Encoder(tokenizer, data=data)
+    encoder = Encoder(tokenizer, data=data, stop_ids=stop_ids)
     # Any id will do: padding is a document of its own, without loss.
     pad_id = next(i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if i is not None)
     train = [open_source(source, data=data) for source in data.sources]
@@ -110,6 +116,7 @@ def prepare(
         identities=[[feed.identity for feed in source.feeds] for source in opened],
         tokenizer=tokenizer,
         seed=seed,
+        stop_ids=stop_ids,
     )
     pool = EncoderPool(encoder, workers=rank_info().cores)
     progress = progress or ReadingProgress()
@@ -191,7 +198,8 @@ def _prepare_blocks(inputs: _Inputs, identity: str) -> PreparedData:
         template=inputs.pool.encoder.template,
         identity=identity,
         content="",
-        notes=notes_on(counts) + (() if validation or data.validation == 0 else (ALL_ALIKE.format(data.validation),)),
+        notes=_notes_on(counts, inputs.pool.encoder)
+        + (() if validation or data.validation == 0 else (ALL_ALIKE.format(data.validation),)),
     )
 
 
@@ -226,15 +234,13 @@ def _prepare_stream(inputs: _Inputs, identity: str) -> PreparedData:
         template=inputs.pool.encoder.template,
         identity=identity,
         content=cache.Entry(stream.first_window.blocks, None, {}).content,
-        notes=_notes_of_stream(stream) + notes_on(stream.counts),
+        notes=(stream.passes_note, *_notes_on(stream.counts, inputs.pool.encoder)),
     )
 
 
-def _notes_of_stream(stream: Stream) -> tuple[str, ...]:
-    passes = max(position.passes for position in stream.first_window.end)
-    if not passes:
-        return ("data: streamed; the number of its rows is not known",)
-    return (f"data: streamed; short of a window, so that the first one goes over it up to {passes + 1} times",)
+def _notes_on(counts: Counter[str], encoder: Encoder) -> tuple[str, ...]:
+    check_ends(counts, encoder.tokenizer, template=encoder.template)
+    return notes_on(counts)
 
 
 def _usable_rows(

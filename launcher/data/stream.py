@@ -86,6 +86,14 @@ class Stream:
     def beginning(self) -> list[Position]:
         return [Position(0, 0) for _ in self.sources]
 
+    @property
+    def passes_note(self) -> str:
+        """How often the first window goes over the sources."""
+        passes = max(position.passes for position in self.first_window.end)
+        if not passes:
+            return "data: streamed; the number of its rows is not known"
+        return f"data: streamed; short of a window, so that the first one goes over it up to {passes + 1} times"
+
     def windows(self, start: Sequence[Position], *, number: int) -> Iterator[Window]:
         """Window `number`, before which the sources stand at `start`, and those after it.
 

@@ -90,7 +90,8 @@ def _given(run: OpenedRun, options: EvaluateOptions) -> EvaluatedData:
     feeds = list(chain.from_iterable(source.feeds for source in opened))
     counts, loss_on = Counter[str](), Counter[str]()
     documents, prompts, read = list[Document](), list[Prompt](), 0
-    with closing(EncoderPool(Encoder(run.tokenizer, data=data), workers=rank_info().cores)) as pool:
+    encoder = Encoder(run.tokenizer, data=data, stop_ids=run.stop_ids)
+    with closing(EncoderPool(encoder, workers=rank_info().cores)) as pool:
         every = read_rows(feeds, data=data, counts=counts)
         rows = islice(every, options.max_rows)
         for fitted in fit_rows(pool.encode(rows), counts, data=data, seed=run.place.recipe.train.seed):

@@ -35,7 +35,7 @@ from launcher.export.proof import (
 from launcher.export.weights import weights_verdict
 from launcher.memory.ledger import Ledger
 from launcher.model.build import DTYPES
-from launcher.model.load import load_tokenizer
+from launcher.model.load import load_stop_ids, load_tokenizer
 from launcher.recipe.run_options import ExportOptions
 from launcher.records.export import ExportLimits, ExportRecord
 from launcher.records.run import Phase, Verdict
@@ -135,7 +135,8 @@ def prepared_data(run: OpenedRun, *, instead: str = "") -> PreparedData:
             f"{run.place.folder} has none.\nA checkpoint knows its data by a digest, which names no file.\n"
             f"Let the run come to its end: it goes on with run.resume=auto.{instead}"
         )
-    return prepare(recipe.data, load_tokenizer(run.source, recipe.model, stand_in=Path()), seed=recipe.train.seed)
+    tokenizer = load_tokenizer(run.source, recipe.model, stand_in=Path())
+    return prepare(recipe.data, tokenizer, seed=recipe.train.seed, stop_ids=load_stop_ids(run.source, recipe.model))
 
 
 def _write(work: _Work) -> None:

@@ -4,6 +4,7 @@ The base (bitsandbytes) comes from a full checkpoint, from one that is already q
 inside the decoder layers are quantised; embedding, norms and head stay in the compute dtype.
 """
 
+import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,7 +18,7 @@ from bitsandbytes.nn import Linear4bit, Params4bit
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
 from transformers.integrations import replace_with_bnb_linear
-from transformers.utils import find_adapter_config_file
+from transformers.utils import cached_file, find_adapter_config_file
 
 from launcher.credentials import shortened
 from launcher.errors import RecipeError
@@ -62,6 +63,26 @@ def load_tokenizer(source: str, model: ModelSection, *, stand_in: Path) -> Any:
         raise RecipeError(
             f"model {source!r} must come with a tokenizer: {_first_line(error)}\n"
             "Put its tokenizer files into the folder."
+        ) from None
+
+
+def load_stop_ids(source: str, model: ModelSection) -> tuple[int, ...]:
+    """Where generation of this model stops by its generation_config.json; none without one.
+
+    Raises RecipeError for a file that does not say it.
+    """
+    missing_is_none = {f"_raise_exceptions_for_{cause}": False for cause in ("missing_entries", "connection_errors")}
+    file = cached_file(source, "generation_config.json", revision=_revision(source, model), **missing_is_none)
+    if file is None:
+        return ()
+    try:
+        stops = json.loads(Path(file).read_text(encoding="utf-8")).get("eos_token_id")
+        found = stops if isinstance(stops, list) else [] if stops is None else [stops]
+        return tuple(map(int, found))
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise RecipeError(
+            f"generation_config.json of {source!r} must be JSON with token ids in eos_token_id: {_first_line(error)}\n"
+            "Repair the file, or copy it from the model again."
         ) from None
 
 

@@ -20,7 +20,7 @@ from launcher.errors import RecipeError
 from launcher.memory.policy import check_policy
 from launcher.model.attention import BlockFacts
 from launcher.model.build import check_model
-from launcher.model.load import load_config, load_tokenizer
+from launcher.model.load import load_config, load_stop_ids, load_tokenizer
 from launcher.recipe.train_section import TrainSection
 from launcher.runtime.first_rank import one_rank_first
 from launcher.runtime.ranks import (
@@ -54,9 +54,10 @@ def prepare_inputs(request: Request, progress: ReadingProgress | None = None) ->
     check_graphs(recipe.compile, device)
     check_policy(recipe, device)
     tokenizer = load_tokenizer(source, recipe.model, stand_in=request.shipped / "tiny" / "base")
+    stop_ids = load_stop_ids(source, recipe.model)
     data = one_rank_first(
         request.rank_info,
-        lambda: prepare_data(recipe.data, tokenizer, seed=recipe.train.seed, progress=progress),
+        lambda: prepare_data(recipe.data, tokenizer, seed=recipe.train.seed, stop_ids=stop_ids, progress=progress),
         wait_s=recipe.data.wait_s,
     )
     data, used_ids = fit_vocabulary(data, tokenizer, vocabulary=config.vocab_size)

@@ -235,6 +235,11 @@ def test_every_key_of_a_source_but_its_path_changes_the_fingerprint(tokenizer):
         assert len(names) == len(keys)
 
 
+def test_other_stop_tokens_are_other_data_since_they_end_turns(tokenizer):
+    assert len({name_of(tokenizer, stop_ids=stops) for stops in ((), (1,), (1, 2))}) == 3
+    assert name_of(tokenizer, stop_ids=(2, 1)) == name_of(tokenizer, stop_ids=(1, 2))
+
+
 def test_the_content_of_sources_and_not_their_place_decides(tokenizer):
     for field, wrap in (("sources", lambda source: [source]), ("validation", lambda source: source)):
         sections = [{field: wrap({"path": path})} for path in ("rows.csv", "/else/where.csv")]

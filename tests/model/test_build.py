@@ -1,3 +1,5 @@
+import json
+
 import pytest
 import torch
 from bitsandbytes.nn import Linear4bit, Params4bit
@@ -5,7 +7,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 
 from launcher.errors import RecipeError
 from launcher.model.build import choose_dtype
-from launcher.model.load import load_tokenizer
+from launcher.model.load import load_stop_ids, load_tokenizer
 from launcher.recipe.locate import locate
 from tests.conftest import TINY, small_config
 from tests.support.models import ARCHITECTURES, build
@@ -108,6 +110,31 @@ def test_a_lora_target_without_a_match_is_named_with_the_targets_there_are(make_
 
 def test_random_weights_take_the_tiny_tokenizer_where_the_config_has_none(make_recipe, bare):
     assert load_tokenizer(bare["name"], make_recipe(model=bare).model, stand_in=TINY / "base").chat_template
+
+
+@pytest.mark.parametrize(
+    ("content", "found"),
+    [
+        ({"eos_token_id": [3, 5]}, (3, 5)),
+        ({"eos_token_id": 3}, (3,)),
+        ({"eos_token_id": None}, ()),
+        ({}, ()),
+        (None, ()),
+    ],
+)
+def test_stop_tokens_are_those_of_generation_config_json(make_recipe, tmp_path, content, found):
+    if content is not None:
+        (tmp_path / "generation_config.json").write_text(json.dumps(content))
+    assert load_stop_ids(str(tmp_path), make_recipe().model) == found
+
+
+@pytest.mark.parametrize("damaged", ["{", "[1]", '{"eos_token_id": ["</s>"]}', '{"eos_token_id": {"a": 1}}'])
+def test_a_damaged_generation_config_is_named_with_the_remedy(make_recipe, tmp_path, damaged):
+    (tmp_path / "generation_config.json").write_text(damaged)
+    with pytest.raises(
+        RecipeError, match=r"(?s)generation_config.json of .*token ids in eos_token_id.*\nRepair the file"
+    ):
+        load_stop_ids(str(tmp_path), make_recipe().model)
 
 
 def test_auto_dtype_is_float32_on_a_cpu():

@@ -86,10 +86,10 @@ STYLES = {
         ("<User>", "<Assistant>"),
         "<|eos|>",
     ),
-    "glm-4": Style(  # no end token: the next question's opening ends a turn
+    "glm-4": Style(  # no end token: the next question's opening ends a turn, which is no stop token here
         "[gMASK]<sop>" + _turns("{{ '<|' + m.role + '|>\n' + m.content }}", "<|assistant|>{{ '\n' }}"),
         "Hello there",
-        "Bye now",
+        "Bye now<|endoftext|>",
         ("[gMASK]", "<sop>", "<|user|>", "<|assistant|>", "<|system|>"),
         "<|endoftext|>",
     ),
@@ -105,8 +105,8 @@ STYLES = {
             "{% if not loop.first %}{{ eos_token }}{% endif %}{{ '<|' + m.role + '|>' + m.content }}",
             "{{ eos_token }}<|assistant|>",
         ),
-        "Hello there",
-        "Bye now",
+        "Hello there<|endoftext|>",
+        "Bye now<|endoftext|>",
         ("<|user|>", "<|assistant|>", "<|system|>"),
         "<|endoftext|>",
     ),
@@ -179,7 +179,7 @@ STYLES = {
     "no control tokens": Style(
         _turns("{{ '### ' + m.role + ':\n' + m.content + '\n\n' }}", "### assistant:\n"),
         "Hello there\n\n",
-        "Bye now\n\n",
+        "Bye now\n\n<|eot|>",
         (),
         "<|eot|>",
     ),
@@ -206,8 +206,8 @@ STYLES = {
         "{% for m in messages %}{{ '<|' + m.role + '|>' }}{% if m.role == 'assistant' %}"
         "{% generation %}{{ m.content }}{% endgeneration %}{% else %}{{ m.content }}{% endif %}{{ eos_token }}"
         "{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}",
-        "Hello there",
-        "Bye now",
+        "Hello there<|eot|>",
+        "Bye now<|eot|>",
         ("<|user|>", "<|assistant|>", "<|system|>"),
         "<|eot|>",
     ),

@@ -68,30 +68,30 @@ class Encoder:
     """Turns rows into documents under data.template and data.loss_on, in this process.
 
     `template` says whose template renders chats: "the tokenizer's own", a name of data.template, or "none". A named one
-    is put on the tokenizer, so that it is saved with it.
+    is put on the tokenizer, so that it is saved with it. `stop_ids`: where the model stops beside its eos_token.
 
     Raises DataError: a slow tokenizer, or one without the control tokens of data.template.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, *, data: DataSection) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, *, data: DataSection, stop_ids: Sequence[int] = ()) -> None:
         if not isinstance(tokenizer, PreTrainedTokenizerFast):
             raise DataError(
                 "Masking needs a fast tokenizer: one that says which characters a token covers.\n"
                 f"Found: {type(tokenizer).__name__}.\nUse a model whose folder holds a tokenizer.json."
             )
-        self.tokenizer, self.data = tokenizer, data
+        self.tokenizer, self.data, self.stop_ids = tokenizer, data, tuple(stop_ids)
         self.template: str = data.template
         if data.template == "auto":
             self.template = "the tokenizer's own" if tokenizer.chat_template else "none"
         else:
             put_template(tokenizer, data.template)
         self._spelled_out = SpelledOut(tokenizer)
-        self._renderer = ChatRenderer(tokenizer, spelled_out=self._spelled_out, name=self.template)
+        options: dict[str, Any] = {"spelled_out": self._spelled_out, "stop_ids": self.stop_ids}
+        self._renderer = ChatRenderer(tokenizer, name=self.template, **options)
         self._with_tools = self._renderer
         if isinstance(tokenizer.chat_template, dict) and "tool_use" in tokenizer.chat_template:
-            self._with_tools = ChatRenderer(
-                tokenizer, spelled_out=self._spelled_out, name=f"{self.template}, tool_use", variant="tool_use"
-            )
+            name = f"{self.template}, tool_use"
+            self._with_tools = ChatRenderer(tokenizer, name=name, variant="tool_use", **options)
         # The backend is called directly: the tokenizer around it halves the speed, and changes it at every call.
         self._backend = copy_of(tokenizer.backend_tokenizer)
         self._control_ids = control_tokens(tokenizer).keys()
@@ -173,7 +173,7 @@ class Encoder:
         else:
             encoding = next(encodings)
             ids = np.array(encoding.ids, dtype=np.int32)
-        document = Document(ids, self._supervised(encoding, ids, item.spans), item.remarks)
+        document = Document(ids, self._supervised(encoding, ids, item.spans), item.remarks, item.ends)
         return self._framed(document, item) if item.framed else document
 
     def _supervised(self, encoding: EncodingFast, ids: Ints, spans: Sequence[Span] | None) -> Bools:

@@ -24,6 +24,7 @@ from jinja2 import TemplateSyntaxError
 from transformers import PreTrainedTokenizerBase
 
 from launcher.credentials import shortened
+from launcher.data.chat.ends import Ends
 from launcher.data.chat.left_out import QUESTION, SAMPLE_TOOLS, has_tools, is_cut, lost_call
 from launcher.data.chat.named_templates import without_today
 from launcher.data.chat.spelled_out import BEGIN, END, Messages, SpelledOut, Tools, restored
@@ -31,6 +32,7 @@ from launcher.data.chat.tool_calls import CallForm, call_form, has_calls, in_cal
 from launcher.data.chat.turns import SYSTEM, Span, Turns, UnshownTurn, may_be_unwritten
 from launcher.data.read.rows import SKIP, Conversation, PlainText, RowFault
 from launcher.errors import RecipeError
+from launcher.records.counts import UNCLOSED
 
 CUT = "rows_cut_by_template"
 ENDLESS = "rows_without_end_token"
@@ -40,7 +42,7 @@ GENERATION = re.compile(r"\{%([-+]?)\s*(end)?generation\s*([-+]?)%\}")
 @dataclass(frozen=True)
 class Rendered:
     """A row as text. `spans`: the characters that the loss sees; None: all. `stand_ins`: the string that each
-    replaces. `framed`: the text gets a begin and an end token when tokenised. `remarks`: as of Document.
+    replaces. `framed`: the text gets a begin and an end token when tokenised. `remarks`, `ends`: as of Document.
     """
 
     text: str
@@ -48,6 +50,7 @@ class Rendered:
     stand_ins: dict[str, str]
     framed: bool = False
     remarks: tuple[str, ...] = ()
+    ends: tuple[str, ...] = ()
 
     @property
     def shown(self) -> str:
@@ -57,19 +60,27 @@ class Rendered:
 
 class ChatRenderer:
     """Renders chats with the tokenizer's template. `name`: what errors call that template; `variant`: which it is, of
-    a tokenizer with several."""
+    a tokenizer with several. `stop_ids`: as of Ends."""
 
     def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, *, spelled_out: SpelledOut, name: str, variant: str | None = None
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        spelled_out: SpelledOut,
+        name: str,
+        variant: str | None = None,
+        stop_ids: Sequence[int] = (),
     ) -> None:
         self._tokenizer, self._spelled_out, self._name, self._variant = tokenizer, spelled_out, name, variant
+        self._stop_ids = stop_ids
         # Any added token may end a turn, also one that is not special.
         self._end_tokens = tuple(token.content for token in tokenizer.added_tokens_decoder.values())
 
     def render(self, row: Conversation, loss_on: str) -> Rendered:
         """The chat with the spans that the loss sees: assistant turns, the completion's turns, or None for "all".
 
-        Remarks CUT where the template leaves out text of a message, and ENDLESS where a span has no end token.
+        Remarks CUT where the template leaves out text of a message, and ENDLESS where no stop token ends a
+        turn.
         Raises RowFault: the template refuses the chat, or does not show where an assistant turn begins and ends; and
         RecipeError: it is no valid Jinja.
         """
@@ -79,24 +90,27 @@ class ChatRenderer:
         with self._faults(row):
             text = apply(messages)
             remarks: tuple[str, ...] = (CUT,) if is_cut(messages, text) or self._lacks(tools, text) else ()
+            answer_last = messages[-1]["role"] == "assistant" and not row.messages[-1].is_blank
             if loss_on == "all":
+                text = self._ends.close_chat(text) if answer_last else text
                 return Rendered(text, None, stand_ins, remarks=remarks)
             self._check_calls(row, lost_call(messages, turns, text))
             find = self._marked_spans if self._marked_template else _spans_of_turns
             spans = find(messages, turns, text, self._turns.with_apply(apply) if tools else self._turns)
+        answer_last = answer_last and turns[-1:] == [len(messages) - 1]
+        text, spans, ends = self._ends.close(text, spans, turns=len(turns), answer_last=answer_last)
         written = [text[slice(*span)] for span in spans]
         if self._marked_template:  # a turn may have several spans
             self._check_calls(row, lost_call(messages, turns, "".join(written)))
         else:
             for turn, part in zip(turns, written, strict=True):
                 self._check_calls(row, lost_call(messages, [turn], part))
-        if sum(part.rstrip().endswith(self._end_tokens) for part in written) < len(turns):
-            remarks += (ENDLESS,)
+        remarks += (ENDLESS,) * (UNCLOSED in ends)
         if any(may_be_unwritten(messages[turn]) for turn in turns):
             spans = [
                 s for s, part in zip(spans, written, strict=True) if self._spelled_out.control.sub("", part).strip()
             ]
-        return Rendered(text, spans, stand_ins, remarks=remarks)
+        return Rendered(text, spans, stand_ins, remarks=remarks, ends=ends)
 
     def render_prompt(self, row: Conversation) -> Rendered:
         """The chat, then the generation prompt. Raises RowFault if the template refuses it."""
@@ -149,6 +163,11 @@ class ChatRenderer:
     @cached_property
     def _turns(self) -> Turns:
         return Turns(self._apply, control=self._spelled_out.control, end_tokens=self._end_tokens)
+
+    @cached_property
+    def _ends(self) -> Ends:
+        last, control = self._turns.last_token, self._spelled_out.control
+        return Ends(self._tokenizer, stop_ids=self._stop_ids, last=last, control=control)
 
     @cached_property
     def _marked_template(self) -> str:

@@ -75,13 +75,14 @@ class TurnFormat:
 
     `lead`: what it writes between the question and the turn. `header`: the lead without what ends the question.
     `opening`: what the generation prompt has behind that, and the turn has not. `ending`: what ends the turn; None if
-    unknown.
+    unknown. `last`: the token with which the turn ends where it ends the chat, "" without one.
     """
 
     lead: str = ""
     header: str = ""
     opening: str = ""
     ending: str | None = None
+    last: str = ""
 
 
 class Turns:
@@ -228,6 +229,11 @@ class Turns:
         body = text.rstrip()
         return body if body.endswith(self._end_tokens) else text
 
+    @property
+    def last_token(self) -> str:
+        """The token with which a turn ends that ends the chat; "" without one."""
+        return self._format.last
+
     @cached_property
     def _format(self) -> TurnFormat:
         """Found on a sample chat, with a system message if it must be; the default for a template that refuses both."""
@@ -250,7 +256,9 @@ class Turns:
         endings = [self._ending(rest, _behind(*pair)) for pair in ((SAMPLE[1], answered), (SAMPLE[0], question))]
         ending = next((ending for ending in endings if ending.endswith(self._end_tokens)), endings[0])
         question_end = self._ending(lead, _behind(SAMPLE[0], question))
-        return TurnFormat(lead, lead.removeprefix(question_end).lstrip(), opening, ending)
+        tail = _behind(SAMPLE[1], answered).rstrip()
+        last = max((token for token in self._end_tokens if tail.endswith(token)), key=len, default="")
+        return TurnFormat(lead, lead.removeprefix(question_end).lstrip(), opening, ending, last)
 
     def _ending(self, followed: str, last: str) -> str:
         """What a turn ends in both where another message follows and where the chat ends."""

@@ -77,7 +77,7 @@ class EncoderPool:
                 self._workers,
                 mp_context=_Context(),
                 initializer=_start_worker,
-                initargs=(self.encoder.tokenizer, self.encoder.data),
+                initargs=(self.encoder.tokenizer, self.encoder.data, self.encoder.stop_ids),
             )
         return self._executor
 
@@ -156,11 +156,11 @@ class _Context(SpawnContext):
 _worker_encoder: Encoder  # in a worker process
 
 
-def _start_worker(tokenizer: PreTrainedTokenizerBase, data: DataSection) -> None:
+def _start_worker(tokenizer: PreTrainedTokenizerBase, data: DataSection, stop_ids: tuple[int, ...]) -> None:
     global _worker_encoder
     exit_with_parent()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # there is a worker for every core
-    _worker_encoder = Encoder(tokenizer, data=data)
+    _worker_encoder = Encoder(tokenizer, data=data, stop_ids=stop_ids)
     gc.freeze()  # the libraries' objects stay, and rendering leaves little garbage:
     gc.set_threshold(100_000)  # at the default of 700, collecting takes up to a sixth of the time
 

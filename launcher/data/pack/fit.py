@@ -53,7 +53,7 @@ def fit_rows(
         else:
             if loss_on != "all":
                 counts["empty_assistant_turns"] += _empty_turns(row)
-            counts.update(document.remarks)
+            counts.update(document.remarks + document.ends)
             documents = _learnable_pieces(row, document, counts, data=data)
         yield FittedRow(row, loss_on, row_digest, documents)
 
@@ -137,8 +137,8 @@ def notes_on(counts: Mapping[str, int]) -> tuple[str, ...]:
     notes = {
         CUT: "the chat template leaves out text of {}, such as thoughts or tools: it trains nothing; set another "
         "data.template",
-        ENDLESS: "in {}, an answer has no end token that the loss sees: the model cannot learn to stop; set a "
-        "data.template that has one, or stop at the next turn's opening when generating",
+        ENDLESS: "in {}, an answer does not end with a token that stops generation: it does not teach the model to "
+        "stop; set a data.template that has one, or stop at the next turn's opening when generating",
     }
     rows_read = counts["rows_read"]
     return tuple(

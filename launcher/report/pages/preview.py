@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-from launcher.records.counts import count_name
+from launcher.records.counts import count_name, ends_in_words, is_of_ends
 from launcher.records.preview import BlockPreview, PreviewRecord, TextPart
 from launcher.report.pages.formatting import counted, counts, extent, whole
 from launcher.report.pages.page import Column, Page, Section, Styled, Table, Tokens, Value
@@ -29,10 +29,12 @@ def preview_page(record: PreviewRecord) -> Page:
 def _facts(record: PreviewRecord) -> list[tuple[Value, Value]]:
     loss_on = counts(record.loss_on_found, "row")
     widths = ", ".join(f"{counted(blocks, 'block')} of {whole(width)}" for width, blocks in record.widths)
+    ends = ends_in_words(record.counts)
     return [
         ("model", record.model),
         ("tokenizer", record.tokenizer),
         ("template", record.template),
+        *([("ends", ends)] if ends else []),
         ("loss on", f"auto → {loss_on}" if record.loss_on == "auto" else loss_on),
         ("batching", f"{record.batching} · max_length {whole(record.max_length)}"),
         ("blocks", f"{widths} positions"),
@@ -87,9 +89,9 @@ def _data(record: PreviewRecord) -> Section:
 
 
 def _counts(record: PreviewRecord, *, validation: bool) -> list[tuple[str, str, str]]:
-    """What happened to the rows, rows read first. Unused keys are left to the notes."""
+    """What happened to the rows, rows read first. Unused keys are left to the notes, ends to the facts."""
     keys = [key for key in record.counts if key not in OWN_ROWS and key.startswith("validation_") is validation]
-    keys = [key for key in keys if "_key_" not in key]
+    keys = [key for key in keys if "_key_" not in key and not is_of_ends(key)]
     keys.sort(key=lambda key: not key.endswith("rows_read"))
     return [(count_name(key), whole(record.counts[key]), "") for key in keys]
 

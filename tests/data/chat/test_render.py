@@ -45,14 +45,16 @@ OPEN_HEAD = LLAMA3.replace("<|head|>assistant<|/head|>\n\n", "<|head|>assistant"
 @pytest.mark.parametrize(
     ("template", "answers", "seen"),
     [
-        pytest.param(PLAIN, ["b", "ver"], "b\n|ver\n", id="the next turn ends this one"),
+        pytest.param(PLAIN, ["b", "ver"], "b\n|ver\n<|eot|>", id="the next turn ends this one"),
         pytest.param(ENDS_CHAT, ["b"], "b\n<|eot|>", id="a control token ends the chat and not the turn"),
         pytest.param(ENDS_CHAT, ["b", "b"], "b\n|b\n<|eot|>", id="what both ends begin with"),
-        pytest.param(LAST_WORDS, ["b"], "bTHE END", id="words behind the last turn alone"),
-        pytest.param(LAST_WORDS, ["b", "d"], "b|dTHE END", id="nothing that both ends have"),
-        pytest.param(OPENS_TURNS, ["Hello", "Hello"], "Hello\n|Hello\n", id="a control token opens the next turn"),
+        pytest.param(LAST_WORDS, ["b"], "bTHE END<|eot|>", id="words behind the last turn alone"),
+        pytest.param(LAST_WORDS, ["b", "d"], "b|dTHE END<|eot|>", id="nothing that both ends have"),
+        pytest.param(
+            OPENS_TURNS, ["Hello", "Hello"], "Hello\n|Hello\n<|eot|>", id="a control token opens the next turn"
+        ),
         pytest.param(OPEN_HEAD, ["Hello"], "<|/head|>\n\nHello<|eot|>", id="a control token before the answer"),
-        pytest.param(UPPER, ["b", "b"], "B\n|B\n", id="a template that changes the answer"),
+        pytest.param(UPPER, ["b", "b"], "B\n|B\n<|eot|>", id="a template that changes the answer"),
     ],
 )
 def test_a_turn_is_what_a_template_writes_of_it(make_tokenizer, template, answers, seen):
@@ -65,8 +67,8 @@ def test_a_turn_is_what_a_template_writes_of_it(make_tokenizer, template, answer
 def test_a_token_that_begins_before_the_answer_and_reaches_into_it_is_supervised(make_tokenizer):
     tokenizer = make_tokenizer(PLAIN)
     [document] = encode(tokenizer, chat("user: what", "assistant: river 漢"))
-    assert supervised_text(tokenizer, document) == " river 漢\n"
-    assert sum(document.supervised) == len(tokenizer(" river 漢\n").input_ids)
+    assert supervised_text(tokenizer, document) == " river 漢\n<|eot|>"
+    assert sum(document.supervised) == len(tokenizer(" river 漢\n<|eot|>").input_ids)
 
 
 def test_a_template_that_refuses_the_probe_is_masked_up_to_its_end_tokens(make_tokenizer):

@@ -55,6 +55,10 @@ def test_the_number_of_rows_in_a_stream_is_not_known_rather_than_0() -> None:
         ({"loss_on": "assistant", "loss_on_found": {"assistant": 5}}, "loss on assistant in 5 rows"),
         ({}, "blocks 1,340 blocks of 64 positions"),
         ({"widths": ((32, 1), (64, 7))}, "blocks 1 block of 32, 7 blocks of 64 positions"),
+        (
+            {"counts": {"rows_read": 9, "turns_closed_by_next_turn_<|user|>": 2, "turns_without_end_token": 1}},
+            "ends <|user|> ends 2 answers, as the opening of what follows; no token ends 1",
+        ),
     ],
 )
 def test_the_head_says_what_was_chosen(changes: dict[str, object], fact: str) -> None:
