@@ -14,8 +14,9 @@ Every token is a target here: what is compared is the forward and backward pass,
 
 import math
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -41,16 +42,16 @@ def pieces_of(blocks: Blocks, *, positions: int, rank: int, ranks: int) -> list[
     """The token ids of the first documents of this rank's share of the blocks, cut so that there are at least two, of
     `positions` tokens together; int64 [L] each."""
     pieces: list[Piece] = []
+    left = positions
     for block in range(rank % len(blocks), len(blocks), ranks):
         for index in blocks[block].tolist():
-            left = positions - sum(map(len, pieces))
-            if left < LEAST:
-                return pieces
-            ids = torch.as_tensor(blocks.documents[index].input_ids[: min(left, positions // 2)]).long()
-            pieces += [ids] if len(ids) >= LEAST else []
-    if len(pieces) == 1:
-        return list(pieces[0].split(math.ceil(len(pieces[0]) / 2)))
-    return pieces
+            ids = blocks.documents[index].input_ids[: min(left, max(positions // 2, LEAST))]
+            if len(ids) >= LEAST:
+                pieces.append(torch.tensor(ids, dtype=torch.int64))
+                left -= len(ids)
+        if left < LEAST:
+            break
+    return list(pieces[0].split(math.ceil(len(pieces[0]) / 2))) if len(pieces) == 1 else pieces
 
 
 def start_verdict(built: BuiltModel, pieces: Sequence[Piece], *, seed: int) -> Verdict:
@@ -61,13 +62,14 @@ def start_verdict(built: BuiltModel, pieces: Sequence[Piece], *, seed: int) -> V
     device = packed.embed.weight.device
     pieces = [piece.to(device) for piece in pieces]
     blocks = [[piece] for piece in pieces] if built.attention in ("causal", "cudnn") else [pieces]
-    trained = [parameter for _, parameter in parameters]
+    trained, targets = [parameter for _, parameter in parameters], sum(len(piece) - 1 for piece in pieces)
     with _undisturbed(built, seed=seed):
-        ours = _loss_and_gradients((packed(*packed_arguments(block)) for block in blocks), trained, built.dtype)
+        measure = partial(_loss_and_gradients, parameters=trained, targets=targets, dtype=built.dtype)
+        ours = measure(packed(*packed_arguments(block)) for block in blocks)
         with stock_code(built.peft) as stock:
             alone = ((piece[None], torch.cat([piece[1:], piece.new_tensor([-100])])[None]) for piece in pieces)
             losses = (summed_loss(stock, ids, labels, dtype=built.dtype) for ids, labels in alone)
-            theirs = _loss_and_gradients(losses, trained, built.dtype)
+            theirs = measure(losses)
         problems, figures = _compared(ours, theirs, [name for name, _ in parameters], built.dtype)
         tokens = sum(map(len, pieces))
         figures += f"; {tokens} tokens in {len(pieces)} documents"
@@ -78,16 +80,18 @@ def start_verdict(built: BuiltModel, pieces: Sequence[Piece], *, seed: int) -> V
 
 
 def _loss_and_gradients(
-    losses: Iterator[Tensor], parameters: list[nn.Parameter], dtype: torch.dtype
+    losses: Iterable[Tensor], *, parameters: list[nn.Parameter], targets: int, dtype: torch.dtype
 ) -> tuple[float, list[Tensor]]:
-    """The sum of `losses`, each computed once the gradients of the one before are, and the sum of their gradients."""
+    """The mean over all targets, and its gradients, of summed `losses`, each of which is computed once the gradients of
+    the one before are."""
     total, sums = 0.0, [torch.zeros_like(parameter) for parameter in parameters]
     scale = LOSS_SCALE if dtype == torch.float16 else 1.0
     for loss in losses:
-        for one, gradient in zip(sums, torch.autograd.grad(loss * (scale / POSITIONS), parameters), strict=True):
+        gradients = torch.autograd.grad(loss * (scale / targets), parameters, materialize_grads=True)
+        for one, gradient in zip(sums, gradients, strict=True):
             one += gradient
         total += float(loss.detach())
-    return total, sums
+    return total / targets, sums
 
 
 def _compared(
@@ -109,7 +113,7 @@ def _compared(
     problems = ["the loss"] * (not loss <= gate.loss) + ["all adapters"] * (not error <= error_limit)
     problems += [least] * (not cosines[least] >= gate.cosine)
     figures = (
-        f"loss {ours[0]:.4f} packed, {theirs[0]:.4f} in stock code ({loss:.1e} apart, at most {gate.loss:.0e}); "
+        f"mean loss {ours[0]:.4f} packed, {theirs[0]:.4f} in stock code ({loss:.1e} apart, at most {gate.loss:.0e}); "
         f"gradients {error:.1e} apart, at most {error_limit:.0e}, least cosine {least} {cosines[least]:.5f}"
     )
     return problems, figures
