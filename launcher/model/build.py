@@ -87,7 +87,8 @@ def check_model(recipe: Recipe, source: str, config: Any, device: torch.device) 
         headers = read_headers(source, recipe.model.revision)
         check_depth(headers or {}, config.num_hidden_layers)
     skeleton = empty_model(config)
-    family_of_shape(skeleton, family)
+    if not family.named:
+        family_of_shape(skeleton, family)
     check_targets(skeleton, recipe.lora.targets)
     if headers is not None:
         check_headers(headers, skeleton, prequantised=is_prequantised(config), double=recipe.quant.double)
@@ -109,7 +110,8 @@ def build_model(
     `phase(name)` is called after each phase that takes memory.
     """
     family = family_of(config, max_length=recipe.data.max_length, auto=recipe.model.family == "auto")
-    family = family_of_shape(empty_model(config), family)
+    if not family.named:
+        family = family_of_shape(empty_model(config), family)
     dtype = choose_dtype(recipe.model.dtype, device)
     path, why = choose_attention(recipe.model.attention, device, dtype, alone=blocks.alone, head=head_width(config))
     loaded = build_base(recipe, source, config, dtype=dtype, device=device)

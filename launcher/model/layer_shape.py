@@ -17,22 +17,23 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.models.llama import modeling_llama as llama
 
+from launcher.credentials import shortened
 from launcher.errors import RecipeError
 from launcher.model.families import Family
 from launcher.model.untrainable import untrainable
 
 BODY = ("embed_tokens", "layers", "norm", "rotary_emb")
 SIZES = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "num_hidden_layers")
-PROBE = "packed_probe"  # attention that only looks at how it is called
+PROBE = (
+    "packed_probe_sdpa"  # attention that only looks at how it is called; transformers refuses it where soft caps are
+)
 POSITIONS = 4  # of the probe
 
 
 def family_of_shape(model: Any, family: Family) -> Family:
-    """`family`, completed from the modules of `model`, which is on the meta device, where it has no row.
+    """`family`, which has no row, completed from the modules of `model`, which is on the meta device.
 
     Raises RecipeError for a model without the common shape, naming the part."""
-    if family.named:
-        return family
     _check_modules(model, family.model_type)
     layers, final = model.model.layers, type(model.model.norm)
     norms, mlps = [], []
@@ -133,8 +134,8 @@ def _check_calls(model: Any, model_type: str) -> None:
     AttentionInterface.register(PROBE, attend)
     config, body = model.config, model.model
     stock = config._attn_implementation
-    model.set_attn_implementation(PROBE)
     try:
+        model.set_attn_implementation(PROBE)
         with torch.device("meta"), torch.no_grad():
             hidden = torch.empty(1, POSITIONS, config.hidden_size, dtype=body.embed_tokens.weight.dtype)
             tables = body.rotary_emb(hidden, torch.arange(POSITIONS)[None])
@@ -148,9 +149,8 @@ def _check_calls(model: Any, model_type: str) -> None:
                 if len(calls) != number + 1:
                     raise TypeError("it does not call its attention through AttentionInterface")
     except Exception as error:  # code of any model: whatever it raises, it cannot be called like this
-        raise _other_shape(
-            model_type, f"layers that cannot be called with packed documents: {type(error).__name__}: {error}"
-        ) from None
+        what = shortened(f"{type(error).__name__}: {' '.join(str(error).split())}", 160)
+        raise _other_shape(model_type, f"layers that cannot be called with packed documents: {what}") from None
     finally:
         model.set_attn_implementation(stock)
 

@@ -189,6 +189,11 @@ def random_base(
     with torch.device(device):  # its frequencies are buffers that are computed, not loaded
         model.model.rotary_emb = type(model.model.rotary_emb)(config=config)
     model.tie_weights()
+    if computed := [name for name, buffer in model.named_buffers() if buffer.is_meta]:
+        raise RecipeError(
+            f"model.init=random draws weights; {computed[0]} of this model is computed as it is loaded.\n"
+            "Name a checkpoint, with model.init=pretrained."
+        )
     return model
 
 

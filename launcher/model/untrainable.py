@@ -15,7 +15,7 @@ LAYERS = ("full_attention", "sliding_attention")  # kinds of layers that compute
 def refuse_untrainable(model_type: str, config: Mapping[str, Any]) -> None:
     """Raise RecipeError, in one line, for a model with a part that is not trained here. `config`: config.json, or all
     that transformers makes of it."""
-    if part := untrainable_part(config):
+    if part := untrainable_part({"model_type": model_type, **config}):
         raise untrainable(model_type, part)
 
 
@@ -36,6 +36,8 @@ def untrainable_part(config: Mapping[str, Any]) -> str | None:
     others = [kind for kind in config.get("layer_types") or [] if kind not in LAYERS]
     if others:
         return f"recurrent or other layers than attention (layer_types: {others[0]})"
+    if re.match("rwkv|x?lstm|mamba", str(config.get("model_type"))):
+        return "recurrent layers"
     for key, value in config.items():
         if RECURRENT.fullmatch(key) and value:
             return f"recurrent or convolutional layers ({key}={value!r})"

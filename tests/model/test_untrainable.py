@@ -10,7 +10,7 @@ from launcher.errors import RecipeError
 from launcher.model.build import check_model
 from launcher.model.config_file import check_config_file
 from launcher.model.layer_shape import computes_as_llama, norms_as_llama
-from launcher.model.load import empty_model
+from launcher.model.load import empty_model, random_base
 from launcher.recipe.schema import QuantSection, Recipe
 from tests.conftest import small_config
 
@@ -27,9 +27,10 @@ CPU = torch.device("cpu")
         ({"model_type": "deepseek_v3", "n_routed_experts": 256}, "n_routed_experts=256"),
         ({"model_type": "t5", "is_encoder_decoder": True}, "an encoder beside its decoder"),
         ({"model_type": "gemma3", "vision_config": {"hidden_size": 8}}, r"other input than text \(vision_config"),
-        ({"model_type": "mamba2", "conv_kernel": 4}, r"recurrent or convolutional layers \(conv_kernel=4"),
+        ({"model_type": "lfm2", "conv_L_cache": 3}, r"recurrent or convolutional layers \(conv_L_cache=3"),
         ({"model_type": "qwen3_next", "layer_types": ["linear_attention"]}, "layer_types: linear_attention"),
         ({"model_type": "x", "mamba_d_state": 16}, "mamba_d_state=16"),
+        ({"model_type": "rwkv"}, "'rwkv' has recurrent layers"),
     ],
 )
 @pytest.mark.parametrize("auto", [True, False])
@@ -59,6 +60,7 @@ def recipe(**sections: Any) -> Recipe:
         ("persimmon", {}, "'persimmon' has no model.norm"),
         ("gpt2", {"n_embd": 64, "n_head": 4}, "has no model.embed_tokens, model.layers, model.norm, model.rotary_emb"),
         ("stablelm", {}, "cannot be called with packed documents: TypeError: attention is not told cu_seqlens"),
+        ("vaultgemma", {}, "ValueError: VaultGemmaForCausalLM does not support"),
         ("seed_oss", {"residual_dropout": 0.1, "attention_dropout": 0.0}, "sets residual_dropout=0.1"),
         ("seed_oss", {"attention_dropout": 0.1}, "attention_dropout=0.1"),
         ("arcee", {}, "lora.targets must name linear layers of the decoder; gate_proj matched nothing"),
@@ -67,6 +69,11 @@ def recipe(**sections: Any) -> Recipe:
 def test_a_model_without_the_common_shape_is_refused_before_weights_are_read(model_type, changes, says):
     with pytest.raises(RecipeError, match=says):
         check_model(recipe(), "", small_config(model_type, **changes), CPU)
+
+
+def test_random_weights_of_a_model_with_computed_buffers_are_refused():
+    with pytest.raises(RecipeError, match="model.embed_tokens.embed_scale of this model is computed as it is loaded"):
+        random_base(small_config("gemma"), quant=QuantSection(type="none"), dtype=torch.float32, device=CPU, seed=0)
 
 
 def test_proof_cannot_be_switched_off_for_an_architecture_without_a_row():

@@ -141,11 +141,13 @@ def any_model(folder: Path, model_type: str) -> str:
     return str(folder)
 
 
-def test_an_architecture_without_a_row_trains_with_its_verdict(make: Any, tmp_path: Path) -> None:
+@pytest.mark.usefixtures("clean_dynamo")
+def test_an_architecture_without_a_row_trains_compiled_with_its_verdict(make_recipe: Any, tmp_path: Path) -> None:
     model = {"name": any_model(tmp_path / "m", "helium"), "init": "random", "family": "auto"}
-    record = record_of(make(model=model, train={"steps": 2}))
+    record = record_of(make_recipe(model=model, train={"steps": 2}))
     assert record.start.family == "helium" and len(record.steps) == 2
-    assert "start equals stock code" in [verdict.claim for verdict in record.verdicts if verdict.holds]
+    holding = [verdict.claim for verdict in record.verdicts if verdict.holds]
+    assert {"start equals stock code", "exactly the planned graphs", "every step ran compiled"} <= {*holding}
 
 
 def test_a_run_that_does_not_equal_stock_code_ends_with_code_9_before_its_first_step(make: Any, tmp_path: Path) -> None:
