@@ -13,7 +13,7 @@ LESS_MEMORY = (
     "Set memory.activations=full (offload on a GPU), lower train.micro_batch (raise train.accumulation), "
     "data.max_length, memory.loss_chunk_mib or lora.r."
 )
-
+GGUF_REMEDY = "GGUF files are made for llama.cpp: name the checkpoint that they were made from."
 
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # no space, no quota, a file larger than may be
 DISK_FAULTS = (*FULL_DISK, errno.EIO)

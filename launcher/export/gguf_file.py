@@ -78,6 +78,11 @@ class GgufPlan:
 def plan_gguf(merge: MergePlan, quantization: str) -> GgufPlan:
     """`merge` is in fp32. Raises RecipeError for what GGUF or llama.cpp's architecture cannot express."""
     config = merge.run.config
+    if config.model_type not in ARCHITECTURES:
+        raise RecipeError(
+            f"format=gguf writes the architectures {', '.join(ARCHITECTURES)}; this model is {config.model_type!r}.\n"
+            "Use format=merged, and llama.cpp's convert_hf_to_gguf.py if it knows the model."
+        )
     rope, architecture = config.rope_parameters, ARCHITECTURES[config.model_type]
     vocabulary, refused = vocabulary_of(merge.run)
     known = gguf.get_tensor_name_map(

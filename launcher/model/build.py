@@ -12,10 +12,10 @@ from launcher.errors import RecipeError
 from launcher.model.attention import BlockFacts, attention_name, check_attention, choose_attention, register_attention
 from launcher.model.families import Family, family_of, head_width
 from launcher.model.grouped import group_projections
+from launcher.model.layer_shape import computes_as_llama, family_of_shape, norms_as_llama
 from launcher.model.load import (
     Base,
     bnb_config,
-    check_prequantized,
     count_parameters,
     empty_model,
     is_prequantised,
@@ -25,6 +25,7 @@ from launcher.model.load import (
 from launcher.model.lora import attach_lora
 from launcher.model.lora_targets import check_targets
 from launcher.model.packed import PackedCausalLM, use_native_norm
+from launcher.model.quantised_checkpoints import check_quantisation
 from launcher.model.sizes import kept_by_adapters, step_sizes
 from launcher.model.weight_files import check_depth, check_headers, read_headers
 from launcher.ops.linear_ce import chunk_rows, product_rows
@@ -81,14 +82,16 @@ def choose_dtype(wanted: str, device: torch.device) -> torch.dtype:
 def check_model(recipe: Recipe, source: str, config: Any, device: torch.device) -> PreTrainedModel:
     """Check, before any weight is read, that model and device can do what the recipe asks, and that the files hold the
     model's tensors. Returns the model without weights. Raises RecipeError."""
-    family_of(config, max_length=recipe.data.max_length)
+    family = family_of(config, max_length=recipe.data.max_length, auto=recipe.model.family == "auto")
     check_attention(recipe.model.attention, device, choose_dtype(recipe.model.dtype, device))
     headers = None
     if recipe.model.init == "pretrained":
-        check_prequantized(config, recipe.quant)
+        check_quantisation(config, recipe.quant)
         headers = read_headers(source, recipe.model.revision)
         check_depth(headers or {}, config.num_hidden_layers)
     skeleton = empty_model(config)
+    if not family.named:
+        family_of_shape(skeleton, family)
     check_targets(skeleton, recipe.lora)
     if headers is not None:
         check_headers(headers, skeleton, prequantised=is_prequantised(config), double=recipe.quant.double)
@@ -109,7 +112,9 @@ def build_model(
     The loss works in chunks of one size that suits all widths of `blocks`, over as many positions as may have a target.
     `phase(name)` is called after each phase that takes memory.
     """
-    family = family_of(config, max_length=recipe.data.max_length)
+    family = family_of(config, max_length=recipe.data.max_length, auto=recipe.model.family == "auto")
+    if not family.named:
+        family = family_of_shape(empty_model(config), family)
     dtype = choose_dtype(recipe.model.dtype, device)
     path, why = choose_attention(recipe.model.attention, device, dtype, alone=blocks.alone, head=head_width(config))
     loaded = build_base(recipe, source, config, dtype=dtype, device=device)
@@ -118,7 +123,8 @@ def build_model(
     base.set_attn_implementation(attention_name(path))
     phase("after load")
     peft = attach_lora(base, recipe.lora, seed=recipe.train.seed)
-    group_projections(base.model.layers, mlp=family.mlp)
+    if family.named or all(map(computes_as_llama, base.model.layers)):
+        group_projections(base.model.layers, mlp=family.mlp)
     # What another process must load to use the adapter: a hub id, or a path that does not depend on its folder.
     peft.peft_config["default"].base_model_name_or_path = source
     peft.peft_config["default"].revision = recipe.model.revision
@@ -126,7 +132,9 @@ def build_model(
     loss_rows = {n: product_rows(n, blocks.targets.get(width, n)) for width, n in tokens.items()}
     vocabulary, budget = base.lm_head.weight.shape[0], recipe.memory.loss_chunk_mib
     chunk = chunk_rows(loss_rows.values(), vocabulary, budget, itemsize=dtype.itemsize)
-    if recipe.compile.scope == "layer":  # the other scopes compile it
+    if recipe.compile.scope == "layer" and (
+        family.named or norms_as_llama(base.model.norm)
+    ):  # the other scopes compile it
         use_native_norm(base.model.norm)
     packed = PackedCausalLM(
         base,

@@ -6,7 +6,10 @@ from types import SimpleNamespace
 from typing import Any
 
 from launcher.errors import RecipeError
-from launcher.model.families import family_of
+from launcher.model.families import FAMILIES, family_of
+from launcher.model.quantised_checkpoints import check_quantisation
+from launcher.model.untrainable import refuse_untrainable
+from launcher.recipe.schema import QuantSection
 
 LARGEST = {  # by key: no model comes near; a larger value would take minutes to fail
     "num_hidden_layers": 1_000,
@@ -19,8 +22,9 @@ LARGEST_FILE = 2**24  # bytes of config.json
 CHECKED_BY_FAMILY = ("attention_dropout", "max_position_embeddings")  # and rope; a window depends on more keys
 
 
-def check_config_file(path: Path, *, max_length: int) -> None:
-    """Raise RecipeError unless a model of a supported family can be built of the config.json at `path`.
+def check_config_file(path: Path, *, max_length: int, auto: bool = False, quant: QuantSection | None = None) -> None:
+    """Raise RecipeError unless a model of a supported family (`auto`: or of one without a row) can be built of the
+    config.json at `path`, and its checkpoint is quantised as `quant` says, if given, or not at all.
 
     What the file leaves to transformers' defaults is checked later, by `family_of` of the whole config.
     """
@@ -37,7 +41,11 @@ def check_config_file(path: Path, *, max_length: int) -> None:
     known = {key: config[key] for key in CHECKED_BY_FAMILY if config.get(key) is not None}
     if isinstance(rope, dict):
         known["rope_parameters"] = {"rope_type": rope.get("rope_type", rope.get("type", "default"))}
-    family_of(SimpleNamespace(model_type=config["model_type"], **known), max_length=max_length)
+    if config["model_type"] not in FAMILIES:
+        refuse_untrainable(config["model_type"], config)
+    family_of(SimpleNamespace(model_type=config["model_type"], **known), max_length=max_length, auto=auto)
+    if quant is not None:
+        check_quantisation(config, quant)
 
 
 def _check_sizes(config: dict[str, Any], path: Path) -> None:

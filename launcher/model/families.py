@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from launcher.errors import RecipeError
+from launcher.model.untrainable import refuse_untrainable
 
 if TYPE_CHECKING:  # config_file.py reads FAMILIES before torch is imported
     from torch import nn
@@ -27,6 +28,7 @@ class Family:
     norms: tuple[str, ...] = ("input_layernorm", "post_attention_layernorm")
     mlp: str = "mlp"
     windowed: bool = False  # `config.sliding_window` limits attention unless the config switches it off
+    named: bool = True  # has a row here; else norms and mlp are found on the model (layer_shape.py)
 
 
 FAMILIES = {
@@ -39,8 +41,9 @@ FAMILIES = {
 }
 
 
-def family_of(config: Any, *, max_length: int) -> Family:
-    """The family of a config, after checking that the compiled forward computes what the config says.
+def family_of(config: Any, *, max_length: int, auto: bool = False) -> Family:
+    """The family of a config, after checking that the compiled forward computes what the config says. `auto`: also of
+    an architecture without a row (model.family=auto), of which layer_shape.py finds the rest.
 
     `config` is transformers', or has only what config.json says: what that leaves out is not checked.
 
@@ -49,8 +52,7 @@ def family_of(config: Any, *, max_length: int) -> Family:
     """
     family = FAMILIES.get(config.model_type)
     if family is None:
-        known = ", ".join(sorted(FAMILIES))
-        raise RecipeError(f"model architectures supported are {known}; this model is {config.model_type!r}")
+        family = _without_row(config, auto=auto)
     if getattr(config, "attention_dropout", 0.0):
         raise RecipeError(
             f"packed attention has no dropout; the model's config sets attention_dropout={config.attention_dropout}.\n"
@@ -71,6 +73,17 @@ def family_of(config: Any, *, max_length: int) -> Family:
             f"it is {max_length}. Set data.max_length={window} or lower."
         )
     return family
+
+
+def _without_row(config: Any, *, auto: bool) -> Family:
+    refuse_untrainable(config.model_type, config.to_dict() if hasattr(config, "to_dict") else vars(config))
+    if not auto:
+        known = ", ".join(sorted(FAMILIES))
+        raise RecipeError(
+            f"model architectures supported are {known}; this model is {config.model_type!r}.\n"
+            "model.family=auto tries it: it is trained if it is found equal to stock code before the first step."
+        )
+    return Family(config.model_type, norms=(), mlp="", windowed=True, named=False)
 
 
 def head_width(config: Any) -> int:

@@ -22,6 +22,7 @@ from transformers.utils import cached_file, find_adapter_config_file
 
 from launcher.credentials import shortened
 from launcher.errors import RecipeError
+from launcher.model.quantised_checkpoints import quantisation_of
 from launcher.model.token_vectors import check_pad_id
 from launcher.model.weight_files import Headers, check_headers, read_headers
 from launcher.model.weight_values import compare_with_files
@@ -209,33 +210,17 @@ def random_base(
     with torch.device(device):  # its frequencies are buffers that are computed, not loaded
         model.model.rotary_emb = type(model.model.rotary_emb)(config=config)
     model.tie_weights()
+    if computed := [name for name, buffer in model.named_buffers() if buffer.is_meta]:
+        raise RecipeError(
+            f"model.init=random draws weights; {computed[0]} of this model is computed as it is loaded.\n"
+            "Name a checkpoint, with model.init=pretrained."
+        )
     return model
 
 
 def is_prequantised(config: Any) -> bool:
     """Whether the checkpoint is already quantised, by its config."""
-    return getattr(config, "quantization_config", None) is not None
-
-
-def check_prequantized(config: Any, quant: QuantSection) -> None:
-    """Raise RecipeError where a checkpoint is already quantised, and not as `quant` asks."""
-    quantized_as = getattr(config, "quantization_config", None)
-    if quantized_as is None:
-        return
-    settings = quantized_as if isinstance(quantized_as, dict) else quantized_as.to_dict()
-    kind = settings.get("bnb_4bit_quant_type") if settings.get("load_in_4bit") else settings.get("quant_method")
-    kind = "bitsandbytes 8-bit" if settings.get("load_in_8bit") else kind
-    if kind != quant.type:
-        raise RecipeError(
-            f"quant.type={quant.type} must be what the checkpoint holds; it is already quantised as {kind!r}.\n"
-            "Name the unquantised checkpoint in model.name, or one quantised to 4-bit nf4 by bitsandbytes."
-        )
-    double = bool(settings.get("bnb_4bit_use_double_quant"))
-    if double != quant.double:
-        raise RecipeError(
-            f"quant.double={quant.double} must be what the checkpoint holds; it is quantised with {double}.\n"
-            f"Set quant.double={str(double).lower()}."
-        )
+    return quantisation_of(config) is not None
 
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:

@@ -14,7 +14,7 @@ from torch import nn
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 from transformers.utils.hub import get_checkpoint_shard_files
 
-from launcher.errors import RecipeError
+from launcher.errors import GGUF_REMEDY, RecipeError
 from launcher.ops.nf4 import BLOCK, BLOCK2
 
 COMPUTED = re.compile(r"rotary_emb\.inv_freq$")  # buffers that older checkpoints store and the model computes
@@ -113,6 +113,8 @@ def _without_weights(folder: Path) -> RecipeError:
     )
     if any(name.startswith("adapter_model.") for name in others):
         remedy = "adapter_model.* is a LoRA adapter: name its base in model.name."
+    elif others and all(name.endswith(".gguf") for name in others):
+        remedy = GGUF_REMEDY
     elif any(name.endswith((".bin", ".pt", ".pth")) for name in others):
         remedy = "Convert pickled weights: AutoModelForCausalLM.from_pretrained(folder).save_pretrained(new_folder)."
     else:

@@ -95,7 +95,12 @@ def check_located(recipe: Recipe, shipped: Path) -> str:
     config.json tells (if this machine has it)."""
     source = locate(recipe.model, shipped / "architectures")
     if file := config_file(source, recipe.model.revision):
-        check_config_file(file, max_length=recipe.data.max_length)
+        check_config_file(
+            file,
+            max_length=recipe.data.max_length,
+            auto=recipe.model.family == "auto",
+            quant=recipe.quant if recipe.model.init == "pretrained" else None,
+        )
     return source
 
 

@@ -12,6 +12,7 @@ Letters: D documents of a group, L tokens of its longest.
 import copy
 import math
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,6 +31,7 @@ from launcher.model.build import build_base
 from launcher.model.lora import stock_lora
 from launcher.recipe.schema import Recipe
 
+Piece = Tensor  # token ids of a document or of its beginning, int64 [L]
 IdsAndLabels = tuple[Tensor, Tensor]  # int64; labels are shifted already, IGNORE where there is no loss
 
 
@@ -104,17 +106,55 @@ def accumulate(model: Any, batch: PaddedBatch, scaler: torch.amp.GradScaler, *, 
     total = torch.zeros((), device=model.device)
     for group in batch.groups:
         ids, labels = (tensor.to(model.device, non_blocking=True) for tensor in group)
-        loss = _summed_loss(model, ids, labels, dtype=dtype)
+        loss = summed_loss(model, ids, labels, dtype=dtype)
         total += loss.detach()
         scaler.scale(loss / max(1, batch.supervised_tokens)).backward()
     return total
 
 
-def _summed_loss(model: Any, ids: Tensor, labels: Tensor, *, dtype: torch.dtype) -> Tensor:
-    """Of [D, L] tokens, fp32 scalar; autocast in half precision. It ends before backward, which frees the logits."""
-    with torch.autocast(ids.device.type, dtype=dtype, enabled=dtype != torch.float32):
-        logits = model(input_ids=ids).logits
+def summed_loss(model: Any, ids: Tensor, labels: Tensor, *, dtype: torch.dtype) -> Tensor:
+    """Of [D, L] tokens, fp32 scalar. It ends before backward, which frees the logits."""
+    logits = stock_logits(model, ids, dtype=dtype)
     return F.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), ignore_index=IGNORE, reduction="sum")
+
+
+def stock_logits(model: Any, ids: Tensor, *, dtype: torch.dtype) -> Tensor:
+    """Of [D, L] tokens, [D, L, V]; autocast in half precision."""
+    with torch.autocast(ids.device.type, dtype=dtype, enabled=dtype != torch.float32):
+        logits: Tensor = model(input_ids=ids).logits
+    return logits
+
+
+def packed_arguments(pieces: Sequence[Piece]) -> tuple[Tensor, ...]:
+    """PackedCausalLM's arguments for one block of these documents, of which every token is a target."""
+    ids, sizes = torch.cat(list(pieces)), [len(piece) for piece in pieces]
+    labels = torch.cat([torch.cat([piece[1:], piece.new_tensor([IGNORE])]) for piece in pieces])
+    positions = torch.cat([torch.arange(size, device=ids.device) for size in sizes])
+    documents = torch.repeat_interleave(torch.tensor(sizes, device=ids.device)).int()
+    starts = torch.tensor([0, *sizes], device=ids.device).cumsum(0).int()
+    return ids[None], labels[None], positions[None], documents[None], starts
+
+
+@contextmanager
+def stock_code(model: PeftModel) -> Iterator[PeftModel]:
+    """Inside, `model` is stock: each module is of the class that transformers, PEFT or bitsandbytes gave it, and
+    attention is transformers' "eager"."""
+    base: Any = model.get_base_model()
+    attention = base.config._attn_implementation
+    ours = [(module, type(module)) for module in model.modules() if _is_ours(type(module))]
+    try:
+        for module, own in ours:
+            module.__class__ = next(one for one in own.__mro__ if not _is_ours(one))
+        base.set_attn_implementation("eager")
+        yield model
+    finally:
+        base.set_attn_implementation(attention)
+        for module, own in ours:
+            module.__class__ = own
+
+
+def _is_ours(module_type: type) -> bool:
+    return module_type.__module__.startswith("launcher.")
 
 
 def _dequantise(base: PreTrainedModel) -> None:

@@ -9,7 +9,7 @@ import os
 from pathlib import Path
 
 from launcher.credentials import shortened
-from launcher.errors import RecipeError
+from launcher.errors import GGUF_REMEDY, RecipeError
 from launcher.recipe.field_types import HUB_ID
 from launcher.recipe.hub_request import HUB_TIMEOUT_S, answered
 from launcher.recipe.schema import ModelSection
@@ -27,6 +27,8 @@ def locate(model: ModelSection, architectures: Path) -> str:
         RecipeError: it is nowhere; the message says what to do.
     """
     name = model.name
+    if name.lower().endswith(".gguf"):
+        raise RecipeError(f"model.name must be a hub id or a folder with safetensors; got {name!r}. {GGUF_REMEDY}")
     folder = Path(os.path.expanduser(name))  # leaves the ~ of a user that is not known
     try:
         if folder.is_dir():
@@ -50,6 +52,7 @@ def _check_folder(folder: Path) -> None:
     if not (folder / "config.json").is_file():
         adapter = (folder / "adapter_config.json").is_file()
         remedy = "It is a LoRA adapter's: name its base." if adapter else "Name the checkpoint's folder."
+        remedy = GGUF_REMEDY if any(folder.glob("*.gguf")) and not adapter else remedy
         raise RecipeError(f"a model folder must hold config.json; {folder} does not. {remedy}")
     for path in folder.iterdir():
         if path.is_file() and not os.access(path, os.R_OK):

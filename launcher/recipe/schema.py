@@ -11,6 +11,7 @@ from pydantic import BeforeValidator, Field, ValidationInfo, field_validator
 from launcher.recipe.data_section import DataSection
 from launcher.recipe.field_types import INTERVAL, Distinct, NonEmptyText, OnOff, RecipeSection, dtype_name
 from launcher.recipe.lora_section import LoraSection
+from launcher.recipe.proof_section import ProofSection
 from launcher.recipe.train_section import TrainSection
 
 ALTERNATIVES = (("train.steps", "train.epochs"), ("memory.budget", "memory.activations"))  # one takes the other's place
@@ -37,6 +38,11 @@ class ModelSection(RecipeSection):
         "auto",
         description="Attention core: masked SDPA, or variable-length kernels (CUDA); where a block is one document, "
         "causal SDPA or cuDNN (CUDA).",
+    )
+    family: Literal["named", "auto"] = Field(
+        "named",
+        description="named: only architectures that are known here; auto: any decoder of the common shape, if it is "
+        "found equal to stock code before the first step (docs/any-model.md).",
     )
 
 
@@ -154,21 +160,6 @@ class RunSection(RecipeSection):
     )
 
 
-class ProofSection(RecipeSection):
-    """How much a proof measures."""
-
-    parity: int = Field(16, ge=1, description="Batches that mode=parity compares.")
-    bench: int = Field(20, ge=1, description="Steps that mode=bench measures on each side.")
-    bench_rows: Literal["data", "random"] = Field(
-        "data", description="What mode=bench trains on; random: blocks of max_length random tokens, all supervised."
-    )
-    bench_naive: Annotated[Literal["checkpointed", "plain", "on", "off"], OnOff] = Field(
-        "on",
-        description="Stock code that mode=bench measures too: with gradient checkpointing, without it (plain), on: "
-        "both, or off.",
-    )
-
-
 class Recipe(RecipeSection):
     """A fine-tune: everything that decides its result, and what it leaves behind."""
 
@@ -192,3 +183,11 @@ class Recipe(RecipeSection):
         if wanting and data and data.validation == 0:  # that no row validates otherwise, the rows tell (train/setup.py)
             raise ValueError(f"train.{wanting} needs validation rows; got data.validation=0; try data.validation=0.05")
         return train
+
+    @field_validator("proof")
+    @classmethod
+    def _unknown_models_are_proved(cls, proof: ProofSection, info: ValidationInfo) -> ProofSection:
+        model = info.data.get("model")
+        if model and model.family == "auto" and proof.start == "off":
+            raise ValueError("proof.start is what model.family=auto relies on; got off; leave proof.start out")
+        return proof

@@ -130,7 +130,7 @@ def run_record(worker: Worker, history: RunHistory, verdicts: Sequence[Verdict])
         evals=tuple(history.evals),
         elapsed_s=worker.clock.elapsed_s,
         ranks=ranks,
-        verdicts=(*worker.built.loaded, *compiled, *([learned] if learned else []), *verdicts),
+        verdicts=(*worker.built.loaded, *worker.start_verdicts, *compiled, *([learned] if learned else []), *verdicts),
         data=dict(worker.prepared.data.counts),
         stopped=_stopped(worker, history),
         notes=base_notes(worker, (history.evals or history.steps)[:1]),

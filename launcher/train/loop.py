@@ -22,6 +22,7 @@ from launcher.train.inputs import prepare_inputs
 from launcher.train.metrics import MetricsReader
 from launcher.train.request import Request
 from launcher.train.setup import Worker
+from launcher.train.start import is_proved, prove_start
 
 
 def training(request: Request, history: RunHistory) -> Generator[Event, None, None]:
@@ -50,6 +51,10 @@ def _run(request: Request, history: RunHistory) -> Iterator[Event]:
     yield "loading model"
     with clock.phase("load"):
         worker.build()
+    if is_proved(worker):
+        yield "comparing with stock code"
+        with clock.phase("start check"):
+            prove_start(worker)
     yield Phase("compiling", worker.compile_progress)
     with clock.phase("compile"):
         worker.compile()

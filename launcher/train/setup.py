@@ -37,6 +37,7 @@ from launcher.model.build import BuiltModel, build_model, choose_dtype
 from launcher.model.token_vectors import untrained_notes
 from launcher.model.weight_files import read_headers
 from launcher.model.weight_values import base_digest
+from launcher.records.run import Verdict
 from launcher.runtime.clock import Clock
 from launcher.runtime.ranks import (
     broadcast,
@@ -87,6 +88,7 @@ class Worker:
         )
         self._make_loaders()
         self.resumed: Resumed | None = None
+        self.start_verdicts: tuple[Verdict, ...] = ()  # of train/start.py
         self.observer = Observer()
         self.ledger = Ledger(self.accelerator.device)
         # Last: where anything above fails, nobody calls `release`.

@@ -176,7 +176,7 @@ def test_an_index_that_cannot_be_read_is_refused(checkpoint, refusal, index):
         ("pytorch_model.bin", "Convert"),
         ("adapter_model.safetensors", "name its base"),
         ("other.safetensors", "Complete the checkpoint"),
-        ("model.gguf", "Complete the checkpoint"),
+        ("model.gguf", "name the checkpoint that they were made from"),
     ],
 )
 def test_a_folder_without_weights_is_told_what_its_files_are(checkpoint, refusal, name, remedy):

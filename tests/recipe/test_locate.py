@@ -26,11 +26,15 @@ def test_a_folder_becomes_absolute_and_an_architecture_the_shipped_folder(tmp_pa
         ("./nowhere", "pretrained", "there is no folder"),
         ("${HOME}", "pretrained", r"there is no folder '\$\{HOME\}'"),
         ("empty", "pretrained", "must hold config.json"),
+        ("./model.Q4_K_M.gguf", "pretrained", "GGUF files are made for llama.cpp"),
+        ("gguf", "pretrained", "must hold config.json; .* name the checkpoint that they were made from"),
         ("someone/else", "random", "Llama-3.2-1B-Instruct"),
     ],
 )
 def test_a_model_that_cannot_be_had_is_named_with_the_remedy(tmp_path, monkeypatch, name, init, expected):
     (tmp_path / "empty").mkdir()
+    (tmp_path / "gguf").mkdir()
+    (tmp_path / "gguf" / "model-f16.gguf").touch()
     monkeypatch.chdir(tmp_path)
     with pytest.raises(RecipeError, match=expected):
         locate(ModelSection.model_validate({"name": name, "init": init}), ARCHITECTURES)

@@ -1,0 +1,167 @@
+"""Before the first step, loss and gradients are compared with stock code; nothing of that lasts."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from launcher.errors import ContractError
+from launcher.model.attention import BlockFacts
+from launcher.model.build import BuiltModel, build_model, check_model
+from launcher.model.packed import PackedCausalLM
+from launcher.proof.start import LEAST, pieces_of, start_verdict
+from launcher.recipe.schema import Recipe
+from tests.conftest import small_config
+from tests.support.runs import adapter, events_of, lines, record_of, trained
+from tests.support.workers import built, documents
+
+CPU = torch.device("cpu")
+PIECES = [torch.randint(8192, (n,), generator=torch.Generator().manual_seed(n)) for n in (20, 9)]
+
+
+def build_any(model_type: str, *, dtype: str = "float32", dropout: float = 0.0, **changes: Any) -> BuiltModel:
+    recipe = Recipe.model_validate(
+        {
+            "model": {"init": "random", "dtype": dtype, "family": "auto"},
+            "lora": {"r": 4, "dropout": dropout},
+            "data": {"max_length": 64},
+            "train": {"steps": 1},
+        }
+    )
+    config = small_config(model_type, **changes)
+    check_model(recipe, "", config, CPU)
+    return build_model(recipe, "", config, device=CPU, blocks=BlockFacts((64,), alone=False), phase=lambda _: None)
+
+
+@pytest.mark.parametrize(("model_type", "dtype"), [("helium", "float32"), ("helium", "bfloat16"), ("llama", "float32")])
+def test_a_model_that_computes_as_stock_code_passes_with_or_without_a_row(model_type: str, dtype: str) -> None:
+    model = build_any(model_type, dtype=dtype)
+    assert model.family.named == (model_type == "llama")
+    verdict = start_verdict(model, PIECES, seed=0)
+    assert verdict.holds and "29 tokens in 2 documents" in verdict.evidence, verdict.evidence
+
+
+def test_a_head_that_scales_logits_is_named() -> None:
+    verdict = start_verdict(build_any("cohere"), PIECES, seed=0)
+    assert not verdict.holds and verdict.evidence.startswith("first difference: lm_head, 1.5e+01 apart")
+
+
+def scaled_embedding(model: BuiltModel) -> None:
+    embed = model.packed.embed
+    model.packed.embed = nn.Sequential(embed, Scale())  # as a forward that scales what the embedding gives
+    model.packed.embed.weight = embed.weight
+
+
+class Scale(nn.Module):
+    def forward(self, hidden: Tensor) -> Tensor:
+        return 3 * hidden
+
+
+def later_positions(model: BuiltModel) -> None:
+    model.packed.cos, model.packed.sin = model.packed.cos.roll(1, 0), model.packed.sin.roll(1, 0)
+
+
+def one_document(model: BuiltModel) -> None:
+    whole = model.packed.hidden_states
+    model.packed.hidden_states = (  # type: ignore[method-assign]
+        lambda ids, positions, numbers, *rest, **kwargs: whole(ids, positions, numbers * 0, *rest, **kwargs)
+    )
+
+
+def other_projection(model: BuiltModel) -> None:
+    projection: Any = model.packed.body.layers[1].mlp.down_proj
+    projection.__class__ = type(
+        "Other", (type(projection),), {"__module__": "launcher.x", "forward": lambda self, x: 2 * self.base_layer(x)}
+    )
+
+
+@pytest.mark.parametrize(
+    ("fault", "first"),
+    [
+        (scaled_embedding, "the input of model.layers.0"),
+        (later_positions, "model.rotary_emb"),
+        (one_document, r"model.layers.0.self_attn.*\(document 2 of the comparison\)"),
+        (other_projection, "model.layers.1.mlp"),
+    ],
+)
+def test_the_first_module_that_differs_is_named(fault: Callable[[BuiltModel], None], first: str) -> None:
+    model = build_any("helium")
+    fault(model)
+    verdict = start_verdict(model, PIECES, seed=0)
+    assert not verdict.holds
+    with pytest.raises(AssertionError, match=f"first difference: {first}"):
+        raise AssertionError(verdict.evidence)
+
+
+def test_a_wrong_gradient_under_a_right_loss_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = PackedCausalLM.forward
+
+    def longer(self: Any, *inputs: Any) -> Tensor:
+        loss = right(self, *inputs)
+        return loss + 0.1 * (loss - loss.detach())
+
+    monkeypatch.setattr(PackedCausalLM, "forward", longer)
+    verdict = start_verdict(build_any("helium"), PIECES, seed=0)
+    assert not verdict.holds and "the gradients of all adapters" in verdict.evidence
+
+
+def test_a_model_and_its_random_states_are_as_before_bit_by_bit() -> None:
+    model = build_any("llama", dropout=0.5)
+    before = {name: parameter.detach().clone() for name, parameter in model.peft.named_parameters()}
+    classes, state = [type(module) for module in model.peft.modules()], torch.get_rng_state()
+    assert start_verdict(model, PIECES, seed=0).holds  # the comparison has no dropout
+    assert all(torch.equal(parameter, before[name]) for name, parameter in model.peft.named_parameters())
+    assert [type(module) for module in model.peft.modules()] == classes
+    assert torch.equal(torch.get_rng_state(), state)
+    assert model.peft.get_base_model().config._attn_implementation == "packed_sdpa"
+    assert {module.p for module in model.peft.modules() if isinstance(module, nn.Dropout)} == {0.5}
+    assert all(parameter.grad is None for parameter in model.peft.parameters())
+
+
+def test_a_run_that_begins_with_the_comparison_has_the_bits_of_one_that_does_not(make: Any, tmp_path: Path) -> None:
+    for wanted in ("on", "off"):
+        trained(make(wanted, proof={"start": wanted}, train={"steps": 3}, lora={"dropout": 0.1}))
+    assert lines(tmp_path / "on") == lines(tmp_path / "off")
+    assert adapter(tmp_path / "on") == adapter(tmp_path / "off")
+
+
+def test_the_verdict_is_in_the_record_where_the_run_begins_with_it(make: Any) -> None:
+    records = {at: record_of(make(at, proof={"start": at}, train={"steps": 1})) for at in ("on", "auto")}
+    claims = {at: [v.claim for v in record.verdicts if v.holds] for at, record in records.items()}
+    assert "start equals stock code" in claims["on"]
+    assert "start equals stock code" not in claims["auto"]  # a Llama has a row
+
+
+def any_model(folder: Path, model_type: str) -> str:
+    """A folder with the config alone of an architecture without a row."""
+    small_config(model_type, bos_token_id=0, eos_token_id=1, pad_token_id=None).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.mark.usefixtures("clean_dynamo")
+def test_an_architecture_without_a_row_trains_compiled_with_its_verdict(make_recipe: Any, tmp_path: Path) -> None:
+    model = {"name": any_model(tmp_path / "m", "helium"), "init": "random", "family": "auto"}
+    record = record_of(make_recipe(model=model, train={"steps": 2}))
+    assert record.start.family == "helium" and len(record.steps) == 2
+    holding = [verdict.claim for verdict in record.verdicts if verdict.holds]
+    assert {"start equals stock code", "exactly the planned graphs", "every step ran compiled"} <= {*holding}
+
+
+def test_a_run_that_does_not_equal_stock_code_ends_with_code_9_before_its_first_step(make: Any, tmp_path: Path) -> None:
+    model = {"name": any_model(tmp_path / "m", "cohere"), "init": "random", "family": "auto"}
+    with pytest.raises(ContractError, match=r"(?s)'cohere' it does not.*First difference: lm_head.*stock Transformers"):
+        events_of(make(model=model))
+    assert not (tmp_path / "run" / "adapter").exists()
+
+
+def test_each_rank_compares_documents_of_its_own_at_least_two_and_no_longer_than_asked(make_recipe: Any) -> None:
+    worker = built(make_recipe(), documents((30, 64)))
+    blocks = worker.prepared.data.first_blocks
+    ranks = [pieces_of(blocks, positions=64, rank=rank, ranks=2) for rank in range(2)]
+    assert all(len(pieces) >= 2 and sum(map(len, pieces)) <= 64 for pieces in ranks)
+    assert not torch.equal(ranks[0][0], ranks[1][0])
+    single = built(make_recipe(), documents((LEAST,))).prepared.data.first_blocks
+    assert len(pieces_of(single, positions=LEAST, rank=0, ranks=1)) == 2
