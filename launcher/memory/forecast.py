@@ -25,7 +25,9 @@ class Shapes:
     itemsize: int  # bytes of the compute dtype
     trainable: int  # parameters
     repeated: int = 0  # features by which keys and values grow where each is repeated for its group of query heads
-    masked: int = 0  # S, where attention reads an [S, S] mask of the compute dtype
+    masked: int = 0  # S, where attention reads [S, S] masks of the compute dtype
+    masks: int = 1  # of them
+    scores: int = 0  # query heads, where attention keeps their [S, S] scores
     dropped: int = 0  # sum of in-features of a layer's adapters, where dropout gives each an input of its own
 
 
@@ -52,7 +54,7 @@ def forecast(shapes: Shapes, kept: Kept, *, held_mib: float) -> float:
         work += _layer_mib(s, KEEP_ALL) - _layer_mib(s, kept)  # of the layer that is being recomputed
     loss = s.loss_chunk * s.vocabulary * s.itemsize / MIB + 3 * s.hidden * column
     adapters = 4 * 4 * s.trainable / MIB  # summed gradients, those of this pass, two moments; fp32
-    return held_mib + adapters + layers_mib(s, kept) + s.masked * column + max(work, loss)
+    return held_mib + adapters + layers_mib(s, kept) + s.masks * s.masked * column + max(work, loss)
 
 
 def layers_mib(shapes: Shapes, kept: Kept) -> float:
@@ -66,5 +68,6 @@ def _layer_mib(s: Shapes, kept: Kept) -> float:
     # Its input, the sum after attention, attention's inputs and output, gate and up; then the norms' outputs, and the
     # repeated keys and values, which are computed again where elementwise results are.
     selective = 2 * s.hidden + 2 * s.query + 2 * s.key_value + 2 * s.intermediate + s.dropped
+    selective += 2 * s.scores * s.masked  # capped, and as weights
     most = selective + (2 * s.hidden + s.repeated if kept.elementwise else 0)
     return (s.hidden + kept.budget * (most - s.hidden)) * s.itemsize * s.tokens / MIB

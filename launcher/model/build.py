@@ -9,9 +9,17 @@ from peft import PeftModel
 from transformers import PreTrainedModel
 
 from launcher.errors import RecipeError
-from launcher.model.attention import BlockFacts, attention_name, check_attention, choose_attention, register_attention
+from launcher.model.attention import (
+    BlockFacts,
+    attention_name,
+    check_attention,
+    check_needs,
+    choose_attention,
+    register_attention,
+)
 from launcher.model.families import Family, family_of, head_width
 from launcher.model.grouped import group_projections
+from launcher.model.layer_kinds import attention_needs
 from launcher.model.load import (
     Base,
     bnb_config,
@@ -22,9 +30,10 @@ from launcher.model.load import (
     load_base,
     random_base,
 )
-from launcher.model.lora import ADAPTER, attach_lora, check_targets
+from launcher.model.lora import ADAPTER, attach_lora
 from launcher.model.packed import PackedCausalLM, use_native_norm
 from launcher.model.sizes import step_sizes
+from launcher.model.targets import check_targets, target_notes
 from launcher.model.weight_files import check_depth, check_headers, read_headers
 from launcher.ops.linear_ce import chunk_rows, product_rows
 from launcher.recipe.schema import Recipe
@@ -60,6 +69,7 @@ class BuiltModel:
             loss_chunk=self.packed.loss_chunk,
             trainable=self.trainable,
         )
+        sizes["masks"] = len({kind.window for kind in self.packed.kinds})
         return {**sizes, "dropped": sum(module.in_features for module in adapted) if lora.lora_dropout else 0}
 
 
@@ -80,6 +90,7 @@ def check_model(recipe: Recipe, source: str, config: Any, device: torch.device) 
     model's tensors. Returns the model without weights. Raises RecipeError."""
     family_of(config, max_length=recipe.data.max_length)
     check_attention(recipe.model.attention, device, choose_dtype(recipe.model.dtype, device))
+    check_needs(recipe.model.attention, attention_needs(config, max_length=recipe.data.max_length))
     headers = None
     if recipe.model.init == "pretrained":
         check_prequantized(config, recipe.quant)
@@ -108,14 +119,25 @@ def build_model(
     """
     family = family_of(config, max_length=recipe.data.max_length)
     dtype = choose_dtype(recipe.model.dtype, device)
-    path, why = choose_attention(recipe.model.attention, device, dtype, alone=blocks.alone, head=head_width(config))
+    path, why = choose_attention(
+        recipe.model.attention,
+        device,
+        dtype,
+        alone=blocks.alone,
+        head=head_width(config),
+        needs=attention_needs(config, max_length=recipe.data.max_length),
+    )
     loaded = build_base(recipe, source, config, dtype=dtype, device=device)
     base: Any = loaded.model
     register_attention(path)
     base.set_attn_implementation(attention_name(path))
     phase("after load")
+    notes = (*loaded.notes, *target_notes(base, recipe.lora.targets))
     peft = attach_lora(base, recipe.lora, seed=recipe.train.seed)
     group_projections(base.model.layers, mlp=family.mlp)
+    for layer in base.model.layers:  # Body passes each layer its window; a number here would be a graph of its own
+        if hasattr(layer.self_attn, "sliding_window"):
+            layer.self_attn.sliding_window = None
     # What another process must load to use the adapter: a hub id, or a path that does not depend on its folder.
     peft.peft_config["default"].base_model_name_or_path = source
     peft.peft_config["default"].revision = recipe.model.revision
@@ -146,7 +168,7 @@ def build_model(
         trainable=trainable,
         quantization=_describe(config, recipe, dtype),
         loaded=() if loaded.verdict is None else (loaded.verdict,),
-        notes=loaded.notes,
+        notes=notes,
     )
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from launcher.errors import RecipeError
 from launcher.model.families import family_of
+from launcher.model.layer_kinds import DROPOUTS
 
 LARGEST = {  # by key: no model comes near; a larger value would take minutes to fail
     "num_hidden_layers": 1_000,
@@ -16,7 +17,9 @@ LARGEST = {  # by key: no model comes near; a larger value would take minutes to
 }
 LARGEST_MODEL = 2 * 10**12  # weights
 LARGEST_FILE = 2**24  # bytes of config.json
-CHECKED_BY_FAMILY = ("attention_dropout", "max_position_embeddings")  # and rope; a window depends on more keys
+CHECKED_BY_FAMILY = (*DROPOUTS, "max_position_embeddings")  # and rope
+OLD_ROPE = {"su": "longrope"}  # names that transformers still reads
+ROPE_LIMIT = "original_max_position_embeddings"
 
 
 def check_config_file(path: Path, *, max_length: int) -> None:
@@ -36,7 +39,11 @@ def check_config_file(path: Path, *, max_length: int) -> None:
     rope = config.get("rope_parameters") or config.get("rope_scaling")
     known = {key: config[key] for key in CHECKED_BY_FAMILY if config.get(key) is not None}
     if isinstance(rope, dict):
-        known["rope_parameters"] = {"rope_type": rope.get("rope_type", rope.get("type", "default"))}
+        kind = rope.get("rope_type", rope.get("type", "default"))
+        known["rope_parameters"] = {"rope_type": OLD_ROPE.get(str(kind), kind)}
+        limit = rope.get(ROPE_LIMIT, config.get(ROPE_LIMIT))
+        if isinstance(limit, int):
+            known["rope_parameters"][ROPE_LIMIT] = limit
     family_of(SimpleNamespace(model_type=config["model_type"], **known), max_length=max_length)
 
 

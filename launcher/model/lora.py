@@ -14,10 +14,11 @@ from bitsandbytes.nn import Linear4bit
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import Linear as PeftLinear
 from peft.tuners.lora.bnb import Linear4bit as PeftLinear4bit
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from launcher.errors import RecipeError
+from launcher.model.targets import fitted_targets
 from launcher.ops.nf4 import BLOCK, Nf4
 from launcher.ops.qlora_linear import frozen_linear, lora_update, qlora_linear
 from launcher.recipe.schema import LoraSection
@@ -84,7 +85,7 @@ def stock_lora(model: PreTrainedModel, lora: LoraSection, *, seed: int) -> PeftM
             r=lora.r,
             lora_alpha=lora.alpha,  # type: ignore[arg-type]  # annotated int, any number scales
             lora_dropout=lora.dropout,
-            target_modules=list(lora.targets),
+            target_modules=fitted_targets(model, lora.targets),
             task_type="CAUSAL_LM",
         ),
         adapter_name=ADAPTER,
@@ -117,16 +118,4 @@ def check_blocks(name: str, linear: Linear4bit) -> None:
         raise RecipeError(
             f"4-bit weights must be quantised in blocks of {BLOCK}; {name} of this checkpoint has {state.blocksize}.\n"
             "Name the unquantised checkpoint in model.name."
-        )
-
-
-def check_targets(model: PreTrainedModel, targets: tuple[str, ...] | list[str]) -> None:
-    """Raise RecipeError naming every LoRA target that is not a linear of the decoder layers."""
-    layers: nn.Module = model.model.layers
-    linears = {name.rsplit(".", 1)[-1] for name, module in layers.named_modules() if isinstance(module, nn.Linear)}
-    unmatched = [t for t in targets if t not in linears]
-    if unmatched:
-        raise RecipeError(
-            f"lora.targets must name linear layers of the decoder; {', '.join(unmatched)} matched nothing.\n"
-            f"This model has: {', '.join(sorted(linears))}."
         )

@@ -6,7 +6,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from launcher.model.attention import MASKED
 from launcher.model.families import head_width
+from launcher.model.targets import fitted_targets
 from launcher.model.weight_files import linear_weights
 from launcher.ops.nf4 import BLOCK, BLOCK2
 from launcher.recipe.schema import LoraSection, QuantSection
@@ -14,8 +16,8 @@ from launcher.recipe.schema import LoraSection, QuantSection
 
 def adapted_linears(model: nn.Module, targets: Collection[str]) -> list[nn.Linear]:
     """The linears of the decoder layers that get an adapter."""
-    linears = linear_weights(model).items()
-    return [linear for name, linear in linears if name.removesuffix(".weight").rpartition(".")[2] in targets]
+    linears, names = linear_weights(model).items(), fitted_targets(model, targets)
+    return [linear for name, linear in linears if name.removesuffix(".weight").rpartition(".")[2] in names]
 
 
 def adapter_parameters(model: nn.Module, lora: LoraSection) -> int:
@@ -47,9 +49,10 @@ def step_sizes(config: Any, *, attention: str, dtype: torch.dtype, loss_chunk: i
         "hidden": config.hidden_size,
         "query": query,
         "key_value": key_value,
-        "repeated": 2 * (query - key_value) if attention in ("sdpa", "causal") else 0,
+        "repeated": 2 * (query - key_value) if attention in (*MASKED, "causal") else 0,
         "intermediate": config.intermediate_size,
         "vocabulary": config.vocab_size,
+        "scores": config.num_attention_heads if attention == "capped" else 0,
         "loss_chunk": loss_chunk,
         "itemsize": dtype.itemsize,
         "trainable": trainable,

@@ -6,26 +6,26 @@ from launcher.compile.regions import Region
 from launcher.model.attention import CORES, register_attention
 from launcher.model.build import BuiltModel
 from launcher.model.families import layer_mlps, layer_norms
-from launcher.ops.linear_ce import chunk_loss, chunk_loss_and_grad
+from launcher.ops.linear_ce import chunk_functions
 
 
 def regions_of(built: BuiltModel, *, shapes: int) -> list[Region]:
-    """Training and evaluation call each region with every one of the planned `shapes`; the chunks of the loss have one
-    shape, and each of its functions serves one of the two."""
+    """Training and evaluation call each region with every one of the planned `shapes`, and layers of several kinds have
+    as many graphs each; the chunks of the loss have one shape, and each of its functions serves one of the two."""
     packed, losses, path = built.packed, built.packed.loss_functions, built.attention
-    layers = len(packed.body.layers)
+    layers, plain = len(packed.body.layers), chunk_functions(packed.logits_rule.cap)
 
     def chunks(tokens: int) -> int:
         return math.ceil(packed.loss_rows(tokens) / packed.loss_chunk)
 
     return [
-        Region("layer", 2 * shapes, modules=tuple(packed.body.layers)),
+        Region("layer", 2 * shapes * packed.layer_graphs(), modules=tuple(packed.body.layers)),
         Region("body", 2 * shapes, modules=(packed.body,)),
         Region("mlp", 2 * shapes, modules=layer_mlps(built.family, packed.body)),
         Region("rmsnorm", 2 * shapes, modules=layer_norms(built.family, packed.body)),
         Region(
             "attention",
-            2 * shapes,
+            2 * shapes * len(set(packed.windows)),
             function=CORES[path],
             install=lambda f: register_attention(path, f),
             calls=lambda tokens, train: layers,
@@ -33,14 +33,14 @@ def regions_of(built: BuiltModel, *, shapes: int) -> list[Region]:
         Region(
             "loss",
             1,
-            function=chunk_loss_and_grad,
+            function=plain.loss_and_grad,
             install=lambda f: setattr(losses, "loss_and_grad", f),
             calls=lambda tokens, train: chunks(tokens) if train else 0,
         ),
         Region(
             "loss",
             1,
-            function=chunk_loss,
+            function=plain.loss,
             install=lambda f: setattr(losses, "loss", f),
             calls=lambda tokens, train: 0 if train else chunks(tokens),
         ),

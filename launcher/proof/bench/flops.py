@@ -23,6 +23,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
 
+from launcher.model.targets import fitted_targets
 from launcher.recipe.schema import LoraSection
 
 
@@ -45,11 +46,12 @@ def model_flops(config: Any, lora: LoraSection) -> ModelFlops:
     with torch.device("meta"):
         skeleton = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     head = skeleton.get_output_embeddings()
+    targets = fitted_targets(skeleton, lora.targets)
     per_token, per_target = 0, 2 * 2 * head.in_features * head.out_features
     for name, module in skeleton.named_modules():
         if isinstance(module, nn.Linear) and module is not head:
             per_token += 2 * 2 * module.in_features * module.out_features
-            if name.rsplit(".", 1)[-1] in lora.targets:
+            if name.rsplit(".", 1)[-1] in targets:
                 per_token += 3 * 2 * lora.r * (module.in_features + module.out_features)
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     width = config.num_attention_heads * head_dim
