@@ -39,8 +39,8 @@ def check_config_file(path: Path, *, max_length: int) -> None:
     rope = config.get("rope_parameters") or config.get("rope_scaling")
     known = {key: config[key] for key in CHECKED_BY_FAMILY if config.get(key) is not None}
     if isinstance(rope, dict):
-        kind = rope.get("rope_type", rope.get("type", "default"))
-        known["rope_parameters"] = {"rope_type": OLD_ROPE.get(str(kind), kind)}
+        kind = str(rope.get("rope_type", rope.get("type", "default")))
+        known["rope_parameters"] = {"rope_type": OLD_ROPE.get(kind, kind)}
         limit = rope.get(ROPE_LIMIT, config.get(ROPE_LIMIT))
         if isinstance(limit, int):
             known["rope_parameters"][ROPE_LIMIT] = limit

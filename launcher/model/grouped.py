@@ -56,12 +56,12 @@ def _feed_forward_forward(module: Any) -> Any:
 
 def _can_be_grouped(module: Any, names: Sequence[str], *, biased: bool = False) -> bool:
     """`biased`: whether the group's forward adds biases, which all of its projections or none must have."""
-    projections = [getattr(module, name, None) for name in names]
+    projections: list[Any] = [getattr(module, name, None) for name in names]
     if not all(isinstance(p, QLoraLinear4bit) for p in projections):
         return False
-    if any(getattr(p.lora_dropout[ADAPTER], "p", 0.0) for p in projections):  # type: ignore[union-attr]
+    if any(getattr(p.lora_dropout[ADAPTER], "p", 0.0) for p in projections):
         return False
-    biases = [p.base_layer.bias is not None for p in projections]  # type: ignore[union-attr]
+    biases = [p.base_layer.bias is not None for p in projections]
     if any(biases) and not (biased and all(biases)):
         return False
     return len({(p.scaling[ADAPTER], p.lora_A[ADAPTER].weight.shape[0]) for p in projections}) == 1
@@ -131,8 +131,10 @@ def _normed(part: Tensor, name: str, module: Any) -> Tensor:
     if norm is None:
         return heads
     if norm.weight.shape[0] == module.head_dim:
-        return norm(heads)  # type: ignore[no-any-return]
-    return norm(part).unflatten(-1, (-1, module.head_dim))  # type: ignore[no-any-return]
+        heads = norm(heads)
+        return heads
+    whole: Tensor = norm(part)
+    return whole.unflatten(-1, (-1, module.head_dim))
 
 
 def _feed_forward(self: Any, x: Tensor) -> Tensor:

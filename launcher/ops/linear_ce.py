@@ -44,7 +44,8 @@ MIN_ROWS_SAVED = 0.05  # share of the rows below which none are left out; `produ
 
 def chunk_loss(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
     """Summed loss of one chunk. hidden [R, D], weight [V, D], labels [R] -> scalar, fp32."""
-    return _summed_loss((hidden @ weight.T).float(), labels)
+    logits = (hidden @ weight.T).float()
+    return _summed_loss(logits, labels)
 
 
 def _summed_loss(logits: Tensor, labels: Tensor) -> Tensor:
