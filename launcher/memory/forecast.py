@@ -27,6 +27,7 @@ class Shapes:
     repeated: int = 0  # features by which keys and values grow where each is repeated for its group of query heads
     masked: int = 0  # S, where attention reads [S, S] masks of the compute dtype
     masks: int = 1  # of them
+    logit_bytes: int = 0  # of a logit of a loss chunk, where that is not `itemsize`
     scores: int = 0  # query heads, where attention keeps their [S, S] scores
     dropped: int = 0  # sum of in-features of a layer's adapters, where dropout gives each an input of its own
 
@@ -52,7 +53,7 @@ def forecast(shapes: Shapes, kept: Kept, *, held_mib: float) -> float:
     work = (3 * s.intermediate + 2 * s.hidden) * column + 2 * s.intermediate * s.hidden * s.itemsize / MIB
     if kept.budget < 1:
         work += _layer_mib(s, KEEP_ALL) - _layer_mib(s, kept)  # of the layer that is being recomputed
-    loss = s.loss_chunk * s.vocabulary * s.itemsize / MIB + 3 * s.hidden * column
+    loss = s.loss_chunk * s.vocabulary * (s.logit_bytes or s.itemsize) / MIB + 3 * s.hidden * column
     adapters = 4 * 4 * s.trainable / MIB  # summed gradients, those of this pass, two moments; fp32
     return held_mib + adapters + layers_mib(s, kept) + s.masks * s.masked * column + max(work, loss)
 

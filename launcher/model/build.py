@@ -30,6 +30,7 @@ from launcher.model.load import (
     load_base,
     random_base,
 )
+from launcher.model.logits import logit_bytes, logits_rule
 from launcher.model.lora import ADAPTER, attach_lora
 from launcher.model.packed import PackedCausalLM, use_native_norm
 from launcher.model.sizes import step_sizes
@@ -119,14 +120,7 @@ def build_model(
     """
     family = family_of(config, max_length=recipe.data.max_length)
     dtype = choose_dtype(recipe.model.dtype, device)
-    path, why = choose_attention(
-        recipe.model.attention,
-        device,
-        dtype,
-        alone=blocks.alone,
-        head=head_width(config),
-        needs=attention_needs(config, max_length=recipe.data.max_length),
-    )
+    path, why = _choose_path(recipe, config, device, dtype, alone=blocks.alone)
     loaded = build_base(recipe, source, config, dtype=dtype, device=device)
     base: Any = loaded.model
     register_attention(path)
@@ -135,16 +129,15 @@ def build_model(
     notes = (*loaded.notes, *target_notes(base, recipe.lora.targets))
     peft = attach_lora(base, recipe.lora, seed=recipe.train.seed)
     group_projections(base.model.layers, mlp=family.mlp)
-    for layer in base.model.layers:  # Body passes each layer its window; a number here would be a graph of its own
-        if hasattr(layer.self_attn, "sliding_window"):
-            layer.self_attn.sliding_window = None
+    _forget_windows(base.model.layers)
     # What another process must load to use the adapter: a hub id, or a path that does not depend on its folder.
     peft.peft_config["default"].base_model_name_or_path = source
     peft.peft_config["default"].revision = recipe.model.revision
     tokens = {width: recipe.train.micro_batch * width for width in blocks.widths}
     loss_rows = {n: product_rows(n, blocks.targets.get(width, n)) for width, n in tokens.items()}
     vocabulary, budget = base.lm_head.weight.shape[0], recipe.memory.loss_chunk_mib
-    chunk = chunk_rows(loss_rows.values(), vocabulary, budget, itemsize=dtype.itemsize)
+    itemsize = logit_bytes(logits_rule(config), dtype)
+    chunk = chunk_rows(loss_rows.values(), vocabulary, budget, itemsize=itemsize)
     if recipe.compile.scope == "layer":  # the other scopes compile it
         use_native_norm(base.model.norm)
     packed = PackedCausalLM(
@@ -170,6 +163,21 @@ def build_model(
         loaded=() if loaded.verdict is None else (loaded.verdict,),
         notes=notes,
     )
+
+
+def _choose_path(
+    recipe: Recipe, config: Any, device: torch.device, dtype: torch.dtype, *, alone: bool
+) -> tuple[str, str]:
+    needs = attention_needs(config, max_length=recipe.data.max_length)
+    wanted, head = recipe.model.attention, head_width(config)
+    return choose_attention(wanted, device, dtype, alone=alone, head=head, needs=needs)
+
+
+def _forget_windows(layers: Any) -> None:
+    """Body gives each layer its window; the module's own number would be a graph of its own, to no purpose."""
+    for layer in layers:
+        if hasattr(layer.self_attn, "sliding_window"):
+            layer.self_attn.sliding_window = None
 
 
 def build_base(recipe: Recipe, source: str, config: Any, *, dtype: torch.dtype, device: torch.device) -> Base:

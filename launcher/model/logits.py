@@ -20,6 +20,12 @@ def logits_rule(config: Any) -> LogitsRule:
     return LogitsRule(None if divisor == 1 else divisor, getattr(config, "final_logit_softcapping", None))
 
 
+def logit_bytes(rule: LogitsRule, dtype: torch.dtype) -> int:
+    """Bytes that the loss takes for a logit of a chunk: of a capped one there are four fp32 values, its tanh and its
+    gradients before and after that among them."""
+    return dtype.itemsize if rule.cap is None else 4 * torch.float32.itemsize
+
+
 def finished_logits(products: Tensor, rule: LogitsRule) -> Tensor:
     """The outputs of the head [..., V] -> the model's logits [..., V]."""
     if rule.divisor is not None:

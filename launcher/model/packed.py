@@ -19,8 +19,9 @@ from torch import Tensor, nn
 from launcher.model.attention import MASKED
 from launcher.model.layer_kinds import layer_kinds
 from launcher.model.logits import finished_logits, logits_rule
+from launcher.ops.capped_ce import chunk_functions
 from launcher.ops.document_attention import document_mask, within_window
-from launcher.ops.linear_ce import chunk_functions, linear_cross_entropy
+from launcher.ops.linear_ce import linear_cross_entropy
 
 
 def nothing_around(number: int, hidden: Tensor) -> AbstractContextManager[None]:

@@ -8,6 +8,7 @@ from torch import nn
 
 from launcher.model.attention import MASKED
 from launcher.model.families import head_width
+from launcher.model.logits import logit_bytes, logits_rule
 from launcher.model.targets import fitted_targets
 from launcher.model.weight_files import linear_weights
 from launcher.ops.nf4 import BLOCK, BLOCK2
@@ -54,6 +55,7 @@ def step_sizes(config: Any, *, attention: str, dtype: torch.dtype, loss_chunk: i
         "vocabulary": config.vocab_size,
         "scores": config.num_attention_heads if attention == "capped" else 0,
         "loss_chunk": loss_chunk,
+        "logit_bytes": logit_bytes(logits_rule(config), dtype),
         "itemsize": dtype.itemsize,
         "trainable": trainable,
     }

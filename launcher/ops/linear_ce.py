@@ -45,11 +45,6 @@ MIN_ROWS_SAVED = 0.05  # share of the rows below which none are left out; `produ
 def chunk_loss(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
     """Summed loss of one chunk. hidden [R, D], weight [V, D], labels [R] -> scalar, fp32."""
     logits = (hidden @ weight.T).float()
-    return _summed_loss(logits, labels)
-
-
-def _summed_loss(logits: Tensor, labels: Tensor) -> Tensor:
-    """logits [R, V] fp32, labels [R] -> scalar."""
     supervised = labels >= 0
     target_logit = logits.gather(1, labels.clamp_min(0)[:, None]).squeeze(1)
     return ((torch.logsumexp(logits, dim=1) - target_logit) * supervised).sum()
@@ -65,20 +60,6 @@ def chunk_loss_and_grad(hidden: Tensor, weight: Tensor, labels: Tensor) -> tuple
         loss, gradient = softmax_gradient(logits, labels)
         logits, scales = scaled_rows(gradient, hidden.dtype)
     grad = logits @ weight
-    return loss, grad.float() / scales[:, None] if hidden.dtype == torch.float16 else grad
-
-
-def capped_chunk_loss(hidden: Tensor, weight: Tensor, labels: Tensor, cap: float) -> Tensor:
-    """`chunk_loss` of logits z that are cap * tanh(z / cap)."""
-    return _summed_loss(cap * torch.tanh((hidden @ weight.T).float() / cap), labels)
-
-
-def capped_chunk_loss_and_grad(hidden: Tensor, weight: Tensor, labels: Tensor, cap: float) -> tuple[Tensor, Tensor]:
-    """`chunk_loss_and_grad` of capped logits: the gradient passes tanh, whose slope is 1 - tanh^2. In plain PyTorch."""
-    capped = torch.tanh((hidden @ weight.T).float() / cap)
-    loss, gradient = softmax_gradient(cap * capped, labels)
-    rows, scales = scaled_rows(gradient * (1 - capped.square()), hidden.dtype)
-    grad = rows @ weight
     return loss, grad.float() / scales[:, None] if hidden.dtype == torch.float16 else grad
 
 
@@ -178,20 +159,6 @@ class ChunkFunctions:
 
     loss: Callable[[Tensor, Tensor, Tensor], Tensor] = chunk_loss
     loss_and_grad: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]] = chunk_loss_and_grad
-
-
-def chunk_functions(cap: float | None) -> ChunkFunctions:
-    """Those of a model whose logits have this cap; None: none."""
-    if cap is None:
-        return ChunkFunctions()
-
-    def loss(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
-        return capped_chunk_loss(hidden, weight, labels, cap)
-
-    def loss_and_grad(hidden: Tensor, weight: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        return capped_chunk_loss_and_grad(hidden, weight, labels, cap)
-
-    return ChunkFunctions(loss, loss_and_grad)
 
 
 def product_rows(tokens: int, max_targets: int) -> int:

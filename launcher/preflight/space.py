@@ -22,6 +22,7 @@ from launcher.model.attention import MASKED, choose_attention
 from launcher.model.build import choose_dtype
 from launcher.model.families import head_width
 from launcher.model.layer_kinds import attention_needs, mask_count
+from launcher.model.logits import logit_bytes, logits_rule
 from launcher.model.sizes import adapted_linears, adapter_parameters, step_sizes, weight_bytes
 from launcher.model.weight_files import read_headers
 from launcher.ops.linear_ce import chunk_rows
@@ -127,7 +128,8 @@ def planned_shapes(recipe: Recipe, config: Any, model: nn.Module, device: torch.
     attention, _ = choose_attention(recipe.model.attention, device, dtype, alone=not packed, head=head, needs=needs)
     width = 1 if recipe.data.batching == "bucketed" else recipe.data.max_length
     tokens, trainable = recipe.train.micro_batch * width, adapter_parameters(model, recipe.lora)
-    chunk = chunk_rows([tokens], config.vocab_size, recipe.memory.loss_chunk_mib, itemsize=dtype.itemsize)
+    itemsize = logit_bytes(logits_rule(config), dtype)
+    chunk = chunk_rows([tokens], config.vocab_size, recipe.memory.loss_chunk_mib, itemsize=itemsize)
     adapted = adapted_linears(model, recipe.lora.targets) if recipe.lora.dropout else []
     shapes = Shapes(
         tokens=tokens,

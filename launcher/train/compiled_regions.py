@@ -6,7 +6,7 @@ from launcher.compile.regions import Region
 from launcher.model.attention import CORES, register_attention
 from launcher.model.build import BuiltModel
 from launcher.model.families import layer_mlps, layer_norms
-from launcher.ops.linear_ce import chunk_functions
+from launcher.ops.capped_ce import chunk_functions
 
 
 def regions_of(built: BuiltModel, *, shapes: int) -> list[Region]:

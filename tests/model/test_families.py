@@ -137,6 +137,12 @@ def test_each_family_compiles_one_train_and_one_eval_graph_for_all_layers_of_a_k
     assert observer.record().recompiles == 0
 
 
+@pytest.mark.usefixtures("clean_dynamo")
+def test_the_norms_of_a_sandwich_and_the_capped_core_share_a_graph_each():
+    _, observer = compiled(config_of("gemma2"), "regions")
+    assert observer.record().graphs_by_region == {"attention": 2, "loss": 2, "mlp": 2, "rmsnorm": 2}
+
+
 @pytest.mark.parametrize("model_type", sorted(FAMILIES))
 def test_a_saved_adapter_has_the_trained_loss_in_stock_peft(model_type):
     assert reloaded(config_of(model_type)) < 1e-5

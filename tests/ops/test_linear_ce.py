@@ -3,9 +3,9 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from launcher.data.pack.micro_batch import IGNORE
+from launcher.ops.capped_ce import chunk_functions
 from launcher.ops.linear_ce import (
     ChunkFunctions,
-    chunk_functions,
     chunk_rows,
     linear_cross_entropy,
     linear_cross_entropy_reference,

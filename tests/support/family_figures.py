@@ -8,7 +8,7 @@ drawn.
 import copy
 import tempfile
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from peft import PeftModel
@@ -138,12 +138,13 @@ def differences(config: Any, recipe: Recipe = RECIPE) -> tuple[float, dict[str, 
     return abs(loss.item() / expected - 1), {name: relative_error(ours[name], theirs[name]) for name in ours}
 
 
-def compiled(config: Any) -> tuple[int, Observer]:
+def compiled(config: Any, scope: Literal["layer", "regions"] = "layer") -> tuple[int, Observer]:
     """Kinds of layers, and what was compiled for a train and an eval pass, and another of each."""
+    section = RECIPE.compile.model_copy(update={"scope": scope})
     torch._dynamo.reset()
     built, _ = build(config)
     observer = Observer()
-    plan = Plan(regions_of(built, shapes=1), compile=RECIPE.compile, observer=observer)
+    plan = Plan(regions_of(built, shapes=1), compile=section, observer=observer)
 
     def train_and_evaluate(seed: int = 0) -> None:
         batch = packed_batch(config.vocab_size, seed=seed)
