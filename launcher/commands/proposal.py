@@ -205,7 +205,7 @@ def _rate(parameters: int | None) -> tuple[float, str]:
 
 
 def _memory(recipe: Recipe, config: Any, model: Any) -> Iterator[str]:
-    """What the run's own forecast says of this recipe, in bf16, with variable-length attention unless scores are capped."""
+    """What the run's own forecast says of this recipe, in bf16 with the attention of a GPU."""
     dtype, tokens = torch.bfloat16, recipe.train.micro_batch * recipe.data.max_length
     trainable = adapter_parameters(model, recipe.lora)
     itemsize, length = logit_bytes(logits_rule(config), dtype), recipe.data.max_length
