@@ -14,7 +14,9 @@ from launcher.memory.forecast import Shapes, forecast, optimizer_bytes
 from launcher.memory.ledger import MIB
 from launcher.memory.policy import KEPT, choose_policy
 from launcher.model.families import family_of
+from launcher.model.layer_kinds import attention_needs
 from launcher.model.load import empty_model
+from launcher.model.logits import logit_bytes, logits_rule
 from launcher.model.sizes import adapter_parameters, step_sizes, weight_bytes
 from launcher.ops.linear_ce import chunk_rows
 from launcher.recipe.own_recipe import schema_line
@@ -203,12 +205,15 @@ def _rate(parameters: int | None) -> tuple[float, str]:
 
 
 def _memory(recipe: Recipe, config: Any, model: Any) -> Iterator[str]:
-    """What the run's own forecast says of this recipe, in bf16 with variable-length attention."""
+    """What the run's own forecast says of this recipe, in bf16 with the attention of a GPU."""
     dtype, tokens = torch.bfloat16, recipe.train.micro_batch * recipe.data.max_length
     trainable = adapter_parameters(model, recipe.lora)
-    chunk = chunk_rows([tokens], config.vocab_size, recipe.memory.loss_chunk_mib, itemsize=dtype.itemsize)
-    sizes = step_sizes(config, attention="varlen", dtype=dtype, loss_chunk=chunk, trainable=trainable)
-    shapes = Shapes(tokens=tokens, state=optimizer_bytes(recipe.train.optimizer, recipe.lora.r), **sizes)
+    itemsize, length = logit_bytes(logits_rule(config), dtype), recipe.data.max_length
+    chunk = chunk_rows([tokens], config.vocab_size, recipe.memory.loss_chunk_mib, itemsize=itemsize)
+    attention = "capped" if attention_needs(config, max_length=length).softcap else "varlen"
+    sizes = step_sizes(config, attention=attention, dtype=dtype, loss_chunk=chunk, trainable=trainable)
+    masked, state = length if attention == "capped" else 0, optimizer_bytes(recipe.train.optimizer, recipe.lora.r)
+    shapes = Shapes(tokens=tokens, masked=masked, state=state, **sizes)
     held_mib = (weight_bytes(model, recipe.quant, dtype) + 4 * trainable) / MIB
     peaks = {name: forecast(shapes, kept, held_mib=held_mib) / 1024 for name, kept in KEPT.items()}
     yield "Memory by the forecast of docs/memory.md, GiB at the peak in bf16, by memory.activations:"

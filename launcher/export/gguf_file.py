@@ -89,9 +89,11 @@ def plan_gguf(merge: MergePlan, quantization: str) -> GgufPlan:
         {name: kind for kind, name in gguf.MODEL_ARCH_NAMES.items()}[architecture], config.num_hidden_layers
     )
     names = {known.get_name(name, (".weight",)) or "": name for name in merge.shapes}
+    longest = min(merge.run.place.recipe.data.max_length, config.max_position_embeddings)
     wrong = {
         f"hidden_act={config.hidden_act}": config.hidden_act != "silu",
         f"rope_type={rope['rope_type']}": rope["rope_type"] not in ("default", "llama3"),
+        f"a sliding window shorter than the {longest} tokens of a document": positions_of(merge.run) < longest,
         "a rotation of a part of a head": rope.get("partial_rotary_factor", 1.0) != 1.0,
         f"the weight {names.get('')}, which llama.cpp's {architecture} lacks": "" in names,
     }

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from launcher.data.documents import Document
 from launcher.errors import RecipeError
+from launcher.model.logits import finished_logits, logits_rule
 
 CHUNK_BYTES = 2**28  # of fp32 logits that exist at once: 512 rows of a vocabulary of 131,072
 BATCH_POSITIONS = 8192  # padded positions of a batch, unless one document alone has more
@@ -33,19 +34,21 @@ def supervised_logits(model: Any, documents: Sequence[Document]) -> Iterator[tup
     targets = targets.to(hidden.device)
     kept, wanted, head = hidden[targets != NO_LOSS], targets[targets != NO_LOSS], model.get_output_embeddings()
     rows = max(1, CHUNK_BYTES // (4 * model.config.vocab_size))
+    rule = logits_rule(model.config)
     for chunk, expected in zip(kept.split(rows), wanted.split(rows), strict=True):
-        logits = head(chunk).float()
+        logits = finished_logits(head(chunk), rule).float()
         yield logits, expected.to(logits.device)
 
 
 @torch.inference_mode()
 def check_head(model: Any, document: Document) -> None:
-    """Raise RecipeError unless the stock model's logits are what its head gives, as `supervised_logits` takes them: one
-    that scales or caps them would be measured wrongly."""
+    """Raise RecipeError unless the stock model's logits are what `supervised_logits` makes of its head's outputs: one
+    that computes something else after the head would be measured wrongly."""
     ids = torch.tensor(document.input_ids, dtype=torch.long, device=model.device)[None]
     stock = model(input_ids=ids, use_cache=False, logits_to_keep=1).logits[0, -1].float()
     hidden = model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state[0, -1]
-    difference = (model.get_output_embeddings()(hidden).float() - stock).abs().max()
+    ours = finished_logits(model.get_output_embeddings()(hidden), logits_rule(model.config))
+    difference = (ours.float() - stock).abs().max()
     if not difference <= SAME_LOGITS * stock.abs().max():
         raise RecipeError(
             f"the logits of a model must be the outputs of its head; those of {type(model).__name__} are "

@@ -25,7 +25,10 @@ class Shapes:
     itemsize: int  # bytes of the compute dtype
     trainable: int  # parameters
     repeated: int = 0  # features by which keys and values grow where each is repeated for its group of query heads
-    masked: int = 0  # S, where attention reads an [S, S] mask of the compute dtype
+    masked: int = 0  # S, where attention reads [S, S] masks of the compute dtype
+    masks: int = 1  # of them
+    logit_bytes: int = 0  # of a logit of a loss chunk, where that is not `itemsize`
+    scores: int = 0  # query heads, where attention keeps their [S, S] scores
     state: float = 8.0  # bytes of optimizer state a trained parameter; adamw's
     by_adapters: int = 0  # features that a layer's adapters keep besides (model/sizes.py)
 
@@ -60,9 +63,9 @@ def forecast(shapes: Shapes, kept: Kept, *, held_mib: float) -> float:
     work = (3 * s.intermediate + 2 * s.hidden) * column + 2 * s.intermediate * s.hidden * s.itemsize / MIB
     if kept.budget < 1:
         work += _layer_mib(s, KEEP_ALL) - _layer_mib(s, kept)  # of the layer that is being recomputed
-    loss = s.loss_chunk * s.vocabulary * s.itemsize / MIB + 3 * s.hidden * column
+    loss = s.loss_chunk * s.vocabulary * (s.logit_bytes or s.itemsize) / MIB + 3 * s.hidden * column
     adapters = (2 * 4 + s.state) * s.trainable / MIB  # summed gradients, those of this pass, fp32; optimizer state
-    return held_mib + adapters + layers_mib(s, kept) + s.masked * column + max(work, loss)
+    return held_mib + adapters + layers_mib(s, kept) + s.masks * s.masked * column + max(work, loss)
 
 
 def layers_mib(shapes: Shapes, kept: Kept) -> float:
@@ -76,5 +79,6 @@ def _layer_mib(s: Shapes, kept: Kept) -> float:
     # Its input, the sum after attention, attention's inputs and output, gate and up; then the norms' outputs, and the
     # repeated keys and values, which are computed again where elementwise results are.
     selective = 2 * s.hidden + 2 * s.query + 2 * s.key_value + 2 * s.intermediate + s.by_adapters
+    selective += 2 * s.scores * s.masked  # capped, and as weights
     most = selective + (2 * s.hidden + s.repeated if kept.elementwise else 0)
     return (s.hidden + kept.budget * (most - s.hidden)) * s.itemsize * s.tokens / MIB

@@ -9,9 +9,17 @@ from peft import PeftModel
 from transformers import PreTrainedModel
 
 from launcher.errors import RecipeError
-from launcher.model.attention import BlockFacts, attention_name, check_attention, choose_attention, register_attention
+from launcher.model.attention import (
+    BlockFacts,
+    attention_name,
+    check_attention,
+    check_needs,
+    choose_attention,
+    register_attention,
+)
 from launcher.model.families import Family, family_of, head_width
 from launcher.model.grouped import group_projections
+from launcher.model.layer_kinds import attention_needs
 from launcher.model.layer_shape import computes_as_llama, family_of_shape, norms_as_llama
 from launcher.model.load import (
     Base,
@@ -22,8 +30,9 @@ from launcher.model.load import (
     load_base,
     random_base,
 )
+from launcher.model.logits import logit_bytes, logits_rule
 from launcher.model.lora import attach_lora
-from launcher.model.lora_targets import check_targets
+from launcher.model.lora_targets import check_targets, target_notes
 from launcher.model.packed import PackedCausalLM, use_native_norm
 from launcher.model.quantised_checkpoints import check_quantisation
 from launcher.model.sizes import kept_by_adapters, step_sizes
@@ -64,6 +73,7 @@ class BuiltModel:
             loss_chunk=self.packed.loss_chunk,
             trainable=self.trainable,
         )
+        sizes["masks"] = len({kind.window for kind in self.packed.kinds})
         return {**sizes, "by_adapters": kept_by_adapters(adapted, self.lora) // len(layers)}
 
 
@@ -82,16 +92,16 @@ def choose_dtype(wanted: str, device: torch.device) -> torch.dtype:
 def check_model(recipe: Recipe, source: str, config: Any, device: torch.device) -> PreTrainedModel:
     """Check, before any weight is read, that model and device can do what the recipe asks, and that the files hold the
     model's tensors. Returns the model without weights. Raises RecipeError."""
-    family = family_of(config, max_length=recipe.data.max_length, auto=recipe.model.family == "auto")
+    family_of(config, max_length=recipe.data.max_length, auto=recipe.model.family == "auto")
     check_attention(recipe.model.attention, device, choose_dtype(recipe.model.dtype, device))
+    check_needs(recipe.model.attention, attention_needs(config, max_length=recipe.data.max_length))
     headers = None
     if recipe.model.init == "pretrained":
         check_quantisation(config, recipe.quant)
         headers = read_headers(source, recipe.model.revision)
         check_depth(headers or {}, config.num_hidden_layers)
     skeleton = empty_model(config)
-    if not family.named:
-        family_of_shape(skeleton, family)
+    _family(recipe, config, lambda: skeleton)
     check_targets(skeleton, recipe.lora)
     if headers is not None:
         check_headers(headers, skeleton, prequantised=is_prequantised(config), double=recipe.quant.double)
@@ -112,29 +122,28 @@ def build_model(
     The loss works in chunks of one size that suits all widths of `blocks`, over as many positions as may have a target.
     `phase(name)` is called after each phase that takes memory.
     """
-    family = family_of(config, max_length=recipe.data.max_length, auto=recipe.model.family == "auto")
-    if not family.named:
-        family = family_of_shape(empty_model(config), family)
+    family = _family(recipe, config, lambda: empty_model(config))
     dtype = choose_dtype(recipe.model.dtype, device)
-    path, why = choose_attention(recipe.model.attention, device, dtype, alone=blocks.alone, head=head_width(config))
+    path, why = _choose_path(recipe, config, device, dtype, alone=blocks.alone)
     loaded = build_base(recipe, source, config, dtype=dtype, device=device)
     base: Any = loaded.model
     register_attention(path)
     base.set_attn_implementation(attention_name(path))
     phase("after load")
+    notes = (*loaded.notes, *target_notes(base, recipe.lora.targets))
     peft = attach_lora(base, recipe.lora, seed=recipe.train.seed)
     if family.named or all(map(computes_as_llama, base.model.layers)):
         group_projections(base.model.layers, mlp=family.mlp)
+    _forget_windows(base.model.layers)
     # What another process must load to use the adapter: a hub id, or a path that does not depend on its folder.
     peft.peft_config["default"].base_model_name_or_path = source
     peft.peft_config["default"].revision = recipe.model.revision
     tokens = {width: recipe.train.micro_batch * width for width in blocks.widths}
     loss_rows = {n: product_rows(n, blocks.targets.get(width, n)) for width, n in tokens.items()}
     vocabulary, budget = base.lm_head.weight.shape[0], recipe.memory.loss_chunk_mib
-    chunk = chunk_rows(loss_rows.values(), vocabulary, budget, itemsize=dtype.itemsize)
-    if recipe.compile.scope == "layer" and (
-        family.named or norms_as_llama(base.model.norm)
-    ):  # the other scopes compile it
+    chunk = chunk_rows(loss_rows.values(), vocabulary, budget, itemsize=logit_bytes(logits_rule(config), dtype))
+    as_llama = family.named or norms_as_llama(base.model.norm)
+    if as_llama and recipe.compile.scope == "layer":  # the other scopes compile it
         use_native_norm(base.model.norm)
     packed = PackedCausalLM(
         base,
@@ -159,8 +168,29 @@ def build_model(
         trainable=trainable,
         quantization=_describe(config, recipe, dtype),
         loaded=() if loaded.verdict is None else (loaded.verdict,),
-        notes=loaded.notes,
+        notes=notes,
     )
+
+
+def _family(recipe: Recipe, config: Any, skeleton: Callable[[], PreTrainedModel]) -> Family:
+    """The family, completed from the model without weights where it has no row."""
+    family = family_of(config, max_length=recipe.data.max_length, auto=recipe.model.family == "auto")
+    return family if family.named else family_of_shape(skeleton(), family)
+
+
+def _choose_path(
+    recipe: Recipe, config: Any, device: torch.device, dtype: torch.dtype, *, alone: bool
+) -> tuple[str, str]:
+    needs = attention_needs(config, max_length=recipe.data.max_length)
+    wanted, head = recipe.model.attention, head_width(config)
+    return choose_attention(wanted, device, dtype, alone=alone, head=head, needs=needs)
+
+
+def _forget_windows(layers: Any) -> None:
+    """Body gives each layer its window; the module's own number would be a graph of its own, to no purpose."""
+    for layer in layers:
+        if hasattr(layer.self_attn, "sliding_window"):
+            layer.self_attn.sliding_window = None
 
 
 def build_base(recipe: Recipe, source: str, config: Any, *, dtype: torch.dtype, device: torch.device) -> Base:

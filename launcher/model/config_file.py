@@ -7,6 +7,7 @@ from typing import Any
 
 from launcher.errors import RecipeError
 from launcher.model.families import FAMILIES, family_of
+from launcher.model.layer_kinds import DROPOUTS
 from launcher.model.quantised_checkpoints import check_quantisation
 from launcher.model.untrainable import refuse_untrainable
 from launcher.recipe.schema import QuantSection
@@ -19,7 +20,9 @@ LARGEST = {  # by key: no model comes near; a larger value would take minutes to
 }
 LARGEST_MODEL = 2 * 10**12  # weights
 LARGEST_FILE = 2**24  # bytes of config.json
-CHECKED_BY_FAMILY = ("attention_dropout", "max_position_embeddings")  # and rope; a window depends on more keys
+CHECKED_BY_FAMILY = (*DROPOUTS, "max_position_embeddings")  # and rope
+OLD_ROPE = {"su": "longrope"}  # names that transformers still reads
+ROPE_LIMIT = "original_max_position_embeddings"
 
 
 def check_config_file(path: Path, *, max_length: int, auto: bool = False, quant: QuantSection | None = None) -> None:
@@ -40,7 +43,11 @@ def check_config_file(path: Path, *, max_length: int, auto: bool = False, quant:
     rope = config.get("rope_parameters") or config.get("rope_scaling")
     known = {key: config[key] for key in CHECKED_BY_FAMILY if config.get(key) is not None}
     if isinstance(rope, dict):
-        known["rope_parameters"] = {"rope_type": rope.get("rope_type", rope.get("type", "default"))}
+        kind = str(rope.get("rope_type", rope.get("type", "default")))
+        known["rope_parameters"] = {"rope_type": OLD_ROPE.get(kind, kind)}
+        limit = rope.get(ROPE_LIMIT, config.get(ROPE_LIMIT))
+        if isinstance(limit, int):
+            known["rope_parameters"][ROPE_LIMIT] = limit
     if config["model_type"] not in FAMILIES:
         refuse_untrainable(config["model_type"], config)
     family_of(SimpleNamespace(model_type=config["model_type"], **known), max_length=max_length, auto=auto)

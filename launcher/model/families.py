@@ -1,4 +1,4 @@
-"""The supported architectures, one entry each, with what differs between them. To add one, add an entry, a recipe and
+"""The supported architectures, one entry each, with what differs between them. To add one, add an entry and
 a test config (`pytest -k families`); CONTRIBUTING.md walks through it.
 
 All of them have the modules `CausalLM.model.{embed_tokens, layers, norm, rotary_emb}` and `CausalLM.lm_head`, and
@@ -9,15 +9,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from launcher.errors import RecipeError
+from launcher.model.layer_kinds import check_layers
 from launcher.model.untrainable import refuse_untrainable
 
 if TYPE_CHECKING:  # config_file.py reads FAMILIES before torch is imported
     from torch import nn
 
     from launcher.model.packed import Body
-
-# Rotary tables of these kinds do not depend on the length of the input, so one table serves the whole run.
-STATIC_ROPE = ("default", "linear", "llama3", "yarn")
 
 
 @dataclass(frozen=True)
@@ -27,16 +25,29 @@ class Family:
     model_type: str
     norms: tuple[str, ...] = ("input_layernorm", "post_attention_layernorm")
     mlp: str = "mlp"
-    windowed: bool = False  # `config.sliding_window` limits attention unless the config switches it off
     named: bool = True  # has a row here; else norms and mlp are found on the model (layer_shape.py)
 
 
+SANDWICH = (
+    "input_layernorm",
+    "post_attention_layernorm",
+    "pre_feedforward_layernorm",
+    "post_feedforward_layernorm",
+)
 FAMILIES = {
     family.model_type: family
     for family in (
+        Family("gemma2", norms=SANDWICH),
+        Family("gemma3_text", norms=SANDWICH),
+        Family("granite"),
         Family("llama"),
-        Family("mistral", windowed=True),
-        Family("qwen3", windowed=True),
+        Family("ministral"),
+        Family("mistral"),
+        Family("olmo2", norms=SANDWICH[1::2]),
+        Family("phi3"),
+        Family("qwen2"),
+        Family("qwen3"),
+        Family("smollm3"),
     )
 }
 
@@ -47,31 +58,17 @@ def family_of(config: Any, *, max_length: int, auto: bool = False) -> Family:
 
     `config` is transformers', or has only what config.json says: what that leaves out is not checked.
 
-    Raises RecipeError for an unknown family, attention dropout, a length-dependent rotary table, a length beyond the
-    model's positions, or a sliding window shorter than `max_length` tokens.
+    Raises RecipeError for an unknown family, a length beyond the model's positions, and as `check_layers`.
     """
     family = FAMILIES.get(config.model_type)
     if family is None:
         family = _without_row(config, auto=auto)
-    if getattr(config, "attention_dropout", 0.0):
-        raise RecipeError(
-            f"packed attention has no dropout; the model's config sets attention_dropout={config.attention_dropout}.\n"
-            "Set it to 0 in the model's config.json (LoRA dropout, lora.dropout, is independent of it)."
-        )
-    rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
-    if rope not in STATIC_ROPE:
-        raise RecipeError(f"rotary embeddings must be of a kind in {', '.join(STATIC_ROPE)}; this model uses {rope!r}")
     if max_length > getattr(config, "max_position_embeddings", max_length):
         raise RecipeError(
             f"data.max_length may be at most the model's {config.max_position_embeddings} positions; "
             f"it is {max_length}. Lower data.max_length."
         )
-    window = _window(config) if family.windowed else None  # None too where only config.json is known
-    if window is not None and window < max_length:
-        raise RecipeError(
-            f"data.max_length may be at most the model's sliding attention window of {window} tokens; "
-            f"it is {max_length}. Set data.max_length={window} or lower."
-        )
+    check_layers(config, max_length=max_length)
     return family
 
 
@@ -83,22 +80,13 @@ def _without_row(config: Any, *, auto: bool) -> Family:
             f"model architectures supported are {known}; this model is {config.model_type!r}.\n"
             "model.family=auto tries it: it is trained if it is found equal to stock code before the first step."
         )
-    return Family(config.model_type, norms=(), mlp="", windowed=True, named=False)
+    return Family(config.model_type, norms=(), mlp="", named=False)
 
 
 def head_width(config: Any) -> int:
     """Features of one attention head."""
     width: int = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     return width
-
-
-def _window(config: Any) -> int | None:
-    """Tokens of the sliding window; None when no layer uses one."""
-    layer_types = getattr(config, "layer_types", None)
-    if layer_types is not None and "sliding_attention" not in layer_types:
-        return None
-    window: int | None = getattr(config, "sliding_window", None)
-    return window
 
 
 def layer_norms(family: Family, body: "Body") -> "tuple[nn.Module, ...]":

@@ -3,13 +3,15 @@
 
 Otherwise they are transformers' own: same submodules, same names, same order of operations. A module becomes an
 instance of a subclass with another forward where all its grouped projections are NF4, have adapters of one rank and
-scale, and neither dropout nor bias. Where they are not, it stays as it is.
+scale, no dropout, and no bias but those of query, key and value. Where they are not, it stays as it is; so does
+attention with capped scores.
 """
 
 from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers.activations import SiLUActivation
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -40,21 +42,28 @@ def group_projections(layers: nn.ModuleList, *, mlp: str) -> int:
 
 
 def _attention_forward(module: Any) -> Any:
-    return _attention if _can_be_grouped(module, ATTENTION) else None
+    capped = getattr(module, "attn_logit_softcapping", None) is not None
+    return _attention if not capped and _can_be_grouped(module, ATTENTION, biased=True) else None
 
 
 def _feed_forward_forward(module: Any) -> Any:
+    if not all(hasattr(module, name) for name in FEED_FORWARD):  # Phi-3 has gate and up in one projection
+        return None
     activated = isinstance(module.act_fn, nn.SiLU | SiLUActivation)
     if activated and _can_be_grouped(module, FEED_FORWARD) and not isinstance(module.down_proj, QDoraLinear4bit):
         return _gated_feed_forward
     return _feed_forward if _can_be_grouped(module, FEED_FORWARD[:2]) else None
 
 
-def _can_be_grouped(module: Any, names: Sequence[str]) -> bool:
-    projections = [getattr(module, name) for name in names]
+def _can_be_grouped(module: Any, names: Sequence[str], *, biased: bool = False) -> bool:
+    """`biased`: whether the group's forward adds biases, which all of its projections or none must have."""
+    projections: list[Any] = [getattr(module, name, None) for name in names]
     if not all(isinstance(p, QLoraLinear4bit) for p in projections):
         return False
-    if any(p.base_layer.bias is not None or getattr(p.lora_dropout[ADAPTER], "p", 0.0) for p in projections):
+    if any(getattr(p.lora_dropout[ADAPTER], "p", 0.0) for p in projections):
+        return False
+    biases = [p.base_layer.bias is not None for p in projections]
+    if any(biases) and not (biased and all(biases)):
         return False
     return len({(type(p), p.scaling[ADAPTER], p.lora_A[ADAPTER].weight.shape[0]) for p in projections}) == 1
 
@@ -77,10 +86,12 @@ def _joined(x: Tensor, projections: list[Any]) -> Tensor:
     """x [..., D] -> [..., sum of O]."""
     weights, scaling = _weights(projections), projections[0].scaling[ADAPTER]
     if isinstance(projections[0], QDoraLinear4bit):
-        return dora_linears(
-            x, *weights, [p.lora_magnitude_vector[ADAPTER].weight for p in projections], scaling=scaling
-        )
-    return joined_linears(x, *weights, scaling=scaling)
+        magnitudes = [p.lora_magnitude_vector[ADAPTER].weight for p in projections]
+        y = dora_linears(x, *weights, magnitudes, scaling=scaling)
+    else:
+        y = joined_linears(x, *weights, scaling=scaling)
+    biases = [p.base_layer.bias for p in projections]
+    return y if biases[0] is None else y + torch.cat(biases)
 
 
 def _attention(
@@ -102,17 +113,34 @@ def _attention(
 
 
 def _query_key_value(module: Any, x: Tensor, position_embeddings: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
-    """x [B, S, D] -> [B, S, heads, E] each, query and key rotated."""
+    """x [B, S, D] -> [B, S, heads, E] each, query and key rotated unless the layer has no positions (SmolLM3)."""
     projections = [module.q_proj, module.k_proj, module.v_proj]
     y = _joined(x, projections)
     outs = [projection.out_features for projection in projections]
-    if not hasattr(module, "q_norm"):
+    rotated = getattr(module, "use_rope", True)
+    if rotated and not hasattr(module, "q_norm"):
         return rotary(y, *position_embeddings, heads=(outs[0] // module.head_dim, outs[1] // module.head_dim))
-    query, key, value = (part.unflatten(-1, (-1, module.head_dim)) for part in y.split(outs, -1))  # qwen3
-    query, key = apply_rotary_pos_emb(
-        module.q_norm(query).transpose(1, 2), module.k_norm(key).transpose(1, 2), *position_embeddings
-    )
-    return query.transpose(1, 2), key.transpose(1, 2), value.contiguous()  # a view would keep y for the backward pass
+    query, key, value = y.split(outs, -1)
+    query, key = (_normed(part, name, module) for part, name in ((query, "q_norm"), (key, "k_norm")))
+    value = value.unflatten(-1, (-1, module.head_dim))
+    if rotated:
+        query, key = apply_rotary_pos_emb(query.transpose(1, 2), key.transpose(1, 2), *position_embeddings)
+        query, key = query.transpose(1, 2), key.transpose(1, 2)
+    return query, key, value.contiguous()  # a view would keep y for the backward pass
+
+
+def _normed(part: Tensor, name: str, module: Any) -> Tensor:
+    """part [B, S, heads * E] -> [B, S, heads, E], by the module's norm of this name, if it has one: of each head, or of
+    the whole width as in OLMo 2."""
+    heads: Tensor = part.unflatten(-1, (-1, module.head_dim))
+    norm = getattr(module, name, None)
+    if norm is None:
+        return heads
+    if norm.weight.shape[0] == module.head_dim:
+        heads = norm(heads)
+        return heads
+    whole: Tensor = norm(part)
+    return whole.unflatten(-1, (-1, module.head_dim))
 
 
 def _feed_forward(self: Any, x: Tensor) -> Tensor:

@@ -202,11 +202,15 @@ def random_base(
         for name, parameter in list(module.named_parameters(recurse=False)):
             if isinstance(module, Linear4bit) and name == "weight":
                 module.weight = _quantized(draw(parameter.shape), module, quant, device)
-            elif parameter.ndim == 1:  # norm weights are 1; the families here have no biases worth drawing
+            elif parameter.ndim == 1:  # the weights of norms; biases are zero
                 value = torch.ones if name == "weight" else torch.zeros
                 setattr(module, name, nn.Parameter(value(parameter.shape, dtype=dtype, device=device)))
+                if name == "weight":
+                    model._init_weights(module)  # of Gemma's norms, which multiply by 1 + weight, it makes zeros
             else:
                 setattr(module, name, nn.Parameter(draw(parameter.shape)))
+        if (scale := getattr(module, "scalar_embed_scale", None)) is not None:  # of Gemma's embedding: no parameter
+            module.embed_scale = torch.tensor(scale, dtype=dtype, device=device)
     with torch.device(device):  # its frequencies are buffers that are computed, not loaded
         model.model.rotary_emb = type(model.model.rotary_emb)(config=config)
     model.tie_weights()

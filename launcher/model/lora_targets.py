@@ -13,6 +13,10 @@ from launcher.recipe.lora_section import ALL_LINEAR, EXPRESSION, LoraSection
 Number = TypeVar("Number", int, float)
 
 LAYER = re.compile(r"\.layers\.(\d+)\.")
+FUSED_PROJECTIONS = {  # a projection in which some models hold several, and which these are; Phi-3 has both
+    "qkv_proj": ("q_proj", "k_proj", "v_proj"),
+    "gate_up_proj": ("gate_proj", "up_proj"),
+}
 
 
 class Adapted(NamedTuple):
@@ -36,11 +40,11 @@ class Adapted(NamedTuple):
 
 def adapted_linears(model: nn.Module, lora: LoraSection) -> dict[str, Adapted]:
     """The linears of the decoder layers that get an adapter, by name. `model` has no adapters yet."""
-    chosen, found = lora.chosen_layers, {}
+    chosen, found, targets = lora.chosen_layers, {}, fitted_targets(model, lora.targets)
     for weight, linear in linear_weights(model).items():
         name = weight.removesuffix(".weight")
         in_layer = not chosen or any(_layer(name) in numbers for numbers in chosen)
-        if in_layer and any(_is_target(name, target) for target in lora.targets):
+        if in_layer and any(_is_target(name, target) for target in targets):
             rank = _by_pattern(lora.rank_pattern, name, lora.r)
             found[name] = Adapted(linear, rank, _by_pattern(lora.alpha_pattern, name, lora.alpha), lora.dora)
     return found
@@ -53,10 +57,27 @@ def module_names(model: nn.Module, lora: LoraSection) -> list[str]:
     return list(names) if whole else list(dict.fromkeys(name.rpartition(".")[2] for name in names))
 
 
+def fitted_targets(model: nn.Module, targets: Collection[str]) -> list[str]:
+    """`targets` as `model` names them: a fused projection stands for its parts where all of them are named."""
+    linears, fitted = {name.removesuffix(".weight").rpartition(".")[2] for name in linear_weights(model)}, [*targets]
+    for fused, parts in FUSED_PROJECTIONS.items():
+        if fused in linears and not linears & {*parts} and {*parts} <= {*fitted}:
+            fitted = list(dict.fromkeys(fused if name in parts else name for name in fitted))
+    return fitted
+
+
+def target_notes(model: nn.Module, targets: Collection[str]) -> tuple[str, ...]:
+    """What is said where a fused projection stands for its parts."""
+    fused = [name for name in fitted_targets(model, targets) if name not in targets]
+    return tuple(
+        f"lora.targets: {name} stands for {', '.join(FUSED_PROJECTIONS[name])}, which it holds" for name in fused
+    )
+
+
 def check_targets(model: nn.Module, lora: LoraSection) -> None:
     """Raise RecipeError naming every target, layer and pattern that no linear of the decoder has."""
     names = [weight.removesuffix(".weight") for weight in linear_weights(model)]
-    if unmatched := [t for t in lora.targets if not any(_is_target(name, t) for name in names)]:
+    if unmatched := [t for t in fitted_targets(model, lora.targets) if not any(_is_target(name, t) for name in names)]:
         raise RecipeError(
             f"lora.targets must name linear layers of the decoder; {', '.join(unmatched)} matched nothing.\n"
             f"This model has: {', '.join(sorted({name.rpartition('.')[2] for name in names}))}."

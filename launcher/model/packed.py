@@ -10,15 +10,19 @@ norms and projections are the stock modules.
 
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from launcher.ops.document_attention import document_mask
+from launcher.model.attention import MASKED
+from launcher.model.layer_kinds import layer_kinds
+from launcher.model.logits import finished_logits, logits_rule
+from launcher.ops.capped_ce import chunk_functions
+from launcher.ops.document_attention import document_mask, within_window
 from launcher.ops.embedding_noise import embedding_noise
-from launcher.ops.linear_ce import ChunkFunctions, linear_cross_entropy
+from launcher.ops.linear_ce import linear_cross_entropy
 
 
 def nothing_around(number: int, hidden: Tensor) -> AbstractContextManager[None]:
@@ -26,29 +30,40 @@ def nothing_around(number: int, hidden: Tensor) -> AbstractContextManager[None]:
     return nullcontext()
 
 
+class KindInputs(NamedTuple):
+    """What the layers of one kind are called with beside their input: cos and sin [B, S, E]; mask [B, 1, S, S], added
+    to the scores, or None; tokens of the sliding window where no mask has it, or None."""
+
+    cos: Tensor
+    sin: Tensor
+    mask: Tensor | None
+    window: int | None
+
+
 class Body(nn.Module):
-    """Decoder layers and final norm: the stock modules themselves, not copies.
+    """Decoder layers and final norm: the stock modules themselves, not copies. `kinds`: the number of each layer's kind
+    among the inputs of `forward`.
 
     `around(number, input)` gives the context in which a layer is called; its input is [B, S, D] (memory/offload.py).
     """
 
     around: Callable[[int, Tensor], AbstractContextManager[None]]
 
-    def __init__(self, layers: nn.ModuleList, norm: nn.Module) -> None:
+    def __init__(self, layers: nn.ModuleList, norm: nn.Module, kinds: tuple[int, ...]) -> None:
         super().__init__()
         self.layers = layers
         self.norm = norm
+        self.kinds = kinds
         self.around = nothing_around
 
-    def forward(
-        self, hidden: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, cu_seqlens: Tensor, max_seqlen: int
-    ) -> Tensor:
-        """hidden [B, S, D], cos and sin [B, S, E], mask [B, 1, S, S] (added to the scores) or None, cu_seqlens
-        [documents + 1] and the bound on their length -> [B, S, D]."""
-        boundaries = {"attention_mask": mask, "cu_seqlens": cu_seqlens, "max_seqlen": max_seqlen}
+    def forward(self, hidden: Tensor, inputs: tuple[KindInputs, ...], cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
+        """hidden [B, S, D], inputs by kind of layer, cu_seqlens [documents + 1] and the bound on their length ->
+        [B, S, D]."""
         for number, layer in enumerate(self.layers):
+            kind = inputs[self.kinds[number]]
+            boundaries = {"attention_mask": kind.mask, "cu_seqlens": cu_seqlens, "max_seqlen": max_seqlen}
             with self.around(number, hidden):
-                hidden = layer(hidden, position_embeddings=(cos, sin), **boundaries)
+                hidden = layer(hidden, position_embeddings=(kind.cos, kind.sin), window=kind.window, **boundaries)
         return self.norm(hidden)
 
 
@@ -75,21 +90,39 @@ class PackedCausalLM(nn.Module):
     ) -> None:
         super().__init__()
         decoder = causal_lm.model
-        self.body = Body(decoder.layers, decoder.norm)
+        kinds = layer_kinds(causal_lm.config, max_length=max_length)
+        self.kinds = tuple(dict.fromkeys(kinds))
+        self.body = Body(decoder.layers, decoder.norm, tuple(map(self.kinds.index, kinds)))
         self.embed = decoder.embed_tokens
         self.head = causal_lm.lm_head
         self.attention = attention
+        # By kind, where attention takes the window as a number; elsewhere it is in the mask.
+        self.windows = tuple(kind.window if attention == "varlen" else None for kind in self.kinds)
         self.loss_chunk = loss_chunk
         self.max_seqlen = max_seqlen or max_length
         self._loss_rows = dict(loss_rows or {})
-        self.loss_functions = ChunkFunctions()
         self.neftune_alpha = 0.0  # of the noise on the embeddings, where gradients are recorded
-        weight = self.embed.weight
-        positions = torch.arange(max_length, device=weight.device)[None]
-        with torch.no_grad():  # [S, E] each; the model's own rotary module makes them, scaling included
-            cos, sin = decoder.rotary_emb(weight[:1, None], positions)
-        self.register_buffer("cos", cos[0].contiguous(), persistent=False)
-        self.register_buffer("sin", sin[0].contiguous(), persistent=False)
+        self.embedding_multiplier: float = getattr(decoder, "embedding_multiplier", 1.0)
+        self.logits_rule = logits_rule(causal_lm.config)
+        self.loss_functions = chunk_functions(self.logits_rule.cap)
+        self._tables = tuple(dict.fromkeys(kind.table for kind in self.kinds))
+        positions = torch.arange(max_length, device=self.embed.weight.device)[None]
+        for table in self._tables:
+            self._add_table(decoder.rotary_emb, positions, table)
+
+    def _add_table(self, rotary: Any, positions: Tensor, table: str) -> None:
+        """Keep cos and sin [S, E]; the model's own rotary module makes them, scaling included."""
+        with torch.no_grad():
+            cos, sin = rotary(self.embed.weight[:1, None], positions, *([table] if table else []))
+        suffix = "" if table == self._tables[0] else f"_{table}"
+        self.register_buffer(f"cos{suffix}", cos[0].contiguous(), persistent=False)
+        self.register_buffer(f"sin{suffix}", sin[0].contiguous(), persistent=False)
+
+    def layer_code(self) -> list[tuple[int | None, bool]]:
+        """By layer, what the compiler tells it apart by beside its adapters: numbers in the code, not in tensors."""
+        windows = [self.windows[kind] for kind in self.body.kinds]
+        rotated = [bool(getattr(layer.self_attn, "use_rope", True)) for layer in self.body.layers]
+        return list(zip(windows, rotated, strict=True))
 
     def loss_rows(self, tokens: int) -> int:
         """The most supervised ones among a micro batch's `tokens`."""
@@ -101,19 +134,32 @@ class PackedCausalLM(nn.Module):
         """input_ids, position_ids, document_ids [B, S], cu_seqlens [documents + 1] -> [B, S, D]. `max_seqlen` replaces
         the model's bound on document length, for documents that are not of the run's data."""
         hidden = self.embed(input_ids)
+        if self.neftune_alpha and torch.is_grad_enabled():
+            hidden = hidden + embedding_noise(hidden, cu_seqlens, self.neftune_alpha)
+        if self.embedding_multiplier != 1:
+            hidden = hidden * self.embedding_multiplier
         if torch.is_grad_enabled():
-            if self.neftune_alpha:
-                hidden = hidden + embedding_noise(hidden, cu_seqlens, self.neftune_alpha)
             # Nothing below the first layer is trained. Without this, layer 0's input would need no gradient and the
             # other layers' would: two graphs instead of one.
             hidden.requires_grad_()
-        mask = None
-        if self.attention == "sdpa":
+        masks: dict[int | None, Tensor | None] = {kind.window: None for kind in self.kinds}
+        if self.attention in MASKED:
             # Added to the scores. From a boolean mask every layer would make one of these, and keep it.
-            visible = document_mask(document_ids)
-            mask = hidden.new_zeros(visible.shape).masked_fill_(~visible, float("-inf"))
-        cos, sin = self.cos[position_ids], self.sin[position_ids]
-        return self.body(hidden, cos, sin, mask, cu_seqlens, max_seqlen or self.max_seqlen)
+            same = document_mask(document_ids)
+            for window in masks:
+                visible = same if window is None else same & within_window(same, window)
+                masks[window] = hidden.new_zeros(visible.shape).masked_fill_(~visible, float("-inf"))
+        tables = {table: self._rotations(table, position_ids) for table in self._tables}
+        inputs = tuple(
+            KindInputs(*tables[kind.table], masks[kind.window], window)
+            for kind, window in zip(self.kinds, self.windows, strict=True)
+        )
+        return self.body(hidden, inputs, cu_seqlens, max_seqlen or self.max_seqlen)
+
+    def _rotations(self, table: str, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """position_ids [B, S] -> cos and sin [B, S, E]."""
+        suffix = "" if table == self._tables[0] else f"_{table}"
+        return getattr(self, f"cos{suffix}")[position_ids], getattr(self, f"sin{suffix}")[position_ids]
 
     def forward(
         self, input_ids: Tensor, labels: Tensor, position_ids: Tensor, document_ids: Tensor, cu_seqlens: Tensor
@@ -121,6 +167,8 @@ class PackedCausalLM(nn.Module):
         """All [B, S] except cu_seqlens; labels are already shifted -> loss summed over supervised tokens, fp32
         scalar."""
         hidden = self.hidden_states(input_ids, position_ids, document_ids, cu_seqlens)
+        if self.logits_rule.divisor is not None:  # of the logits: the same as of what the head multiplies
+            hidden = hidden / self.logits_rule.divisor
         return linear_cross_entropy(
             hidden.flatten(0, 1),
             self.head.weight,
@@ -138,15 +186,18 @@ class PackedCausalLM(nn.Module):
         cu_seqlens = torch.tensor([0, length], dtype=torch.int32, device=input_ids.device)
         document_ids = torch.zeros_like(positions, dtype=torch.int32)
         hidden = self.hidden_states(input_ids, positions, document_ids, cu_seqlens, max_seqlen=length)
-        return hidden[0, -1] @ self.head.weight.T
+        return finished_logits(hidden[0, -1] @ self.head.weight.T, self.logits_rule)
 
 
 def use_native_norm(norm: nn.Module) -> None:
-    """Replace the forward of a transformers RMSNorm by torch's kernel, in place; it stays an instance of its class.
+    """Replace the forward of a transformers RMSNorm by torch's kernel, in place; it stays an instance of its class. A
+    norm of another form, as Gemma's by 1 + weight, stays as it is.
 
     For the final norm with compile.scope=layer, where no compiled graph holds it: transformers' version is some eight
     elementwise operations with fp32 results [B, S, D] in between. torch's is one launch each way and rounds once.
     """
+    if not hasattr(norm, "variance_epsilon"):
+        return
     norm.__class__ = type(f"Native{type(norm).__name__}", (type(norm),), {"forward": _native_norm})
 
 

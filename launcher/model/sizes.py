@@ -6,7 +6,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from launcher.model.attention import MASKED
 from launcher.model.families import head_width
+from launcher.model.logits import logit_bytes, logits_rule
 from launcher.model.lora_targets import adapted_linears
 from launcher.model.weight_files import linear_weights
 from launcher.ops.nf4 import BLOCK, BLOCK2
@@ -49,10 +51,12 @@ def step_sizes(config: Any, *, attention: str, dtype: torch.dtype, loss_chunk: i
         "hidden": config.hidden_size,
         "query": query,
         "key_value": key_value,
-        "repeated": 2 * (query - key_value) if attention in ("sdpa", "causal") else 0,
+        "repeated": 2 * (query - key_value) if attention in (*MASKED, "causal") else 0,
         "intermediate": config.intermediate_size,
         "vocabulary": config.vocab_size,
+        "scores": config.num_attention_heads if attention == "capped" else 0,
         "loss_chunk": loss_chunk,
+        "logit_bytes": logit_bytes(logits_rule(config), dtype),
         "itemsize": dtype.itemsize,
         "trainable": trainable,
     }

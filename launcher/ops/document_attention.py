@@ -30,6 +30,12 @@ def document_mask(document_ids: Tensor) -> Tensor:
     return (same & causal)[:, None]
 
 
+def within_window(mask: Tensor, window: int) -> Tensor:
+    """mask [B, 1, S, S] -> bool [S, S], False where the key is `window` or more positions before the query."""
+    length = mask.shape[-1]
+    return torch.ones(length, length, dtype=torch.bool, device=mask.device).triu(1 - window)
+
+
 def fused_missing(device: torch.device, dtype: torch.dtype, *, capability: tuple[int, int]) -> str | None:
     """Why a half-precision kernel that needs this compute capability cannot run on `device`; None when it can."""
     if device.type != "cuda":
@@ -50,22 +56,39 @@ def masked_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, sc
     return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale).transpose(1, 2)
 
 
-def varlen_attention(query: Tensor, key: Tensor, value: Tensor, boundaries: tuple[Tensor, int], scale: float) -> Tensor:
+def capped_attention(
+    query: Tensor, key: Tensor, value: Tensor, limits: tuple[Tensor, float | None], scale: float
+) -> Tensor:
+    """As `masked_attention`, but scores z become cap * tanh(z / cap) before the mask [B, 1, S, S] is added to them.
+    `limits`: mask and cap. No kernel does that: the [B, H, S, S] scores exist as a whole."""
+    mask, cap = limits
+    groups = query.shape[1] // key.shape[1]
+    key, value = _repeat_heads(key, groups), _repeat_heads(value, groups)
+    scores = query @ key.transpose(2, 3) * scale
+    if cap is not None:
+        scores = torch.tanh(scores / cap) * cap
+    weights = (scores + mask).softmax(dim=-1, dtype=torch.float32).to(query.dtype)
+    return (weights @ value).transpose(1, 2)
+
+
+def varlen_attention(query: Tensor, key: Tensor, value: Tensor, boundaries: tuple[Any, ...], scale: float) -> Tensor:
     """query [B, H, S, E], key and value [B, K, S, E], boundaries (cu_seqlens int32 [documents + 1], upper bound on
-    document length) -> [B, S, H, E]. Tokens of a document beyond that bound are silently ignored.
+    document length, and where there is one the window in tokens) -> [B, S, H, E]. Tokens of a document beyond that
+    bound are silently ignored.
 
     `cu_seqlens` ends with repeats of B * S, documents without tokens, so that its size is static.
     """
-    (cu_seqlens, max_seqlen), (blocks, heads, length, width) = boundaries, query.shape
+    (cu_seqlens, max_seqlen, *windows), (blocks, heads, length, width) = boundaries, query.shape
     longest = min(length, max_seqlen)  # the kernels launch tiles for this many tokens of every document
     # [B, H, S, E] -> [B * S, H, E]
     q, k, v = (t.transpose(1, 2).reshape(blocks * length, -1, width) for t in (query, key, value))
     if heads > key.shape[1] and not TAKES_GROUPED_HEADS:
         flash = torch.ops.aten._flash_attention_forward  # takes grouped heads, which 2.11's public function does not
-        out = flash(q, k, v, cu_seqlens, cu_seqlens, longest, longest, 0.0, True, False, scale=scale)[0]
+        sides = {"window_size_left": windows[0] - 1, "window_size_right": 0} if windows else {}
+        out = flash(q, k, v, cu_seqlens, cu_seqlens, longest, longest, 0.0, True, False, scale=scale, **sides)[0]
     else:
         options: dict[str, Any] = {"enable_gqa": True} if heads > key.shape[1] else {}
-        window = (-1, 0)  # unlimited to the left, nothing to the right
+        window = (windows[0] - 1 if windows else -1, 0)  # -1 is unlimited; nothing to the right
         out = varlen_attn(q, k, v, cu_seqlens, cu_seqlens, longest, longest, window_size=window, scale=scale, **options)
     assert isinstance(out, Tensor)  # a pair only where auxiliary outputs are requested
     return out.view(blocks, length, heads, width)

@@ -18,9 +18,11 @@ from launcher.errors import LESS_MEMORY, DiskError, MemoryExhausted, RecipeError
 from launcher.memory.forecast import Shapes, forecast, optimizer_bytes
 from launcher.memory.ledger import MIB, Ledger
 from launcher.memory.policy import choose_policy
-from launcher.model.attention import choose_attention
+from launcher.model.attention import MASKED, choose_attention
 from launcher.model.build import choose_dtype
 from launcher.model.families import head_width
+from launcher.model.layer_kinds import attention_needs, mask_count
+from launcher.model.logits import logit_bytes, logits_rule
 from launcher.model.lora_targets import adapted_linears
 from launcher.model.sizes import adapter_parameters, kept_by_adapters, step_sizes, weight_bytes
 from launcher.model.weight_files import read_headers
@@ -123,14 +125,17 @@ def planned_shapes(recipe: Recipe, config: Any, model: nn.Module, device: torch.
     """The sizes of a step on full blocks, and MiB of weights and adapters."""
     dtype = choose_dtype(recipe.model.dtype, device)
     packed, head = recipe.data.batching == "packed", head_width(config)
-    attention, _ = choose_attention(recipe.model.attention, device, dtype, alone=not packed, head=head)
+    needs = attention_needs(config, max_length=recipe.data.max_length)
+    attention, _ = choose_attention(recipe.model.attention, device, dtype, alone=not packed, head=head, needs=needs)
     width = 1 if recipe.data.batching == "bucketed" else recipe.data.max_length
     tokens, trainable = recipe.train.micro_batch * width, adapter_parameters(model, recipe.lora)
-    chunk = chunk_rows([tokens], config.vocab_size, recipe.memory.loss_chunk_mib, itemsize=dtype.itemsize)
+    itemsize = logit_bytes(logits_rule(config), dtype)
+    chunk = chunk_rows([tokens], config.vocab_size, recipe.memory.loss_chunk_mib, itemsize=itemsize)
     adapted = [one.linear for one in adapted_linears(model, recipe.lora).values()]
     shapes = Shapes(
         tokens=tokens,
-        masked=width if attention == "sdpa" else 0,
+        masked=width if attention in MASKED else 0,
+        masks=mask_count(config, max_length=recipe.data.max_length),
         state=optimizer_bytes(recipe.train.optimizer, recipe.lora.r),
         by_adapters=kept_by_adapters(adapted, recipe.lora) // config.num_hidden_layers,
         **step_sizes(config, attention=attention, dtype=dtype, loss_chunk=chunk, trainable=trainable),

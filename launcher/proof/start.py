@@ -133,8 +133,9 @@ def _undisturbed(built: BuiltModel, *, seed: int) -> Iterator[None]:
     with ExitStack() as stack:
         stack.enter_context(torch.random.fork_rng([device] if device.type == "cuda" else []))
         generator = torch.Generator().manual_seed(seed)
+        noise = built.packed.neftune_alpha
         try:
-            built.packed.body.around = nothing_around
+            built.packed.body.around, built.packed.neftune_alpha = nothing_around, 0.0
             with torch.no_grad():
                 for parameter in drawn:
                     parameter.copy_(torch.empty(parameter.shape).normal_(std=B_STD, generator=generator))
@@ -142,7 +143,7 @@ def _undisturbed(built: BuiltModel, *, seed: int) -> Iterator[None]:
                 module.p = 0.0
             yield
         finally:
-            built.packed.body.around = around
+            built.packed.body.around, built.packed.neftune_alpha = around, noise
             with torch.no_grad():
                 for parameter, before in zip(drawn, saved, strict=True):
                     parameter.copy_(before)

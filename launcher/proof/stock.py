@@ -48,13 +48,14 @@ def stock_model(
 ) -> PeftModel:
     """The base of `recipe` with PEFT's adapters and "sdpa" attention, for a run that computes in `dtype`.
 
-    `reference`: all fp32, on the weights that the quantised ones of that run stand for. On a GPU the layers are
-    checkpointed, as runs on small cards are: it costs time and changes no result.
+    A model whose attention "sdpa" cannot compute has "eager". `reference`: all fp32, on the weights that the quantised
+    ones of that run stand for. On a GPU the layers are checkpointed, as runs on small cards are: it costs time and
+    changes no result.
     """
     base = build_base(recipe, source, config, dtype=dtype, device=device).model
     if reference:
         _dequantise(base)
-    base.set_attn_implementation("sdpa")
+    base.set_attn_implementation("sdpa" if base._supports_sdpa else "eager")
     if device.type == "cuda":
         base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return stock_lora(base, recipe.lora, seed=recipe.train.seed).train()

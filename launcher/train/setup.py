@@ -33,6 +33,7 @@ from launcher.memory.forecast import Shapes, optimizer_bytes
 from launcher.memory.ledger import Ledger
 from launcher.memory.offload import HostInputs
 from launcher.memory.policy import Policy, applied, choose_policy
+from launcher.model.attention import MASKED
 from launcher.model.build import BuiltModel, build_model, choose_dtype
 from launcher.model.token_vectors import untrained_notes
 from launcher.model.weight_files import read_headers
@@ -193,7 +194,7 @@ class Worker:
             self.recipe,
             Shapes(
                 tokens=self.recipe.train.micro_batch * width,
-                masked=width if self.built.attention == "sdpa" else 0,
+                masked=width if self.built.attention in MASKED else 0,
                 state=optimizer_bytes(self.recipe.train.optimizer, self.recipe.lora.r),
                 **self.built.sizes(),
             ),

@@ -10,6 +10,7 @@ from launcher.ops.document_attention import (
     masked_attention,
     packed_attention_reference,
     varlen_attention,
+    within_window,
 )
 from tests.support.tensors import relative_error
 from tests.support.workers import compiled, documents
@@ -42,6 +43,20 @@ def test_variable_length_and_masked_attention_equal_the_plain_form_with_gradient
         for ours, exact in zip(outputs_and_gradients(form, inputs, where, 0.1), plain, strict=True):
             assert relative_error(ours, exact) < 1e-2
             assert exact.float().norm() > 0.1
+
+
+@pytest.mark.parametrize("window", [2, 8, 39])
+@pytest.mark.parametrize(("heads", "kv"), [(4, 4), (8, 2)])
+def test_a_window_of_variable_length_attention_is_that_of_the_mask(heads, kv, window):
+    document_ids = torch.zeros(2, 96, dtype=torch.int32, device="cuda")
+    document_ids[0, 40:], document_ids[1, 56:] = 1, 1
+    boundaries = torch.tensor([0, 40, 96, 152, 192], dtype=torch.int32, device="cuda")
+    inputs, whole = drawn(2, heads, kv, 96, torch.bfloat16), document_mask(document_ids)
+    masked = outputs_and_gradients(masked_attention, inputs, whole & within_window(whole, window), 0.1)
+    ours = outputs_and_gradients(varlen_attention, inputs, (boundaries, 56, window), 0.1)
+    unlimited = outputs_and_gradients(varlen_attention, inputs, (boundaries, 56), 0.1)
+    assert all(relative_error(mine, theirs) < 1e-2 for mine, theirs in zip(ours, masked, strict=True))
+    assert relative_error(unlimited[0], masked[0]) > 0.03
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

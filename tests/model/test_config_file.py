@@ -34,6 +34,8 @@ def test_every_shipped_model_passes(file):
         {"model_type": "qwen3", "sliding_window": 8, "use_sliding_window": False},
         {"num_key_value_heads": None},
         {"rope_scaling": {"type": "linear", "factor": 2.0}},
+        {"model_type": "mistral", "sliding_window": 8},
+        {"model_type": "phi3", "rope_scaling": {"type": "longrope"}, "original_max_position_embeddings": 256},
     ],
 )
 def test_what_can_be_trained_passes(tmp_path, others):
@@ -43,7 +45,7 @@ def test_what_can_be_trained_passes(tmp_path, others):
 @pytest.mark.parametrize(
     ("others", "says"),
     [
-        ({"model_type": "gpt2"}, "supported are llama, mistral, qwen3; this model is 'gpt2'"),
+        ({"model_type": "gpt2"}, "supported are gemma2, .*, llama, .*; this model is 'gpt2'"),
         ({"num_attention_heads": 0}, "num_attention_heads must be a whole number from 1 to"),
         ({"num_attention_heads": "4"}, "it is '4'"),
         ({"num_hidden_layers": 1_000_000}, "num_hidden_layers must be a whole number from 1 to 1,000; it is 1000000"),
@@ -54,8 +56,8 @@ def test_what_can_be_trained_passes(tmp_path, others):
         ({"hidden_size": 66}, "an even head_dim.*it is 16.5"),
         ({"head_dim": 15}, "an even head_dim.*it is 15"),
         ({"max_position_embeddings": 128}, "data.max_length may be at most the model's 128 positions"),
-        ({"rope_scaling": {"type": "dynamic"}}, "rotary embeddings must be of a kind"),
-        ({"rope_parameters": {"rope_type": "longrope"}}, "this model uses 'longrope'"),
+        ({"rope_scaling": {"type": "spiral"}}, "rotary embeddings must be of a kind"),
+        ({"rope_scaling": {"type": "su"}, "original_max_position_embeddings": 64}, "longrope.*\n.*data.max_length=64"),
         ({"attention_dropout": 0.1}, "attention_dropout=0.1"),
         ({"model_type": None}, "as model_type"),
     ],

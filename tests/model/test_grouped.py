@@ -11,14 +11,14 @@ from launcher.model.lora import attach_lora
 from launcher.recipe.lora_section import LoraSection
 from launcher.recipe.schema import QuantSection
 from tests.conftest import small_config
+from tests.support.family_figures import config_of
 from tests.support.models import packed_batch, packed_form
 
 CPU = torch.device("cpu")
 
 
-def adapted(model_type, *, quant="nf4", **lora):
+def adapted(config, *, quant="nf4", **lora):
     """A small random model of the family with adapters whose B is not zero."""
-    config = small_config(model_type)
     base = random_base(config, quant=QuantSection(type=quant), dtype=torch.float32, device=CPU, seed=0)
     peft = attach_lora(base, LoraSection(r=4, **lora), seed=0)
     generator = torch.Generator().manual_seed(1)
@@ -26,6 +26,9 @@ def adapted(model_type, *, quant="nf4", **lora):
         for name, parameter in peft.named_parameters():
             if "lora_B" in name:
                 parameter.normal_(std=0.05, generator=generator)
+        for name, parameter in base.named_parameters():
+            if name.endswith("bias"):
+                parameter.normal_(std=0.5, generator=generator)
     return base, peft
 
 
@@ -39,11 +42,12 @@ def loss_and_gradients(base, peft):
 def test_grouped_projections_have_the_loss_and_the_gradients_of_separate_ones(model_type):
     runs = []
     for grouped in (False, True):
-        base, peft = adapted(model_type)
+        base, peft = adapted(config_of(model_type))
         names = [name for name, _ in peft.named_modules()]
         if grouped:
             family = family_of(base.config, max_length=20)
-            assert group_projections(base.model.layers, mlp=family.mlp) == 2 * base.config.num_hidden_layers
+            modules = {"phi3": 0, "gemma2": 1, "llama": 1}.get(model_type, 2)  # fused; capped scores; mlp_bias
+            assert group_projections(base.model.layers, mlp=family.mlp) == modules * base.config.num_hidden_layers
         assert names == [name for name, _ in peft.named_modules()]
         runs.append(loss_and_gradients(base, peft))
     (loss, gradients), (grouped_loss, grouped_gradients) = runs
@@ -63,14 +67,14 @@ def test_grouped_projections_have_the_loss_and_the_gradients_of_separate_ones(mo
     ],
 )
 def test_only_nf4_projections_with_equal_adapters_are_grouped(lora, quant, grouped):
-    base, _ = adapted("llama", quant=quant, **lora)
+    base, _ = adapted(small_config("llama"), quant=quant, **lora)
     before = [type(layer.mlp) for layer in base.model.layers]
     assert group_projections(base.model.layers, mlp="mlp") == grouped
     assert ([type(layer.mlp) for layer in base.model.layers] == before) == (grouped == 0)
 
 
 def test_all_layers_share_one_class_which_is_a_subclass_of_the_stock_one():
-    base, _ = adapted("llama")
+    base, _ = adapted(small_config("llama"))
     stock = AutoModelForCausalLM.from_config(small_config("llama")).model.layers[0]
     group_projections(base.model.layers, mlp="mlp")
     assert len({type(layer.self_attn) for layer in base.model.layers}) == 1
@@ -78,7 +82,7 @@ def test_all_layers_share_one_class_which_is_a_subclass_of_the_stock_one():
 
 
 def test_a_stock_forward_of_several_sequences_gives_what_each_gives_alone():
-    base, peft = adapted("llama")
+    base, peft = adapted(small_config("llama"))
     base.set_attn_implementation("sdpa")
     group_projections(base.model.layers, mlp="mlp")
     ids = torch.arange(24).view(3, 8) % base.config.vocab_size

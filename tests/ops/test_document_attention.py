@@ -2,11 +2,13 @@ import pytest
 import torch
 
 from launcher.ops.document_attention import (
+    capped_attention,
     causal_attention,
     document_mask,
     fused_missing,
     masked_attention,
     packed_attention_reference,
+    within_window,
 )
 
 
@@ -51,3 +53,22 @@ def test_causal_attention_is_masked_attention_for_blocks_of_one_document(heads, 
 
 def test_a_fused_kernel_says_why_it_cannot_run_here():
     assert "needs CUDA" in fused_missing(torch.device("cpu"), torch.bfloat16, capability=(8, 0))
+
+
+def test_a_window_hides_what_lies_that_many_positions_back():
+    mask = document_mask(torch.zeros(1, 4, dtype=torch.int32))
+    visible = (mask & within_window(mask, 2))[0, 0].int().tolist()
+    assert visible == [[1, 0, 0, 0], [1, 1, 0, 0], [0, 1, 1, 0], [0, 0, 1, 1]]
+
+
+@pytest.mark.parametrize(("heads", "kv"), [(4, 4), (4, 2)])
+def test_capped_attention_is_masked_attention_without_a_cap_and_bounds_scores_with_one(heads, kv):
+    q, k, v, documents = case(heads=heads, kv=kv)
+    mask = torch.zeros(2, 1, 13, 13).masked_fill(~document_mask(documents), float("-inf"))
+    torch.testing.assert_close(
+        capped_attention(q, k, v, (mask, None), 0.3), masked_attention(q, k, v, mask, 0.3), rtol=1e-5, atol=1e-6
+    )
+    means = capped_attention(q, k, v, (mask, 1e-6), 0.3)[1]  # all scores equal: the mean of the values so far
+    counts = torch.arange(1, 14)[:, None, None]
+    repeated = v[1].repeat_interleave(heads // kv, dim=0).transpose(0, 1)
+    torch.testing.assert_close(means, repeated.cumsum(0) / counts, rtol=1e-4, atol=1e-5)

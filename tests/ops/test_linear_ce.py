@@ -3,6 +3,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from launcher.data.pack.micro_batch import IGNORE
+from launcher.ops.capped_ce import chunk_functions
 from launcher.ops.linear_ce import (
     ChunkFunctions,
     chunk_rows,
@@ -191,3 +192,22 @@ def test_rows_are_left_out_where_a_twentieth_of_them_can_be():
     assert product_rows(4096, 3891) == 3891 and product_rows(4096, 3892) == 4096
     assert product_rows(2 * 2048, 2 * 2047) == 4096  # full rows of random tokens
     assert product_rows(64, 0) == 1
+
+
+@pytest.mark.parametrize("dtype", list(TOLERANCE))
+def test_capped_logits_have_the_loss_and_gradient_of_the_plain_form(dtype):
+    hidden, weight, labels = case(50, 16, 33, dtype)
+    cap, functions, exact = 1.5, chunk_functions(1.5), hidden.double().requires_grad_()
+    ours = hidden.clone().requires_grad_()
+    loss = linear_cross_entropy(ours, weight, labels, chunk=16, functions=functions)
+    loss.backward()
+    logits = cap * torch.tanh(exact @ weight.double().T / cap)
+    plain = torch.nn.functional.cross_entropy(logits, labels, reduction="sum", ignore_index=IGNORE)
+    plain.backward()
+    torch.testing.assert_close(loss.double(), plain, rtol=TOLERANCE[dtype], atol=0)
+    assert (ours.grad - exact.grad).norm() < TOLERANCE[dtype] * exact.grad.norm()
+    with torch.no_grad():
+        evaluated = linear_cross_entropy(hidden, weight, labels, chunk=16, functions=functions)
+        uncapped = linear_cross_entropy(hidden, weight, labels, chunk=16, functions=ChunkFunctions())
+    torch.testing.assert_close(evaluated, loss.detach(), rtol=1e-3, atol=0)
+    assert abs(uncapped / loss - 1) > 0.02

@@ -15,6 +15,7 @@ from launcher.data.loader import StepBatch
 from launcher.data.pack.micro_batch import IGNORE, MicroBatch
 from launcher.model import lora, packed
 from launcher.ops import adapter_gradients, feed_forward, nf4, rotary
+from launcher.ops.linear_ce import chunk_loss_and_grad
 from launcher.proof.gate import HALF, Comparison, Measured, gate_of
 from launcher.proof.parity import compiled_worker, measure_compiled, measure_stock, perturb, release
 from launcher.proof.stock import supervised_documents
@@ -108,14 +109,14 @@ def plant(patch: pytest.MonkeyPatch, fault: Fault) -> None:
 def scaled_loss_gradient(factor: Callable[[Tensor], Any]) -> Fault:
     """Multiply the gradient of every loss chunk by `factor` of its labels."""
 
+    def planted(hidden: Tensor, weight: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        loss, grad = chunk_loss_and_grad(hidden, weight, labels)
+        return loss, grad * factor(labels)
+
     def wrong(right: Any) -> Any:
-        def planted(hidden: Tensor, weight: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-            loss, grad = right(hidden, weight, labels)
-            return loss, grad * factor(labels)
+        return lambda cap: replace(right(cap), loss_and_grad=planted)
 
-        return planted
-
-    return compiled_regions, "chunk_loss_and_grad", wrong
+    return compiled_regions, "chunk_functions", wrong
 
 
 def changed_positions(change: Callable[[Tensor], Tensor]) -> Fault:

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from launcher.model.attention import BlockFacts, attention_name, register_attention
 from launcher.model.build import BuiltModel, build_model, check_model
+from launcher.model.layer_kinds import attention_needs
 from launcher.model.load import load_config
 from launcher.model.packed import PackedCausalLM
 from launcher.recipe.locate import locate
@@ -27,9 +28,10 @@ def build(recipe: Any, phases: list[str] | None = None, *, device: str = "cpu") 
 
 def packed_form(model: Any) -> PackedCausalLM:
     """The model for the blocks of `packed_batch`, with attention that runs on every device."""
-    register_attention("sdpa")
-    model.set_attn_implementation(attention_name("sdpa"))
-    return PackedCausalLM(model, attention="sdpa", max_length=20, loss_chunk=20)
+    path = "capped" if attention_needs(model.config, max_length=20).softcap else "sdpa"
+    register_attention(path)
+    model.set_attn_implementation(attention_name(path))
+    return PackedCausalLM(model, attention=path, max_length=20, loss_chunk=20)
 
 
 def packed_batch(vocabulary: int, *, length: int = 20, seed: int = 0) -> tuple[Tensor, ...]:

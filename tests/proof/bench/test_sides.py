@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from launcher.errors import MemoryExhausted
-from launcher.ops.linear_ce import chunk_loss_and_grad
+from launcher.ops.linear_ce import ChunkFunctions, chunk_loss_and_grad
 from launcher.proof.bench import side
 from launcher.proof.bench.ceiling import matmul_ceiling
 from launcher.proof.bench.figures import bench_record
@@ -95,7 +95,7 @@ def test_a_wrong_loss_of_one_side_is_found_at_the_first_step(
         loss, grad = chunk_loss_and_grad(hidden, weight, labels)
         return loss * 1.001, grad
 
-    monkeypatch.setattr(compiled_regions, "chunk_loss_and_grad", planted)
+    monkeypatch.setattr(compiled_regions, "chunk_functions", lambda cap: ChunkFunctions(loss_and_grad=planted))
     record = benched(requested())
     assert [verdict.holds for verdict in record.verdicts] == [True, True, True, False, True]
     assert record.loss_tolerance == 1e-5
