@@ -9,6 +9,7 @@ from launcher.records.run import RunRecord, StepRecord
 from launcher.train import finish
 from launcher.train.history import RunHistory
 from launcher.train.loop import training
+from launcher.train.optim import LIBRARIES
 from tests.conftest import request_for, stock_loss
 from tests.support.packed_and_alone import packed_and_alone
 from tests.support.workers import ANY, TWO, compiled, documents
@@ -52,10 +53,10 @@ def test_forward_and_backward_never_wait_for_the_device(recipe_of, attention):
         torch.cuda.set_sync_debug_mode("default")
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit"])
+@pytest.mark.parametrize("optimizer", LIBRARIES)
 def test_every_optimizer_trains_and_the_ledger_counts_what_the_card_holds(recipe_of, optimizer):
     gc.collect()  # what the test before left would be freed in between
-    train_section = {"optimizer": optimizer, "steps": 8, "lr": 5e-3}
+    train_section = {"optimizer": optimizer, "steps": 8, "lr": 5e-4 if "lion" in optimizer else 5e-3}
     _, steps, record = train(recipe_of(compile={"backend": "aot_eager"}, train=train_section))
     assert steps[-1].loss < steps[0].loss
     assert all(verdict.holds for verdict in record.verdicts)
