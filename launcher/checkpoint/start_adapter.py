@@ -25,7 +25,7 @@ def check_start(lora: LoraSection) -> str:
     an adapter with the settings of `lora`."""
     start = str(lora.start_from)
     if not os.path.isdir(start):
-        if HUB_ID.fullmatch(start):
+        if "/" in start and HUB_ID.fullmatch(start):
             return f"{start} of the hub"
         raise RecipeError(
             f"lora.start_from must be a folder or a hub id; {start} is neither. Name an adapter's folder."
