@@ -19,6 +19,9 @@ from launcher.errors import CheckpointError, FolderError
 from launcher.model.lora import ADAPTER
 from launcher.records.run import Verdict
 
+SAVED_SETTINGS = (  # which an adapter computes otherwise without
+    "r", "lora_alpha", "lora_dropout", "target_modules", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern",
+)  # fmt: skip
 TOLERANCE = 1e-5  # the same graph on the same batch: only a weight that differs can move the loss
 
 
@@ -121,16 +124,7 @@ def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 def _load(model: PeftModel, folder: Path) -> None:
     saved, live = PeftConfig.from_pretrained(str(folder)), model.peft_config[ADAPTER]
     assert isinstance(saved, LoraConfig) and isinstance(live, LoraConfig)
-    for key in (
-        "r",
-        "lora_alpha",
-        "lora_dropout",
-        "target_modules",
-        "use_rslora",
-        "use_dora",
-        "rank_pattern",
-        "alpha_pattern",
-    ):
+    for key in SAVED_SETTINGS:
         if getattr(saved, key) != getattr(live, key):
             raise CheckpointError(
                 f"adapter_config.json must say what was trained: {key} is {getattr(saved, key)!r}, "

@@ -3,21 +3,21 @@
 import hashlib
 import json
 import os
+import shlex
 from pathlib import Path
 from typing import Any
 
 from launcher.credentials import masked
 from launcher.errors import RecipeError
 from launcher.recipe.field_types import HUB_ID
-from launcher.recipe.fields import assignment
 from launcher.recipe.lora_section import LoraSection
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-SETTINGS = {  # of adapter_config.json: our key, and what PEFT takes where there is none
+ADAPTER_SETTINGS = {  # of adapter_config.json: our key, and what PEFT takes where there is none
     "r": ("r", 8), "lora_alpha": ("alpha", 8), "use_rslora": ("rslora", False), "use_dora": ("dora", False),
     "rank_pattern": ("rank_pattern", {}), "alpha_pattern": ("alpha_pattern", {}),
 }  # fmt: skip
-SHOWN = 12  # digits of a digest
+DIGITS_SHOWN = 12  # digits of a digest
 
 
 def check_start(lora: LoraSection) -> str:
@@ -25,7 +25,7 @@ def check_start(lora: LoraSection) -> str:
     an adapter with the settings of `lora`."""
     start = str(lora.start_from)
     if not os.path.isdir(start):
-        if HUB_ID.fullmatch(start):
+        if "/" in start and HUB_ID.fullmatch(start):
             return f"{start} of the hub"
         raise RecipeError(
             f"lora.start_from must be a folder or a hub id; {start} is neither. Name an adapter's folder."
@@ -41,8 +41,8 @@ def check_start(lora: LoraSection) -> str:
 
 def check_settings(lora: LoraSection, settings: dict[str, Any]) -> None:
     """Raise RecipeError naming every setting in which the adapter and the recipe differ, and the keys that agree."""
-    here = {key: getattr(lora, key) for key, _ in SETTINGS.values()}
-    there = {key: settings.get(name) or default for name, (key, default) in SETTINGS.items()}
+    here = {key: getattr(lora, key) for key, _ in ADAPTER_SETTINGS.values()}
+    there = {key: settings.get(name) or default for name, (key, default) in ADAPTER_SETTINGS.items()}
     targets = settings.get("target_modules")
     if isinstance(targets, list) and not lora.layers and not settings.get("layers_to_transform"):
         words = [target for target in targets if "." not in target]
@@ -50,7 +50,7 @@ def check_settings(lora: LoraSection, settings: dict[str, Any]) -> None:
             here["targets"], there["targets"] = sorted(lora.targets), sorted(words)
     if differ := [key for key in here if here[key] != there[key]]:
         found = "; ".join(f"lora.{key} is {here[key]} here, {there[key]} there" for key in differ)
-        remedy = " ".join(assignment(f"lora.{key}", there[key]) for key in differ)
+        remedy = " ".join(shlex.quote(f"lora.{key}={json.dumps(there[key])}") for key in differ)
         raise RecipeError(f"the settings must be those of lora.start_from={lora.start_from}; {found}.\nSet {remedy}")
 
 
@@ -74,7 +74,7 @@ def load_start(model: Any, lora: LoraSection, *, base: str) -> str:
             "Name the base that it was trained on, and its lora.targets and lora.layers."
         )
     set_peft_model_state_dict(model, saved)
-    digest = hashlib.sha256(file.read_bytes()).hexdigest()[:SHOWN]
+    digest = hashlib.sha256(file.read_bytes()).hexdigest()[:DIGITS_SHOWN]
     before = str(settings.get("base_model_name_or_path"))
     other = "" if before == base else f"; this run's base is {base}, to which it was not fitted"
     return masked(f"the adapter starts from {start} (sha256 {digest}), trained on {before}{other}")

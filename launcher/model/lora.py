@@ -150,8 +150,8 @@ def stock_lora(model: PreTrainedModel, lora: LoraSection, *, seed: int) -> PeftM
 
 @torch.no_grad()
 def orthogonal_start(a: Tensor, b: Tensor) -> None:
-    """Draw A [r, D] and B [O, r] so that both are far from zero and B A is not: their rows and columns lie in two
-    orthogonal halves of r dimensions. PEFT's `orthogonal`, which refuses weights that are not floating point."""
+    """Draw A [r, D] and B [O, r], neither of them zero, in two orthogonal halves of r dimensions, so that B A is zero.
+    It is PEFT's `orthogonal`, which itself refuses a base that is not floating point."""
     (rank, width), out = a.shape, b.shape[0]
     basis = torch.linalg.qr(torch.randn(rank, rank))[0]
     a.copy_((torch.randn(width, rank // 2) @ basis[0::2]).T / 10)

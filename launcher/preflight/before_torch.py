@@ -46,7 +46,7 @@ def check_before_torch(checks: Checks, resolved: Resolved, *, shipped: Path, cor
         found=lambda notes: "; ".join(notes) or "nothing is asked for without effect",
     )
     source = checks.add("model", partial(check_located, recipe, shipped))
-    if recipe.lora.start_from:
+    if recipe.lora.start_from and not (trains and goes_on(recipe, resolved.name)):
         checks.add("adapter", partial(check_start, recipe.lora))
     for entry in recipe.data.sources:
         checks.add("data", partial(check_data, entry))
@@ -132,6 +132,11 @@ def check_run_folder(recipe: Recipe, name: str) -> str:
         error.reporter = 0  # every rank of this machine finds it
         raise
     return str(folder.path)
+
+
+def goes_on(recipe: Recipe, name: str) -> bool:
+    """Whether the run takes its weights from a checkpoint of its folder, as far as names tell."""
+    return recipe.run.resume != "never" and any(run_folder(recipe, name).path.glob("checkpoints/step-*"))
 
 
 def run_folder(recipe: Recipe, name: str) -> RunFolder:

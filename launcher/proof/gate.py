@@ -175,8 +175,8 @@ class Comparison:
 
 
 def adapter_of(name: str) -> tuple[int, str, str]:
-    """(layer, kind, matrix) of a parameter of PEFT's model, as (3, "q", "A")."""
-    match = re.search(r"\.layers\.(\d+)\..*?([^.]+)\.lora_([AB])\.", name)
+    """(layer, kind, matrix) of a parameter of PEFT's model, as (3, "q", "A"); "m" is DoRA's magnitudes."""
+    match = re.search(r"\.layers\.(\d+)\..*?([^.]+)\.lora_([ABm])(?:agnitude_vector)?\.", name)
     assert match, f"{name} is no adapter of a decoder layer"
     return int(match[1]), match[2].removesuffix("_proj"), match[3]
 

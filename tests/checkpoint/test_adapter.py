@@ -64,11 +64,12 @@ def test_a_damaged_adapter_is_refused_and_the_trained_weights_stay(trained, dama
     assert adapter_digest(model) == digest
 
 
-def test_an_adapter_config_with_another_setting_is_refused(trained):
+@pytest.mark.parametrize("change", [{"lora_alpha": 1}, {"use_rslora": True}, {"alpha_pattern": {"q_proj": 1}}])
+def test_an_adapter_config_with_another_setting_is_refused(trained, change):
     model, folder, loss = trained
     config = json.loads((folder / "adapter_config.json").read_text())
-    (folder / "adapter_config.json").write_text(json.dumps({**config, "lora_alpha": 1}))
-    with pytest.raises(CheckpointError, match="lora_alpha"):
+    (folder / "adapter_config.json").write_text(json.dumps({**config, **change}))
+    with pytest.raises(CheckpointError, match=next(iter(change))):
         prove_adapter(model, folder, loss=loss)
 
 

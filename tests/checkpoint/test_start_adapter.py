@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from launcher.checkpoint.start_adapter import check_start
 from launcher.errors import RecipeError
+from launcher.preflight.before_torch import goes_on
 from launcher.records.run import RunRecord, StartRecord
 from tests.support.runs import adapter, events_of, record_of, trained
 
@@ -42,7 +43,10 @@ def test_a_run_begins_where_the_adapter_ended_and_says_from_which(make: Any, fir
 def test_a_resumed_run_has_the_weights_of_its_checkpoint(make: Any, first: Any, tmp_path: Path) -> None:
     lora = {"start_from": str(first[0])}
     trained(make("whole", lora=lora))
+    assert not goes_on(make("cut", lora=lora), "test")
     trained(make("cut", lora=lora), until=6)
+    shutil.rmtree(first[0])
+    assert goes_on(make("cut", lora=lora), "test")
     trained(make("cut", lora=lora))
     assert adapter(tmp_path / "cut") == adapter(tmp_path / "whole")
 

@@ -43,6 +43,8 @@ def folder(tmp_path):
         (["run.resume=./nowhere"], 4, "which is no folder; checkpoints there: none"),
         (["run.trackers=tensorboard"], 2, "run.trackers must be installed"),
         (["report=nowhere/report.json"], 2, "report=PATH must be a file"),
+        (["lora.start_from=./gone"], 2, "lora.start_from must be a folder or a hub id"),
+        (["lora.start_from=./taken/adapter"], 2, "has no adapter_config.json"),
         (["data.sources=./gone.jsonl"], 3, "no such file or folder"),
         (["data.validation=./gone.jsonl", "mode=bench"], 3, "no such file or folder"),
     ],
