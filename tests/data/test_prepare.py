@@ -215,11 +215,11 @@ def test_texts_are_not_read_again_for_an_example(write, tokenizer, monkeypatch):
 
 def test_an_error_in_validation_data_says_so_and_one_in_training_data_does_not(write, tokenizer):
     good, bad = write(CHATS[:1] * 20), write([CHATS[0], {"messages": "Hi"}], name="bad.jsonl")
-    empty, csv = write([{"text": " "}], name="empty.jsonl"), write([b"a;b"], name="bad.csv")
+    empty, csv = write([{"text": " "}], name="empty.jsonl"), write([b"a;b,c"], name="bad.csv")
     for path, expected in (
         (bad, f"{bad}:2: "),
         (empty, f"{empty}: 0 usable rows"),
-        (csv, f"{csv}: the cells"),
+        (csv, f"{csv}: the header tells"),
         ("./none.jsonl", "./none.jsonl: a source is"),
     ):
         for validation, sources, prefix in ((path, good, "data.validation: "), (0, path, "")):

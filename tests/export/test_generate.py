@@ -6,9 +6,12 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
-from launcher.export.generate import Answerer, Prompt
+from launcher.data.read.rows import TokenIds
+from launcher.errors import DataError
+from launcher.export.generate import Answerer, Prompt, prompt_of_row
 from launcher.records.answers import Answered
 from tests.export.conftest import Main
 
@@ -206,3 +209,8 @@ def test_an_interrupt_before_the_first_answer_leaves_nothing(
     done = generate("prompts=asked.jsonl")
     assert done.code == 130 and "nothing of it is left" in done.err
     assert not (tmp_path / "asked.answers.jsonl").exists()
+
+
+def test_token_ids_are_no_prompt() -> None:
+    with pytest.raises(DataError, match="f:1: a prompt is a chat.*\nFound: token ids"):
+        prompt_of_row(TokenIds(np.array([5], np.int32), None, "f:1"))

@@ -8,6 +8,7 @@ stay as they are.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -95,10 +96,10 @@ class Encoder:
         # The backend is called directly: the tokenizer around it halves the speed, and changes it at every call.
         self._backend = copy_of(tokenizer.backend_tokenizer)
         self._control_ids = control_tokens(tokenizer).keys()
-        self._known_ids = 1 + max(tokenizer.get_vocab().values(), default=-1)
 
     def encode(self, rows: Sequence[Row]) -> list[EncodedRow]:
-        """Every row's document, in order, or the RowFault of a chat that the template refuses or cannot mask.
+        """Every row's document, in order, or the RowFault of a chat that the template refuses or cannot mask, or of ids
+        that the tokenizer lacks.
 
         Raises DataError for what is wrong with all rows: no chat template, a data.loss_on that does not fit.
         """
@@ -139,6 +140,11 @@ class Encoder:
             f"Found: none in {name}, and data.template=auto.\n"
             f'{remedy} an instruct model, or give the rows as {{"text": "..."}}.'
         )
+
+    @cached_property
+    def _known_ids(self) -> int:
+        """One more than the largest id of the tokenizer."""
+        return 1 + max(self.tokenizer.get_vocab().values(), default=-1)
 
     def _as_they_are(self, row: TokenIds, loss_on: str) -> Document | RowFault:
         if len(unknown := row.input_ids[row.input_ids >= self._known_ids]):

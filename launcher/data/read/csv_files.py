@@ -99,7 +99,7 @@ def _header(text_lines: _TextLines, name: str, delimiter: str | None) -> tuple[l
     """The columns, and what divides them. Raises DataError where no mark or several do, and none is given."""
     usual = delimiter or _by_name(name)
     lines = list(islice(filter(str.strip, text_lines), 1))
-    parsed = {mark: _parsed_line(lines, mark) for mark in ([delimiter] if delimiter else {usual: "", **DELIMITERS})}
+    parsed = {mark: _parsed_line(lines, mark) for mark in ([delimiter] if delimiter else DELIMITERS)}
     while _UNFINISHED in parsed.values() and (line := next(text_lines, None)) is not None:  # a quoted line end
         lines.append(line)
         parsed = {mark: _parsed_line(lines, mark) for mark in parsed}

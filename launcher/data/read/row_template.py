@@ -1,8 +1,8 @@
 """A Jinja line makes a text of a row's columns.
 
 The line is data, like the recipe that it stands in: it runs in Jinja's sandbox, which shuts Python's attributes off.
-What could take hours or gigabytes is shut off as well: range and the other globals, products and powers, and whatever
-pads a text to a width.
+What could take hours or gigabytes is shut off as well: range and the other globals, powers and products of texts, and
+whatever pads a text to a width. So is chance: every rank reads the same.
 """
 
 from typing import Any
@@ -15,7 +15,7 @@ from launcher.data.read.rows import NOT_MAPPED, RawRow, RowFault, missing_column
 from launcher.data.read.tables import one_line
 from launcher.errors import RecipeError
 
-PADDING_FILTERS = ("center", "format", "indent", "wordwrap", "pprint", "xmlattr", "urlize", "slice", "batch")
+UNFIT_FILTERS = ("center", "format", "indent", "wordwrap", "slice", "batch", "pprint", "xmlattr", "urlize", "random")
 PADDING_METHODS = ("center", "ljust", "rjust", "zfill", "expandtabs", "format", "format_map", "translate", "to_bytes")
 TEMPLATE_REMEDY = "Correct the template of the source, or set data.bad_rows=skip to drop such rows and count them."
 
@@ -76,7 +76,7 @@ class _Sandbox(ImmutableSandboxedEnvironment):
     def __init__(self) -> None:
         super().__init__(undefined=StrictUndefined, keep_trailing_newline=True, finalize=_printed)
         self.globals.clear()
-        for name in PADDING_FILTERS:
+        for name in UNFIT_FILTERS:
             del self.filters[name]
 
     def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:

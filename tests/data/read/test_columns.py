@@ -199,6 +199,7 @@ def test_a_template_that_gives_more_than_a_row_may_have_is_stopped(write):
         ({"template": "{{ q "}, "valid Jinja"),
         ({"template": "Q:"}, "has none"),
         ({"template": "{{ q | center }}"}, "center"),
+        ({"template": "{{ q | random }}"}, "random"),
         ({"template": "{{ q }}", "completion": "end"}, "completion of a source must use"),
     ],
 )
