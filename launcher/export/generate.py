@@ -15,6 +15,7 @@ from peft import PeftModel
 from transformers import GenerationConfig, TextStreamer
 
 from launcher.checkpoint.files import append_text
+from launcher.data.chat.tool_calls import call_form, has_calls, in_call_form
 from launcher.data.read.formats import read_rows
 from launcher.data.read.rows import Conversation, Feed, PlainText, RawRow, Row, RowFault
 from launcher.data.read.sources import open_source
@@ -131,6 +132,8 @@ class Answerer:
             bos = tokenizer.bos_token_id
             ids = ids if bos is None or ids[:1] == [bos] else [bos, *ids]
         else:
+            if has_calls(content):
+                content = in_call_form(content, call_form(partial(tokenizer.apply_chat_template, tokenize=False)))
             try:
                 ids = tokenizer.apply_chat_template(
                     content, tools=list(tools) or None, add_generation_prompt=True, return_dict=True
@@ -163,7 +166,7 @@ def read_prompts(file: Path, run: OpenedRun) -> tuple[list[Prompt], str]:
         raise DataError(f"{file}: prompts must hold a row to answer; it has {counts_in_words(counts) or 'none'}.")
     prompts = [
         prompt_of(row.messages[0].content, run)
-        if isinstance(row, Conversation) and row.where in bare and len(row.messages) == 1
+        if isinstance(row, Conversation) and row.where in bare and len(row.messages) == 1 and not row.tools
         else prompt_of_row(row)
         for row in rows
     ]

@@ -141,10 +141,10 @@ TOOL_STYLES = {
             " Rome has 30, Oslo 9.</s>",
         ],
     ),
-    "deepseek": ToolStyle(  # calls are written only where there is no content; a question has no end token
+    "deepseek": ToolStyle(  # calls only where there is no content, arguments as text; a question has no end token
         "{{- bos_token }}{%- for m in messages %}{%- if m.role == 'assistant' and m.content is not defined %}"
         "{{- '<|Assistant|><|calls|>' }}{%- for call in m.tool_calls %}"
-        "{{- '<|call|>' + call.function.name + '<|sep|>' + (call.function.arguments | tojson) + '<|/call|>' }}"
+        "{{- '<|call|>' + call.function.name + '<|sep|>' + call.function.arguments + '<|/call|>' }}"
         "{{- '' if loop.last else '\n' }}{%- endfor %}{{- '<|/calls|><|end|>' }}"
         "{%- elif m.role == 'assistant' %}{{- '<|Assistant|>' + m.content + '<|end|>' }}"
         "{%- elif m.role == 'tool' %}{{- '<|output|>' + m.content + '<|/output|>' }}"

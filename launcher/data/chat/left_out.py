@@ -40,21 +40,6 @@ def lost_call(messages: Messages, turns: Sequence[int], seen: str) -> int | None
     return None
 
 
-def with_content(messages: Messages, content: str | None) -> Messages:
-    """The messages with this content in those that have tool calls and no content."""
-    blank = [m.get("tool_calls") and not (m["content"] or "").strip() for m in messages]
-    return [{**m, "content": content} if is_blank else m for m, is_blank in zip(messages, blank, strict=True)]
-
-
-def sample_calls() -> Iterator[Messages]:
-    """Short chats with a call as their second message."""
-    function = {"name": "f3141", "arguments": {"a5926": "5358"}}
-    calls = [{"type": "function", "function": function, "id": "abcdefghi"}]  # an id as Mistral's templates ask for
-    call = {"role": "assistant", "content": "", "tool_calls": calls}
-    yield [*QUESTION, call]
-    yield [*QUESTION, call, {"role": "tool", "content": "2384", "name": "f3141", "tool_call_id": "abcdefghi"}]
-
-
 def _parts(message: dict[str, Any]) -> Iterator[tuple[str, ...]]:
     """What a message says, piece by piece in the order of most templates; each in the forms that it may have."""
     if "reasoning_content" in message:
@@ -85,7 +70,8 @@ def _leaves(value: Any) -> Iterator[tuple[str, ...]]:
 
 def _forms(text: str) -> tuple[str, ...]:
     """A text as it is, and as it stands in JSON, in which templates write strings of tools."""
-    return text, json.dumps(text, ensure_ascii=False)[1:-1]
+    forms = (text, json.dumps(text, ensure_ascii=False)[1:-1])
+    return forms if text.isascii() else (*forms, json.dumps(text)[1:-1])
 
 
 def _joined(text: str) -> str:

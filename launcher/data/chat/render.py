@@ -25,9 +25,10 @@ from transformers import PreTrainedTokenizerBase
 
 from launcher.credentials import shortened
 from launcher.data.chat.ends import Ends
-from launcher.data.chat.left_out import QUESTION, SAMPLE_TOOLS, has_tools, is_cut, lost_call, sample_calls, with_content
+from launcher.data.chat.left_out import QUESTION, SAMPLE_TOOLS, has_tools, is_cut, lost_call
 from launcher.data.chat.named_templates import without_today
 from launcher.data.chat.spelled_out import BEGIN, END, Messages, SpelledOut, Tools, restored
+from launcher.data.chat.tool_calls import CallForm, call_form, has_calls, in_call_form
 from launcher.data.chat.turns import SYSTEM, Span, Turns, UnshownTurn, may_be_unwritten
 from launcher.data.read.rows import SKIP, Conversation, PlainText, RowFault
 from launcher.errors import RecipeError
@@ -93,13 +94,17 @@ class ChatRenderer:
             if loss_on == "all":
                 text = self._ends.close_chat(text) if answer_last else text
                 return Rendered(text, None, stand_ins, remarks=remarks)
-            self._check_calls(row, messages, turns, [text])
+            self._check_calls(row, lost_call(messages, turns, text))
             find = self._marked_spans if self._marked_template else _spans_of_turns
             spans = find(messages, turns, text, self._turns.with_apply(apply) if tools else self._turns)
         answer_last = answer_last and turns[-1:] == [len(messages) - 1]
         text, spans, ends = self._ends.close(text, spans, turns=len(turns), answer_last=answer_last)
         written = [text[slice(*span)] for span in spans]
-        self._check_calls(row, messages, turns, written)
+        if self._marked_template:  # a turn may have several spans
+            self._check_calls(row, lost_call(messages, turns, "".join(written)))
+        else:
+            for turn, part in zip(turns, written, strict=True):
+                self._check_calls(row, lost_call(messages, [turn], part))
         remarks += (ENDLESS,) * (UNCLOSED in ends)
         if any(may_be_unwritten(messages[turn]) for turn in turns):
             spans = [
@@ -116,8 +121,8 @@ class ChatRenderer:
     def _apply(
         self, messages: Messages, *, tools: Tools | None = None, prompt: bool = False, template: str | None = None
     ) -> str:
-        if any(m.get("tool_calls") and not m["content"].strip() for m in messages):
-            messages = with_content(messages, self._no_content)
+        if has_calls(messages):
+            messages = in_call_form(messages, self._call_form)
         apply, template = self._tokenizer.apply_chat_template, template or self._template
         options: Any = {"tools": tools or None, "tokenize": False, "add_generation_prompt": prompt}
         return str(apply(messages, chat_template=template, **options))
@@ -133,27 +138,20 @@ class ChatRenderer:
                 return has_tools(SAMPLE_TOOLS, self._apply(messages, tools=SAMPLE_TOOLS))
         return False
 
-    def _check_calls(self, row: Conversation, messages: Messages, turns: Sequence[int], written: Sequence[str]) -> None:
-        """Raise RowFault unless the loss sees every tool call of these turns, name and arguments."""
-        if (turn := lost_call(messages, turns, "".join(written))) is not None:
+    def _check_calls(self, row: Conversation, lost: int | None) -> None:
+        """Raise RowFault if what the loss sees of this message lacks a tool call, or a part of its arguments."""
+        if lost is not None:
             raise RowFault(
                 "template",
                 where=row.where,
                 rule="the chat template must write the tool calls of a turn that is learned, within that turn.",
-                found=f"the call of message {turn + 1} is not whole in what the loss sees ({self._name}).",
+                found=f"the call of message {lost + 1} is not whole in what the loss sees ({self._name}).",
                 remedy=f"Use a tokenizer whose template has tool calls, or data.template=auto for it. {SKIP}",
             )
 
     @cached_property
-    def _no_content(self) -> str | None:
-        """The content of a turn of tool calls alone, as this template must get it; None: none, as transformers
-        makes of null. Some write no call beside "", some need a string: that under which it writes a call."""
-        for content in ("", None):
-            for chat in sample_calls():
-                with suppress(Exception):  # a template's own, of a form that it refuses
-                    if lost_call(chat, [1], self._raw(with_content(chat, content))) is None:
-                        return content
-        return ""
+    def _call_form(self) -> CallForm:
+        return call_form(self._raw)
 
     def _raw(self, messages: Messages) -> str:
         return str(self._tokenizer.apply_chat_template(messages, chat_template=self._template, tokenize=False))

@@ -6,7 +6,7 @@ unused.py has refused what is not honoured before.
 
 from typing import Any, NamedTuple
 
-from launcher.data.read.rows import ROLES, Message, RowFault, shown_under, shown_value, wrong_type
+from launcher.data.read.rows import ROLES, SHAREGPT_ROLES, Message, RowFault, shown_under, shown_value, wrong_type
 from launcher.data.read.tool_fields import calls_of
 from launcher.data.read.unused import FLAGS, REASONING, has_no_value, honoured, truth
 
@@ -22,11 +22,7 @@ class MessageKeys(NamedTuple):
 
 
 MESSAGE = MessageKeys("role", "content", {role: role for role in ROLES})
-TURN = MessageKeys(
-    "from",
-    "value",
-    {"human": "user", "gpt": "assistant", "function_call": "assistant", "observation": "tool", **MESSAGE.roles},
-)
+TURN = MessageKeys("from", "value", {**SHAREGPT_ROLES, **MESSAGE.roles})
 
 
 def messages_of(fields: dict[str, Any], column: str, where: str, keys: MessageKeys = MESSAGE) -> tuple[Message, ...]:

@@ -14,6 +14,7 @@ from launcher.credentials import shortened
 from launcher.errors import DataError
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
+SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "function_call": "assistant", "observation": "tool"}
 SKIP = "Fix the row, or set data.bad_rows=skip to drop such rows and count them."
 
 

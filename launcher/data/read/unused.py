@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Set
 from typing import Any, NamedTuple
 
-from launcher.data.read.rows import RowFault, shown_value
+from launcher.data.read.rows import SHAREGPT_ROLES, RowFault, shown_value
 from launcher.recipe.data_section import DataSection
 
 # What a key says (rows_dropped_<it> counts the rows that are refused for it) -> its names, of columns and of messages.
@@ -24,7 +24,6 @@ OF_MESSAGES = {"name", "loss"}  # as columns they may be anything
 REASONING = ("reasoning_content", "thinking", "reasoning")  # thoughts of a message, under the names that are honoured
 FLAGS = ("weight", "train")  # of a message: whether the loss sees it
 _OF_ROLE = {"assistant": {"tool_calls", *REASONING}, "tool": {"name", "tool_call_id"}}
-_ROLES = {"gpt": "assistant", "function_call": "assistant", "observation": "tool"}  # as sharegpt names them
 _RULES_OF_FLAGS = (
     'a "weight" of 0 or a "train" of false takes a turn of the assistant from what is learned, 1 and true keep it;',
     "with data.loss_on=all every message is learned;",
@@ -58,7 +57,7 @@ def honoured(key: str, value: Any, role: Any) -> bool:
 
 
 def _plain_role(role: Any) -> Any:
-    return _ROLES.get(role, role) if isinstance(role, str) else None
+    return SHAREGPT_ROLES.get(role, role) if isinstance(role, str) else None
 
 
 def truth(value: Any) -> bool | None:
