@@ -1,7 +1,8 @@
 """The token that stops generation closes every supervised turn.
 
 A model stops at its stop tokens: the tokenizer's `eos_token`, those of generation_config.json, and the control token
-with which the template ends a chat (generate and export stop there too). A turn is closed by the first rule that holds:
+with which the template ends a chat (generate and export stop there too). Without a generation_config.json any control
+token that ends a turn is taken for one. A turn is closed by the first rule that holds:
 
     template     it ends in a stop token already                                Hello.<|eot_id|>
     next turn    a stop token follows, which opens the next turn                Hello.<|user|>
@@ -43,9 +44,10 @@ class Ends:
         self._eos = str(eos) if eos else ""
         added = tokenizer.added_tokens_decoder
         self._known = {self._eos, *(str(added[index]) for index in stop_ids if index in added)} - {""}
-        self._stops = tuple(sorted({*self._known, last} - {""}, key=len, reverse=True))
-        self._follows = re.compile(r"\s*(" + ("|".join(map(re.escape, self._stops)) or "(?!)") + ")")
+        stops = sorted({*self._known, last} - {""}, key=len, reverse=True)
+        self._follows = re.compile(r"\s*(" + ("|".join(map(re.escape, stops)) or "(?!)") + ")")
         self._control = control
+        self._endings = tuple(stops if stop_ids else dict.fromkeys([*stops, *map(str, added.values())]))
 
     def close(self, text: str, spans: Sequence[Span], *, turns: int, answer_last: bool) -> ClosedTurns:
         """`turns`: how many the spans are of; a template's own marks may give a turn several. `answer_last`: the last
@@ -54,7 +56,7 @@ class Ends:
         closed, ends = list[Span](), list[str]()
         for number, (start, end) in enumerate(spans, 1):
             rule, stop = "template", self._ending_of(text[start:end])
-            if stop not in self._known and (reached := self._reached(text, start, end)):
+            if stop and stop not in self._known and (reached := self._reached(text, start, end)):
                 stop, end = reached[0], reached.end()
             if not stop and (follows := self._follows.match(text, end)):
                 rule, stop, end = "next_turn", follows[1], follows.end()
@@ -85,7 +87,9 @@ class Ends:
 
     def _ending_of(self, text: str) -> str:
         body = text.rstrip()
-        return next((stop for stop in self._stops if body.endswith(stop)), "")
+        if not body.endswith(self._endings):
+            return ""
+        return max((token for token in self._endings if body.endswith(token)), key=len)
 
 
 def check_ends(counts: Mapping[str, int], tokenizer: PreTrainedTokenizerBase, *, template: str) -> None:
