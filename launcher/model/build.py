@@ -129,9 +129,8 @@ def build_model(
     loss_rows = {n: product_rows(n, blocks.targets.get(width, n)) for width, n in tokens.items()}
     vocabulary, budget = base.lm_head.weight.shape[0], recipe.memory.loss_chunk_mib
     chunk = chunk_rows(loss_rows.values(), vocabulary, budget, itemsize=dtype.itemsize)
-    if recipe.compile.scope == "layer" and (
-        family.named or norms_as_llama(base.model.norm)
-    ):  # the other scopes compile it
+    replaceable = family.named or norms_as_llama(base.model.norm)
+    if recipe.compile.scope == "layer" and replaceable:  # the other scopes compile it
         use_native_norm(base.model.norm)
     packed = PackedCausalLM(
         base,
