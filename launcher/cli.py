@@ -103,9 +103,8 @@ def _preview(resolved: Resolved, info: RankInfo, console: Console) -> None:
 
         recipe, name, source = resolved.recipe, resolved.name, request.source
         config = load_config(source, recipe.model)
-        family_of(
-            config, max_length=recipe.data.max_length, auto=recipe.model.family == "auto"
-        )  # refuses what training refuses
+        auto = recipe.model.family == "auto"
+        family_of(config, max_length=recipe.data.max_length, auto=auto)  # refuses what training refuses
         tokenizer = load_tokenizer(source, recipe.model, stand_in=request.shipped / "tiny" / "base")
         stop_ids = load_stop_ids(source, recipe.model)
         data = prepare(recipe.data, tokenizer, seed=recipe.train.seed, stop_ids=stop_ids, progress=progress)

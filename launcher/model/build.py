@@ -141,15 +141,12 @@ def build_model(
     tokens = {width: recipe.train.micro_batch * width for width in blocks.widths}
     loss_rows = {n: product_rows(n, blocks.targets.get(width, n)) for width, n in tokens.items()}
     vocabulary, budget = base.lm_head.weight.shape[0], recipe.memory.loss_chunk_mib
-    chunk = chunk_rows(loss_rows.values(), vocabulary, budget, itemsize=logit_bytes(logits_rule(config), dtype))
-    as_llama = family.named or norms_as_llama(base.model.norm)
-    if as_llama and recipe.compile.scope == "layer":  # the other scopes compile it
-        use_native_norm(base.model.norm)
+    _replace_last_norm(recipe, family, base)
     packed = PackedCausalLM(
         base,
         attention=path,
         max_length=recipe.data.max_length,
-        loss_chunk=chunk,
+        loss_chunk=chunk_rows(loss_rows.values(), vocabulary, budget, itemsize=logit_bytes(logits_rule(config), dtype)),
         loss_rows=loss_rows,
         max_seqlen=blocks.max_seqlen,
     )
@@ -176,6 +173,12 @@ def _family(recipe: Recipe, config: Any, skeleton: Callable[[], PreTrainedModel]
     """The family, completed from the model without weights where it has no row."""
     family = family_of(config, max_length=recipe.data.max_length, auto=recipe.model.family == "auto")
     return family if family.named else family_of_shape(skeleton(), family)
+
+
+def _replace_last_norm(recipe: Recipe, family: Family, base: Any) -> None:
+    """By PyTorch's own operator where no scope compiles it."""
+    if recipe.compile.scope == "layer" and (family.named or norms_as_llama(base.model.norm)):
+        use_native_norm(base.model.norm)
 
 
 def _choose_path(

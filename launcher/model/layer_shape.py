@@ -24,9 +24,8 @@ from launcher.model.untrainable import untrainable
 
 BODY = ("embed_tokens", "layers", "norm", "rotary_emb")
 SIZES = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "num_hidden_layers")
-PROBE = (
-    "packed_probe_sdpa"  # attention that only looks at how it is called; transformers refuses it where soft caps are
-)
+# Attention that only looks at how it is called. As every name with sdpa, transformers refuses it where soft caps are.
+PROBE = "packed_probe_sdpa"
 POSITIONS = 4  # of the probe
 
 

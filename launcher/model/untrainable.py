@@ -7,7 +7,7 @@ from typing import Any
 from launcher.errors import RecipeError
 
 EXPERTS = re.compile(r"(moe_)?(num|n)_(local_|routed_)?experts")
-TOWER = re.compile(r"(vision|visual|audio|speech|image|video|vq)_.*config|vision_tower|vision_config|audio_config")
+TOWER = re.compile(r"(vision|visual|audio|speech|image|video|vq)_.*config|vision_tower")
 RECURRENT = re.compile(r"(mamba|ssm|rwkv|lru|xlstm|linear_conv|short_conv|conv)_.+|.*_(mamba|ssm)_.+|conv1d_width")
 LAYERS = ("full_attention", "sliding_attention")  # kinds of layers that compute nothing but attention over tokens
 
@@ -33,7 +33,8 @@ def untrainable_part(config: Mapping[str, Any]) -> str | None:
             return f"a tower for other input than text ({key})"
         if EXPERTS.fullmatch(key) and type(value) is int and value > 1:
             return f"experts in place of a feed-forward ({key}={value})"
-    others = [kind for kind in config.get("layer_types") or [] if kind not in LAYERS]
+    kinds = config.get("layer_types")
+    others = [kind for kind in kinds if kind not in LAYERS] if isinstance(kinds, list | tuple) else []
     if others:
         return f"recurrent or other layers than attention (layer_types: {others[0]})"
     if re.match("rwkv|x?lstm|mamba", str(config.get("model_type"))):
