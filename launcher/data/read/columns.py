@@ -25,7 +25,7 @@ from launcher.recipe.data_section import Source
 if TYPE_CHECKING:
     from launcher.data.read.row_template import RowTemplate
 
-OURS = "columns of a source names ours, each with its name there, such as {prompt: question}"
+COLUMNS_RULE = "columns of a source names ours, each with its name there, such as {prompt: question}"
 
 
 def reshape_of(source: Source, max_bytes: int) -> Callable[[Feed], Feed]:
@@ -43,7 +43,9 @@ def reshape_of(source: Source, max_bytes: int) -> Callable[[Feed], Feed]:
     columns = template.columns if template else OUR_COLUMNS
     known = columns if template else columns | MESSAGE_KEYS
     if unknown := sorted(given.keys() - known):
-        which, rule = ("it uses", "beside a template, columns names what it uses") if template else ("ours are", OURS)
+        which, rule = (
+            ("it uses", "beside a template, columns names what it uses") if template else ("ours are", COLUMNS_RULE)
+        )
         raise RecipeError(
             f"{masked(source.path)}: {rule}; got {shown_value(unknown[0])} for {shown_value(given[unknown[0]])}; "
             f"{near_name(unknown[0], known)}{which} {', '.join(sorted(known))}"
