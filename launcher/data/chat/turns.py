@@ -15,9 +15,10 @@ follows: what it writes of a turn whatever comes next. It is found on a sample c
     [end]\\n[eos]              the chat ends
     [end]                     what both have: up to the last control token, or the leading whitespace without one
 
-A turn with tool calls has its mark behind the name of the last call: the call is written in order, and its end hangs on
-the arguments. So of such a turn, and of one that no user's message follows, the ending is found on a short chat of its
-own: the chat's beginning, the turn, and what follows; again what is written whether the chat goes on or ends.
+A turn with tool calls has its mark behind the name of the last call, and ends behind the arguments. So the ending of
+such a turn is found on a short chat of its own: the chat's beginning, the turn, and what follows; again what is written
+whether the chat goes on or ends, which may have nothing more than control tokens. The same is done for a turn that no
+user's message follows, where it lacks the sample's ending.
 
 The turn that ends the chat has all that is written up to the last control token. No character of the next turn is ever
 in a span. Where a template has no ending (the next turn's opening ends a turn), a span is the content alone.
@@ -117,10 +118,12 @@ class Turns:
             end: int | None
             if turn not in content_ends:
                 end = start + len(self._up_to_end_token(text[start:]))
-            elif messages[turn].get("tool_calls") or messages[turn + 1]["role"] != "user":
+            elif messages[turn].get("tool_calls"):
                 end = self._own_end(messages, turn, text, content_end)
             else:
                 end = self._turn_end(messages[turn]["content"], text, content_end)
+                if end == content_end and messages[turn + 1]["role"] != "user":
+                    end = self._own_end(messages, turn, text, content_end) or end
             is_written = self._control.sub("", text[start:end]).strip()
             if start > content_end or end is None or not (is_written or may_be_unwritten(messages[turn])):
                 raise UnshownTurn(turn)
@@ -186,7 +189,8 @@ class Turns:
                     continue
                 (_, is_there, last), (_, goes_on, followed) = (_at_mark(item, messages[turn]) for item in rendered)
                 ending = self._ending(followed, last)
-                if is_there and goes_on and ending and text.startswith(ending, mark):
+                is_whole = ending.strip() and not self._control.sub("", last.removeprefix(ending)).strip()
+                if is_there and goes_on and is_whole and text.startswith(ending, mark):
                     return mark + len(ending)
         return None
 

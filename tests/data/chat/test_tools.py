@@ -2,12 +2,17 @@
 
 import json
 from collections import Counter
+from functools import partial
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+from launcher.data.example import find_examples
 from launcher.data.read.formats import read_rows
 from launcher.data.read.rows import Conversation, Feed, RawRow, RowFault
+from launcher.data.splits import digest
 from launcher.recipe.data_section import DataSection
 from tests.support.chats import encode, encoder, supervised_runs
 from tests.support.tool_templates import MESSAGES, TOOL_STYLES, TOOLS, calling, result
@@ -20,12 +25,18 @@ def make_tools(build_tokenizer):
     return lambda name: build_tokenizer(TOOL_STYLES[name].tokens, TOOL_STYLES[name].template)
 
 
+SIZE: dict[str, Any] = {"max_length": 2048, "seed": 0}
+
+
+def feed_of(messages: list[Any], tools: Any = TOOLS, **columns: Any) -> Feed:
+    fields = {"messages": messages, "tools": tools, **columns}
+    return Feed("rows.jsonl", "rows.jsonl", "messages", "", lambda: iter([RawRow("rows.jsonl:1", fields)]))
+
+
 def row_of(messages: list[Any], tools: Any = TOOLS, **columns: Any) -> Conversation:
     """The row of these messages, as it is read."""
-    fields = {"messages": messages, "tools": tools, **columns}
-    feed = Feed("rows.jsonl", "rows.jsonl", "messages", "", lambda: iter([RawRow("rows.jsonl:1", fields)]))
     data = DataSection.model_validate({"sources": [{"path": "rows.jsonl"}]})
-    [row] = read_rows([feed], data=data, counts=Counter())
+    [row] = read_rows([feed_of(messages, tools, **columns)], data=data, counts=Counter())
     assert isinstance(row, Conversation)
     return row
 
@@ -170,6 +181,23 @@ def test_a_template_that_does_not_write_a_call_where_it_is_learned_is_refused(ma
     tokenizer.chat_template = TOOL_STYLES["llama 3.1"].template
 
 
+@pytest.mark.parametrize("end", ["{{ '<|eot|>' if loop.last else '<|/head|>' }}", "{{ ' the end' if loop.last }}"])
+def test_a_template_that_does_not_show_where_a_call_ends_is_refused(make_tools, end):
+    """Even where the call has no arguments, whose absence would show."""
+    tokenizer = make_tools("llama 3.1")
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ '<|head|>' + m.role }}{% for call in m.tool_calls or [] %}"
+        "{{ ' ' + call.function.name + ' <|head|> ' + (call.function.arguments | tojson) }}{% endfor %}"
+        "{{ (m.content or '') }}"
+        + end
+        + "{% endfor %}{% if add_generation_prompt %}{{ '<|head|>assistant' }}{% endif %}"
+    )
+    for arguments in ({}, {"a": 1}):
+        with pytest.raises(RowFault, match="message 2, a call of tools"):
+            encode(tokenizer, row_of([MESSAGES[0], call_of(arguments), MESSAGES[2]], None))
+    tokenizer.chat_template = TOOL_STYLES["llama 3.1"].template
+
+
 def test_marks_of_a_template_with_calls_are_the_mask(make_tools):
     tokenizer = make_tools("llama 3.1")
     tokenizer.chat_template = MARKS_MISS.replace("{%- for call", "{% generation %}{%- for call").replace(
@@ -233,3 +261,54 @@ def test_a_chat_of_twice_as_many_calls_is_rendered_with_twice_as_many_messages(m
         [document] = encode(tokenizer, row_of([MESSAGES[0], *loop, MESSAGES[3]]))
         assert len(supervised_runs(tokenizer, document)) == turns + 1
         assert sum(rendered) < 6 * 2 * turns + 6 * turns + 40  # prompts, marks; two short chats a call
+
+
+def test_an_example_of_a_run_asks_with_tools_and_expects_the_call(make_tools):
+    tokenizer, row = make_tools("qwen 2.5"), row_of(MESSAGES[:2])
+    [example] = find_examples([feed_of(MESSAGES[:2])], [digest(row, seed=0)], encoder=encoder(tokenizer), **SIZE)
+    assert example.expected == '{"name": "get_weather", "arguments": {"city": "Paris"}}'
+    assert "Tells the weather." in example.prompt and example.prompt.endswith("assistant\n")
+
+
+WORDS = st.sampled_from(
+    ["a", "get_weather", " é\n", "<tool_call>", "assistant", '{"name": "f"}', "</tool_response>", "é\n"]
+)
+CALLS = st.lists(st.dictionaries(WORDS, WORDS | st.integers() | st.none(), max_size=2), min_size=1, max_size=2)
+TURN = st.one_of(
+    st.fixed_dictionaries({"role": st.sampled_from(["user", "assistant", "tool"]), "content": WORDS}),
+    st.builds(
+        lambda calls, content: {
+            "role": "assistant",
+            "content": content,
+            "tool_calls": [{"function": {"name": f"f{n}", "arguments": call}} for n, call in enumerate(calls)],
+        },
+        CALLS,
+        st.none() | WORDS,
+    ),
+)
+
+
+@pytest.mark.parametrize("name", ["qwen 2.5", "llama 3.1", "gpt-oss"])
+@given(turns=st.lists(TURN, min_size=1, max_size=8), with_tools=st.booleans())
+@settings(max_examples=40)
+def test_of_any_chat_the_loss_sees_what_each_turn_adds_to_its_prompt(make_tools, name, turns, with_tools):
+    """Of templates that never rewrite what they have written; whatever the order of roles."""
+    tokenizer, messages = make_tools(name), [{"role": "user", "content": "begin"}, *turns]
+    row = row_of(messages, TOOLS if with_tools else None)
+    [(_, document)] = encoder(tokenizer).encode([row])
+    if isinstance(document, RowFault):
+        assert name == "llama 3.1" and any(m.calls and m.content.strip() for m in row.messages)
+        return
+    apply = partial(tokenizer.apply_chat_template, tools=TOOLS if with_tools else None, tokenize=False)
+    given_messages = [{"role": m.role, "content": m.content, **m.extra} for m in row.messages]
+    expected = []
+    for turn, message in enumerate(given_messages):
+        if message["role"] == "assistant":
+            prompt = apply(given_messages[:turn], add_generation_prompt=True)
+            whole = apply(given_messages[: turn + 1])
+            assert whole.startswith(prompt)
+            expected.append(whole.removeprefix(prompt).rstrip("\n"))
+    if name == "gpt-oss":  # an answer ends otherwise where the chat goes on
+        last = messages[-1]["role"] == "assistant"
+        expected = [e.replace("<|return|>", "<|end|>") for e in expected[: len(expected) - last]] + expected[-1:] * last
+    assert "".join(supervised_runs(tokenizer, document)) == "".join(expected)

@@ -1,0 +1,65 @@
+"""Chats with tools are asked as they are trained on."""
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoTokenizer
+
+from launcher.data.chat.encode import Encoder
+from launcher.data.read.rows import Conversation
+from launcher.export.generate import Answerer, prompt_of_row, read_prompts
+from launcher.recipe.data_section import DataSection
+from launcher.recipe.run_options import GenerateOptions
+from tests.support.reading import read, written
+from tests.support.tool_templates import MESSAGES, TOOL_STYLES, TOOLS
+
+TINY = Path(__file__).resolve().parents[2] / "recipes" / "tiny" / "base"
+
+
+class Silent:
+    """A model that keeps what it is asked and answers with an end token."""
+
+    device, asked = torch.device("cpu"), torch.empty(0)
+
+    def generate(self, *, input_ids: torch.Tensor, **_: Any) -> torch.Tensor:
+        self.asked = input_ids
+        return torch.cat([input_ids, torch.zeros(1, 1, dtype=torch.long)], dim=1)
+
+
+def run_with(name: str) -> Any:
+    tokenizer = AutoTokenizer.from_pretrained(TINY)
+    tokenizer.add_special_tokens(TOOL_STYLES[name].tokens)
+    tokenizer.chat_template = TOOL_STYLES[name].template
+    data = DataSection.model_validate({"sources": [{"path": "rows.jsonl"}]})
+    place = SimpleNamespace(recipe=SimpleNamespace(data=data))
+    config = SimpleNamespace(max_position_embeddings=4096)
+    return SimpleNamespace(tokenizer=tokenizer, stop_ids=[0], config=config, place=place)
+
+
+@pytest.mark.parametrize("name", TOOL_STYLES)
+@pytest.mark.parametrize("end", [1, 3, 8])
+def test_the_model_is_asked_for_a_turn_as_it_was_trained_on_it(tmp_path: Path, name: str, end: int) -> None:
+    run, model = run_with(name), Silent()
+    file = written(tmp_path / "rows.jsonl", [{"messages": MESSAGES[: end + 1], "tools": TOOLS}])
+    [row], _ = read(file)
+    assert isinstance(row, Conversation)
+    prompt = prompt_of_row(row)
+    Answerer(
+        run,
+        model,
+        GenerateOptions(run="."),
+    ).answered(prompt)  # type: ignore[arg-type]
+    encoder = Encoder(run.tokenizer, data=run.place.recipe.data)
+    assert model.asked[0].tolist() == encoder.prompt(row.messages[:-1], row.tools)[1]
+    expected = '{"name": "get_weather", "arguments": {"city": "Paris"}}' if end == 1 else MESSAGES[end]["content"]
+    assert prompt.expected == expected
+
+
+def test_a_bare_prompt_keeps_its_tools(tmp_path: Path) -> None:
+    file = written(tmp_path / "prompts.jsonl", [{"prompt": "Rome?", "tools": json.dumps(TOOLS)}])
+    [prompt], _ = read_prompts(file, run_with("qwen 2.5"))
+    assert prompt.tools == tuple(TOOLS) and prompt.content == [{"role": "user", "content": "Rome?"}]
