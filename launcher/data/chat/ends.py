@@ -47,7 +47,8 @@ class Ends:
         stops = sorted({*self._known, last} - {""}, key=len, reverse=True)
         self._follows = re.compile(r"\s*(" + ("|".join(map(re.escape, stops)) or "(?!)") + ")")
         self._control = control
-        self._endings = tuple(stops if stop_ids else dict.fromkeys([*stops, *map(str, added.values())]))
+        self._endings = frozenset(stops if stop_ids else [*stops, *map(str, added.values())])
+        self._lengths = sorted({len(token) for token in self._endings}, reverse=True)
 
     def close(self, text: str, spans: Sequence[Span], *, turns: int, answer_last: bool) -> ClosedTurns:
         """`turns`: how many the spans are of; a template's own marks may give a turn several. `answer_last`: the last
@@ -87,9 +88,7 @@ class Ends:
 
     def _ending_of(self, text: str) -> str:
         body = text.rstrip()
-        if not body.endswith(self._endings):
-            return ""
-        return max((token for token in self._endings if body.endswith(token)), key=len)
+        return next((body[-length:] for length in self._lengths if body[-length:] in self._endings), "")
 
 
 def check_ends(counts: Mapping[str, int], tokenizer: PreTrainedTokenizerBase, *, template: str) -> None:
