@@ -23,10 +23,10 @@ from launcher.model.families import Family
 from launcher.model.untrainable import untrainable
 
 BODY = ("embed_tokens", "layers", "norm", "rotary_emb")
-SIZES = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "num_hidden_layers")
+NEEDED_SIZES = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "num_hidden_layers")
 # Attention that only looks at how it is called. As every name with sdpa, transformers refuses it where soft caps are.
 PROBE = "packed_probe_sdpa"
-POSITIONS = 4  # of the probe
+PROBE_POSITIONS = 4
 
 
 def family_of_shape(model: Any, family: Family) -> Family:
@@ -97,7 +97,7 @@ def _check_modules(model: Any, model_type: str) -> None:
         raise _other_shape(model_type, f"no {', '.join(missing)}")
     if model.lm_head.bias is not None:
         raise _other_shape(model_type, "a bias in lm_head")
-    if lacking := [name for name in SIZES if not isinstance(getattr(model.config, name, None), int)]:
+    if lacking := [name for name in NEEDED_SIZES if not isinstance(getattr(model.config, name, None), int)]:
         raise _other_shape(model_type, f"no {', '.join(lacking)} in its config")
     for name, module in body.layers.named_modules(prefix="model.layers"):
         if isinstance(module, nn.Conv1d | nn.Conv2d):
@@ -136,12 +136,16 @@ def _check_calls(model: Any, model_type: str) -> None:
     try:
         model.set_attn_implementation(PROBE)
         with torch.device("meta"), torch.no_grad():
-            hidden = torch.empty(1, POSITIONS, config.hidden_size, dtype=body.embed_tokens.weight.dtype)
-            tables = body.rotary_emb(hidden, torch.arange(POSITIONS)[None])
-            starts = torch.tensor([0, POSITIONS], dtype=torch.int32)
+            hidden = torch.empty(1, PROBE_POSITIONS, config.hidden_size, dtype=body.embed_tokens.weight.dtype)
+            tables = body.rotary_emb(hidden, torch.arange(PROBE_POSITIONS)[None])
+            starts = torch.tensor([0, PROBE_POSITIONS], dtype=torch.int32)
             for number, layer in enumerate(body.layers):
                 out = layer(
-                    hidden, position_embeddings=tables, attention_mask=None, cu_seqlens=starts, max_seqlen=POSITIONS
+                    hidden,
+                    position_embeddings=tables,
+                    attention_mask=None,
+                    cu_seqlens=starts,
+                    max_seqlen=PROBE_POSITIONS,
                 )
                 if not isinstance(out, Tensor) or out.shape != hidden.shape:
                     raise TypeError(f"it returns {type(out).__name__}, not hidden states")

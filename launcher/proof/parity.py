@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from launcher.data.loader import StepBatch
 from launcher.errors import NonFiniteError
 from launcher.proof.gate import Comparison, Measured, gate_of
-from launcher.proof.stock import PaddedBatch, accumulate, collate, stock_model
+from launcher.proof.stock import B_STD, PaddedBatch, accumulate, collate, stock_model
 from launcher.records.parity import ParityRecord
 from launcher.runtime.clock import Clock
 from launcher.train.describe import start_record
@@ -34,7 +34,6 @@ from launcher.train.request import Request
 from launcher.train.setup import Worker
 from launcher.train.verdicts import steps_verdict
 
-B_STD = 0.02  # of the drawn LoRA B: as large as a base weight; the update is then a few percent of the base's output
 MAX_POSITIONS = 4096  # of a stock model's forward pass, which makes fp32 logits of all of them
 MAX_HALVINGS = 20  # of the fp16 loss scale: from 65,536 to below 1
 

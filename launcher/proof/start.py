@@ -26,13 +26,12 @@ from launcher.model.build import BuiltModel
 from launcher.model.packed import nothing_around
 from launcher.proof.first_difference import first_difference
 from launcher.proof.gate import adapter_of, gate_of
-from launcher.proof.stock import Piece, packed_arguments, stock_code, summed_loss
+from launcher.proof.stock import B_STD, Piece, packed_arguments, stock_code, summed_loss
 from launcher.records.run import Verdict
 
 CLAIM = "start equals stock code"
 POSITIONS = 512  # compared on each rank
 LEAST = 8  # tokens of a document
-B_STD = 0.02  # of the drawn LoRA B, as in mode=parity
 LOSS_SCALE = 1024.0  # in fp16, whose small gradients would be lost
 GRADIENT_ERROR = {torch.float32: 1e-3}  # of all adapters together, relative
 GRADIENT_ERROR_HALF = 0.1  # stock code's own error against fp32 is 0.034 for Llama 1B in bf16 (docs/parity.md)

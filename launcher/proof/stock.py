@@ -31,6 +31,7 @@ from launcher.model.build import build_base
 from launcher.model.lora import stock_lora
 from launcher.recipe.schema import Recipe
 
+B_STD = 0.02  # of the drawn LoRA B: as large as a base weight; the update is then a few percent of the base's output
 Piece = Tensor  # token ids of a document or of its beginning, int64 [L]
 IdsAndLabels = tuple[Tensor, Tensor]  # int64; labels are shifted already, IGNORE where there is no loss
 
