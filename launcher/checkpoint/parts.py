@@ -22,6 +22,11 @@ def begin_part(folder: RunFolder, saved: Sequence[RunPart], *, step: int, lost_s
     if parts:
         parts[-1] = replace(parts[-1], lost_s=parts[-1].lost_s + lost_s)
     parts.append(RunPart(platform.node(), first_step=step + 1, last_step=step))
+    write_parts(folder, parts)
+
+
+def write_parts(folder: RunFolder, parts: Sequence[RunPart]) -> None:
+    """Write parts.json anew: at a start, and where the run has come to its end."""
     write_text(folder.parts, json.dumps([asdict(part) for part in parts], indent=1) + "\n")
 
 

@@ -17,6 +17,7 @@ from launcher.report.render import print_record
 
 LOSSES_KEPT = 200  # steps of a comparison's record
 OWN = ("run.output_dir", "recipe", "run_dir", "notes")  # each run has its own
+SHOWN_BELOW = ("optimizer", "steps")  # of the start, that keys or figures show
 
 
 def compare_runs(options: CompareOptions, invocation: Invocation) -> None:
@@ -36,7 +37,7 @@ def comparison(runs: Sequence[RunRecord]) -> ComparisonRecord:
     """What differs between the runs, and what each has reached at what cost."""
     recipes = [recipe_keys(run.recipe) for run in runs]
     claims = [{verdict.claim: verdict.holds for verdict in run.verdicts} for run in runs]
-    start = _differences([asdict(run.start) for run in runs])
+    start = _differences([_found(run) for run in runs])
     return ComparisonRecord(
         runs=tuple(run.start.run_dir for run in runs),
         recipe=_differences(recipes),
@@ -49,6 +50,13 @@ def comparison(runs: Sequence[RunRecord]) -> ComparisonRecord:
         keys=len(_side_by_side(recipes)),
         notes=tuple(_notes(runs, start)),
     )
+
+
+def _found(run: RunRecord) -> dict[str, Any]:
+    """What a run found or chose at its start."""
+    epochs = run.start.epochs
+    found = asdict(run.start) | {"epochs": epochs if epochs is None else round(epochs, 2)}
+    return {name: value for name, value in found.items() if name not in SHOWN_BELOW}
 
 
 def _notes(runs: Sequence[RunRecord], start: Mapping[str, Any]) -> list[str]:
@@ -71,6 +79,7 @@ def _figures(run: RunRecord) -> dict[str, float | None]:
         "first eval loss": evals[0] if evals else None,
         "best eval loss": min(evals) if evals else None,
         "last eval loss": evals[-1] if evals else None,
+        "eval loss of the adapter": run.eval_adapter,
         "steps": run.steps[-1].step if run.steps else None,
         "tokens": sum(s.tokens for s in run.steps),
         "tokens/s": sum(rank.tokens_per_s for rank in run.ranks),

@@ -1,6 +1,7 @@
 """Answers of a trained model by stock `generate`, with a cache and the chat template saved with the adapter."""
 
 import json
+import re
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -17,7 +18,7 @@ from transformers import GenerationConfig, TextStreamer
 from launcher.checkpoint.files import append_text
 from launcher.data.chat.tool_calls import call_form, has_calls, in_call_form
 from launcher.data.read.formats import read_rows
-from launcher.data.read.rows import Conversation, Feed, RawRow, Row, RowFault, TokenIds
+from launcher.data.read.rows import SKIP, Conversation, Feed, RawRow, Row, RowFault, TokenIds
 from launcher.data.read.sources import open_source
 from launcher.errors import DataError, RecipeError
 from launcher.export.load_run import OpenedRun, generation_settings
@@ -160,7 +161,10 @@ def read_prompts(file: Path, run: OpenedRun) -> tuple[list[Prompt], str]:
     counts = Counter[str]()
     bare, feeds = set[str](), open_source(data.sources[0], data=data).feeds
     feeds = [replace(feed, raw_rows=partial(_bare_as_chats, feed, bare)) for feed in feeds]
-    rows = list(read_rows(feeds, data=data, counts=counts))
+    try:
+        rows = list(read_rows(feeds, data=data, counts=counts))
+    except RowFault as fault:
+        raise _of_prompts(fault, bare) from None
     dropped = {key: count for key, count in counts.items() if key.startswith("rows_dropped") and count}
     if not rows:
         raise DataError(f"{file}: prompts must hold a row to answer; it has {counts_in_words(counts) or 'none'}.")
@@ -171,6 +175,14 @@ def read_prompts(file: Path, run: OpenedRun) -> tuple[list[Prompt], str]:
         for row in rows
     ]
     return prompts, counts_in_words(dropped)
+
+
+def _of_prompts(fault: RowFault, bare: set[str]) -> DataError:
+    """A row's fault in the words of its file: of a row with a prompt alone, which is read as messages, `prompt`. The
+    recipe's keys are no remedy here."""
+    text = str(fault).replace(SKIP, "Correct the row, or take it out of the file.")
+    is_bare = any(text.startswith(f"{where}: ") for where in bare)
+    return DataError(re.sub(r"\bmessages\b", "prompt", text) if is_bare else text)
 
 
 def _bare_as_chats(feed: Feed, bare: set[str]) -> Iterator[RawRow | RowFault]:

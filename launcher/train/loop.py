@@ -6,6 +6,7 @@ from collections.abc import Generator, Iterator
 from contextlib import closing
 from dataclasses import replace
 
+from launcher.checkpoint.parts import write_parts
 from launcher.data.read.rows import ReadingProgress
 from launcher.errors import CheckpointError, ContractError, LauncherError
 from launcher.records.run import Event, Phase, RunOpened
@@ -80,6 +81,8 @@ def _run(request: Request, history: RunHistory) -> Iterator[Event]:
     record = replace(record, parts=checkpoints.parts_until(worker.state.step))
     worker.accelerator.end_training()
     yield record
+    if worker.rank_info.is_main:
+        write_parts(worker.folder, record.parts)
     if not saved.holds:
         raise CheckpointError(saved.evidence)
     broken = [v for v in record.verdicts if not v.holds]

@@ -40,6 +40,13 @@ def test_only_what_differs_is_shown_a_column_for_each_run() -> None:
     assert "no key differs" in shown(comparison([run_of(), run_of(folder="/b")]))
 
 
+def test_what_keys_and_figures_show_stands_once_and_epochs_are_rounded() -> None:
+    starts = [start_record(optimizer=f"adamw, lr {n}", steps=n, epochs=n / 3) for n in (1, 2)]
+    record = comparison([replace(run_of(), start=start, eval_adapter=1.25) for start in starts])
+    assert record.start == {"epochs": (0.33, 0.67)}
+    assert record.figures["steps"] == (8, 8) and record.figures["eval loss of the adapter"] == (1.25, 1.25)
+
+
 def test_losses_stand_side_by_side_where_both_runs_have_the_step() -> None:
     other = run_of(every=2, folder="/b", evals=(EvalRecord(0, 3.0), EvalRecord(4, 2.0)))
     record = comparison([run_of(), other])

@@ -141,6 +141,7 @@ def test_a_bare_prompt_is_asked_as_the_command_line_asks_it(generate: Main, tmp_
         ('{"prompt": "a", "text": "no chat"}\n', 3, "a prompt is a chat"),
         ('{"prompt": 3}\n', 3, "asked.jsonl:1"),
         ('{"prompt": [3]}\n', 3, "a message is a"),
+        ('{"prompt": [{"role": 3}]}\n', 3, "Correct the row, or take it out of the file."),
         ("", 3, "must hold a row"),
         (json.dumps({"messages": [{"role": "user", "content": "word " * 600}]}), 2, "leave room for an answer"),
     ],
@@ -152,6 +153,8 @@ def test_prompts_that_cannot_be_answered_are_refused(
         (tmp_path / "asked.jsonl").write_text(content)
     done = generate("prompts=asked.jsonl")
     assert done.code == code and says in done.err, done.err
+    if "Correct the row" in says:
+        assert "data.bad_rows" not in done.err and '"messages"' not in done.err
     assert not (tmp_path / "asked.answers.jsonl").exists()
 
 

@@ -122,7 +122,7 @@ def test_fault_33_other_data_or_another_recipe_is_refused_naming_every_key_and_n
         ({"train": {"optimizer": "adamw_8bit"}}, ["train.optimizer: 'adamw' in the state, 'adamw_8bit' here"]),
         (
             {"train": {"schedule_options": {"num_cycles": 1}}},
-            ["train.schedule_options: missing in the state, {'num_cyc"],
+            ["train.schedule_options: missing in the state, {'num"],
         ),
         ({"lora": {"r": 8, "dropout": 0.1}}, ["lora.r: 4 in the state, 8 here", "lora.dropout: 0.0 in the state, 0.1"]),
         ({"data": {"max_length": 32}}, ["data.max_length: 64 in the state, 32 here"]),

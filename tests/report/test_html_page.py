@@ -145,4 +145,6 @@ def test_a_page_of_any_items_is_drawn_and_the_console_shows_headline_figures() -
     from launcher.report.pages.web import web_page
 
     text = shown(web_page(run_record(recipe={"train": {"save_every": 0}, "model": {}})))
-    assert "peak memory" in text and section(text, "Set-up")
+    assert "peak memory" in text and section(text, "Set-up") and "of the adapter" not in text
+    best = shown(web_page(run_record(recipe={"train": {"save_every": 0}, "model": {}}, eval_adapter=1.25)))
+    assert "eval loss of the adapter" in best and "1.2500" in best and "1.4711" in best

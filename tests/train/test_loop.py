@@ -1,5 +1,6 @@
 """Whole runs at test size: their events, the claims they make, and the ends they can come to."""
 
+import json
 import shutil
 
 import pytest
@@ -64,6 +65,7 @@ def test_a_run_yields_its_folder_start_steps_evals_and_record_in_order(finished)
     assert [record.step for record in records if isinstance(record, StepRecord)] == [1, 2, 3, 4, 5, 6]
     # The rest is sinks'.
     assert {path.name for path in folder.iterdir()} == {"adapter", "checkpoints", "metrics.jsonl", "parts.json"}
+    assert [part["last_step"] for part in json.loads((folder / "parts.json").read_text())] == [6]
     phases = [event if isinstance(event, str) else event.name for event in events if isinstance(event, str | Phase)]
     assert phases == [
         "reading data", "starting processes", "loading model", "compiling", "saving adapter", "generating the sample",

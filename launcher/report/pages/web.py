@@ -53,6 +53,8 @@ def _figures(run: RunRecord) -> list[tuple[str, Value, str]]:
         for name, values in (("eval loss", evals), ("training loss", losses))
         if values
     ]
+    if evals and run.eval_adapter is not None and run.eval_adapter != evals[-1]:
+        rows.insert(0, ("eval loss of the adapter", formatting.loss(run.eval_adapter), "the best step's"))
     good = held == len(run.verdicts)
     median = f"{max(rank.step_ms_median for rank in ranks):,.1f} ms a step, the median"
     return [
