@@ -23,7 +23,7 @@ def digest(row: Row, *, seed: int) -> bytes:
         content = " ".join(map(str, row.input_ids.tolist()))
     elif isinstance(row, Conversation):
         content = f"[{', '.join([f'[{_quoted(m.role)}, {_quoted(_normal(m.content))}]' for m in row.messages])}]"
-        if row.tools or any(message.extra for message in row.messages):
+        if row.has_extra:
             content += json.dumps([row.tools, *map(_learned, row.messages)], sort_keys=True)
     else:
         content = _quoted(_normal(row.text))

@@ -3,7 +3,12 @@
 The chat: a question, a call, its result, an answer; a second question, two calls at once, their results, an answer.
 """
 
+from collections import Counter
 from typing import Any, NamedTuple
+
+from launcher.data.read.formats import read_rows
+from launcher.data.read.rows import Conversation, Feed, RawRow
+from launcher.recipe.data_section import DataSection
 
 TOOLS = [
     {
@@ -42,6 +47,19 @@ MESSAGES: list[dict[str, Any]] = [
     result("Oslo", 9),
     {"role": "assistant", "content": "Rome has 30, Oslo 9."},
 ]
+
+
+def feed_of(messages: list[Any], tools: Any = TOOLS, **columns: Any) -> Feed:
+    fields = {"messages": messages, "tools": tools, **columns}
+    return Feed("rows.jsonl", "rows.jsonl", "messages", "", lambda: iter([RawRow("rows.jsonl:1", fields)]))
+
+
+def row_of(messages: list[Any], tools: Any = TOOLS, **columns: Any) -> Conversation:
+    """The row of these messages, as it is read."""
+    data = DataSection.model_validate({"sources": [{"path": "rows.jsonl"}]})
+    [row] = read_rows([feed_of(messages, tools, **columns)], data=data, counts=Counter())
+    assert isinstance(row, Conversation)
+    return row
 
 
 class ToolStyle(NamedTuple):

@@ -89,20 +89,21 @@ class ChatRenderer:
         apply = partial(self._apply, tools=tools)
         with self._faults(row):
             text = apply(messages)
-            remarks: tuple[str, ...] = (CUT,) if is_cut(messages, text) or self._lacks(tools, text) else ()
+            remarks: tuple[str, ...] = (CUT,) if is_cut(messages, text) or (tools and self._lacks(tools, text)) else ()
             answer_last = messages[-1]["role"] == "assistant" and not row.messages[-1].is_blank
             if loss_on == "all":
                 text = self._ends.close_chat(text) if answer_last else text
                 return Rendered(text, None, stand_ins, remarks=remarks)
-            self._check_calls(row, lost_call(messages, turns, text))
+            if has_calls(messages):
+                self._check_calls(row, lost_call(messages, turns, text))
             find = self._marked_spans if self._marked_template else _spans_of_turns
             spans = find(messages, turns, text, self._turns.with_apply(apply) if tools else self._turns)
         answer_last = answer_last and turns[-1:] == [len(messages) - 1]
         text, spans, ends = self._ends.close(text, spans, turns=len(turns), answer_last=answer_last)
         written = [text[slice(*span)] for span in spans]
-        if self._marked_template:  # a turn may have several spans
+        if self._marked_template and has_calls(messages):  # a turn may have several spans
             self._check_calls(row, lost_call(messages, turns, "".join(written)))
-        else:
+        elif has_calls(messages):
             for turn, part in zip(turns, written, strict=True):
                 self._check_calls(row, lost_call(messages, [turn], part))
         remarks += (ENDLESS,) * (UNCLOSED in ends)
@@ -129,7 +130,7 @@ class ChatRenderer:
 
     def _lacks(self, tools: Tools, text: str) -> bool:
         """Whether a tool is not written. Calls have its name as well, so a sample is tried too."""
-        return bool(tools) and not (self._writes_tools and has_tools(tools, text))
+        return not (self._writes_tools and has_tools(tools, text))
 
     @cached_property
     def _writes_tools(self) -> bool:

@@ -52,6 +52,10 @@ class SpelledOut:
         Templates read thoughts under several names: each has them.
         """
         messages: Messages = [{"role": m.role, "content": m.content, **m.extra} for m in row.messages]
+        if not row.has_extra:
+            texts = "\n".join([message.content for message in row.messages])
+            if not self.control.search(texts) and not PRIVATE.search(texts):
+                return messages, [], {}
         for message in messages:
             if "reasoning_content" in message:
                 message.update(dict.fromkeys(REASONING, message["reasoning_content"]))

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from itertools import product
 from json import dumps
+from operator import methodcaller
 from typing import Any, NamedTuple
 
 from launcher.data.chat.left_out import QUESTION, lost_call
@@ -35,7 +36,7 @@ def call_form(apply: Callable[[Messages], str]) -> CallForm:
 
 
 def has_calls(messages: Messages) -> bool:
-    return any(message.get("tool_calls") for message in messages)
+    return any(map(methodcaller("get", "tool_calls"), messages))
 
 
 def in_call_form(messages: Messages, form: CallForm) -> Messages:

@@ -28,8 +28,8 @@ for ever fewer turns (the 1st, 2nd, 3rd, 5th, 9th, ... and the last), which show
 before. In between, a turn begins behind the only `lead` there: what the template writes between the sample's question
 and its answer.
 
-Where a template moves what came before once the chat goes on (tools to the last question), the prompt is no beginning
-of `text`. Then a turn begins where the message before ends, behind what the prompt has there.
+Where a template moves tools to the last question, the prompt is no beginning of `text`. So with tools a turn then
+begins where the message before ends, behind what the prompt has there.
 
 A chat's first message has no prompt, since templates take no empty chat. If it is the assistant's, it begins behind the
 only `header` there: the lead without the question's ending.
@@ -52,13 +52,13 @@ Apply = Callable[..., str]  # (messages, prompt=False) -> text
 
 SYSTEM = {"role": "system", "content": "be brief"}
 SAMPLE = ("3141", "5926", "5358")  # user, assistant, user; digits, since templates may change letters
+BLANK_OR_THOUGHTS = re.compile(r"(\A|[>\]])\s*\Z")
 THOUGHTS_ALONE = re.compile(r"[>\]]\s*\Z")  # what a content that is nothing else ends like; others do too
 
 
 def may_be_unwritten(message: dict[str, Any]) -> bool:
     """Whether a message may be thoughts alone, which templates leave out."""
-    content, calls = message["content"], message.get("tool_calls")
-    return not calls and (not content.strip() or bool(THOUGHTS_ALONE.search(content)))
+    return not message.get("tool_calls") and bool(BLANK_OR_THOUGHTS.search(message["content"]))
 
 
 class UnshownTurn(Exception):
@@ -90,12 +90,13 @@ class Turns:
 
     def __init__(self, apply: Apply, *, control: re.Pattern[str], end_tokens: tuple[str, ...]) -> None:
         self.apply, self._control, self._end_tokens = apply, control, end_tokens
+        self._may_move = False
 
     def with_apply(self, apply: Apply) -> "Turns":
         """The same, for chats that are rendered with tools: the sample, rendered without, is shared."""
         _ = self._format
         twin = copy(self)
-        twin.apply = apply
+        twin.apply, twin._may_move = apply, True
         return twin
 
     def spans(self, messages: Messages, turns: Sequence[int], text: str) -> list[Span]:
@@ -110,8 +111,7 @@ class Turns:
             content_end = content_ends.get(turn, len(text))
             leads = sum(message["role"] == "assistant" for message in messages[last_turn + 1 : turn + 1])
             start = self._behind_lead(text, (last_end, content_end), leads)
-            thoughts = messages[turn].get("reasoning_content", "").strip()
-            if start is not None and thoughts and thoughts in text[last_end:start]:
+            if start is not None and messages[turn].get("reasoning_content", END).strip() in text[last_end:start]:
                 start = None  # a lead within the turn: some write thoughts as a message of their own
             if number & (number - 1) == 0 or turn == turns[-1] or start is None:
                 start = self.begin(messages, turn, text)
@@ -138,7 +138,11 @@ class Turns:
         prompt = self.apply(messages[:turn], prompt=True)
         if not text.startswith(prompt):
             prompt = prompt.removesuffix(self._format.opening)
-        return len(prompt) if text.startswith(prompt) else self._behind_message(messages, turn, text)
+        if text.startswith(prompt):
+            return len(prompt)
+        if not self._may_move:
+            raise UnshownTurn(turn)
+        return self._behind_message(messages, turn, text)
 
     def _begin_of_chat(self, messages: Messages, text: str) -> int:
         """Where the model begins to write the chat's first message: behind the header, whatever the content."""

@@ -124,7 +124,7 @@ def _parse_sharegpt(fields: Fields, where: str) -> Conversation | None:
 
 
 def _chat(fields: Fields, where: str, messages: tuple[Message, ...]) -> Conversation | None:
-    tools = tools_of(fields.get("tools"), where)
+    tools = tools_of(fields["tools"], where) if "tools" in fields else ()
     return Conversation(_system(fields, where, messages) + messages, where, tools=tools) if messages else None
 
 

@@ -45,7 +45,9 @@ def _message(item: Any, where: str, keys: MessageKeys) -> Message:
         rule = f"a role is one of {', '.join(keys.roles)}."
         raise RowFault("unknown_role", where=where, rule=rule, found=shown_under(keys.role, item))
     role, text = keys.roles[given], item.get(keys.text)
-    extra = _extra(item, role, where) if item.keys() - {keys.role, keys.text} else {}
+    if isinstance(text, str) and given != "function_call" and len(item) == 2:  # nothing else: most messages
+        return Message(role, text)
+    extra = _extra(item, role, where)
     if given == "function_call":
         rule = f'the "{keys.text}" of function_call is a call as JSON, {{"name", "arguments"}}, or a list of them.'
         calls, text = calls_of(text, where, rule=rule), ""

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from functools import partial
+from operator import attrgetter
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from launcher.credentials import shortened
@@ -68,8 +69,13 @@ class Conversation:
 
     @property
     def characters(self) -> int:
-        written = [json.dumps(extra) for extra in (*(m.extra for m in self.messages), *self.tools) if extra]
-        return sum(len(message.content) for message in self.messages) + sum(map(len, written))
+        extra = json.dumps([self.tools, [m.extra for m in self.messages]]) if self.has_extra else ""
+        return sum(len(message.content) for message in self.messages) + len(extra)
+
+    @property
+    def has_extra(self) -> bool:
+        """Whether the chat template gets more than roles and contents."""
+        return bool(self.tools) or any(map(attrgetter("extra"), self.messages))
 
 
 @dataclass(frozen=True)

@@ -1,21 +1,15 @@
 """What the loss sees of chats with tools, thoughts and flags, by statements written by hand."""
 
 import json
-from collections import Counter
-from functools import partial
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from launcher.data.example import find_examples
-from launcher.data.read.formats import read_rows
-from launcher.data.read.rows import Conversation, Feed, RawRow, RowFault
+from launcher.data.read.rows import RowFault
 from launcher.data.splits import digest
-from launcher.recipe.data_section import DataSection
 from tests.support.chats import encode, encoder, supervised_runs
-from tests.support.tool_templates import MESSAGES, TOOL_STYLES, TOOLS, calling, result
+from tests.support.tool_templates import MESSAGES, TOOL_STYLES, calling, feed_of, result, row_of
 
 CUT = "rows_cut_by_template"
 
@@ -26,19 +20,6 @@ def make_tools(build_tokenizer):
 
 
 SIZE: dict[str, Any] = {"max_length": 2048, "seed": 0}
-
-
-def feed_of(messages: list[Any], tools: Any = TOOLS, **columns: Any) -> Feed:
-    fields = {"messages": messages, "tools": tools, **columns}
-    return Feed("rows.jsonl", "rows.jsonl", "messages", "", lambda: iter([RawRow("rows.jsonl:1", fields)]))
-
-
-def row_of(messages: list[Any], tools: Any = TOOLS, **columns: Any) -> Conversation:
-    """The row of these messages, as it is read."""
-    data = DataSection.model_validate({"sources": [{"path": "rows.jsonl"}]})
-    [row] = read_rows([feed_of(messages, tools, **columns)], data=data, counts=Counter())
-    assert isinstance(row, Conversation)
-    return row
 
 
 @pytest.mark.parametrize("name", TOOL_STYLES)
@@ -268,47 +249,3 @@ def test_an_example_of_a_run_asks_with_tools_and_expects_the_call(make_tools):
     [example] = find_examples([feed_of(MESSAGES[:2])], [digest(row, seed=0)], encoder=encoder(tokenizer), **SIZE)
     assert example.expected == '{"name": "get_weather", "arguments": {"city": "Paris"}}'
     assert "Tells the weather." in example.prompt and example.prompt.endswith("assistant\n")
-
-
-WORDS = st.sampled_from(
-    ["a", "get_weather", " é\n", "<tool_call>", "assistant", '{"name": "f"}', "</tool_response>", "é\n"]
-)
-CALLS = st.lists(st.dictionaries(WORDS, WORDS | st.integers() | st.none(), max_size=2), min_size=1, max_size=2)
-TURN = st.one_of(
-    st.fixed_dictionaries({"role": st.sampled_from(["user", "assistant", "tool"]), "content": WORDS}),
-    st.builds(
-        lambda calls, content: {
-            "role": "assistant",
-            "content": content,
-            "tool_calls": [{"function": {"name": f"f{n}", "arguments": call}} for n, call in enumerate(calls)],
-        },
-        CALLS,
-        st.none() | WORDS,
-    ),
-)
-
-
-@pytest.mark.parametrize("name", ["qwen 2.5", "llama 3.1", "gpt-oss"])
-@given(turns=st.lists(TURN, min_size=1, max_size=8), with_tools=st.booleans())
-@settings(max_examples=40)
-def test_of_any_chat_the_loss_sees_what_each_turn_adds_to_its_prompt(make_tools, name, turns, with_tools):
-    """Of templates that never rewrite what they have written; whatever the order of roles."""
-    tokenizer, messages = make_tools(name), [{"role": "user", "content": "begin"}, *turns]
-    row = row_of(messages, TOOLS if with_tools else None)
-    [(_, document)] = encoder(tokenizer).encode([row])
-    if isinstance(document, RowFault):
-        assert name == "llama 3.1" and any(m.calls and m.content.strip() for m in row.messages)
-        return
-    apply = partial(tokenizer.apply_chat_template, tools=TOOLS if with_tools else None, tokenize=False)
-    given_messages = [{"role": m.role, "content": m.content, **m.extra} for m in row.messages]
-    expected = []
-    for turn, message in enumerate(given_messages):
-        if message["role"] == "assistant":
-            prompt = apply(given_messages[:turn], add_generation_prompt=True)
-            whole = apply(given_messages[: turn + 1])
-            assert whole.startswith(prompt)
-            expected.append(whole.removeprefix(prompt).rstrip("\n"))
-    if name == "gpt-oss":  # an answer ends otherwise where the chat goes on
-        last = messages[-1]["role"] == "assistant"
-        expected = [e.replace("<|return|>", "<|end|>") for e in expected[: len(expected) - last]] + expected[-1:] * last
-    assert "".join(supervised_runs(tokenizer, document)) == "".join(expected)
