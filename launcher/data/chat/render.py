@@ -94,16 +94,17 @@ class ChatRenderer:
             if loss_on == "all":
                 text = self._ends.close_chat(text) if answer_last else text
                 return Rendered(text, None, stand_ins, remarks=remarks)
-            if has_calls(messages):
+            calls = has_calls(messages)
+            if calls:
                 self._check_calls(row, lost_call(messages, turns, text))
             find = self._marked_spans if self._marked_template else _spans_of_turns
             spans = find(messages, turns, text, self._turns.with_apply(apply) if tools else self._turns)
         answer_last = answer_last and turns[-1:] == [len(messages) - 1]
         text, spans, ends = self._ends.close(text, spans, turns=len(turns), answer_last=answer_last)
         written = [text[slice(*span)] for span in spans]
-        if self._marked_template and has_calls(messages):  # a turn may have several spans
+        if self._marked_template and calls:  # a turn may have several spans
             self._check_calls(row, lost_call(messages, turns, "".join(written)))
-        elif has_calls(messages):
+        elif calls:
             for turn, part in zip(turns, written, strict=True):
                 self._check_calls(row, lost_call(messages, [turn], part))
         remarks += (ENDLESS,) * (UNCLOSED in ends)

@@ -70,7 +70,7 @@ class Conversation:
     @property
     def characters(self) -> int:
         extra = json.dumps([self.tools, [m.extra for m in self.messages]]) if self.has_extra else ""
-        return sum(len(message.content) for message in self.messages) + len(extra)
+        return sum(map(len, map(attrgetter("content"), self.messages))) + len(extra)
 
     @property
     def has_extra(self) -> bool:

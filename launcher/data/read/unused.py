@@ -123,11 +123,16 @@ def _unused(fields: Mapping[str, Any], used: UsedKeys, sees_all: bool) -> Iterat
             yield "", key, value, None
     for column, messages in lists.items():
         for message in messages:
-            if isinstance(message, dict):
+            if isinstance(message, dict) and not _is_plain(message, used.of_message):
                 role = message.get("role") or message.get("from")
                 for path, key, value in _unused_of_message(message, column, used.of_message):
                     if path != column or not honoured(key, value, role) or (key in FLAGS and sees_all):
                         yield path, key, value, role
+
+
+def _is_plain(message: Mapping[str, Any], used: Set[str]) -> bool:
+    """Whether a message has nothing that would have to be looked at: most have not."""
+    return message.keys() <= used and list not in map(type, message.values())
 
 
 def _unused_of_message(message: Mapping[str, Any], column: str, used: Set[str]) -> Iterator[tuple[str, str, Any]]:
