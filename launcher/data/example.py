@@ -15,7 +15,7 @@ EXAMPLES = 8  # as many as run.eval_samples may ask for
 
 @dataclass(frozen=True)
 class Example:
-    """A validation conversation up to its last assistant turn, rendered with generation prompt, and its answer."""
+    """A validation chat up to the last turn that is learned, rendered with generation prompt, and its answer."""
 
     prompt_ids: list[int]
     prompt: str
@@ -44,7 +44,8 @@ def find_examples(
 
 
 def _example_of(row: Conversation, encoder: Encoder) -> Example | None:
-    turn = max((index for index, message in enumerate(row.messages) if message.role == "assistant"), default=0)
+    learned = [i for i, m in enumerate(row.messages) if m.role == "assistant" and m.train is not False]
+    turn = max(learned, default=0)
     if not turn or not row.messages[turn].said.strip():
         return None
     prompt, prompt_ids = encoder.prompt(row.messages[:turn], row.tools)

@@ -18,6 +18,7 @@ from transformers import GenerationConfig, TextStreamer
 from launcher.checkpoint.files import append_text
 from launcher.data.chat.tool_calls import call_form, has_calls, in_call_form
 from launcher.data.read.formats import read_rows
+from launcher.data.read.messages import for_template
 from launcher.data.read.rows import SKIP, Conversation, Feed, RawRow, Row, RowFault, TokenIds
 from launcher.data.read.sources import open_source
 from launcher.errors import DataError, RecipeError
@@ -208,9 +209,9 @@ def prompt_of_row(row: Row) -> Prompt:
                 'Give rows as {"prompt": "..."} or {"messages": [...]}.'
             )
         return Prompt(row.text[: row.answer], row.text[row.answer :])
-    messages = [{"role": message.role, "content": message.content, **message.extra} for message in row.messages]
-    if len(messages) > 1 and messages[-1]["role"] == "assistant":
-        return Prompt(messages[:-1], row.messages[-1].said, row.tools)
+    messages, last = list(map(for_template, row.messages)), row.messages[-1]
+    if len(messages) > 1 and last.role == "assistant":
+        return Prompt(messages[:-1], None if last.train is False else last.said, row.tools)
     return Prompt(messages, tools=row.tools)
 
 

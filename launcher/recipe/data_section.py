@@ -151,6 +151,10 @@ class DataSection(RecipeSection):
     @field_validator("validation")
     @classmethod
     def _rows_are_known(cls, validation: float | str | Source, info: ValidationInfo) -> float | str | Source:
+        if isinstance(validation, Source) and validation.weight is not None:
+            raise ValueError(
+                f"data.validation has no weight: all of it validates; got {validation.weight:g}; leave it out"
+            )
         if info.data.get("streaming") and isinstance(validation, float) and validation:
             raise ValueError(
                 "data.validation must be data of its own, or 0, with data.streaming; try data.validation=0"

@@ -8,6 +8,7 @@ from launcher.data.prepare import prepare
 from launcher.data.read.rows import RowFault
 from launcher.errors import DataError
 from launcher.recipe.data_section import DataSection
+from launcher.records.counts import closed_turns
 
 
 def ask(question, answer):
@@ -267,3 +268,13 @@ def test_a_source_of_thoughts_that_the_template_drops_says_so(write, make_tokeni
     template = DROPS_THOUGHTS.replace("[-1] }}", "[-1] + '<|eot|>' }}")
     with pytest.raises(DataError, match="2 rows cut by template.*2 rows dropped: nothing to learn"):
         prepare(section(write(rows), validation=0), make_tokenizer(template), seed=0)
+
+
+def test_an_answer_that_is_cut_off_before_its_end_is_not_counted_as_ended(write, tokenizer):
+    rows = [ask(f"Sum of 2 and {n}?", "word " * 200) for n in range(5)]
+    rows += [{"messages": [*ask("Sum?", "Five.")["messages"], *ask("Why?", "word " * 200)["messages"]]}]
+    counts = prepare(section(write(rows), validation=0, max_length=64), tokenizer, seed=0).counts
+    assert counts["truncated"] == 6
+    assert sum(closed_turns(counts).values()) == 1, "the first answer of the last row"
+    counts = prepare(section(write(rows), validation=0, max_length=64, too_long="split"), tokenizer, seed=0).counts
+    assert sum(closed_turns(counts).values()) == 7

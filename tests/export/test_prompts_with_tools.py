@@ -63,3 +63,11 @@ def test_a_bare_prompt_keeps_its_tools(tmp_path: Path) -> None:
     file = written(tmp_path / "prompts.jsonl", [{"prompt": "Rome?", "tools": json.dumps(TOOLS)}])
     [prompt], _ = read_prompts(file, run_with("qwen 2.5"))
     assert prompt.tools == tuple(TOOLS) and prompt.content == [{"role": "user", "content": "Rome?"}]
+
+
+def test_thoughts_are_asked_with_under_the_name_that_the_template_reads(tmp_path: Path) -> None:
+    thought = {"role": "assistant", "content": "a", "thinking": "Hm."}
+    chat = [{"role": "user", "content": "Hi"}, thought, {"role": "user", "content": "?"}, {**thought, "content": "b"}]
+    [row], _ = read(written(tmp_path / "rows.jsonl", [{"messages": chat}]))
+    prompt = prompt_of_row(row).content
+    assert [prompt[1][key] for key in ("reasoning_content", "thinking", "reasoning")] == ["Hm."] * 3  # type: ignore

@@ -137,7 +137,8 @@ class ChatRenderer:
     def _writes_tools(self) -> bool:
         for messages in (QUESTION, [SYSTEM, *QUESTION]):
             with suppress(Exception):  # a template's own
-                return has_tools(SAMPLE_TOOLS, self._apply(messages, tools=SAMPLE_TOOLS))
+                if has_tools(SAMPLE_TOOLS, self._apply(messages, tools=SAMPLE_TOOLS)):
+                    return True
         return False
 
     def _check_calls(self, row: Conversation, lost: int | None) -> None:

@@ -24,8 +24,8 @@ from transformers.tokenization_utils_base import EncodingFast
 
 from launcher.data.chat.named_templates import control_tokens
 from launcher.data.documents import Ints
+from launcher.data.read.messages import for_template
 from launcher.data.read.rows import Conversation
-from launcher.data.read.unused import REASONING
 
 Messages = list[dict[str, Any]]  # as templates take them; "content" is a string
 Tools = list[dict[str, Any]]
@@ -47,18 +47,13 @@ class SpelledOut:
         self._of_assistant = re.compile("|".join(map(re.escape, hidden)) or "(?!)")
 
     def hide(self, row: Conversation) -> tuple[Messages, Tools, dict[str, str]]:
-        """Messages and tools with stand-ins, and the string that each stands for; private characters are replaced too.
-
-        Templates read thoughts under several names: each has them.
-        """
-        messages: Messages = [{"role": m.role, "content": m.content, **m.extra} for m in row.messages]
+        """Messages and tools with stand-ins, and the string of each; private characters are replaced too."""
+        messages: Messages = list(map(for_template, row.messages)) if row.has_extra else []
         if not row.has_extra:
+            messages = [{"role": m.role, "content": m.content} for m in row.messages]
             texts = "\n".join([message.content for message in row.messages])
             if not self.control.search(texts) and not PRIVATE.search(texts):
                 return messages, [], {}
-        for message in messages:
-            if "reasoning_content" in message:
-                message.update(dict.fromkeys(REASONING, message["reasoning_content"]))
         stand_in: dict[str, str] = {}
 
         def hidden(value: Any, pattern: re.Pattern[str]) -> Any:

@@ -53,7 +53,7 @@ def fit_rows(
         else:
             if loss_on != "all":
                 counts["empty_assistant_turns"] += _empty_turns(row)
-            counts.update(document.remarks + document.ends)
+            counts.update(document.remarks + _kept_ends(document, data))
             documents = _learnable_pieces(row, document, counts, data=data)
         yield FittedRow(row, loss_on, row_digest, documents)
 
@@ -61,6 +61,14 @@ def fit_rows(
 def _empty_turns(row: Row) -> int:
     messages = row.messages if isinstance(row, Conversation) else ()
     return sum(message.role == "assistant" and message.is_blank for message in messages)
+
+
+def _kept_ends(document: Document, data: DataSection) -> tuple[str, ...]:
+    """The ends of the answers that are not cut."""
+    if len(document) <= data.max_length or data.too_long == "split":
+        return document.ends
+    supervised = document.supervised[: data.max_length if data.too_long == "truncate" else 0]
+    return document.ends[: int((supervised[:-1] & ~supervised[1:]).sum())]
 
 
 def _learnable_pieces(row: Row, document: Document, counts: Counter[str], *, data: DataSection) -> list[Document]:

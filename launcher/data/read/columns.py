@@ -77,7 +77,7 @@ class _Names:
         for column in MESSAGE_COLUMNS & fields.keys() if self.keys else ():
             if isinstance(items := fields[column], list):
                 fields[column] = [_moved(i, self.keys, unseen) if isinstance(i, dict) else i for i in items]
-        return RawRow(raw.where, fields)
+        return raw._replace(fields=fields)
 
 
 def _reshaped(feed: Feed, *, names: _Names, template: "RowTemplate | None") -> Iterator[RawRow | RowFault]:

@@ -25,6 +25,12 @@ MESSAGE = MessageKeys("role", "content", {role: role for role in ROLES})
 TURN = MessageKeys("from", "value", {**SHAREGPT_ROLES, **MESSAGE.roles})
 
 
+def for_template(message: Message) -> dict[str, Any]:
+    """The message as chat templates take it. They read thoughts under several names: it has them under each."""
+    thoughts = dict.fromkeys(REASONING, message.reasoning) if "reasoning_content" in message.extra else {}
+    return {"role": message.role, "content": message.content, **message.extra, **thoughts}
+
+
 def messages_of(fields: dict[str, Any], column: str, where: str, keys: MessageKeys = MESSAGE) -> tuple[Message, ...]:
     """The messages of a column. Raises RowFault where it holds something else."""
     items = fields.get(column)

@@ -48,7 +48,7 @@ class RowTemplate:
         """The row with the texts in place of the columns that they are made of. Raises RowFault where it cannot be."""
         texts = {column: self._text(line, raw) for column, line in self._lines.items()}
         rest = {key: value for key, value in raw.fields.items() if key not in self.columns}
-        return RawRow(raw.where, {**{k + NOT_MAPPED if k in texts else k: v for k, v in rest.items()}, **texts})
+        return raw._replace(fields={**{k + NOT_MAPPED if k in texts else k: v for k, v in rest.items()}, **texts})
 
     def _text(self, line: Template, raw: RawRow) -> str:
         parts, size = list[str](), 0

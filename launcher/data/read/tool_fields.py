@@ -11,9 +11,11 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from launcher.data.read.rows import shown_value, wrong_type
+from launcher.data.read.text_files import lone_surrogate
 from launcher.data.read.unused import has_no_value
 
 Objects = list[dict[str, Any]]
+MAX_DEPTH = 100
 
 
 def tools_of(value: Any, where: str) -> tuple[dict[str, Any], ...]:
@@ -34,6 +36,7 @@ def calls_of(value: Any, where: str, *, rule: str) -> Objects:
             arguments = {}
         if not isinstance(arguments, dict):
             raise wrong_type(where, rule, f"arguments of {shown_value(function['name'])}: {shown_value(arguments)}")
+        _check_json(arguments, where, rule)
         written = {"type": "function", "function": {"name": function["name"], "arguments": arguments}}
         calls.append({**written, "id": call["id"]} if isinstance(call.get("id"), str) else written)
     return calls
@@ -73,11 +76,25 @@ def _objects(value: Any, where: str, rule: str) -> Objects:
     for item in items:
         if not isinstance(item, dict):
             raise wrong_type(where, rule, f"a list with {shown_value(item)}")
+    _check_json(items, where, rule)
+    return items
+
+
+def _check_json(value: Any, where: str, rule: str) -> None:
+    """Raise RowFault for what cannot be written as JSON, or not be tokenised; a string of JSON may have hidden it."""
+    depth, level = 0, [value]
+    while level and depth <= MAX_DEPTH:  # not by recursion, which ends at some thousand
+        depth += 1
+        inner = (item for one in level for item in (one.values() if isinstance(one, dict) else one))
+        level = [item for item in inner if isinstance(item, dict | list)]
+    if level:
+        raise wrong_type(where, rule, f"objects in one another, {MAX_DEPTH} deep and deeper")
     try:
-        json.dumps(items)
+        written = json.dumps(value)
     except (TypeError, ValueError) as error:  # dates, bytes and decimals of Arrow's
         raise wrong_type(where, rule, f"a value that JSON cannot hold: {error}") from None
-    return items
+    if lone_surrogate(written.encode()) >= 0:
+        raise wrong_type(where, rule, "the escape of a lone surrogate, which no text can hold")
 
 
 def _in_function(item: dict[str, Any], where: str, rule: str) -> dict[str, Any]:
@@ -95,5 +112,5 @@ def _parsed_json(value: Any) -> Any:
         return value
     try:
         return json.loads(value)
-    except ValueError:
+    except (ValueError, RecursionError):
         return value.strip()

@@ -13,7 +13,8 @@ _MEANINGS = {
     "tools": "tools functions tool_calls tool_call_id function_call",
     "reasoning": "reasoning_content reasoning reasoning_details thinking thinking_content thought thoughts",
     "weight": "weight weights loss loss_weight sample_weight train trainable train_on_turn loss_mask mask masked "
-    "train_detail training_detail label",
+    "train_detail training_detail label completion_mask assistant_mask assistant_masks prompt_mask labels_mask",
+    "packed": "position_ids seq_lengths cu_seqlens",
     "media": "image images video videos audio audios",
     "context": "system system_prompt system_message history documents chat_template_kwargs name",
     "preference": "rejected",

@@ -1,5 +1,6 @@
 """What the loss sees of chats with tools, thoughts and flags, by statements written by hand."""
 
+import copy
 import json
 from typing import Any
 
@@ -8,6 +9,7 @@ import pytest
 from launcher.data.example import find_examples
 from launcher.data.read.rows import RowFault
 from launcher.data.splits import digest
+from launcher.export.generate import prompt_of_row
 from tests.support.chats import encode, encoder, supervised_runs
 from tests.support.tool_templates import MESSAGES, TOOL_STYLES, calling, feed_of, result, row_of
 
@@ -249,3 +251,25 @@ def test_an_example_of_a_run_asks_with_tools_and_expects_the_call(make_tools):
     [example] = find_examples([feed_of(MESSAGES[:2])], [digest(row, seed=0)], encoder=encoder(tokenizer), **SIZE)
     assert example.expected == '{"name": "get_weather", "arguments": {"city": "Paris"}}'
     assert "Tells the weather." in example.prompt and example.prompt.endswith("assistant\n")
+
+
+def test_an_example_of_a_run_expects_no_answer_that_is_taken_out_of_what_is_learned(make_tools):
+    bad = {"role": "assistant", "content": "Nonsense.", "weight": 0}
+    chat = [MESSAGES[0], {"role": "assistant", "content": "Sunny."}, MESSAGES[0], bad]
+    made, row = encoder(make_tools("qwen 2.5")), row_of(chat)
+    [example] = find_examples([feed_of(chat)], [digest(row, seed=0)], encoder=made, **SIZE)
+    assert example.expected == "Sunny." and prompt_of_row(row).expected is None
+
+
+def test_a_template_that_writes_tools_beside_a_system_text_alone_leaves_nothing_out(make_tools):
+    tokenizer = copy.deepcopy(make_tools("qwen 2.5"))
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content }}"
+        "{% if m.role == 'system' and tools %}{{ tools | tojson }}{% endif %}{{ '<|im_end|>\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    )
+    chat = [{"role": "system", "content": "Be brief."}, MESSAGES[0], {"role": "assistant", "content": "Sunny."}]
+    [document] = encode(tokenizer, row_of(chat))
+    assert CUT not in document.remarks
+    [document] = encode(tokenizer, row_of(chat[1:]))
+    assert CUT in document.remarks

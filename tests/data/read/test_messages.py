@@ -88,6 +88,13 @@ def test_a_flag_takes_a_turn_out_and_a_weight_of_one_leaves_it(write, flag):
         (asks(tool_calls=[{"function": {"arguments": {}}}]), 'without a "name"'),
         (asks(tool_calls=[{"function": {"name": "f", "arguments": "Rome"}}]), 'arguments of "f": "Rome"'),
         (asks(tool_calls=[{"function": {"name": "f", "arguments": [1]}}]), 'arguments of "f": a list'),
+        (asks(tool_calls=[{"function": {"name": "f", "arguments": '{"a": "\\ud83d"}'}}]), "lone surrogate"),
+        (asks(tool_calls=[{"function": {"name": "f", "arguments": '{"a":' * 200 + "1" + "}" * 200}}]), "100 deep"),
+        (asks(tool_calls=[{"function": {"name": "f", "arguments": "[" * 99_000}}]), "arguments of"),
+        (
+            {**asks(content="a"), "tools": [{"name": "f", "parameters": json.loads('{"a":' * 200 + "1" + "}" * 200)}]},
+            "deep",
+        ),
         (asks(tool_calls="get the weather"), '"get the weather"'),
         (asks(tool_calls=["f"]), 'a list with "f"'),
         (asks(reasoning="a", thinking="b"), "its thoughts once"),
@@ -118,5 +125,9 @@ def test_nulls_that_parquet_puts_into_schemas_and_arguments_are_left_out(tmp_pat
     assert isinstance(first, Conversation) and isinstance(second, Conversation)
     assert first.messages[1].calls == [CALL] and "strict" not in first.tools[0] and second.tools[0]["strict"]
     assert second.messages[1].calls == [{"type": "function", "function": other}]
+    renamed = [{**row, "messages": None, "dialogue": row["messages"]} for row in rows]
+    parquet.write_table(pyarrow.Table.from_pylist(renamed), file)
+    mapped, _ = read(file, columns={"messages": "dialogue"})[0]
+    assert isinstance(mapped, Conversation) and mapped.messages == first.messages, "the names of columns do not matter"
     written = {**CALL, "function": {"name": "weather", "arguments": {"city": None}}}
     assert only(write([asks(tool_calls=[written])])).messages[1].calls == [written]

@@ -130,3 +130,9 @@ def test_equal_ids_validate_together_whatever_their_labels_are(write, tokenizer)
     held = write([{"input_ids": IDS}], name="held.jsonl")
     data = prepared(path, tokenizer, validation=held)
     assert (data.counts["rows_dropped_in_validation"], data.train_rows, data.validation_rows) == (1, 1, 1)
+
+
+@pytest.mark.parametrize("key", ["completion_mask", "assistant_masks", "position_ids", "seq_lengths"])
+def test_a_mask_of_another_name_and_rows_packed_elsewhere_are_refused_and_not_learned_whole(write, key):
+    assert f'"{key}" is not honoured' in refusal(write([{"input_ids": IDS, key: [0, 1, 0, 1]}]))
+    assert rows_of(write([{"input_ids": IDS, key: [0, 1, 0, 1]}]), unused="drop")[0] == [(IDS, None)]
