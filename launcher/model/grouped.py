@@ -126,6 +126,10 @@ def _query_key_value(module: Any, x: Tensor, position_embeddings: tuple[Tensor, 
     if rotated:
         query, key = apply_rotary_pos_emb(query.transpose(1, 2), key.transpose(1, 2), *position_embeddings)
         query, key = query.transpose(1, 2), key.transpose(1, 2)
+        if query.dtype != value.dtype:  # the table of OLMo 2 is fp32 whatever the model's dtype
+            query, key = query.to(value.dtype), key.to(value.dtype)
+    else:
+        query, key = query.contiguous(), key.contiguous()  # as the others are: the attention core is compiled once
     return query, key, value.contiguous()  # a view would keep y for the backward pass
 
 

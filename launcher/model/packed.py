@@ -100,7 +100,7 @@ class PackedCausalLM(nn.Module):
         self.windows = tuple(kind.window if attention == "varlen" else None for kind in self.kinds)
         self.loss_chunk = loss_chunk
         self.max_seqlen = max_seqlen or max_length
-        self._loss_rows = dict(loss_rows or {})
+        self.loss_bounds = dict(loss_rows or {})
         self.neftune_alpha = 0.0  # of the noise on the embeddings, where gradients are recorded
         self.embedding_multiplier: float = getattr(decoder, "embedding_multiplier", 1.0)
         self.logits_rule = logits_rule(causal_lm.config)
@@ -126,7 +126,7 @@ class PackedCausalLM(nn.Module):
 
     def loss_rows(self, tokens: int) -> int:
         """The most supervised ones among a micro batch's `tokens`."""
-        return self._loss_rows.get(tokens, tokens)
+        return self.loss_bounds.get(tokens, tokens)
 
     def hidden_states(
         self, input_ids: Tensor, position_ids: Tensor, document_ids: Tensor, cu_seqlens: Tensor, *, max_seqlen: int = 0

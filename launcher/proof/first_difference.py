@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from launcher.model.build import BuiltModel
+from launcher.model.logits import finished_logits
 from launcher.proof.stock import Piece, packed_arguments, stock_code, stock_logits
 
 ERROR = {torch.float32: 1e-4}  # of a module's output, relative
@@ -26,7 +27,7 @@ def first_difference(built: BuiltModel, blocks: Sequence[Sequence[Piece]]) -> st
         ours: Outputs = {}
         with _kept(built, ours):
             hidden = packed.hidden_states(ids, *rest)
-        ours["lm_head"] = hidden @ packed.head.weight.T
+        ours["lm_head"] = finished_logits(hidden @ packed.head.weight.T, packed.logits_rule)
         start = 0
         for piece in block:
             number += 1

@@ -132,9 +132,10 @@ def _undisturbed(built: BuiltModel, *, seed: int) -> Iterator[None]:
     with ExitStack() as stack:
         stack.enter_context(torch.random.fork_rng([device] if device.type == "cuda" else []))
         generator = torch.Generator().manual_seed(seed)
-        noise = built.packed.neftune_alpha
+        noise, bounds = built.packed.neftune_alpha, built.packed.loss_bounds
         try:
             built.packed.body.around, built.packed.neftune_alpha = nothing_around, 0.0
+            built.packed.loss_bounds = {}  # here every token is a target
             with torch.no_grad():
                 for parameter in drawn:
                     parameter.copy_(torch.empty(parameter.shape).normal_(std=B_STD, generator=generator))
@@ -143,6 +144,7 @@ def _undisturbed(built: BuiltModel, *, seed: int) -> Iterator[None]:
             yield
         finally:
             built.packed.body.around, built.packed.neftune_alpha = around, noise
+            built.packed.loss_bounds = bounds
             with torch.no_grad():
                 for parameter, before in zip(drawn, saved, strict=True):
                     parameter.copy_(before)

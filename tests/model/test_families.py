@@ -19,6 +19,8 @@ from launcher.model.logits import LogitsRule
 from launcher.model.lora_targets import fitted_targets
 from launcher.ops import document_attention
 from launcher.ops.document_attention import masked_attention
+from launcher.proof.first_difference import first_difference
+from launcher.proof.start import start_verdict
 from launcher.recipe.schema import LoraSection
 from tests.conftest import small_config
 from tests.support.family_figures import RECIPE, build, compiled, config_of, differences, reloaded
@@ -44,6 +46,19 @@ def test_what_trains_of_each_family_has_the_loss_and_gradients_of_its_stock_mode
     assert loss < 1e-5
     projections = 4 if model_type == "phi3" else 7
     assert max(gradients.values()) < 1e-4 and len(gradients) == config.num_hidden_layers * projections * 2
+
+
+@pytest.mark.parametrize("model_type", sorted(FAMILIES))
+def test_what_trains_of_each_family_is_that_of_stock_code_in_half_precision_too(model_type):
+    recipe = RECIPE.model_copy(update={"model": RECIPE.model.model_copy(update={"dtype": "bfloat16"})})
+    built, _ = build(config_of(model_type), recipe)
+    verdict = start_verdict(built, [torch.arange(3, 14), torch.arange(20, 29)], seed=0)
+    assert verdict.holds, verdict.evidence
+
+
+@pytest.mark.parametrize("model_type", ["gemma2", "granite"])
+def test_divided_and_capped_logits_are_no_difference_from_stock_code(model_type):
+    assert first_difference(build(config_of(model_type))[0], [[torch.arange(3, 14), torch.arange(20, 29)]]) is None
 
 
 @pytest.mark.parametrize("model_type", ["qwen2", "gemma2", "phi3"])
@@ -140,6 +155,12 @@ def test_each_family_compiles_one_train_and_one_eval_graph_for_all_layers_of_a_k
 @pytest.mark.usefixtures("clean_dynamo")
 def test_the_norms_of_a_sandwich_and_the_capped_core_share_a_graph_each():
     _, observer = compiled(config_of("gemma2"), "regions")
+    assert observer.record().graphs_by_region == {"attention": 2, "loss": 2, "mlp": 2, "rmsnorm": 2}
+
+
+@pytest.mark.usefixtures("clean_dynamo")
+def test_layers_with_and_without_positions_share_an_attention_core():
+    _, observer = compiled(config_of("smollm3"), "regions")
     assert observer.record().graphs_by_region == {"attention": 2, "loss": 2, "mlp": 2, "rmsnorm": 2}
 
 

@@ -44,6 +44,13 @@ def test_a_model_that_computes_as_stock_code_passes_with_or_without_a_row(model_
     assert verdict.holds and "29 tokens in 2 documents" in verdict.evidence, verdict.evidence
 
 
+def test_more_targets_than_the_run_has_are_compared() -> None:
+    model = build_any("llama")
+    model.packed.loss_bounds = bounds = {29: 5}
+    verdict = start_verdict(model, PIECES, seed=0)
+    assert verdict.holds and model.packed.loss_bounds is bounds, verdict.evidence
+
+
 def test_a_head_that_scales_logits_is_named() -> None:
     verdict = start_verdict(build_any("cohere"), PIECES, seed=0)
     assert not verdict.holds and verdict.evidence.startswith("first difference: lm_head, 1.5e+01 apart")

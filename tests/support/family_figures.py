@@ -142,7 +142,7 @@ def compiled(config: Any, scope: Literal["layer", "regions"] = "layer") -> tuple
     """Kinds of layers, and what was compiled for a train and an eval pass, and another of each."""
     section = RECIPE.compile.model_copy(update={"scope": scope})
     torch._dynamo.reset()
-    built, _ = build(config)
+    built, _ = build(config, RECIPE.model_copy(update={"compile": section}))
     observer = Observer()
     plan = Plan(regions_of(built, shapes=1), compile=section, observer=observer)
 
