@@ -92,7 +92,9 @@ def test_every_family_is_written(
 def test_a_family_without_a_known_architecture_of_llama_cpp_is_refused_by_name() -> None:
     assert gguf_file.ARCHITECTURES.keys() < FAMILIES.keys()
     plan: Any = SimpleNamespace(run=SimpleNamespace(config=SimpleNamespace(model_type="gemma2")))
-    with pytest.raises(RecipeError, match="gguf writes llama, mistral, qwen3; this model is 'gemma2'"):
+    with pytest.raises(
+        RecipeError, match="gguf writes the architectures llama, mistral, qwen3; this model is 'gemma2'"
+    ):
         gguf_file.plan_gguf(plan, "f16")
 
 

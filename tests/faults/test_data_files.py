@@ -83,11 +83,13 @@ def test_fault_13_rows_with_nothing_to_learn_are_dropped_and_counted_and_refused
     assert prepare(section(alone, loss_on="all"), tokenizer, seed=0).train_rows == 2
 
 
-@pytest.mark.parametrize("role", ["tool", "User ", "", None, 7])
+@pytest.mark.parametrize("role", ["ipython", "User ", "", None, 7])
 def test_fault_14_an_unknown_role_is_named_with_its_row_and_the_roles_there_are(tmp_path, role):
     path = written(tmp_path / "rows.jsonl", [GOOD, {"messages": [{"role": role, "content": "a"}]}])
     message = refusal(path)
-    assert message.startswith(f"{path}:2: a role is one of system, user, assistant.\nFound: {json.dumps(role)}")
+    assert message.startswith(
+        f"{path}:2: a role is one of system, developer, user, assistant, tool.\nFound: {json.dumps(role)}"
+    )
     assert read(path, bad_rows="skip")[1] == {"rows_read": 2, "rows_dropped_unknown_role": 1}
 
 

@@ -70,7 +70,10 @@ def test_fault_01_a_wrong_key_ends_the_program_with_code_2_before_torch_and_leav
         ("lora.targets=", "a list of text"),
         ("lora.targets=[q_proj,q_proj]", "each once"),
         ("compile.regions=[mlp,mpl]", "one of mlp, rmsnorm, attention, loss"),
-        ("data.sources=", "a list of {path, format, weight, config, split, revision}"),
+        (
+            "data.sources=",
+            "a list of {path, format, weight, config, split, revision, columns, template, completion, delimiter}",
+        ),
         ("data.sources=[]", "at least 1"),
         ("train.lr={a: b}", "a number > 0 and <= 1"),
         ("data.validation={path: a, pth: b}", "or {path, format"),

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from launcher.errors import RecipeError
+from launcher.model import load
 from launcher.model.build import check_model
 from launcher.model.config_file import check_config_file
 from launcher.model.layer_shape import computes_as_llama, norms_as_llama
@@ -58,7 +59,11 @@ def recipe(**sections: Any) -> Recipe:
     ("model_type", "changes", "says"),
     [
         ("persimmon", {}, "'persimmon' has no model.norm"),
-        ("gpt2", {"n_embd": 64, "n_head": 4}, "has no model.embed_tokens, model.layers, model.norm, model.rotary_emb"),
+        (
+            "gpt2",
+            {"n_embd": 64, "resid_pdrop": 0.0},
+            "has no model.embed_tokens, model.layers, model.norm, model.rotary_emb",
+        ),
         ("stablelm", {}, "cannot be called with packed documents: TypeError: attention is not told cu_seqlens"),
         ("vaultgemma", {}, "ValueError: VaultGemmaForCausalLM does not support"),
         ("seed_oss", {"residual_dropout": 0.1, "attention_dropout": 0.0}, "sets residual_dropout=0.1"),
@@ -71,9 +76,15 @@ def test_a_model_without_the_common_shape_is_refused_before_weights_are_read(mod
         check_model(recipe(), "", small_config(model_type, **changes), CPU)
 
 
-def test_random_weights_of_a_model_with_computed_buffers_are_refused():
-    with pytest.raises(RecipeError, match="model.embed_tokens.embed_scale of this model is computed as it is loaded"):
-        random_base(small_config("gemma"), quant=QuantSection(type="none"), dtype=torch.float32, device=CPU, seed=0)
+def test_random_weights_of_a_model_with_computed_buffers_are_refused(monkeypatch):
+    def with_buffer(config, **kwargs):
+        model: Any = empty_model(config, **kwargs)
+        model.model.norm.register_buffer("table", torch.empty(3, device="meta"))
+        return model
+
+    monkeypatch.setattr(load, "empty_model", with_buffer)
+    with pytest.raises(RecipeError, match="model.norm.table of this model is computed as it is loaded"):
+        random_base(small_config("llama"), quant=QuantSection(type="none"), dtype=torch.float32, device=CPU, seed=0)
 
 
 def test_proof_cannot_be_switched_off_for_an_architecture_without_a_row():
