@@ -11,8 +11,8 @@ a row of the source                                -> what formats.py is given
 Nothing behind this module knows the source's names.
 """
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -26,10 +26,11 @@ if TYPE_CHECKING:
     from launcher.data.read.row_template import RowTemplate
 
 COLUMNS_RULE = "columns of a source names ours, each with its name there, such as {prompt: question}"
+NO_ROW_HAS_IT = "Correct the source's entry, or take this name out of it."
 
 
-def reshape_of(source: Source, max_bytes: int) -> Callable[[Feed], Feed]:
-    """What gives the feeds of this source the columns of a format. A row has at most `max_bytes` afterwards too.
+def reshape_of(source: Source, max_bytes: int) -> Callable[[Sequence[Feed]], list[Feed]]:
+    """What gives all feeds of this source the columns of a format. A row has at most `max_bytes` afterwards too.
 
     Raises RecipeError: columns names one that nothing reads, or a template is no Jinja or uses no column.
     """
@@ -39,7 +40,7 @@ def reshape_of(source: Source, max_bytes: int) -> Callable[[Feed], Feed]:
 
         template = RowTemplate(source.template, source.completion, max_bytes)
     elif not given:
-        return lambda feed: feed
+        return list
     columns = template.columns if template else OUR_COLUMNS
     known = columns if template else columns | MESSAGE_KEYS
     if unknown := sorted(given.keys() - known):
@@ -56,8 +57,23 @@ def reshape_of(source: Source, max_bytes: int) -> Callable[[Feed], Feed]:
         columns if template else OPTIONAL_COLUMNS,
     )
     format = template.format if template else source.format
-    rows = partial(_reshaped, names=names, template=template)
-    return lambda feed: replace(feed, source=repr(source), format=format, raw_rows=partial(rows, feed))
+
+    def reshape(feeds: Sequence[Feed]) -> list[Feed]:
+        search = _Search(masked(source.path), {feed.name for feed in feeds}, {**names.columns, **names.keys})
+        rows = partial(_reshaped, names=names, search=search, template=template)
+        return [replace(feed, source=repr(source), format=format, raw_rows=partial(rows, feed)) for feed in feeds]
+
+    return reshape
+
+
+@dataclass
+class _Search:
+    """For the user's names, over all feeds of a source: a file may lack what another has."""
+
+    source: str
+    unread: set[str]  # feeds that were not read to their end yet
+    unseen: dict[str, str]  # the user's names, by ours, that no row had yet
+    last: Fields = field(default_factory=Fields)  # of the last row
 
 
 @dataclass(frozen=True)
@@ -80,23 +96,27 @@ class _Names:
         return raw._replace(fields=fields)
 
 
-def _reshaped(feed: Feed, *, names: _Names, template: "RowTemplate | None") -> Iterator[RawRow | RowFault]:
-    """Raises DataError at the end where no row has one of the names: it may be misspelt."""
-    unseen, fields = {**names.columns, **names.keys}, Fields()
+def _reshaped(
+    feed: Feed, *, names: _Names, search: _Search, template: "RowTemplate | None"
+) -> Iterator[RawRow | RowFault]:
+    """Raises DataError at the end of the last feed where no row has one of the names: it may be misspelt."""
     for raw in feed.raw_rows():
         try:
             if isinstance(raw, RawRow):
-                fields = raw.fields
-                raw = names.renamed(raw, unseen)
+                search.last = raw.fields
+                raw = names.renamed(raw, search.unseen)
                 raw = template.render(raw) if template else raw
         except RowFault as fault:
             raw = fault
         yield raw
-    for ours, theirs in unseen.items() if fields else ():
+    search.unread.discard(feed.name)
+    fields = search.last
+    for ours, theirs in search.unseen.items() if fields and not search.unread else ():
         in_lists = (item for value in fields.values() if isinstance(value, list) for item in value)
         of_message = next((item for item in in_lists if isinstance(item, dict)), fields)
         there = of_message if ours in names.keys else fields
-        raise DataError(str(missing_column(f"{feed.name}, in all rows", _rule(ours, theirs), theirs, there)))
+        where = f"{search.source}, in all rows"
+        raise DataError(str(missing_column(where, _rule(ours, theirs), theirs, there, NO_ROW_HAS_IT)))
 
 
 def _rule(ours: str, theirs: str) -> str:

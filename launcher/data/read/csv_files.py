@@ -18,6 +18,7 @@ from launcher.data.read.text_files import lines
 from launcher.errors import DataError
 
 DELIMITERS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "bars"}
+MAX_HEADER_LINES, MAX_HEADER_BYTES = 100, 2**16  # of one with quoted line ends: each line has it divided anew
 _UNFINISHED = "unexpected end of data"  # as csv says it
 CSV_REMEDY = (
     "Close its quotes, cut it into several, or raise data.max_row_mib. "
@@ -96,15 +97,19 @@ def _by_name(name: str) -> str:
 
 
 def _header(text_lines: _TextLines, name: str, delimiter: str | None) -> tuple[list[str], str]:
-    """The columns, and what divides them. Raises DataError where no mark or several do, and none is given."""
+    """The columns, and what divides them. Raises DataError where no mark or several do, and none is given, or where a
+    quote is not closed."""
     usual = delimiter or _by_name(name)
     lines = list(islice(filter(str.strip, text_lines), 1))
     parsed = {mark: _parsed_line(lines, mark) for mark in ([delimiter] if delimiter else DELIMITERS)}
-    while _UNFINISHED in parsed.values() and (line := next(text_lines, None)) is not None:  # a quoted line end
-        lines.append(line)
+    while _UNFINISHED in parsed.values() and len(lines) < MAX_HEADER_LINES and sum(map(len, lines)) < MAX_HEADER_BYTES:
+        if (line := next(text_lines, None)) is None:
+            break
+        lines.append(line)  # after a quoted line end
         parsed = {mark: _parsed_line(lines, mark) for mark in parsed}
     if text_lines.faults:
         raise text_lines.faults[0]
+    _check_quotes(name, lines, parsed)
     dividing = [mark for mark, cells in parsed.items() if isinstance(cells, list) and len(cells) > 1]
     if len(dividing) > 1 and not (usual == "\t" and usual in dividing):
         raise DataError(
@@ -117,6 +122,21 @@ def _header(text_lines: _TextLines, name: str, delimiter: str | None) -> tuple[l
     if isinstance(cells, str):
         raise _fault(name, "the first line of a table is its header.", cells)
     return cells, chosen
+
+
+def _check_quotes(name: str, lines: list[str], parsed: dict[str, list[str] | str]) -> None:
+    """Raise DataError where a mark leaves a quote open: nothing tells where the header ends."""
+    if unfinished := [mark for mark, cells in parsed.items() if cells == _UNFINISHED]:
+        columns = {mark: len(cells) for mark, cells in parsed.items() if isinstance(cells, list)}
+        mark = shown_value(max(columns, key=columns.__getitem__)) if columns else ""
+        named = f", or say beside the path what divides the cells, such as delimiter: {mark}" if mark else ""
+        raise DataError(
+            f"{name}: a table begins with its header; a quote that opens in it is closed within {MAX_HEADER_LINES} "
+            f"lines and {MAX_HEADER_BYTES // 1024} KiB.\n"
+            f"Found: {shown_value(lines[0].strip())}, divided by {_named(unfinished[0])}, with a quote that is open "
+            f"after {len(lines)} line(s).\n"
+            f"Close the quote in the header, or remove it{named}."
+        )
 
 
 def _parsed_line(lines: list[str], delimiter: str) -> list[str] | str:

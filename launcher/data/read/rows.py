@@ -206,7 +206,7 @@ def near_name(word: str, names: Iterable[str]) -> str:
     return f"did you mean {shown_value(likely[0])}? " if likely else ""
 
 
-def missing_column(where: str, rule: str, theirs: str, fields: dict[str, Any]) -> RowFault:
+def missing_column(where: str, rule: str, theirs: str, fields: dict[str, Any], remedy: str = CORRECT_ENTRY) -> RowFault:
     """The fault of a row, or of all, that lacks a column which the recipe names."""
-    remedy = near_name(theirs, map(str, fields)).replace("did", "Did", 1) + CORRECT_ENTRY
+    remedy = near_name(theirs, map(str, fields)).replace("did", "Did", 1) + remedy
     return RowFault("missing_column", where=where, rule=rule, found=shown_under(theirs, fields), remedy=remedy)

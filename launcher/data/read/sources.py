@@ -85,7 +85,7 @@ def open_source(source: Source, *, data: DataSection, validates: bool = False) -
     feeds = feeds or [open_dataset(source, streaming=streaming)]
     reopen = partial(open_source, source, data=data, validates=validates)
     notes = [*([note] if note else []), *_delimiter_notes(files, source, data.max_row_bytes)]
-    return OpenedSource([reshape(feed) for feed in feeds], notes, reopen)
+    return OpenedSource(reshape(feeds), notes, reopen)
 
 
 def _delimiter_notes(files: Sequence[Path], source: Source, max_bytes: int) -> Iterator[str]:

@@ -84,6 +84,19 @@ def test_an_optional_column_or_key_that_no_row_has_is_refused_at_the_end(write):
     assert 'Did you mean "speaker"?' in message and "speaker, content" in message
 
 
+def test_a_file_of_a_folder_may_lack_an_optional_column_that_another_has(write, tmp_path):
+    row = {"instruction": "Name it", "output": "a river"}
+    for name in ("a.jsonl", "b.jsonl", "c.jsonl"):
+        write([{**row, "context": "Blue."} if name == "b.jsonl" else row], name=name)
+    for streaming in (False, True):
+        rows, _ = read(tmp_path, columns={"input": "context"}, streaming=streaming)
+        assert [len(row.messages[0].content) for row in rows] == [7, 14, 7]
+    feeds = opened(tmp_path, columns={"input": "context"}).feeds
+    assert [len(list(feed.raw_rows())) for feed in (*feeds, *feeds)] == [1] * 6
+    message = refusal(tmp_path, columns={"input": "contxt"})
+    assert message.startswith(f"{tmp_path}, in all rows: ") and "bad_rows" not in message
+
+
 def test_a_name_that_is_none_of_ours_is_refused_before_anything_is_read(tmp_path):
     message = recipe_refusal(tmp_path / "no.jsonl", columns={"promt": "question"})
     assert 'did you mean "prompt"?' in message and "completion" in message

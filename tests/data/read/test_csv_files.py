@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 
+from launcher.data.read import csv_files
 from launcher.data.read.rows import RowFault
 from launcher.errors import RecipeError
 from tests.support.reading import feeds, fields, opened, refusal, written
@@ -125,6 +126,23 @@ def test_a_row_in_another_encoding_is_named_by_its_byte_and_can_be_skipped(path)
 def test_a_header_that_names_no_columns_or_one_twice_is_refused(path, raw, found):
     path.write_text(raw)
     assert found in refusal(path, bad_rows="skip")
+
+
+@pytest.mark.parametrize("line", ["why is it so,since", "x" * 9000])
+def test_a_header_with_a_quote_that_is_never_closed_is_refused_soon(path, line, monkeypatch):
+    divided = []
+    parsed_line = csv_files._parsed_line
+    monkeypatch.setattr(csv_files, "_parsed_line", lambda *args: divided.append(args) or parsed_line(*args))
+    message = refusal(written(path, [b'"question,answer', *[line.encode()] * 400]), bad_rows="skip")
+    assert 'Found: "\\"question,answer", divided by ' in message and "Close the quote in the header" in message
+    assert len(divided) <= 2 * 4 * csv_files.MAX_HEADER_LINES
+    assert sum(map(len, divided[-1][0])) < csv_files.MAX_HEADER_BYTES + len(line) + 2
+
+
+def test_a_header_with_a_quote_that_only_one_mark_leaves_open_is_not_read_over_its_rows(path):
+    path.write_text('height;"feet,width\n1,2\n3,4\n')
+    assert 'delimiter: ","' in refusal(path)
+    assert fields(path, delimiter=",")[0] == {'height;"feet': "1", "width": "2"}
 
 
 def test_a_header_alone_has_no_rows(path):
