@@ -11,7 +11,7 @@ from launcher.checkpoint.plain_lora import beyond_plain
 from launcher.credentials import masked, shortened
 from launcher.errors import RecipeError
 from launcher.recipe.field_types import HUB_ID
-from launcher.recipe.lora_section import LoraSection
+from launcher.recipe.lora_section import LoraSection, fused_targets
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 ADAPTER_SETTINGS = {  # of adapter_config.json: our key, and what PEFT takes where there is none
@@ -52,7 +52,7 @@ def check_settings(lora: LoraSection, settings: dict[str, Any]) -> None:
     if isinstance(targets, list) and not lora.layers and not settings.get("layers_to_transform"):
         words = [target for target in targets if "." not in target]
         if words == targets and not any(t.startswith("re:") or t == "all-linear" for t in lora.targets):
-            here["targets"], there["targets"] = sorted(lora.targets), sorted(words)
+            here["targets"], there["targets"] = sorted(fused_targets({*words}, lora.targets)), sorted(words)
     if (numbers := settings.get("layers_to_transform")) not in (None, []):
         here["layers"] = sorted({number for chosen in lora.chosen_layers for number in chosen})
         there["layers"] = sorted({*numbers}) if isinstance(numbers, list) else [numbers]

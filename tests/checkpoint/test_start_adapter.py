@@ -140,6 +140,15 @@ def test_the_adapted_layers_must_be_those_of_the_recipe(make: Any, saved: Path, 
     assert check_start(make(lora={"start_from": str(saved), "layers": listed}).lora)
 
 
+def test_a_saved_fused_projection_is_what_all_of_its_parts_name(make: Any, saved: Path) -> None:
+    fused = ["qkv_proj", "o_proj", "gate_up_proj", "down_proj"]
+    with_settings(saved, target_modules=fused)
+    for targets in (TARGETS, fused):
+        assert check_start(make(lora={"start_from": str(saved), "targets": targets}).lora)
+    with pytest.raises(RecipeError, match=r"lora\.targets is .*'q_proj'.* here, .*'qkv_proj'.* there"):
+        check_start(make(lora={"start_from": str(saved), "targets": [*TARGETS[:2], *TARGETS[3:]]}).lora)
+
+
 def test_tensors_of_other_layers_are_refused_by_name(make: Any, first: Any) -> None:
     folder, _ = first
     file = folder / "adapter_model.safetensors"
