@@ -7,17 +7,20 @@ import shlex
 from pathlib import Path
 from typing import Any
 
-from launcher.credentials import masked
+from launcher.checkpoint.plain_lora import beyond_plain
+from launcher.credentials import masked, shortened
 from launcher.errors import RecipeError
 from launcher.recipe.field_types import HUB_ID
-from launcher.recipe.lora_section import LoraSection
+from launcher.recipe.lora_section import LoraSection, fused_targets
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 ADAPTER_SETTINGS = {  # of adapter_config.json: our key, and what PEFT takes where there is none
     "r": ("r", 8), "lora_alpha": ("alpha", 8), "use_rslora": ("rslora", False), "use_dora": ("dora", False),
     "rank_pattern": ("rank_pattern", {}), "alpha_pattern": ("alpha_pattern", {}),
 }  # fmt: skip
+UNCHANGED_BASE = (True, False, None, "gaussian", "orthogonal")  # init_lora_weights that leave the base as it is
 DIGITS_SHOWN = 12  # digits of a digest
+VALUE_SHOWN = 60  # characters of a setting
 
 
 def check_start(lora: LoraSection) -> str:
@@ -40,18 +43,41 @@ def check_start(lora: LoraSection) -> str:
 
 
 def check_settings(lora: LoraSection, settings: dict[str, Any]) -> None:
-    """Raise RecipeError naming every setting in which the adapter and the recipe differ, and the keys that agree."""
+    """Raise RecipeError for an adapter that is not plain LoRA on the base as it is, or naming every setting in which
+    the adapter and the recipe differ, and the keys that agree."""
+    _check_plain(str(lora.start_from), settings)
     here = {key: getattr(lora, key) for key, _ in ADAPTER_SETTINGS.values()}
     there = {key: settings.get(name) or default for name, (key, default) in ADAPTER_SETTINGS.items()}
     targets = settings.get("target_modules")
     if isinstance(targets, list) and not lora.layers and not settings.get("layers_to_transform"):
         words = [target for target in targets if "." not in target]
         if words == targets and not any(t.startswith("re:") or t == "all-linear" for t in lora.targets):
-            here["targets"], there["targets"] = sorted(lora.targets), sorted(words)
+            here["targets"], there["targets"] = sorted(fused_targets({*words}, lora.targets)), sorted(words)
+    if (numbers := settings.get("layers_to_transform")) not in (None, []):
+        here["layers"] = sorted({number for chosen in lora.chosen_layers for number in chosen})
+        there["layers"] = sorted({*numbers}) if isinstance(numbers, list) else [numbers]
     if differ := [key for key in here if here[key] != there[key]]:
         found = "; ".join(f"lora.{key} is {here[key]} here, {there[key]} there" for key in differ)
         remedy = " ".join(shlex.quote(f"lora.{key}={json.dumps(there[key])}") for key in differ)
         raise RecipeError(f"the settings must be those of lora.start_from={lora.start_from}; {found}.\nSet {remedy}")
+
+
+def _check_plain(start: str, settings: dict[str, Any]) -> None:
+    """Raise RecipeError for an adapter that means something else than scale * B A, or DoRA, on the base as it is."""
+    if found := beyond_plain(settings):
+        names = ", ".join(f"{name}={shortened(json.dumps(value), VALUE_SHOWN)}" for name, value in found.items())
+        raise RecipeError(
+            f"lora.start_from must be plain LoRA; {start} has {names}.\n"
+            "Merge it into its base with PEFT (merge_and_unload), and train on the result."
+        )
+    init = settings.get("init_lora_weights")
+    if (init.lower() if isinstance(init, str) else init) not in UNCHANGED_BASE:
+        raise RecipeError(
+            "lora.start_from must have begun as default, gaussian or orthogonal, which leave the base as it is; "
+            f"{start} has init_lora_weights={shortened(json.dumps(init), VALUE_SHOWN)}.\n"
+            "Save it in PEFT with path_initial_model_for_weight_conversion, which makes pissa, olora and corda plain "
+            "LoRA, or merge it there (merge_and_unload) and train on the result."
+        )
 
 
 def load_start(model: Any, lora: LoraSection, *, base: str) -> str:

@@ -27,6 +27,7 @@ from torch import Tensor
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
 from launcher.checkpoint.files import writable
+from launcher.checkpoint.plain_lora import beyond_plain
 from launcher.errors import DiskError, RecipeError
 from launcher.export.load_run import OpenedRun
 from launcher.model.load import empty_model
@@ -45,9 +46,6 @@ from launcher.model.weight_files import (
 from launcher.ops.nf4 import Nf4, plain_merged_weight
 
 PEFT_PREFIX = "base_model.model."  # of PEFT's names
-PLAIN = {  # settings of a LoRA whose update is scale * B A, and nothing else
-    "bias": "none", "modules_to_save": None, "fan_in_fan_out": False,
-}  # fmt: skip
 MAGNITUDE = "lora_magnitude_vector"
 FREE_BYTES = 64 * 2**20  # for tokenizer, configs and the file system itself
 
@@ -114,8 +112,7 @@ def read_updates(adapter: Path) -> dict[str, Update]:
     """
     config = PeftConfig.from_pretrained(str(adapter))
     assert isinstance(config, LoraConfig), "the trainer makes LoRA adapters"
-    found = {key: value for key, plain in PLAIN.items() if (value := getattr(config, key, plain) or plain) != plain}
-    if found:
+    if found := beyond_plain(config.to_dict()):
         raise RecipeError(
             f"an adapter that is merged must be plain LoRA; that of {adapter} has "
             f"{', '.join(f'{key}={value}' for key, value in found.items())}.\nUse format=adapter."

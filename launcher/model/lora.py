@@ -145,6 +145,9 @@ def stock_lora(model: PreTrainedModel, lora: LoraSection, *, seed: int) -> PeftM
         layers: list[Any] = [module for module in adapted.modules() if isinstance(module, LoraLayer)]
         for layer in layers:
             orthogonal_start(layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight)
+    for name, parameter in adapted.named_parameters():
+        if parameter.requires_grad and lora.plus_ratio != 1 and ".lora_A." not in name:
+            parameter.rate_factor = lora.plus_ratio  # type: ignore[attr-defined]  # read by train/optim.py
     return adapted
 
 
@@ -171,8 +174,6 @@ def attach_lora(model: PreTrainedModel, lora: LoraSection, *, seed: int) -> Peft
     for name, parameter in adapted.named_parameters():
         if parameter.requires_grad and parameter.dtype != torch.float32:
             raise AssertionError(f"{name} is {parameter.dtype}: LoRA masters are fp32")
-        if parameter.requires_grad and lora.plus_ratio != 1 and ".lora_A." not in name:
-            parameter.rate_factor = lora.plus_ratio  # type: ignore[attr-defined]  # read by train/optim.py
     # Train mode throughout: torch.compile guards on the mode, and bitsandbytes repacks weights in eval on some CPUs.
     # Dropout follows the gradient mode instead (ops/qlora_linear.py).
     return adapted.train()

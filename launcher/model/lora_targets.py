@@ -8,15 +8,11 @@ from torch import nn
 
 from launcher.errors import RecipeError
 from launcher.model.weight_files import linear_weights
-from launcher.recipe.lora_section import ALL_LINEAR, EXPRESSION, LoraSection
+from launcher.recipe.lora_section import ALL_LINEAR, EXPRESSION, FUSED_PROJECTIONS, LoraSection, fused_targets
 
 Number = TypeVar("Number", int, float)
 
 LAYER = re.compile(r"\.layers\.(\d+)\.")
-FUSED_PROJECTIONS = {  # a projection in which some models hold several, and which these are; Phi-3 has both
-    "qkv_proj": ("q_proj", "k_proj", "v_proj"),
-    "gate_up_proj": ("gate_proj", "up_proj"),
-}
 
 
 class Adapted(NamedTuple):
@@ -59,11 +55,8 @@ def module_names(model: nn.Module, lora: LoraSection) -> list[str]:
 
 def fitted_targets(model: nn.Module, targets: Collection[str]) -> list[str]:
     """`targets` as `model` names them: a fused projection stands for its parts where all of them are named."""
-    linears, fitted = {name.removesuffix(".weight").rpartition(".")[2] for name in linear_weights(model)}, [*targets]
-    for fused, parts in FUSED_PROJECTIONS.items():
-        if fused in linears and not linears & {*parts} and {*parts} <= {*fitted}:
-            fitted = list(dict.fromkeys(fused if name in parts else name for name in fitted))
-    return fitted
+    linears = {weight.removesuffix(".weight").rpartition(".")[2] for weight in linear_weights(model)}
+    return fused_targets(linears, targets)
 
 
 def target_notes(model: nn.Module, targets: Collection[str]) -> tuple[str, ...]:

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from launcher.data.loader import StepBatch
 from launcher.errors import NonFiniteError
 from launcher.proof.gate import Comparison, Measured, gate_of
+from launcher.proof.noise import DROPOUT, NEFTUNE, without_noise
 from launcher.proof.stock import B_STD, PaddedBatch, accumulate, collate, stock_model
 from launcher.records.parity import ParityRecord
 from launcher.runtime.clock import Clock
@@ -45,7 +46,7 @@ def parity(request: Request) -> Iterator[str | ParityRecord]:
 
     Raises the errors of launcher/errors.py, but not for a closed gate: that is in the record's verdicts.
     """
-    clock, (request, notes) = Clock(), without_noise(request)
+    clock, (request, notes) = Clock(), without_noise(request, DROPOUT, NEFTUNE)
     recipe = request.recipe
     yield "reading data"
     with clock.phase("data"):
@@ -92,18 +93,6 @@ def parity(request: Request) -> Iterator[str | ParityRecord]:
         elapsed_s=clock.elapsed_s,
         notes=(*notes, *_notes(request, len(batches), gate.loss_batches), *compile.fallbacks),
     )
-
-
-def without_noise(request: Request) -> tuple[Request, tuple[str, ...]]:
-    """The request without dropout and NEFTune, and a note on each that it asked for: three models cannot draw the same
-    numbers."""
-    recipe, notes = request.recipe, []
-    for section, key in (("lora", "dropout"), ("train", "neftune_alpha")):
-        if asked := getattr(getattr(recipe, section), key):
-            quiet = getattr(recipe, section).model_copy(update={key: 0.0})
-            recipe = recipe.model_copy(update={section: quiet})
-            notes.append(f"measured with {section}.{key}=0, not the recipe's {asked:g}")
-    return replace(request, recipe=recipe), tuple(notes)
 
 
 def compiled_worker(request: Request, prepared: Prepared, *, clock: Clock) -> Worker:

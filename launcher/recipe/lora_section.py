@@ -1,6 +1,7 @@
 """The section lora of a recipe: the adapters, and how they begin."""
 
 import re
+from collections.abc import Iterable
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, ValidationInfo, field_validator
@@ -8,6 +9,10 @@ from pydantic import AfterValidator, BeforeValidator, Field, ValidationInfo, fie
 from launcher.recipe.field_types import Distinct, NonEmptyText, RecipeSection
 
 ALL_LINEAR, EXPRESSION = "all-linear", "re:"  # in lora.targets: every linear; what a regular expression begins with
+FUSED_PROJECTIONS = {  # a projection in which some models hold several, and which these are; Phi-3 has both
+    "qkv_proj": ("q_proj", "k_proj", "v_proj"),
+    "gate_up_proj": ("gate_proj", "up_proj"),
+}
 NOT_OFFERED = {  # of PEFT's initialisations: why
     **dict.fromkeys(
         ("pissa", "olora", "loftq"),
@@ -28,6 +33,16 @@ def check_expression(pattern: str, key: str) -> None:
         re.compile(pattern)
     except re.error as error:
         raise ValueError(f"{key} must hold regular expressions; {pattern!r} is none: {error}") from None
+
+
+def fused_targets(linears: set[str], targets: Iterable[str]) -> list[str]:
+    """`targets` as a model with these `linears` (last words of names) has them: a fused projection stands for its parts
+    where all of them are named."""
+    fitted = [*targets]
+    for fused, parts in FUSED_PROJECTIONS.items():
+        if fused in linears and not linears & {*parts} and {*parts} <= {*fitted}:
+            fitted = list(dict.fromkeys(fused if name in parts else name for name in fitted))
+    return fitted
 
 
 def layer_range(text: str) -> str:

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 
 from launcher.checkpoint.start_adapter import check_start
@@ -14,6 +15,8 @@ from launcher.errors import RecipeError
 from launcher.preflight.before_torch import goes_on
 from launcher.records.run import RunRecord, StartRecord
 from tests.support.runs import adapter, events_of, record_of, trained
+
+TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
 @pytest.fixture
@@ -71,6 +74,79 @@ def test_another_base_is_said(make: Any, first: Any) -> None:
 def test_settings_that_differ_are_refused_naming_both(make: Any, first: Any, lora: Any, message: str) -> None:
     with pytest.raises(RecipeError, match=f"(?s){message}"):
         check_start(make(lora={"start_from": str(first[0]), **lora}).lora)
+
+
+def with_settings(folder: Path, **settings: Any) -> None:
+    """Change the settings of the adapter in `folder`."""
+    file = folder / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | settings))
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    """A folder with the settings of an adapter, as PEFT saves them for a default recipe, and a file for its weights."""
+    settings = LoraConfig(r=4, lora_alpha=32, target_modules=TARGETS, task_type="CAUSAL_LM")
+    settings.save_pretrained(str(tmp_path / "saved"))
+    (tmp_path / "saved" / "adapter_model.safetensors").touch()
+    return tmp_path / "saved"
+
+
+@pytest.mark.parametrize("init", ["pissa", "pissa_niter_16", "olora", "loftq", "corda", "eva", "lora_ga", "mica"])
+def test_an_adapter_that_may_belong_to_a_changed_base_is_refused(make: Any, saved: Path, init: str) -> None:
+    with_settings(saved, init_lora_weights=init)
+    with pytest.raises(RecipeError, match=f'init_lora_weights="{init}".*\n.*path_initial_model'):
+        check_start(make(lora={"start_from": str(saved)}).lora)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("bias", "all"),
+        ("modules_to_save", ["lm_head"]),
+        ("fan_in_fan_out", True),
+        ("lora_bias", True),
+        ("alora_invocation_tokens", [1, 2]),
+        ("trainable_token_indices", [7]),
+        ("target_parameters", ["experts.weight"]),
+        ("layer_replication", [[0, 2]]),
+        ("use_qalora", True),
+        ("use_bdlora", {"nblocks": 2}),
+        ("of_a_later_peft", 0.5),
+    ],
+)
+def test_an_adapter_that_is_more_than_plain_lora_is_refused_by_what_it_has(
+    make: Any, saved: Path, name: str, value: Any
+) -> None:
+    with_settings(saved, **{name: value})
+    with pytest.raises(RecipeError, match=rf"must be plain LoRA; .* has {name}=") as refused:
+        check_start(make(lora={"start_from": str(saved)}).lora)
+    assert json.dumps(value) in str(refused.value)
+
+
+@pytest.mark.parametrize("init", [True, False, "gaussian", "orthogonal"])
+def test_a_plain_adapter_of_each_start_that_leaves_the_base_is_taken(make: Any, saved: Path, init: Any) -> None:
+    with_settings(saved, init_lora_weights=init, auto_mapping={"of": "another trainer"}, lora_dropout=0.1)
+    assert check_start(make(lora={"start_from": str(saved)}).lora) == str(saved)
+
+
+@pytest.mark.parametrize("numbers", [[1, 0], 0])
+def test_the_adapted_layers_must_be_those_of_the_recipe(make: Any, saved: Path, numbers: Any) -> None:
+    with_settings(saved, layers_to_transform=numbers)
+    listed = sorted(numbers) if isinstance(numbers, list) else [numbers]
+    for layers in ([], ["1-2"]):
+        with pytest.raises(RecipeError, match=r"lora\.layers is \[.*here") as refused:
+            check_start(make(lora={"start_from": str(saved), "layers": layers}).lora)
+        assert f"lora.layers={json.dumps(listed)}" in str(refused.value)
+    assert check_start(make(lora={"start_from": str(saved), "layers": listed}).lora)
+
+
+def test_a_saved_fused_projection_is_what_all_of_its_parts_name(make: Any, saved: Path) -> None:
+    fused = ["qkv_proj", "o_proj", "gate_up_proj", "down_proj"]
+    with_settings(saved, target_modules=fused)
+    for targets in (TARGETS, fused):
+        assert check_start(make(lora={"start_from": str(saved), "targets": targets}).lora)
+    with pytest.raises(RecipeError, match=r"lora\.targets is .*'q_proj'.* here, .*'qkv_proj'.* there"):
+        check_start(make(lora={"start_from": str(saved), "targets": [*TARGETS[:2], *TARGETS[3:]]}).lora)
 
 
 def test_tensors_of_other_layers_are_refused_by_name(make: Any, first: Any) -> None:

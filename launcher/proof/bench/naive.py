@@ -43,7 +43,7 @@ class NaiveStep:
         self.optimizer.zero_grad()
         total = accumulate(self.model, batch, self.scaler, dtype=self.dtype)
         for parameter_group in self.optimizer.param_groups:
-            parameter_group["lr"] = self.rates[self.updates]
+            parameter_group["lr"] = self.rates[self.updates] * parameter_group.get("rate_factor", 1.0)
         self.scaler.unscale_(self.optimizer)
         nn.utils.clip_grad_norm_(self.parameters, self.clip)
         scale = self.scaler.get_scale()

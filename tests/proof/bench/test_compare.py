@@ -27,6 +27,7 @@ def events(make_recipe: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> 
         def run_child(task: Any, request: Any) -> Iterator[Any]:
             assert task.func is compare.measure
             [part] = task.args
+            assert request.recipe.train.neftune_alpha == 0, "stock modules draw no such noise"
             yield f"measures {part}"
             if isinstance(results[part], Exception):
                 raise results[part]
@@ -46,6 +47,12 @@ def test_data_comes_first_then_ours_then_naive_with_checkpointing_and_without(ev
     ]  # fmt: skip
     assert isinstance(record, BenchRecord) and record.holds and record.notes == ()
     assert record.recipe["train"]["steps"] == 4  # as the user gave it, not as long as the measurement
+
+
+def test_neftune_is_left_out_on_every_side_and_a_note_says_so(events: Events) -> None:
+    record = events(train={"neftune_alpha": 5.0})[-1]
+    assert record.notes == ("measured with train.neftune_alpha=0, not the recipe's 5",)
+    assert record.recipe["train"]["neftune_alpha"] == 5.0
 
 
 @pytest.mark.parametrize(

@@ -176,6 +176,21 @@ def test_nothing_in_the_naive_side_is_ours_and_its_layers_are_recomputed_only_wh
     assert "launcher" not in packages and {"peft", "transformers", "bitsandbytes"} <= packages
 
 
+def test_the_naive_side_has_the_rates_of_loraplus_at_every_step(requested: Requested) -> None:
+    lora, train = {"plus_ratio": 16.0}, {"lr": 1e-3, "warmup": 0, "schedule": "linear"}
+    request, prepared = bench_inputs(requested(lora=lora, train=train))
+    step = NaiveStep(request, prepared, checkpointed=False)
+    batch = collate(step_batches(request, prepared)[0])
+    names = {id(parameter): name for name, parameter in step.model.named_parameters()}
+    for rate in step.rates[:2]:
+        step(batch)
+        rates = {
+            names[id(p)].split(".")[-3]: group["lr"] for group in step.optimizer.param_groups for p in group["params"]
+        }
+        assert rates == pytest.approx({"lora_A": rate, "lora_B": 16 * rate})
+    assert step.rates[0] > step.rates[1]
+
+
 def test_the_ceiling_is_a_rate_that_a_product_reaches() -> None:
     ceiling = matmul_ceiling(torch.float32, torch.device("cpu"))
     assert (ceiling.dtype, ceiling.size) == ("float32", 512) and 1e9 < ceiling.flops_per_s < 1e14
