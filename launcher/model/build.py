@@ -17,7 +17,8 @@ from launcher.model.attention import (
     choose_attention,
     register_attention,
 )
-from launcher.model.families import Family, family_of, head_width
+from launcher.model.families import Family, head_width
+from launcher.model.family_choice import family_of
 from launcher.model.grouped import group_projections
 from launcher.model.layer_kinds import attention_needs
 from launcher.model.layer_shape import computes_as_llama, family_of_shape, norms_as_llama

@@ -12,7 +12,8 @@ from launcher.model import attention, grouped, packed
 from launcher.model import build as build_module
 from launcher.model.attention import BlockFacts, choose_attention
 from launcher.model.build import build_model
-from launcher.model.families import FAMILIES, Family, family_of
+from launcher.model.families import FAMILIES, Family
+from launcher.model.family_choice import family_of
 from launcher.model.layer_kinds import AttentionNeeds, attention_needs, layer_kinds
 from launcher.model.load import empty_model
 from launcher.model.logits import LogitsRule
@@ -21,11 +22,12 @@ from launcher.ops import document_attention
 from launcher.ops.document_attention import masked_attention
 from launcher.recipe.schema import LoraSection
 from tests.conftest import small_config
-from tests.support.family_figures import RECIPE, build, compiled, config_of, differences, reloaded
+from tests.support.family_figures import LOCAL, MIXED, RECIPE, build, compiled, config_of, differences, reloaded
 from tests.support.models import packed_batch
 
 CPU = torch.device("cpu")
 TARGETS = LoraSection().targets
+KEYS = [LOCAL, MIXED, {"logits_scaling": 8.0}, {"final_logit_softcapping": 1.0}, {"attn_logit_softcapping": 1.0}]
 
 
 @pytest.fixture(autouse=True)
@@ -44,6 +46,26 @@ def test_what_trains_of_each_family_has_the_loss_and_gradients_of_its_stock_mode
     assert loss < 1e-5
     projections = 4 if model_type == "phi3" else 7
     assert max(gradients.values()) < 1e-4 and len(gradients) == config.num_hidden_layers * projections * 2
+
+
+@pytest.mark.parametrize(
+    ("model_type", "changes"),
+    [
+        *(("llama", change) for change in KEYS),
+        ("granite", LOCAL),
+        ("granite", MIXED),
+        ("olmo2", LOCAL),
+        ("qwen3", {"final_logit_softcapping": 2.0}),
+        ("gemma3_text", {"attn_logit_softcapping": 1.0}),
+        ("mistral", MIXED),
+        ("phi3", MIXED),
+        ("smollm3", {**LOCAL, "use_sliding_window": True}),
+        ("smollm3", {**MIXED, "use_sliding_window": False}),
+    ],
+)
+def test_a_key_that_the_stock_code_of_a_family_does_not_read_changes_nothing_here_either(model_type, changes):
+    loss, gradients = differences(config_of(model_type, **changes))
+    assert loss < 1e-5 and max(gradients.values()) < 1e-4
 
 
 @pytest.mark.parametrize("model_type", ["qwen2", "gemma2", "phi3"])
