@@ -4,7 +4,7 @@ from typing import Any
 
 from launcher.errors import RecipeError
 from launcher.model.families import FAMILIES, Family
-from launcher.model.layer_kinds import check_layers
+from launcher.model.layer_kinds import check_layers, layer_kinds
 from launcher.model.untrainable import refuse_untrainable
 
 
@@ -25,7 +25,21 @@ def family_of(config: Any, *, max_length: int, auto: bool = False) -> Family:
             f"it is {max_length}. Lower data.max_length."
         )
     check_layers(config, max_length=max_length)
+    if not family.named:
+        _refuse_windows(config, max_length=max_length)
     return family
+
+
+def _refuse_windows(config: Any, *, max_length: int) -> None:
+    """Not tried: the comparison before the first step takes shorter documents, which may not fill the window."""
+    windows = [kind.window for kind in layer_kinds(config, max_length=max_length) if kind.window is not None]
+    if windows:
+        tokens = min(windows)
+        raise RecipeError(
+            f"with model.family=auto no sliding window may be shorter than data.max_length, {max_length}; "
+            f"{config.model_type!r} has one of {tokens} tokens.\nSet data.max_length={tokens} or lower "
+            "(docs/any-model.md)."
+        )
 
 
 def _without_row(config: Any, *, auto: bool) -> Family:
