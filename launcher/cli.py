@@ -97,7 +97,7 @@ def _preview(resolved: Resolved, info: RankInfo, console: Console) -> None:
             from launcher.data.prepare import prepare
             from launcher.data.preview import preview_record
             from launcher.data.vocabulary import fit_vocabulary
-            from launcher.model.families import family_of
+            from launcher.model.family_choice import family_of
             from launcher.model.load import load_config, load_stop_ids, load_tokenizer
             from launcher.model.token_vectors import stored_vectors, untrained_notes
 

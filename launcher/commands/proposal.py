@@ -13,7 +13,7 @@ from launcher.errors import RecipeError
 from launcher.memory.forecast import Shapes, forecast, optimizer_bytes
 from launcher.memory.ledger import MIB
 from launcher.memory.policy import KEPT, choose_policy
-from launcher.model.families import family_of
+from launcher.model.family_choice import family_of
 from launcher.model.layer_kinds import attention_needs
 from launcher.model.load import empty_model
 from launcher.model.logits import logit_bytes, logits_rule

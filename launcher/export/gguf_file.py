@@ -25,6 +25,7 @@ from launcher.export.merge import MergePlan, Update, check_updates, merged_weigh
 from launcher.export.place import QUANTIZE_TOOL
 from launcher.memory.ledger import MIB
 from launcher.model.families import head_width
+from launcher.model.layer_kinds import layer_kinds
 
 ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen3": "qwen3"}  # by model_type; llama.cpp's names
 F32, ROPE = GGMLQuantizationType.F32, "rope_freqs.weight"
@@ -179,10 +180,8 @@ def default_frequencies(run: OpenedRun) -> Tensor:
 
 def positions_of(run: OpenedRun) -> int:
     """For how many tokens llama.cpp computes what the model does: it knows no sliding window here."""
-    config = run.config
-    windowed = "sliding_attention" in (getattr(config, "layer_types", None) or ["sliding_attention"])
-    window = getattr(config, "sliding_window", None) if windowed else None
-    return min(window or config.max_position_embeddings, config.max_position_embeddings)
+    most: int = run.config.max_position_embeddings
+    return min(kind.window or most for kind in layer_kinds(run.config, max_length=most))
 
 
 def _add_metadata(writer: GGUFWriter, plan: GgufPlan, name: str) -> None:

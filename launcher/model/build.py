@@ -17,7 +17,8 @@ from launcher.model.attention import (
     choose_attention,
     register_attention,
 )
-from launcher.model.families import Family, family_of, head_width
+from launcher.model.families import Family, head_width
+from launcher.model.family_choice import family_of
 from launcher.model.grouped import group_projections
 from launcher.model.layer_kinds import attention_needs
 from launcher.model.layer_shape import computes_as_llama, family_of_shape, norms_as_llama
@@ -134,7 +135,8 @@ def build_model(
     peft = attach_lora(base, recipe.lora, seed=recipe.train.seed)
     if family.named or all(map(computes_as_llama, base.model.layers)):
         group_projections(base.model.layers, mlp=family.mlp)
-    _forget_windows(base.model.layers)
+    if family.named:
+        _forget_windows(base.model.layers)
     # What another process must load to use the adapter: a hub id, or a path that does not depend on its folder.
     peft.peft_config["default"].base_model_name_or_path = source
     peft.peft_config["default"].revision = recipe.model.revision
@@ -190,7 +192,8 @@ def _choose_path(
 
 
 def _forget_windows(layers: Any) -> None:
-    """Body gives each layer its window; the module's own number would be a graph of its own, to no purpose."""
+    """Body gives each layer its window; the module's own number would be a graph of its own, to no purpose. Only where
+    the code is known to read it for nothing else: some rotate by whether a layer has a window."""
     for layer in layers:
         if hasattr(layer.self_attn, "sliding_window"):
             layer.self_attn.sliding_window = None

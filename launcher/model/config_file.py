@@ -6,7 +6,8 @@ from types import SimpleNamespace
 from typing import Any
 
 from launcher.errors import RecipeError
-from launcher.model.families import FAMILIES, family_of
+from launcher.model.families import FAMILIES
+from launcher.model.family_choice import family_of
 from launcher.model.layer_kinds import DROPOUTS
 from launcher.model.quantised_checkpoints import check_quantisation
 from launcher.model.untrainable import refuse_untrainable

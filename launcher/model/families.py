@@ -8,10 +8,6 @@ decoder layers that are called with (hidden, attention_mask=, position_embedding
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from launcher.errors import RecipeError
-from launcher.model.layer_kinds import check_layers
-from launcher.model.untrainable import refuse_untrainable
-
 if TYPE_CHECKING:  # config_file.py reads FAMILIES before torch is imported
     from torch import nn
 
@@ -20,11 +16,13 @@ if TYPE_CHECKING:  # config_file.py reads FAMILIES before torch is imported
 
 @dataclass(frozen=True)
 class Family:
-    """One architecture, known by its `config.model_type`; norms and mlp are attributes of a decoder layer."""
+    """One architecture, known by its `config.model_type`; norms and mlp are attributes of a decoder layer. `reads`: the
+    keys of config.json that its stock code reads, of those that only some architectures know (`stock_setting`)."""
 
     model_type: str
     norms: tuple[str, ...] = ("input_layernorm", "post_attention_layernorm")
     mlp: str = "mlp"
+    reads: tuple[str, ...] = ()
     named: bool = True  # has a row here; else norms and mlp are found on the model (layer_shape.py)
 
 
@@ -34,53 +32,33 @@ SANDWICH = (
     "pre_feedforward_layernorm",
     "post_feedforward_layernorm",
 )
+WINDOW = ("sliding_window",)  # of all layers
+WINDOWS = ("sliding_window", "layer_types")  # of some layers
+CAPS = ("attn_logit_softcapping", "final_logit_softcapping")
 FAMILIES = {
     family.model_type: family
     for family in (
-        Family("gemma2", norms=SANDWICH),
-        Family("gemma3_text", norms=SANDWICH),
-        Family("granite"),
+        Family("gemma2", norms=SANDWICH, reads=(*WINDOWS, *CAPS)),
+        Family("gemma3_text", norms=SANDWICH, reads=(*WINDOWS, "final_logit_softcapping")),
+        Family("granite", reads=("logits_scaling",)),
         Family("llama"),
-        Family("ministral"),
-        Family("mistral"),
+        Family("ministral", reads=WINDOWS),
+        Family("mistral", reads=WINDOW),
         Family("olmo2", norms=SANDWICH[1::2]),
-        Family("phi3"),
-        Family("qwen2"),
-        Family("qwen3"),
-        Family("smollm3"),
+        Family("phi3", reads=WINDOW),
+        Family("qwen2", reads=WINDOWS),
+        Family("qwen3", reads=WINDOWS),
+        Family("smollm3", reads=WINDOWS),
     )
 }
 
 
-def family_of(config: Any, *, max_length: int, auto: bool = False) -> Family:
-    """The family of a config, after checking that the compiled forward computes what the config says. `auto`: also of
-    an architecture without a row (model.family=auto), of which layer_shape.py finds the rest.
-
-    `config` is transformers', or has only what config.json says: what that leaves out is not checked.
-
-    Raises RecipeError for an unknown family, a length beyond the model's positions, and as `check_layers`.
-    """
+def stock_setting(config: Any, key: str) -> Any:
+    """The value of `key` where the stock code of the config's architecture reads it, else None: transformers keeps
+    what config.json says beyond that as attributes of the config. Without a row: where its class declares the key."""
     family = FAMILIES.get(config.model_type)
-    if family is None:
-        family = _without_row(config, auto=auto)
-    if max_length > getattr(config, "max_position_embeddings", max_length):
-        raise RecipeError(
-            f"data.max_length may be at most the model's {config.max_position_embeddings} positions; "
-            f"it is {max_length}. Lower data.max_length."
-        )
-    check_layers(config, max_length=max_length)
-    return family
-
-
-def _without_row(config: Any, *, auto: bool) -> Family:
-    refuse_untrainable(config.model_type, config.to_dict() if hasattr(config, "to_dict") else vars(config))
-    if not auto:
-        known = ", ".join(sorted(FAMILIES))
-        raise RecipeError(
-            f"model architectures supported are {known}; this model is {config.model_type!r}.\n"
-            "model.family=auto tries it: it is trained if it is found equal to stock code before the first step."
-        )
-    return Family(config.model_type, norms=(), mlp="", named=False)
+    read = getattr(type(config), "__dataclass_fields__", {}) if family is None else family.reads
+    return getattr(config, key, None) if key in read else None
 
 
 def head_width(config: Any) -> int:

@@ -1,13 +1,15 @@
 """What a model's config says of its decoder layers: rotary tables, sliding windows, caps of the attention scores.
 
-Read by the names that transformers' configs have in common, not by architecture. `config` is transformers', or has only
-what config.json says: what that leaves out is not checked here. Imports no torch.
+Read by the names that transformers' configs have in common, where the architecture's own code reads them
+(`stock_setting`). `config` is transformers', or has only what config.json says: what that leaves out is not checked
+here. Imports no torch.
 """
 
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 from launcher.errors import RecipeError
+from launcher.model.families import stock_setting
 
 # Rotary tables of these kinds are the same for every document within `max_position_embeddings`, so one table serves the
 # whole run: `dynamic` changes its base only beyond them.
@@ -33,8 +35,8 @@ class AttentionNeeds(NamedTuple):
 
 def layer_kinds(config: Any, *, max_length: int) -> tuple[LayerKind, ...]:
     """The kind of each layer. A window that no document of `max_length` tokens fills counts as none."""
-    types = getattr(config, "layer_types", None) or ["sliding_attention"] * config.num_hidden_layers
-    window = getattr(config, "sliding_window", None)
+    types = stock_setting(config, "layer_types") or ["sliding_attention"] * config.num_hidden_layers
+    window = stock_setting(config, "sliding_window")
     binding = window if window is not None and window < max_length else None
     tables = set(types) if len(list(_rope_settings(config))) > 1 else ()
     return tuple(
@@ -45,7 +47,7 @@ def layer_kinds(config: Any, *, max_length: int) -> tuple[LayerKind, ...]:
 def attention_needs(config: Any, *, max_length: int) -> AttentionNeeds:
     return AttentionNeeds(
         window=any(kind.window is not None for kind in layer_kinds(config, max_length=max_length)),
-        softcap=getattr(config, "attn_logit_softcapping", None) is not None,
+        softcap=stock_setting(config, "attn_logit_softcapping") is not None,
     )
 
 
@@ -65,10 +67,10 @@ def check_layers(config: Any, *, max_length: int) -> None:
             )
     if getattr(config, "use_bidirectional_attention", None):
         raise RecipeError("attention must be causal; this model's config sets use_bidirectional_attention.")
-    window = getattr(config, "sliding_window", None)
+    window = stock_setting(config, "sliding_window")
     if window is not None and window < 1:
         raise RecipeError(f"a sliding window must hold a token or more; this model's config sets {window}.")
-    others = sorted(set(getattr(config, "layer_types", None) or ()) - {*LAYER_TYPES})
+    others = sorted(set(stock_setting(config, "layer_types") or ()) - {*LAYER_TYPES})
     if others:
         raise RecipeError(
             f"decoder layers must be of the types {' and '.join(LAYER_TYPES)}; this model has {', '.join(others)}."

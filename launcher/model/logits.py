@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from launcher.model.families import stock_setting
+
 
 class LogitsRule(NamedTuple):
     divisor: float | None  # of Granite
@@ -16,8 +18,8 @@ class LogitsRule(NamedTuple):
 
 def logits_rule(config: Any) -> LogitsRule:
     """`config` is transformers'."""
-    divisor = getattr(config, "logits_scaling", None)
-    return LogitsRule(None if divisor == 1 else divisor, getattr(config, "final_logit_softcapping", None))
+    divisor = stock_setting(config, "logits_scaling")
+    return LogitsRule(None if divisor == 1 else divisor, stock_setting(config, "final_logit_softcapping"))
 
 
 def logit_bytes(rule: LogitsRule, dtype: torch.dtype) -> int:

@@ -118,11 +118,16 @@ class PackedCausalLM(nn.Module):
         self.register_buffer(f"cos{suffix}", cos[0].contiguous(), persistent=False)
         self.register_buffer(f"sin{suffix}", sin[0].contiguous(), persistent=False)
 
-    def layer_code(self) -> list[tuple[int | None, bool]]:
+    def layer_code(self) -> list[tuple[Any, ...]]:
         """By layer, what the compiler tells it apart by beside its adapters: numbers in the code, not in tensors."""
         windows = [self.windows[kind] for kind in self.body.kinds]
-        rotated = [bool(getattr(layer.self_attn, "use_rope", True)) for layer in self.body.layers]
-        return list(zip(windows, rotated, strict=True))
+        attentions = [layer.self_attn for layer in self.body.layers]
+        rotated = [bool(getattr(attention, "use_rope", True)) for attention in attentions]
+        kept = [getattr(attention, "sliding_window", None) for attention in attentions]  # without a row (build.py)
+        local = [
+            own is not None and getattr(one, "is_sliding", None) for own, one in zip(kept, attentions, strict=True)
+        ]
+        return list(zip(windows, rotated, kept, local, strict=True))
 
     def loss_rows(self, tokens: int) -> int:
         """The most supervised ones among a micro batch's `tokens`."""

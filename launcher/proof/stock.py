@@ -28,6 +28,7 @@ from transformers import PreTrainedModel
 from launcher.data.loader import StepBatch
 from launcher.data.pack.micro_batch import IGNORE, MicroBatch
 from launcher.model.build import build_base
+from launcher.model.load import empty_model
 from launcher.model.lora import stock_lora
 from launcher.recipe.schema import Recipe
 
@@ -139,12 +140,15 @@ def packed_arguments(pieces: Sequence[Piece]) -> tuple[Tensor, ...]:
 
 @contextmanager
 def stock_code(model: PeftModel) -> Iterator[PeftModel]:
-    """Inside, `model` is stock: each module is of the class that transformers, PEFT or bitsandbytes gave it, and
-    attention is transformers' "eager"."""
+    """Inside, `model` is stock: each module is of the class that transformers, PEFT or bitsandbytes gave it, its layers
+    have the settings of newly built ones, and attention is transformers' "eager"."""
     base: Any = model.get_base_model()
     attention = base.config._attn_implementation
     ours = [(module, type(module)) for module in model.modules() if _is_ours(type(module))]
+    changed = [(module, name, getattr(module, name), value) for module, name, value in _changed_settings(base)]
     try:
+        for module, name, _, value in changed:
+            setattr(module, name, value)
         for module, own in ours:
             module.__class__ = next(one for one in own.__mro__ if not _is_ours(one))
         base.set_attn_implementation("eager")
@@ -153,6 +157,22 @@ def stock_code(model: PeftModel) -> Iterator[PeftModel]:
         base.set_attn_implementation(attention)
         for module, own in ours:
             module.__class__ = own
+        for module, name, own_value, _ in changed:
+            setattr(module, name, own_value)
+
+
+def _changed_settings(base: Any) -> Iterator[tuple[Any, str, Any]]:
+    """The numbers, names and flags in the decoder's modules that differ from those of the model of the same config
+    newly built: (module, name, value there). Linears are PEFT's and bitsandbytes' to change."""
+    new: Any = empty_model(copy.deepcopy(base.config))
+    for path, fresh in new.model.named_modules():
+        if isinstance(fresh, nn.Linear):
+            continue
+        module = base.model.get_submodule(path)
+        for name, value in vars(fresh).items():
+            plain = isinstance(value, int | float | str | None) and name != "training" and not name.startswith("_")
+            if plain and getattr(module, name) != value:
+                yield module, name, value
 
 
 def _is_ours(module_type: type) -> bool:

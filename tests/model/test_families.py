@@ -12,7 +12,8 @@ from launcher.model import attention, grouped, packed
 from launcher.model import build as build_module
 from launcher.model.attention import BlockFacts, choose_attention
 from launcher.model.build import build_model
-from launcher.model.families import FAMILIES, Family, family_of
+from launcher.model.families import FAMILIES, Family
+from launcher.model.family_choice import family_of
 from launcher.model.layer_kinds import AttentionNeeds, attention_needs, layer_kinds
 from launcher.model.load import empty_model
 from launcher.model.logits import LogitsRule
@@ -23,11 +24,13 @@ from launcher.proof.first_difference import first_difference
 from launcher.proof.start import start_verdict
 from launcher.recipe.schema import LoraSection
 from tests.conftest import small_config
-from tests.support.family_figures import RECIPE, build, compiled, config_of, differences, reloaded
+from tests.support.family_figures import LOCAL, MIXED, RECIPE, build, compiled, config_of, differences, reloaded
 from tests.support.models import packed_batch
 
 CPU = torch.device("cpu")
 TARGETS = LoraSection().targets
+WHOLE = ["full_attention"] * 4
+KEYS = [LOCAL, MIXED, {"logits_scaling": 8.0}, {"final_logit_softcapping": 1.0}, {"attn_logit_softcapping": 1.0}]
 
 
 @pytest.fixture(autouse=True)
@@ -59,6 +62,26 @@ def test_what_trains_of_each_family_is_that_of_stock_code_in_half_precision_too(
 @pytest.mark.parametrize("model_type", ["gemma2", "granite"])
 def test_divided_and_capped_logits_are_no_difference_from_stock_code(model_type):
     assert first_difference(build(config_of(model_type))[0], [[torch.arange(3, 14), torch.arange(20, 29)]]) is None
+
+
+@pytest.mark.parametrize(
+    ("model_type", "changes"),
+    [
+        *(("llama", change) for change in KEYS),
+        ("granite", LOCAL),
+        ("granite", MIXED),
+        ("olmo2", LOCAL),
+        ("qwen3", {"final_logit_softcapping": 2.0}),
+        ("gemma3_text", {"attn_logit_softcapping": 1.0}),
+        ("mistral", MIXED),
+        ("phi3", MIXED),
+        ("smollm3", {**LOCAL, "use_sliding_window": True}),
+        ("smollm3", {**MIXED, "use_sliding_window": False}),
+    ],
+)
+def test_a_key_that_the_stock_code_of_a_family_does_not_read_changes_nothing_here_either(model_type, changes):
+    loss, gradients = differences(config_of(model_type, **changes))
+    assert loss < 1e-5 and max(gradients.values()) < 1e-4
 
 
 @pytest.mark.parametrize("model_type", ["qwen2", "gemma2", "phi3"])
@@ -263,6 +286,24 @@ def test_a_model_that_would_not_be_computed_as_its_config_says_is_refused(model_
         changes = {**changes, "rope_parameters": {**changes["rope_parameters"], **factors}}
     with pytest.raises(RecipeError, match=message):
         family_of(small_config(model_type, **changes), max_length=max_length)
+
+
+WINDOWED = [("exaone4", MIXED), ("cohere2", LOCAL), ("starcoder2", LOCAL)]
+
+
+@pytest.mark.parametrize(("model_type", "changes"), WINDOWED)
+def test_a_window_that_documents_may_fill_is_refused_of_a_model_without_a_row_with_the_length_to_set(
+    model_type, changes
+):
+    config = config_of(model_type, **changes)
+    assert not family_of(config, max_length=4, auto=True).named
+    with pytest.raises(RecipeError, match=r"data.max_length, 5; .* has one of 4 tokens.\nSet data.max_length=4 "):
+        family_of(config, max_length=5, auto=True)
+
+
+def test_a_window_that_the_class_of_a_config_does_not_declare_or_no_layer_has_is_no_window():
+    for model_type, changes in (("glm", LOCAL), ("arcee", LOCAL), ("exaone4", {**LOCAL, "layer_types": WHOLE})):
+        assert not family_of(config_of(model_type, **changes), max_length=5, auto=True).named
 
 
 def test_a_rotary_table_of_an_unknown_kind_is_refused():

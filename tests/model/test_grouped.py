@@ -4,7 +4,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from launcher.model.families import FAMILIES, family_of
+from launcher.model.families import FAMILIES
+from launcher.model.family_choice import family_of
 from launcher.model.grouped import group_projections
 from launcher.model.load import random_base
 from launcher.model.lora import attach_lora

@@ -9,7 +9,7 @@ from peft import LoraConfig, get_peft_model
 from pydantic import ValidationError
 
 from launcher.errors import RecipeError
-from launcher.model.families import family_of
+from launcher.model.family_choice import family_of
 from launcher.model.grouped import group_projections
 from launcher.model.load import empty_model, random_base
 from launcher.model.lora import attach_lora, orthogonal_start, stock_lora

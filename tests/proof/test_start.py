@@ -13,13 +13,17 @@ from launcher.model.attention import BlockFacts
 from launcher.model.build import BuiltModel, build_model, check_model
 from launcher.model.packed import PackedCausalLM
 from launcher.proof.start import LEAST, pieces_of, start_verdict
+from launcher.proof.stock import stock_code
 from launcher.recipe.schema import Recipe
 from tests.conftest import small_config
+from tests.support.family_figures import MIXED, RECIPE, build, compiled, config_of, differences
 from tests.support.runs import adapter, events_of, lines, record_of, trained
 from tests.support.workers import built, documents
 
 CPU = torch.device("cpu")
 PIECES = [torch.randint(8192, (n,), generator=torch.Generator().manual_seed(n)) for n in (20, 9)]
+SHORT = [piece[:11] % 251 for piece in PIECES]  # fits the vocabulary and the blocks of `config_of`
+AUTO = RECIPE.model_copy(update={"model": RECIPE.model.model_copy(update={"family": "auto"})})
 
 
 def build_any(model_type: str, *, dtype: str = "float32", dropout: float = 0.0, **changes: Any) -> BuiltModel:
@@ -101,6 +105,42 @@ def test_the_first_module_that_differs_is_named(fault: Callable[[BuiltModel], No
     assert not verdict.holds
     with pytest.raises(AssertionError, match=f"first difference: {first}"):
         raise AssertionError(verdict.evidence)
+
+
+def forgotten_windows(model: BuiltModel) -> None:
+    for layer in model.packed.body.layers:
+        layer.self_attn.sliding_window = None
+
+
+@pytest.mark.parametrize(("model_type", "changes"), [("exaone4", {}), ("cohere2", {"logit_scale": 1.0})])
+def test_layers_that_rotate_by_whether_they_have_a_window_train_as_newly_built_ones(
+    model_type: str, changes: dict[str, Any]
+) -> None:
+    config = config_of(model_type, **{**MIXED, "sliding_window": 4096}, **changes)
+    loss, gradients = differences(config, AUTO)
+    assert loss < 1e-5 and max(gradients.values()) < 1e-4
+    model, _ = build(config, AUTO)
+    assert start_verdict(model, SHORT, seed=0).holds
+    forgotten_windows(model)
+    verdict = start_verdict(model, SHORT, seed=0)
+    assert not verdict.holds and "first difference: model.layers." in verdict.evidence
+    assert {layer.self_attn.sliding_window for layer in model.packed.body.layers} == {None}
+
+
+@pytest.mark.parametrize("model_type", ["exaone4", "cohere2"])
+@pytest.mark.usefixtures("clean_dynamo")
+def test_layers_with_and_without_a_window_of_their_own_are_planned_as_two_kinds(model_type: str) -> None:
+    kinds, observer = compiled(config_of(model_type, **{**MIXED, "sliding_window": 4096}), recipe=AUTO)
+    assert kinds == 2 and observer.record().graphs_by_region["layer"] == 4
+    assert observer.record().recompiles == 0
+
+
+def test_inside_stock_code_a_named_family_has_its_own_windows_and_afterwards_none() -> None:
+    model, _ = build(config_of("gemma2"))
+    attentions: list[Any] = [layer.self_attn for layer in model.packed.body.layers]
+    with stock_code(model.peft):
+        assert [one.sliding_window for one in attentions] == [4, None, 4, None]
+    assert [one.sliding_window for one in attentions] == [None] * 4
 
 
 def test_a_wrong_gradient_under_a_right_loss_is_found(monkeypatch: pytest.MonkeyPatch) -> None:

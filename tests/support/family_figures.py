@@ -138,11 +138,13 @@ def differences(config: Any, recipe: Recipe = RECIPE) -> tuple[float, dict[str, 
     return abs(loss.item() / expected - 1), {name: relative_error(ours[name], theirs[name]) for name in ours}
 
 
-def compiled(config: Any, scope: Literal["layer", "regions"] = "layer") -> tuple[int, Observer]:
+def compiled(
+    config: Any, scope: Literal["layer", "regions"] = "layer", recipe: Recipe = RECIPE
+) -> tuple[int, Observer]:
     """Kinds of layers, and what was compiled for a train and an eval pass, and another of each."""
-    section = RECIPE.compile.model_copy(update={"scope": scope})
+    section = recipe.compile.model_copy(update={"scope": scope})
     torch._dynamo.reset()
-    built, _ = build(config, RECIPE.model_copy(update={"compile": section}))
+    built, _ = build(config, recipe.model_copy(update={"compile": section}))
     observer = Observer()
     plan = Plan(regions_of(built, shapes=1), compile=section, observer=observer)
 
