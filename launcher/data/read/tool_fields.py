@@ -15,7 +15,7 @@ from launcher.data.read.text_files import lone_surrogate
 from launcher.data.read.unused import has_no_value
 
 Objects = list[dict[str, Any]]
-MAX_DEPTH = 100
+MAX_NESTING = 100
 
 
 def tools_of(value: Any, where: str) -> tuple[dict[str, Any], ...]:
@@ -83,12 +83,12 @@ def _objects(value: Any, where: str, rule: str) -> Objects:
 def _check_json(value: Any, where: str, rule: str) -> None:
     """Raise RowFault for what cannot be written as JSON, or not be tokenised; a string of JSON may have hidden it."""
     depth, level = 0, [value]
-    while level and depth <= MAX_DEPTH:  # not by recursion, which ends at some thousand
+    while level and depth <= MAX_NESTING:  # not by recursion, which ends at some thousand
         depth += 1
         inner = (item for one in level for item in (one.values() if isinstance(one, dict) else one))
         level = [item for item in inner if isinstance(item, dict | list)]
     if level:
-        raise wrong_type(where, rule, f"objects in one another, {MAX_DEPTH} deep and deeper")
+        raise wrong_type(where, rule, f"objects in one another, {MAX_NESTING} deep and deeper")
     try:
         written = json.dumps(value)
     except (TypeError, ValueError) as error:  # dates, bytes and decimals of Arrow's
