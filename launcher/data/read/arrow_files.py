@@ -10,7 +10,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from launcher.data.read.parquet_files import rows_of_batches
+from launcher.data.read.packed import most_unpacked, too_much_unpacked
+from launcher.data.read.parquet_files import check_number_of_rows, rows_of_batches
 from launcher.data.read.rows import RawRow, RowFault
 from launcher.data.read.tables import BATCH_ROWS, one_line, unreadable
 from launcher.data.read.text_files import opened
@@ -24,7 +25,8 @@ FILE_MAGIC, END_OF_STREAM = b"ARROW1", b"\xff\xff\xff\xff\0\0\0\0"
 
 
 def read_arrow(path: Path, name: str, max_bytes: int) -> Iterator[RawRow | RowFault]:
-    """Cells become plain Python values. Raises DataError where the file cannot be read, or is cut short."""
+    """Cells become plain Python values. Raises DataError where the file cannot be read, is cut short, or holds
+    more rows or bytes than a file of its size can."""
     return rows_of_batches(_batches(path, name), name, max_bytes)
 
 
@@ -64,7 +66,7 @@ def _saved(state: Path) -> set[str]:
 def _batches(path: Path, name: str) -> "Iterator[pyarrow.RecordBatch]":
     import pyarrow  # a third of a second, only for those who have such files
 
-    number = 0
+    number = unpacked = 0
     with opened(path, name) as stream:
         try:
             start = stream.peek(len(FILE_MAGIC))
@@ -76,13 +78,23 @@ def _batches(path: Path, name: str) -> "Iterator[pyarrow.RecordBatch]":
             else:
                 _check_end(stream.fileno())
                 batches = iter(pyarrow.ipc.open_stream(stream))
+            size = os.fstat(stream.fileno()).st_size
             for batch in batches:
+                check_number_of_rows(number + batch.num_rows, size)
                 batch.validate(full=True)  # else damaged offsets end the process
+                unpacked += _own_bytes(batch)
+                if max(unpacked, batch.nbytes) > most_unpacked(size):
+                    raise ValueError(too_much_unpacked(most_unpacked(size)))
                 for first in range(0, batch.num_rows, BATCH_ROWS):
                     yield batch.slice(first, BATCH_ROWS)
                 number += batch.num_rows
         except Exception as error:  # Arrow's kinds, and any other that a damaged file causes
             raise unreadable(name, error, after=number, remedy="Write the file anew") from error
+
+
+def _own_bytes(batch: "pyarrow.RecordBatch") -> int:
+    """Bytes of a batch without its columns of dictionaries, which it may share with others."""
+    return sum(column.nbytes for column in batch.columns if "dictionary<" not in str(column.type))
 
 
 def _check_end(file: int) -> None:

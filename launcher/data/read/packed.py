@@ -24,9 +24,21 @@ def unpacked(path: Path) -> BufferedReader:
     return BufferedReader(_Unpacking(path), BUFFER_BYTES)
 
 
+def most_unpacked(size: int) -> int:
+    """How many bytes a file of this size may unpack to."""
+    return max(UNPACKED_FREELY_BYTES, MAX_UNPACKED_TIMES * size)
+
+
+def too_much_unpacked(most: int) -> str:
+    return (
+        f"it unpacks to more than {most:,} bytes, {MAX_UNPACKED_TIMES} times its size or "
+        f"{UNPACKED_FREELY_BYTES / 2**30:g} GiB"
+    )
+
+
 class _Unpacking(RawIOBase):
     def __init__(self, path: Path) -> None:
-        self._read_bytes, self._most = 0, max(UNPACKED_FREELY_BYTES, MAX_UNPACKED_TIMES * path.stat().st_size)
+        self._read_bytes, self._most = 0, most_unpacked(path.stat().st_size)
         if path.suffix.lower() == ".gz":
             self._file: Any = gzip.GzipFile(path)
         else:
@@ -43,10 +55,7 @@ class _Unpacking(RawIOBase):
         buffer[: len(data)] = data
         self._read_bytes += len(data)
         if self._read_bytes > self._most:
-            raise OSError(
-                f"it unpacks to more than {self._most:,} bytes, {MAX_UNPACKED_TIMES} times its size or "
-                f"{UNPACKED_FREELY_BYTES / 2**30:g} GiB; unpack it yourself if it is right"
-            )
+            raise OSError(f"{too_much_unpacked(self._most)}; unpack it yourself if it is right")
         return len(data)
 
     def tell(self) -> int:

@@ -69,7 +69,7 @@ def _batches(path: Path, name: str, max_bytes: int) -> "Iterator[pyarrow.RecordB
             file = parquet.ParquetFile(
                 stream, buffer_size=READ_AHEAD_BYTES, pre_buffer=False, page_checksum_verification=True
             )
-            _check_number_of_rows(file, path.stat().st_size)
+            check_number_of_rows(_stated_rows(file), path.stat().st_size)
             for index in range(file.num_row_groups):  # one by one: Arrow cannot join nested dictionaries across groups
                 group = file.metadata.row_group(index)
                 # Of the whole group: pyarrow ends the process where the sizes of a single column are damaged.
@@ -88,10 +88,13 @@ def _batches(path: Path, name: str, max_bytes: int) -> "Iterator[pyarrow.RecordB
             raise unreadable(name, error, after=number, remedy="Write the file anew") from error
 
 
-def _check_number_of_rows(file: "ParquetFile", size: int) -> None:
-    """Raise ValueError for more rows than a file of this size can hold: reading them would take hours, and memory."""
+def _stated_rows(file: "ParquetFile") -> int:
     metadata = file.metadata
-    rows = max(metadata.num_rows, sum(metadata.row_group(index).num_rows for index in range(metadata.num_row_groups)))
+    return max(metadata.num_rows, sum(metadata.row_group(index).num_rows for index in range(metadata.num_row_groups)))
+
+
+def check_number_of_rows(rows: int, size: int) -> None:
+    """Raise ValueError for more rows than a file of this size can hold: reading them would take hours, and memory."""
     if rows > MAX_ROWS_PER_BYTE * size:
         raise ValueError(f"{rows:,} rows in {size:,} bytes: all alike, or their number is damaged")
 

@@ -1,14 +1,16 @@
 """A Jinja line makes a text of a row's columns.
 
 The line is data, like the recipe that it stands in: it runs in Jinja's sandbox, which shuts Python's attributes off.
-What could take hours or gigabytes is shut off as well: range and the other globals, powers and products of texts, and
-whatever pads a text to a width. So is chance: every rank reads the same.
+What makes much of a few characters is shut off as well: range and the other globals, powers and products of texts,
+whatever pads a text to a width, and what stands between all characters. So is chance: every rank reads the same. Loops
+in loops over large columns, and replacements by them, can still take long.
 """
 
 from typing import Any
 
-from jinja2 import StrictUndefined, Template, TemplateError, Undefined, meta
+from jinja2 import StrictUndefined, Template, TemplateError, Undefined, meta, pass_eval_context
 from jinja2.exceptions import SecurityError
+from jinja2.filters import do_replace, do_tojson
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from launcher.data.read.rows import NOT_MAPPED, RawRow, RowFault, missing_column, shown_value, too_large
@@ -78,6 +80,7 @@ class _Sandbox(ImmutableSandboxedEnvironment):
         self.globals.clear()
         for name in UNFIT_FILTERS:
             del self.filters[name]
+        self.filters |= {"tojson": _tojson, "replace": _replace}
 
     def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:
         return attr not in PADDING_METHODS and super().is_safe_attribute(obj, attr, value)
@@ -85,10 +88,32 @@ class _Sandbox(ImmutableSandboxedEnvironment):
     def wrap_str_format(self, value: Any) -> None:
         """Jinja's replacement of str.format pads too; without one, is_safe_attribute refuses the method."""
 
+    def call(self, context: Any, obj: Any, /, *args: Any, **kwargs: Any) -> Any:
+        if getattr(obj, "__name__", "") == "replace" and args:
+            _refuse_empty(args[0])
+        return super().call(context, obj, *args, **kwargs)
+
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
         if operator == "**" or not (isinstance(left, int | float) and isinstance(right, int | float)):
             raise SecurityError(f"{operator} is not for templates of rows")
         return super().call_binop(context, operator, left, right)
+
+
+@pass_eval_context
+def _tojson(context: Any, value: Any) -> Any:
+    """Jinja's, without an indent: it pads."""
+    return do_tojson(context, value)
+
+
+@pass_eval_context
+def _replace(context: Any, text: Any, old: Any, new: Any, count: int | None = None) -> str:
+    _refuse_empty(old)
+    return do_replace(context, text, old, new, count)
+
+
+def _refuse_empty(old: Any) -> None:
+    if str(old) == "":
+        raise SecurityError("replace needs characters to replace; got an empty text")
 
 
 def _printed(value: Any) -> Any:

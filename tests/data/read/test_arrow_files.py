@@ -8,6 +8,7 @@ import pyarrow as pa
 import pytest
 
 from launcher.data.prepare import prepare
+from launcher.data.read import packed, parquet_files
 from launcher.data.read.rows import Conversation
 from launcher.recipe.data_section import DataSection
 from tests.support.reading import feeds, fields, opened, read, refusal
@@ -111,6 +112,45 @@ def test_a_single_file_of_either_form_is_read(tmp_path, new):
     assert fields(path) == ROWS
     path.write_bytes(b"")
     assert fields(path) == []
+
+
+@pytest.mark.parametrize("new", [pa.ipc.new_file, pa.ipc.new_stream])
+@pytest.mark.parametrize(("rows", "batches"), [(10**9, 1), (1000, 40)])
+def test_more_rows_than_a_file_of_its_size_can_hold_are_refused(tmp_path, monkeypatch, new, rows, batches):
+    monkeypatch.setattr(parquet_files, "MAX_ROWS_PER_BYTE", 1)
+    batch = pa.record_batch([pa.nulls(rows)], names=["text"])
+    path = tmp_path / "nulls.arrow"
+    with pa.OSFile(str(path), "wb") as sink, new(sink, batch.schema) as writer:
+        for _ in range(batches):
+            writer.write_batch(batch)
+    assert "rows in" in refusal(path, bad_rows="skip", format="text")
+
+
+@pytest.mark.parametrize("new", [pa.ipc.new_file, pa.ipc.new_stream])
+@pytest.mark.parametrize("codec", ["zstd", "lz4"])
+@pytest.mark.parametrize("batches", [1, 8])
+def test_what_unpacks_to_too_much_is_refused_in_one_batch_or_several(tmp_path, monkeypatch, new, codec, batches):
+    monkeypatch.setattr(packed, "UNPACKED_FREELY_BYTES", 800_000)
+    monkeypatch.setattr(packed, "MAX_UNPACKED_TIMES", 10)
+    batch = pa.record_batch({"text": ["a" * (1_600_000 // batches)]})
+    path = tmp_path / "rows.arrow"
+    with (
+        pa.OSFile(str(path), "wb") as sink,
+        new(sink, batch.schema, options=pa.ipc.IpcWriteOptions(compression=codec)) as writer,
+    ):
+        for _ in range(batches):
+            writer.write_batch(batch)
+    assert "it unpacks to more than 800,000 bytes" in refusal(path, bad_rows="skip")
+
+
+def test_a_dictionary_that_many_batches_share_is_counted_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(packed, "UNPACKED_FREELY_BYTES", 0)
+    monkeypatch.setattr(packed, "MAX_UNPACKED_TIMES", 3)
+    table = pa.table({"text": pa.array(["a river " * 1000] * 90).dictionary_encode()})
+    path = tmp_path / "rows.arrow"
+    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, table.schema) as writer:
+        writer.write_table(table, max_chunksize=1)
+    assert len(fields(path)) == 90
 
 
 def test_a_row_that_is_too_large_is_a_fault_and_its_neighbours_are_not(tmp_path):

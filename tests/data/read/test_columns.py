@@ -188,17 +188,30 @@ def test_a_value_that_is_no_text_is_not_printed_as_python_shows_it(write, value)
         "{{ '%1000000000d' % 1 }}{{ q }}",
         "{{ '{:1000000000}'.format(1) }}{{ q }}",
         "{{ q.ljust(10 ** 9) }}",
+        "{{ [q] | tojson(indent=30000000) }}",
+        "{{ [q] | tojson(30000000) }}",
+        "{{ [[q] | tojson, ''] | map('tojson', indent=30000000) | join }}",
+        "{{ q | replace('', q) }}",
+        "{{ q.replace('', q) }}",
+        "{{ (q | tojson).replace('', q) }}",
+        "{{ [q] | map('replace', '', q) | join }}",
+        "{% set f = q.replace %}{{ f('', q) }}",
         "{{ lipsum }}{{ q }}",
         "{{ q.append }}{{ q }}",
         "{% include '/etc/passwd' %}{{ q }}",
         "{% set x = cycler(q) %}{{ q }}",
     ],
 )
-def test_a_template_reaches_nothing_but_the_row_and_takes_no_hours(write, attack):
+def test_a_template_reaches_nothing_but_the_row_and_pads_and_multiplies_nothing(write, attack):
     message = refusal(write([{"q": "a river"}]), template=attack)
     assert ":1: the template of a source makes a text" in message
     rows, counts = read(write([{"q": "a river"}]), template=attack, bad_rows="skip")
     assert not rows and counts.total() == 2
+
+
+def test_a_template_can_replace_and_write_json(write):
+    line = "{{ q.replace('a', 'b') }} {{ q | replace('r', '') }} {{ [q] | tojson }}"
+    assert texts(write([{"q": "a river"}]), template=line) == ['b river a ive ["a river"]']
 
 
 def test_a_template_that_gives_more_than_a_row_may_have_is_stopped(write):
