@@ -22,13 +22,11 @@ from launcher.ops import document_attention
 from launcher.ops.document_attention import masked_attention
 from launcher.recipe.schema import LoraSection
 from tests.conftest import small_config
-from tests.support.family_figures import LOCAL, MIXED, RECIPE, build, compiled, config_of, differences, reloaded
+from tests.support.family_figures import RECIPE, build, compiled, config_of, differences, reloaded
 from tests.support.models import packed_batch
 
 CPU = torch.device("cpu")
 TARGETS = LoraSection().targets
-WHOLE = ["full_attention"] * 4
-KEYS = [LOCAL, MIXED, {"logits_scaling": 8.0}, {"final_logit_softcapping": 1.0}, {"attn_logit_softcapping": 1.0}]
 
 
 @pytest.fixture(autouse=True)
@@ -47,26 +45,6 @@ def test_what_trains_of_each_family_has_the_loss_and_gradients_of_its_stock_mode
     assert loss < 1e-5
     projections = 4 if model_type == "phi3" else 7
     assert max(gradients.values()) < 1e-4 and len(gradients) == config.num_hidden_layers * projections * 2
-
-
-@pytest.mark.parametrize(
-    ("model_type", "changes"),
-    [
-        *(("llama", change) for change in KEYS),
-        ("granite", LOCAL),
-        ("granite", MIXED),
-        ("olmo2", LOCAL),
-        ("qwen3", {"final_logit_softcapping": 2.0}),
-        ("gemma3_text", {"attn_logit_softcapping": 1.0}),
-        ("mistral", MIXED),
-        ("phi3", MIXED),
-        ("smollm3", {**LOCAL, "use_sliding_window": True}),
-        ("smollm3", {**MIXED, "use_sliding_window": False}),
-    ],
-)
-def test_a_key_that_the_stock_code_of_a_family_does_not_read_changes_nothing_here_either(model_type, changes):
-    loss, gradients = differences(config_of(model_type, **changes))
-    assert loss < 1e-5 and max(gradients.values()) < 1e-4
 
 
 @pytest.mark.parametrize("model_type", ["qwen2", "gemma2", "phi3"])
@@ -265,24 +243,6 @@ def test_a_model_that_would_not_be_computed_as_its_config_says_is_refused(model_
         changes = {**changes, "rope_parameters": {**changes["rope_parameters"], **factors}}
     with pytest.raises(RecipeError, match=message):
         family_of(small_config(model_type, **changes), max_length=max_length)
-
-
-WINDOWED = [("exaone4", MIXED), ("cohere2", LOCAL), ("starcoder2", LOCAL)]
-
-
-@pytest.mark.parametrize(("model_type", "changes"), WINDOWED)
-def test_a_window_that_documents_may_fill_is_refused_of_a_model_without_a_row_with_the_length_to_set(
-    model_type, changes
-):
-    config = config_of(model_type, **changes)
-    assert not family_of(config, max_length=4, auto=True).named
-    with pytest.raises(RecipeError, match=r"data.max_length, 5; .* has one of 4 tokens.\nSet data.max_length=4 "):
-        family_of(config, max_length=5, auto=True)
-
-
-def test_a_window_that_the_class_of_a_config_does_not_declare_or_no_layer_has_is_no_window():
-    for model_type, changes in (("glm", LOCAL), ("arcee", LOCAL), ("exaone4", {**LOCAL, "layer_types": WHOLE})):
-        assert not family_of(config_of(model_type, **changes), max_length=5, auto=True).named
 
 
 def test_a_rotary_table_of_an_unknown_kind_is_refused():
