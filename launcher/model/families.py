@@ -11,8 +11,6 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:  # config_file.py reads FAMILIES before torch is imported
     from torch import nn
 
-    from launcher.model.packed import Body
-
 
 @dataclass(frozen=True)
 class Family:
@@ -67,11 +65,11 @@ def head_width(config: Any) -> int:
     return width
 
 
-def layer_norms(family: Family, body: "Body") -> "tuple[nn.Module, ...]":
+def layer_norms(family: Family, body: Any) -> "tuple[nn.Module, ...]":
     """Every width-D norm of the body, the final one included: they share one compiled graph."""
     return tuple(getattr(layer, name) for layer in body.layers for name in family.norms) + (body.norm,)
 
 
-def layer_mlps(family: Family, body: "Body") -> "tuple[nn.Module, ...]":
+def layer_mlps(family: Family, body: Any) -> "tuple[nn.Module, ...]":
     """The feed-forward block of every layer."""
     return tuple(getattr(layer, family.mlp) for layer in body.layers)

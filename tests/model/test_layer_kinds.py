@@ -15,7 +15,7 @@ from launcher.model.load import empty_model
 from launcher.model.lora_targets import fitted_targets
 from launcher.recipe.schema import LoraSection
 from tests.conftest import small_config
-from tests.support.family_figures import LOCAL, MIXED, build, config_of, differences
+from tests.support.family_figures import build, config_of, differences
 
 CPU = torch.device("cpu")
 TARGETS = LoraSection().targets
@@ -105,24 +105,6 @@ def test_a_model_that_would_not_be_computed_as_its_config_says_is_refused(model_
         changes = {**changes, "rope_parameters": {**changes["rope_parameters"], **factors}}
     with pytest.raises(RecipeError, match=message):
         family_of(small_config(model_type, **changes), max_length=max_length)
-
-
-WINDOWED = [("exaone4", MIXED), ("cohere2", LOCAL), ("starcoder2", LOCAL)]
-
-
-@pytest.mark.parametrize(("model_type", "changes"), WINDOWED)
-def test_a_window_that_documents_may_fill_is_refused_of_a_model_without_a_row_with_the_length_to_set(
-    model_type, changes
-):
-    config = config_of(model_type, **changes)
-    assert not family_of(config, max_length=4, auto=True).named
-    with pytest.raises(RecipeError, match=r"data.max_length, 5; .* has one of 4 tokens.\nSet data.max_length=4 "):
-        family_of(config, max_length=5, auto=True)
-
-
-def test_a_window_that_the_class_of_a_config_does_not_declare_or_no_layer_has_is_no_window():
-    for model_type, changes in (("glm", LOCAL), ("arcee", LOCAL), ("exaone4", {**LOCAL, "layer_types": WHOLE})):
-        assert not family_of(config_of(model_type, **changes), max_length=5, auto=True).named
 
 
 def test_a_rotary_table_of_an_unknown_kind_is_refused():
