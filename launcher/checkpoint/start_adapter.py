@@ -29,7 +29,13 @@ def check_start(lora: LoraSection) -> str:
     start = str(lora.start_from)
     if not os.path.isdir(start):
         if "/" in start and HUB_ID.fullmatch(start):
-            return f"{start} of the hub"
+            owner = start.partition("/")[0]
+            if owner != "runs" and not os.path.isdir(owner):
+                return f"{start} of the hub"
+            raise RecipeError(  # a slip in a path
+                f"lora.start_from must be a folder or a hub id; there is no folder {start}, and {owner} names folders, "
+                f"not an owner.\nName an adapter's folder; for a hub id, start where no folder is called {owner}."
+            )
         raise RecipeError(
             f"lora.start_from must be a folder or a hub id; {start} is neither. Name an adapter's folder."
         )

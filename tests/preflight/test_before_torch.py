@@ -44,6 +44,8 @@ def folder(tmp_path):
         (["run.trackers=tensorboard"], 2, "run.trackers must be installed"),
         (["report=nowhere/report.json"], 2, "report=PATH must be a file"),
         (["lora.start_from=./gone"], 2, "lora.start_from must be a folder or a hub id"),
+        (["lora.start_from=runs/gone"], 2, "there is no folder runs/gone"),
+        (["lora.start_from=taken/adaptor"], 2, "there is no folder taken/adaptor"),
         (["lora.start_from=./taken/adapter"], 2, "has no adapter_config.json"),
         (["data.sources=./gone.jsonl"], 3, "no such file or folder"),
         (["data.validation=./gone.jsonl", "mode=bench"], 3, "no such file or folder"),
