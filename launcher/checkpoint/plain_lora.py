@@ -9,7 +9,7 @@ PLAIN_SETTINGS = {  # what they hold does not change the forward pass, or is com
     "exclude_modules", "layers_to_transform", "layers_pattern", "init_lora_weights", "loftq_config", "eva_config",
     "corda_config", "lora_ga_config", "megatron_core", "qalora_group_size", "ensure_weight_tying",
 }  # fmt: skip
-NOTHING_SET: tuple[Any, ...] = (None, False, "none", "", {}, [])
+NOTHING_SET: tuple[Any, ...] = (None, False, "none", "", [])
 
 
 def beyond_plain(settings: Mapping[str, Any]) -> dict[str, Any]:

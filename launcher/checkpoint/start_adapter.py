@@ -28,14 +28,14 @@ def check_start(lora: LoraSection) -> str:
     an adapter with the settings of `lora`."""
     start = str(lora.start_from)
     if not os.path.isdir(start):
-        owner, slash, _ = start.partition("/")
-        if slash and (owner == "runs" or os.path.isdir(owner)):  # a slip in a path, which a hub id looks like
-            raise RecipeError(
+        if "/" in start and HUB_ID.fullmatch(start):
+            owner = start.partition("/")[0]
+            if owner != "runs" and not os.path.isdir(owner):
+                return f"{start} of the hub"
+            raise RecipeError(  # a slip in a path
                 f"lora.start_from must be a folder or a hub id; there is no folder {start}, and {owner} names folders, "
                 f"not an owner.\nName an adapter's folder; for a hub id, start where no folder is called {owner}."
             )
-        if slash and HUB_ID.fullmatch(start):
-            return f"{start} of the hub"
         raise RecipeError(
             f"lora.start_from must be a folder or a hub id; {start} is neither. Name an adapter's folder."
         )

@@ -110,7 +110,7 @@ def test_an_adapter_that_may_belong_to_a_changed_base_is_refused(make: Any, save
         ("target_parameters", ["experts.weight"]),
         ("layer_replication", [[0, 2]]),
         ("use_qalora", True),
-        ("use_bdlora", {"nblocks": 2}),
+        ("use_bdlora", {}),
         ("of_a_later_peft", 0.5),
     ],
 )
