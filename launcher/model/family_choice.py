@@ -3,7 +3,7 @@
 from typing import Any
 
 from launcher.errors import RecipeError
-from launcher.model.families import FAMILIES, Family
+from launcher.model.families import FAMILIES, Family, stock_setting
 from launcher.model.layer_kinds import check_layers, layer_kinds
 from launcher.model.untrainable import refuse_untrainable
 
@@ -25,7 +25,7 @@ def family_of(config: Any, *, max_length: int, auto: bool = False) -> Family:
             f"it is {max_length}. Lower data.max_length."
         )
     check_layers(config, max_length=max_length)
-    if not family.named:
+    if not family.named and stock_setting(config, "sliding_window") is not None:
         _refuse_windows(config, max_length=max_length)
     return family
 

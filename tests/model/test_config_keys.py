@@ -1,5 +1,7 @@
 """Keys of config.json have an effect where the architecture's stock code reads them, and nowhere else."""
 
+from types import SimpleNamespace
+
 import pytest
 
 from launcher.errors import RecipeError
@@ -46,3 +48,7 @@ def test_a_window_that_documents_may_fill_is_refused_of_a_model_without_a_row_wi
 def test_a_window_that_the_class_of_a_config_does_not_declare_or_no_layer_has_is_no_window():
     for model_type, changes in (("glm", LOCAL), ("arcee", LOCAL), ("exaone4", {**LOCAL, "layer_types": WHOLE})):
         assert not family_of(config_of(model_type, **changes), max_length=5, auto=True).named
+
+
+def test_what_config_json_leaves_out_is_not_asked_for():
+    assert not family_of(SimpleNamespace(model_type="helium"), max_length=5, auto=True).named
