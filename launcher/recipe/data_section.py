@@ -41,10 +41,10 @@ class Source(RecipeSection):
     template: NonEmptyText | None = Field(
         None,
         description="Jinja line that makes a text of a row's columns; with completion: the prompt.",
-        examples=["Q: {{ question }} A: {{ answer }}"],
+        examples=["Q: {{ question }} A:"],
     )
     completion: NonEmptyText | None = Field(
-        None, description="Jinja line of what is learned after the template's text.", examples=["{{ answer }}"]
+        None, description="Jinja line of what is learned after the template's text.", examples=[" {{ answer }}"]
     )
     delimiter: Annotated[str, Field(pattern=r'^[^"\r\n]$', description="one character, no quote")] | None = Field(
         None,
