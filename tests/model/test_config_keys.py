@@ -8,6 +8,8 @@ from launcher.errors import RecipeError
 from launcher.model.family_choice import family_of
 from tests.support.family_figures import LOCAL, MIXED, config_of, differences
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 WHOLE = ["full_attention"] * 4
 KEYS = [LOCAL, MIXED, {"logits_scaling": 8.0}, {"final_logit_softcapping": 1.0}, {"attn_logit_softcapping": 1.0}]
 

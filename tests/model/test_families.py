@@ -18,16 +18,9 @@ from launcher.proof.start import start_verdict
 from tests.support.family_figures import RECIPE, build, compiled, config_of, differences, reloaded
 from tests.support.models import packed_batch
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 CPU = torch.device("cpu")
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Small tensors: more threads only wait for one another."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.mark.parametrize("model_type", sorted(FAMILIES))

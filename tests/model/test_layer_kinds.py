@@ -17,18 +17,10 @@ from launcher.recipe.schema import LoraSection
 from tests.conftest import small_config
 from tests.support.family_figures import build, config_of, differences
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 CPU = torch.device("cpu")
 TARGETS = LoraSection().targets
-WHOLE = ["full_attention"] * 4
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Small tensors: more threads only wait for one another."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.mark.parametrize(
