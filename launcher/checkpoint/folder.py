@@ -199,7 +199,8 @@ def step_of(bundle: Path) -> int:
 
 def default_folder(recipe: str) -> str:
     """runs/<recipe>-<time>, with a counter where two runs start within a second. Absolute."""
-    base = Path.cwd() / "runs" / f"{Path(recipe).stem}-{time.strftime('%Y%m%d-%H%M%S')}"
+    name = Path(recipe).name.removesuffix(".yaml")  # no stem: names of models hold dots
+    base = Path.cwd() / "runs" / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
     path, count = base, 1
     while os.path.lexists(path):
         count += 1

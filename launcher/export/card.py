@@ -135,7 +135,7 @@ def _card(
 
     library, relation = kind
     known = not (base.local or base.random)  # the hub refuses a base that is no id of its own
-    name = f"{base.name.rpartition('/')[2]}-{Path(base.start['recipe']).stem}"
+    name = f"{base.name.rpartition('/')[2]}-{Path(base.start['recipe']).name.removesuffix('.yaml')}"
     data = ModelCardData(
         base_model=base.name if known else None,
         base_model_relation=relation if known else None,

@@ -67,13 +67,14 @@ def test_the_check_of_a_folder_makes_nothing_and_finds_what_may_not_be_written(t
         RunFolder(tmp_path / "new" / "run").check()
 
 
-def test_default_folders_of_one_second_differ(tmp_path, monkeypatch):
+@pytest.mark.parametrize(("recipe", "name"), [("mine.yaml", "mine"), ("qwen2.5-7b", "qwen2.5-7b")])
+def test_default_folders_of_one_second_differ(tmp_path, monkeypatch, recipe, name):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("time.strftime", lambda form: "20260101-000000")
-    first = default_folder("mine.yaml")
+    first = default_folder(recipe)
     RunFolder(tmp_path / first).create()
-    assert [first, default_folder("mine.yaml")] == [
-        str(tmp_path / "runs" / f"mine-20260101-000000{suffix}") for suffix in ("", "-2")
+    assert [first, default_folder(recipe)] == [
+        str(tmp_path / "runs" / f"{name}-20260101-000000{suffix}") for suffix in ("", "-2")
     ]
 
 
