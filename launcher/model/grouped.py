@@ -18,9 +18,10 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb, eager_attention_forward
 
 from launcher.model.lora import ADAPTER, QDoraLinear4bit, QLoraLinear4bit, nf4_of
+from launcher.ops.dora_linears import dora_linears
 from launcher.ops.feed_forward import gated_feed_forward
 from launcher.ops.nf4 import Nf4
-from launcher.ops.qlora_linear import dora_linears, joined_linears
+from launcher.ops.qlora_linear import joined_linears
 from launcher.ops.rotary import rotary
 
 ATTENTION = ("q_proj", "k_proj", "v_proj")

@@ -20,8 +20,9 @@ from transformers import PreTrainedModel
 
 from launcher.errors import RecipeError
 from launcher.model.lora_targets import module_names
+from launcher.ops.dora_linears import dora_linears
 from launcher.ops.nf4 import BLOCK, Nf4
-from launcher.ops.qlora_linear import dora_linears, frozen_linear, lora_update, qlora_linear
+from launcher.ops.qlora_linear import frozen_linear, lora_update, qlora_linear
 from launcher.recipe.lora_section import LoraSection
 
 ADAPTER = "default"

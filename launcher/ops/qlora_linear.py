@@ -44,22 +44,6 @@ def qlora_linear(x: Tensor, base: Nf4, a: Tensor, b: Tensor, *, scaling: float, 
     return joined_linears(x, [base], [a], [b], scaling=scaling)
 
 
-def dora_linears(
-    x: Tensor,
-    bases: Sequence[Nf4],
-    a: Sequence[Tensor],
-    b: Sequence[Tensor],
-    magnitudes: Sequence[Tensor],
-    *,
-    scaling: float,
-) -> Tensor:
-    """As `joined_linears`, each row of W then scaled to the length that its magnitude [O] gives (DoRA,
-    arXiv:2402.09353): y = m / |W| * x W^T. As in section 4.3 there, |W| counts as a constant in the backward pass."""
-    outs = [q.shape[0] for q in b]
-    y, norms = torch.ops.qlora.linears_and_norms(x, fields_of(bases), list(a), list(b), scaling, outs)
-    return (y * (torch.cat(list(magnitudes)) / norms.detach())).to(x.dtype)
-
-
 def frozen_linear(x: Tensor, base: Nf4, *, out_features: int) -> Tensor:
     """x [..., D] times the base alone -> [..., O]."""
     y: Tensor = torch.ops.qlora.linears(x, fields_of([base]), [], [], 0.0, [out_features])
@@ -111,21 +95,6 @@ def _(x: Tensor, *rest: Any) -> Tensor:
     return x.new_empty((*x.shape[:-1], sum(rest[-1])))
 
 
-@torch.library.custom_op("qlora::linears_and_norms", mutates_args=())
-def _linears_and_norms(
-    x: Tensor, bases: list[Tensor], a: list[Tensor], b: list[Tensor], scaling: float, outs: list[int]
-) -> tuple[Tensor, Tensor]:
-    """As qlora::linears, and the length of each row of W, fp32 [sum of O]."""
-    weight = joined_weight(x, bases, a, b, scaling=scaling, shape=(outs, x.shape[-1]))
-    return F.linear(x, weight), torch.linalg.vector_norm(weight, dim=1, dtype=torch.float32)
-
-
-@_linears_and_norms.register_fake
-def _(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    width = sum(rest[-1])
-    return x.new_empty((*x.shape[:-1], width)), x.new_empty(width, dtype=torch.float32)
-
-
 @torch.library.custom_op("qlora::linears_dx", mutates_args=())
 def _linears_dx(
     dy: Tensor,
@@ -161,38 +130,40 @@ def flat(t: Tensor) -> Tensor:
     return t.reshape(-1, t.shape[-1]).contiguous()
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+def save_for_linears(ctx: Any, inputs: Sequence[Any], *more: Tensor) -> None:
+    """Keeps what the backward pass of an operator with these first inputs needs, and `more` tensors beside it."""
     x, bases, a, b, ctx.scaling, ctx.outs = inputs
     ctx.in_features, ctx.lengths = x.shape[-1], (len(bases), len(a), len(b))
-    ctx.save_for_backward(*bases, *a, *b, *([x] if b else []))
+    ctx.save_for_backward(*more, *bases, *a, *b, *([x] if b else []))
 
 
-def _backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
-    saved = iter(ctx.saved_tensors)
+def backward_of_linears(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
+    """The gradients of those inputs, and the tensors that were kept beside them."""
+    tensors = ctx.saved_tensors
+    saved = iter(tensors)
+    more = list(islice(saved, len(tensors) - sum(ctx.lengths) - bool(ctx.lengths[2])))
     bases, a, b = (list(islice(saved, length)) for length in ctx.lengths)
     dx = None
     if ctx.needs_input_grad[0]:
         dx = torch.ops.qlora.linears_dx(dy, bases, a, b, ctx.scaling, ctx.outs, ctx.in_features)
-    if not a:
-        return dx, [None] * len(bases), [], [], None, None
-    da, db = adapter_gradients(dy, next(saved), a, b, ctx.scaling)
-    da_list, db_list = list(da.split(a[0].shape[0])), list(db.split(list(ctx.outs)))
-    return dx, [None] * len(bases), da_list, db_list, None, None
+    da_list: list[Tensor] = []
+    db_list: list[Tensor] = []
+    if a:
+        da, db = adapter_gradients(dy, next(saved), a, b, ctx.scaling)
+        da_list, db_list = list(da.split(a[0].shape[0])), list(db.split(list(ctx.outs)))
+    return (dx, [None] * len(bases), da_list, db_list, None, None), *more
 
 
-_linears.register_autograd(_backward, setup_context=_save)
-_linears_and_norms.register_autograd(lambda ctx, dy, _: _backward(ctx, dy), setup_context=_save)
+_linears.register_autograd(
+    lambda ctx, dy: backward_of_linears(ctx, dy)[0],
+    setup_context=lambda ctx, inputs, output: save_for_linears(ctx, inputs),
+)
 
 
 @register_flop_formula(torch.ops.qlora.linears)
 def _flops(x_shape: torch.Size, *rest: Any, out_shape: torch.Size, **kwargs: Any) -> int:
     """Flops of the large product, which the activation budget weighs against memory (memory/policy.py)."""
     return 2 * x_shape[-1] * out_shape.numel()
-
-
-@register_flop_formula(torch.ops.qlora.linears_and_norms)
-def _flops_and_norms(x_shape: torch.Size, *rest: Any, out_shape: Any, **kwargs: Any) -> int:
-    return 2 * x_shape[-1] * int(out_shape[0].numel())
 
 
 @register_flop_formula(torch.ops.qlora.linears_dx)

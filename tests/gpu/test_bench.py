@@ -14,6 +14,7 @@ from tests.conftest import request_for
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("clean_dynamo")]
 
 
+@pytest.mark.alone  # the share of the ceiling is that of a card that nobody else uses
 @pytest.mark.parametrize(("dtype", "rows"), [("bfloat16", "data"), ("float16", "random")])
 def test_ours_is_faster_and_smaller_on_the_same_work(recipe_1b: Callable[..., Any], dtype: str, rows: str) -> None:
     *_, record = bench(request_for(recipe_1b(model={"dtype": dtype}, proof={"bench": 10, "bench_rows": rows})))

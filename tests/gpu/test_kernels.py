@@ -6,6 +6,7 @@ import torch
 from launcher.data.pack.micro_batch import IGNORE
 from launcher.ops import adapter_gradients, nf4
 from launcher.ops.adapter_gradients import gradients, plain_gradients
+from launcher.ops.dora_linears import sum_of_products
 from launcher.ops.feed_forward import plain_swiglu_gradient, swiglu_gradient_
 from launcher.ops.linear_ce import softmax_gradient, softmax_gradient_
 from launcher.ops.nf4 import merged_weights, plain_merged_weight
@@ -171,3 +172,12 @@ def test_a_logit_that_is_not_finite_makes_its_rows_loss_nan():
     logits[0, 4999], logits[1, 3] = float("nan"), float("inf")
     losses, _ = softmax_gradient_(logits, torch.ones(3, dtype=torch.int64, device="cuda"))
     assert losses.isnan().tolist() == [True, True, False]
+
+
+@pytest.mark.parametrize(("rows", "columns", "dtype"), [(4096, 3072, torch.bfloat16), (333, 200, torch.float16)])
+def test_products_are_summed_over_the_rows_in_one_order(rows, columns, dtype):
+    p, q = (torch.randn(rows, columns, device="cuda", dtype=dtype) for _ in range(2))
+    ours = sum_of_products(p, q)
+    assert relative_error(ours, (p.double() * q.double()).sum(0)) < 1e-5
+    assert torch.equal(ours, sum_of_products(p, q))
+    assert relative_error(ours, (p[1:].double() * q[1:].double()).sum(0)) > 1e-3

@@ -25,12 +25,22 @@ def train(recipe):
 
 
 @pytest.mark.parametrize(
-    ("dtype", "scope"), [("bfloat16", "layer"), ("float16", "regions"), ("bfloat16", "model"), ("float16", "layer")]
+    ("dtype", "scope", "lora"),
+    [
+        ("bfloat16", "layer", {}),
+        ("float16", "regions", {}),
+        ("bfloat16", "model", {}),
+        ("float16", "layer", {}),
+        ("bfloat16", "layer", {"dora": True, "rslora": True}),
+        ("float16", "model", {"dora": True, "dropout": 0.1}),
+    ],
 )
-def test_compiled_kernels_give_the_uncompiled_losses(recipe_of, dtype, scope):
+def test_compiled_kernels_give_the_uncompiled_losses(recipe_of, dtype, scope, lora):
     losses = []
     for mode in ("strict", "off"):
-        recipe = recipe_of(model={"dtype": dtype}, compile={"mode": mode, "scope": scope}, train={"steps": 6})
+        recipe = recipe_of(
+            model={"dtype": dtype}, lora=lora, compile={"mode": mode, "scope": scope}, train={"steps": 6}
+        )
         _, steps, record = train(recipe)
         assert all(verdict.holds for verdict in record.verdicts)
         losses.append([step.loss for step in steps])
