@@ -32,7 +32,7 @@ def train(recipe):
         ("bfloat16", "model", {}),
         ("float16", "layer", {}),
         ("bfloat16", "layer", {"dora": True, "rslora": True}),
-        ("float16", "model", {"dora": True, "dropout": 0.1}),
+        ("float16", "model", {"dora": True}),
     ],
 )
 def test_compiled_kernels_give_the_uncompiled_losses(recipe_of, dtype, scope, lora):
