@@ -18,6 +18,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb, eager_attention_forward
 
 from launcher.model.lora import ADAPTER, QDoraLinear4bit, QLoraLinear4bit, nf4_of
+from launcher.ops.dora_feed_forward import dora_gated_feed_forward
 from launcher.ops.dora_linears import dora_linears
 from launcher.ops.feed_forward import gated_feed_forward
 from launcher.ops.nf4 import Nf4
@@ -51,7 +52,7 @@ def _feed_forward_forward(module: Any) -> Any:
     if not all(hasattr(module, name) for name in FEED_FORWARD):  # Phi-3 has gate and up in one projection
         return None
     activated = isinstance(module.act_fn, nn.SiLU | SiLUActivation)
-    if activated and _can_be_grouped(module, FEED_FORWARD) and not isinstance(module.down_proj, QDoraLinear4bit):
+    if activated and _can_be_grouped(module, FEED_FORWARD):
         return _gated_feed_forward
     return _feed_forward if _can_be_grouped(module, FEED_FORWARD[:2]) else None
 
@@ -83,12 +84,15 @@ def _weights(projections: list[Any]) -> tuple[list[Nf4], list[Tensor], list[Tens
     )
 
 
+def _magnitudes(projections: list[Any]) -> list[Tensor]:
+    return [p.lora_magnitude_vector[ADAPTER].weight for p in projections]
+
+
 def _joined(x: Tensor, projections: list[Any]) -> Tensor:
     """x [..., D] -> [..., sum of O]."""
     weights, scaling = _weights(projections), projections[0].scaling[ADAPTER]
     if isinstance(projections[0], QDoraLinear4bit):
-        magnitudes = [p.lora_magnitude_vector[ADAPTER].weight for p in projections]
-        y = dora_linears(x, *weights, magnitudes, scaling=scaling)
+        y = dora_linears(x, *weights, _magnitudes(projections), scaling=scaling)
     else:
         y = joined_linears(x, *weights, scaling=scaling)
     biases = [p.base_layer.bias for p in projections]
@@ -157,5 +161,8 @@ def _feed_forward(self: Any, x: Tensor) -> Tensor:
 
 def _gated_feed_forward(self: Any, x: Tensor) -> Tensor:
     """x [B, S, D] -> [B, S, D]."""
-    projections = [self.gate_proj, self.up_proj, self.down_proj]
-    return gated_feed_forward(x, *_weights(projections), scaling=self.down_proj.scaling[ADAPTER])
+    projections: list[Any] = [self.gate_proj, self.up_proj, self.down_proj]
+    weights, scaling = _weights(projections), self.down_proj.scaling[ADAPTER]
+    if isinstance(self.down_proj, QDoraLinear4bit):
+        return dora_gated_feed_forward(x, *weights, _magnitudes(projections), scaling=scaling)
+    return gated_feed_forward(x, *weights, scaling=scaling)

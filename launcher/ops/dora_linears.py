@@ -63,7 +63,7 @@ def sum_of_products(p: Tensor, q: Tensor) -> Tensor:
     p, q = flat(p), flat(q)
     if not (p.is_cuda and HAS_TRITON):
         return (p.float() * q.float()).sum(0)
-    (rows, columns), span = p.shape, 128
+    (rows, columns), span = p.shape, 256
     partial = torch.empty(triton.cdiv(rows, span), columns, device=p.device)
     _sum_of_products[(triton.cdiv(columns, 128), partial.shape[0])](
         partial, p, q, rows, columns, SPAN=span, BN=16, BM=128
@@ -83,7 +83,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
 
 def _backward(ctx: Any, dz: Tensor, _: Any) -> tuple[Any, ...]:
     gradients, m, z = backward_of_linears(ctx, dz)
-    return *gradients, sum_of_products(dz, z) / m
+    return *gradients, sum_of_products(dz, z) / m if ctx.needs_input_grad[-1] else None
 
 
 _dora_linears.register_autograd(_backward, setup_context=_save)

@@ -6,6 +6,7 @@ import torch
 from launcher.data.pack.micro_batch import IGNORE
 from launcher.ops import adapter_gradients, nf4
 from launcher.ops.adapter_gradients import gradients, plain_gradients
+from launcher.ops.dora_feed_forward import dora_swiglu_gradient_, plain_dora_swiglu_gradient
 from launcher.ops.dora_linears import sum_of_products
 from launcher.ops.feed_forward import plain_swiglu_gradient, swiglu_gradient_
 from launcher.ops.linear_ce import softmax_gradient, softmax_gradient_
@@ -181,3 +182,16 @@ def test_products_are_summed_over_the_rows_in_one_order(rows, columns, dtype):
     assert relative_error(ours, (p.double() * q.double()).sum(0)) < 1e-5
     assert torch.equal(ours, sum_of_products(p, q))
     assert relative_error(ours, (p[1:].double() * q[1:].double()).sum(0)) > 1e-3
+
+
+@pytest.mark.parametrize(("rows", "width", "dtype"), [(4096, 8192, torch.bfloat16), (333, 200, torch.float16)])
+def test_the_gate_under_dora_has_its_gradient_its_sums_and_its_product(rows, width, dtype):
+    torch.manual_seed(0)
+    pair, dh = (torch.randn(rows, n, device="cuda", dtype=dtype) for n in (2 * width, width))
+    scale = 0.5 + torch.rand(2 * width, device="cuda")
+    true = plain_dora_swiglu_gradient(pair, dh, scale)
+    again = dh.clone()
+    gradient, sums = dora_swiglu_gradient_(pair, dh, scale)
+    for ours, exact in zip((gradient, sums, dh), true, strict=True):
+        assert relative_error(ours, exact) < 1e-2 * (1 if exact.dtype == dtype else 1e-3)
+    assert torch.equal(sums, dora_swiglu_gradient_(pair, again, scale)[1])
