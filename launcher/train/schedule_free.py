@@ -1,4 +1,4 @@
-"""Schedule-free optimizers: a parameter has two values, one for the gradients and an average that is evaluated and saved.
+"""Schedule-free optimizers: a parameter has two values, one for gradients and an average, which is evaluated and saved.
 
     z    the sequence that the gradients move; in the optimizer's state
     x    the weighted average of z: evaluated, sampled, saved and exported

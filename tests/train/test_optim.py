@@ -216,7 +216,9 @@ def test_an_optimizer_that_the_installed_library_lacks_is_refused_with_those_tha
         check_optimizer(section(optimizer="paged_lion_8bit"), CPU)
     check_optimizer(section(optimizer="paged_lion_8bit"), SimpleNamespace(type="cuda"))
     monkeypatch.setitem(sys.modules, "schedulefree", None)
-    with pytest.raises(RecipeError, match="is not installed.\n.*Use one, or run: pip install 'schedulefree>=1.4'") as caught:
+    with pytest.raises(
+        RecipeError, match="is not installed.\n.*Use one, or run: pip install 'schedulefree>=1.4'"
+    ) as caught:
         check_optimizer(section(optimizer="schedule_free_adamw"), CPU)
     there = str(caught.value).split("there: ")[1].split(". Use")[0]
     lacking = {"muon", "lion", "schedule_free_adamw"}

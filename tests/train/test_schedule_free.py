@@ -79,9 +79,7 @@ def test_an_error_inside_puts_the_weights_back_too(make_recipe: MakeRecipe) -> N
 def test_evaluations_and_saves_change_no_bit_of_the_training(make: MakeRecipe, tmp_path: Path) -> None:
     trained(make("often", train={**KEYS, "eval_every": 1, "save_every": 1}))
     trained(make("never", train={**KEYS, "eval_every": 0, "save_every": 8}))
-    often, never = (
-        [line for line in lines(tmp_path / name) if "loss" in line] for name in ("often", "never")
-    )
+    often, never = ([line for line in lines(tmp_path / name) if "loss" in line] for name in ("often", "never"))
     assert often == never and len({line["loss"] for line in often}) == 8
     assert adapter(tmp_path / "often") == adapter(tmp_path / "never")
 
