@@ -110,12 +110,12 @@ def test_what_is_evaluated_saved_and_in_a_checkpoint_is_the_average(
 def test_the_best_checkpoints_average_is_given_back(
     make: MakeRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """From step 3 on training goes up the gradient, and the average follows."""
-    plant(monkeypatch, dict.fromkeys(range(3, 100), -1.0))
+    """From step 5 on training goes up the gradient, and the average follows."""
+    plant(monkeypatch, dict.fromkeys(range(5, 100), -1.0))
     events = trained(make(train={**KEYS, "eval_every": 1, "save_every": 1, "keep": 8, "keep_best": True}))
     losses = {event.step: event.eval_loss for event in events if isinstance(event, EvalRecord) and event.step}
     best = min(losses, key=lambda step: losses[step])
-    assert best < 8, losses
+    assert 2 < best < 8, losses  # at the first update that has a rate x is still y
     kept = tmp_path / "run" / "checkpoints" / f"step-{best}" / "adapter" / "adapter_model.safetensors"
     assert adapter(tmp_path / "run") == kept.read_bytes()
     [verdict] = [v for v in events[-1].verdicts if v.claim == "the adapter is the best checkpoint's"]
