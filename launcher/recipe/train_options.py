@@ -50,6 +50,14 @@ class AdamOptions(RecipeSection):
     eps: float = Field(1e-8, gt=0, description="a number > 0")
 
 
+class ScheduleFreeOptions(AdamOptions):
+    betas: list[Annotated[float, Field(gt=0, lt=1)]] = Field(
+        [0.9, 0.999], min_length=2, max_length=2, description="two numbers > 0 and < 1"
+    )
+    r: float = Field(0.0, ge=0, description="power of the step in the average's weights, >= 0")
+    weight_lr_power: float = Field(2.0, ge=0, description="power of the rate in the average's weights, >= 0")
+
+
 class LionOptions(RecipeSection):
     betas: list[Beta] = Field([0.9, 0.99], min_length=2, max_length=2, description="two numbers >= 0 and < 1")
 
@@ -80,6 +88,7 @@ OPTIMIZERS: dict[str, type[RecipeSection]] = {
     "adafactor": AdafactorOptions,
     **dict.fromkeys(("lion", "lion_8bit", "paged_lion", "paged_lion_8bit"), LionOptions),
     "muon": MuonOptions,
+    "schedule_free_adamw": ScheduleFreeOptions,
 }
 
 

@@ -49,10 +49,11 @@ class TrainSection(RecipeSection):
         "paged_lion",
         "paged_lion_8bit",
         "muon",
+        "schedule_free_adamw",
     ] = Field(
         "adamw",
-        description="adamw is fused PyTorch; muon is PyTorch's, adafactor Transformers', the others are bitsandbytes' "
-        "(docs/optimizers.md).",
+        description="adamw is fused PyTorch; muon is PyTorch's, adafactor Transformers', schedule_free_adamw "
+        "schedulefree's, the others are bitsandbytes' (docs/optimizers.md).",
     )
     weight_decay: float = Field(0.0, ge=0, description="Decoupled weight decay, of matrices only.")
     clip: Annotated[Annotated[float, Field(gt=0)] | None, off_is(None)] = Field(
@@ -139,6 +140,17 @@ class TrainSection(RecipeSection):
         ge=0,
         description="Noise on the embeddings of training (NEFTune), in alpha / sqrt(tokens * width); 0: none.",
     )
+
+    @field_validator("optimizer")
+    @classmethod
+    def _has_its_schedule(cls, optimizer: str, info: ValidationInfo) -> str:
+        schedule = info.data.get("schedule", "constant")  # without: it has an error of its own
+        if optimizer == "schedule_free_adamw" and schedule != "constant":
+            raise ValueError(
+                f"train.optimizer={optimizer} takes the place of a falling rate, so train.schedule must be constant "
+                f"(after the warm-up); got {schedule}; set train.schedule=constant"
+            )
+        return optimizer
 
     @field_validator("patience", "keep_best")
     @classmethod

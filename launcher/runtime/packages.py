@@ -16,7 +16,8 @@ if TYPE_CHECKING:
 PROJECT = "qlora-launcher"
 SETUP_CFG = Path(__file__).resolve().parents[2] / "setup.cfg"
 IMPORT_NAMES = {"pyyaml": "yaml"}  # where it is not the package's own
-COMPUTING = ("torch", "triton", "transformers", "peft", "bitsandbytes", "accelerate")  # they decide what is computed
+# They decide what is computed:
+COMPUTING = ("torch", "triton", "transformers", "peft", "bitsandbytes", "accelerate", "schedulefree")
 
 
 def required_packages() -> dict[str, "Requirement"]:

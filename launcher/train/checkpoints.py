@@ -18,6 +18,7 @@ from launcher.records.run import RunPart
 from launcher.runtime.ranks import broadcast, failing_together
 from launcher.train.host_copies import HostCopies
 from launcher.train.rescue import rescuing
+from launcher.train.schedule_free import evaluated_adapters
 from launcher.train.setup import Worker
 
 
@@ -115,6 +116,6 @@ class Checkpoints:
         return {"parts": [vars(part) for part in self.parts_until(step)]}
 
     def _save_adapter(self, folder: Path, state: State) -> None:
-        adapters = state["state"]["training"]["adapters"]
+        adapters = evaluated_adapters(state["state"]["training"], self._worker.recipe.train)
         tensors = {self._peft_names[name]: tensor for name, tensor in adapters.items()}
         save_tensors(self._worker.built.peft, tensors, folder)

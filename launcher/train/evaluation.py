@@ -11,6 +11,7 @@ from launcher.runtime.progress import PROGRESS
 from launcher.runtime.signals import is_deferring, stop_vote
 from launcher.train.history import RunHistory, bad_batch
 from launcher.train.sample import generate
+from launcher.train.schedule_free import averages_in_place
 from launcher.train.setup import Worker
 
 
@@ -23,6 +24,13 @@ def evaluate(
     Raises NonFiniteError, after the batch in which the loss is not finite on this rank."""
     if not worker.eval_batches:
         return 0.0
+    with averages_in_place(worker.step.optimizer):
+        return (yield from _evaluate(worker, history, step=step))
+
+
+def _evaluate(
+    worker: Worker, history: RunHistory, *, step: int
+) -> Generator[EvalRecord | EvalSamples | BadBatch, None, float]:
     loss, votes = eval_loss_and_votes(worker)
     if votes:
         return votes

@@ -15,6 +15,7 @@ from launcher.train.evaluation import eval_loss
 from launcher.train.history import RunHistory
 from launcher.train.rescue import rescuing
 from launcher.train.sample import generate
+from launcher.train.schedule_free import evaluated_adapters
 from launcher.train.setup import Worker
 from launcher.train.verdicts import compile_verdicts, learning_verdict
 
@@ -86,9 +87,10 @@ def _load_best(worker: Worker, eval_losses: dict[int, float]) -> int | str:
         return "no step that was evaluated has a checkpoint; the adapter is the last step's"
     if step_of(best) != worker.state.step:
         try:
-            adapters = read_bundle(best)["state"]["training"]["adapters"]
+            training = read_bundle(best)["state"]["training"]
         except (CheckpointError, OSError) as error:
             return f"{error} The adapter is the last step's."
+        adapters = evaluated_adapters(training, worker.recipe.train)
         for name, tensor in worker.step.live_state()["adapters"].items():
             tensor.copy_(adapters[name])
     return step_of(best)

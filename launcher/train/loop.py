@@ -22,6 +22,7 @@ from launcher.train.history import RunHistory, step_records
 from launcher.train.inputs import prepare_inputs
 from launcher.train.metrics import MetricsReader
 from launcher.train.request import Request
+from launcher.train.schedule_free import end_with_averages
 from launcher.train.setup import Worker
 from launcher.train.start import is_proved, prove_start
 
@@ -68,6 +69,7 @@ def _run(request: Request, history: RunHistory) -> Iterator[Event]:
     with closing(checkpoints):
         yield start_record(worker)
         yield from with_base_notes(_train(worker, history, checkpoints), worker)
+    end_with_averages(worker.step.optimizer)
     restored = restore_best(worker, history) if recipe.train.keep_best else None
     yield "saving adapter"
     with clock.phase("save"):

@@ -1,4 +1,4 @@
-"""Optimizers and learning-rate schedules: torch, bitsandbytes and transformers provide them all.
+"""Optimizers and learning-rate schedules: torch, bitsandbytes, transformers and schedulefree provide them all.
 
 Only torch's fused AdamW skips an update by itself, by a flag on the device, and can be captured in a CUDA graph. Before
 an update of the others the host reads the flag and hands the rate over.
@@ -17,6 +17,7 @@ from transformers import get_scheduler
 
 from launcher.errors import RecipeError
 from launcher.recipe.train_section import TrainSection
+from launcher.train.schedule_free import init_sequences, keeps_averages
 
 Named = list[tuple[str, nn.Parameter]]
 
@@ -32,18 +33,22 @@ LIBRARIES = {  # train.optimizer: the library and its class
     "paged_lion": ("bitsandbytes.optim", "PagedLion"),
     "paged_lion_8bit": ("bitsandbytes.optim", "PagedLion8bit"),
     "muon": ("torch.optim", "Muon"),
+    "schedule_free_adamw": ("schedulefree", "AdamWScheduleFree"),
 }
 FIXED: dict[str, dict[str, Any]] = {  # arguments that make train.lr mean the same for all
     "adamw": {"fused": True},
     "adafactor": {"scale_parameter": False, "relative_step": False},
     "muon": {"adjust_lr_fn": "match_rms_adamw"},
+    "schedule_free_adamw": {"warmup_steps": 0},  # train.warmup is in the rates already
 }
+OPTIONAL = {"schedulefree": "schedulefree>=1.4"}  # a library that not every installation has: what pip takes
 
 
 def check_optimizer(train: TrainSection, device: torch.device) -> None:
     """Raise RecipeError for an optimizer that the installed libraries lack, or that `device` cannot run as asked:
     bitsandbytes would silently use another."""
-    if train.optimizer.startswith("paged") and device.type != "cuda":
+    on_host = device.type != "cuda"
+    if train.optimizer.startswith("paged") and on_host:
         plain = train.optimizer.removeprefix("paged_")
         raise RecipeError(
             f"train.optimizer={train.optimizer} pages its state between GPU and host, the device is {device.type}. "
@@ -51,9 +56,12 @@ def check_optimizer(train: TrainSection, device: torch.device) -> None:
         )
     if not _has_optimizer(train.optimizer):
         library, name = LIBRARIES[train.optimizer]
+        there = [one for one in LIBRARIES if _has_optimizer(one) and not (one.startswith("paged") and on_host)]
+        remedy = f"run: pip install '{OPTIONAL[library]}'" if library in OPTIONAL else f"upgrade {library}."
+        lacks = "is not installed" if library in OPTIONAL else "the installed version lacks"
         raise RecipeError(
-            f"train.optimizer={train.optimizer} is {name} of {library}, which the installed version lacks.\n"
-            f"Those that are there: {', '.join(filter(_has_optimizer, LIBRARIES))}. Use one, or upgrade {library}."
+            f"train.optimizer={train.optimizer} is {name} of {library}, which {lacks}.\n"
+            f"Those that are there: {', '.join(there)}. Use one, or {remedy}"
         )
 
 
@@ -79,7 +87,12 @@ def make_optimizer(model: nn.Module, train: TrainSection, *, lr: Tensor | float)
     if kind == "muon":
         return _muon(named, train, options)
     rate = lr if kind == "adamw" else train.lr
-    return optimizer_class(kind)(parameter_groups(named, train, lr=rate), lr=rate, **options, **FIXED.get(kind, {}))
+    groups = parameter_groups(named, train, lr=rate)
+    optimizer: Any = optimizer_class(kind)(groups, lr=rate, **options, **FIXED.get(kind, {}))
+    if keeps_averages(optimizer):
+        optimizer.train()
+        optimizer.state.clear()  # of the empty entries that train() has made
+    return optimizer
 
 
 def parameter_groups(
@@ -135,7 +148,8 @@ def gates_on_device(optimizer: Optimizer) -> bool:
 
 
 def init_state(optimizer: Any) -> None:
-    """Make the state that an optimizer makes in its first step, all zeros, without changing a parameter."""
+    """Make the state that an optimizer makes in its first step, all zeros (but for a copy of the parameters), without
+    changing a parameter."""
     if optimizer.state:
         return
     if gates_on_device(optimizer):
@@ -145,6 +159,8 @@ def init_state(optimizer: Any) -> None:
         for group_index, group in enumerate(optimizer.param_groups):
             for index, parameter in enumerate(group["params"]):
                 optimizer.init_state(group, parameter, group_index, index)
+    elif keeps_averages(optimizer):
+        init_sequences(optimizer)
     else:
         _step_in_vain(optimizer)
 

@@ -11,6 +11,7 @@ from launcher.checkpoint.bundle import bundles_of
 from launcher.checkpoint.files import sync
 from launcher.errors import CheckpointError, DiskError, FolderError
 from launcher.runtime.signals import deferring
+from launcher.train.schedule_free import averages_in_place
 from launcher.train.setup import Worker
 
 
@@ -31,7 +32,9 @@ def rescue(worker: Worker | None, failure: BaseException) -> None:
         return
     if worker is not None and worker.rank_info.is_main and "state" in vars(worker) and worker.state.step:
         with deferring():  # a launcher ends this process when another rank has ended
-            failure.add_note(_keep(worker, on_disk=isinstance(failure, DiskError)))
+            with averages_in_place(worker.step.optimizer):
+                note = _keep(worker, on_disk=isinstance(failure, DiskError))
+            failure.add_note(note)
 
 
 def _keep(worker: Worker, *, on_disk: bool) -> str:

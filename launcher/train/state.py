@@ -29,6 +29,7 @@ from launcher.records.run import RunPart
 from launcher.runtime.ranks import gather
 from launcher.train.host_copies import HostCopies
 from launcher.train.reshard import RESHARD_KEYS, reshard_notes, seed_generators, step_shape_of
+from launcher.train.schedule_free import set_counters
 from launcher.train.step import TrainStep
 
 STATE_KEYS = {"identity", "step", "training", "random", "loader", "early_stop"}
@@ -119,6 +120,7 @@ class TrainState:
         left_out = self._loader.load_state_dict(state["loader"], saved_by=saved_by)  # may refuse, so before any tensor
         self._wait()
         _copy_into(live, state["training"])
+        set_counters(self._step.optimizer, live.get("averages", {}))
         self._step.steps_done = state["step"]
         self.early_stop = early_stop
         new_ranks = [rank for rank in range(self._identity["processes"]) if str(rank) not in state["random"]]

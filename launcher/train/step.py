@@ -41,6 +41,7 @@ from launcher.runtime.progress import PROGRESS
 from launcher.train.gradients import FlatGradients
 from launcher.train.loss_scale import LossScale
 from launcher.train.optim import Rates, capturable, gates_on_device, init_state, make_optimizer
+from launcher.train.schedule_free import counters_of
 from launcher.train.staging import Staging
 
 
@@ -194,6 +195,8 @@ class TrainStep:
                 "loss_scale": {"value": self.scaler.value, "good_steps": self.scaler.good_steps},
                 "non_finite": self._bad,
             }
+        if counters := counters_of(self.optimizer):  # numbers, not tensors: read anew each time
+            self._live_state["averages"] = counters
         return self._live_state
 
     @contextmanager

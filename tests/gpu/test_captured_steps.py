@@ -236,15 +236,17 @@ def test_memory_does_not_grow_over_two_hundred_steps(recipe_of):
     worker.plan.release()
 
 
-def test_updates_of_bitsandbytes_stay_uncaptured_while_micro_steps_are_captured(recipe_of):
+@pytest.mark.parametrize("optimizer", ["paged_adamw_8bit", "schedule_free_adamw"])
+def test_updates_of_other_optimizers_stay_uncaptured_while_micro_steps_are_captured(recipe_of, optimizer):
+    """Evaluations are captured too: with schedule_free_adamw they see the averages, at the same addresses."""
     last_losses = []
     for mode in ("on", "off"):
-        train = {"optimizer": "paged_adamw_8bit", "lr": 5e-3, "steps": 12}
+        train = {"optimizer": optimizer, "lr": 5e-3, "steps": 12, "schedule": "constant", "eval_every": 4}
         _, evals, record = run_through(recipe_of(train=train, compile={"cuda_graphs": mode}))
         assert all(verdict.holds for verdict in record.verdicts)
         last_losses.append(evals[-1].eval_loss)
         if mode == "on":
-            assert record.start.cuda_graphs == "on, but for the update of paged_adamw_8bit"
+            assert record.start.cuda_graphs == f"on, but for the update of {optimizer}"
             assert evals[-1].eval_loss < 0.99 * evals[0].eval_loss
     assert last_losses[0] == pytest.approx(last_losses[1], rel=5e-3)
 

@@ -42,6 +42,7 @@ def adapters(worker):
         ("adamw_8bit", "bfloat16", 0.0, "on", "on"),
         ("paged_adamw", "float16", 0.0, "on", "on"),
         ("paged_adamw_8bit", "bfloat16", 0.0, "off", "off"),
+        ("schedule_free_adamw", "bfloat16", 0.0, "on", "on"),
     ],
 )
 def test_a_resumed_run_goes_on_captured_or_not_with_the_tensors_it_had(
@@ -53,7 +54,7 @@ def test_a_resumed_run_goes_on_captured_or_not_with_the_tensors_it_had(
                 model={"name": str(wide_model), "dtype": dtype},
                 lora={"r": RANK, "dropout": dropout},
                 compile={"backend": "inductor", "cuda_graphs": cuda_graphs},
-                train={"steps": 12, "accumulation": 2, "optimizer": optimizer},
+                train={"steps": 12, "accumulation": 2, "optimizer": optimizer, "schedule": "constant"},
             )
         )
         assert worker.cuda_graphs.startswith(cuda_graphs), worker.cuda_graphs
@@ -87,12 +88,12 @@ def test_a_resumed_run_goes_on_captured_or_not_with_the_tensors_it_had(
     assert whole.state.step == again.state.step == 8
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "adamw_8bit", "paged_adamw_8bit"])
+@pytest.mark.parametrize("optimizer", ["adamw", "adamw_8bit", "paged_adamw_8bit", "schedule_free_adamw"])
 def test_a_copy_behind_the_next_steps_is_of_the_step_at_which_it_was_begun_and_a_bundle_keeps_it(
     make_recipe, wide_model, tmp_path, optimizer
 ):
     """Twice, as the second copy uses the first one's memory."""
-    train_section = {"steps": 12, "optimizer": optimizer}
+    train_section = {"steps": 12, "optimizer": optimizer, "schedule": "constant"}
     sections = {"model": {"name": str(wide_model), "dtype": "bfloat16"}, "compile": {"backend": "inductor"}}
     worker, copies = compiled(make_recipe(**sections, lora={"r": RANK}, train=train_section)), HostCopies()
     for step in (2, 4):

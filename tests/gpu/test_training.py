@@ -66,7 +66,9 @@ def test_forward_and_backward_never_wait_for_the_device(recipe_of, attention):
 @pytest.mark.parametrize("optimizer", LIBRARIES)
 def test_every_optimizer_trains_and_the_ledger_counts_what_the_card_holds(recipe_of, optimizer):
     gc.collect()  # what the test before left would be freed in between
-    train_section = {"optimizer": optimizer, "steps": 8, "lr": 5e-4 if "lion" in optimizer else 5e-3}
+    schedule = "constant" if optimizer == "schedule_free_adamw" else "cosine"
+    train_section = {"optimizer": optimizer, "steps": 8, "schedule": schedule}
+    train_section["lr"] = 5e-4 if "lion" in optimizer else 5e-3
     _, steps, record = train(recipe_of(compile={"backend": "aot_eager"}, train=train_section))
     assert steps[-1].loss < steps[0].loss
     assert all(verdict.holds for verdict in record.verdicts)

@@ -86,6 +86,11 @@ def test_unknown_keys_of_a_file_are_named_with_their_line(refusal, own):
         (["compile.scope=regions", "compile.regions=[]"], "compile.scope=regions", "one or more of compile.regions"),
         (["train.steps=null"], "train.steps or train.epochs", "must be set"),
         (["train.steps=5", "train.epochs=3"], "train.steps and train.epochs", "got 5 and 3; give one"),
+        (
+            ["train.optimizer=schedule_free_adamw"],
+            "train.optimizer=schedule_free_adamw takes the place of a falling rate",
+            "got cosine; set train.schedule=constant",
+        ),
     ],
 )
 def test_keys_that_exclude_or_need_each_other_are_refused(refusal, arguments, key, rule):

@@ -1,6 +1,7 @@
 """Every optimizer and schedule of the recipe is the library's own, with the arguments that the recipe shows."""
 
 import inspect
+import sys
 from itertools import pairwise
 from types import SimpleNamespace
 
@@ -50,7 +51,7 @@ class Adapted(nn.Module):
 
 
 def section(**keys):
-    return TrainSection(steps=10, lr=0.01, **keys)
+    return TrainSection(steps=10, lr=0.01, schedule="constant", **keys)
 
 
 def test_the_recipe_its_options_and_the_libraries_have_the_same_names():
@@ -62,7 +63,7 @@ def test_the_recipe_its_options_and_the_libraries_have_the_same_names():
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_an_optimizers_options_are_arguments_of_its_class_with_the_same_defaults(name):
     arguments = inspect.signature(optimizer_class(name)).parameters
-    options = TrainSection(steps=1, optimizer=name).optimizer_parameters()
+    options = section(optimizer=name).optimizer_parameters()
     for option, value in options.items():
         default = arguments[option].default
         assert value == (list(default) if isinstance(default, tuple) else default), option
@@ -178,6 +179,7 @@ def test_the_options_of_the_recipe_reach_the_optimizer():
         ("lion", {"betas": [0.5, 0.6]}),
         ("adafactor", {"clip_threshold": 2.0, "decay_rate": -0.5}),
         ("muon", {"nesterov": False, "ns_steps": 3}),
+        ("schedule_free_adamw", {"betas": [0.5, 0.6], "eps": 1e-3, "r": 1.0, "weight_lr_power": 0.0}),
     ):
         optimizer = make_optimizer(Adapted(), section(optimizer=name, optimizer_options=options), lr=0.01)
         group = optimizer.param_groups[0]
@@ -195,7 +197,8 @@ def test_state_that_is_made_before_the_first_step_is_zero_and_changes_no_paramet
     assert all(map(torch.equal, before, model.parameters()))
     states = [state for p in (model.lora_A, model.lora_B) for state in [optimizer.state[p]]]
     values = [(name, value) for state in states for name, value in state.items() if not name.startswith("qmap")]
-    assert values and not any(torch.as_tensor(value).any() for _, value in values)
+    assert values and not any(torch.as_tensor(value).any() for name, value in values if name != "z")
+    assert all(torch.equal(optimizer.state[p].get("z", p), p) for p in (model.lora_A, model.lora_B))
     tensors = [value for _, value in values if torch.is_tensor(value) and value.dim()]
     measured = sum(tensor.nbytes for tensor in tensors) / (model.lora_A.numel() + model.lora_B.numel())
     assert measured == pytest.approx(optimizer_bytes(name, rank), rel=0.01), "the forecast's bytes a parameter"
@@ -212,6 +215,14 @@ def test_an_optimizer_that_the_installed_library_lacks_is_refused_with_those_tha
     with pytest.raises(RecipeError, match=r"pages its state .* Use train.optimizer=lion_8bit"):
         check_optimizer(section(optimizer="paged_lion_8bit"), CPU)
     check_optimizer(section(optimizer="paged_lion_8bit"), SimpleNamespace(type="cuda"))
+    monkeypatch.setitem(sys.modules, "schedulefree", None)
+    with pytest.raises(
+        RecipeError, match="is not installed.\n.*Use one, or run: pip install 'schedulefree>=1.4'"
+    ) as caught:
+        check_optimizer(section(optimizer="schedule_free_adamw"), CPU)
+    there = str(caught.value).split("there: ")[1].split(". Use")[0]
+    lacking = {"muon", "lion", "schedule_free_adamw"}
+    assert set(there.split(", ")) == set(ON_CPU) - lacking, "what can be used here, and nothing else"
 
 
 def test_adafactor_takes_the_recipes_rate_as_it_is():

@@ -46,6 +46,10 @@ WEIGHTED = "weighted"  # in place of sources: two, the second one three times as
         ({"lora": {"dropout": 0.2}, "train": {"save_every": 1}}, [2]),  # only the very first step is saved
         ({"data": {"batching": "bucketed"}, "train": {"optimizer": "adamw_8bit"}, "lora": {"r": 64}}, [6]),
         ({"data": {"batching": "padded"}, "model": {"dtype": "float16"}, "train": {"log_every": 3}}, [3]),
+        (
+            {"train": {"optimizer": "schedule_free_adamw", "schedule": "constant", "eval_every": 1, "keep_best": True}},
+            [5],
+        ),
         ({"data": {"streaming": True, "validation": 0}, "compile": {"mode": "strict"}}, [7]),
         ({"data": {"sources": WEIGHTED, "streaming": True, "validation": 0}, "model": {"dtype": "float16"}}, [3, 7]),
         ({"data": {"sources": WEIGHTED}, "train": {"log_every": 3}, "lora": {"dropout": 0.2}}, [4, 8]),

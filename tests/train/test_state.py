@@ -76,11 +76,13 @@ def test_a_resumed_run_is_bit_equal_to_the_uninterrupted_one(
         ("lion", "float16"),
         ("lion_8bit", "float32"),
         ("muon", "float16"),
+        ("schedule_free_adamw", "float16"),
     ],
 )
 def test_every_optimizer_and_dtype_goes_on_bit_equal(make_recipe: MakeRecipe, optimizer: str, dtype: str) -> None:
     sections = {"model": {"dtype": dtype}, "compile": OFF, "lora": {"r": 64}}
-    middle = assert_goes_on_alike(make_recipe(**sections, train={"steps": 8, "optimizer": optimizer}), steps=4)
+    keys = {"steps": 8, "optimizer": optimizer, "schedule": "constant", "warmup": 2}
+    middle = assert_goes_on_alike(make_recipe(**sections, train=keys), steps=4)
     kinds = {tensor.dtype for name, tensor in flat_tensors(middle) if name.startswith("training.optimizer")}
     assert (torch.uint8 in kinds) == optimizer.endswith("8bit")
 
@@ -109,9 +111,9 @@ def test_the_loss_scale_its_good_steps_and_the_updates_done_are_kept(
     assert again.step.scaler.get_scale() == 2  # after four good steps, two of them before the interruption
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "adamw_8bit", "adafactor", "muon"])
+@pytest.mark.parametrize("optimizer", ["adamw", "adamw_8bit", "adafactor", "muon", "schedule_free_adamw"])
 def test_a_state_of_before_the_first_step_is_the_beginning(make_recipe: MakeRecipe, optimizer: str) -> None:
-    recipe = make_recipe(compile=OFF, train={"optimizer": optimizer})
+    recipe = make_recipe(compile=OFF, train={"optimizer": optimizer, "schedule": "constant"})
     expected = train(compiled(recipe), 3)
     worker = compiled(recipe)
     beginning = worker.state.state_dict()

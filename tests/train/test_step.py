@@ -24,7 +24,7 @@ from launcher.train.step import TrainStep
 
 pytestmark = pytest.mark.usefixtures("clean_dynamo")
 
-OPTIMIZERS = ["adamw", "adamw_8bit", "adafactor", "lion", "lion_8bit", "muon"]
+OPTIMIZERS = ["adamw", "adamw_8bit", "adafactor", "lion", "lion_8bit", "muon", "schedule_free_adamw"]
 
 
 class Linear(nn.Module):
@@ -217,9 +217,7 @@ def test_rehearsal_and_capture_change_nothing_and_the_steps_go_on_as_without(mon
     monkeypatch.setattr(step_module, "Graphs", UncapturedGraphs)
     monkeypatch.setattr(UncapturedGraphs, "fails", fails)
     batches = [step_batch(micro(n, 3), micro(2 * n, 1)) for n in (3, 1, 2, 5)]
-    plain, captured = (
-        make_step(Linear(), fp16=fp16, clip=0.5, optimizer=optimizer, schedule="linear") for _ in range(2)
-    )
+    plain, captured = (make_step(Linear(), fp16=fp16, clip=0.5, optimizer=optimizer, warmup=3) for _ in range(2))
     expected = [plain(batch).metrics.tolist() for batch in batches]
     captured.rehearse([micro(9, 4)])
     metrics = [captured(batches[0]).metrics.tolist()]
