@@ -97,7 +97,7 @@ def load_stop_ids(source: str, model: ModelSection) -> tuple[int, ...]:
 def load_generation(source: str, model: ModelSection, config: Any) -> GenerationConfig:
     """The model's generation_config.json; without one what config.json says of generation, as many bases have it."""
     try:
-        return GenerationConfig.from_pretrained(source, revision=_revision(source, model))
+        return GenerationConfig.from_pretrained(source, revision=_revision(source, model) or "main")
     except OSError:
         return GenerationConfig.from_model_config(config)
 
