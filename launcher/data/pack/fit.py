@@ -15,7 +15,7 @@ from launcher.data.read.rows import Conversation, Feed, Row, RowFault
 from launcher.data.splits import digest
 from launcher.errors import DataError
 from launcher.recipe.data_section import DataSection
-from launcher.records.counts import counts_in_words
+from launcher.records.counts import CUT_OFF, counts_in_words
 
 
 class FittedRow(NamedTuple):
@@ -25,6 +25,7 @@ class FittedRow(NamedTuple):
     loss_on: str  # what the loss sees of it: assistant, last, completion or all
     digest: bytes  # of its content
     documents: list[Document]
+    tokens: int = 0  # before it was cut
 
 
 def fit_rows(
@@ -44,6 +45,7 @@ def fit_rows(
     for row, (loss_on, document) in encoded:
         row_digest = digest(row, seed=seed)
         documents: list[Document] = []
+        tokens = 0 if isinstance(document, RowFault) else len(document)
         if isinstance(document, RowFault):
             if data.bad_rows == "raise":
                 raise document
@@ -55,7 +57,7 @@ def fit_rows(
                 counts["empty_assistant_turns"] += _empty_turns(row)
             counts.update(document.remarks + _kept_ends(document, data))
             documents = _learnable_pieces(row, document, counts, data=data)
-        yield FittedRow(row, loss_on, row_digest, documents)
+        yield FittedRow(row, loss_on, row_digest, documents, tokens)
 
 
 def _empty_turns(row: Row) -> int:
@@ -64,11 +66,14 @@ def _empty_turns(row: Row) -> int:
 
 
 def _kept_ends(document: Document, data: DataSection) -> tuple[str, ...]:
-    """The ends of the answers that are not cut."""
+    """The ends of the answers, CUT_OFF of those that are cut; none of a row that is dropped."""
     if len(document) <= data.max_length or data.too_long == "split":
         return document.ends
-    supervised = document.supervised[: data.max_length if data.too_long == "truncate" else 0]
-    return document.ends[: int((supervised[:-1] & ~supervised[1:]).sum())]
+    if data.too_long != "truncate":
+        return ()
+    seen = document.supervised[: data.max_length + 1]  # an answer may end where the row is cut
+    whole = int((seen[:-1] & ~seen[1:]).sum())
+    return document.ends[:whole] + (CUT_OFF,) * len(document.ends[whole:])
 
 
 def _learnable_pieces(row: Row, document: Document, counts: Counter[str], *, data: DataSection) -> list[Document]:
@@ -108,6 +113,7 @@ class UsableRows:
     digests: list[bytes] = field(default_factory=list)
     loss_on: list[str] = field(default_factory=list)
     is_chat: list[bool] = field(default_factory=list)
+    longest: int = 0  # tokens of the longest row before it was cut
     _input_ids: "array[int]" = field(default_factory=lambda: array("i"))  # of all documents; Document.supervised below
     _supervised: bytearray = field(default_factory=bytearray)
     _lengths: list[int] = field(default_factory=list)
@@ -121,6 +127,7 @@ class UsableRows:
         self.digests.append(fitted.digest)
         self.loss_on.append(fitted.loss_on)
         self.is_chat.append(isinstance(fitted.row, Conversation))
+        self.longest = max(self.longest, fitted.tokens)
         for document in fitted.documents:
             self._input_ids.frombytes(document.input_ids.tobytes())
             self._supervised += document.supervised.tobytes()
