@@ -48,7 +48,7 @@ class Window:
     counts: Counter[str]
     loss_on: Counter[str]  # rows by what the loss sees of them
     end: list[Position]
-    longest: int  # tokens of the longest row before it was cut
+    longest: int  # of the rows that were cut: their tokens before
 
 
 @dataclass
@@ -152,7 +152,7 @@ class StreamReader:
                     documents += row.documents
                     tokens_left -= sum(map(len, row.documents))
                     loss_on[row.loss_on] += 1
-                    longest = max(longest, row.tokens)
+                    longest = max(longest, row.documents[0].cut_from)
                     self._useful_sources.add(source)
             self._check_useful()
         joined = Documents.of(documents)

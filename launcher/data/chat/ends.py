@@ -54,13 +54,13 @@ class Ends:
         self._endings = frozenset(stops if stop_ids else [*stops, *map(str, added.values())])
         self._lengths = sorted({len(token) for token in self._endings}, reverse=True)
 
-    def appended(self, opening: str) -> str:
+    def closing_behind(self, opening: str) -> str:
         """What closes a turn behind which the template would write this opening of the next."""
         return follows[0] if (follows := self._follows.match(opening)) else self._eos
 
-    def close(self, text: str, spans: Sequence[Span], *, turns: int, appended: str) -> ClosedTurns:
-        """`turns`: how many the spans are of; a template's own marks may give a turn several. `appended`: of Ends
-        where the last span is of the chat's last message, else "".
+    def close(self, text: str, spans: Sequence[Span], *, turns: int, closing: str) -> ClosedTurns:
+        """`turns`: how many the spans are of; a template's own marks may give a turn several. `closing`: what
+        `closing_behind` gives where the last span is of the chat's last message, else "".
         """
         closed, ends, one_each = list[Span](), list[str](), len(spans) == turns
         for number, (start, end) in enumerate(spans, 1):
@@ -69,17 +69,18 @@ class Ends:
                 stop, end = reached[0], reached.end()
             if not stop and (follows := self._follows.match(text, end)):
                 rule, stop, end = "next_turn", follows[1], follows.end()
-            if not stop and appended and number == len(spans):
-                rule, stop, text = "eos", appended.strip(), text + appended
+            if not stop and closing and number == len(spans):
+                rule, stop, text = "eos", closing.strip(), text + closing
                 end = len(text)
             closed.append((start, end))
             if stop or one_each:
                 ends.append(closed_key(rule, stop) if stop else UNCLOSED)
         return ClosedTurns(text, closed, (*ends, *[UNCLOSED] * (turns - len(ends))))
 
-    def close_chat(self, text: str, appended: str) -> str:
-        """A text that is learned as a whole and that an answer ends, with a stop token at its end."""
-        return text if self._ending_of(text) else text + appended
+    def close_chat(self, text: str, closing: str) -> str:
+        """A text that is learned as a whole and that an answer ends, with a stop token at its end. `closing`: as of
+        `closing_behind`."""
+        return text if self._ending_of(text) else text + closing
 
     def _reached(self, text: str, start: int, end: int) -> re.Match[str] | None:
         """The last stop token of the model in the run of control tokens that ends this span.
@@ -111,8 +112,8 @@ def check_ends(
     if cut > unclosed:
         others = f"; no token ends the others, {unclosed:,}" if unclosed else ""
         raise DataError(
-            f"{rule}\nFound: data.max_length={data.max_length} cuts {cut:,} of {cut + unclosed:,} answers before their end"
-            f"{others}.\nRaise data.max_length (the longest row has {longest} tokens), or set data.too_long=split to "
+            f"{rule}\nFound: data.max_length={data.max_length} cuts {cut:,} of {cut + unclosed:,} answers before their "
+            f"end{others}.\nRaise data.max_length (the longest row has {longest} tokens), or set data.too_long=split to "
             "keep the rest of a row as another document."
         )
     fitting = [name for name in fitting_templates(tokenizer) if name != template]

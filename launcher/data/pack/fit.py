@@ -25,7 +25,6 @@ class FittedRow(NamedTuple):
     loss_on: str  # what the loss sees of it: assistant, last, completion or all
     digest: bytes  # of its content
     documents: list[Document]
-    tokens: int = 0  # before it was cut
 
 
 def fit_rows(
@@ -45,7 +44,6 @@ def fit_rows(
     for row, (loss_on, document) in encoded:
         row_digest = digest(row, seed=seed)
         documents: list[Document] = []
-        tokens = 0 if isinstance(document, RowFault) else len(document)
         if isinstance(document, RowFault):
             if data.bad_rows == "raise":
                 raise document
@@ -57,7 +55,7 @@ def fit_rows(
                 counts["empty_assistant_turns"] += _empty_turns(row)
             counts.update(document.remarks + _kept_ends(document, data))
             documents = _learnable_pieces(row, document, counts, data=data)
-        yield FittedRow(row, loss_on, row_digest, documents, tokens)
+        yield FittedRow(row, loss_on, row_digest, documents)
 
 
 def _empty_turns(row: Row) -> int:
@@ -101,7 +99,8 @@ def _cut(row: Row, document: Document, *, data: DataSection) -> list[Document]:
             f"Found: {length} tokens.\nRaise data.max_length, or set data.too_long=truncate, split or drop."
         )
     starts = {"split": range(0, length, width), "drop": range(0)}.get(data.too_long, range(1))
-    return [Document(document.input_ids[s : s + width], document.supervised[s : s + width]) for s in starts]
+    pieces = [(document.input_ids[s : s + width], document.supervised[s : s + width]) for s in starts]
+    return [Document(*piece, cut_from=length) for piece in pieces]
 
 
 @dataclass
@@ -113,7 +112,7 @@ class UsableRows:
     digests: list[bytes] = field(default_factory=list)
     loss_on: list[str] = field(default_factory=list)
     is_chat: list[bool] = field(default_factory=list)
-    longest: int = 0  # tokens of the longest row before it was cut
+    longest: int = 0  # of the rows that were cut: their tokens before
     _input_ids: "array[int]" = field(default_factory=lambda: array("i"))  # of all documents; Document.supervised below
     _supervised: bytearray = field(default_factory=bytearray)
     _lengths: list[int] = field(default_factory=list)
@@ -127,11 +126,11 @@ class UsableRows:
         self.digests.append(fitted.digest)
         self.loss_on.append(fitted.loss_on)
         self.is_chat.append(isinstance(fitted.row, Conversation))
-        self.longest = max(self.longest, fitted.tokens)
         for document in fitted.documents:
             self._input_ids.frombytes(document.input_ids.tobytes())
             self._supervised += document.supervised.tobytes()
             self._lengths.append(len(document))
+            self.longest = max(self.longest, document.cut_from)
 
     @property
     def documents(self) -> Documents:
