@@ -113,8 +113,8 @@ def check_ends(
         others = f"; no token ends the others, {unclosed:,}" if unclosed else ""
         raise DataError(
             f"{rule}\nFound: data.max_length={data.max_length} cuts {cut:,} of {cut + unclosed:,} answers before their "
-            f"end{others}.\nRaise data.max_length (the longest row has {longest} tokens), or set data.too_long=split to "
-            "keep the rest of a row as another document."
+            f"end{others}.\nRaise data.max_length (the longest row has {longest} tokens), or set data.too_long=split "
+            "to keep the rest of a row as another document."
         )
     fitting = [name for name in fitting_templates(tokenizer) if name != template]
     eos = f"eos_token {tokenizer.eos_token}" if tokenizer.eos_token else "no eos_token"
