@@ -109,18 +109,16 @@ def check_ends(
         return
     rule = "an answer must end with a token that stops generation, else the model never learns to stop."
     unclosed, cut = counts.get(UNCLOSED, 0), counts.get(CUT_OFF, 0)
-    if cut > unclosed:
-        others = f"; no token ends the others, {unclosed:,}" if unclosed else ""
-        raise DataError(
-            f"{rule}\nFound: data.max_length={data.max_length} cuts {cut:,} of {cut + unclosed:,} answers before their "
-            f"end{others}.\nRaise data.max_length (the longest row has {longest} tokens), or set data.too_long=split "
-            "to keep the rest of a row as another document."
-        )
+    cut_off = f"data.max_length={data.max_length} cuts {cut:,} of {cut + unclosed:,} answers before their end"
+    longer = f"Raise data.max_length (the longest row has {longest} tokens)"
+    if not unclosed:
+        split = "or set data.too_long=split to keep the rest of a row as another document"
+        raise DataError(f"{rule}\nFound: {cut_off}.\n{longer}, {split}.")
     fitting = [name for name in fitting_templates(tokenizer) if name != template]
     eos = f"eos_token {tokenizer.eos_token}" if tokenizer.eos_token else "no eos_token"
     remedy = f"Set data.template={' or '.join(fitting)}, or use" if fitting else "Use"
     raise DataError(
-        f"{rule}\n"
-        f"Found: none of {unclosed:,} answers does; the template is {template}, the tokenizer has {eos}.\n"
-        f"{remedy} a model whose tokenizer has an eos_token, and chats that an answer ends."
+        f"{rule}\nFound: {f'{cut_off}, and ' if cut else ''}none of {unclosed:,} answers does; the template is "
+        f"{template}, the tokenizer has {eos}.\n{f'{longer}. ' if cut else ''}{remedy} a model whose tokenizer has an "
+        "eos_token, and chats that an answer ends."
     )

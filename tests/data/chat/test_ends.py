@@ -137,6 +137,14 @@ def test_data_of_which_every_answer_is_cut_before_its_end_is_refused_with_the_le
     assert data.counts[EOS + "<eos>"] >= 2 and "turns_cut_before_end" not in data.counts
 
 
+def test_cut_answers_beside_ones_that_no_token_ends_are_named_with_both_remedies(bare, prepared):
+    with pytest.raises(DataError) as caught:
+        prepared(bare(), (*TURNS[:2], "user: More", LONG[1]))
+    _, found, remedy = str(caught.value).splitlines()
+    assert "data.max_length=64 cuts 1 of 2 answers before their end, and none of 1 answers does" in found
+    assert re.match(r"Raise data.max_length \(the longest row has \d+ tokens\)\. .*eos_token", remedy)
+
+
 def test_a_cut_at_the_very_end_of_an_answer_leaves_it_whole(bare, prepared):
     """Only the line end behind the end token is cut."""
     tokenizer = bare(BARE.replace("'\n'", "eos_token + '\n\n'"))
