@@ -9,7 +9,8 @@ ENDING_RULES = {
     "template": "as the template writes it",
     "next_turn": "as the opening of what follows",
     "eos": "appended",
-    "text": "as the text has it",
+    "completion": "appended to a completion",
+    "text": "as the completion has it",
 }
 
 

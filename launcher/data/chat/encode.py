@@ -205,7 +205,7 @@ class Encoder:
             ids, supervised = np.insert(ids, 0, self.tokenizer.bos_token_id), np.insert(supervised, 0, spans is None)
         rule = "text"
         if eos is not None and not item.text.rstrip().endswith(eos):
-            rule, ids = "eos", np.append(ids, np.int32(self.tokenizer.eos_token_id))
+            rule, ids = "completion", np.append(ids, np.int32(self.tokenizer.eos_token_id))
             supervised = np.append(supervised, spans is None or bool(spans))
         ends = (closed_key(rule, eos),) if spans and eos is not None else ()  # of a completion
         return Document(ids, supervised, () if eos is not None or spans == [] else (ENDLESS,), ends)

@@ -103,9 +103,11 @@ class Ends:
 def check_ends(
     counts: Mapping[str, int], tokenizer: PreTrainedTokenizerBase, *, template: str, data: DataSection, longest: int
 ) -> None:
-    """Raises DataError where no supervised turn of any chat, and no completion, ends with a stop token. `longest`:
-    tokens of the longest row."""
-    if closed_turns(counts) or not (counts.get(UNCLOSED) or counts.get(CUT_OFF)):
+    """Raises DataError where no supervised turn of any chat ends with a stop token, or where every answer of chats and
+    completions is cut before it does. `longest`: tokens of the longest row that is cut."""
+    closed = closed_turns(counts)
+    of_chats = any(rule not in ("completion", "text") for rule, _ in closed)
+    if of_chats or not (counts.get(UNCLOSED) or (counts.get(CUT_OFF) and not closed)):
         return
     rule = "an answer must end with a token that stops generation, else the model never learns to stop."
     unclosed, cut = counts.get(UNCLOSED, 0), counts.get(CUT_OFF, 0)

@@ -137,6 +137,15 @@ def test_data_of_which_every_answer_is_cut_before_its_end_is_refused_with_the_le
     assert data.counts[EOS + "<eos>"] >= 2 and "turns_cut_before_end" not in data.counts
 
 
+def test_completions_that_end_do_not_excuse_chats_of_which_no_answer_does(bare, tmp_path):
+    (tmp_path / "a.jsonl").write_text(json.dumps({"prompt": "a", "completion": " river"}))
+    messages = [{"role": role, "content": content} for role, content in (turn.split(": ") for turn in TURNS[:3])]
+    (tmp_path / "b.jsonl").write_text(json.dumps({"messages": messages}))
+    section = {"sources": [{"path": str(tmp_path / name)} for name in ("a.jsonl", "b.jsonl")], "validation": 0}
+    with pytest.raises(DataError, match="none of 1 answers does"):
+        prepare(DataSection.model_validate(section), bare(), seed=0)
+
+
 def test_cut_answers_beside_ones_that_no_token_ends_are_named_with_both_remedies(bare, prepared):
     with pytest.raises(DataError) as caught:
         prepared(bare(), (*TURNS[:2], "user: More", LONG[1]))
@@ -172,7 +181,7 @@ def test_completions_that_are_all_cut_are_refused_too_and_texts_never(bare, tmp_
     if eos:
         with pytest.raises(DataError, match="cuts 1 of 1 answers"):
             prepared(PAIR)
-        assert prepared(PAIR, max_length=2048).counts[EOS + "<eos>"] == 1
+        assert prepared(PAIR, max_length=2048).counts["turns_closed_by_completion_<eos>"] == 1
     else:
         prepared(PAIR)  # it would have no end anyway
     prepared(PAIR, loss_on="all")
