@@ -27,8 +27,11 @@ class TrainedRun(RunRecord):
             rows.setdefault(record.step, {"step": record.step})["eval_loss"] = record.eval_loss
         return [rows[step] for step in sorted(rows)]
 
-    def generate(self, prompt: str | list[dict[str, str]], **options: Any) -> str:
-        """The trained model's answer to a message, or to a chat of messages with "role" and "content".
+    def generate(
+        self, prompt: str | list[dict[str, Any]], *, tools: list[dict[str, Any]] | None = None, **options: Any
+    ) -> str:
+        """The trained model's answer to a message, or to a chat of messages with "role" and "content" and what else
+        rows of data may have, such as "tool_calls". `tools`: JSON schemas of functions that the model may call.
 
         `options`: temperature, top_p, max_tokens, seed, and base=True for the answer with the adapter off, as of
         mode=generate. Raises the errors of launcher/errors.py.
@@ -39,11 +42,11 @@ class TrainedRun(RunRecord):
         settings = read_options([f"run={self.start.run_dir}", "mode=generate", *words], "generate")
         assert isinstance(settings, GenerateOptions), "the options of mode=generate"
         with classified(ALONE):
-            from launcher.export.generate import Answerer, prompt_of
+            from launcher.export.generate import Answerer, prompt_of_chat
 
             run, model = self._loaded
-            content = prompt_of(prompt, run).content if isinstance(prompt, str) else prompt
-            return Answerer(run, model, settings).answer(content, base=settings.base).text
+            asked = prompt_of_chat(prompt, run, tools)
+            return Answerer(run, model, settings).answer(asked.content, base=settings.base, tools=asked.tools).text
 
     def free(self) -> None:
         """Give the memory of the loaded model back; the next `generate` loads it again."""

@@ -17,7 +17,7 @@ import pytest
 
 import launcher
 from launcher import api
-from launcher.errors import RecipeError, SinkError
+from launcher.errors import DataError, RecipeError, SinkError
 from launcher.records.run import EvalRecord, RunOpened, RunRecord, StartRecord, StepRecord
 from launcher.trained_run import TrainedRun
 from tests.conftest import ROOT
@@ -243,6 +243,11 @@ def test_a_run_gives_metrics_for_a_table_and_answers_until_it_is_freed(
     answer = run.generate(chat[0]["content"], max_tokens=3)
     assert isinstance(answer, str) and run.generate(chat, max_tokens=3) == answer
     assert run.generate(chat, max_tokens=3, base=True) != answer
+    tools = [{"name": "look_up", "description": "Looks a word up.", "parameters": {}}]
+    with pytest.raises(DataError, match='"tools" is a list'):
+        run.generate(chat, tools=[{"parameters": {}}])
+    with pytest.raises(RecipeError, match="must write the tools"):  # tiny's template knows none
+        run.generate(chat, tools=tools)
     assert models_left(of_others).count("PeftModelForCausalLM") == 1
     run.free()
     run.free()

@@ -23,13 +23,15 @@ Bools = NDArray[np.bool_]
 class Document:
     """The tokens of one conversation or text, and for each of them whether it is a target of the loss.
 
-    `remarks`: names of the counts that it adds to. `ends`: those of its answers, by what ends each.
+    `remarks`: names of the counts that it adds to. `ends`: those of its answers, by what ends each. `cut_from`: the
+    tokens of the row, if this is a part of it.
     """
 
     input_ids: Ints
     supervised: Bools
     remarks: tuple[str, ...] = ()
     ends: tuple[str, ...] = ()
+    cut_from: int = 0
 
     def __len__(self) -> int:
         return len(self.input_ids)

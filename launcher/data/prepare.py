@@ -198,7 +198,7 @@ def _prepare_blocks(inputs: _Inputs, identity: str) -> PreparedData:
         template=inputs.pool.encoder.template,
         identity=identity,
         content="",
-        notes=_notes_on(counts, inputs.pool.encoder)
+        notes=_notes_on(counts, inputs.pool.encoder, longest=usable.longest)
         + (() if validation or data.validation == 0 else (ALL_ALIKE.format(data.validation),)),
     )
 
@@ -234,12 +234,12 @@ def _prepare_stream(inputs: _Inputs, identity: str) -> PreparedData:
         template=inputs.pool.encoder.template,
         identity=identity,
         content=cache.Entry(stream.first_window.blocks, None, {}).content,
-        notes=(stream.passes_note, *_notes_on(stream.counts, inputs.pool.encoder)),
+        notes=(stream.passes_note, *_notes_on(stream.counts, inputs.pool.encoder, longest=stream.first_window.longest)),
     )
 
 
-def _notes_on(counts: Counter[str], encoder: Encoder) -> tuple[str, ...]:
-    check_ends(counts, encoder.tokenizer, template=encoder.template)
+def _notes_on(counts: Counter[str], encoder: Encoder, *, longest: int) -> tuple[str, ...]:
+    check_ends(counts, encoder.tokenizer, template=encoder.template, data=encoder.data, longest=longest)
     return notes_on(counts)
 
 

@@ -48,6 +48,7 @@ class Window:
     counts: Counter[str]
     loss_on: Counter[str]  # rows by what the loss sees of them
     end: list[Position]
+    longest: int  # of the rows that were cut: their tokens before
 
 
 @dataclass
@@ -140,7 +141,7 @@ class StreamReader:
         counts.clear()  # rows that were read over were counted when they were first read
         documents: list[Document] = []
         loss_on: Counter[str] = Counter()
-        tokens_left = WINDOW_BLOCKS * stream.data.max_length
+        tokens_left, longest = WINDOW_BLOCKS * stream.data.max_length, 0
         random = np.random.default_rng((stream.seed, number))
         while tokens_left > 0:
             sources, rows = self.draw(random, DRAWN_ROWS)
@@ -151,13 +152,14 @@ class StreamReader:
                     documents += row.documents
                     tokens_left -= sum(map(len, row.documents))
                     loss_on[row.loss_on] += 1
+                    longest = max(longest, row.documents[0].cut_from)
                     self._useful_sources.add(source)
             self._check_useful()
         joined = Documents.of(documents)
         if stream.check:
             stream.check(joined.input_ids)
         blocks = stream.lay_out(joined, seed=int(random.integers(2**32)))
-        return Window(blocks, Counter(counts), loss_on, list(self._positions))
+        return Window(blocks, Counter(counts), loss_on, list(self._positions), longest)
 
     def draw(self, random: np.random.Generator, number: int) -> tuple[list[int], list[Row]]:
         """`number` rows and the source of each, drawn by weight."""

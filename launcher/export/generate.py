@@ -4,7 +4,7 @@ import json
 import re
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, replace
 from functools import partial
@@ -16,11 +16,13 @@ from peft import PeftModel
 from transformers import GenerationConfig, TextStreamer
 
 from launcher.checkpoint.files import append_text
+from launcher.data.chat.left_out import has_tools
 from launcher.data.chat.tool_calls import call_form, has_calls, in_call_form
 from launcher.data.read.formats import read_rows
 from launcher.data.read.messages import for_template
 from launcher.data.read.rows import SKIP, Conversation, Feed, RawRow, Row, RowFault, TokenIds
 from launcher.data.read.sources import open_source
+from launcher.data.read.unused import UNUSED_REMEDY
 from launcher.errors import DataError, RecipeError
 from launcher.export.load_run import OpenedRun, generation_settings
 from launcher.recipe.data_section import Source
@@ -29,6 +31,7 @@ from launcher.records.answers import Answer, Answered
 from launcher.records.counts import counts_in_words
 
 Chat = list[dict[str, Any]]  # messages as chat templates take them
+CALLER = "the prompt"  # where a caller's chat stands, in errors
 COMPLETED = {"completion", "messages", "conversations", "instruction", "text"}  # columns of no bare prompt
 Write = Callable[[str], object]  # takes pieces of a text as they come
 
@@ -134,23 +137,59 @@ class Answerer:
             bos = tokenizer.bos_token_id
             ids = ids if bos is None or ids[:1] == [bos] else [bos, *ids]
         else:
-            if has_calls(content):
-                content = in_call_form(content, call_form(partial(tokenizer.apply_chat_template, tokenize=False)))
-            try:
-                ids = tokenizer.apply_chat_template(
-                    content, tools=list(tools) or None, add_generation_prompt=True, return_dict=True
-                )["input_ids"]
-            except Exception as error:  # templates refuse in their own words
-                raise DataError(
-                    f"the chat template must take the conversation; it refuses one of "
-                    f"{' '.join(message['role'] for message in content)}: {error}."
-                ) from None
+            text = _rendered(Prompt(content, tools=tools), tokenizer)
+            ids = tokenizer(text, add_special_tokens=False)["input_ids"]
         return torch.tensor([ids], device=self._model.device)
+
+
+def _rendered(prompt: Prompt, tokenizer: Any) -> str:
+    """A chat and the generation prompt. Raises DataError where the chat template refuses it."""
+    messages: Any = prompt.content
+    if has_calls(messages):
+        messages = in_call_form(messages, call_form(partial(tokenizer.apply_chat_template, tokenize=False)))
+    try:
+        return str(
+            tokenizer.apply_chat_template(
+                messages, tools=list(prompt.tools) or None, add_generation_prompt=True, tokenize=False
+            )
+        )
+    except Exception as error:  # templates refuse in their own words
+        raise DataError(
+            f"the chat template must take the conversation; it refuses one of "
+            f"{' '.join(message['role'] for message in messages)}: {error}."
+        ) from None
 
 
 def prompt_of(text: str, run: OpenedRun) -> Prompt:
     """A message of the user; for a tokenizer without chat template the beginning of a text."""
     return Prompt([{"role": "user", "content": text}] if run.tokenizer.chat_template else text)
+
+
+def prompt_of_chat(chat: str | Chat, run: OpenedRun, tools: Sequence[dict[str, Any]] | None = None) -> Prompt:
+    """What a caller asks, a message of the user or a chat, read as a row of data is. `tools`: as in its column.
+
+    Raises DataError where it is no chat, RecipeError where the chat template leaves the tools out.
+    """
+    if isinstance(chat, str) and not tools:
+        return prompt_of(chat, run)
+    fields = {"messages": [{"role": "user", "content": chat}] if isinstance(chat, str) else chat, "tools": tools}
+    feed = Feed(CALLER, CALLER, "messages", "", lambda: iter([RawRow(CALLER, fields)]))
+    try:
+        rows = list(read_rows([feed], data=run.place.recipe.data, counts=Counter()))
+    except RowFault as fault:
+        raise _of_prompts(fault, set()) from None
+    if not rows:
+        raise DataError(f"{CALLER}: a chat must hold a message; it has none.")
+    [row] = rows
+    assert isinstance(row, Conversation), "of the format messages"
+    prompt = Prompt(list(map(for_template, row.messages)), tools=row.tools)
+    if row.tools and not (run.tokenizer.chat_template and has_tools(list(row.tools), _rendered(prompt, run.tokenizer))):
+        names = ", ".join(tool["function"]["name"] for tool in row.tools)
+        raise RecipeError(
+            f"the chat template must write the tools, or the model does not see them; it leaves out one of {names}.\n"
+            "Ask without tools, or train with a tokenizer whose template has them."
+        )
+    return prompt
 
 
 def read_prompts(file: Path, run: OpenedRun) -> tuple[list[Prompt], str]:
@@ -181,7 +220,7 @@ def read_prompts(file: Path, run: OpenedRun) -> tuple[list[Prompt], str]:
 def _of_prompts(fault: RowFault, bare: set[str]) -> DataError:
     """A row's fault in the words of its file: of a row with a prompt alone, which is read as messages, `prompt`. The
     recipe's keys are no remedy here."""
-    text = str(fault).replace(SKIP, "Correct the row, or take it out of the file.")
+    text = str(fault).replace(SKIP, "Correct the row, or take it out of the file.").replace(UNUSED_REMEDY, "Remove it.")
     is_bare = any(text.startswith(f"{where}: ") for where in bare)
     return DataError(re.sub(r"\bmessages\b", "prompt", text) if is_bare else text)
 

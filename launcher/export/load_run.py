@@ -12,18 +12,14 @@ from transformers import AutoTokenizer, GenerationConfig
 
 from launcher.checkpoint.bundle import faults_of
 from launcher.data.chat.encode import Encoder
-from launcher.data.chat.named_templates import control_tokens
-from launcher.data.documents import Document
-from launcher.data.read.rows import Conversation, Message
-from launcher.errors import CheckpointError, DataError, RecipeError
+from launcher.data.chat.stops import stops_of_answers
+from launcher.errors import CheckpointError, RecipeError
 from launcher.export.place import RunPlace
 from launcher.model.build import DTYPES, choose_dtype
-from launcher.model.load import is_prequantised, load_base, load_config, load_tokenizer
+from launcher.model.load import is_prequantised, load_base, load_config, load_generation, load_tokenizer, stop_ids_of
 from launcher.records.run import Verdict
 from launcher.runtime.ranks import RankInfo
 from launcher.train.inputs import choose_device
-
-CHAT = (Message("user", "Hello"), Message("assistant", "Hello."))  # whose end token ends every turn
 
 
 @dataclass(frozen=True)
@@ -61,8 +57,8 @@ def open_run(place: RunPlace, source: str, rank_info: RankInfo) -> OpenedRun:
     except RecipeError:
         dtype = choose_dtype("auto", device)
         notes.append(f"the run computed in {place.dtype}, which this device lacks: {str(dtype)[6:]} is used")
-    generation = _generation(source, model.revision, config)
-    generation.eos_token_id = _stop_ids(tokenizer, generation, place)
+    generation = load_generation(source, model, config)
+    generation.eos_token_id = stops_of_answers(tokenizer, stop_ids_of(generation))
     return OpenedRun(place, source, config, tokenizer, device, dtype, generation, tuple(notes))
 
 
@@ -80,12 +76,6 @@ def load_trained(run: OpenedRun, adapter: Path | None = None) -> tuple[PeftModel
     )
     base.model.generation_config = run.generation
     return PeftModel.from_pretrained(base.model, str(folder)).eval(), base.verdict
-
-
-def stop_ids_of(generation: GenerationConfig) -> list[int]:
-    """The tokens at which generation stops; a config has one, several or none."""
-    stops = generation.eos_token_id
-    return [] if stops is None else list(stops) if isinstance(stops, list) else [stops]
 
 
 def generation_settings(stop_ids: Sequence[int], **settings: Any) -> GenerationConfig:
@@ -109,32 +99,3 @@ def _tokenizer(place: RunPlace, source: str) -> Any:
     tokenizer = load_tokenizer(source, place.recipe.model, stand_in=Path())
     Encoder(tokenizer, data=place.recipe.data)  # puts data.template on it
     return tokenizer
-
-
-def _generation(source: str, revision: str | None, config: Any) -> GenerationConfig:
-    try:
-        where: dict[str, Any] = {"revision": revision} if revision and not Path(source).is_dir() else {}
-        return GenerationConfig.from_pretrained(source, **where)
-    except OSError:  # many bases have none
-        return GenerationConfig.from_model_config(config)
-
-
-def _stop_ids(tokenizer: Any, generation: GenerationConfig, place: RunPlace) -> list[int]:
-    """Where an answer ends: at the tokens of the base and the tokenizer, and at the one that ends the template's
-    turns, which a base model's own settings do not name."""
-    found = [*stop_ids_of(generation), tokenizer.eos_token_id, _end_of_turn(tokenizer, place)]
-    return list(dict.fromkeys(int(token) for token in found if token is not None))
-
-
-def _end_of_turn(tokenizer: Any, place: RunPlace) -> int | None:
-    if not tokenizer.chat_template:
-        return None
-    data = place.recipe.data.model_copy(update={"template": "auto", "loss_on": "assistant"})
-    try:
-        [row] = Encoder(tokenizer, data=data).encode([Conversation(CHAT, where="the end of a turn")])
-    except (DataError, RecipeError):  # a template that refuses this chat
-        return None
-    if not isinstance(row.document, Document) or not row.document.supervised.any():
-        return None
-    last = int(row.document.input_ids[row.document.supervised][-1])
-    return last if last in control_tokens(tokenizer) else None

@@ -24,8 +24,9 @@ from transformers import GenerationConfig
 from launcher.data.documents import Document
 from launcher.data.pack.blocks import Blocks
 from launcher.data.prepare import PreparedData
-from launcher.export.load_run import OpenedRun, generation_settings, stop_ids_of
+from launcher.export.load_run import OpenedRun, generation_settings
 from launcher.export.supervised import check_head, supervised_logits
+from launcher.model.load import stop_ids_of
 from launcher.records.export import ExportFigures, ExportLimits, GreedyPair
 from launcher.records.run import Verdict
 

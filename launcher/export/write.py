@@ -18,7 +18,7 @@ from launcher.data.prepare import PreparedData, prepare
 from launcher.errors import RecipeError
 from launcher.export.card import CARD, export_card
 from launcher.export.limits import limits_of
-from launcher.export.load_run import OpenedRun, free_memory, load_trained, stop_ids_of
+from launcher.export.load_run import OpenedRun, free_memory, load_trained
 from launcher.export.merge import MergePlan, check_space, plan_merge, read_updates, write_merged
 from launcher.export.place import UNPROVEN_SUFFIX
 from launcher.export.proof import (
@@ -35,7 +35,7 @@ from launcher.export.proof import (
 from launcher.export.weights import weights_verdict
 from launcher.memory.ledger import Ledger
 from launcher.model.build import DTYPES
-from launcher.model.load import load_stop_ids, load_tokenizer
+from launcher.model.load import load_stop_ids, load_tokenizer, stop_ids_of
 from launcher.recipe.run_options import ExportOptions
 from launcher.records.export import ExportLimits, ExportRecord
 from launcher.records.run import Phase, Verdict

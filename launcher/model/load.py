@@ -16,7 +16,14 @@ from typing import Any
 import torch
 from bitsandbytes.nn import Linear4bit, Params4bit
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    GenerationConfig,
+    PreTrainedModel,
+)
 from transformers.integrations import replace_with_bnb_linear
 from transformers.utils import cached_file, find_adapter_config_file
 
@@ -85,6 +92,20 @@ def load_stop_ids(source: str, model: ModelSection) -> tuple[int, ...]:
             f"generation_config.json of {source!r} must be JSON with token ids in eos_token_id: {_first_line(error)}\n"
             "Repair the file, or copy it from the model again."
         ) from None
+
+
+def load_generation(source: str, model: ModelSection, config: Any) -> GenerationConfig:
+    """The model's generation_config.json; without one what config.json says of generation, as many bases have it."""
+    try:
+        return GenerationConfig.from_pretrained(source, revision=_revision(source, model) or "main")
+    except OSError:
+        return GenerationConfig.from_model_config(config)
+
+
+def stop_ids_of(generation: GenerationConfig) -> list[int]:
+    """The tokens at which generation stops; a config has one, several or none."""
+    stops = generation.eos_token_id
+    return [] if stops is None else list(stops) if isinstance(stops, list) else [stops]
 
 
 def bnb_config(quant: QuantSection, dtype: torch.dtype) -> BitsAndBytesConfig | None:

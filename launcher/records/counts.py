@@ -4,10 +4,13 @@ from collections.abc import Mapping
 
 WORDS = {"truncated": "rows truncated", "split": "rows split"}
 UNCLOSED = "turns_without_end_token"
+CUT_OFF = "turns_cut_before_end"  # by data.max_length
 ENDING_RULES = {
     "template": "as the template writes it",
     "next_turn": "as the opening of what follows",
-    "eos": "appended to the chat",
+    "eos": "appended",
+    "completion": "appended to a completion",
+    "text": "as the completion has it",
 }
 
 
@@ -44,7 +47,7 @@ def closed_turns(counts: Mapping[str, int]) -> dict[tuple[str, str], int]:
 def is_of_ends(key: str) -> bool:
     """Whether ends_in_words has this count, of training or validation data."""
     name = key.removeprefix("validation_")
-    return name == UNCLOSED or any(name.startswith(closed_key(rule, "")) for rule in ENDING_RULES)
+    return name in (UNCLOSED, CUT_OFF) or any(name.startswith(closed_key(rule, "")) for rule in ENDING_RULES)
 
 
 def ends_in_words(counts: Mapping[str, int]) -> str:
@@ -57,4 +60,5 @@ def _ends(counts: Mapping[str, int]) -> list[str]:
         f"{token} ends {count:,} answer{'s' * (count != 1)}, {ENDING_RULES[rule]}"
         for (rule, token), count in closed_turns(counts).items()
     ]
-    return parts + ([f"no token ends {counts[UNCLOSED]:,}"] if counts.get(UNCLOSED) else [])
+    others = {UNCLOSED: "no token ends {:,}", CUT_OFF: "{:,} are cut off before their end"}
+    return parts + [words.format(counts[key]) for key, words in others.items() if counts.get(key)]

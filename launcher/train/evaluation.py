@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Generator, Iterator
+from functools import partial
 
 import torch
 
@@ -43,9 +44,15 @@ def _evaluate(
     yield record
     if worker.rank_info.is_main and (examples := worker.prepared.data.examples[: worker.recipe.run.eval_samples]):
         with worker.clock.phase("sample"):
-            lengths = {"tokens": worker.recipe.run.sample_tokens, "max_length": worker.recipe.data.max_length}
-            model, tokenizer = worker.built.packed, worker.prepared.tokenizer
-            samples = tuple(generate(model, tokenizer, example, **lengths) for example in examples if not stop_vote())
+            generated = partial(
+                generate,
+                worker.built.packed,
+                worker.prepared.tokenizer,
+                tokens=worker.recipe.run.sample_tokens,
+                max_length=worker.recipe.data.max_length,
+                stop_ids=worker.prepared.stop_ids,
+            )
+            samples = tuple(generated(example) for example in examples if not stop_vote())
         yield EvalSamples(step, samples)
     return 0.0
 

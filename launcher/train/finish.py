@@ -58,6 +58,7 @@ def make_sample(worker: Worker) -> Sample | None:
         examples[0],
         tokens=recipe.run.sample_tokens,
         max_length=recipe.data.max_length,
+        stop_ids=worker.prepared.stop_ids,
     )
 
 

@@ -5,11 +5,13 @@ Finds every fault of recipe and data before the process group, the run folder or
 
 import os
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
 
 from launcher.compile.graphs import check_graphs
+from launcher.data.chat.stops import stops_of_answers
 from launcher.data.loader import StreamLoader, TrainLoader
 from launcher.data.prepare import PreparedData
 from launcher.data.prepare import prepare as prepare_data
@@ -20,7 +22,7 @@ from launcher.errors import RecipeError
 from launcher.memory.policy import check_policy
 from launcher.model.attention import BlockFacts
 from launcher.model.build import check_model
-from launcher.model.load import load_config, load_stop_ids, load_tokenizer
+from launcher.model.load import load_config, load_generation, load_stop_ids, load_tokenizer, stop_ids_of
 from launcher.recipe.train_section import TrainSection
 from launcher.runtime.first_rank import one_rank_first
 from launcher.runtime.ranks import (
@@ -39,6 +41,12 @@ class Prepared:
     data: PreparedData
     device: torch.device
     used_ids: UsedIds = UsedIds()
+    model_stops: tuple[int, ...] = ()  # of the model's generation config
+
+    @cached_property
+    def stop_ids(self) -> frozenset[int]:
+        """The tokens at which an answer of the trained model ends."""
+        return frozenset(stops_of_answers(self.tokenizer, self.model_stops))
 
 
 def prepare_inputs(request: Request, progress: ReadingProgress | None = None) -> Prepared:
@@ -61,7 +69,8 @@ def prepare_inputs(request: Request, progress: ReadingProgress | None = None) ->
         wait_s=recipe.data.wait_s,
     )
     data, used_ids = fit_vocabulary(data, tokenizer, vocabulary=config.vocab_size)
-    return Prepared(config, tokenizer, data, device, used_ids)
+    model_stops = stop_ids_of(load_generation(source, recipe.model, config))
+    return Prepared(config, tokenizer, data, device, used_ids, tuple(model_stops))
 
 
 def choose_device(rank_info: RankInfo) -> torch.device:

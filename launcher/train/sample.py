@@ -1,5 +1,6 @@
 """A greedy answer of the trained model to one validation prompt, so that a person can judge the run at a glance."""
 
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -9,10 +10,18 @@ from launcher.model.packed import PackedCausalLM
 from launcher.records.run import Sample
 
 
-def generate(packed: PackedCausalLM, tokenizer: Any, example: Example, *, tokens: int, max_length: int) -> Sample:
+def generate(
+    packed: PackedCausalLM,
+    tokenizer: Any,
+    example: Example,
+    *,
+    tokens: int,
+    max_length: int,
+    stop_ids: Collection[int],
+) -> Sample:
     """Up to `tokens` greedy tokens without a cache: a few dozen short forwards, uncompiled, so that none recompiles.
 
-    A longer prompt keeps its last `max_length - tokens` tokens.
+    A longer prompt keeps its last `max_length - tokens` tokens. `stop_ids`: the answer ends before one of these.
     """
     device = packed.cos.device
     max_tokens = min(tokens, max_length // 2)
@@ -22,7 +31,7 @@ def generate(packed: PackedCausalLM, tokenizer: Any, example: Example, *, tokens
         for _ in range(max_tokens):
             logits = packed.next_logits(torch.tensor([ids], device=device))
             token = int(logits.argmax())
-            if token == tokenizer.eos_token_id:
+            if token in stop_ids:
                 break
             ids = [*ids, token]
     text = tokenizer.decode(ids[prompt_length:], skip_special_tokens=True).strip()

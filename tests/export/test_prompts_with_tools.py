@@ -11,7 +11,8 @@ from transformers import AutoTokenizer
 
 from launcher.data.chat.encode import Encoder
 from launcher.data.read.rows import Conversation
-from launcher.export.generate import Answerer, prompt_of_row, read_prompts
+from launcher.errors import DataError, RecipeError
+from launcher.export.generate import Answerer, prompt_of_chat, prompt_of_row, read_prompts
 from launcher.recipe.data_section import DataSection
 from launcher.recipe.run_options import GenerateOptions
 from tests.support.reading import read, written
@@ -63,6 +64,47 @@ def test_a_bare_prompt_keeps_its_tools(tmp_path: Path) -> None:
     file = written(tmp_path / "prompts.jsonl", [{"prompt": "Rome?", "tools": json.dumps(TOOLS)}])
     [prompt], _ = read_prompts(file, run_with("qwen 2.5"))
     assert prompt.tools == tuple(TOOLS) and prompt.content == [{"role": "user", "content": "Rome?"}]
+
+
+def test_a_callers_chat_is_asked_as_the_same_row_of_a_file_is(tmp_path: Path) -> None:
+    """Arguments as OpenAI has them, a string of JSON; content null; tools without their wrapping."""
+    run, asked = run_with("qwen 2.5"), []
+    call = MESSAGES[1]["tool_calls"][0]
+    arguments = json.dumps(call["function"]["arguments"])
+    written_out = {**call, "function": {**call["function"], "arguments": arguments}}
+    chat = [MESSAGES[0], {"role": "assistant", "content": None, "tool_calls": [written_out]}, MESSAGES[2]]
+    [of_file], _ = read_prompts(written(tmp_path / "rows.jsonl", [{"messages": chat, "tools": TOOLS}]), run)
+    for prompt in (of_file, prompt_of_chat(chat, run, [tool["function"] for tool in TOOLS])):
+        model = Silent()
+        Answerer(run, model, GenerateOptions(run=".")).answered(prompt)  # type: ignore[arg-type]
+        asked.append(model.asked[0].tolist())
+    assert asked[0] == asked[1] and "Tells the weather." in run.tokenizer.decode(asked[1])
+
+
+@pytest.mark.parametrize(
+    ("chat", "tools", "why"),
+    [
+        ([{"role": "user", "content": 3}], None, r"string.*\n.*3"),
+        ([{"role": "robot", "content": "a"}], None, "a role is one of"),
+        ([{"role": "user", "content": "a", "reasoningContent": "b"}], None, "reasoningContent"),
+        ([], None, "must hold a message"),
+        ([{"role": "user", "content": "a"}], [{"type": "function"}], '"tools" is a list'),
+    ],
+)
+def test_a_callers_chat_that_is_none_is_refused_in_its_own_words(chat: Any, tools: Any, why: str) -> None:
+    with pytest.raises(DataError, match=why) as caught:
+        prompt_of_chat(chat, run_with("qwen 2.5"), tools)
+    assert str(caught.value).startswith("the prompt: ") and "data." not in str(caught.value)
+
+
+def test_tools_that_would_be_left_out_are_refused() -> None:
+    run, asked = run_with("qwen 2.5"), [{"role": "user", "content": "Rome?"}]
+    assert prompt_of_chat("Rome?", run, TOOLS) == prompt_of_chat(asked, run, TOOLS)
+    for template in ("{% for m in messages %}{{ m.content }}{% endfor %}", None):
+        run.tokenizer.chat_template = template
+        with pytest.raises(RecipeError, match="chat template must write the tools.*get_weather"):
+            prompt_of_chat("Rome?", run, TOOLS)
+    assert prompt_of_chat("Rome?", run).content == "Rome?"
 
 
 def test_thoughts_are_asked_with_under_the_name_that_the_template_reads(tmp_path: Path) -> None:

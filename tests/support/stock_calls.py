@@ -11,7 +11,7 @@ XML = (  # of one argument
 RESULT = "<tool_response>\n' + m.content + '\n</tool_response>"
 OPEN = "<|im_start|>assistant\n"
 CHATML_RESULT = f"<|im_start|>user\n{RESULT}<|im_end|>\n"
-NO_THOUGHTS = "<think>\n\n</think>\n\n"
+BLOCK = "'<think>\n' + (m.reasoning_content or '') + '\n</think>\n\n'"
 MISTRAL_CALL = JSON_CALL[:-1] + ', "id": "\' + m.tool_calls[0].id + \'"}]</s>'
 MISTRAL_RESULT = '{"content": \' + m.content + \', "call_id": "\' + m.tool_call_id + \'"}[/TOOL_RESULTS]'
 
@@ -22,8 +22,8 @@ CALLS = {  # the call, the result; as what stands between quotes in Jinja
         "<|start_header_id|>ipython<|end_header_id|>\n\n' + m.content | tojson + '<|eot_id|>",
     ),
     "qwen2.5": (f"{OPEN}{HERMES}<|im_end|>\n", CHATML_RESULT),
-    "qwen3": (f"{OPEN}' + ('{NO_THOUGHTS}' if loop.last else '') + '{HERMES}<|im_end|>\n", CHATML_RESULT),
-    "qwen3.5": (f"{OPEN}{NO_THOUGHTS}{XML}<|im_end|>\n", CHATML_RESULT),
+    "qwen3": (f"{OPEN}' + ({BLOCK} if loop.last else '') + '{HERMES}<|im_end|>\n", CHATML_RESULT),
+    "qwen3.5": (f"{OPEN}' + {BLOCK} + '{XML}<|im_end|>\n", CHATML_RESULT),
     "mistral-v3": (f"[TOOL_CALLS] [{MISTRAL_CALL}", f"[TOOL_RESULTS] {MISTRAL_RESULT}"),
     "mistral-nemo": (f"[TOOL_CALLS][{MISTRAL_CALL}", f"[TOOL_RESULTS]{MISTRAL_RESULT}"),
     "mistral-small-3.2": (
@@ -31,11 +31,13 @@ CALLS = {  # the call, the result; as what stands between quotes in Jinja
         "[TOOL_RESULTS]' + m.tool_call_id + '[TOOL_CONTENT]' + m.content + '[/TOOL_RESULTS]",
     ),
     "glm-4.6": (
-        "<|assistant|>\n<think></think>\n<tool_call>' + f.name + '\n<arg_key>' + (f.arguments | list)[0] + '</arg_key>"
-        "\n<arg_value>' + (f.arguments.values() | list)[0] + '</arg_value>\n</tool_call>",
+        "<|assistant|>\n<think>' + (m.reasoning_content or '') + '</think>\n<tool_call>' + f.name + '\n<arg_key>' + "
+        "(f.arguments | list)[0] + '</arg_key>\n<arg_value>' + (f.arguments.values() | list)[0] + '</arg_value>\n"
+        "</tool_call>",
         f"<|observation|>\n{RESULT}",
     ),
     "gpt-oss": (
+        "' + ('<|start|>assistant<|channel|>analysis<|message|>' + m.thinking + '<|end|>' if m.thinking else '') + '"
         "<|start|>assistant to=functions.' + f.name + '<|channel|>commentary json<|message|>' + f.arguments | tojson + "
         "'<|call|>",
         "<|start|>functions.sky to=assistant<|channel|>commentary<|message|>' + m.content | tojson + '<|end|>",
@@ -45,7 +47,8 @@ CALLS = {  # the call, the result; as what stands between quotes in Jinja
         f"<|start_of_role|>user<|end_of_role|>\n{RESULT}<|end_of_text|>\n",
     ),
     "nemotron-3-nano": (
-        f"{OPEN}<think></think>\n{XML}\n<|im_end|>\n",
+        f"{OPEN}<think>' + ('\n' + m.reasoning_content + '\n' if m.reasoning_content else '') + '</think>\n"
+        f"{XML}\n<|im_end|>\n",
         f"<|im_start|>user\n{RESULT}\n<|im_end|>\n",
     ),
     "gemma-4": (  # results stand in the call's turn, which goes on with the answer
@@ -65,7 +68,7 @@ def with_calls(name: str) -> str:
     head, _, rest = template.rpartition(LOOP)
     body, _, tail = rest.partition(END)
     if name == "gemma-4":
-        opening = "'<|turn>' + ('model' if m.role == 'assistant' else m.role) + '\n'"
+        opening = "'<|turn>' + ({'assistant': 'model', 'developer': 'system'}[m.role] or m.role) + '\n'"
         assert opening in body
         body = body.replace(opening, f"('' if loop.index0 and chat[loop.index0 - 1].role == 'tool' else {opening})")
         tail = tail.replace("if add_generation_prompt", "if add_generation_prompt and chat[-1].role != 'tool'")

@@ -1,8 +1,9 @@
 """Chat templates that write what the models' own ones write, for the chats of tests/data/chat/stock_templates.txt.
 
 They are written for these tests. But for what a comment names, each was compared with the text that its model brings
-along, as llama.cpp, TRL and Axolotl keep it, and gave the same characters for every chat of the table. Tokens and stop
-tokens are those of the models' tokenizers and generation_config.json. A default system text that is long is shortened.
+along, as llama.cpp, TRL and Axolotl keep it, and gave the same characters for every chat of the table; what becomes of
+the role developer and of reasoning_content was read there. Tokens and stop tokens are those of the models' tokenizers
+and generation_config.json. A default system text that is long is shortened.
 """
 
 from typing import NamedTuple
@@ -18,11 +19,13 @@ class StockTemplate(NamedTuple):
     bos: str = ""
 
 
+NO_DEVELOPER = "{% set messages = messages | rejectattr('role', 'equalto', 'developer') | list %}"  # nothing written
 FOR, END = "{% for m in messages %}", "{% endfor %}"
 SYSTEM_APART = (  # `rules`: the system's text, "" without; `chat`: the messages behind it
     "{% set has_rules = messages[0].role == 'system' %}{% set rules = messages[0].content if has_rules else '' %}"
     "{% set chat = messages[1:] if has_rules else messages %}"
 )
+KNOWN_FOR, KNOWN_APART = NO_DEVELOPER + FOR, NO_DEVELOPER + SYSTEM_APART
 ALTERNATE = (
     "{% for m in chat %}{% if m.role != ['user', 'assistant'][loop.index0 % 2] %}"
     "{{ raise_exception('user and assistant must alternate') }}{% endif %}{% endfor %}"
@@ -60,7 +63,8 @@ QUESTION = (  # the place of the last question
     "{% endif %}{% endfor %}"
 )
 THOUGHTS = (  # `thoughts` and `answer` of a message
-    "{% set thoughts, answer = '', m.content %}{% if m.role == 'assistant' and '</think>' in answer %}"
+    "{% set thoughts, answer = m.reasoning_content or '', m.content %}"
+    "{% if m.role == 'assistant' and not thoughts and '</think>' in answer %}"
     "{% set thoughts = answer.split('</think>')[0].split('<think>')[-1].strip('\n') %}"
     "{% set answer = answer.split('</think>')[-1].lstrip('\n') %}{% endif %}"
 )
@@ -102,7 +106,7 @@ def _mistral(user: str, assistant: str, *, at: str = "loop.first", rules_apart: 
 
 MISTRAL = StockTemplate("", stops=("</s>",), eos="</s>", special=("[INST]", "[/INST]"), bos="<s>")
 PHI3 = StockTemplate(  # Phi-3 and 3.5 mini
-    FOR
+    KNOWN_FOR
     + "{{ '<|' + m.role + '|>\n' + m.content + '<|end|>\n' }}"
     + END
     + _prompt("<|assistant|>\\n", "{{ eos_token }}"),
@@ -121,7 +125,7 @@ COMMAND_R = StockTemplate(
     bos="<BOS_TOKEN>",
 )
 DEEPSEEK = StockTemplate(  # V3 and the R1 distilled models: the generation prompt opens thoughts that no turn has
-    "{{ bos_token }}" + SYSTEM_APART + "{{ rules }}{% for m in chat %}{% if m.role == 'user' %}"
+    "{{ bos_token }}" + KNOWN_APART + "{{ rules }}{% for m in chat %}{% if m.role == 'user' %}"
     "{{ '<｜User｜>' + m.content }}{% else %}{{ '<｜Assistant｜>' + m.content.split('</think>')[-1] + eos_token }}"
     "{% endif %}{% endfor %}" + _prompt("<｜Assistant｜><think>\\n"),
     stops=("<｜end▁of▁sentence｜>",),
@@ -136,7 +140,7 @@ GLM = StockTemplate(  # GLM-4: no end token of a turn
     special=("[gMASK]", "<sop>", "<|assistant|>", "<|system|>"),
 )
 GLM46 = GLM._replace(
-    template="[gMASK]<sop>" + SYSTEM_APART + "{% if rules %}{{ '<|system|>\n' + rules }}{% endif %}" + QUESTION
+    template="[gMASK]<sop>" + KNOWN_APART + "{% if rules %}{{ '<|system|>\n' + rules }}{% endif %}" + QUESTION
     + "{% for m in chat %}" + THOUGHTS + "{% if m.role == 'user' %}{{ '<|user|>\n' + m.content }}{% else %}"
     "{{ '<|assistant|>\n<think>' + (thoughts if loop.index0 > at.last else '') + '</think>\n' + answer | trim }}"
     "{% endif %}{% endfor %}" + _prompt("<|assistant|>")
@@ -145,9 +149,12 @@ GPT_OSS = StockTemplate(  # only the chat's last answer ends in the token that s
     "<|start|>system<|message|>{{ 'You are ChatGPT, a large language model trained by OpenAI.\n"
     "Knowledge cutoff: 2024-06\nCurrent date: ' + strftime_now('%Y-%m-%d') + '\n\nReasoning: medium\n\n"
     "# Valid channels: analysis, commentary, final. Channel must be included for every message.<|end|>' }}"
-    + SYSTEM_APART + "{% if rules %}{{ '<|start|>developer<|message|># Instructions\n\n' + rules + '\n\n<|end|>' }}"
+    + SYSTEM_APART.replace("== 'system'", "in ['system', 'developer']")
+    + "{% if rules %}{{ '<|start|>developer<|message|># Instructions\n\n' + rules + '\n\n<|end|>' }}"
     "{% endif %}{% for m in chat %}{% if m.role == 'user' %}{{ '<|start|>user<|message|>' + m.content + '<|end|>' }}"
-    "{% else %}{{ '<|start|>assistant<|channel|>final<|message|>' + m.content }}"
+    "{% else %}{% if m.thinking and loop.last %}"
+    "{{ '<|start|>assistant<|channel|>analysis<|message|>' + m.thinking + '<|end|>' }}{% endif %}"
+    "{{ '<|start|>assistant<|channel|>final<|message|>' + m.content }}"
     "{{ '<|return|>' if loop.last and not add_generation_prompt else '<|end|>' }}{% endif %}{% endfor %}"
     + _prompt("<|start|>assistant"),
     stops=("<|return|>", "<|endoftext|>", "<|call|>"),
@@ -174,7 +181,9 @@ GRANITE = StockTemplate(
     bos="<|end_of_text|>",
 )
 OLMO2 = StockTemplate(  # the text was not found: as Tülu 3's, whose recipe OLMo 2 follows, with a begin token
-    "{{ bos_token }}" + FOR + "{{ '<|' + m.role + '|>\n' + m.content }}{% if m.role == 'assistant' %}{{ eos_token }}"
+    "{{ bos_token }}"
+    + KNOWN_FOR
+    + "{{ '<|' + m.role + '|>\n' + m.content }}{% if m.role == 'assistant' %}{{ eos_token }}"
     "{% endif %}{% if m.role != 'assistant' or not loop.last %}{{ '\n' }}{% endif %}"
     + END
     + _prompt("<|assistant|>\\n"),
@@ -183,7 +192,7 @@ OLMO2 = StockTemplate(  # the text was not found: as Tülu 3's, whose recipe OLM
     bos="<|endoftext|>",
 )
 NEMOTRON2 = StockTemplate(  # Nano v2: the last answer, and only that, stands behind an opening of thoughts
-    SYSTEM_APART + "{{ '<SPECIAL_10>System\n' + rules + '\n\n' }}{% for m in chat %}{% if m.role == 'user' %}"
+    KNOWN_APART + "{{ '<SPECIAL_10>System\n' + rules + '\n\n' }}{% for m in chat %}{% if m.role == 'user' %}"
     "{{ '<SPECIAL_11>User\n' + m.content + '\n' }}{% else %}{{ '<SPECIAL_11>Assistant\n' }}{% if loop.last %}"
     "{{ '<think>\n' + m.content }}{% else %}{{ m.content.split('</think>')[-1] | trim }}{% endif %}"
     "{{ '\n<SPECIAL_12>\n' }}{% endif %}{% endfor %}" + _prompt("<SPECIAL_11>Assistant\\n<think>\\n"),
@@ -193,7 +202,9 @@ NEMOTRON2 = StockTemplate(  # Nano v2: the last answer, and only that, stands be
 )
 NEMOTRON3 = (  # Nano: an empty block of thoughts where there are none
     SYSTEM_APART + "{{ '<|im_start|>system\n' + rules + '<|im_end|>\n' }}" + QUESTION + "{% for m in chat %}"
-    "{% set text = m.content %}{% if m.role == 'assistant' and '</think>' not in text %}"
+    "{% set text = m.content %}{% if m.reasoning_content %}"
+    "{% set text = '<think>\n' + m.reasoning_content + '\n</think>\n' + text %}{% endif %}"
+    "{% if m.role == 'assistant' and '</think>' not in text %}"
     "{% set text = '<think></think>' + text %}{% elif m.role == 'assistant' and loop.index0 < at.last %}"
     "{% set text = '<think></think>' + text.split('</think>')[-1] %}{% endif %}"
     "{{ '<|im_start|>' + m.role + '\n' + text + '<|im_end|>\n' }}{% endfor %}"
@@ -208,7 +219,7 @@ SMOLLM3 = (  # reasoning on, and without the marks of the model's own file; its 
 GEMMA4 = StockTemplate(  # of the assistant's thoughts only what a channel holds is cut
     "{{ bos_token }}"
     + FOR
-    + "{{ '<|turn>' + ('model' if m.role == 'assistant' else m.role) + '\n' + m.content | trim + "
+    + "{{ '<|turn>' + ({'assistant': 'model', 'developer': 'system'}[m.role] or m.role) + '\n' + m.content | trim + "
     "'<turn|>\n' }}" + END + _prompt("<|turn>model\\n<|channel>thought\\n<channel|>"),
     stops=("<eos>", "<turn|>", "<|tool_response>"),
     eos="<turn|>",
@@ -219,9 +230,14 @@ GEMMA4 = StockTemplate(  # of the assistant's thoughts only what a channel holds
 STOCK_TEMPLATES = {
     "llama-3.1": LLAMA3,
     "llama-3.2": LLAMA32,
-    "qwen2.5": QWEN._replace(template=_chatml("You are Qwen, created by Alibaba Cloud. You are a helpful assistant.")),
-    "qwen3": QWEN._replace(template=_qwen3("loop.index0 > at.last and (loop.last or thoughts)")),
-    "qwen3.5": QWEN._replace(template=_qwen3("loop.index0 > at.last", "<think>\\n")),
+    "qwen2.5": QWEN._replace(
+        template=NO_DEVELOPER + _chatml("You are Qwen, created by Alibaba Cloud. You are a helpful assistant.")
+    ),
+    "qwen3": QWEN._replace(template=NO_DEVELOPER + _qwen3("loop.index0 > at.last and (loop.last or thoughts)")),
+    "qwen3.5": QWEN._replace(
+        template="{% for m in messages if m.role == 'developer' %}{{ raise_exception('Unexpected message role.') }}"
+        "{% endfor %}" + _qwen3("loop.index0 > at.last", "<think>\\n")
+    ),
     "gemma-2": GEMMA2,
     "gemma-3": GEMMA2._replace(template=GEMMA.replace("NO_SYSTEM", "")),
     "gemma-4": GEMMA4,
@@ -245,7 +261,8 @@ STOCK_TEMPLATES = {
     ),
     "phi-3": PHI3,
     "phi-4": StockTemplate(  # the question brings the answer's header along
-        FOR + "{% if m.role == 'assistant' %}{{ m.content + '<|im_end|>' }}{% else %}{{ '<|im_start|>' + m.role + "
+        KNOWN_FOR
+        + "{% if m.role == 'assistant' %}{{ m.content + '<|im_end|>' }}{% else %}{{ '<|im_start|>' + m.role + "
         "'<|im_sep|>' + m.content + '<|im_end|>' }}{{ '<|im_start|>assistant<|im_sep|>' if m.role == 'user' else '' }}"
         "{% endif %}" + END,
         stops=("<|im_end|>",),
@@ -259,19 +276,13 @@ STOCK_TEMPLATES = {
         "{{ open + '<|USER_TOKEN|>' + m.content + eos_token }}{% else %}{{ open + '<|CHATBOT_TOKEN|>' + "
         "'<|START_RESPONSE|>' + m.content + '<|END_RESPONSE|>' + eos_token }}{% endif %}{% endfor %}"
         "{{ open + '<|CHATBOT_TOKEN|><|START_THINKING|><|END_THINKING|>' }}",
-        special=(
-            *COMMAND_R.special,
-            "<|START_RESPONSE|>",
-            "<|END_RESPONSE|>",
-            "<|START_THINKING|>",
-            "<|END_THINKING|>",
-        ),
+        special=COMMAND_R.special + tuple(f"<|{a}_{b}|>" for a in ("START", "END") for b in ("RESPONSE", "THINKING")),
     ),
     "deepseek": DEEPSEEK,
     "glm-4": GLM,
     "glm-4.6": GLM46,
     "gpt-oss": GPT_OSS,
-    "smollm3": QWEN._replace(template=SMOLLM3),
+    "smollm3": QWEN._replace(template=NO_DEVELOPER + SMOLLM3),
     "granite-3.3": GRANITE._replace(
         template=_granite(
             "'Knowledge Cutoff Date: April 2024. Today\\'s Date: ' + strftime_now('%B %d, %Y') + '. You are Granite, "
@@ -279,9 +290,8 @@ STOCK_TEMPLATES = {
         )
     ),
     "granite-4.0": GRANITE._replace(
-        template=_granite(
-            "'You are a helpful assistant. Please ensure responses are professional, accurate, and safe.'"
-        )
+        template=NO_DEVELOPER
+        + _granite("'You are a helpful assistant. Please ensure responses are professional, accurate, and safe.'")
     ),
     "olmo-2": OLMO2,
     "nemotron-nano-2": NEMOTRON2,

@@ -23,6 +23,7 @@ from launcher.data.documents import Bools, Document, Ints
 from launcher.data.read.rows import Conversation, Message, PlainText, Row, RowFault, TokenIds
 from launcher.errors import DataError, RecipeError
 from launcher.recipe.data_section import DataSection
+from launcher.records.counts import closed_key
 
 
 class EncodedRow(NamedTuple):
@@ -202,10 +203,12 @@ class Encoder:
         bos, eos = self.tokenizer.bos_token, self.tokenizer.eos_token
         if bos is not None and not item.text.lstrip().startswith(bos):
             ids, supervised = np.insert(ids, 0, self.tokenizer.bos_token_id), np.insert(supervised, 0, spans is None)
+        rule = "text"
         if eos is not None and not item.text.rstrip().endswith(eos):
-            ids = np.append(ids, np.int32(self.tokenizer.eos_token_id))
+            rule, ids = "completion", np.append(ids, np.int32(self.tokenizer.eos_token_id))
             supervised = np.append(supervised, spans is None or bool(spans))
-        return Document(ids, supervised, () if eos is not None or spans == [] else (ENDLESS,))
+        ends = (closed_key(rule, eos),) if spans and eos is not None else ()  # of a completion
+        return Document(ids, supervised, () if eos is not None or spans == [] else (ENDLESS,), ends)
 
 
 def _first_covering(encoding: EncodingFast, characters: Iterable[int]) -> int | None:

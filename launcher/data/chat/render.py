@@ -28,7 +28,7 @@ from launcher.data.chat.ends import Ends
 from launcher.data.chat.left_out import QUESTION, SAMPLE_TOOLS, has_tools, is_cut, lost_call
 from launcher.data.chat.named_templates import without_today
 from launcher.data.chat.spelled_out import BEGIN, END, Messages, SpelledOut, Tools, restored
-from launcher.data.chat.tool_calls import CallForm, call_form, has_calls, in_call_form
+from launcher.data.chat.tool_calls import CallForm, call_form, has_calls, in_call_form, opening_behind
 from launcher.data.chat.turns import SYSTEM, Span, Turns, UnshownTurn, may_be_unwritten
 from launcher.data.read.rows import SKIP, Conversation, PlainText, RowFault
 from launcher.errors import RecipeError
@@ -91,16 +91,16 @@ class ChatRenderer:
             text = apply(messages)
             remarks: tuple[str, ...] = (CUT,) if is_cut(messages, text) or (tools and self._lacks(tools, text)) else ()
             answer_last = messages[-1]["role"] == "assistant" and not row.messages[-1].is_blank
+            closing = self._appended["tool_calls" in messages[-1]] if answer_last else ""
             if loss_on == "all":
-                text = self._ends.close_chat(text) if answer_last else text
-                return Rendered(text, None, stand_ins, remarks=remarks)
+                return Rendered(self._ends.close_chat(text, closing), None, stand_ins, remarks=remarks)
             calls = has_calls(messages)
             if calls:
                 self._check_calls(row, lost_call(messages, turns, text))
             find = self._marked_spans if self._marked_template else _spans_of_turns
             spans = find(messages, turns, text, self._turns.with_apply(apply) if tools else self._turns)
-        answer_last = answer_last and turns[-1:] == [len(messages) - 1]
-        text, spans, ends = self._ends.close(text, spans, turns=len(turns), answer_last=answer_last)
+        closing = closing if turns[-1:] == [len(messages) - 1] else ""
+        text, spans, ends = self._ends.close(text, spans, turns=len(turns), closing=closing)
         written = [text[slice(*span)] for span in spans]
         if self._marked_template and calls:  # a turn may have several spans
             self._check_calls(row, lost_call(messages, turns, "".join(written)))
@@ -171,6 +171,12 @@ class ChatRenderer:
     def _ends(self) -> Ends:
         last, control = self._turns.last_token, self._spelled_out.control
         return Ends(self._tokenizer, stop_ids=self._stop_ids, last=last, control=control)
+
+    @cached_property
+    def _appended(self) -> tuple[str, str]:
+        """What closes an answer that ends the chat without a stop token, and what a turn of tool calls."""
+        answer, calls = (self._ends.closing_behind(opening_behind(self._apply, call=call)) for call in (False, True))
+        return answer, calls
 
     @cached_property
     def _marked_template(self) -> str:

@@ -35,6 +35,17 @@ def call_form(apply: Callable[[Messages], str]) -> CallForm:
     return CallForm()
 
 
+def opening_behind(apply: Callable[[Messages], str], *, call: bool) -> str:
+    """What a template writes behind an answer, or behind a tool call, where the chat goes on with a question or the
+    result; "" where it then writes the turn before in another way, or refuses the sample."""
+    answer: Messages = [{"role": "assistant", "content": "5926"}]
+    chat = _samples()[1] if call else [*QUESTION, *answer, *QUESTION]
+    with suppress(Exception):  # a template's own
+        ended, followed = apply(chat[:2]), apply(chat)
+        return followed[len(ended) :] if followed.startswith(ended) else ""
+    return ""
+
+
 def has_calls(messages: Messages) -> bool:
     return any(map(methodcaller("get", "tool_calls"), messages))
 

@@ -15,7 +15,7 @@ from launcher.data.read.rows import Conversation, Feed, Row, RowFault
 from launcher.data.splits import digest
 from launcher.errors import DataError
 from launcher.recipe.data_section import DataSection
-from launcher.records.counts import counts_in_words
+from launcher.records.counts import CUT_OFF, counts_in_words
 
 
 class FittedRow(NamedTuple):
@@ -64,11 +64,14 @@ def _empty_turns(row: Row) -> int:
 
 
 def _kept_ends(document: Document, data: DataSection) -> tuple[str, ...]:
-    """The ends of the answers that are not cut."""
+    """The ends of the answers, CUT_OFF of those that are cut; none of a row that is dropped."""
     if len(document) <= data.max_length or data.too_long == "split":
         return document.ends
-    supervised = document.supervised[: data.max_length if data.too_long == "truncate" else 0]
-    return document.ends[: int((supervised[:-1] & ~supervised[1:]).sum())]
+    if data.too_long != "truncate":
+        return ()
+    seen = document.supervised[: data.max_length + 1]  # an answer may end where the row is cut
+    whole = int((seen[:-1] & ~seen[1:]).sum())
+    return document.ends[:whole] + (CUT_OFF,) * len(document.ends[whole:])
 
 
 def _learnable_pieces(row: Row, document: Document, counts: Counter[str], *, data: DataSection) -> list[Document]:
@@ -96,7 +99,8 @@ def _cut(row: Row, document: Document, *, data: DataSection) -> list[Document]:
             f"Found: {length} tokens.\nRaise data.max_length, or set data.too_long=truncate, split or drop."
         )
     starts = {"split": range(0, length, width), "drop": range(0)}.get(data.too_long, range(1))
-    return [Document(document.input_ids[s : s + width], document.supervised[s : s + width]) for s in starts]
+    pieces = [(document.input_ids[s : s + width], document.supervised[s : s + width]) for s in starts]
+    return [Document(*piece, cut_from=length) for piece in pieces]
 
 
 @dataclass
@@ -108,6 +112,7 @@ class UsableRows:
     digests: list[bytes] = field(default_factory=list)
     loss_on: list[str] = field(default_factory=list)
     is_chat: list[bool] = field(default_factory=list)
+    longest: int = 0  # of the rows that were cut: their tokens before
     _input_ids: "array[int]" = field(default_factory=lambda: array("i"))  # of all documents; Document.supervised below
     _supervised: bytearray = field(default_factory=bytearray)
     _lengths: list[int] = field(default_factory=list)
@@ -125,6 +130,7 @@ class UsableRows:
             self._input_ids.frombytes(document.input_ids.tobytes())
             self._supervised += document.supervised.tobytes()
             self._lengths.append(len(document))
+            self.longest = max(self.longest, document.cut_from)
 
     @property
     def documents(self) -> Documents:

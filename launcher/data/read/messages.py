@@ -70,7 +70,7 @@ def _message(item: Any, where: str, keys: MessageKeys) -> Message:
 def _extra(item: dict[str, Any], role: str, where: str) -> dict[str, Any]:
     """What of a message the template gets beside role and content; keys without a value are left out."""
     extra: dict[str, Any] = {
-        key: item[key]
+        key: str(item[key])
         for key in ("name", "tool_call_id")
         if not has_no_value(item.get(key)) and honoured(key, item[key], role)
     }

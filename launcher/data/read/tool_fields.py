@@ -38,7 +38,10 @@ def calls_of(value: Any, where: str, *, rule: str) -> Objects:
             raise wrong_type(where, rule, f"arguments of {shown_value(function['name'])}: {shown_value(arguments)}")
         _check_json(arguments, where, rule)
         written = {"type": "function", "function": {"name": function["name"], "arguments": arguments}}
-        calls.append({**written, "id": call["id"]} if isinstance(call.get("id"), str) else written)
+        identity = call.get("id")
+        if not has_no_value(identity) and type(identity) not in (str, int):
+            raise wrong_type(where, rule, f"the id {shown_value(identity)} of {shown_value(function['name'])}")
+        calls.append(written if has_no_value(identity) else {**written, "id": str(identity)})
     return calls
 
 

@@ -54,7 +54,8 @@ def honoured(key: str, value: Any, role: Any) -> bool:
     role = _plain_role(role)
     if key in FLAGS:
         return truth(value) is False or (truth(value) is True and role == "assistant")
-    return key in _OF_ROLE.get(role, ()) and (isinstance(value, str) or key == "tool_calls")
+    is_told = isinstance(value, str) or key == "tool_calls" or (key == "tool_call_id" and type(value) is int)
+    return is_told and key in _OF_ROLE.get(role, ())
 
 
 def _plain_role(role: Any) -> Any:

@@ -1,6 +1,7 @@
 """The token that stops generation closes every supervised turn, or the turn is counted, or the data refused."""
 
 import json
+import re
 
 import pytest
 
@@ -8,6 +9,7 @@ from launcher.data.chat.encode import Encoder
 from launcher.data.prepare import prepare
 from launcher.errors import DataError
 from launcher.recipe.data_section import DataSection
+from launcher.records.counts import ends_in_words
 from tests.support.chats import chat, supervised_runs
 
 TURNS = ("user: Hi", "assistant: Hello", "user: More", "assistant: Bye")
@@ -36,16 +38,18 @@ def ends_of(tokenizer, *turns, stops=(), **options):
     return supervised_runs(tokenizer, document), document.ends
 
 
-def test_the_next_turns_opening_ends_a_turn_if_the_model_stops_there_and_the_last_turn_gets_eos(bare):
+def test_the_next_turns_opening_ends_a_turn_if_the_model_stops_there_and_is_appended_to_the_chat(bare):
     runs, ends = ends_of(bare(), *TURNS, stops=["<|user|>"])
-    assert runs == ["Hello\n<|user|>", "Bye\n<eos>"]
-    assert ends == (NEXT_TURN + "<|user|>", EOS + "<eos>")
+    assert runs == ["Hello\n<|user|>", "Bye\n<|user|>"]
+    assert ends == (NEXT_TURN + "<|user|>", EOS + "<|user|>")
+    [whole], _ = ends_of(bare(), *TURNS, stops=["<|user|>"], loss_on="all")
+    assert whole.endswith("Bye\n<|user|>")
 
 
 def test_an_opening_at_which_the_model_does_not_stop_ends_no_turn(bare):
     runs, ends = ends_of(bare(), *TURNS)
     assert runs == ["Hello\n", "Bye\n<eos>"]
-    assert ends == (EOS + "<eos>", "turns_without_end_token")
+    assert ends == ("turns_without_end_token", EOS + "<eos>")
 
 
 def test_a_stop_token_that_the_next_message_spells_out_ends_no_turn(bare):
@@ -110,6 +114,78 @@ def test_data_of_which_no_answer_ends_with_a_stop_token_is_refused_with_the_reme
         rule, found, remedy = str(caught.value).splitlines()
         assert "stops generation" in rule and "answers does; the template is the tokenizer's own" in found
         assert ("no eos_token" in found) is (tokenizer.eos_token is None) and "eos_token" in remedy
+
+
+LONG = ("user: Hi", "assistant: Hello " + "again and " * 60)
+PAIR = {"prompt": "a", "completion": " river" * 90}
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_data_of_which_every_answer_is_cut_before_its_end_is_refused_with_the_length_it_needs(
+    bare, prepared, streaming
+):
+    with pytest.raises(DataError) as caught:
+        prepared(bare(), LONG, LONG, streaming=streaming)
+    assert caught.value.code == 3
+    rule, found, remedy = str(caught.value).splitlines()
+    assert "stops generation" in rule and re.search(
+        r"data.max_length=64 cuts ([\d,]+) of \1 answers before their end", found
+    )
+    needed = int(re.search(r"Raise data.max_length \(the longest row has (\d+) tokens\)", remedy)[1])
+    assert "data.too_long=split" in remedy
+    data = prepared(bare(), LONG, LONG, max_length=needed, streaming=streaming)
+    assert data.counts[EOS + "<eos>"] >= 2 and "turns_cut_before_end" not in data.counts
+
+
+def test_completions_that_end_do_not_excuse_chats_of_which_no_answer_does(bare, tmp_path):
+    (tmp_path / "a.jsonl").write_text(json.dumps({"prompt": "a", "completion": " river"}))
+    messages = [{"role": role, "content": content} for role, content in (turn.split(": ") for turn in TURNS[:3])]
+    (tmp_path / "b.jsonl").write_text(json.dumps({"messages": messages}))
+    section = {"sources": [{"path": str(tmp_path / name)} for name in ("a.jsonl", "b.jsonl")], "validation": 0}
+    with pytest.raises(DataError, match="none of 1 answers does"):
+        prepare(DataSection.model_validate(section), bare(), seed=0)
+
+
+def test_cut_answers_beside_ones_that_no_token_ends_are_named_with_both_remedies(bare, prepared):
+    with pytest.raises(DataError) as caught:
+        prepared(bare(), (*TURNS[:2], "user: More", LONG[1]))
+    _, found, remedy = str(caught.value).splitlines()
+    assert "data.max_length=64 cuts 1 of 2 answers before their end, and none of 1 answers does" in found
+    assert re.match(r"Raise data.max_length \(the longest row has \d+ tokens\)\. .*eos_token", remedy)
+
+
+def test_a_cut_at_the_very_end_of_an_answer_leaves_it_whole(bare, prepared):
+    """Only the line end behind the end token is cut."""
+    tokenizer = bare(BARE.replace("'\n'", "eos_token + '\n\n'"))
+    [(_, document)] = Encoder(tokenizer, data=DataSection()).encode([chat(*LONG)])
+    end = int(document.supervised.nonzero()[0][-1]) + 1
+    counts = prepared(tokenizer, LONG, max_length=end).counts
+    assert (counts["truncated"], counts[TEMPLATE + "<eos>"]) == (1, 1) and "turns_cut_before_end" not in counts
+    with pytest.raises(DataError, match="cuts 1 of 1 answers"):
+        prepared(tokenizer, LONG, max_length=end - 1)
+
+
+def test_one_answer_that_ends_is_enough_and_the_cut_ones_are_counted_and_said(bare, prepared):
+    data = prepared(bare(), LONG, TURNS[:2], LONG)
+    assert data.counts["turns_cut_before_end"] == 2 and data.counts[EOS + "<eos>"] == 1
+    assert "2 are cut off before their end" in ends_in_words(data.counts)
+
+
+@pytest.mark.parametrize("eos", ["<eos>", None])
+def test_completions_that_are_all_cut_are_refused_too_and_texts_never(bare, tmp_path, eos):
+    def prepared(row, **options):
+        (tmp_path / "rows.jsonl").write_text(json.dumps(row))
+        section = {"sources": [{"path": str(tmp_path / "rows.jsonl")}], "validation": 0, "max_length": 64, **options}
+        return prepare(DataSection.model_validate(section), bare(eos=eos), seed=0)
+
+    if eos:
+        with pytest.raises(DataError, match="cuts 1 of 1 answers"):
+            prepared(PAIR)
+        assert prepared(PAIR, max_length=2048).counts["turns_closed_by_completion_<eos>"] == 1
+    else:
+        prepared(PAIR)  # it would have no end anyway
+    prepared(PAIR, loss_on="all")
+    prepared({"text": "a river " * 99})
 
 
 def test_data_of_which_some_answers_end_with_a_stop_token_is_counted_and_said(bare, prepared):

@@ -129,6 +129,22 @@ def test_thoughts_are_learned_where_the_template_writes_them_and_counted_where_n
     assert document.remarks == ()
 
 
+def test_ids_that_are_numbers_are_handed_on_as_text():
+    """As data made by programs has them; none of them is left out, of a call or of its result."""
+    call = {"id": 7, "type": "function", "function": {"name": "f", "arguments": "{}"}}
+    chat = [
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "tool_call_id": 7, "content": "r"},
+    ]
+    row = row_of([MESSAGES[0], *chat])
+    assert [row.messages[1].calls[0]["id"], row.messages[2].extra["tool_call_id"]] == ["7", "7"]
+    for bad in (True, [7], {"a": 7}):
+        with pytest.raises(RowFault, match="tool_call_id"):
+            row_of([MESSAGES[0], chat[0], {**chat[1], "tool_call_id": bad}])
+        with pytest.raises(RowFault, match='"tool_calls" is a list(.|\n)*the id'):
+            row_of([MESSAGES[0], {**chat[0], "tool_calls": [{**call, "id": bad}]}, chat[1]])
+
+
 def test_a_turn_of_thoughts_alone_is_learned(make_tools):
     tokenizer = make_tools("qwen 3")
     thought = {"role": "assistant", "content": None, "thinking": "Hm."}
