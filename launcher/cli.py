@@ -188,7 +188,7 @@ def _print_failure(error: LauncherError, info: RankInfo) -> None:
         _print_error(prefix + message, error.code, masked_record(page))
 
 
-def _print_error(message: str, code: int, page: Page = Page()) -> None:
-    """The sections of the page that hold something stand above the message."""
+def _print_error(message: str, code: int, page: Page | None = None) -> None:
+    """The page stands above the message; of its sections those that hold something."""
     console = make_console(sys.stderr)
-    print_error(console, message, code, framed=under_launcher(), above=lambda: print_page(console, page))
+    print_error(console, message, code, framed=under_launcher(), above=lambda: print_page(console, page or Page()))

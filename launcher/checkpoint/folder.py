@@ -116,7 +116,10 @@ class RunFolder:
     @property
     def has_unfinished_report(self) -> bool:
         """Whether report.json is of a run whose compile contract broke before its end; such a run has no result."""
-        with suppress(OSError, ValueError), open(self.report, encoding="utf-8", opener=refusing_links) as file:
+        with (
+            suppress(OSError, ValueError, RecursionError),
+            open(self.report, encoding="utf-8", opener=refusing_links) as file,
+        ):
             report = json.load(file)
             return isinstance(report, dict) and "ending" in report
         return False

@@ -44,11 +44,11 @@ def read_run(run: str) -> RunRecord | UnfinishedRun:
         left = {name: report[name] for name in ("start", "recipe", "recipe_origins") if report.get(name)}
     elif folder.report.is_file():
         return _finished(folder, steps, evals, notes=[*_endings(ending), *notes])
-    run = UnfinishedRun(
+    unfinished = UnfinishedRun(
         str(folder.path), steps, evals, tuple(parts_of(folder)), ending, in_use=_in_use(folder),
         checkpoints=tuple(sorted(map(step_of, bundles_of(folder.checkpoints)))), notes=tuple(notes),
     )  # fmt: skip
-    return _typed(UnfinishedRun, {**vars(run), **left}, folder.report) if left else run
+    return _typed(UnfinishedRun, {**vars(unfinished), **left}, folder.report) if left else unfinished
 
 
 def _finished(

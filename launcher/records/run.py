@@ -240,9 +240,12 @@ class BadBatch:
 
 def losses_of(steps: Sequence[StepRecord], evals: Sequence[EvalRecord]) -> dict[str, float | None]:
     """First and last losses, as reports have them; None where there is none."""
-    losses, eval_losses = [s.loss for s in steps] or [None], [e.eval_loss for e in evals] or [None]
-    ends = {"first": losses[0], "last": losses[-1], "eval_first": eval_losses[0], "eval_last": eval_losses[-1]}
-    return dict(ends)
+    return {
+        "first": steps[0].loss if steps else None,
+        "last": steps[-1].loss if steps else None,
+        "eval_first": evals[0].eval_loss if evals else None,
+        "eval_last": evals[-1].eval_loss if evals else None,
+    }
 
 
 @dataclass(frozen=True)

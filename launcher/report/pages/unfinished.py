@@ -21,9 +21,7 @@ def unfinished_page(run: UnfinishedRun) -> Page:
         ("goes on", _resume(run)),
     ]
     given = [(run.ending.rank, run.ending.explanations)] if run.ending else []
-    sections = [
-        loss_section(run.steps, run.evals), explanations(given), parts_section(run.parts), notes(run.notes)
-    ]
+    sections = [loss_section(run.steps, run.evals), explanations(given), parts_section(run.parts), notes(run.notes)]
     return Page(sections, title="unfinished run", facts=facts)
 
 
