@@ -84,7 +84,7 @@ OUTSIDE = {  # of other people's packages; not listed: any
     "compile.explain": set(),  # reads past reports too, where there is no torch
     "compile.causes": set(),
     "report.trackers": set(),
-    "report.tracking_tools": {"accelerate", "mlflow", "trackio", "wandb"},
+    "report.tracking_tools": {"accelerate", "mlflow", "torch", "trackio", "wandb"},
     "main": set(),
     "__main__": set(),
     "start": set(),

@@ -203,5 +203,5 @@ def make_trackers(names: Sequence[str], config: Mapping[str, Any], *, is_main: b
     not installed."""
     missing = [name for name in names if importlib.util.find_spec(name) is None]
     if missing:
-        raise RecipeError(f"run.trackers must be installed; {', '.join(missing)} is not. pip install '.[trackers]'")
+        raise RecipeError(f"run.trackers must be installed; {', '.join(missing)} is not. pip install -e '.[trackers]'")
     return Trackers(names if is_main else (), config)

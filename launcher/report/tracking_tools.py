@@ -4,6 +4,7 @@ Accelerate's tracker classes start a tool, hand it the configuration and the fig
 Accelerator: `main_process_only=False` keeps them from asking for the rank, which api.py has done, and the process state
 that their logger needs is there, since the run has made it. What they do not offer is asked of the tool itself:
 - a final status, summary values and tables, in every tool,
+- TensorBoard: the configuration beside the figures, once,
 - MLflow: one request for all figures that wait (Accelerate makes one a step), and a run that goes on with another
   value of a parameter, which MLflow refuses,
 - Trackio: the configuration is given to `init`; Accelerate's way adds a key `allow_val_change` to it.
@@ -75,8 +76,22 @@ class TensorBoardTool(TrackingTool):
     rewinds = True
 
     def start(self, config: Scalars, *, step: int) -> None:
+        self._write_hparams(self.place / "tensorboard", config)
         self._open("TensorBoardTracker", "tensorboard", str(self.place), purge_step=step + 1)
-        self.tracker.store_init_configuration(dict(config))
+
+    @staticmethod
+    def _write_hparams(folder: Path, config: Scalars) -> None:
+        """Accelerate's way makes a folder of its own, which TensorBoard takes for another run. Here it is a file beside
+        that of the figures, written before it, so that live views do not pass over the figures; a run that goes on
+        replaces it, since of two TensorBoard shows the first."""
+        from torch.utils.tensorboard import SummaryWriter
+        from torch.utils.tensorboard.summary import hparams
+
+        for earlier in folder.glob("*.hparams"):
+            earlier.unlink()
+        with SummaryWriter(str(folder), filename_suffix=".hparams") as writer:
+            for summary in hparams(dict(config), {"loss": None, "eval_loss": None}):
+                writer.file_writer.add_summary(summary)
 
     def table(self, name: str, rows: Sequence[Mapping[str, Any]], *, step: int) -> None:
         head = " | ".join(rows[0])

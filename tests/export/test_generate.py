@@ -11,7 +11,8 @@ import pytest
 
 from launcher.data.read.rows import TokenIds
 from launcher.errors import DataError
-from launcher.export.generate import Answerer, Prompt, prompt_of_row
+from launcher.export.generate import Answerer
+from launcher.export.prompts import Prompt, prompt_of_row
 from launcher.records.answers import Answered
 from tests.export.conftest import Main
 
@@ -153,6 +154,7 @@ def test_prompts_that_cannot_be_answered_are_refused(
         (tmp_path / "asked.jsonl").write_text(content)
     done = generate("prompts=asked.jsonl")
     assert done.code == code and says in done.err, done.err
+    assert ("importing torch" in done.out) == ("leave room" in says), "only the tokenizer knows a prompt's length"
     if "Correct the row" in says:
         assert "data.bad_rows" not in done.err and '"messages"' not in done.err
     assert not (tmp_path / "asked.answers.jsonl").exists()

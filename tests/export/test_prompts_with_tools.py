@@ -11,7 +11,8 @@ from transformers import AutoTokenizer
 
 from launcher.data.chat.encode import Encoder
 from launcher.data.read.rows import Conversation
-from launcher.export.generate import Answerer, prompt_of_row, read_prompts
+from launcher.export.generate import Answerer
+from launcher.export.prompts import Prompt, prompt_of_row, read_prompts
 from launcher.recipe.data_section import DataSection
 from launcher.recipe.run_options import GenerateOptions
 from tests.support.reading import read, written
@@ -61,8 +62,12 @@ def test_the_model_is_asked_for_a_turn_as_it_was_trained_on_it(tmp_path: Path, n
 
 def test_a_bare_prompt_keeps_its_tools(tmp_path: Path) -> None:
     file = written(tmp_path / "prompts.jsonl", [{"prompt": "Rome?", "tools": json.dumps(TOOLS)}])
-    [prompt], _ = read_prompts(file, run_with("qwen 2.5"))
-    assert prompt.tools == tuple(TOOLS) and prompt.content == [{"role": "user", "content": "Rome?"}]
+    [prompt], _ = read_prompts(file, run_with("qwen 2.5").place.recipe.data)
+    assert (
+        isinstance(prompt, Prompt)
+        and prompt.tools == tuple(TOOLS)
+        and prompt.content == [{"role": "user", "content": "Rome?"}]
+    )
 
 
 def test_thoughts_are_asked_with_under_the_name_that_the_template_reads(tmp_path: Path) -> None:
