@@ -48,7 +48,7 @@ ALLOWED = {  # package or module: what of ours it may import, itself and all it 
     "runtime": BASE,
     "report": {"records", "credentials", "runtime.streams"},
     "report.pages": {"records"},  # know no medium
-    "report.trackers": {"report.tracking_tools", "records", "errors", "credentials"},
+    "report.trackers": {"report.tracking_tools", "report.pages.formatting", "records", "errors", "credentials"},
     "report.tracking_tools": set(),
     "recipe": {"errors", "credentials"},
     "recipe.schema": {

@@ -14,7 +14,6 @@ this module hands over: no code, no git state, no console, no figures of the mac
 """
 
 import importlib
-import json
 import os
 import secrets
 import time
@@ -232,12 +231,12 @@ TOOLS: dict[str, Callable[[Path, str | None], TrackingTool]] = {  # by the name 
 }
 
 
-def flat_scalars(value: Any, name: str = "", *, lists: bool = False) -> Iterable[tuple[str, float | int | str | bool]]:
-    """Every value of nested dicts under its dotted name. null is a text; `lists`: so is a list, else it is left out."""
+def flat_scalars(value: Any, name: str = "") -> Iterable[tuple[str, float | int | str | bool]]:
+    """Every value of nested dicts under its dotted name. null is a text; lists are left out."""
     if isinstance(value, dict):
         for key, below in value.items():
-            yield from flat_scalars(below, f"{name}.{key}" if name else str(key), lists=lists)
+            yield from flat_scalars(below, f"{name}.{key}" if name else str(key))
     elif isinstance(value, str | int | float):
         yield name, value
-    elif value is None or lists:
-        yield name, json.dumps(value)
+    elif value is None:
+        yield name, "null"
