@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from launcher.data.read.formats import read_rows
+from launcher.data.read.formats import RENAME, read_rows
 from launcher.data.read.messages import for_template
 from launcher.data.read.rows import SKIP, Conversation, Feed, RawRow, Row, RowFault, TokenIds
 from launcher.data.read.sources import open_source
@@ -17,6 +17,7 @@ from launcher.recipe.data_section import DataSection, Source
 from launcher.records.counts import counts_in_words
 
 Chat = list[dict[str, Any]]  # messages as chat templates take them
+GIVE = 'Give rows as {"prompt": "..."} or {"messages": [...]}.'
 COMPLETED = {"completion", "messages", "conversations", "instruction", "text"}  # columns of no bare prompt
 
 
@@ -57,7 +58,7 @@ def read_prompts(file: Path, data: DataSection) -> tuple[list[Prompt | str], str
 def _of_prompts(fault: RowFault, bare: set[str]) -> DataError:
     """A row's fault in the words of its file: of a row with a prompt alone, which is read as messages, `prompt`. The
     recipe's keys are no remedy here."""
-    text = str(fault).replace(SKIP, "Correct the row, or take it out of the file.")
+    text = str(fault).replace(SKIP, "Correct the row, or take it out of the file.").replace(RENAME, GIVE)
     is_bare = any(text.startswith(f"{where}: ") for where in bare)
     return DataError(re.sub(r"\bmessages\b", "prompt", text) if is_bare else text)
 
@@ -80,10 +81,7 @@ def prompt_of_row(row: Row) -> Prompt:
     if not isinstance(row, Conversation):
         if isinstance(row, TokenIds) or not row.answer:
             found = "token ids" if isinstance(row, TokenIds) else "plain text"
-            raise DataError(
-                f"{row.where}: a prompt is a chat, or a text with a prompt.\nFound: {found}.\n"
-                'Give rows as {"prompt": "..."} or {"messages": [...]}.'
-            )
+            raise DataError(f"{row.where}: a prompt is a chat, or a text with a prompt.\nFound: {found}.\n{GIVE}")
         return Prompt(row.text[: row.answer], row.text[row.answer :])
     messages, last = list(map(for_template, row.messages)), row.messages[-1]
     if len(messages) > 1 and last.role == "assistant":

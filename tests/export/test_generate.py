@@ -141,6 +141,7 @@ def test_a_bare_prompt_is_asked_as_the_command_line_asks_it(generate: Main, tmp_
         ('{"text": \n', 3, "asked.jsonl:1"),
         ('{"prompt": "a", "text": "no chat"}\n', 3, "a prompt is a chat"),
         ('{"prompt": 3}\n', 3, "asked.jsonl:1"),
+        ('{"question": "a"}\n', 3, 'Give rows as {"prompt": "..."} or'),
         ('{"prompt": [3]}\n', 3, "a message is a"),
         ('{"prompt": [{"role": 3}]}\n', 3, "Correct the row, or take it out of the file."),
         ("", 3, "must hold a row"),
