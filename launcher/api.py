@@ -21,6 +21,7 @@ from typing import Any
 from rich.console import Console
 
 from launcher.checkpoint.run_files import RunFiles
+from launcher.commands.past_run import read_run
 from launcher.compile.inductor_cache import prepare_cache
 from launcher.errors import RecipeError
 from launcher.export.card import run_card
@@ -228,7 +229,7 @@ def _train(
                     raise sink.failure
     except BaseException as failure:
         with deferring():  # the process launcher terminates this rank because another has ended
-            cause = _record_failure(failure, history, heartbeat, files, guarded)
+            cause = _record_failure(failure, request, history, heartbeat, files, guarded)
         if left and isinstance(cause, KeyboardInterrupt):
             return
         if cause is failure:
@@ -241,9 +242,15 @@ def _train(
 
 
 def _record_failure(
-    failure: BaseException, history: Any, heartbeat: Heartbeat, files: RunFiles, guarded: Sequence[GuardedSink]
+    failure: BaseException,
+    request: Request,
+    history: Any,
+    heartbeat: Heartbeat,
+    files: RunFiles,
+    guarded: Sequence[GuardedSink],
 ) -> BaseException:
-    """Keep what was trained and write status.json; returns what ends the run."""
+    """Keep what was trained and write status.json and, where the compile contract broke, a report; returns what ends
+    the run."""
     from launcher.train.rescue import rescue
 
     try:
@@ -255,8 +262,16 @@ def _record_failure(
         refusal.add_note(str(cause))  # what was saved
         cause = refusal
     code, reason = code_and_reason(cause)
+    broken, written = getattr(cause, "explanations", ()), False
     with suppress(OSError):  # a full disk must not hide what ended the run
-        files.end(code=code, reason=reason, step=getattr(cause, "step", None), rank=getattr(cause, "rank", None))
+        where = {"step": getattr(cause, "step", None), "rank": getattr(cause, "rank", None)}
+        written = files.end(code=code, reason=reason, **where, explanations=broken)
+    if written and broken:
+        try:
+            recipe, origins = request.recipe.model_dump(mode="json"), dict(request.origins)
+            files.report_broken(read_run, recipe=recipe, recipe_origins=origins)
+        except Exception as error:  # of libraries too
+            cause.add_note(f"The report could not be written: {type(error).__name__}: {error}")
     return cause
 
 

@@ -15,6 +15,7 @@ from launcher.api import make_request, train
 from launcher.checkpoint.files import write_json
 from launcher.commands.new_recipe import own_recipe
 from launcher.commands.run_command import run_command
+from launcher.credentials import masked_record
 from launcher.data.read.rows import ReadingProgress
 from launcher.errors import SHARED_CODES, ContractError, DataError, LauncherError, RecipeError
 from launcher.preflight.lines import Checks
@@ -30,6 +31,9 @@ from launcher.records.check import CheckRecord
 from launcher.records.run import Phase
 from launcher.report import Screen, make_console
 from launcher.report import error as print_error
+from launcher.report.pages.explanations import explanations
+from launcher.report.pages.page import Page
+from launcher.report.render import print_page
 from launcher.runtime.clock import seconds_since
 from launcher.runtime.environment import check_current_folder, quick_imports
 from launcher.runtime.failures import classified, code_and_reason
@@ -178,8 +182,13 @@ def _print_failure(error: LauncherError, info: RankInfo) -> None:
     reporter = error.reporter if error.reporter is not None else 0 if shared else info.local_rank
     if info.local_rank == reporter:
         prefix = f"rank {info.rank}: " if info.world_size > 1 and not shared else ""
-        _print_error(prefix + str(error), error.code)
+        message, page = str(error), Page()
+        if isinstance(error, ContractError):
+            message, page = error.brief, Page([explanations([(info.rank, error.explanations)])])
+        _print_error(prefix + message, error.code, masked_record(page))
 
 
-def _print_error(message: str, code: int) -> None:
-    print_error(make_console(sys.stderr), message, code, framed=under_launcher())
+def _print_error(message: str, code: int, page: Page | None = None) -> None:
+    """The page stands above the message; of its sections those that hold something."""
+    console = make_console(sys.stderr)
+    print_error(console, message, code, framed=under_launcher(), above=lambda: print_page(console, page or Page()))

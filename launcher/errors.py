@@ -6,6 +6,8 @@ A message gives the rule, the value and the remedy, in that order; `cli` prints 
 import errno
 import os
 import re
+from collections.abc import Sequence
+from typing import Any
 
 from launcher.credentials import masked
 
@@ -114,6 +116,18 @@ class LostRank(LauncherError):
 
 class ContractError(LauncherError):
     """The compile contract broke: a graph break, a recompile, a limit hit, a backend error or a wrong graph count;
-    or the compiled path does not compute what stock code computes (mode=parity, and mode=bench at its first step)."""
+    or the compiled path does not compute what stock code computes (mode=parity, and mode=bench at its first step).
+
+    `explanations` (records/explanation.py): why, which `brief`, the message for where they are shown, leaves out.
+    """
 
     code = 9
+
+    def __init__(self, message: str, *, brief: str = "", explanations: Sequence[Any] = ()) -> None:
+        super().__init__(message)
+        self.explanations, self._brief = tuple(explanations), masked(brief or message)
+
+    @property
+    def brief(self) -> str:
+        """What remains to be said where the explanations are shown, with the notes that were added."""
+        return "\n".join([self._brief, *getattr(self, "__notes__", ())])

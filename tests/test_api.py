@@ -8,11 +8,16 @@ import sys
 import pytest
 
 from launcher import api
-from launcher.errors import CheckpointError, DiskError, RecipeError
+from launcher.commands.past_run import read_run
+from launcher.errors import CheckpointError, ContractError, DiskError, RecipeError
 from launcher.model.packed import PackedCausalLM
+from launcher.records.past import UnfinishedRun
 from launcher.records.run import RunRecord
+from launcher.report.html_page import html_of
+from launcher.train import loop
 from tests.conftest import ROOT, fresh_dynamo
 from tests.support.arguments import replaced
+from tests.support.records import shown
 
 
 @pytest.fixture(scope="module")
@@ -90,6 +95,36 @@ def test_a_run_that_fails_leaves_its_status(small_arguments, tmp_path, monkeypat
         api.run("tiny", *small_arguments[1:], f"run.output_dir={tmp_path / 'run'}", "compile.mode=off", quiet=True)
     status = json.loads((tmp_path / "run" / "status.json").read_text())
     assert (status["code"], status["reason"]) == (7, str(caught.value))
+
+
+@pytest.mark.usefixtures("clean_dynamo")
+def test_a_run_whose_contract_breaks_leaves_a_report_that_says_why_and_may_start_anew(
+    small_arguments, tmp_path, monkeypatch
+):
+    folder, step = tmp_path / "run", loop._train_step
+
+    def frozen(worker, history, pending):
+        first = next(p for p in worker.built.packed.body.layers[0].parameters() if p.requires_grad)
+        first.requires_grad_(worker.state.step < 1)
+        yield from step(worker, history, pending)
+
+    arguments = ("tiny", *small_arguments[1:], f"run.output_dir={folder}", f"report={tmp_path / 'copy.json'}")
+    with monkeypatch.context() as patch, pytest.raises(ContractError, match="frozen in another") as caught:
+        patch.setattr(loop, "_train_step", frozen)
+        api.run(*arguments, quiet=True)
+    report, page = json.loads((folder / "report.json").read_text()), (folder / "report.html").read_text()
+    assert (tmp_path / "copy.json").read_text() == (folder / "report.json").read_text()
+    assert report["ending"] == json.loads((folder / "status.json").read_text())
+    [explanation] = report["ending"]["explanations"]
+    assert explanation == vars(caught.value.explanations[0]) and explanation["now"] == "requires_grad=0"
+    assert report["loss"]["first"] == report["loss"]["last"] is not None and report["ending"]["step"] == 1
+    assert report["start"]["model"] and report["recipe_origins"]["lora.r"] == "command line"
+    run = read_run(str(folder))
+    assert isinstance(run, UnfinishedRun) and json.loads(json.dumps(run.as_report())) == report
+    for text in (page, shown(run), html_of(run)):
+        assert "Why it broke" in text and explanation["remedy"] in text and "requires_grad=0" in text
+    api.run(*arguments, quiet=True)
+    assert "ending" not in json.loads((folder / "report.json").read_text())
 
 
 def test_another_mode_and_several_processes_are_refused(monkeypatch):

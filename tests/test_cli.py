@@ -15,9 +15,11 @@ from transformers import AutoTokenizer
 
 from launcher import cli
 from launcher.errors import ContractError, DataError
+from launcher.records.explanation import Explanation
 from launcher.runtime.signals import listening
 from tests.conftest import ROOT
 from tests.support.arguments import replaced
+from tests.support.records import section
 
 HANG_S = 600  # no measure of speed: a process that hangs is to fail a test, not to stop the suite
 MAIN = [sys.executable, str(ROOT / "launcher" / "main.py")]
@@ -197,6 +199,33 @@ def test_of_several_processes_one_previews_and_none_compares(second_of_two, main
     assert main(*previewed) == (0, "", "")
     code, _, _ = main(*replaced(previewed, "mode=parity"))
     assert code == 2
+
+
+def test_a_broken_contract_is_explained_in_a_panel_above_the_error(main, monkeypatch):
+    why = Explanation(
+        "a batch of 3 is not one of the planned 2", "mine.py:7: x = f(x)", "2", "3", "Pad it.", "0/0: raw"
+    )
+
+    def fail(*arguments):
+        error = ContractError("no recompile: a batch\n  Pad it.", brief="no recompile: a batch", explanations=[why])
+        error.add_note(f"kept in hf_{'a1B2' * 9}")
+        raise error
+
+    monkeypatch.setitem(cli.COMMANDS, "train", fail)
+    code, out, told = main("recipe=tiny")
+    assert (code, out) == (9, "") and told.endswith("\nerror: no recompile: a batch\nkept in *** (exit code 9)\n")
+    panel = section(told.partition("error: ")[0], "Why it broke")
+    assert panel[1:] == [
+        f"rank 0 {why.what}",
+        f"line {why.line}",
+        "before 2",
+        "now 3",
+        "remedy Pad it.",
+        "dynamo 0/0: raw",
+    ]
+    monkeypatch.setattr(cli, "under_launcher", lambda: True)
+    first, *_, last, end = main("recipe=tiny")[2].split("\n")
+    assert first.startswith("━━ qlora-launcher") and last.startswith("━━ the process") and end == ""
 
 
 @pytest.mark.parametrize(

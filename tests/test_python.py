@@ -2,6 +2,7 @@
 
 import gc
 import json
+import logging
 import os
 import signal
 import subprocess
@@ -19,6 +20,7 @@ import launcher
 from launcher import api
 from launcher.errors import DataError, RecipeError, SinkError
 from launcher.records.run import EvalRecord, RunOpened, RunRecord, StartRecord, StepRecord
+from launcher.runtime.environment import QUIET_LOGGERS
 from launcher.trained_run import TrainedRun
 from tests.conftest import ROOT
 from tests.support.arguments import replaced
@@ -93,10 +95,13 @@ def test_importing_the_package_takes_no_time_and_gives_run_and_events() -> None:
 
 def test_the_events_are_those_of_the_sinks_and_the_last_one_is_the_record(arguments: list[str], tmp_path: Path) -> None:
     sink, before = Kept(), (dict(os.environ), list(warnings.filters), signal.getsignal(signal.SIGTERM))
+    levels = [logging.getLogger(name).level for name in QUIET_LOGGERS]
     events = []
     for event in launcher.events(*arguments, sinks=[sink]):
         events.append(event)
         assert signal.getsignal(signal.SIGTERM) == before[2], "between events the process is the caller's"
+        assert not any(logging.getLogger(name).isEnabledFor(logging.WARNING) for name in QUIET_LOGGERS)
+    assert [logging.getLogger(name).level for name in QUIET_LOGGERS] == levels
     assert events == sink.events and sink.closed == 1
     assert [e.step for e in events if isinstance(e, StepRecord)] == list(range(1, 9))
     assert isinstance(events[-1], RunRecord) and status(tmp_path)["code"] == 0

@@ -48,7 +48,8 @@ class RunFolder:
                 "run.resume must be auto, never, or the folder of a run or of one of its checkpoints; "
                 f"got {resume}, which is no folder; checkpoints there: {there}."
             )
-        results, files = (self.report, self.adapter), (self.status, self.metrics, self.checkpoints)
+        report = () if self.has_unfinished_report else (self.report,)
+        results, files = (*report, self.adapter), (self.status, self.metrics, self.checkpoints)
         with self._refusals():
             taken = results if resume != "never" else (*results, *files)
             if any(map(os.path.lexists, taken)) and not (resume != "never" and self.has_checkpoints):
@@ -85,6 +86,9 @@ class RunFolder:
             if self.metrics.exists():
                 self.metrics.replace(self.path / "metrics.earlier.jsonl")
             self.status.unlink(missing_ok=True)
+            if self.has_unfinished_report:
+                self.report.unlink()
+                self.page.unlink(missing_ok=True)
             open(self.metrics, "x").close()
 
     @contextmanager
@@ -108,6 +112,17 @@ class RunFolder:
                 return int(json.load(file)["code"])
         except (OSError, ValueError, KeyError, TypeError):
             return None
+
+    @property
+    def has_unfinished_report(self) -> bool:
+        """Whether report.json is of a run whose compile contract broke before its end; such a run has no result."""
+        with (
+            suppress(OSError, ValueError, RecursionError),
+            open(self.report, encoding="utf-8", opener=refusing_links) as file,
+        ):
+            report = json.load(file)
+            return isinstance(report, dict) and "ending" in report
+        return False
 
     @property
     def has_checkpoints(self) -> bool:

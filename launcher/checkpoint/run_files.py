@@ -4,7 +4,7 @@ import json
 import os
 import threading
 from collections.abc import Callable, Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -12,9 +12,20 @@ from typing import Any, TypeAlias
 from launcher.checkpoint.files import append_text, finite, write_json, write_text, writing
 from launcher.checkpoint.folder import RunFolder
 from launcher.errors import LESS_TELLING, LauncherError
-from launcher.records.run import BadBatch, EvalRecord, EvalSamples, Event, RunOpened, RunRecord, StepRecord
+from launcher.records.explanation import Explanation
+from launcher.records.past import UnfinishedRun
+from launcher.records.run import (
+    BadBatch,
+    EvalRecord,
+    EvalSamples,
+    Event,
+    RunOpened,
+    RunRecord,
+    StartRecord,
+    StepRecord,
+)
 
-PageMaker: TypeAlias = Callable[[RunRecord], str]
+PageMaker: TypeAlias = Callable[[Any], str]  # of a record
 
 
 class RunFiles:
@@ -35,12 +46,15 @@ class RunFiles:
         self._record: RunRecord | None = None  # once it is written
         self._folder: RunFolder | None = None  # None until it is this run's: another run's is left alone
         self._step, self._ending = 0, threading.Lock()
+        self._start: StartRecord | None = None  # once it was shown
 
     def show(self, event: Event) -> None:
         if isinstance(event, RunOpened):
             self._folder, self._step = RunFolder(event.path), event.step
             self._folder.hold()
-        if isinstance(event, StepRecord):
+        elif isinstance(event, StartRecord):
+            self._start = event
+        elif isinstance(event, StepRecord):
             self._step = event.step
         if isinstance(event, BadBatch) and self._folder:
             _write_batch(self._folder.bad_batches, event)
@@ -53,10 +67,7 @@ class RunFiles:
             self._append(self._folder, self._folder.metrics, metrics_line(event))
         elif isinstance(event, RunRecord):
             self._record = event
-            for path in filter(None, (self._folder.report, self._report_copy)):
-                with writing(path.parent, what="The report"):
-                    self._folder.check_in_place()
-                    write_json(path, event.as_report())
+            self._write_report(self._folder, event)
 
     def with_pages(self, record: RunRecord) -> RunRecord:
         """The record, once rank 0 has written what people read: the card of the adapter that it saved, and report.html.
@@ -94,7 +105,15 @@ class RunFiles:
         folder = self._folder
         return folder is not None and (folder.adapter_staging.exists() or any(folder.checkpoints.glob("step-*.part")))
 
-    def end(self, *, code: int, reason: str, step: int | None = None, rank: int | None = None) -> bool:
+    def end(
+        self,
+        *,
+        code: int,
+        reason: str,
+        step: int | None = None,
+        rank: int | None = None,
+        explanations: Sequence[Explanation] = (),
+    ) -> bool:
         """Write status.json: on success rank 0's, else that of `rank`, the one to blame (None: this one). The launcher
         masks exit codes as 1. Returns whether it was written: the first cause stays, unless it only followed from
         another (LESS_TELLING). A run that fails with code 2 or 3 before its first metric leaves no folder.
@@ -102,20 +121,32 @@ class RunFiles:
         folder = self._folder
         if folder is None or (self._rank and not code):
             return False
-        if not code:
-            with writing(folder.path, what="status.json"):
-                return self._write_status(folder, code, reason, step=step, rank=rank)
-        return self._write_status(folder, code, reason, step=step, rank=rank)
-
-    def _write_status(self, folder: RunFolder, code: int, reason: str, *, step: int | None, rank: int | None) -> bool:
-        folder.check_in_place()
-        if code in (2, 3) and not folder.metrics.stat().st_size:
-            folder.discard()
-            return False
-        status = {"code": code, "reason": reason, "rank": self._rank if rank is None else rank}
+        status: dict[str, Any] = {"code": code, "reason": reason, "rank": self._rank if rank is None else rank}
         status |= {"step": self._step if step is None else step, "resumable": bool(code) and folder.has_checkpoints}
-        with self._ending:  # the thread that watches the other ranks may write at the same moment
-            return _write_first(folder, status, own=folder.status.with_name(f"status.json.{self._rank}.part"))
+        status |= {"explanations": [asdict(explanation) for explanation in explanations]} if explanations else {}
+        with nullcontext() if code else writing(folder.path, what="status.json"):
+            folder.check_in_place()
+            if code in (2, 3) and not folder.metrics.stat().st_size:
+                folder.discard()
+                return False
+            with self._ending:  # the thread that watches the other ranks may write at the same moment
+                return _write_first(folder, status, own=folder.status.with_name(f"status.json.{self._rank}.part"))
+
+    def report_broken(self, read: Callable[[str], Any], **given: Any) -> None:
+        """Write report.json and report.html of a run whose compile contract broke, as far as they go; on the rank that
+        has written status.json. `read` gives what the folder tells of the run; `given` are fields that it does not."""
+        folder, run = self._folder, read(str(self._folder.path if self._folder else ""))
+        if folder and isinstance(run, UnfinishedRun):  # one that came to its end has its report
+            run = replace(run, in_use=False, start=self._start, **given)
+            self._write_report(folder, run)
+            if self._html:
+                write_text(folder.page, self._html(run))
+
+    def _write_report(self, folder: RunFolder, run: RunRecord | UnfinishedRun) -> None:
+        for path in filter(None, (folder.report, self._report_copy)):
+            with writing(path.parent, what="The report"):
+                folder.check_in_place()
+                write_json(path, run.as_report())
 
 
 def _write_first(folder: RunFolder, status: dict[str, Any], *, own: Path) -> bool:

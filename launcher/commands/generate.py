@@ -12,6 +12,7 @@ from rich.text import Text
 
 from launcher.commands.finished_run import Invocation, located
 from launcher.errors import LauncherError, RecipeError
+from launcher.export.prompts import read_prompts
 from launcher.recipe.run_options import GenerateOptions
 from launcher.report import Screen, make_console
 from launcher.report.console import literal
@@ -37,22 +38,21 @@ def answer_prompts(options: GenerateOptions, invocation: Invocation) -> None:
     if answers and answers.exists():
         raise RecipeError(f"answers must not be overwritten; {answers} is there. Move or remove it.")
     place, source = located(options)
+    rows, dropped = read_prompts(prompts, place.recipe.data) if prompts else ([], "")
     progress = console if prompts else make_console(sys.stderr)  # to stdout goes the answer alone, for a pipe
     with Screen(progress, clock=seconds_since()) as screen, _telling_what_is_left(answers), classified(info):
         screen.show("importing torch")
         with quick_imports():
-            from launcher.export.generate import Answerer, answer_all, prompt_of, read_prompts
+            from launcher.export.generate import Answerer, answer_all, prompt_of
             from launcher.export.load_run import load_trained, open_run
 
         run = open_run(place, source, info)
-        notes = list(run.notes)
-        if prompts:
-            rows, dropped = read_prompts(prompts, run)
-            notes += [f"{prompts}: {dropped}"] if dropped else []
+        notes = [*run.notes, *([f"{prompts}: {dropped}"] if dropped else [])]
         screen.show("loading the model")
         answerer = Answerer(run, load_trained(run)[0], options)
         if answers:
-            notes.append(_answer_file(answer_all(answerer, rows, answers), len(rows), answers, screen))
+            asked = [prompt_of(row, run) if isinstance(row, str) else row for row in rows]
+            notes.append(_answer_file(answer_all(answerer, asked, answers), len(asked), answers, screen))
     for note in notes:
         progress.print(literal(note, "yellow"), soft_wrap=True)
     with classified(info):

@@ -36,12 +36,19 @@ def read_run(run: str) -> RunRecord | UnfinishedRun:
     steps = _typed(tuple[StepRecord, ...], [entry for entry in entries if "loss" in entry], folder.metrics)
     evals = _typed(tuple[EvalRecord, ...], [entry for entry in entries if "eval_loss" in entry], folder.metrics)
     ending = _ending(folder)
-    if folder.report.is_file():
+    left: dict[str, Any] = {}
+    if folder.has_unfinished_report:
+        report = read_object(folder.report)
+        if report.get("start"):
+            report["start"]["run_dir"] = str(folder.path)
+        left = {name: report[name] for name in ("start", "recipe", "recipe_origins") if report.get(name)}
+    elif folder.report.is_file():
         return _finished(folder, steps, evals, notes=[*_endings(ending), *notes])
-    return UnfinishedRun(
+    unfinished = UnfinishedRun(
         str(folder.path), steps, evals, tuple(parts_of(folder)), ending, in_use=_in_use(folder),
         checkpoints=tuple(sorted(map(step_of, bundles_of(folder.checkpoints)))), notes=tuple(notes),
     )  # fmt: skip
+    return _typed(UnfinishedRun, {**vars(unfinished), **left}, folder.report) if left else unfinished
 
 
 def _finished(

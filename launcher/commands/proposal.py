@@ -22,6 +22,7 @@ from launcher.ops.linear_ce import chunk_rows
 from launcher.recipe.own_recipe import schema_line
 from launcher.recipe.schema import Recipe
 from launcher.recipe.yaml_lines import inline
+from launcher.report.pages.formatting import counted
 
 LENGTHS = (
     16,
@@ -186,9 +187,11 @@ def _of_training(data: DataFacts, lengths: Any, width: int, parameters: int | No
     accumulation = max(1, step_blocks // micro)
     epochs = next((epochs for rows, epochs in EPOCHS if data.rows < rows), 1)
     steps = max(1, epochs * blocks // (micro * accumulation))
-    yield Proposed("train.epochs", epochs, f"{steps:,} steps or so on one process; fewer where the eval loss rises")
+    yield Proposed(
+        "train.epochs", epochs, f"{counted(steps, 'step')} or so on one process; fewer where the eval loss rises"
+    )
     yield Proposed("train.micro_batch", micro, f"{micro * width:,} tokens in memory at a time")
-    reason = f"{micro * accumulation * width:,} tokens a step, of about {blocks:,} blocks of {width:,}"
+    reason = f"{micro * accumulation * width:,} tokens a step, of about {counted(blocks, 'block')} of {width:,}"
     yield Proposed("train.accumulation", accumulation, reason)
     yield Proposed("train.lr", *_rate(parameters))
     if validation and steps >= 20:

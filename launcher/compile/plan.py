@@ -70,12 +70,12 @@ class Plan:
         try:
             yield
         except COMPILE_ERRORS as error:
-            kind = failure_kind(type(error).__name__)
-            raise ContractError(_message(kind, self.observer.explain_error(error))) from error
+            rule = RULES[failure_kind(type(error).__name__)]
+            raise _broken(f"{rule}: ", [self.observer.explain_error(error)]) from error
         except RuntimeError as error:
             if NOTHING_COMPILED not in str(error):
                 raise
-            raise ContractError(_message("break", self.observer.explain_error(error))) from error
+            raise _broken(f"{RULES['break']}: ", [self.observer.explain_error(error)]) from error
 
     def warm_up(self, run: Callable[[], None]) -> None:
         """Call `run`, which passes every planned shape through forward and backward, then check the graphs.
@@ -86,7 +86,7 @@ class Plan:
         self.call(run)
         compiled = self.observer.graphs_by_region()
         if self.mode == "strict" and compiled != self.observer.expected:
-            raise ContractError(_count_message(self.observer, compiled))
+            raise _count_error(self.observer, compiled)
 
     def arm(self) -> None:
         """Warm-up is over on every rank: from now on any compilation is unplanned, and in strict mode an error."""
@@ -108,11 +108,8 @@ class Plan:
     def check(self) -> None:
         """In strict mode, raise ContractError if anything was compiled after warm-up, new frames included."""
         if self.mode == "strict" and self.observer.unplanned:
-            record = self.observer.record()
-            raise ContractError(
-                f"after warm-up nothing may be compiled; {self.observer.unplanned} compilation(s) happened: "
-                f"{message(record.explanations[-1], remedy=GOES_ON)}"
-            )
+            happened = f"{self.observer.unplanned} compilation(s) happened: "
+            raise _broken(f"after warm-up nothing may be compiled; {happened}", self.observer.record().explanations)
 
     def fall_back(self, why: str) -> None:
         """Run every region uncompiled from now on (compile.mode=warn), and say so in the record."""
@@ -180,9 +177,11 @@ class Plan:
             region.install(torch.compile(region.function, **options))
 
 
-def _message(kind: str, explanation: Explanation) -> str:
-    """The rule, what happened with line, values and remedy, and dynamo's own words."""
-    return f"{RULES[kind]}: {message(explanation, remedy=GOES_ON)}"
+def _broken(rule: str, explanations: Sequence[Explanation], *, rest: str = "") -> ContractError:
+    """The rule, what happened (of several the last) with line, values and remedy, and dynamo's own words."""
+    last = explanations[-1]
+    text, brief = f"{rule}{message(last, remedy='' if rest else GOES_ON)}", f"{rule}{last.what}".removesuffix(":")
+    return ContractError(f"{text}{rest}", brief=brief + (rest or f".\n{GOES_ON}"), explanations=explanations)
 
 
 def _calls_message(expected: Counter[str], made: Counter[str]) -> str:
@@ -197,11 +196,10 @@ def _counts(counts: dict[str, int]) -> str:
     return ", ".join(f"{name} {n}" for name, n in sorted(counts.items())) or "none"
 
 
-def _count_message(observer: Observer, compiled: dict[str, int]) -> str:
-    expected, explanations = observer.expected, observer.record().explanations
-    why = message(explanations[-1]) if explanations else "None more than planned."
-    return (
-        f"warm-up must compile exactly the planned graphs ({_counts(expected)}); it compiled {_counts(compiled)}.\n"
-        f"More than planned: calls that should be equal differ. {why}\n"
-        "Fewer: part of the model was skipped by the compiler. compile.mode=warn goes on regardless."
-    )
+def _count_error(observer: Observer, compiled: dict[str, int]) -> ContractError:
+    found = f"({_counts(observer.expected)}); it compiled {_counts(compiled)}.\n"
+    rule = f"warm-up must compile exactly the planned graphs {found}More than planned: "
+    rest = f"\nFewer: part of the model was skipped by the compiler. {GOES_ON}"
+    if explanations := observer.record().explanations:
+        return _broken(f"{rule}calls that should be equal differ. ", explanations, rest=rest)
+    return ContractError(f"{rule}none.{rest}")

@@ -18,8 +18,8 @@ from launcher.data.read.sources import open_source
 from launcher.data.read.unused import unused_notes
 from launcher.data.vocabulary import check_ids
 from launcher.errors import DataError
-from launcher.export.generate import Prompt, prompt_of_row
 from launcher.export.load_run import OpenedRun
+from launcher.export.prompts import Prompt, prompt_of_row
 from launcher.export.write import prepared_data
 from launcher.recipe.run_options import EvaluateOptions
 from launcher.records.counts import counts_in_words

@@ -35,9 +35,8 @@ from launcher.export.proof import (
     rendered,
     texts_of,
 )
-from launcher.export.weights import ROUNDINGS, SUM_ERROR, is_rounded, trained_weight
+from launcher.export.weights import ROUNDINGS, SUM_ERROR, is_rounded, trained_weight, weights_are
 from launcher.model.families import head_width
-from launcher.model.weight_files import listed
 from launcher.records.export import ExportLimits
 from launcher.records.run import Verdict
 
@@ -75,8 +74,7 @@ def gguf_weights_verdict(model: PeftModel, plan: GgufPlan, file: Path) -> Verdic
             wrong.add(ROPE)
     source_of(file).unlink(missing_ok=True)
     whole = f"{len(exact) - len(wrong) - len(loose)} of {len(exact)} tensors are base + update, rounded to their type"
-    evidence = whole + (f"; not {listed(sorted(wrong | loose))}" if wrong | loose else "")
-    return Verdict("every written weight is the trained model's", not wrong | loose, evidence)
+    return weights_are(whole, wrong | loose)
 
 
 def _is_near(tensor: ReaderTensor, expected: Tensor) -> bool:

@@ -12,7 +12,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from launcher.checkpoint.files import damaged, read_object, writable
-from launcher.checkpoint.folder import bundles_of, run_folder_of
+from launcher.checkpoint.folder import RunFolder, bundles_of, run_folder_of
 from launcher.errors import RecipeError
 from launcher.recipe.schema import Recipe
 
@@ -48,7 +48,8 @@ def find_run(path: Path) -> RunPlace:
     Raises RecipeError: it is none, it has no adapter, or its base has random weights, which exist nowhere.
     """
     folder, adapter, notes = _folder_and_adapter(path.expanduser().absolute())
-    report = read_object(folder / "report.json") if (folder / "report.json").is_file() else None
+    has_report = (folder / "report.json").is_file() and not RunFolder(folder).has_unfinished_report
+    report = read_object(folder / "report.json") if has_report else None
     recipe, dtype = _of_report(report, folder) if report is not None else _of_checkpoint(folder, adapter)
     if recipe.model.init == "random":
         raise RecipeError(

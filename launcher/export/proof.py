@@ -31,6 +31,7 @@ from launcher.records.export import ExportFigures, ExportLimits, GreedyPair
 from launcher.records.run import Verdict
 
 DOCUMENTS = 64  # at most
+PROVED_POSITIONS = 8_192  # of a document or prompt: llama.cpp's cache then takes 1 GiB for Llama 3.1 8B
 LOGIT_BYTES = 2**29  # of one model's logits that are kept to be compared with the other's: decides P
 PROMPTS, ANSWER_TOKENS = 4, 32
 TIE = 0.25  # nats between two tokens that are equally likely in 16 bits, where logits of 16 to 32 have steps of 0.125
@@ -74,7 +75,7 @@ def make_probe(data: PreparedData) -> Probe:
     held_out = data.validation is not None
     blocks = data.validation if data.validation is not None else data.first_blocks
     documents = _documents(blocks)
-    prompts = [example.prompt_ids for example in data.examples[:PROMPTS]]
+    prompts = [example.prompt_ids[-PROVED_POSITIONS:] for example in data.examples[:PROMPTS]]
     if not prompts:  # texts: what comes before the first supervised token, or the first half
         prompts = [_beginning(document) for document in documents[:PROMPTS]]
     name = "validation" if held_out else "training (the run has no validation data)"
@@ -84,7 +85,16 @@ def make_probe(data: PreparedData) -> Probe:
 def _documents(blocks: Blocks) -> list[Document]:
     numbers = [n for n in dict.fromkeys(blocks.block_documents.tolist()) if blocks.documents.targets[n]]
     step = max(1, len(numbers) // DOCUMENTS)
-    return [blocks.documents[number] for number in numbers[::step][:DOCUMENTS]]
+    return [_cut(blocks.documents[number]) for number in numbers[::step][:DOCUMENTS]]
+
+
+def _cut(document: Document) -> Document:
+    """At most PROVED_POSITIONS of a document, its first target among them: caches and attention grow with them."""
+    start = max(0, int(document.supervised[1:].argmax()) + 1 - PROVED_POSITIONS // 2)
+    part = slice(start, start + PROVED_POSITIONS)
+    return (
+        document if len(document) <= PROVED_POSITIONS else Document(document.input_ids[part], document.supervised[part])
+    )
 
 
 def _beginning(document: Document) -> list[int]:

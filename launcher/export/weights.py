@@ -1,6 +1,8 @@
 """Compares the written weights with the trained model's, element by element, by bitsandbytes' and PEFT's own code."""
 
 import copy
+import json
+from collections.abc import Collection
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,7 @@ from bitsandbytes.nn import Linear4bit
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from safetensors import safe_open
+from safetensors.torch import load_file
 from torch import Tensor
 
 from launcher.export.merge import MergePlan
@@ -37,8 +40,26 @@ def weights_verdict(model: PeftModel, plan: MergePlan, folder: Path) -> Verdict:
             if found.dtype != plan.dtype or found.shape != expected.shape or not is_rounded(found, expected):
                 wrong.append(name)
     whole = f"{len(plan.shapes) - len(wrong)} of {len(plan.shapes)} weights are base + update, rounded once"
-    evidence = whole + (f"; not {listed(sorted(wrong))}" if wrong else "")
+    return weights_are(whole, wrong)
+
+
+def weights_are(compared: str, wrong: Collection[str]) -> Verdict:
+    """The verdict on the written weights: what was compared, and the names of those that are not as they should be."""
+    evidence = compared + (f"; not {listed(sorted(wrong))}" if wrong else "")
     return Verdict("every written weight is the trained model's", not wrong, evidence)
+
+
+def adapter_verdict(trained: Path, written: Path) -> Verdict:
+    """Whether an adapter's folder holds the tensors of the run's, bit for bit, and a config that scales and places them
+    alike."""
+    before, after = (load_file(folder / "adapter_model.safetensors") for folder in (trained, written))
+    wrong = before.keys() ^ after.keys()
+    wrong |= {n for n in before.keys() & after.keys() if not torch.equal(before[n], after[n])}
+    configs = [
+        json.loads((folder / "adapter_config.json").read_text(encoding="utf-8")) for folder in (trained, written)
+    ]
+    wrong |= {f"{key} of adapter_config.json" for key in configs[0] if configs[0][key] != configs[1].get(key)}
+    return weights_are(f"{len(before)} tensors and {len(configs[0])} keys of adapter_config.json are the run's", wrong)
 
 
 def trained_weight(base: Any, name: str, plan: MergePlan) -> Tensor:

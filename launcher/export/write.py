@@ -32,7 +32,7 @@ from launcher.export.proof import (
     pairs_of,
     stop_verdict,
 )
-from launcher.export.weights import weights_verdict
+from launcher.export.weights import adapter_verdict, weights_verdict
 from launcher.memory.ledger import Ledger
 from launcher.model.build import DTYPES
 from launcher.model.load import load_stop_ids, load_tokenizer, stop_ids_of
@@ -190,6 +190,8 @@ def _measure_trained(work: _Work, probe: Probe) -> tuple[ModelOutputs, list[Verd
         verdicts.append(gguf_weights_verdict(model, work.gguf, work.gguf_file))
     elif work.plan:
         verdicts.append(weights_verdict(model, work.plan, work.staging))
+    else:
+        verdicts.append(adapter_verdict(work.run.place.adapter, work.staging))
     found = measured(model, probe, stop_ids=work.run.stop_ids)
     del model
     free_memory(work.run.device)

@@ -149,6 +149,9 @@ def load_base(
     for module in model.modules():
         if isinstance(module, Linear4bit):
             module.compute_dtype, module.compute_type_is_set = dtype, True
+            # On CPUs with AVX512-BF16 it would evaluate in bf16 whatever is asked for, with scales rounded to bf16, on
+            # weights that it packs otherwise in place; so their losses would not be those of the run.
+            module.support_avx512bf16_for_cpu = False
     for parameter in model.parameters():
         if parameter.is_floating_point() and not isinstance(parameter, Params4bit):  # NF4 may be stored as bf16
             parameter.data = parameter.data.to(dtype)

@@ -3,7 +3,8 @@
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from launcher.records.run import REPORT_SCHEMA, EvalRecord, RunPart, StepRecord
+from launcher.records.explanation import Explanation
+from launcher.records.run import REPORT_SCHEMA, EvalRecord, RunPart, StartRecord, StepRecord, losses_of
 
 
 @dataclass(frozen=True)
@@ -15,11 +16,12 @@ class RunEnd:
     rank: int
     step: int
     resumable: bool
+    explanations: tuple[Explanation, ...] = ()  # where the compile contract broke
 
 
 @dataclass(frozen=True)
 class UnfinishedRun:
-    """What is known of a run without a report: it failed, was killed, or goes on."""
+    """What is known of a run that did not come to its end: it failed, was killed, or goes on."""
 
     folder: str
     steps: tuple[StepRecord, ...]
@@ -29,6 +31,23 @@ class UnfinishedRun:
     in_use: bool  # whether a process has the folder
     checkpoints: tuple[int, ...]  # their steps, the newest last
     notes: tuple[str, ...] = ()
+    start: StartRecord | None = None  # None: it did not come so far, or left no report
+    recipe: dict[str, Any] = field(default_factory=dict)  # resolved; empty: it left no report
+    recipe_origins: dict[str, str] = field(default_factory=dict)
+
+    def as_report(self) -> dict[str, Any]:
+        """report.json of a run whose compile contract broke: as a RunRecord's, as far as it goes; `ending` tells it
+        from that of a run which came to its end."""
+        return {
+            "schema": REPORT_SCHEMA,
+            "recipe": self.recipe,
+            "recipe_origins": self.recipe_origins,
+            "start": asdict(self.start) if self.start else None,
+            "ending": asdict(self.ending) if self.ending else None,
+            "loss": losses_of(self.steps, self.evals),
+            "parts": [asdict(part) for part in self.parts],
+            "notes": self.notes,
+        }
 
 
 @dataclass(frozen=True)

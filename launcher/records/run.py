@@ -3,7 +3,7 @@
 Stdlib only. Units are in the names: `_mib` is 2**20 bytes, `_s` seconds, `_ms` milliseconds. Counts are per process.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -238,6 +238,16 @@ class BadBatch:
     documents: tuple[BatchDocument, ...]
 
 
+def losses_of(steps: Sequence[StepRecord], evals: Sequence[EvalRecord]) -> dict[str, float | None]:
+    """First and last losses, as reports have them; None where there is none."""
+    return {
+        "first": steps[0].loss if steps else None,
+        "last": steps[-1].loss if steps else None,
+        "eval_first": evals[0].eval_loss if evals else None,
+        "eval_last": evals[-1].eval_loss if evals else None,
+    }
+
+
 @dataclass(frozen=True)
 class RunRecord:
     """The whole run, on rank 0: the summary on the console and report.json."""
@@ -262,20 +272,12 @@ class RunRecord:
 
     def as_report(self) -> dict[str, Any]:
         """report.json (its keys are public: add, never rename)."""
-        losses = [s.loss for s in self.steps]
-        evals = [e.eval_loss for e in self.evals]
         return {
             "schema": REPORT_SCHEMA,
             "recipe": self.recipe,
             "recipe_origins": self.recipe_origins,
             "start": asdict(self.start),
-            "loss": {
-                "first": losses[0] if losses else None,
-                "last": losses[-1] if losses else None,
-                "eval_first": evals[0] if evals else None,
-                "eval_last": evals[-1] if evals else None,
-                "eval_adapter": self.eval_adapter,
-            },
+            "loss": losses_of(self.steps, self.evals) | {"eval_adapter": self.eval_adapter},
             "elapsed_s": self.elapsed_s,
             "data": self.data,
             "verdicts": [asdict(v) for v in self.verdicts],

@@ -4,6 +4,7 @@ import codecs
 import os
 import sys
 import unicodedata
+from collections.abc import Callable
 from typing import IO, Any
 
 from rich.console import Console
@@ -53,18 +54,27 @@ def visible(text: str) -> str:
     return "".join(map(_visible, text))
 
 
-def error(console: Console, message: str, code: int, *, framed: bool = False) -> None:
+def error(
+    console: Console, message: str, code: int, *, framed: bool = False, above: Callable[[], None] = lambda: None
+) -> None:
     """Print "error: MESSAGE (exit code CODE)", the message verbatim and never re-wrapped: paths stay whole in a log.
 
-    `framed`: between two rules, for the eye to find above the traceback that a process launcher prints after it. All
-    is one write, so that the lines of several processes do not mix.
+    `above` prints what stands above the message. `framed`: between two rules, for the eye to find above the traceback
+    that a process launcher prints after it. All is one write, so that the lines of several processes do not mix.
     """
     line = Text.assemble(("error: ", "bold red"), literal(masked(message)), (f" (exit code {code})", "dim"))
-    if framed:
+
+    def rule(title: str) -> None:
         width = page_width(console)
-        rules = [f"━━ {title} ".ljust(width, "━")[:width] for title in ("qlora-launcher", LAUNCHER_BELOW)]
-        line = Text("\n").join([Text(rules[0], "bold red"), line, Text(rules[1], "bold red")])
-    console.print(line, soft_wrap=True, highlight=False)
+        console.print(Text(f"━━ {title} ".ljust(width, "━")[:width], "bold red"), soft_wrap=True)
+
+    with console:  # all is written when it ends
+        if framed:
+            rule("qlora-launcher")
+        above()
+        console.print(line, soft_wrap=True, highlight=False)
+        if framed:
+            rule(LAUNCHER_BELOW)
 
 
 def _visible(char: str) -> str:

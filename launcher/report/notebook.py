@@ -10,7 +10,6 @@ import threading
 from collections import deque
 from collections.abc import Callable, Sequence
 from datetime import timedelta
-from statistics import fmean
 from typing import Any, Self
 from uuid import uuid4
 
@@ -20,19 +19,20 @@ from launcher.credentials import masked_record
 from launcher.records.run import EvalRecord, Note, Phase, StartRecord, StepRecord
 from launcher.report.console import literal
 from launcher.report.pages import page_of
+from launcher.report.pages.curves import downsampled
 from launcher.report.pages.formatting import loss, norm, rate, whole
 from launcher.report.render import print_page
 
 UPDATE_S = 0.5  # between two drawings, at least
 ROWS = 5  # steps in the table
 ETA_STEPS = 20  # whose mean time gives the ETA
-POINTS = 150  # of a curve; each is the mean of as many steps as it takes
+POINTS = 150  # of a curve
 AVERAGED = 20  # steps of a point that are averaged, evenly spaced: a long run is drawn again and again
 CURVE_WIDTH, CURVE_HEIGHT, CURVE_MARGIN = 600, 120, 6  # of the curves, in units of their own
 COLORS = {"loss": "#4c8bf5", "eval loss": "#e8833a"}  # seen on light and dark
 COLUMNS = ("step", "loss", "lr", "grad norm", "tok/s", "MiB", "")
 
-Curve = list[tuple[float, float]]  # steps and values
+Curve = list[tuple[int, float]]  # steps and values
 
 
 class NotebookScreen:
@@ -136,7 +136,7 @@ class NotebookScreen:
 
 def curves(named: dict[str, Curve]) -> str:
     """An SVG of the curves that have two finite points or more, with the bounds of both axes; "" if there is none."""
-    drawn = {name: thinned(points) for name, points in named.items()}
+    drawn = {name: drawn_points(points) for name, points in named.items()}
     drawn = {name: points for name, points in drawn.items() if len(points) > 1}
     if not drawn:
         return ""
@@ -157,12 +157,10 @@ def curves(named: dict[str, Curve]) -> str:
     return f'<svg viewBox="{box}" width="100%" role="img">{lines}</svg><div>{legend} {bounds}</div>'
 
 
-def thinned(points: Curve) -> Curve:
-    """At most POINTS points, each the mean of as many neighbours; what is not finite is left out."""
-    size = -(-len(points) // POINTS) or 1
-    starts, apart = range(0, len(points), size), max(1, size // AVERAGED)
-    groups = ([p for p in points[start : start + size : apart] if math.isfinite(p[1])] for start in starts)
-    return [(fmean(x for x, _ in group), fmean(y for _, y in group)) for group in groups if group]
+def drawn_points(points: Curve) -> Curve:
+    """At most POINTS points, each a mean; what is not finite is left out."""
+    some = points[:: max(1, len(points) // (POINTS * AVERAGED))]
+    return [(x, mean) for x, mean, *_ in downsampled(some, POINTS) if mean is not None]
 
 
 def _table(steps: Sequence[StepRecord]) -> str:

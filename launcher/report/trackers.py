@@ -21,6 +21,7 @@ from typing import Any
 from launcher.credentials import masked_record, masked_tree, shortened
 from launcher.errors import RecipeError
 from launcher.records.run import EvalRecord, EvalSamples, Event, Note, RunOpened, RunRecord, StepRecord
+from launcher.report.pages.formatting import recipe_keys
 from launcher.report.tracking_tools import TOOLS, TrackingTool, flat_scalars
 
 STALL_S = 60.0  # a call that takes longer switches the tool off
@@ -37,7 +38,10 @@ class Trackers:
     """
 
     def __init__(self, names: Sequence[str], config: Mapping[str, Any]) -> None:
-        self._config = dict(flat_scalars(masked_tree(dict(config)), lists=True))
+        keys = recipe_keys(masked_tree(dict(config)))
+        self._config = {
+            key: value if isinstance(value, str | int | float) else json.dumps(value) for key, value in keys.items()
+        }
         self._names, self._threads = names, list[_ToolThread]()
         self._finished, self._said = False, set[str]()
         self._before = sys.exception()  # a run may be started where another error is handled
@@ -203,5 +207,5 @@ def make_trackers(names: Sequence[str], config: Mapping[str, Any], *, is_main: b
     not installed."""
     missing = [name for name in names if importlib.util.find_spec(name) is None]
     if missing:
-        raise RecipeError(f"run.trackers must be installed; {', '.join(missing)} is not. pip install '.[trackers]'")
+        raise RecipeError(f"run.trackers must be installed; {', '.join(missing)} is not. pip install -e '.[trackers]'")
     return Trackers(names if is_main else (), config)

@@ -4,6 +4,7 @@ Accelerate's tracker classes start a tool, hand it the configuration and the fig
 Accelerator: `main_process_only=False` keeps them from asking for the rank, which api.py has done, and the process state
 that their logger needs is there, since the run has made it. What they do not offer is asked of the tool itself:
 - a final status, summary values and tables, in every tool,
+- TensorBoard: the configuration beside the figures, once,
 - MLflow: one request for all figures that wait (Accelerate makes one a step), and a run that goes on with another
   value of a parameter, which MLflow refuses,
 - Trackio: the configuration is given to `init`; Accelerate's way adds a key `allow_val_change` to it.
@@ -13,7 +14,6 @@ this module hands over: no code, no git state, no console, no figures of the mac
 """
 
 import importlib
-import json
 import os
 import secrets
 import time
@@ -75,8 +75,22 @@ class TensorBoardTool(TrackingTool):
     rewinds = True
 
     def start(self, config: Scalars, *, step: int) -> None:
+        self._write_hparams(self.place / "tensorboard", config)
         self._open("TensorBoardTracker", "tensorboard", str(self.place), purge_step=step + 1)
-        self.tracker.store_init_configuration(dict(config))
+
+    @staticmethod
+    def _write_hparams(folder: Path, config: Scalars) -> None:
+        """Accelerate's way makes a folder of its own, which TensorBoard takes for another run. Here it is a file beside
+        that of the figures, written before it, so that live views do not pass over the figures; a run that goes on
+        replaces it, since of two TensorBoard shows the first."""
+        from torch.utils.tensorboard import SummaryWriter
+        from torch.utils.tensorboard.summary import hparams
+
+        for earlier in folder.glob("*.hparams"):
+            earlier.unlink()
+        with SummaryWriter(str(folder), filename_suffix=".hparams") as writer:
+            for summary in hparams(dict(config), {"loss": None, "eval_loss": None}):
+                writer.file_writer.add_summary(summary)
 
     def table(self, name: str, rows: Sequence[Mapping[str, Any]], *, step: int) -> None:
         head = " | ".join(rows[0])
@@ -217,12 +231,12 @@ TOOLS: dict[str, Callable[[Path, str | None], TrackingTool]] = {  # by the name 
 }
 
 
-def flat_scalars(value: Any, name: str = "", *, lists: bool = False) -> Iterable[tuple[str, float | int | str | bool]]:
-    """Every value of nested dicts under its dotted name. null is a text; `lists`: so is a list, else it is left out."""
+def flat_scalars(value: Any, name: str = "") -> Iterable[tuple[str, float | int | str | bool]]:
+    """Every value of nested dicts under its dotted name. null is a text; lists are left out."""
     if isinstance(value, dict):
         for key, below in value.items():
-            yield from flat_scalars(below, f"{name}.{key}" if name else str(key), lists=lists)
+            yield from flat_scalars(below, f"{name}.{key}" if name else str(key))
     elif isinstance(value, str | int | float):
         yield name, value
-    elif value is None or lists:
-        yield name, json.dumps(value)
+    elif value is None:
+        yield name, "null"

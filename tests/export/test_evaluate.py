@@ -158,6 +158,7 @@ def test_data_that_cannot_be_evaluated_is_refused(
         (tmp_path / "asked.jsonl").write_text(content)
     done = evaluate("data=./asked.jsonl")
     assert done.code == code and says in done.err and not done.report, done.err
+    assert ("importing torch" in done.out) == (content is not None), "a wrong path is answered at once"
 
 
 def test_an_unfinished_run_is_evaluated_on_given_data_and_told_why_not_on_its_own(

@@ -11,7 +11,8 @@ import pytest
 
 from launcher.data.read.rows import TokenIds
 from launcher.errors import DataError
-from launcher.export.generate import Answerer, Prompt, prompt_of_row
+from launcher.export.generate import Answerer
+from launcher.export.prompts import Prompt, prompt_of_row
 from launcher.records.answers import Answered
 from tests.export.conftest import Main
 
@@ -140,6 +141,7 @@ def test_a_bare_prompt_is_asked_as_the_command_line_asks_it(generate: Main, tmp_
         ('{"text": \n', 3, "asked.jsonl:1"),
         ('{"prompt": "a", "text": "no chat"}\n', 3, "a prompt is a chat"),
         ('{"prompt": 3}\n', 3, "asked.jsonl:1"),
+        ('{"question": "a"}\n', 3, 'Give rows as {"prompt": "..."} or'),
         ('{"prompt": [3]}\n', 3, "a message is a"),
         ('{"prompt": [{"role": 3}]}\n', 3, "Correct the row, or take it out of the file."),
         ("", 3, "must hold a row"),
@@ -153,6 +155,7 @@ def test_prompts_that_cannot_be_answered_are_refused(
         (tmp_path / "asked.jsonl").write_text(content)
     done = generate("prompts=asked.jsonl")
     assert done.code == code and says in done.err, done.err
+    assert ("importing torch" in done.out) == ("leave room" in says), "only the tokenizer knows a prompt's length"
     if "Correct the row" in says:
         assert "data.bad_rows" not in done.err and '"messages"' not in done.err
     assert not (tmp_path / "asked.answers.jsonl").exists()

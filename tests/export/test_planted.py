@@ -1,5 +1,6 @@
 """An export that is not the trained model is refused: code 4, and the folder kept aside."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -149,13 +150,53 @@ def test_an_interrupted_export_leaves_nothing(export: Main, tmp_path: Path, monk
     assert list(tmp_path.iterdir()) == []
 
 
-def test_an_adapter_that_was_changed_on_the_way(export: Main, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def rescaled_adapter(folder: Path) -> None:
+    file = folder / "adapter_config.json"
+    config = json.loads(file.read_text())
+    file.write_text(json.dumps({**config, "lora_alpha": config["lora_alpha"] * 1.1}))
+
+
+def rewritten(change: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]) -> Callable[[Path], None]:
+    def change_file(folder: Path) -> None:
+        file = folder / "adapter_model.safetensors"
+        save_file(change(load_file(file)), file, {"format": "pt"})
+
+    return change_file
+
+
+def with_a_transposed_b(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    name = "base_model.model.model.layers.0.self_attn.k_proj.lora_B.weight"
+    return tensors | {name: tensors[name].T.contiguous()}
+
+
+def without_a_module(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name: tensor for name, tensor in tensors.items() if "layers.1.self_attn.k_proj" not in name}
+
+
+def a_value_further(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """By so little that no loss tells."""
+    name, tensor = next(iter(tensors.items()))
+    tensor[0, 0] = torch.nextafter(tensor[0, 0], torch.tensor(9.0))
+    return tensors | {name: tensor}
+
+
+@pytest.mark.parametrize(
+    ("change", "claims"),
+    [
+        (rescaled_adapter, {WEIGHTS, LOSS}),
+        (rewritten(with_a_transposed_b), {WEIGHTS, LOSS}),
+        (rewritten(without_a_module), {WEIGHTS, LOSS}),
+        (rewritten(a_value_further), {WEIGHTS}),
+    ],
+)
+def test_an_adapter_that_was_changed_on_the_way(
+    export: Main, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: Callable[[Path], None], claims: set[str]
+) -> None:
     copy = write.shutil.copytree
 
     def copy_and_change(source: Path, target: Path, **options: Any) -> None:
         copy(source, target, **options)
-        file = target / "adapter_model.safetensors"
-        save_file({name: tensor * 1.01 for name, tensor in load_file(file).items()}, file, {"format": "pt"})
+        change(target)
 
     monkeypatch.setattr(write.shutil, "copytree", copy_and_change)
-    refused(export("format=adapter"), tmp_path, {LOSS})
+    refused(export("format=adapter"), tmp_path, claims)

@@ -12,7 +12,8 @@ from transformers import AutoTokenizer
 from launcher.data.chat.encode import Encoder
 from launcher.data.read.rows import Conversation
 from launcher.errors import DataError, RecipeError
-from launcher.export.generate import Answerer, prompt_of_chat, prompt_of_row, read_prompts
+from launcher.export.generate import Answerer, prompt_of_chat
+from launcher.export.prompts import Prompt, prompt_of_row, read_prompts
 from launcher.recipe.data_section import DataSection
 from launcher.recipe.run_options import GenerateOptions
 from tests.support.reading import read, written
@@ -62,8 +63,12 @@ def test_the_model_is_asked_for_a_turn_as_it_was_trained_on_it(tmp_path: Path, n
 
 def test_a_bare_prompt_keeps_its_tools(tmp_path: Path) -> None:
     file = written(tmp_path / "prompts.jsonl", [{"prompt": "Rome?", "tools": json.dumps(TOOLS)}])
-    [prompt], _ = read_prompts(file, run_with("qwen 2.5"))
-    assert prompt.tools == tuple(TOOLS) and prompt.content == [{"role": "user", "content": "Rome?"}]
+    [prompt], _ = read_prompts(file, run_with("qwen 2.5").place.recipe.data)
+    assert (
+        isinstance(prompt, Prompt)
+        and prompt.tools == tuple(TOOLS)
+        and prompt.content == [{"role": "user", "content": "Rome?"}]
+    )
 
 
 def test_a_callers_chat_is_asked_as_the_same_row_of_a_file_is(tmp_path: Path) -> None:
@@ -73,7 +78,9 @@ def test_a_callers_chat_is_asked_as_the_same_row_of_a_file_is(tmp_path: Path) ->
     arguments = json.dumps(call["function"]["arguments"])
     written_out = {**call, "function": {**call["function"], "arguments": arguments}}
     chat = [MESSAGES[0], {"role": "assistant", "content": None, "tool_calls": [written_out]}, MESSAGES[2]]
-    [of_file], _ = read_prompts(written(tmp_path / "rows.jsonl", [{"messages": chat, "tools": TOOLS}]), run)
+    [of_file], _ = read_prompts(
+        written(tmp_path / "rows.jsonl", [{"messages": chat, "tools": TOOLS}]), run.place.recipe.data
+    )
     for prompt in (of_file, prompt_of_chat(chat, run, [tool["function"] for tool in TOOLS])):
         model = Silent()
         Answerer(run, model, GenerateOptions(run=".")).answered(prompt)  # type: ignore[arg-type]

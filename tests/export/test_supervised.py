@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from launcher.data.documents import Document
 from launcher.errors import RecipeError
-from launcher.export import supervised
+from launcher.export import proof, supervised
 from launcher.export.supervised import batches_by_length, check_head, supervised_logits
 
 VOCABULARY, CHUNK_ROWS = 8192, 7
@@ -60,6 +60,20 @@ def test_a_model_that_caps_its_logits_after_the_head_is_refused(model: Any, monk
     monkeypatch.setattr(type(model), "forward", capped)
     with pytest.raises(RecipeError, match="computes something after the head"):
         check_head(model, document)
+
+
+def test_long_documents_of_a_proof_are_cut_with_a_target_in_what_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(proof, "PROVED_POSITIONS", 64)
+    targets = np.zeros(500, bool)
+    targets[[0, 400, 499]] = True  # the first position is none: nothing predicts it
+    parts = [
+        Document(np.arange(500), targets),
+        Document(np.arange(500), ~targets),
+        Document(np.arange(64), ~targets[:64]),
+    ]
+    cut = [proof._cut(document) for document in parts]
+    assert [(len(part), int(part.input_ids[0])) for part in cut] == [(64, 368), (64, 0), (64, 0)]
+    assert all(part.supervised[1:].any() for part in cut)
 
 
 def test_batches_hold_every_document_once_the_longest_first_within_their_bound(monkeypatch: pytest.MonkeyPatch) -> None:

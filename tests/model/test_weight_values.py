@@ -67,6 +67,15 @@ def test_two_tensors_in_each_others_place_are_named(loaded, one, other):
     assert compare_with_files(base.model, headers).holds
 
 
+def test_a_cpu_with_bf16_instructions_evaluates_with_the_weights_and_dtype_that_it_trains_with(
+    small_model, monkeypatch
+):
+    monkeypatch.setattr("bitsandbytes.nn.modules.has_avx512bf16", lambda: True)  # as bitsandbytes asks each linear
+    model, ids = from_folder(str(small_model), quant=QuantSection()).model, torch.arange(8)[None]
+    with torch.no_grad():
+        assert torch.equal(model.train()(ids).logits, model.eval()(ids).logits)
+
+
 @pytest.mark.parametrize("piece", [slice(0, 64), slice(-64, None)])
 def test_a_tensor_that_differs_at_its_first_or_last_values_is_named(loaded, piece):
     base, headers = loaded

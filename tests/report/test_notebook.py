@@ -12,7 +12,7 @@ import pytest
 from launcher.records.run import EvalRecord, Note, Phase
 from launcher.report import make_console
 from launcher.report import notebook as live
-from launcher.report.notebook import NotebookScreen, curves, thinned
+from launcher.report.notebook import NotebookScreen, curves, drawn_points
 from tests.support.records import HOSTILE, run_record, start_record, step_record
 
 
@@ -113,9 +113,10 @@ def test_curves_leave_out_what_is_not_finite_and_long_ones_are_thinned() -> None
     page = curves({"loss": [(1, math.nan), (2, 2.0), (3, math.inf), (4, 2.0)], "eval loss": [(2, 1.0)]})
     assert "nan" not in page and "inf" not in page and page.count("<polyline") == 1
     assert "2.0000 to 2.0000, steps 2 to 4" in page
-    long = thinned([(float(step), 1.0) for step in range(1000)])
-    assert len(long) <= live.POINTS and {value for _, value in long} == {1.0} and long[0][0] == 3.0
+    long = drawn_points([(step, 1.0 + step % 2) for step in range(900)])
+    assert len(long) == live.POINTS and {value for _, value in long} == {1.5}, "the means of six steps each"
+    assert (long[0][0], long[-1][0]) == (0, 899)
     start = time.process_time()
-    longest = thinned([(float(step), 1.0) for step in range(1_000_000)] + [(1e6, math.nan)])
+    longest = drawn_points([(step, 1.0) for step in range(1_000_000)] + [(1_000_000, math.nan)])
     assert len(longest) <= live.POINTS and longest[-1][0] > 990_000
     assert time.process_time() - start < 2, "mostly the list itself"

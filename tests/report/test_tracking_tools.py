@@ -102,7 +102,6 @@ def test_the_last_status_is_the_runs(seen):
         assert seen.statuses[0].startswith("failed: NonFiniteError: loss must be finite")
 
 
-def test_scalars_are_flat_lists_are_texts_or_left_out():
+def test_scalars_are_flat_and_lists_are_left_out():
     nested = {"a": {"b": [1, "x"], "c": None, "d": True}, "e": 0.5}
-    assert dict(flat_scalars(nested, lists=True)) == {"a.b": '[1, "x"]', "a.c": "null", "a.d": True, "e": 0.5}
     assert dict(flat_scalars(nested)) == {"a.c": "null", "a.d": True, "e": 0.5}

@@ -23,18 +23,16 @@ class Seen:
 
 
 def read_tensorboard(folder: Path) -> Seen:
-    import yaml
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     place = folder / "trackers" / "tensorboard"
     events = EventAccumulator(str(place), size_guidance={"tensors": 0, "scalars": 0}).Reload()
-    seen = Seen(runs=1)
-    for session in sorted(place.rglob("hparams.yml")):
-        seen.config |= yaml.safe_load(session.read_text())
-    assert any(
-        "_hparams_/session_start_info" in EventAccumulator(str(path.parent)).Reload().summary_metadata
-        for path in place.glob("*/events*")
-    ), "the HParams tab finds sessions by this"
+    sessions, hparams = _hparams_tab(folder)
+    seen = Seen(runs=len(sessions))
+    for session, values in zip(sessions, hparams, strict=True):
+        seen.config |= {name: getattr(value, value.WhichOneof("kind")) for name, value in values.items()}
+        metrics = {metric.name.tag for metric in session.metric_values}
+        assert metrics == {"loss", "eval_loss"}, "they stand beside the hyperparameters"
     for tag in events.Tags()["scalars"]:
         values = [(event.step, event.value) for event in events.Scalars(tag)]
         seen.figures.add(tag)
@@ -48,6 +46,25 @@ def read_tensorboard(folder: Path) -> Seen:
         seen.summary[name.removeprefix("summary/")] = texts[-1]
         seen.statuses = texts if name == "status" else seen.statuses
     return seen
+
+
+def _hparams_tab(folder: Path) -> tuple[list[Any], list[Any]]:
+    """The sessions of the HParams tab of `tensorboard --logdir FOLDER`, and the hyperparameters of each."""
+    from tensorboard.backend.event_processing.data_provider import MultiplexerDataProvider
+    from tensorboard.backend.event_processing.plugin_event_multiplexer import EventMultiplexer
+    from tensorboard.context import RequestContext
+    from tensorboard.plugins.base_plugin import TBContext
+    from tensorboard.plugins.hparams.api_pb2 import ListSessionGroupsRequest, Status
+    from tensorboard.plugins.hparams.backend_context import Context
+    from tensorboard.plugins.hparams.list_session_groups import Handler
+
+    multiplexer = EventMultiplexer().AddRunsFromDirectory(str(folder))
+    multiplexer.Reload()
+    provider = MultiplexerDataProvider(multiplexer, str(folder))
+    request = ListSessionGroupsRequest(start_index=0, slice_size=9, allowed_statuses=Status.values())
+    context = Context(TBContext(data_provider=provider))
+    groups = Handler(RequestContext(), context, "", request).run().session_groups
+    return [session for group in groups for session in group.sessions], [group.hparams for group in groups]
 
 
 def wandb_records(path: Path) -> Iterator[Any]:

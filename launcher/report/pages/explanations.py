@@ -3,18 +3,17 @@
 from collections.abc import Sequence
 
 from launcher.records.explanation import Explanation
-from launcher.records.run import CompileRecord
 from launcher.report.pages.formatting import counted
 from launcher.report.pages.page import Facts, Item, Section, Styled, Value
 
 EXPLANATIONS_SHOWN = 4  # of different ones; report.json has all
 
 
-def explanations(compiled: Sequence[tuple[int, CompileRecord]]) -> Section:
-    """An explanation that several ranks give is shown once, with all of them."""
+def explanations(given: Sequence[tuple[int, Sequence[Explanation]]]) -> Section:
+    """Of each rank what it gives. An explanation that several ranks give is shown once, with all of them."""
     ranks_of: dict[Explanation, dict[int, None]] = {}
-    for rank, record in compiled:
-        for explanation in record.explanations:
+    for rank, of_rank in given:
+        for explanation in of_rank:
             ranks_of.setdefault(explanation, {})[rank] = None
     shown = list(ranks_of.items())[:EXPLANATIONS_SHOWN]
     items: list[Item] = [Facts(_rows(explanation, list(ranks))) for explanation, ranks in shown]

@@ -20,7 +20,7 @@ def parity_page(record: ParityRecord) -> Page:
             _batches(record),
             _adapters(record),
             _errors(record),
-            explanations([(0, record.compile)]),
+            explanations([(0, record.compile.explanations)]),
             notes(record.notes),
             verdicts(record.verdicts),
         ],

@@ -40,7 +40,7 @@ def rank_sections(ranks: Sequence[RankRecord]) -> Iterator[Section]:
 def event_sections(ranks: Sequence[RankRecord]) -> Iterator[Section]:
     """Why there were breaks, recompiles, limit hits and fallbacks: in plain words, then in dynamo's."""
     compiled = [(r.rank, r.compile) for r in ranks]
-    yield explanations(compiled)
+    yield explanations([(rank, c.explanations) for rank, c in compiled])
     yield _reasons("Graph breaks", [(rank, c.graph_breaks, c.graph_break_reasons) for rank, c in compiled])
     yield _reasons("Recompiles", [(rank, c.recompiles, c.recompile_reasons) for rank, c in compiled])
     yield _reasons("Runs uncompiled", [(rank, len(c.fallbacks), c.fallbacks) for rank, c in compiled])

@@ -1,8 +1,9 @@
-"""A run without a report: how far it came, how it ended, and whether it can go on."""
+"""A run that did not come to its end: how far it came, how it ended, and whether it can go on."""
 
 import shlex
 
 from launcher.records.past import UnfinishedRun
+from launcher.report.pages.explanations import explanations
 from launcher.report.pages.formatting import counted
 from launcher.report.pages.page import Page, Styled, Value
 from launcher.report.pages.run import loss_section, parts_section
@@ -19,8 +20,9 @@ def unfinished_page(run: UnfinishedRun) -> Page:
         ("checkpoints", ", ".join(f"step {step:,}" for step in run.checkpoints) or "none"),
         ("goes on", _resume(run)),
     ]
-    sections = [loss_section(run.steps, run.evals), parts_section(run.parts), notes(run.notes)]
-    return Page(sections, title="run without a report", facts=facts)
+    given = [(run.ending.rank, run.ending.explanations)] if run.ending else []
+    sections = [loss_section(run.steps, run.evals), explanations(given), parts_section(run.parts), notes(run.notes)]
+    return Page(sections, title="unfinished run", facts=facts)
 
 
 def ending(run: UnfinishedRun) -> Value:
@@ -29,7 +31,8 @@ def ending(run: UnfinishedRun) -> Value:
         return Styled("not yet: a process has the folder", "good")
     if run.ending is None:
         return Styled("without a word: it was killed, or its machine stopped", "bad")
-    return Styled(f"code {run.ending.code}, rank {run.ending.rank}: {run.ending.reason}", "bad")
+    reason = run.ending.reason.splitlines()[0] if run.ending.explanations else run.ending.reason
+    return Styled(f"code {run.ending.code}, rank {run.ending.rank}: {reason}", "bad")
 
 
 def _resume(run: UnfinishedRun) -> str:

@@ -22,7 +22,9 @@ def web_page(run: RunRecord | UnfinishedRun) -> Page:
         page = unfinished_page(run)
         first = [Section("", [Figures([("ended", ending(run), "")])]), Section("Summary", [Facts(page.facts)])]
         curves = Section("Curves", charts(run.steps, run.evals, memory="Memory"))
-        return Page([*first, curves, *page.sections], title=page.title)
+        rest = [Section("Set-up", [Facts(start_page(run.start).facts)] if run.start else [])]
+        rest.append(_recipe(run.recipe, run.recipe_origins))
+        return Page([*first, curves, *page.sections, *rest], title=page.title)
     sections = {section.title: section for section in run_page(run).sections}
     verdicts, following = sections.pop("Verdicts"), [s for s in (sections.pop("Next", None),) if s]
     memory = "Resident memory" if on_cpu(run.start.device) else "VRAM, allocated"

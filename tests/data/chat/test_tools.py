@@ -9,7 +9,7 @@ import pytest
 from launcher.data.example import find_examples
 from launcher.data.read.rows import RowFault
 from launcher.data.splits import digest
-from launcher.export.generate import prompt_of_row
+from launcher.export.prompts import prompt_of_row
 from tests.support.chats import encode, encoder, supervised_runs
 from tests.support.tool_templates import MESSAGES, TOOL_STYLES, calling, feed_of, result, row_of
 
