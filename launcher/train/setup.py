@@ -101,7 +101,6 @@ class Worker:
             self.plan.release()
         if self._put_back is not None:
             self._put_back()
-        self.folder.unlock()
 
     def open_folder(self) -> None:
         """Create the run folder on rank 0, or open it again and find what the run goes on from (`resumed`). Every rank
