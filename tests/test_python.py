@@ -94,7 +94,7 @@ def test_importing_the_package_takes_no_time_and_gives_run_and_events() -> None:
 def test_the_events_are_those_of_the_sinks_and_the_last_one_is_the_record(arguments: list[str], tmp_path: Path) -> None:
     sink, before = Kept(), (dict(os.environ), list(warnings.filters), signal.getsignal(signal.SIGTERM))
     events = []
-    for event in launcher.events(*arguments, sinks=[sink]):
+    for event in launcher.events(*arguments, "train.deterministic=true", sinks=[sink]):
         events.append(event)
         assert signal.getsignal(signal.SIGTERM) == before[2], "between events the process is the caller's"
     assert events == sink.events and sink.closed == 1
