@@ -36,7 +36,7 @@ from launcher.runtime.failures import classified, code_and_reason
 from launcher.runtime.parent import under_launcher
 from launcher.runtime.ranks import RankInfo, rank_info
 from launcher.runtime.rendezvous import tell_failure
-from launcher.runtime.signals import Terminated, listen
+from launcher.runtime.signals import Terminated, listen, release_process
 from launcher.runtime.streams import prepare_standard_streams
 from launcher.train.request import Request
 
@@ -65,7 +65,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     except LauncherError as error:
         _print_failure(error, info)
-        if trains:
+        if trains and info.local_world_size < info.world_size:
+            release_process(error.code)  # its launcher ends it when another rank of this machine has told the same
             tell_failure(info, error)
         return error.code
     except (KeyboardInterrupt, Terminated) as stop:

@@ -20,7 +20,7 @@ CONNECT_S = 5.0
 POLL_S = 0.05
 TELL_S = 20.0  # for the others to come and hear that this rank has failed; their imports may take longer
 
-_met: list[bool] = []  # not empty: from now on the heartbeat tells how a rank ends
+_waited: list[bool] = []  # not empty: whatever ends this rank from now on, the others know of it, or wait in vain too
 
 
 def wait_for_ranks(rank_info: RankInfo, *, wait_s: float) -> Any:
@@ -32,6 +32,7 @@ def wait_for_ranks(rank_info: RankInfo, *, wait_s: float) -> Any:
     """
     if rank_info.world_size == 1:
         return None
+    _waited.append(True)
     start, said = time.monotonic(), False
     store: Any = None
     while missing := _missing(store, rank_info.world_size):
@@ -49,26 +50,31 @@ def wait_for_ranks(rank_info: RankInfo, *, wait_s: float) -> Any:
                 f"every rank must come within data.wait_s={wait_s:g} seconds; {_who(missing, rank_info)}.\n"
                 "Start them all, or remove the variables of an earlier shell (unset WORLD_SIZE RANK LOCAL_RANK)."
             )
-        if store is None and (store := _connect(rank_info)) is not None:
-            store.add(_key(rank_info.rank), 1)
+        if store is None:
+            store = _connect(rank_info)
+            if store is not None:
+                store.add(_key(rank_info.rank), 1)
         time.sleep(POLL_S)
-    _met.append(True)
     return store
 
 
 def tell_failure(rank_info: RankInfo, error: LauncherError) -> None:
     """Tell the ranks that wait for this one how it has failed, if some are on other machines. Returns when all have
-    ended likewise, or after TELL_S seconds. Does nothing once the ranks have met."""
-    if rank_info.local_world_size == rank_info.world_size or _met:
+    ended likewise, or after TELL_S seconds. Does nothing once this rank has waited for the others itself."""
+    if rank_info.local_world_size == rank_info.world_size or _waited:
         return
     word = {**described(error), "rank": rank_info.rank, "host": socket.gethostname()}
-    store, limit = None, time.monotonic() + TELL_S
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")  # stack traces, where the store's machine ends first
+    limit = time.monotonic() + TELL_S
+    store: Any = None
     with suppress(LauncherError, ImportError, RuntimeError):  # no port, no torch, no store: nobody can be told
         while time.monotonic() < limit:
-            if store is None and (store := _connect(rank_info)) is not None:
-                store.compare_set(_key("failed"), "", json.dumps(word))  # the first one stays
-                store.add(_key("ended"), 1)
-            if store is not None and store.add(_key("ended"), 0) >= rank_info.world_size:
+            if store is None:
+                store = _connect(rank_info)
+                if store is not None:
+                    store.compare_set(_key("failed"), "", json.dumps(word))  # the first one stays
+                    store.add(_key("ended"), 1)
+            elif store.add(_key("ended"), 0) >= rank_info.world_size:
                 return
             time.sleep(POLL_S)
 

@@ -181,8 +181,8 @@ def _stop(signum: int, frame: FrameType | None) -> None:
 
 
 def _ignore_signals() -> None:
-    """For the last moments of the interpreter, which gives signals their default actions back: one of them would end the
-    process in place of its code."""
+    """For the last moments of the interpreter, which gives signals their default actions back: the process would end by
+    one of them in place of its code."""
     if _owned:
         for number in STOPS:
             signal.signal(number, signal.SIG_IGN)

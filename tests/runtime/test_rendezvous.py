@@ -1,6 +1,7 @@
 """Ranks that wait for each other: here threads of one process, at a port of this machine."""
 
 import socket
+from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -23,7 +24,7 @@ def port(monkeypatch):
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
     monkeypatch.setenv("MASTER_PORT", str(port))
     monkeypatch.delenv("TORCHELASTIC_USE_AGENT_STORE", raising=False)
-    monkeypatch.setattr(rendezvous, "_met", [])
+    monkeypatch.setattr(rendezvous, "_waited", deque(maxlen=0))  # the ranks of a test share one
     return port
 
 
@@ -80,10 +81,16 @@ def test_a_rank_that_fails_before_it_has_come_ends_the_waiting_ranks_of_other_ma
     assert sum(printed) == 2, "one of each machine prints it"
 
 
-def test_a_failure_is_told_only_to_other_machines_only_before_the_ranks_have_met_and_not_for_ever(port, monkeypatch):
+def test_a_failure_is_told_only_to_other_machines_only_by_who_has_not_waited_and_not_for_ever(port, monkeypatch):
     monkeypatch.setattr(rendezvous, "TELL_S", 0.3)
     tell_failure(RankInfo(1, 0, 2, 1), DataError("nobody is there"))
-    monkeypatch.setattr(rendezvous, "_connect", None)
+    connects = []
+    monkeypatch.setattr(rendezvous, "_connect", connects.append)
     tell_failure(RankInfo(1, 1, 2, 2), DataError("its launcher ends the others"))
-    rendezvous._met.append(True)
-    tell_failure(RankInfo(1, 0, 2, 1), DataError("the heartbeat tells it"))
+    monkeypatch.setattr(rendezvous, "_waited", [])
+    assert not connects
+    with pytest.raises(LostRank):
+        wait_for_ranks(RankInfo(1, 0, 2, 1), wait_s=0)
+    connects.clear()
+    tell_failure(RankInfo(1, 0, 2, 1), DataError("the others wait in vain too"))
+    assert not connects
