@@ -135,11 +135,12 @@ def test_fault_38_whatever_the_system_refuses_a_save_for_has_its_code(
 def test_fault_38_the_first_place_that_takes_the_adapter_keeps_it_and_the_others_are_left_clean(
     arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A run whose metrics can no longer be written, and a rescue for which two of three places are full."""
+    """A run whose metrics can no longer be written, and a rescue for which one of three places is full and one takes
+    what it does not keep."""
     original_append, original_save = run_files.append_text, rescue.save_adapter
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "temporary"))
     (tmp_path / "temporary").mkdir()
-    full, current = [tmp_path / "run", tmp_path / "elsewhere"], tmp_path / "current"
+    full, current = [tmp_path / "run"], tmp_path / "current"
     current.mkdir()
     monkeypatch.chdir(current)
 
@@ -151,7 +152,9 @@ def test_fault_38_the_first_place_that_takes_the_adapter_keeps_it_and_the_others
 
     def save(model: Any, tokenizer: Any, target: Path) -> None:
         original_save(model, tokenizer, target)
-        if any(target.is_relative_to(place) for place in full):
+        if target.is_relative_to(tmp_path / "elsewhere"):
+            (target / WEIGHTS).write_bytes(b"")
+        elif any(target.is_relative_to(place) for place in full):
             raise FULL
 
     monkeypatch.setattr(run_files, "append_text", append)
