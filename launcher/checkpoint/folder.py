@@ -132,7 +132,7 @@ class RunFolder:
 
     def _in_use(self) -> CheckpointError:
         with open(self._lock.lock_file, encoding="utf-8", errors="replace", opener=refusing_links) as file:
-            holder = file.read(200)
+            holder = file.read(200) or "(its disk is full)"
         return CheckpointError(
             f"run.output_dir must not be in use; process {holder} trains in {self.path}. "
             "Wait for its end, or choose another folder."
@@ -147,6 +147,15 @@ class RunFolder:
                 if self._locked_file and os.path.samestat(os.lstat(self._lock.lock_file), self._locked_file):
                     os.unlink(self._lock.lock_file)
             self._lock.release(force=True)
+
+    def free_block(self) -> bool:
+        """Give a full disk the block of the lock file back: a run's status may take it. The lock stays; only whose it
+        is can no longer be read. Whether there was one."""
+        with suppress(OSError), open(self._lock.lock_file, "r+b", opener=refusing_links) as file:
+            had = os.fstat(file.fileno()).st_size > 0
+            file.truncate(0)
+            return had
+        return False
 
     def hold(self) -> None:
         """Remember which folder the path names now. It stays open, so that no later folder gets its number."""
