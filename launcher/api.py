@@ -1,9 +1,9 @@
 """Training from Python, as in a notebook: launcher.run and launcher.events. The command line trains through the same
 functions.
 
-run ─► events ─► _handed_over ─► _run_events ─► _train ─► train/loop.py
-       one a     signals and     imports,       sinks, status.json,
-       process   memory          closing        who leaves
+run ─► events ─► _handed_over ─► _run_events ─► _train ──► _watched ─► train/loop.py
+       one a     signals and     imports        trackers,  sinks, status.json,
+       process   memory                         closing    who leaves
 """
 
 import gc
@@ -172,14 +172,7 @@ def _run_events(
             import launcher.preflight.with_torch
             import launcher.train.loop  # noqa: F401
         end_with_parent(signal.SIGTERM)  # from now on there may be something to save
-        try:
-            yield from _train(request, files, screen, trackers, guarded)
-        finally:
-            with deferring():
-                late = trackers.close()
-            for text in late:
-                screen.show(Note(text))
-            files.add_notes(late)
+        yield from _train(request, files, screen, trackers, guarded)
 
 
 def _card(record: RunRecord) -> str:
@@ -194,11 +187,35 @@ def _train(
     guarded: Sequence[GuardedSink],
 ) -> Generator[Event, None, None]:
     """A function of its own: what exists while imports are frozen, a cell of `history` too, would never be freed."""
-    from launcher.preflight.with_torch import check_before_load
-    from launcher.train import loop
     from launcher.train.history import RunHistory
 
-    history, left = RunHistory(), False
+    history = RunHistory()
+    try:
+        try:
+            yield from _watched(request, history, files, screen, trackers, guarded)
+        finally:
+            with deferring():
+                late = trackers.close()
+            for text in late:
+                screen.show(Note(text))
+            files.add_notes(late)
+    finally:
+        history.give_back_folder()  # last: another run may take it at once, and writes the same files
+
+
+def _watched(
+    request: Request,
+    history: Any,
+    files: RunFiles,
+    screen: Screen | NotebookScreen,
+    trackers: Trackers,
+    guarded: Sequence[GuardedSink],
+) -> Generator[Event, None, None]:
+    """The events of a run, each shown to all sinks; its failure, and how it ended, recorded."""
+    from launcher.preflight.with_torch import check_before_load
+    from launcher.train import loop
+
+    left = False
     heartbeat = Heartbeat(
         request.rank_info,
         timeout_s=interval_s(request.recipe.run.timeout),
@@ -209,7 +226,7 @@ def _train(
         with (
             last_words(lambda code, reason: files.end(code=code, reason=reason)),
             classified(request.rank_info, lambda: history.ledger),
-            closing(loop.training(request, history)) as events,
+            closing(loop.training_in_folder(request, history)) as events,
         ):
             check_before_load(request)
             for event in trackers.noting(map(light, events)):

@@ -39,7 +39,8 @@ from launcher.runtime.environment import check_current_folder, quick_imports
 from launcher.runtime.failures import classified, code_and_reason
 from launcher.runtime.parent import under_launcher
 from launcher.runtime.ranks import RankInfo, rank_info
-from launcher.runtime.signals import Terminated, listen
+from launcher.runtime.rendezvous import tell_failure
+from launcher.runtime.signals import Terminated, listen, release_process
 from launcher.runtime.streams import prepare_standard_streams
 from launcher.train.request import Request
 
@@ -49,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     prepare_standard_streams()
     arguments = list(sys.argv[1:] if argv is None else argv)
     listen()
-    info = RankInfo(0, 0, 1, 1)
+    info, trains = RankInfo(0, 0, 1, 1), False
     try:
         info = rank_info()
         check_current_folder()
@@ -63,10 +64,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             run_command(arguments, info, console)
         else:
             resolved = resolve(arguments)
+            trains = resolved.mode == "train"
             COMMANDS[resolved.mode](resolved, info, console)
         return 0
     except LauncherError as error:
         _print_failure(error, info)
+        if trains and info.local_world_size < info.world_size:
+            release_process(error.code)  # its launcher ends it when another rank of this machine has told the same
+            tell_failure(info, error)
         return error.code
     except (KeyboardInterrupt, Terminated) as stop:
         code, reason = code_and_reason(stop)

@@ -131,3 +131,15 @@ class ContractError(LauncherError):
     def brief(self) -> str:
         """What remains to be said where the explanations are shown, with the notes that were added."""
         return "\n".join([self._brief, *getattr(self, "__notes__", ())])
+
+
+def described(error: LauncherError) -> dict[str, str]:
+    """What another process needs to raise the same error: the nearest class of this module, and the message."""
+    nearest = next(kind for kind in type(error).__mro__ if kind.__module__ == __name__)
+    return {"class": nearest.__name__, "message": str(error)}
+
+
+def from_description(description: dict[str, str]) -> LauncherError:
+    """The error that `described` has described."""
+    error: LauncherError = globals()[description["class"]](description["message"])
+    return error

@@ -49,7 +49,7 @@ ALLOWED = {  # package or module: what of ours it may import, itself and all it 
     "report": {"records", "credentials", "runtime.streams"},
     "report.pages": {"records"},  # know no medium
     "report.trackers": {"report.tracking_tools", "report.pages.formatting", "records", "errors", "credentials"},
-    "report.tracking_tools": set(),
+    "report.tracking_tools": {"runtime.environment"},  # variables of the tools, for as long as the run lasts
     "recipe": {"errors", "credentials"},
     "recipe.schema": {
         "recipe.field_types",

@@ -97,7 +97,7 @@ def test_the_events_are_those_of_the_sinks_and_the_last_one_is_the_record(argume
     sink, before = Kept(), (dict(os.environ), list(warnings.filters), signal.getsignal(signal.SIGTERM))
     levels = [logging.getLogger(name).level for name in QUIET_LOGGERS]
     events = []
-    for event in launcher.events(*arguments, sinks=[sink]):
+    for event in launcher.events(*arguments, "train.deterministic=true", sinks=[sink]):
         events.append(event)
         assert signal.getsignal(signal.SIGTERM) == before[2], "between events the process is the caller's"
         assert not any(logging.getLogger(name).isEnabledFor(logging.WARNING) for name in QUIET_LOGGERS)

@@ -38,6 +38,7 @@ class RunFolder:
         # Not at once: another process that looks whether the folder is in use has the lock for a moment.
         self._lock = FileLock(path / "run.lock", timeout=0.2)
         self._handle: int | None = None
+        self._locked_file: os.stat_result | None = None  # the lock file, once this process holds it
 
     def check(self, *, resume: str = "never") -> None:
         """Raise as `create` would, as far as that can be told; makes nothing. Where run.resume allows it, a folder with
@@ -83,6 +84,8 @@ class RunFolder:
         with self._refusals():
             self.path.mkdir(parents=True, exist_ok=True)
             self.lock()
+            if self.has_checkpoints or any(map(os.path.lexists, (self.report, self.adapter))):
+                raise FileExistsError  # another run has come and ended since the check
             if self.metrics.exists():
                 self.metrics.replace(self.path / "metrics.earlier.jsonl")
             self.status.unlink(missing_ok=True)
@@ -138,24 +141,36 @@ class RunFolder:
             except Timeout:
                 raise self._in_use() from None
             with open(self._lock.lock_file, "w", encoding="utf-8", opener=refusing_links) as file:
+                self._locked_file = os.fstat(file.fileno())
                 file.write(f"{os.getpid()} on {platform.node()}")
         self.hold()
 
     def _in_use(self) -> CheckpointError:
         with open(self._lock.lock_file, encoding="utf-8", errors="replace", opener=refusing_links) as file:
-            holder = file.read(200)
+            holder = file.read(200) or "(its disk is full)"
         return CheckpointError(
             f"run.output_dir must not be in use; process {holder} trains in {self.path}. "
             "Wait for its end, or choose another folder."
         )
 
     def unlock(self) -> None:
-        """Give the folder back; another one in its place is left alone, which another run may have made."""
+        """Give the folder back; another one in its place is left alone, which another run may have made, and so is its
+        lock file where `discard` has removed this one's."""
         if self._lock.is_locked:
             with suppress(OSError):
                 self.check_in_place()
-                Path(self._lock.lock_file).unlink(missing_ok=True)
+                if self._locked_file and os.path.samestat(os.lstat(self._lock.lock_file), self._locked_file):
+                    os.unlink(self._lock.lock_file)
             self._lock.release(force=True)
+
+    def free_block(self) -> bool:
+        """Give a full disk the block of the lock file back: a run's status may take it. The lock stays; only whose it
+        is can no longer be read. Whether there was one."""
+        with suppress(OSError), open(self._lock.lock_file, "r+b", opener=refusing_links) as file:
+            had = os.fstat(file.fileno()).st_size > 0
+            file.truncate(0)
+            return had
+        return False
 
     def hold(self) -> None:
         """Remember which folder the path names now. It stays open, so that no later folder gets its number."""

@@ -11,7 +11,7 @@ from typing import Any, TypeAlias
 
 from launcher.checkpoint.files import append_text, finite, write_json, write_text, writing
 from launcher.checkpoint.folder import RunFolder
-from launcher.errors import LESS_TELLING, LauncherError
+from launcher.errors import LESS_TELLING, LauncherError, is_full_disk
 from launcher.records.explanation import Explanation
 from launcher.records.past import UnfinishedRun
 from launcher.records.run import (
@@ -152,7 +152,12 @@ class RunFiles:
 def _write_first(folder: RunFolder, status: dict[str, Any], *, own: Path) -> bool:
     """Write status.json if no rank has, or only a less telling one; whether it was written. `own` is a name that no
     other process uses. Ranks may end at one moment: of two links to one name the kernel makes one."""
-    write_json(own, status)
+    try:
+        write_json(own, status)
+    except OSError as error:
+        if not (is_full_disk(error) and folder.free_block()):
+            raise
+        write_json(own, status)
     try:
         os.link(own, folder.status)
     except OSError:  # there is one, or this file system has no hard links

@@ -21,6 +21,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from launcher.runtime.environment import set_for_run
+
 Scalars = Mapping[str, float | int | str | bool]
 Rows = Sequence[tuple[int, Mapping[str, float]]]  # (step, figures by name), the steps ascending
 TRACKER_PROJECT = "qlora-launcher"  # of runs, where the tool's own variable names none
@@ -113,7 +115,7 @@ class WandbTool(TrackingTool):
     """Files in trackers/wandb, sent on unless WANDB_MODE=offline. A step that the run does again keeps its figures."""
 
     def start(self, config: Scalars, *, step: int) -> None:
-        os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
+        set_for_run("WANDB_ERROR_REPORTING", "false")
         import wandb
 
         session = wandb.setup().settings
@@ -156,8 +158,8 @@ class MlflowTool(TrackingTool):
     BATCH = 1_000  # figures that MLflow takes in one request
 
     def start(self, config: Scalars, *, step: int) -> None:
-        os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-        os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
+        set_for_run("MLFLOW_DISABLE_TELEMETRY", "true")
+        set_for_run("MLFLOW_LOGGING_LEVEL", "WARNING")
         import mlflow
 
         has_store, store = mlflow.is_tracking_uri_set(), self.place / "mlflow"

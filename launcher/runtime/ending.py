@@ -12,7 +12,7 @@ Words = Callable[[int, str], object]
 
 _last_words: list[Words] = []
 _ending = threading.RLock()  # never released: of several threads the first one ends the process
-_begun: list[bool] = []
+_speaker: list[threading.Thread] = []
 
 
 @contextmanager
@@ -26,16 +26,26 @@ def last_words(say: Words) -> Iterator[None]:
 
 
 def end_process(code: int, reason: str) -> NoReturn:
-    """Say the last words and exit with `code`, without waiting for other threads and without clean-up by Python."""
+    """Say the last words and exit with `code`, without waiting for other threads and without clean-up by Python.
+
+    The handler of a further signal may call this again meanwhile: the words come to their end all the same.
+    """
     _ending.acquire()
-    words = [] if _begun else [*reversed(_last_words)]  # a signal may come while they are said
-    _begun.append(True)
+    words = [*reversed(_last_words)]
+    with suppress(RuntimeError):  # no thread can be started while the interpreter ends
+        if not _speaker:
+            _speaker.append(threading.Thread(target=_say, args=(words, code, reason), daemon=True))
+            _speaker[0].start()
+        _speaker[0].join(WORDS_S * (len(words) + 1))
+    os._exit(code)
+
+
+def _say(words: list[Words], code: int, reason: str) -> None:
     for say in words:
         thread = threading.Thread(target=_try, args=(say, code, reason), daemon=True)
-        with suppress(RuntimeError):  # no thread can be started while the interpreter ends
+        with suppress(RuntimeError):
             thread.start()
             thread.join(WORDS_S)
-    os._exit(code)
 
 
 def _try(say: Words, code: int, reason: str) -> None:

@@ -40,11 +40,20 @@ def prepare_environment() -> tuple[str, ...]:
     return _ensure_home()
 
 
+_set_later: dict[str, str] = {}  # variables that a run has set after its environment was prepared
+
+
+def set_for_run(name: str, value: str) -> None:
+    """Set a variable, unless the user has, at any moment of a run: `environment_put_back` takes it back."""
+    if name not in os.environ:
+        os.environ[name] = _set_later[name] = value
+
+
 @contextmanager
 def environment_put_back() -> Iterator[Callable[[], None]]:
     """Call what it gives once the environment is prepared. Afterwards the variables and warning filters that were set
-    until then, and the log level, are what they were before, unless somebody has changed them since. What libraries
-    have read on import stays."""
+    until then, those of `set_for_run` and the log levels are what they were before, unless somebody has changed them
+    since. What libraries have read on import stays, and what they set themselves, as wandb names its service."""
     variables, filters = dict(os.environ), list(warnings.filters)
     levels = {logger: logger.level for logger in map(logging.getLogger, QUIET_LOGGERS)}
     changed: dict[str, str] = {}
@@ -61,6 +70,8 @@ def environment_put_back() -> Iterator[Callable[[], None]]:
     finally:
         if not done:  # it failed before that
             prepared()
+        changed |= _set_later
+        _set_later.clear()
         for name in (name for name, value in changed.items() if os.environ.get(name) == value):
             del os.environ[name]
             os.environ.update({name: variables[name]} if name in variables else {})

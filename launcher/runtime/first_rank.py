@@ -21,9 +21,8 @@ from typing import Any, TypeVar
 
 from filelock import FileLock, Timeout
 
-from launcher import errors
 from launcher.credentials import masked_tree
-from launcher.errors import LauncherError, LostRank
+from launcher.errors import LauncherError, LostRank, described, from_description
 from launcher.runtime.clock import start_ticks
 from launcher.runtime.private_cache import private_cache
 from launcher.runtime.ranks import STARTED_S, RankInfo
@@ -68,7 +67,7 @@ def one_rank_first(rank_info: RankInfo, work: Callable[[], T], *, wait_s: float)
         if outcome is None:  # no process has worked yet, or one was stopped at it
             return _work_first(work, state, local_rank=rank_info.local_rank)
     if outcome:
-        error: LauncherError = getattr(errors, outcome["class"])(outcome["message"])
+        error = from_description(outcome)
         error.reporter = outcome["reporter"]
         raise error
     return work()
@@ -81,8 +80,7 @@ def _work_first(work: Callable[[], T], state: Path, *, local_rank: int) -> T:
         value = work()
     except LauncherError as error:
         error.reporter = local_rank
-        nearest = next(kind for kind in type(error).__mro__ if kind.__module__ == errors.__name__)
-        _write(state, outcome={"class": nearest.__name__, "message": str(error), "reporter": local_rank})
+        _write(state, outcome={**described(error), "reporter": local_rank})
         raise
     except Exception as error:  # would be the others' too, after as much work
         message = f"{type(error).__name__}: {error}"

@@ -12,6 +12,7 @@ The command line owns its process (`own_process`); api.run only borrows it: ther
 after them, and a second SIGINT is raised. mode=parity and bench have no loop that asks.
 """
 
+import atexit
 import os
 import signal
 import threading
@@ -105,6 +106,7 @@ def ask_to_stop() -> bool:
 def own_process() -> None:
     """From now on signals may end the process at once. Not in a process that was forked from this one."""
     _owned.append(True)
+    atexit.register(_ignore_signals)  # the first one that is registered is called last
     os.register_at_fork(after_in_child=_disown)
     listen()
 
@@ -176,6 +178,14 @@ def _stop(signum: int, frame: FrameType | None) -> None:
         end_process(*stop_code_and_reason(STOPS[_received[0]][0]))
     if again or not _importing:
         raise stop
+
+
+def _ignore_signals() -> None:
+    """For the last moments of the interpreter, which gives signals their default actions back: the process would end by
+    one of them in place of its code."""
+    if _owned:
+        for number in STOPS:
+            signal.signal(number, signal.SIG_IGN)
 
 
 def _disown() -> None:

@@ -5,10 +5,11 @@ What else depends on it asks torch.are_deterministic_algorithms_enabled(): adapt
 whose winner decides how a sum is split.
 """
 
-import os
 from collections.abc import Callable
 
 import torch
+
+from launcher.runtime.environment import set_for_run
 
 
 def use_deterministic_kernels() -> Callable[[], None]:
@@ -16,7 +17,7 @@ def use_deterministic_kernels() -> Callable[[], None]:
     that puts back what was set before. Call it before anything is compiled: dynamo guards on it."""
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     filled = torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS is first used
+    set_for_run("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS is first used
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # one write for each empty()
 

@@ -45,6 +45,11 @@ class RunHistory:
         self.skipped_in_a_row = len(list(takewhile(lambda step: step.skipped, reversed(self.steps))))
         self.spikes_in_a_row = len(list(takewhile(lambda step: step.spike, reversed(self.steps))))
 
+    def give_back_folder(self) -> None:
+        """Let other runs take the run folder, if this one has come so far as to have one."""
+        if self.worker is not None:
+            self.worker.folder.unlock()
+
     @property
     def eval_losses(self) -> dict[int, float]:
         """By step."""

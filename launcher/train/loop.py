@@ -33,6 +33,15 @@ def training(request: Request, history: RunHistory) -> Generator[Event, None, No
     Raises the errors of launcher/errors.py, after the events of all good steps.
     """
     try:
+        yield from training_in_folder(request, history)
+    finally:
+        history.give_back_folder()
+
+
+def training_in_folder(request: Request, history: RunHistory) -> Generator[Event, None, None]:
+    """As `training`, but the run folder stays this process's until `history.give_back_folder()`: for who has something
+    to write into it afterwards, as how the run ended."""
+    try:
         yield from _run(request, history)
     finally:
         if history.worker is not None:

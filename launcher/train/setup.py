@@ -101,7 +101,6 @@ class Worker:
             self.plan.release()
         if self._put_back is not None:
             self._put_back()
-        self.folder.unlock()
 
     def open_folder(self) -> None:
         """Create the run folder on rank 0, or open it again and find what the run goes on from (`resumed`). Every rank
@@ -116,7 +115,7 @@ class Worker:
 
     def _check_resumed(self, resumed: Resumed) -> None:
         """Raise CheckpointError if this is not the run of the checkpoint, or if it has no steps left."""
-        check_layout(resumed.state)
+        check_layout(resumed.state, step=resumed.step)
         saved, here = resumed.state["state"]["identity"], self._identity()
         check_identity(saved, here, allow_reshard=self.recipe.run.allow_reshard)
         check_epochs(saved, here, epochs=self.recipe.train.epochs)

@@ -150,14 +150,20 @@ class TrainState:
             torch.cuda.synchronize(self._step.device)
 
 
-def check_layout(saved: dict[str, Any]) -> None:
-    """Raise CheckpointError for the content of a checkpoint that another version has written."""
+def check_layout(saved: dict[str, Any], *, step: int) -> None:
+    """Raise CheckpointError for the content of a checkpoint that another version has written, or that is not of `step`,
+    which its name says."""
     parts, of_part = saved.get("run", {}).get("parts"), {field.name for field in fields(RunPart)}
     known = isinstance(parts, list) and all(part.keys() == of_part for part in parts)
     if not known or saved.get("state", {}).keys() != STATE_KEYS or saved["run"].keys() != {"parts"}:
         raise CheckpointError(
             "a checkpoint must have been written by this version; this one has other parts.\n"
             "Go on with the version that wrote it, or start a new run."
+        )
+    if saved["state"]["step"] != step:
+        raise CheckpointError(
+            f"a checkpoint must keep its name; step-{step} holds step {saved['state']['step']}.\n"
+            f"Rename it to step-{saved['state']['step']}, or remove it."
         )
 
 

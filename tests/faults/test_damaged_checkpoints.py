@@ -15,7 +15,16 @@ import torch
 
 from launcher.checkpoint import bundle as bundles
 from launcher.checkpoint.adapter import holds_adapter
-from launcher.checkpoint.bundle import clean, newest_state, read_bundle, rotate, step_of, write_bundle
+from launcher.checkpoint.bundle import (
+    bundles_of,
+    clean,
+    faults_of,
+    newest_state,
+    read_bundle,
+    step_of,
+    write_bundle,
+)
+from launcher.checkpoint.writer import BundleWriter
 from launcher.errors import CheckpointError
 from tests.support.bundles import STATE, adapter_files, written
 
@@ -59,12 +68,15 @@ def test_fault_30_a_kill_between_any_two_calls_of_a_save_or_a_rotation_leaves_a_
             patch.setattr(bundles, "save_file", fuse.around(bundles.save_file))
             for name in ("mkdir", "rename", "unlink", "rmdir", "fsync"):
                 patch.setattr(os, name, fuse.around(getattr(os, name)))
+            writer = BundleWriter(checkpoints, keep=1, save_adapter=lambda folder, _: adapter_files(folder))
             with suppress(Killed):
-                written(checkpoints, 2)
-                rotate(checkpoints, keep=1, eval_losses={})
+                writer.write({**STATE, "step": 2}, step=2, eval_losses={}, wait=lambda: None)
+                writer.finish()
                 killed = False
+            writer.close()
         found, _, notes = newest_state(checkpoints)
         assert step_of(found) in (1, 2) and not notes
+        assert [fault for bundle in bundles_of(checkpoints) for fault in faults_of(bundle)] == []
         clean(checkpoints)
         assert not list(checkpoints.glob("*.part"))
         if not killed:
@@ -89,11 +101,16 @@ def test_fault_31_every_truncation_and_flipped_bit_of_every_file_is_seen(checkpo
 
 
 def test_fault_31_the_newest_whole_bundle_is_used_and_the_damaged_one_named(checkpoints: Path) -> None:
-    written(checkpoints, 2, 10, 9)
+    written(checkpoints, 2, 10, 9, 12, 11)
     (checkpoints / "step-10" / "state.json").write_text("{")
+    (checkpoints / "step-11" / "adapter" / "adapter_config.json").unlink()
+    (checkpoints / "step-12" / "adapter" / "README.md").write_text("of somebody else")
     bundle, state, notes = newest_state(checkpoints)
     assert (bundle.name, state["step"]) == ("step-9", 9)
-    assert len(notes) == 1 and "step-10" in notes[0] and "state.json was changed" in notes[0]
+    for note, damaged in zip(
+        notes, ["README.md was added", "config.json is missing", "state.json was changed"], strict=True
+    ):
+        assert damaged in note and note.endswith("step-9 is used.")
 
 
 def test_fault_31_without_a_whole_bundle_the_run_is_refused_with_code_4(checkpoints: Path) -> None:

@@ -27,7 +27,7 @@ from launcher.checkpoint.bundle import newest_state, read_bundle, step_of, write
 from launcher.checkpoint.files import write_json
 from launcher.checkpoint.folder import RunFolder
 from launcher.checkpoint.run_files import RunFiles
-from launcher.errors import DiskError, FolderError, LauncherError
+from launcher.errors import CheckpointError, DiskError, FolderError, LauncherError
 from launcher.records.run import EvalRecord, RunOpened, StepRecord
 from launcher.train import rescue
 from tests.support.arguments import replaced
@@ -135,11 +135,12 @@ def test_fault_38_whatever_the_system_refuses_a_save_for_has_its_code(
 def test_fault_38_the_first_place_that_takes_the_adapter_keeps_it_and_the_others_are_left_clean(
     arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A run whose metrics can no longer be written, and a rescue for which two of three places are full."""
+    """A run whose metrics can no longer be written, and a rescue for which one of three places is full and one takes
+    what it does not keep."""
     original_append, original_save = run_files.append_text, rescue.save_adapter
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "temporary"))
     (tmp_path / "temporary").mkdir()
-    full, current = [tmp_path / "run", tmp_path / "elsewhere"], tmp_path / "current"
+    full, current = [tmp_path / "run"], tmp_path / "current"
     current.mkdir()
     monkeypatch.chdir(current)
 
@@ -151,7 +152,9 @@ def test_fault_38_the_first_place_that_takes_the_adapter_keeps_it_and_the_others
 
     def save(model: Any, tokenizer: Any, target: Path) -> None:
         original_save(model, tokenizer, target)
-        if any(target.is_relative_to(place) for place in full):
+        if target.is_relative_to(tmp_path / "elsewhere"):
+            (target / WEIGHTS).write_bytes(b"")
+        elif any(target.is_relative_to(place) for place in full):
             raise FULL
 
     monkeypatch.setattr(run_files, "append_text", append)
@@ -165,6 +168,35 @@ def test_fault_38_the_first_place_that_takes_the_adapter_keeps_it_and_the_others
     monkeypatch.chdir(tmp_path)
     with pytest.raises(DiskError, match=f"(?s)could be saved nowhere:.*elsewhere.*temporary.*{tmp_path}"):
         api.run("tiny", *arguments, quiet=True)
+
+
+def test_fault_29_on_a_disk_that_is_full_to_its_last_byte_the_status_takes_the_place_of_the_lock_files_text(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, files, original = RunFolder(tmp_path / "run"), RunFiles(0), run_files.write_json
+    run.create()
+    files.show(RunOpened(run.path))
+
+    def write(path: Path, content: dict[str, Any]) -> None:
+        if (run.path / "run.lock").stat().st_size:
+            raise FULL
+        original(path, content)
+
+    monkeypatch.setattr(run_files, "write_json", write)
+    files.end(code=7, reason="the disk is full")
+    assert run.code == 7
+    with pytest.raises(CheckpointError, match="must not be in use"):
+        RunFolder(run.path).lock()
+    run.status.unlink()
+    (run.path / "run.lock").write_text("more")
+
+    def never(*_: Any) -> None:
+        raise FULL
+
+    monkeypatch.setattr(run_files, "write_json", never)
+    for _ in range(2):  # also where there is no more to give
+        with pytest.raises(OSError, match="No space"):
+            files.end(code=7, reason="the disk is full")
 
 
 @pytest.mark.faults

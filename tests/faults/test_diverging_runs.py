@@ -11,6 +11,7 @@ import pytest
 from launcher.errors import ContractError, DivergedError, NonFiniteError
 from launcher.model.packed import PackedCausalLM
 from launcher.records.run import RunRecord, StepRecord
+from launcher.train.history import RunHistory
 from tests.support.planted import plant
 from tests.support.runs import trained
 
@@ -67,8 +68,11 @@ def test_fault_19_the_batch_of_a_step_that_is_not_finite_is_kept(
 ) -> None:
     plant(monkeypatch, {3: math.nan})
     train = {"steps": 6, "log_every": 3, "micro_batch": 1, "accumulation": 2, "save_every": 0}
+    history = RunHistory()
     with pytest.raises(NonFiniteError, match=r"step 2 has loss nan[^\n]*\n[^\n]*bad_batches/step-2-rank-"):
-        trained(make_recipe(compile=UNCOMPILED, train=train))
+        trained(make_recipe(compile=UNCOMPILED, train=train), history=history)
+    assert history.worker and history.worker.state.step == 3, "the steps after it were made before it was read"
+    assert all(parameter.isfinite().all() for parameter in history.worker.step.parameters)
     [(name, documents)] = bad_batches(tmp_path / "run").items()
     assert name == "step-2-rank-0" and {document["micro_batch"] for document in documents} == {0, 1}
 

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -121,3 +122,21 @@ def test_a_rank_whose_peer_never_comes_says_so_and_ends_with_code_8(tmp_path: Pa
     done = finished(*ALONE, MAIN, *TINY, "data.wait_s=1", cwd=tmp_path, **stale)
     assert done.returncode == 8
     assert "rank 0 of 2 has not come to 127.0.0.1:9." in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.faults
+def test_a_rank_whose_machine_lacks_the_data_ends_the_one_that_waits_on_another_machine(tmp_path: Path) -> None:
+    ranks = {"WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1", "ACCELERATE_USE_CPU": "true"}
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        ranks |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+    (tmp_path / "here").mkdir()
+    with open(ROOT / "recipes" / "tiny" / "train.jsonl", encoding="utf-8") as shipped:
+        (tmp_path / "here" / "rows.jsonl").write_text("".join(next(shipped) for _ in range(20)), encoding="utf-8")
+    command = [*ALONE, MAIN, *TINY, "data.sources=[{path: ./rows.jsonl}]", "data.validation=0"]
+    waits = started(*command, cwd=tmp_path / "here", RANK="0", **ranks)
+    fails = started(*command, cwd=tmp_path, RANK="1", **ranks)
+    (_, told), (_, own) = (process.communicate(timeout=60) for process in (waits, fails))
+    assert (waits.returncode, fails.returncode) == (3, 3), told + own
+    assert f"rank 1 on {socket.gethostname()} failed before the run began: " in told and "before the run" not in own
+    assert str(tmp_path / "rows.jsonl") in told and str(tmp_path / "rows.jsonl") in own

@@ -36,6 +36,15 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
+def test_fault_31_a_checkpoint_under_the_name_of_another_step_is_refused(make: MakeRecipe, killed: Path) -> None:
+    """Its steps would be counted from the wrong one."""
+    (killed / "checkpoints" / "step-4").rename(killed / "checkpoints" / "step-5")
+    before = contents(killed)
+    with pytest.raises(CheckpointError, match="step-5 holds step 4.\nRename it to step-4") as caught:
+        trained(make())
+    assert caught.value.code == 4 and contents(killed) == before
+
+
 def test_fault_32_a_step_that_is_cut_otherwise_is_refused_unless_that_is_allowed(
     make: MakeRecipe, killed: Path
 ) -> None:

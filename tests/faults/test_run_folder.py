@@ -1,10 +1,8 @@
-"""The run folder: in use, full of links, removed while training; and what is written where it should not be."""
+"""The run folder: full of links, removed while training; and what is written where it should not be."""
 
 import json
 import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,10 +17,9 @@ from launcher.errors import CheckpointError, FolderError, RecipeError
 from launcher.recipe.load import resolve
 from launcher.records.run import EvalRecord, Event, RunOpened, StepRecord
 from launcher.runtime.ranks import RankInfo
-from tests.conftest import ROOT
 from tests.support.arguments import replaced
 from tests.support.bundles import written
-from tests.support.runs import lines, trained
+from tests.support.runs import trained
 
 pytestmark = pytest.mark.usefixtures("clean_dynamo")
 
@@ -75,33 +72,6 @@ def test_fault_06_a_run_is_named_inside_runs_whatever_its_recipe_is_called(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     assert Path(os.path.normpath(default_folder(name))).parent == tmp_path / "runs"
-
-
-def test_fault_07_a_folder_in_use_is_refused_before_torch_and_its_run_is_left_alone(run: RunFolder) -> None:
-    shown(run, EvalRecord(0, 3.0))
-    before = {path: path.read_bytes() for path in run.path.rglob("*")}
-    program = (
-        "import runpy, sys\n"
-        f"sys.argv[:] = [{str(ROOT / 'launcher' / 'main.py')!r}, 'recipe=tiny', 'run.output_dir={run.path}']\n"
-        "try: runpy.run_path(sys.argv[0], run_name='__main__')\n"
-        "finally: print('torch' in sys.modules)\n"
-    )
-    done = subprocess.run([sys.executable, "-c", program], cwd=run.path.parent, capture_output=True, text=True)
-    assert (done.returncode, done.stdout) == (4, "False\n"), done.stderr
-    assert f"process {os.getpid()} on" in done.stderr and str(run.path) in done.stderr
-    assert {path: path.read_bytes() for path in run.path.rglob("*")} == before
-    with pytest.raises(CheckpointError, match=f"process {os.getpid()} on"):  # found too where it is taken meanwhile
-        RunFolder(run.path).lock()
-
-
-def test_fault_07_a_folder_that_was_given_back_or_whose_run_died_is_taken(
-    make_recipe: MakeRecipe, run: RunFolder
-) -> None:
-    run.unlock()
-    assert not (run.path / "run.lock").exists()
-    (run.path / "run.lock").write_text("4711 on another host")  # of a process that was killed
-    trained(make_recipe(compile={"mode": "off"}))
-    assert not (run.path / "run.lock").exists() and lines(run.path)
 
 
 @pytest.mark.parametrize("dangling", [False, True])

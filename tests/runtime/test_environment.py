@@ -1,11 +1,12 @@
 import gc
+import os
 import sys
 import weakref
 
 import pytest
 
 from launcher.errors import RecipeError
-from launcher.runtime.environment import quick_imports
+from launcher.runtime.environment import environment_put_back, quick_imports, set_for_run
 
 
 @pytest.fixture(autouse=True)
@@ -49,3 +50,21 @@ def test_in_a_process_that_has_torch_nothing_is_frozen(monkeypatch):
     with quick_imports():
         assert gc.isenabled()
     assert gc.get_freeze_count() == 0
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_variable_that_a_run_sets_is_taken_back_and_one_of_the_users_stays(monkeypatch, fails):
+    for name in ("BEFORE", "WHILE", "TAKEN_OVER"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("USERS", "theirs")
+    before = dict(os.environ)
+    with pytest.raises(ZeroDivisionError), environment_put_back() as prepared:
+        os.environ["BEFORE"] = "1"
+        fails or prepared()
+        for name in ("WHILE", "TAKEN_OVER", "USERS"):
+            set_for_run(name, "ours")
+        assert (os.environ["WHILE"], os.environ["USERS"]) == ("ours", "theirs")
+        os.environ["TAKEN_OVER"] = "somebody's"
+        raise ZeroDivisionError
+    assert os.environ.pop("TAKEN_OVER") == "somebody's" or fails
+    assert dict(os.environ) == before

@@ -1,14 +1,15 @@
 """Ranks that wait for each other: here threads of one process, at a port of this machine."""
 
 import socket
+from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from launcher.errors import LostRank, RecipeError
+from launcher.errors import DataError, LostRank, RecipeError
 from launcher.runtime import rendezvous
 from launcher.runtime.ranks import RankInfo
-from launcher.runtime.rendezvous import wait_for_ranks
+from launcher.runtime.rendezvous import tell_failure, wait_for_ranks
 
 
 def rank(number: int, of: int) -> RankInfo:
@@ -23,6 +24,7 @@ def port(monkeypatch):
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
     monkeypatch.setenv("MASTER_PORT", str(port))
     monkeypatch.delenv("TORCHELASTIC_USE_AGENT_STORE", raising=False)
+    monkeypatch.setattr(rendezvous, "_waited", deque(maxlen=0))  # the ranks of a test share one
     return port
 
 
@@ -57,3 +59,38 @@ def test_a_taken_port_is_an_error_of_the_command_line(port):
         taken.listen()
         with pytest.raises(RecipeError, match=f"MASTER_PORT must be free; {port} is not"):
             wait_for_ranks(rank(0, 2), wait_s=60)
+
+
+class RowError(DataError):
+    """Of a module that other ranks may not have imported."""
+
+
+@pytest.mark.parametrize("failing", [0, 3])
+def test_a_rank_that_fails_before_it_has_come_ends_the_waiting_ranks_of_other_machines(port, failing):
+    """Four ranks on two machines. A rank of another machine is told the reason, not after wait_s but at once."""
+    ranks = [RankInfo(number, number % 2, 4, 2) for number in range(4)]
+    with ThreadPoolExecutor(4) as threads:
+        waits = [threads.submit(wait_for_ranks, info, wait_s=60) for info in ranks if info.rank != failing]
+        threads.submit(tell_failure, ranks[failing], RowError("rows.jsonl must be there")).result(timeout=15)
+        errors = [wait.exception(timeout=15) for wait in waits]
+    for error in errors:
+        assert type(error) is DataError and error.code == 3
+        said = f"rank {failing} on {socket.gethostname()} failed before the run began: rows.jsonl"
+        assert str(error).startswith(said)
+    printed = [error.rank is None for error in errors]
+    assert sum(printed) == 2, "one of each machine prints it"
+
+
+def test_a_failure_is_told_only_to_other_machines_only_by_who_has_not_waited_and_not_for_ever(port, monkeypatch):
+    monkeypatch.setattr(rendezvous, "TELL_S", 0.3)
+    tell_failure(RankInfo(1, 0, 2, 1), DataError("nobody is there"))
+    connects = []
+    monkeypatch.setattr(rendezvous, "_connect", connects.append)
+    tell_failure(RankInfo(1, 1, 2, 2), DataError("its launcher ends the others"))
+    monkeypatch.setattr(rendezvous, "_waited", [])
+    assert not connects
+    with pytest.raises(LostRank):
+        wait_for_ranks(RankInfo(1, 0, 2, 1), wait_s=0)
+    connects.clear()
+    tell_failure(RankInfo(1, 0, 2, 1), DataError("the others wait in vain too"))
+    assert not connects

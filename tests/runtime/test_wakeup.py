@@ -64,3 +64,47 @@ def test_in_the_training_loop_a_slow_step_may_end_and_a_second_interrupt_does_no
     assert deaf.poll() is None
     deaf.send_signal(signal.SIGINT)
     assert deaf.wait(timeout=5) == 130
+
+
+INTERRUPTED = """
+import os, signal, time
+from launcher.runtime.ending import last_words
+from launcher.runtime.signals import importing, own_process
+
+def say(code, reason):
+    os.kill(os.getpid(), signal.SIGINT)
+    time.sleep(0.2)
+    print(code, reason, flush=True)
+
+own_process()
+with last_words(lambda code, reason: print("all of them", flush=True)), last_words(say), importing():
+    os.kill(os.getpid(), signal.SIGINT)
+    time.sleep(60)
+"""
+
+
+def test_fault_26_a_second_interrupt_while_the_last_words_are_said_takes_none_of_them():
+    done = subprocess.run([sys.executable, "-c", INTERRUPTED], cwd=ROOT, capture_output=True, text=True, timeout=30)
+    said = ["130 interrupted; nothing was saved since the last checkpoint", "all of them"]
+    assert (done.returncode, done.stdout.splitlines(), done.stderr) == (130, said, "")
+
+
+LATE = """
+import os, signal, sys
+from launcher.runtime.signals import own_process, release_process
+
+class Late:
+    def __del__(self):
+        os.kill(os.getpid(), signal.SIGINT)
+        print("came", flush=True)
+
+own_process()
+late = Late()
+release_process(7)
+sys.exit(7)
+"""
+
+
+def test_fault_26_an_interrupt_while_the_interpreter_ends_leaves_the_code_as_it_is():
+    done = subprocess.run([sys.executable, "-c", LATE], cwd=ROOT, capture_output=True, text=True, timeout=30)
+    assert (done.returncode, done.stdout, done.stderr) == (7, "came\n", "")

@@ -20,10 +20,16 @@ def record_of(recipe: Any) -> RunRecord:
     return next(event for event in events_of(recipe) if isinstance(event, RunRecord))
 
 
-def trained(recipe: Any, *, until: int | None = None, act: Callable[[], None] | None = None) -> list[Event]:
+def trained(
+    recipe: Any,
+    *,
+    until: int | None = None,
+    act: Callable[[], None] | None = None,
+    history: RunHistory | None = None,
+) -> list[Event]:
     """Train and write the run's files; `act` after the record of step `until`, or an end there as by a kill."""
     files, events = RunFiles(0), list[Event]()
-    running = training(request_for(recipe), RunHistory())
+    running = training(request_for(recipe), history or RunHistory())
     for event in running:
         files.show(event)
         events.append(event)

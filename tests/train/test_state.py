@@ -14,7 +14,7 @@ from launcher.errors import CheckpointError
 from launcher.train import loss_scale
 from launcher.train import state as state_module
 from launcher.train.setup import Worker
-from launcher.train.state import EarlyStop
+from launcher.train.state import EarlyStop, TrainState
 from tests.support.states import flat, leaves, through_files, train
 from tests.support.workers import compiled
 
@@ -181,6 +181,18 @@ def test_each_rank_finds_its_own_random_numbers(make_recipe: MakeRecipe, monkeyp
     assert list(state["random"]) == ["0", "1"]
     worker.state.load_state_dict(state)
     assert float(torch.rand(())) == expected
+
+
+def test_a_rank_that_the_state_does_not_know_is_seeded_by_its_number(make_recipe: MakeRecipe) -> None:
+    worker, drawn = compiled(make_recipe(compile=OFF)), list[float]()
+    state = through_files(worker.state.state_dict())
+    for rank in (1, 2, 1):
+        more = {**state["identity"], "processes": 3}
+        new = TrainState(worker.step, worker.batches, identity=more, rank=rank, allow_reshard=True)
+        torch.manual_seed(7)
+        new.load_state_dict(state)
+        drawn.append(float(torch.rand(())))
+    assert drawn[0] == drawn[2] != drawn[1]
 
 
 def test_what_decides_no_number_may_differ(make_recipe: MakeRecipe) -> None:

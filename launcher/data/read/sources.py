@@ -50,7 +50,11 @@ def unchanged(sources: Sequence[OpenedSource]) -> Iterator[None]:
     def check() -> None:
         for source in sources:
             if source.feeds[0].version:
-                _compare(source.feeds, source.reopen().feeds)
+                try:
+                    now = source.reopen().feeds
+                except DataError:  # it would tell the user to correct the path
+                    raise changed(source.feeds[0].name, "went") from None
+                _compare(source.feeds, now)
 
     try:
         yield
