@@ -1,6 +1,7 @@
 """Saves the adapter in PEFT's layout, and proves from the files that they restore what was trained."""
 
 import hashlib
+import json
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -16,7 +17,14 @@ from launcher.checkpoint.files import delete, sync, writing
 from launcher.checkpoint.folder import RunFolder
 from launcher.credentials import masked
 from launcher.errors import CheckpointError, FolderError
-from launcher.model.lora import ADAPTER
+from launcher.model.lora_start import (
+    ADAPTER,
+    START,
+    doubled_settings,
+    joined_halves,
+    saved_halves,
+    start_parameters,
+)
 from launcher.records.run import Verdict
 
 SAVED_SETTINGS = (  # which an adapter computes otherwise without
@@ -30,7 +38,7 @@ def save_proven(model: PeftModel, tokenizer: Any, folder: RunFolder, *, loss: Ca
     is not renamed, and the verdict says why. Raises DiskError and FolderError, as `writing` does."""
     claim = "saved adapter reloads"
     staging, earlier = folder.adapter_staging, folder.path / "adapter.earlier.part"
-    needed = sum(parameter.nbytes for parameter in trained_parameters(model).values())
+    needed = sum(parameter.nbytes for parameter in saved_parameters(model).values())
     try:
         with writing(folder.path, what="The adapter", needed=needed):
             folder.check_in_place()
@@ -62,7 +70,17 @@ def save_adapter(model: PeftModel, tokenizer: Any, folder: Path) -> None:
 
 def save_tensors(model: PeftModel, tensors: dict[str, torch.Tensor] | None, folder: Path) -> None:
     """The model's adapter in PEFT's layout, with `tensors` (by the names of its parameters) in place of its own."""
-    model.save_pretrained(str(folder), safe_serialization=True, save_embedding_layers=False, state_dict=tensors)
+    model.save_pretrained(
+        str(folder),
+        safe_serialization=True,
+        selected_adapters=[ADAPTER],
+        save_embedding_layers=False,
+        state_dict=_as_saved(model, tensors),
+    )
+    if others := _saved_settings(model):
+        config = folder / "adapter_config.json"
+        settings = json.loads(config.read_text(encoding="utf-8")) | others
+        config.write_text(json.dumps(settings, indent=2, sort_keys=True), encoding="utf-8")
     for file in (folder / "adapter_config.json", folder / "README.md"):  # both name the base
         file.write_text(masked(file.read_text(encoding="utf-8")), encoding="utf-8")
 
@@ -73,7 +91,9 @@ def holds_adapter(model: PeftModel, folder: Path) -> bool:
         saved = load_file(folder / "adapter_model.safetensors")
     except (OSError, SafetensorError):
         return False
-    trained = get_peft_model_state_dict(model, adapter_name=ADAPTER, save_embedding_layers=False)
+    trained = get_peft_model_state_dict(
+        model, _as_saved(model, None), adapter_name=ADAPTER, save_embedding_layers=False
+    )
     return saved.keys() == trained.keys() and all(torch.equal(saved[name], trained[name].cpu()) for name in saved)
 
 
@@ -109,9 +129,9 @@ def _overwrite(parameters: dict[str, nn.Parameter], values: dict[str, torch.Tens
 
 
 def adapter_digest(model: nn.Module) -> str:
-    """A digest of the trained parameters: names and bits."""
+    """A digest of the adapter's parameters: names and bits."""
     digest = hashlib.sha256()
-    for name, parameter in trained_parameters(model).items():
+    for name, parameter in saved_parameters(model).items():
         digest.update(name.encode())
         digest.update(parameter.detach().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()
@@ -121,16 +141,45 @@ def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
+def saved_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The trained ones, and the frozen start that is saved with them."""
+    return trained_parameters(model) | start_parameters(model)
+
+
+def _as_saved(model: PeftModel, tensors: dict[str, torch.Tensor] | None) -> dict[str, torch.Tensor] | None:
+    """`tensors` as they are saved, by the names of the model's parameters; None for its own as they are. An adapter
+    with a start is saved as one of twice the rank."""
+    if not start_parameters(model):
+        return tensors
+    return joined_halves(tensors or {name: parameter.detach() for name, parameter in saved_parameters(model).items()})
+
+
+def _saved_settings(model: PeftModel) -> dict[str, Any]:
+    """The settings of the model's adapter that adapter_config.json holds otherwise."""
+    live: Any = model.peft_config[ADAPTER]
+    return doubled_settings(live) if start_parameters(model) else {}
+
+
 def _load(model: PeftModel, folder: Path) -> None:
     saved, live = PeftConfig.from_pretrained(str(folder)), model.peft_config[ADAPTER]
     assert isinstance(saved, LoraConfig) and isinstance(live, LoraConfig)
-    for key in SAVED_SETTINGS:
-        if getattr(saved, key) != getattr(live, key):
+    wanted = {key: getattr(live, key) for key in SAVED_SETTINGS} | _saved_settings(model)
+    for key, value in wanted.items():
+        if getattr(saved, key) != value:
             raise CheckpointError(
                 f"adapter_config.json must say what was trained: {key} is {getattr(saved, key)!r}, "
-                f"trained was {getattr(live, key)!r}."
+                f"trained was {value!r}."
             )
-    result: Any = set_peft_model_state_dict(model, load_file(str(folder / "adapter_model.safetensors")), ADAPTER)
+    tensors = load_file(str(folder / "adapter_model.safetensors"))
+    if starts := start_parameters(model):
+        tensors, frozen = saved_halves(tensors)
+        own = get_peft_model_state_dict(model, starts, adapter_name=START, save_embedding_layers=False)
+        if different := [name for name in own if name not in frozen or not torch.equal(frozen[name], own[name].cpu())]:
+            raise CheckpointError(
+                f"the saved adapter must hold the start that training takes out again; {len(different)} of {len(own)} "
+                f"tensors differ: {different[0]}"
+            )
+    result: Any = set_peft_model_state_dict(model, tensors, ADAPTER)
     unexpected = list(result.unexpected_keys)
     if unexpected:
         raise CheckpointError(
