@@ -19,11 +19,10 @@ from launcher.credentials import masked
 from launcher.errors import CheckpointError, FolderError
 from launcher.model.lora_start import (
     ADAPTER,
-    START,
     doubled_settings,
     joined_halves,
-    saved_halves,
     start_parameters,
+    trained_half,
 )
 from launcher.records.run import Verdict
 
@@ -91,34 +90,33 @@ def holds_adapter(model: PeftModel, folder: Path) -> bool:
         saved = load_file(folder / "adapter_model.safetensors")
     except (OSError, SafetensorError):
         return False
-    trained = get_peft_model_state_dict(
-        model, _as_saved(model, None), adapter_name=ADAPTER, save_embedding_layers=False
-    )
-    return saved.keys() == trained.keys() and all(torch.equal(saved[name], trained[name].cpu()) for name in saved)
+    trained = _saved_tensors(model)
+    return saved.keys() == trained.keys() and all(torch.equal(saved[name], trained[name]) for name in saved)
 
 
 def prove_adapter(model: PeftModel, folder: Path, *, loss: Callable[[], float]) -> tuple[float, float]:
     """Overwrite the trained LoRA weights with those on disk; returns `loss()` before and after. The weights are equal.
 
     In between they are set to NaN, so that a tensor missing from the files cannot pass unnoticed. Raises
-    CheckpointError where keys, settings, weights or the loss differ; the trained weights are then restored.
+    CheckpointError where keys, settings, weights or the loss differ. The trained weights stay as they are.
     """
     parameters = trained_parameters(model)
     trained = {name: parameter.detach().clone() for name, parameter in parameters.items()}
-    before = loss()
+    expected, before = _saved_tensors(model), loss()
     try:
         _overwrite(parameters, {name: torch.full_like(tensor, torch.nan) for name, tensor in trained.items()})
-        _load(model, folder)
+        saved = _load(model, folder)
         after = loss()
-        different = [name for name, parameter in parameters.items() if not torch.equal(parameter, trained[name])]
+        different = [n for n, tensor in expected.items() if n not in saved or not torch.equal(saved[n], tensor)]
+        if not start_parameters(model):  # whose B is the sum of what is saved, up to its last bit
+            different = different or [n for n, p in parameters.items() if not torch.equal(p, trained[n])]
         if different or not abs(after - before) <= TOLERANCE * max(1.0, abs(before)):
             raise CheckpointError(
                 f"the saved adapter must give back what was trained; loss {before:.6f} became {after:.6f}, "
-                f"{len(different)} of {len(trained)} tensors differ. It was removed."
+                f"{len(different)} of {len(expected)} tensors differ. It was removed."
             )
-    except Exception:
+    finally:
         _overwrite(parameters, trained)
-        raise
     return before, after
 
 
@@ -160,7 +158,16 @@ def _saved_settings(model: PeftModel) -> dict[str, Any]:
     return doubled_settings(live) if start_parameters(model) else {}
 
 
-def _load(model: PeftModel, folder: Path) -> None:
+def _saved_tensors(model: PeftModel) -> dict[str, torch.Tensor]:
+    """What a file of the model's adapter holds, on the CPU."""
+    tensors = get_peft_model_state_dict(
+        model, _as_saved(model, None), adapter_name=ADAPTER, save_embedding_layers=False
+    )
+    return {str(name): tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
+
+
+def _load(model: PeftModel, folder: Path) -> dict[str, torch.Tensor]:
+    """Load the trained weights; returns all tensors of the file."""
     saved, live = PeftConfig.from_pretrained(str(folder)), model.peft_config[ADAPTER]
     assert isinstance(saved, LoraConfig) and isinstance(live, LoraConfig)
     wanted = {key: getattr(live, key) for key in SAVED_SETTINGS} | _saved_settings(model)
@@ -170,18 +177,12 @@ def _load(model: PeftModel, folder: Path) -> None:
                 f"adapter_config.json must say what was trained: {key} is {getattr(saved, key)!r}, "
                 f"trained was {value!r}."
             )
-    tensors = load_file(str(folder / "adapter_model.safetensors"))
-    if starts := start_parameters(model):
-        tensors, frozen = saved_halves(tensors)
-        own = get_peft_model_state_dict(model, starts, adapter_name=START, save_embedding_layers=False)
-        if different := [name for name in own if name not in frozen or not torch.equal(frozen[name], own[name].cpu())]:
-            raise CheckpointError(
-                f"the saved adapter must hold the start that training takes out again; {len(different)} of {len(own)} "
-                f"tensors differ: {different[0]}"
-            )
-    result: Any = set_peft_model_state_dict(model, tensors, ADAPTER)
+    saved_tensors = load_file(str(folder / "adapter_model.safetensors"))
+    trained = trained_half(saved_tensors) if start_parameters(model) else saved_tensors
+    result: Any = set_peft_model_state_dict(model, trained, ADAPTER)
     unexpected = list(result.unexpected_keys)
     if unexpected:
         raise CheckpointError(
             f"{folder} holds {len(unexpected)} tensors that no adapter of this model has: {unexpected[0]}"
         )
+    return saved_tensors

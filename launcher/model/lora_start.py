@@ -11,7 +11,9 @@ dequantised), nothing is rounded anew, and
 
 is trained: the base itself at the start, with the gradients of the above at every step. A0 and -B0 are a second adapter
 of PEFT, START, frozen and active beside the trained one, so that stock PEFT computes the same model. What is saved is
-one plain adapter of rank 2r, [A; A0] and [B, -B0], as PEFT itself converts PiSSA and OLoRA.
+one plain adapter of rank 2r, as PEFT itself converts PiSSA and OLoRA, but in the factors that ops/qlora_linear.py
+computes with, [A; A - A0] and [B - B0, B0]. The product is that of PEFT's [A; A0] and [B, -B0], which loses the digits
+that cancel where an adapter is rounded to half precision: with A and B moved by 1e-4, half of the update in bf16.
 
 Letters: O out-features, D in-features, r rank, s the scale of the update.
 """
@@ -29,7 +31,7 @@ from torch import Tensor, nn
 from launcher.recipe.lora_section import NITER
 
 ADAPTER, START = "default", "start"  # PEFT's names of the trained and of the frozen one
-WHOLE_SVD = 512  # rows or columns of the largest matrix that is decomposed whole, in a tenth of a second on a CPU
+WHOLE_SVD = 256  # the most rows or columns, whichever are fewer, of a matrix that is decomposed whole
 ITERATIONS = 16  # of the randomised SVD of larger ones, as PEFT's pissa_niter_16
 SPARE = 8  # components that it computes besides the first r, which are then more exact
 
@@ -38,8 +40,9 @@ SPARE = 8  # components that it computes besides the first r, which are then mor
 def start_from_weights(adapted: PeftModel, init: str, weight_of: Callable[[Any], Tensor]) -> None:
     """Put A0 and B0 into the adapter and, with -B0, into a frozen one beside it. `weight_of(base_layer)`: fp32 [O, D].
     Random numbers are drawn for the SVD of large weights."""
-    adapted.add_adapter(START, replace(adapted.peft_config[ADAPTER], init_lora_weights=False))
-    adapted.base_model.set_adapter([ADAPTER, START])
+    peft: Any = adapted
+    peft.add_adapter(START, replace(peft.peft_config[ADAPTER], init_lora_weights=False))
+    peft.base_model.set_adapter([ADAPTER, START])  # both are active
     layers: list[Any] = [module for module in adapted.modules() if isinstance(module, LoraLayer)]
     for layer in layers:
         rank, scaling = layer.r[ADAPTER], layer.scaling[ADAPTER]
@@ -79,20 +82,21 @@ def start_factors(layer: Any) -> tuple[Tensor, ...]:
 
 def joined_halves(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Tensors of both adapters by the names of the model's parameters -> those of one of rank 2r, by the names of
-    ADAPTER's: [A; A0], [B, -B0]."""
+    ADAPTER's: [A; A - A0], [B - B0, B0]."""
     starts = {name.replace(f".{START}.", f".{ADAPTER}."): t for name, t in tensors.items() if f".{START}." in name}
-    return {
-        name: torch.cat([tensor, starts[name]], 0 if ".lora_A." in name else 1)
-        for name, tensor in tensors.items()
-        if f".{START}." not in name
-    }
+    joined = {}
+    for name, tensor in tensors.items():
+        if name in starts and ".lora_A." in name:
+            joined[name] = torch.cat([tensor, tensor - starts[name]])
+        elif name in starts:
+            joined[name] = torch.cat([tensor + starts[name], -starts[name]], 1)
+    return joined
 
 
-def saved_halves(saved: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """The saved tensors of `joined_halves` taken apart: those of ADAPTER and of START, by their saved names."""
+def trained_half(saved: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A and B of the tensors of `joined_halves`, by their names; B up to its last bit."""
     pairs = {name: tensor.chunk(2, 0 if ".lora_A." in name else 1) for name, tensor in saved.items()}
-    first, second = ({name: pair[half].contiguous() for name, pair in pairs.items()} for half in (0, -1))
-    return first, second
+    return {name: pair[0] if ".lora_A." in name else pair[0] + pair[-1] for name, pair in pairs.items()}
 
 
 def doubled_settings(config: LoraConfig) -> dict[str, Any]:

@@ -70,7 +70,8 @@ def _needs(recipe: Recipe, source: str, model: nn.Module, folder: RunFolder) -> 
     yield (
         "the adapter",
         folder.path,
-        FP32 * recipe.lora.rank_factor * trainable + sum(file.stat().st_size for file in Path(source).glob("tokenizer*")),
+        FP32 * recipe.lora.rank_factor * trainable
+        + sum(file.stat().st_size for file in Path(source).glob("tokenizer*")),
     )
     if recipe.compile.mode != "off" and VARIABLE in os.environ:
         yield "compiled code", Path(os.environ[VARIABLE]), COMPILED_CODE

@@ -105,13 +105,15 @@ def compiled_worker(request: Request, prepared: Prepared, *, clock: Clock) -> Wo
 
 
 def perturb(model: PeftModel, *, seed: int) -> Adapters:
-    """Move LoRA B of `model` by a draw from `seed`; returns a copy of all adapters, by name, on the CPU: the frozen ones
-    of a start too."""
+    """Move LoRA B of `model` by a draw from `seed`; returns a copy of all adapters, by name, on the CPU: the frozen
+    ones of a start too."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in trainable(model):
             if ".lora_B." in name:
-                parameter.add_(torch.empty(parameter.shape).normal_(std=B_STD, generator=generator).to(parameter.device))
+                parameter.add_(
+                    torch.empty(parameter.shape).normal_(std=B_STD, generator=generator).to(parameter.device)
+                )
     return {name: parameter.detach().to("cpu", copy=True) for name, parameter in saved_parameters(model).items()}
 
 

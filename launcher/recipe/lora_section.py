@@ -155,7 +155,7 @@ class LoraSection(RecipeSection):
         if init == "orthogonal" and (odd := [rank for rank in ranks if rank % 2]):
             raise ValueError(f"lora.init=orthogonal needs even ranks; got {odd[0]}; try {odd[0] + 1}")
         if is_from_weights(init) and 2 * max(ranks) > MAX_RANK:
-            raise ValueError(f"lora.init={init} writes an adapter of twice the rank, at most {MAX_RANK}; r is {max(ranks)}")
+            raise ValueError(f"lora.init={init} saves an adapter of rank 2r, at most {MAX_RANK}; r is {max(ranks)}")
         return init
 
     @field_validator("dora")

@@ -1,9 +1,7 @@
-"""lora.init=pissa and olora on the base as it is: the start is the base bit for bit, the gradients are those of the papers'
-form, stock PEFT computes the same, and the optimizer sees the trained half alone."""
+"""lora.init=pissa and olora on the base as it is: the start is the base bit for bit, the gradients are those of the
+papers' form, and the optimizer sees the trained half alone."""
 
 import copy
-import json
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,81 +9,20 @@ import torch
 import torch.nn.functional as F
 from bitsandbytes.functional import dequantize_4bit
 from bitsandbytes.nn import Linear4bit
-from peft import LoraConfig, PeftModel, get_peft_model
 from pydantic import ValidationError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from launcher.checkpoint.adapter import holds_adapter, prove_adapter, save_tensors
-from launcher.errors import CheckpointError, RecipeError
+from launcher.errors import RecipeError
 from launcher.model import lora_start
-from launcher.model.family_choice import family_of
-from launcher.model.grouped import group_projections
-from launcher.model.load import empty_model, random_base
-from launcher.model.lora import attach_lora
+from launcher.model.load import empty_model
 from launcher.model.lora_start import first_factors, start_parameters
 from launcher.model.lora_targets import check_targets
 from launcher.ops import qlora_linear
 from launcher.recipe.lora_section import LoraSection
-from launcher.recipe.schema import QuantSection, TrainSection
+from launcher.recipe.schema import TrainSection
 from launcher.train.optim import make_optimizer
 from tests.conftest import small_config
-from tests.support.models import packed_batch, packed_form
-
-VARIANTS: dict[str, dict[str, Any]] = {
-    "pissa": {"init": "pissa"},
-    "olora": {"init": "olora", "rslora": True},
-    "patterns": {
-        "init": "pissa", "rslora": True, "layers": ["1-2"],
-        "rank_pattern": {"down_proj": 2, r"layers\.2\.self_attn\.q_proj": 6}, "alpha_pattern": {"[qkv]_proj": 5.0},
-    },
-}  # fmt: skip
-
-
-def base_model(quant: str = "nf4", dtype: torch.dtype = torch.float32) -> Any:
-    return random_base(
-        small_config(num_hidden_layers=3), quant=QuantSection(type=quant), dtype=dtype, device=torch.device("cpu"), seed=0
-    )
-
-
-def ours(lora: dict[str, Any], *, quant: str = "nf4", dtype: torch.dtype = torch.float32) -> Any:
-    base = base_model(quant, dtype)
-    peft = attach_lora(base, LoraSection(**{"r": 4, **lora}), seed=0)
-    group_projections(base.model.layers, mlp=family_of(base.config, max_length=20).mlp)
-    return peft
-
-
-def packed_loss(peft: Any) -> Tensor:
-    """Of our forward, summed."""
-    torch.manual_seed(0)
-    base = peft.base_model.model
-    return packed_form(base)(*packed_batch(base.config.vocab_size))
-
-
-def alone_loss(model: Any) -> Tensor:
-    """Of the model's own forward, document by document, summed."""
-    ids, labels, _, documents, _ = packed_batch(model.config.vocab_size)
-    total = torch.zeros(())
-    for row, its_labels, numbers in zip(ids, labels, documents, strict=True):
-        for number in numbers.unique():
-            where = numbers == number
-            logits = model(input_ids=row[where][None]).logits[0]
-            total = total + F.cross_entropy(logits, its_labels[where], ignore_index=-100, reduction="sum").nan_to_num()
-    return total
-
-
-def noise(name: str, shape: torch.Size) -> Tensor:
-    generator = torch.Generator().manual_seed(sum(map(ord, name)))
-    return torch.randn(shape, generator=generator) * 0.02
-
-
-@torch.no_grad()
-def moved(peft: Any) -> Any:
-    """The model with everything that is trained moved, as `noise` says by name."""
-    for name, parameter in peft.named_parameters():
-        if parameter.requires_grad:
-            parameter.add_(noise(name, parameter.shape))
-    return peft
+from tests.support.lora_starts import VARIANTS, alone_loss, base_model, moved, noise, ours, packed_loss
 
 
 class Papers(nn.Module):
@@ -112,8 +49,8 @@ class Papers(nn.Module):
 
 @torch.no_grad()
 def papers_model(lora: dict[str, Any], peft: Any, *, quant: str) -> tuple[Any, dict[str, nn.Parameter]]:
-    """The plain model of the papers with ranks and scales as `peft` has them, moved as by `moved`; its parameters by the
-    names of ours."""
+    """The plain model of the papers with ranks and scales as `peft` has them, moved as by `moved`; its parameters by
+    the names of ours."""
     model, parameters = base_model(quant), {}
     for path, layer in peft.named_modules():
         if hasattr(layer, "lora_A"):
@@ -199,66 +136,6 @@ def test_only_the_trained_half_is_an_optimizers() -> None:
     assert factors == {4.0}
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_stock_peft_gives_the_saved_adapter_the_same_loss_on_the_same_base(variant: str, tmp_path: Path) -> None:
-    peft = moved(ours(VARIANTS[variant]))
-    save_tensors(peft, None, tmp_path)
-    assert holds_adapter(peft, tmp_path)
-    loss = float(packed_loss(peft))
-
-    def stock() -> float:
-        with torch.no_grad():
-            return float(alone_loss(PeftModel.from_pretrained(base_model(), tmp_path).train()))  # in eval it repacks
-
-    assert stock() == pytest.approx(loss, rel=1e-5)
-    file = tmp_path / "adapter_config.json"
-    settings = json.loads(file.read_text())
-    assert settings["r"] == 8 and settings["init_lora_weights"] is True
-    file.write_text(json.dumps({**settings, "lora_alpha": settings["lora_alpha"] / 2, "alpha_pattern": {}}))
-    assert stock() != pytest.approx(loss, rel=1e-5)
-
-
-@pytest.mark.parametrize("init", ["pissa", "olora"])
-def test_the_saved_adapter_is_what_peft_itself_converts_such_an_adapter_to(init: str, tmp_path: Path) -> None:
-    """On an unquantised base, which PEFT's PiSSA demands."""
-    config = LoraConfig(r=4, lora_alpha=32, target_modules=["up_proj"], init_lora_weights=init, task_type="CAUSAL_LM")
-    theirs = get_peft_model(base_model("none"), config)
-    theirs.peft_config["default"].init_lora_weights = True
-    theirs.save_pretrained(tmp_path / "begun")
-    theirs.peft_config["default"].init_lora_weights = init
-    moved(theirs).save_pretrained(tmp_path / "theirs", path_initial_model_for_weight_conversion=str(tmp_path / "begun"))
-    peft = moved(ours({"init": init, "targets": ["up_proj"]}, quant="none"))
-    save_tensors(peft, None, tmp_path / "ours")
-    one, other = (load_file(tmp_path / side / "adapter_model.safetensors") for side in ("ours", "theirs"))
-    assert one.keys() == other.keys()
-    for name, tensor in one.items():
-        torch.testing.assert_close(tensor, other[name], rtol=1e-4, atol=1e-5)
-    settings = [json.loads((tmp_path / side / "adapter_config.json").read_text()) for side in ("ours", "theirs")]
-    assert all(settings[0][key] == settings[1][key] for key in ("r", "lora_alpha", "init_lora_weights", "rank_pattern"))
-
-
-@pytest.mark.parametrize(("name", "change"), [("lora_A", 5), ("lora_B", 5), ("lora_A", 0)])
-def test_a_saved_start_or_adapter_with_a_wrong_bit_is_refused(name: str, change: int, tmp_path: Path) -> None:
-    """Row or column 5 of 8 is the start's, 0 is the adapter's."""
-    peft = moved(ours({"init": "pissa"}))
-    save_tensors(peft, None, tmp_path)
-
-    def loss() -> float:
-        with torch.no_grad():
-            return float(packed_loss(peft))
-
-    before, after = prove_adapter(peft, tmp_path, loss=loss)
-    assert before == after
-    file = tmp_path / "adapter_model.safetensors"
-    tensors = load_file(file)
-    tensor = tensors[next(key for key in tensors if name in key)]
-    tensor.select(0 if name == "lora_A" else 1, change).mul_(1 + 1e-6)
-    save_file(tensors, file)
-    with pytest.raises(CheckpointError, match="must hold the start" if change else "must give back what was trained"):
-        prove_adapter(peft, tmp_path, loss=loss)
-    assert loss() == before and not holds_adapter(peft, tmp_path)
-
-
 def test_the_randomised_svd_is_seeded_and_nears_the_whole_one(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of a weight with a long tail, which a large model's are."""
     generator = torch.Generator().manual_seed(0)
@@ -283,7 +160,7 @@ def test_the_randomised_svd_is_seeded_and_nears_the_whole_one(monkeypatch: pytes
     ("lora", "message"),
     [
         ({"init": "pissa", "dora": True}, "lora.dora needs an adapter that begins at zero; got lora.init=pissa"),
-        ({"init": "olora", "r": 513}, "twice the rank, at most 1024; r is 513"),
+        ({"init": "olora", "r": 513}, "rank 2r, at most 1024; r is 513"),
         ({"init": "pissa", "rank_pattern": {"q_proj": 600}}, "at most 1024; r is 600"),
         ({"init": "pissa", "start_from": "./a"}, "lora.start_from takes the place of lora.init"),
         ({"init": "pissa_niter_x"}, "pissa_niter"),

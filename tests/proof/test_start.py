@@ -27,7 +27,9 @@ SHORT = [piece[:11] % 251 for piece in PIECES]  # fits the vocabulary and the bl
 AUTO = RECIPE.model_copy(update={"model": RECIPE.model.model_copy(update={"family": "auto"})})
 
 
-def build_any(model_type: str, *, dtype: str = "float32", dropout: float = 0.0, init: str = "default", **changes: Any) -> BuiltModel:
+def build_any(
+    model_type: str, *, dtype: str = "float32", dropout: float = 0.0, init: str = "default", **changes: Any
+) -> BuiltModel:
     recipe = Recipe.model_validate(
         {
             "model": {"init": "random", "dtype": dtype, "family": "auto"},

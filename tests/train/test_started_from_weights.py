@@ -1,4 +1,4 @@
-"""Runs with lora.init=pissa and olora: compiled as planned, resumed bit for bit on another device too, stock PEFT agrees."""
+"""Runs with lora.init=pissa and olora: compiled as planned, resumed bit for bit elsewhere too, as stock PEFT has it."""
 
 from pathlib import Path
 from typing import Any
@@ -78,7 +78,9 @@ def test_a_resume_that_computes_the_start_anew_is_seen_by_that_comparison(
     assert adapter(tmp_path / "run") != adapter(tmp_path / "whole")
 
 
-def test_a_compiled_run_begins_at_the_base_keeps_its_contract_and_is_stock_pefts(make_recipe: Any, tmp_path: Path) -> None:
+def test_a_compiled_run_begins_at_the_base_keeps_its_contract_and_is_stock_pefts(
+    make_recipe: Any, tmp_path: Path
+) -> None:
     plain = record_of(make_recipe(run={"output_dir": str(tmp_path / "plain")}, train={"steps": 1}))
     history = RunHistory()
     sections = {"lora": {"init": "pissa"}, "compile": {"mode": "strict"}, "train": {"steps": 4, "lr": 1e-3}}
