@@ -13,7 +13,7 @@ FUSED_PROJECTIONS = {  # a projection in which some models hold several, and whi
     "qkv_proj": ("q_proj", "k_proj", "v_proj"),
     "gate_up_proj": ("gate_proj", "up_proj"),
 }
-MAX_RANK = 1024
+LARGEST_RANK = 1024
 NITER = "pissa_niter_"  # of PEFT: PiSSA by a randomised SVD of so many iterations
 NOT_OFFERED = {  # of PEFT's initialisations: why
     **dict.fromkeys(
@@ -79,7 +79,7 @@ LayerRange = Annotated[
 class LoraSection(RecipeSection):
     """The low-rank adapters, the only weights that are trained."""
 
-    r: int = Field(16, ge=1, le=MAX_RANK, description="Rank of the adapters.")
+    r: int = Field(16, ge=1, le=LARGEST_RANK, description="Rank of the adapters.")
     alpha: float = Field(32.0, gt=0, description="Scale of the update; it is multiplied by alpha / r.")
     dropout: float = Field(0.0, ge=0, lt=1, description="Probability of dropping an adapter's input.")
     targets: Distinct[NonEmptyText] = Field(
@@ -92,7 +92,7 @@ class LoraSection(RecipeSection):
     layers: Annotated[Distinct[LayerRange], BeforeValidator(entry_alone)] = Field(
         [], description="Decoder layers that get adapters, as 0-7,12; all if empty.", examples=[["0-7", "12"]]
     )
-    rank_pattern: dict[str, Annotated[int, Field(ge=1, le=MAX_RANK)]] = Field(
+    rank_pattern: dict[str, Annotated[int, Field(ge=1, le=LARGEST_RANK)]] = Field(
         {},
         description="Other ranks than r, by a regular expression for the end of a module's name.",
         examples=[{"down_proj": 8}],
@@ -113,7 +113,7 @@ class LoraSection(RecipeSection):
         "default",
         description="How A and B begin; in each case the model is the base. pissa and olora take them out of the base, "
         "and write an adapter of rank 2r.",
-        examples=["pissa", "pissa_niter_4"],
+        examples=["pissa_niter_4"],
     )
     dora: bool = Field(False, description="Train a magnitude for each row of W + update beside its direction (DoRA).")
     start_from: NonEmptyText | None = Field(
@@ -154,8 +154,8 @@ class LoraSection(RecipeSection):
         ranks = [info.data.get("r", 2), *info.data.get("rank_pattern", {}).values()]
         if init == "orthogonal" and (odd := [rank for rank in ranks if rank % 2]):
             raise ValueError(f"lora.init=orthogonal needs even ranks; got {odd[0]}; try {odd[0] + 1}")
-        if is_from_weights(init) and 2 * max(ranks) > MAX_RANK:
-            raise ValueError(f"lora.init={init} saves an adapter of rank 2r, at most {MAX_RANK}; r is {max(ranks)}")
+        if is_from_weights(init) and 2 * max(ranks) > LARGEST_RANK:
+            raise ValueError(f"lora.init={init} saves an adapter of rank 2r, at most {LARGEST_RANK}; r is {max(ranks)}")
         return init
 
     @field_validator("dora")
