@@ -9,7 +9,10 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
 from launcher.checkpoint.adapter import holds_adapter, prove_adapter, save_tensors
-from launcher.errors import CheckpointError
+from launcher.checkpoint.start_adapter import check_start, load_start
+from launcher.errors import CheckpointError, RecipeError
+from launcher.model.lora_start import start_parameters
+from launcher.recipe.lora_section import LoraSection
 from tests.support.lora_starts import VARIANTS, alone_loss, base_model, moved, ours, packed_loss
 
 
@@ -83,3 +86,16 @@ def test_a_saved_start_or_adapter_with_a_wrong_bit_is_refused(name: str, change:
     with pytest.raises(CheckpointError, match="must give back what was trained"):
         prove_adapter(peft, tmp_path, loss=loss)
     assert loss() == before and not holds_adapter(peft, tmp_path)
+
+
+def test_a_run_that_starts_from_the_saved_adapter_begins_where_that_one_ended(tmp_path: Path) -> None:
+    peft = moved(ours({"init": "pissa"}))
+    save_tensors(peft, None, tmp_path)
+    lora = {"r": 8, "alpha": 64.0, "start_from": str(tmp_path)}
+    check_start(LoraSection(**lora))
+    later = ours(lora)
+    load_start(later, LoraSection(**lora), base="")
+    assert float(packed_loss(later)) == pytest.approx(float(packed_loss(peft)), rel=1e-6)
+    assert not start_parameters(later)
+    with pytest.raises(RecipeError, match="lora.r is 4 here, 8 there; lora.alpha is 32.0 here, 64.0 there"):
+        check_start(LoraSection(r=4, start_from=str(tmp_path)))
