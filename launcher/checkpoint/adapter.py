@@ -1,6 +1,7 @@
 """Saves the adapter in PEFT's layout, and proves from the files that they restore what was trained."""
 
 import hashlib
+import json
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -16,7 +17,13 @@ from launcher.checkpoint.files import delete, sync, writing
 from launcher.checkpoint.folder import RunFolder
 from launcher.credentials import masked
 from launcher.errors import CheckpointError, FolderError
-from launcher.model.lora import ADAPTER
+from launcher.model.lora_start import (
+    ADAPTER,
+    doubled_settings,
+    joined_halves,
+    start_parameters,
+    trained_half,
+)
 from launcher.records.run import Verdict
 
 SAVED_SETTINGS = (  # which an adapter computes otherwise without
@@ -30,7 +37,7 @@ def save_proven(model: PeftModel, tokenizer: Any, folder: RunFolder, *, loss: Ca
     is not renamed, and the verdict says why. Raises DiskError and FolderError, as `writing` does."""
     claim = "saved adapter reloads"
     staging, earlier = folder.adapter_staging, folder.path / "adapter.earlier.part"
-    needed = sum(parameter.nbytes for parameter in trained_parameters(model).values())
+    needed = sum(parameter.nbytes for parameter in saved_parameters(model).values())
     try:
         with writing(folder.path, what="The adapter", needed=needed):
             folder.check_in_place()
@@ -62,7 +69,17 @@ def save_adapter(model: PeftModel, tokenizer: Any, folder: Path) -> None:
 
 def save_tensors(model: PeftModel, tensors: dict[str, torch.Tensor] | None, folder: Path) -> None:
     """The model's adapter in PEFT's layout, with `tensors` (by the names of its parameters) in place of its own."""
-    model.save_pretrained(str(folder), safe_serialization=True, save_embedding_layers=False, state_dict=tensors)
+    model.save_pretrained(
+        str(folder),
+        safe_serialization=True,
+        selected_adapters=[ADAPTER],
+        save_embedding_layers=False,
+        state_dict=_as_saved(model, tensors),
+    )
+    if others := _saved_settings(model):
+        config = folder / "adapter_config.json"
+        settings = json.loads(config.read_text(encoding="utf-8")) | others
+        config.write_text(json.dumps(settings, indent=2, sort_keys=True), encoding="utf-8")
     for file in (folder / "adapter_config.json", folder / "README.md"):  # both name the base
         file.write_text(masked(file.read_text(encoding="utf-8")), encoding="utf-8")
 
@@ -73,32 +90,33 @@ def holds_adapter(model: PeftModel, folder: Path) -> bool:
         saved = load_file(folder / "adapter_model.safetensors")
     except (OSError, SafetensorError):
         return False
-    trained = get_peft_model_state_dict(model, adapter_name=ADAPTER, save_embedding_layers=False)
-    return saved.keys() == trained.keys() and all(torch.equal(saved[name], trained[name].cpu()) for name in saved)
+    trained = _saved_tensors(model)
+    return saved.keys() == trained.keys() and all(torch.equal(saved[name], trained[name]) for name in saved)
 
 
 def prove_adapter(model: PeftModel, folder: Path, *, loss: Callable[[], float]) -> tuple[float, float]:
     """Overwrite the trained LoRA weights with those on disk; returns `loss()` before and after. The weights are equal.
 
     In between they are set to NaN, so that a tensor missing from the files cannot pass unnoticed. Raises
-    CheckpointError where keys, settings, weights or the loss differ; the trained weights are then restored.
+    CheckpointError where keys, settings, weights or the loss differ. The trained weights stay as they are.
     """
     parameters = trained_parameters(model)
     trained = {name: parameter.detach().clone() for name, parameter in parameters.items()}
-    before = loss()
+    expected, before = _saved_tensors(model), loss()
     try:
         _overwrite(parameters, {name: torch.full_like(tensor, torch.nan) for name, tensor in trained.items()})
-        _load(model, folder)
+        saved = _load(model, folder)
         after = loss()
-        different = [name for name, parameter in parameters.items() if not torch.equal(parameter, trained[name])]
+        different = [n for n, tensor in expected.items() if n not in saved or not torch.equal(saved[n], tensor)]
+        if not start_parameters(model):  # whose B is the sum of what is saved, up to its last bit
+            different = different or [n for n, p in parameters.items() if not torch.equal(p, trained[n])]
         if different or not abs(after - before) <= TOLERANCE * max(1.0, abs(before)):
             raise CheckpointError(
                 f"the saved adapter must give back what was trained; loss {before:.6f} became {after:.6f}, "
-                f"{len(different)} of {len(trained)} tensors differ. It was removed."
+                f"{len(different)} of {len(expected)} tensors differ. It was removed."
             )
-    except Exception:
+    finally:
         _overwrite(parameters, trained)
-        raise
     return before, after
 
 
@@ -109,9 +127,9 @@ def _overwrite(parameters: dict[str, nn.Parameter], values: dict[str, torch.Tens
 
 
 def adapter_digest(model: nn.Module) -> str:
-    """A digest of the trained parameters: names and bits."""
+    """A digest of the adapter's parameters: names and bits."""
     digest = hashlib.sha256()
-    for name, parameter in trained_parameters(model).items():
+    for name, parameter in saved_parameters(model).items():
         digest.update(name.encode())
         digest.update(parameter.detach().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()
@@ -121,18 +139,50 @@ def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
-def _load(model: PeftModel, folder: Path) -> None:
+def saved_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The trained ones, and the frozen start that is saved with them."""
+    return trained_parameters(model) | start_parameters(model)
+
+
+def _as_saved(model: PeftModel, tensors: dict[str, torch.Tensor] | None) -> dict[str, torch.Tensor] | None:
+    """`tensors` as they are saved, by the names of the model's parameters; None for its own as they are. An adapter
+    with a start is saved as one of twice the rank."""
+    if not start_parameters(model):
+        return tensors
+    return joined_halves(tensors or {name: parameter.detach() for name, parameter in saved_parameters(model).items()})
+
+
+def _saved_settings(model: PeftModel) -> dict[str, Any]:
+    """The settings of the model's adapter that adapter_config.json holds otherwise."""
+    live: Any = model.peft_config[ADAPTER]
+    return doubled_settings(live) if start_parameters(model) else {}
+
+
+def _saved_tensors(model: PeftModel) -> dict[str, torch.Tensor]:
+    """What a file of the model's adapter holds, on the CPU."""
+    tensors = get_peft_model_state_dict(
+        model, _as_saved(model, None), adapter_name=ADAPTER, save_embedding_layers=False
+    )
+    return {str(name): tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
+
+
+def _load(model: PeftModel, folder: Path) -> dict[str, torch.Tensor]:
+    """Load the trained weights; returns all tensors of the file."""
     saved, live = PeftConfig.from_pretrained(str(folder)), model.peft_config[ADAPTER]
     assert isinstance(saved, LoraConfig) and isinstance(live, LoraConfig)
-    for key in SAVED_SETTINGS:
-        if getattr(saved, key) != getattr(live, key):
+    wanted = {key: getattr(live, key) for key in SAVED_SETTINGS} | _saved_settings(model)
+    for key, value in wanted.items():
+        if getattr(saved, key) != value:
             raise CheckpointError(
                 f"adapter_config.json must say what was trained: {key} is {getattr(saved, key)!r}, "
-                f"trained was {getattr(live, key)!r}."
+                f"trained was {value!r}."
             )
-    result: Any = set_peft_model_state_dict(model, load_file(str(folder / "adapter_model.safetensors")), ADAPTER)
+    saved_tensors = load_file(str(folder / "adapter_model.safetensors"))
+    trained = trained_half(saved_tensors) if start_parameters(model) else saved_tensors
+    result: Any = set_peft_model_state_dict(model, trained, ADAPTER)
     unexpected = list(result.unexpected_keys)
     if unexpected:
         raise CheckpointError(
             f"{folder} holds {len(unexpected)} tensors that no adapter of this model has: {unexpected[0]}"
         )
+    return saved_tensors

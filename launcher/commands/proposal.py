@@ -217,7 +217,7 @@ def _memory(recipe: Recipe, config: Any, model: Any) -> Iterator[str]:
     sizes = step_sizes(config, attention=attention, dtype=dtype, loss_chunk=chunk, trainable=trainable)
     masked, state = length if attention == "capped" else 0, optimizer_bytes(recipe.train.optimizer, recipe.lora.r)
     shapes = Shapes(tokens=tokens, masked=masked, state=state, **sizes)
-    held_mib = (weight_bytes(model, recipe.quant, dtype) + 4 * trainable) / MIB
+    held_mib = (weight_bytes(model, recipe.quant, dtype) + 4 * recipe.lora.rank_factor * trainable) / MIB
     peaks = {name: forecast(shapes, kept, held_mib=held_mib) / 1024 for name, kept in KEPT.items()}
     yield "Memory by the forecast of docs/memory.md, GiB at the peak in bf16, by memory.activations:"
     yield ", ".join(f"{name} {gib:.1f}" for name, gib in peaks.items()) + "; auto then takes, by the card's size:"

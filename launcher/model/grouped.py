@@ -18,6 +18,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb, eager_attention_forward
 
 from launcher.model.lora import ADAPTER, QDoraLinear4bit, QLoraLinear4bit, nf4_of
+from launcher.model.lora_start import start_factors
 from launcher.ops.dora_feed_forward import dora_gated_feed_forward
 from launcher.ops.dora_linears import dora_linears
 from launcher.ops.feed_forward import gated_feed_forward
@@ -76,11 +77,12 @@ def _subclass(module_type: type, forward: Any) -> type:
 
 
 def _weights(projections: list[Any]) -> tuple[list[Nf4], list[Tensor], list[Tensor]]:
-    """Bases, A and B of the projections."""
+    """Bases, A and B of the projections; behind these A0 and -B0 where there are starts."""
+    a0, b0 = zip(*starts, strict=True) if all(starts := [start_factors(p) for p in projections]) else ((), ())
     return (
         [nf4_of(p.base_layer) for p in projections],
-        [p.lora_A[ADAPTER].weight for p in projections],
-        [p.lora_B[ADAPTER].weight for p in projections],
+        [*(p.lora_A[ADAPTER].weight for p in projections), *a0],
+        [*(p.lora_B[ADAPTER].weight for p in projections), *b0],
     )
 
 

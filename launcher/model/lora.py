@@ -19,13 +19,12 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from launcher.errors import RecipeError
+from launcher.model.lora_start import ADAPTER, start_factors, start_from_weights
 from launcher.model.lora_targets import module_names
 from launcher.ops.dora_linears import dora_linears
-from launcher.ops.nf4 import BLOCK, Nf4
+from launcher.ops.nf4 import BLOCK, Nf4, plain_merged_weight
 from launcher.ops.qlora_linear import frozen_linear, lora_update, qlora_linear
 from launcher.recipe.lora_section import LoraSection
-
-ADAPTER = "default"
 
 
 class QLoraLinear(PeftLinear):
@@ -35,7 +34,8 @@ class QLoraLinear(PeftLinear):
         dropout = getattr(self.lora_dropout[ADAPTER], "p", 0.0)
         dropped = F.dropout(x, dropout, training=True) if dropout > 0 and torch.is_grad_enabled() else x
         a, b = self.lora_A[ADAPTER].weight, self.lora_B[ADAPTER].weight
-        return self.base_layer(x) + lora_update(dropped, a, b, scaling=self.scaling[ADAPTER])
+        start = start_factors(self)
+        return self.base_layer(x) + lora_update(dropped, a, b, scaling=self.scaling[ADAPTER], start=start)
 
 
 class QLoraLinear4bit(PeftLinear4bit):
@@ -49,6 +49,7 @@ class QLoraLinear4bit(PeftLinear4bit):
             self.lora_B[ADAPTER].weight,
             scaling=self.scaling[ADAPTER],
             dropout=getattr(self.lora_dropout[ADAPTER], "p", 0.0),
+            start=start_factors(self),
         )
         return y if self.base_layer.bias is None else y + self.base_layer.bias
 
@@ -146,10 +147,20 @@ def stock_lora(model: PreTrainedModel, lora: LoraSection, *, seed: int) -> PeftM
         layers: list[Any] = [module for module in adapted.modules() if isinstance(module, LoraLayer)]
         for layer in layers:
             orthogonal_start(layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight)
+    if lora.starts_from_weights:
+        start_from_weights(adapted, lora.init, _plain_weight)
     for name, parameter in adapted.named_parameters():
         if parameter.requires_grad and lora.plus_ratio != 1 and ".lora_A." not in name:
             parameter.rate_factor = lora.plus_ratio  # type: ignore[attr-defined]  # read by train/optim.py
     return adapted
+
+
+def _plain_weight(base_layer: Any) -> Tensor:
+    """The weight [O, D] of a linear, fp32; dequantised if it is NF4."""
+    shape = torch.Size((base_layer.out_features, base_layer.in_features))
+    if isinstance(base_layer, Linear4bit):
+        return plain_merged_weight(nf4_of(base_layer), None, None, 1.0, shape)
+    return base_layer.weight.detach().float()
 
 
 @torch.no_grad()

@@ -83,6 +83,13 @@ def check_targets(model: nn.Module, lora: LoraSection) -> None:
         raise RecipeError("lora.targets and lora.layers must name a linear together; none is in both. Change one.")
     _check_patterns("lora.rank_pattern", lora.rank_pattern, adapted)
     _check_patterns("lora.alpha_pattern", lora.alpha_pattern, adapted)
+    for name, one in adapted.items():
+        most = min(one.linear.in_features, one.linear.out_features)
+        if lora.starts_from_weights and one.rank > most:
+            raise RecipeError(
+                f"lora.init={lora.init} takes as many components out of a weight as the rank; {name} has {most}, its "
+                f"rank is {one.rank}.\nLower lora.r, or give it a rank of its own in lora.rank_pattern."
+            )
 
 
 def _check_patterns(key: str, patterns: Mapping[str, float], names: Collection[str]) -> None:

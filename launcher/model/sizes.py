@@ -17,7 +17,7 @@ from launcher.recipe.schema import QuantSection
 
 
 def adapter_parameters(model: nn.Module, lora: LoraSection) -> int:
-    """Parameters of all adapters."""
+    """Parameters of all adapters that are trained."""
     return sum(one.parameters for one in adapted_linears(model, lora).values())
 
 

@@ -27,11 +27,12 @@ from launcher.ops.qlora_linear import adapter_gradients, fields_of, joined_linea
 def gated_feed_forward(
     x: Tensor, bases: Sequence[Nf4], a: Sequence[Tensor], b: Sequence[Tensor], *, scaling: float
 ) -> Tensor:
-    """x [..., D]; bases, A [r, D or F] and B [F or D, r] of gate, up and down -> out [..., D]."""
-    pair = joined_linears(x, bases[:2], a[:2], b[:2], scaling=scaling)
+    """x [..., D]; bases, A [r, D or F] and B [F or D, r] of gate, up and down -> out [..., D]. After the three A and
+    the three B may come their A0 and -B0 (ops/qlora_linear.py)."""
+    pair = joined_linears(x, bases[:2], [*a[:2], *a[3:5]], [*b[:2], *b[3:5]], scaling=scaling)
     gate, up = pair.chunk(2, -1)
     h = (F.silu(gate) * up).detach()  # the operator gives the gradient of pair
-    out: Tensor = torch.ops.qlora.gated_down(h, pair, fields_of(bases[2:]), a[2], b[2], scaling)
+    out: Tensor = torch.ops.qlora.gated_down(h, pair, fields_of(bases[2:]), list(a[2::3]), list(b[2::3]), scaling)
     return out
 
 
@@ -44,13 +45,15 @@ def gated_feed_forward_reference(
 
 
 @torch.library.custom_op("qlora::gated_down", mutates_args=())
-def _gated_down(h: Tensor, pair: Tensor, base: list[Tensor], a: Tensor, b: Tensor, scaling: float) -> Tensor:
-    return F.linear(h, joined_weight(h, base, [a], [b], scaling=scaling, shape=([b.shape[0]], h.shape[-1])))
+def _gated_down(
+    h: Tensor, pair: Tensor, base: list[Tensor], a: list[Tensor], b: list[Tensor], scaling: float
+) -> Tensor:
+    return F.linear(h, joined_weight(h, base, a, b, scaling=scaling, shape=([b[0].shape[0]], h.shape[-1])))
 
 
 @_gated_down.register_fake
-def _(h: Tensor, pair: Tensor, base: list[Tensor], a: Tensor, b: Tensor, scaling: float) -> Tensor:
-    return h.new_empty((*h.shape[:-1], b.shape[0]))
+def _(h: Tensor, pair: Tensor, base: list[Tensor], a: list[Tensor], b: list[Tensor], scaling: float) -> Tensor:
+    return h.new_empty((*h.shape[:-1], b[0].shape[0]))
 
 
 @torch.library.custom_op("qlora::swiglu_gradient_", mutates_args=("dh",))
@@ -83,15 +86,18 @@ def plain_swiglu_gradient(pair: Tensor, dh: Tensor) -> tuple[Tensor, Tensor]:
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     _, pair, base, a, b, ctx.scaling = inputs
-    ctx.save_for_backward(pair, a, b, *base)
+    ctx.count = len(a)
+    ctx.save_for_backward(pair, *a, *b, *base)
 
 
 def _backward(ctx: Any, dout: Tensor) -> tuple[Any, ...]:
-    pair, a, b, *base = ctx.saved_tensors
-    dh = torch.ops.qlora.linears_dx(dout, base, [a], [b], ctx.scaling, [b.shape[0]], a.shape[1])
+    pair, *rest = ctx.saved_tensors
+    a, b, base = rest[: ctx.count], rest[ctx.count : 2 * ctx.count], rest[2 * ctx.count :]
+    dh = torch.ops.qlora.linears_dx(dout, base, a, b, ctx.scaling, [b[0].shape[0]], a[0].shape[1])
     dpair = swiglu_gradient_(pair, dh)  # from here on dh holds h
-    da, db = adapter_gradients(dout, dh, [a], [b], ctx.scaling)
-    return None, dpair, [None] * len(base), da, db, None
+    da, db = adapter_gradients(dout, dh, a[:1], b[:1], ctx.scaling)
+    frozen = [None] * (ctx.count - 1)
+    return None, dpair, [None] * len(base), [da, *frozen], [db, *frozen], None
 
 
 _gated_down.register_autograd(_backward, setup_context=_save)

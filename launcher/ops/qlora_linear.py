@@ -9,6 +9,11 @@ share one operator: one product, and adapter gradients that read x once.
 A and B are fp32 masters with fp32 gradients, which dropout computes in x's dtype; products run in x's dtype, without
 autocast.
 
+An adapter that starts from the base's own weight (model/lora_start.py) has its start taken out again: W = base +
+s (B A - B0 A0). Its A is followed by A0 in the lists, its B by -B0, neither of which has a gradient. The same matrix is
+s [B - B0, B0] [A; A - A0], which is what is computed: at the start it is zero bit by bit in every dtype, and later as
+exact as a plain update, where B A - B0 A0 would lose the digits that cancel.
+
 The three operators are opaque to the compiler: a partitioner that sees the dequantisation keeps its result for the
 backward pass, seven full weights per layer. The forward pass saves only x, which the layer can recompute, and each W is
 computed once per pass.
@@ -30,18 +35,24 @@ from launcher.ops.nf4 import Nf4, merged_weights
 def joined_linears(
     x: Tensor, bases: Sequence[Nf4], a: Sequence[Tensor], b: Sequence[Tensor], *, scaling: float
 ) -> Tensor:
-    """x [..., D] and the base, A and B of each projection -> y side by side [..., sum of O], in x's dtype."""
-    outs = [q.shape[0] for q in b]
+    """x [..., D] and the base, A and B of each projection -> y side by side [..., sum of O], in x's dtype. After the A
+    and the B of all projections may come their A0 and their -B0."""
+    outs = [q.shape[0] for q in b[: len(bases)]]
     y: Tensor = torch.ops.qlora.linears(x, fields_of(bases), list(a), list(b), scaling, outs)
     return y
 
 
-def qlora_linear(x: Tensor, base: Nf4, a: Tensor, b: Tensor, *, scaling: float, dropout: float) -> Tensor:
-    """x [..., D] -> [..., O] in x's dtype. Dropout acts only where gradients are recorded, so evaluation is exact."""
+def qlora_linear(
+    x: Tensor, base: Nf4, a: Tensor, b: Tensor, *, scaling: float, dropout: float, start: Sequence[Tensor] = ()
+) -> Tensor:
+    """x [..., D] -> [..., O] in x's dtype. Dropout acts only where gradients are recorded, so evaluation is exact.
+    `start`: A0 and -B0, which see the same dropped x."""
     if dropout > 0 and torch.is_grad_enabled():  # base and update have different inputs: two products
         dropped = F.dropout(x, dropout, training=True)
-        return frozen_linear(x, base, out_features=b.shape[0]) + lora_update(dropped, a, b, scaling=scaling)
-    return joined_linears(x, [base], [a], [b], scaling=scaling)
+        return frozen_linear(x, base, out_features=b.shape[0]) + lora_update(
+            dropped, a, b, scaling=scaling, start=start
+        )
+    return joined_linears(x, [base], [a, *start[:1]], [b, *start[1:]], scaling=scaling)
 
 
 def frozen_linear(x: Tensor, base: Nf4, *, out_features: int) -> Tensor:
@@ -50,9 +61,21 @@ def frozen_linear(x: Tensor, base: Nf4, *, out_features: int) -> Tensor:
     return y
 
 
-def lora_update(x: Tensor, a: Tensor, b: Tensor, *, scaling: float) -> Tensor:
-    """scaling * (x A^T) B^T in x's dtype, x [..., D] -> [..., O]."""
-    return F.linear(F.linear(x, a.to(x.dtype)), b.to(x.dtype)) * scaling
+def lora_update(x: Tensor, a: Tensor, b: Tensor, *, scaling: float, start: Sequence[Tensor] = ()) -> Tensor:
+    """scaling * (x A^T) B^T in x's dtype, x [..., D] -> [..., O]; `start`: as in `qlora_linear`."""
+    [p], [q] = update_factors([a, *start[:1]], [b, *start[1:]], 1)
+    return F.linear(F.linear(x, p.to(x.dtype)), q.to(x.dtype)) * scaling
+
+
+def update_factors(a: Sequence[Tensor], b: Sequence[Tensor], count: int) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+    """Two factors of each of `count` updates: A [r, D] and B [O, r] themselves; where A0 and -B0 follow them,
+    [A; A - A0] and [B - B0, B0], fp32."""
+    if len(a) <= count:
+        return a, b
+    return (
+        [torch.cat([p, p - start]) for p, start in zip(a[:count], a[count:], strict=True)],
+        [torch.cat([q + start, -start], 1) for q, start in zip(b[:count], b[count:], strict=True)],
+    )
 
 
 def qlora_linear_reference(x: Tensor, weight: Tensor, a: Tensor, b: Tensor, *, scaling: float) -> Tensor:
@@ -77,6 +100,7 @@ def joined_weight(
 ) -> Tensor:
     """The stacked W of the projections [sum of O, D], in dtype and on the device of `like`; shape: (every O, D)."""
     outs, in_features = shape
+    a, b = update_factors(a, b, len(outs))
     size = len(fields) // len(outs)
     assert size in (3, 6), "the bases of one product all have quantised scales, or none has"
     bases = [Nf4(*fields[start : start + size]) for start in range(0, len(fields), size)]
@@ -146,11 +170,14 @@ def backward_of_linears(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
     dx = None
     if ctx.needs_input_grad[0]:
         dx = torch.ops.qlora.linears_dx(dy, bases, a, b, ctx.scaling, ctx.outs, ctx.in_features)
-    da_list: list[Tensor] = []
-    db_list: list[Tensor] = []
+    da_list: list[Tensor | None] = []
+    db_list: list[Tensor | None] = []
     if a:
-        da, db = adapter_gradients(dy, next(saved), a, b, ctx.scaling)
-        da_list, db_list = list(da.split(a[0].shape[0])), list(db.split(list(ctx.outs)))
+        count = len(ctx.outs)  # behind them are starts
+        da, db = adapter_gradients(dy, next(saved), a[:count], b[:count], ctx.scaling)
+        frozen = [None] * (len(a) - count)
+        da_list = [*da.split(a[0].shape[0]), *frozen]
+        db_list = [*db.split(list(ctx.outs)), *frozen]
     return (dx, [None] * len(bases), da_list, db_list, None, None), *more
 
 

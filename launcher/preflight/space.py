@@ -37,7 +37,8 @@ FORECAST_ERROR = 0.04  # the largest that was measured (docs/memory.md)
 
 def bundle_bytes(recipe: Recipe, trainable: int) -> int:
     """Bytes of a checkpoint: the adapter in PEFT's layout, and in the state the adapter again and its optimizer."""
-    return round(trainable * (2 * FP32 + optimizer_bytes(recipe.train.optimizer, recipe.lora.r)))
+    adapter = FP32 * recipe.lora.rank_factor
+    return round(trainable * (2 * adapter + optimizer_bytes(recipe.train.optimizer, recipe.lora.r)))
 
 
 def check_disk(recipe: Recipe, source: str, model: nn.Module, folder: RunFolder) -> str:
@@ -69,7 +70,8 @@ def _needs(recipe: Recipe, source: str, model: nn.Module, folder: RunFolder) -> 
     yield (
         "the adapter",
         folder.path,
-        FP32 * trainable + sum(file.stat().st_size for file in Path(source).glob("tokenizer*")),
+        FP32 * recipe.lora.rank_factor * trainable
+        + sum(file.stat().st_size for file in Path(source).glob("tokenizer*")),
     )
     if recipe.compile.mode != "off" and VARIABLE in os.environ:
         yield "compiled code", Path(os.environ[VARIABLE]), COMPILED_CODE
@@ -140,4 +142,5 @@ def planned_shapes(recipe: Recipe, config: Any, model: nn.Module, device: torch.
         by_adapters=kept_by_adapters(adapted, recipe.lora) // config.num_hidden_layers,
         **step_sizes(config, attention=attention, dtype=dtype, loss_chunk=chunk, trainable=trainable),
     )
-    return shapes, (weight_bytes(model, recipe.quant, dtype) + FP32 * trainable) / MIB
+    adapters = FP32 * recipe.lora.rank_factor * trainable
+    return shapes, (weight_bytes(model, recipe.quant, dtype) + adapters) / MIB

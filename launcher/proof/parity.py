@@ -5,7 +5,7 @@
     reference    the same stock modules in fp32, on the dequantised base
 
 The weights are never updated, so a difference in one batch does not reach the next: each batch is one measurement. LoRA
-B is drawn from a seed first: at zero, where training begins, every gradient of A is exactly 0 and has no direction. The
+B is moved by a draw first: at zero, where training begins, every gradient of A is exactly 0 and has no direction. The
 three models have the same adapters and no LoRA dropout. Each model is freed before the next is built; losses and
 gradients stay on the CPU, those of all batches for two models at most.
 """
@@ -21,6 +21,7 @@ import torch._dynamo
 from peft import PeftModel
 from torch import Tensor, nn
 
+from launcher.checkpoint.adapter import saved_parameters
 from launcher.data.loader import StepBatch
 from launcher.errors import NonFiniteError
 from launcher.proof.gate import Comparison, Measured, gate_of
@@ -104,13 +105,16 @@ def compiled_worker(request: Request, prepared: Prepared, *, clock: Clock) -> Wo
 
 
 def perturb(model: PeftModel, *, seed: int) -> Adapters:
-    """Draw LoRA B of `model` from `seed`; returns a copy of all adapters, by name, on the CPU."""
+    """Move LoRA B of `model` by a draw from `seed`; returns a copy of all adapters, by name, on the CPU: the frozen
+    ones of a start too."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in trainable(model):
             if ".lora_B." in name:
-                parameter.copy_(torch.empty(parameter.shape).normal_(std=B_STD, generator=generator))
-    return {name: parameter.detach().to("cpu", copy=True) for name, parameter in trainable(model)}
+                parameter.add_(
+                    torch.empty(parameter.shape).normal_(std=B_STD, generator=generator).to(parameter.device)
+                )
+    return {name: parameter.detach().to("cpu", copy=True) for name, parameter in saved_parameters(model).items()}
 
 
 def trainable(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
@@ -140,7 +144,7 @@ def measure_stock(
     """Build the stock model for a run in `dtype` (`reference`: its fp32 reference), then measure batch by batch."""
     device, recipe = prepared.device, request.recipe
     model = stock_model(recipe, request.source, prepared.config, dtype=dtype, device=device, reference=reference)
-    parameters = dict(trainable(model))
+    parameters = saved_parameters(model)
     assert parameters.keys() == adapters.keys(), "the models have the same adapters"
     with torch.no_grad():
         for name, parameter in parameters.items():

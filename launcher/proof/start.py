@@ -3,7 +3,7 @@
 Both sides are one model: there is no second copy of the weights. Ours is the packed forward, uncompiled. For the stock
 side every module is put back to the class that transformers, PEFT or bitsandbytes gave it, attention to "eager" (which
 leaves out nothing that a model asks of it), and each document goes alone through the model's own forward. LoRA B is
-drawn first: at zero, where training begins, no gradient reaches A. Everything is put back bit by bit afterwards:
+moved first: at zero, where training begins, no gradient reaches A. Everything is put back bit by bit afterwards:
 adapters, classes, random states; the data loader is not touched.
 
     packed        [a a a a | b b b b b]      one block, pieces of the run's documents
@@ -124,9 +124,9 @@ def _cosine(product: float, one: float, other: float, _: float) -> float:
 
 @contextmanager
 def _undisturbed(built: BuiltModel, *, seed: int) -> Iterator[None]:
-    """Inside, LoRA B is drawn from `seed` and nothing drops out; after it all is as before."""
+    """Inside, LoRA B is moved by a draw from `seed` and nothing drops out; after it all is as before."""
     device = built.packed.embed.weight.device
-    drawn = [parameter for name, parameter in built.peft.named_parameters() if ".lora_B." in name]
+    drawn = [p for name, p in built.peft.named_parameters() if ".lora_B." in name and p.requires_grad]
     dropouts = [(module, module.p) for module in built.peft.modules() if isinstance(module, nn.Dropout)]
     saved, around = [parameter.detach().clone() for parameter in drawn], built.packed.body.around
     with ExitStack() as stack:
@@ -138,7 +138,8 @@ def _undisturbed(built: BuiltModel, *, seed: int) -> Iterator[None]:
             built.packed.loss_bounds = {}  # here every token is a target
             with torch.no_grad():
                 for parameter in drawn:
-                    parameter.copy_(torch.empty(parameter.shape).normal_(std=B_STD, generator=generator))
+                    draw = torch.empty(parameter.shape).normal_(std=B_STD, generator=generator)
+                    parameter.add_(draw.to(parameter.device))
             for module, _ in dropouts:
                 module.p = 0.0
             yield

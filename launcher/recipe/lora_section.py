@@ -13,9 +13,11 @@ FUSED_PROJECTIONS = {  # a projection in which some models hold several, and whi
     "qkv_proj": ("q_proj", "k_proj", "v_proj"),
     "gate_up_proj": ("gate_proj", "up_proj"),
 }
+LARGEST_RANK = 1024
+NITER = "pissa_niter_"  # of PEFT: PiSSA by a randomised SVD of so many iterations
 NOT_OFFERED = {  # of PEFT's initialisations: why
     **dict.fromkeys(
-        ("pissa", "olora", "loftq"),
+        ("loftq",),
         "takes its product out of the base, which is then rounded to NF4 anew: the adapter would not fit the base",
     ),
     **dict.fromkeys(("eva", "corda", "lora_ga"), "needs activations or gradients of data before training starts"),
@@ -62,6 +64,11 @@ def possible_start(value: Any) -> Any:
     return value
 
 
+def is_from_weights(init: str) -> bool:
+    """Whether A and B begin as parts of the base's weights under this value of lora.init (model/lora_start.py)."""
+    return init == "olora" or init.startswith("pissa")
+
+
 LayerRange = Annotated[
     str,
     BeforeValidator(lambda value: str(value) if type(value) is int else value),
@@ -72,7 +79,7 @@ LayerRange = Annotated[
 class LoraSection(RecipeSection):
     """The low-rank adapters, the only weights that are trained."""
 
-    r: int = Field(16, ge=1, le=1024, description="Rank of the adapters.")
+    r: int = Field(16, ge=1, le=LARGEST_RANK, description="Rank of the adapters.")
     alpha: float = Field(32.0, gt=0, description="Scale of the update; it is multiplied by alpha / r.")
     dropout: float = Field(0.0, ge=0, lt=1, description="Probability of dropping an adapter's input.")
     targets: Distinct[NonEmptyText] = Field(
@@ -85,7 +92,7 @@ class LoraSection(RecipeSection):
     layers: Annotated[Distinct[LayerRange], BeforeValidator(entry_alone)] = Field(
         [], description="Decoder layers that get adapters, as 0-7,12; all if empty.", examples=[["0-7", "12"]]
     )
-    rank_pattern: dict[str, Annotated[int, Field(ge=1, le=1024)]] = Field(
+    rank_pattern: dict[str, Annotated[int, Field(ge=1, le=LARGEST_RANK)]] = Field(
         {},
         description="Other ranks than r, by a regular expression for the end of a module's name.",
         examples=[{"down_proj": 8}],
@@ -98,8 +105,15 @@ class LoraSection(RecipeSection):
     plus_ratio: float = Field(
         1.0, gt=0, description="Learning rate of B and of DoRA's magnitudes as a multiple of train.lr (LoRA+)."
     )
-    init: Annotated[Literal["default", "gaussian", "orthogonal"], BeforeValidator(possible_start)] = Field(
-        "default", description="How A begins, and under orthogonal B too; in each case B A is zero."
+    init: Annotated[
+        Literal["default", "gaussian", "orthogonal", "pissa", "olora"]
+        | Annotated[str, Field(pattern=rf"^{NITER}\d{{1,2}}$", description=f"{NITER}N")],
+        BeforeValidator(possible_start),
+    ] = Field(
+        "default",
+        description="How A and B begin; in each case the model is the base. pissa and olora take them out of the base, "
+        "and write an adapter of rank 2r.",
+        examples=["pissa_niter_4"],
     )
     dora: bool = Field(False, description="Train a magnitude for each row of W + update beside its direction (DoRA).")
     start_from: NonEmptyText | None = Field(
@@ -113,6 +127,16 @@ class LoraSection(RecipeSection):
         """The ranges of `layers`; none: all layers."""
         ends = [(first, last or first) for first, _, last in (entry.partition("-") for entry in self.layers)]
         return [range(int(first), int(last) + 1) for first, last in ends]
+
+    @property
+    def starts_from_weights(self) -> bool:
+        """Whether A and B begin as parts of the base's weights."""
+        return is_from_weights(self.init)
+
+    @property
+    def rank_factor(self) -> int:
+        """The rank of the saved adapter, the frozen start included, as a multiple of the trained one's."""
+        return 2 if self.starts_from_weights else 1
 
     @field_validator("targets")
     @classmethod
@@ -130,7 +154,17 @@ class LoraSection(RecipeSection):
         ranks = [info.data.get("r", 2), *info.data.get("rank_pattern", {}).values()]
         if init == "orthogonal" and (odd := [rank for rank in ranks if rank % 2]):
             raise ValueError(f"lora.init=orthogonal needs even ranks; got {odd[0]}; try {odd[0] + 1}")
+        if is_from_weights(init) and 2 * max(ranks) > LARGEST_RANK:
+            raise ValueError(f"lora.init={init} saves an adapter of rank 2r, at most {LARGEST_RANK}; r is {max(ranks)}")
         return init
+
+    @field_validator("dora")
+    @classmethod
+    def _has_no_start_of_its_own(cls, dora: bool, info: ValidationInfo) -> bool:
+        init = info.data.get("init", "default")
+        if dora and is_from_weights(init):
+            raise ValueError(f"lora.dora needs an adapter that begins at zero; got lora.init={init}; use default")
+        return dora
 
     @field_validator("start_from")
     @classmethod

@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from launcher.checkpoint.adapter import save_tensors
+from launcher.checkpoint.adapter import save_tensors, saved_parameters
 from launcher.checkpoint.bundle import State
 from launcher.checkpoint.resume import Resumed
 from launcher.checkpoint.writer import BundleWriter
@@ -65,7 +65,7 @@ class Checkpoints:
         if worker.rank_info.is_main and self._enabled:
             self._writer = BundleWriter(folder.checkpoints, keep=train.keep, save_adapter=self._save_adapter)
         names = {id(parameter): name for name, parameter in worker.built.peft.named_parameters()}
-        self._peft_names = {name: names[id(p)] for name, p in worker.built.packed.named_parameters() if p.requires_grad}
+        self._peft_names = {name: names[id(p)] for name, p in saved_parameters(worker.built.packed).items()}
         self.parts = worker.parts
 
     def due(self, step: int) -> bool:
@@ -116,6 +116,7 @@ class Checkpoints:
         return {"parts": [vars(part) for part in self.parts_until(step)]}
 
     def _save_adapter(self, folder: Path, state: State) -> None:
-        adapters = evaluated_adapters(state["state"]["training"], self._worker.recipe.train)
+        training = state["state"]["training"]
+        adapters = evaluated_adapters(training, self._worker.recipe.train) | training.get("start", {})
         tensors = {self._peft_names[name]: tensor for name, tensor in adapters.items()}
         save_tensors(self._worker.built.peft, tensors, folder)

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator, PartialState
 
-from launcher.checkpoint.adapter import adapter_digest
+from launcher.checkpoint.adapter import adapter_digest, saved_parameters
 from launcher.checkpoint.folder import RunFolder, default_folder, named_folder
 from launcher.checkpoint.parts import parts_of
 from launcher.checkpoint.resume import Resumed, cut_back, open_folder
@@ -164,6 +164,9 @@ class Worker:
                 note = load_start(self.built.peft, self.recipe.lora, base=self.request.source)
                 self.built = replace(self.built, notes=(*self.built.notes, note))
         if self.rank_info.world_size > 1:  # ranks exchange only gradients: those that begin differently stay different
+            if self.recipe.lora.starts_from_weights:  # a decomposition may differ in its last bits
+                for parameter in saved_parameters(self.built.packed).values():
+                    torch.distributed.broadcast(parameter.data, src=0)
             check_same_on_all_ranks(
                 "start from the same adapter",
                 adapter_digest(self.built.packed),

@@ -2,7 +2,8 @@
 
     identity     recipe, data and ranks: what must be equal in the run that goes on
     step         optimizer steps done
-    training     what the step writes: adapters, optimizer, rates, loss scale, the flag of a non-finite step
+    training     what the step writes: adapters, optimizer, rates, loss scale, the flag of a non-finite step; and the
+                 frozen start of the adapters, if they have one (model/lora_start.py)
     random       the random generators of every rank
     loader       the position in the data
     early_stop   the best eval loss, and the evaluations since

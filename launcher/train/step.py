@@ -35,6 +35,7 @@ from launcher.compile.graphs import Graphs, Work
 from launcher.compile.plan import Plan
 from launcher.data.loader import StepBatch
 from launcher.data.pack.micro_batch import MicroBatch
+from launcher.model.lora_start import start_parameters
 from launcher.model.packed import PackedCausalLM
 from launcher.recipe.train_section import TrainSection
 from launcher.runtime.progress import PROGRESS
@@ -188,8 +189,10 @@ class TrainStep:
         if not self._live_state:
             init_state(self.optimizer)
             named = [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
+            starts = {name: parameter.detach() for name, parameter in start_parameters(self.model).items()}
             self._live_state = {
                 "adapters": {name: parameter.detach() for name, parameter in named},
+                **({"start": starts} if starts else {}),  # frozen: another device would compute it otherwise
                 "optimizer": {name: self.optimizer.state[parameter] for name, parameter in named},
                 "rates": {"updates": self._rates.updates},
                 "loss_scale": {"value": self.scaler.value, "good_steps": self.scaler.good_steps},

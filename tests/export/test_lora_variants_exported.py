@@ -15,6 +15,7 @@ VARIANTS = {
         2,  # kinds of layers
     ),
     "dora": (("lora.dora=true", "lora.layers=1", "lora.init=orthogonal"), 2),
+    "pissa": (("lora.init=pissa", "lora.rslora=true", "lora.layers=1", "lora.rank_pattern={down_proj: 2}"), 2),
     "expressions": (("lora.targets=re:.*proj", r"lora.alpha_pattern={'layers\.0\..*q_proj': 8}"), 2),
 }
 

@@ -78,11 +78,26 @@ def test_every_optimizer_trains_and_the_ledger_counts_what_the_card_holds(recipe
     assert phases["after load"].total_mib > 1000
 
 
-def test_stock_peft_gives_the_trained_loss_in_bfloat16(recipe_of, tmp_path):
-    history, *_ = train(recipe_of(compile={"backend": "aot_eager"}, train={"steps": 8, "lr": 5e-3}))
+@pytest.mark.parametrize("init", ["default", "pissa", "olora"])
+def test_stock_peft_gives_the_trained_loss_in_bfloat16(recipe_of, tmp_path, init):
+    history, *_ = train(
+        recipe_of(lora={"init": init}, compile={"backend": "aot_eager"}, train={"steps": 8, "lr": 5e-3})
+    )
     stock = stock_loss(history, tmp_path, dtype="bfloat16", device="cuda")
     assert stock == pytest.approx(history.evals[-1].eval_loss, rel=1e-3)
     assert history.evals[-1].eval_loss < 0.99 * history.evals[0].eval_loss
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_a_start_from_the_bases_weights_is_the_base_bit_for_bit_in_captured_steps(recipe_of, dtype):
+    first, last = [], []
+    for init in ("default", "pissa", "olora"):
+        sections = {"lora": {"init": init}, "model": {"dtype": dtype}}
+        history, _, record = train(recipe_of(**sections, compile={"cuda_graphs": "on"}, train={"steps": 4}))
+        assert all(verdict.holds for verdict in record.verdicts)
+        first.append(history.evals[0].eval_loss)
+        last.append(history.evals[-1].eval_loss)
+    assert len({*first}) == 1 and len({*last}) == 3
 
 
 def test_an_earlier_adapter_is_given_back_to_the_captured_graphs_after_samples_on_the_way(recipe_of, monkeypatch):

@@ -7,6 +7,7 @@ import torch
 
 from launcher.model.build import check_model
 from launcher.model.load import empty_model, load_config
+from launcher.model.lora_start import start_parameters
 from launcher.model.lora_targets import adapted_linears
 from launcher.model.sizes import adapter_parameters, weight_bytes
 from launcher.preflight.space import planned_shapes
@@ -22,9 +23,10 @@ CPU = torch.device("cpu")
         {},
         {"quant": {"double": False}, "lora": {"targets": ["q_proj", "down_proj"], "dropout": 0.1}},
         {"lora": {"layers": ["1"], "rank_pattern": {"down_proj": 2}, "targets": ["all-linear"], "dropout": 0.1}},
+        {"lora": {"init": "pissa", "rank_pattern": {"down_proj": 2}}},
         {"quant": {"type": "none"}, "model": {"dtype": "bfloat16"}, "data": {"batching": "padded"}},
     ],
-    ids=["nf4", "single", "chosen layers", "none"],
+    ids=["nf4", "single", "chosen layers", "pissa", "none"],
 )
 def test_parameters_weights_and_shapes_are_those_of_the_built_model(make_recipe: Any, sections: dict[str, Any]) -> None:
     recipe = make_recipe(**sections)
@@ -33,9 +35,9 @@ def test_parameters_weights_and_shapes_are_those_of_the_built_model(make_recipe:
     model = check_model(recipe, source, config, CPU)
     built = build(recipe)
     assert adapter_parameters(model, recipe.lora) == built.trainable
-    held = 0
-    for parameter in built.packed.parameters():
-        if parameter.requires_grad:
+    held, starts = 0, start_parameters(built.packed)
+    for name, parameter in built.packed.named_parameters():
+        if parameter.requires_grad or name in starts:
             continue
         held += parameter.nbytes
         if (state := getattr(parameter, "quant_state", None)) is not None:
@@ -44,7 +46,9 @@ def test_parameters_weights_and_shapes_are_those_of_the_built_model(make_recipe:
     shapes, held_mib = planned_shapes(recipe, config, model, CPU)
     sizes = built.sizes()
     assert {name: getattr(shapes, name) for name in sizes} == sizes
-    assert held_mib == (held + 4 * built.trainable) / 2**20
+    frozen = sum(parameter.numel() for parameter in starts.values())
+    assert bool(frozen) == (recipe.lora.init == "pissa")
+    assert held_mib == (held + 4 * (built.trainable + frozen)) / 2**20
 
 
 def test_a_tied_embedding_counts_once() -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from launcher.ops import qlora_linear
 from launcher.proof import parity as parity_module
 from launcher.proof.parity import parity
 from launcher.records.parity import ParityRecord
@@ -62,11 +63,23 @@ def test_random_weights_are_the_same_in_all_three_and_accumulated_batches_are_co
     assert record.batches[0].reference_loss == pytest.approx(math.log(8192), rel=0.02)  # a guess among the vocabulary
 
 
-def test_a_variant_of_lora_is_within_the_gate_and_noise_is_left_out(compared: Callable[..., ParityRecord]) -> None:
-    lora = {"dora": True, "rslora": True, "layers": ["1"]}
+@pytest.mark.parametrize("lora", [{"dora": True, "rslora": True, "layers": ["1"]}, {"init": "pissa"}])
+def test_a_variant_of_lora_is_within_the_gate_and_noise_is_left_out(
+    compared: Callable[..., ParityRecord], lora: dict[str, Any]
+) -> None:
     record = compared(lora=lora, model={"dtype": "bfloat16"}, train={"neftune_alpha": 5.0})
     assert record.holds, record.verdicts
     assert any("train.neftune_alpha=0, not the recipe's 5" in note for note in record.notes)
+
+
+def test_a_start_that_is_not_taken_out_again_closes_the_gate(
+    compared: Callable[..., ParityRecord], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(qlora_linear, "update_factors", lambda a, b, count: (a[:count], b[:count]))
+    record = compared(lora={"init": "pissa"}, compile={"mode": "off"})
+    assert {"compiled loss is eager's", "gradient error against fp32 is eager's"} <= {
+        verdict.claim for verdict in record.verdicts if not verdict.holds
+    }
 
 
 def test_float16_is_compared_with_its_loss_scale(compared: Callable[..., ParityRecord]) -> None:

@@ -127,7 +127,7 @@ def changed_positions(change: Callable[[Tensor], Tensor]) -> Fault:
 
 
 def larger_scaling(right: Any) -> Any:
-    return lambda *args, scaling, dropout: right(*args, scaling=scaling * 1.1, dropout=dropout)
+    return lambda *args, scaling, **rest: right(*args, scaling=scaling * 1.1, **rest)
 
 
 def every_document_the_first(right: Any) -> Any:

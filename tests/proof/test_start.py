@@ -12,6 +12,7 @@ from launcher.errors import ContractError
 from launcher.model.attention import BlockFacts
 from launcher.model.build import BuiltModel, build_model, check_model
 from launcher.model.packed import PackedCausalLM
+from launcher.ops import qlora_linear
 from launcher.proof.start import LEAST, pieces_of, start_verdict
 from launcher.proof.stock import stock_code
 from launcher.recipe.schema import Recipe
@@ -26,11 +27,13 @@ SHORT = [piece[:11] % 251 for piece in PIECES]  # fits the vocabulary and the bl
 AUTO = RECIPE.model_copy(update={"model": RECIPE.model.model_copy(update={"family": "auto"})})
 
 
-def build_any(model_type: str, *, dtype: str = "float32", dropout: float = 0.0, **changes: Any) -> BuiltModel:
+def build_any(
+    model_type: str, *, dtype: str = "float32", dropout: float = 0.0, init: str = "default", **changes: Any
+) -> BuiltModel:
     recipe = Recipe.model_validate(
         {
             "model": {"init": "random", "dtype": dtype, "family": "auto"},
-            "lora": {"r": 4, "dropout": dropout},
+            "lora": {"r": 4, "dropout": dropout, "init": init},
             "data": {"max_length": 64},
             "train": {"steps": 1},
         }
@@ -46,6 +49,19 @@ def test_a_model_that_computes_as_stock_code_passes_with_or_without_a_row(model_
     assert model.family.named == (model_type == "llama")
     verdict = start_verdict(model, PIECES, seed=0)
     assert verdict.holds and "29 tokens in 2 documents" in verdict.evidence, verdict.evidence
+
+
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+def test_an_adapter_that_starts_from_the_base_is_compared_with_its_start(
+    init: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = build_any("llama", init=init)
+    before = {name: parameter.detach().clone() for name, parameter in model.peft.named_parameters()}
+    verdict = start_verdict(model, PIECES, seed=0)
+    assert verdict.holds, verdict.evidence
+    assert all(torch.equal(parameter, before[name]) for name, parameter in model.peft.named_parameters())
+    monkeypatch.setattr(qlora_linear, "update_factors", lambda a, b, count: (a[:count], b[:count]))
+    assert not start_verdict(model, PIECES, seed=0).holds
 
 
 def test_more_targets_than_the_run_has_are_compared() -> None:

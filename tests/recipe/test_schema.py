@@ -31,6 +31,11 @@ def test_two_recipes_never_share_a_list():
         ("model.revision", ["0123456", None], [123456, ""]),
         ("quant.double", ["false", "off"], ["perhaps"]),
         ("lora.r", [1, 1024], [0, 1025]),
+        (
+            "lora.init",
+            ["default", "gaussian", "orthogonal", "pissa", "olora", "pissa_niter_0", "pissa_niter_16"],
+            ["planted", None, "PISSA", False, "pissa_niter_", "pissa_niter_100", "pissa_niter_x"],
+        ),
         ("lora.targets", [["q_proj"]], [[], ["q_proj", "q_proj"]]),
         (
             "data.sources",
@@ -83,7 +88,7 @@ def test_no_number_may_be_nan_or_infinite(section, name, number):
 
 
 def test_the_tests_of_all_choices_and_all_numbers_see_them_all():
-    assert (len(CHOICES), len(NUMBERS)) == (22, 29), (CHOICES, NUMBERS)
+    assert (len(CHOICES), len(NUMBERS)) == (21, 29), (CHOICES, NUMBERS)
 
 
 @pytest.mark.parametrize(

@@ -79,6 +79,13 @@ def test_a_fault_on_one_rank_ends_both_and_status_json_names_the_cause(
     assert not (tmp_path / "run" / "adapter").exists()
 
 
+def test_ranks_that_decompose_the_base_otherwise_take_the_start_of_rank_0(arguments, tmp_path):
+    """With the fault that ends a run whose adapters begin at zero."""
+    recipe = [*replaced(arguments, "compile.mode=off"), "lora.init=pissa"]
+    succeeded(*LAUNCH, WORKERS / "failing_worker.py", "adapter", *recipe, cwd=tmp_path)
+    assert (tmp_path / "run" / "adapter").exists()
+
+
 def test_a_fault_in_the_data_ends_both_ranks_and_is_printed_once(arguments, tmp_path):
     broken = tmp_path / "broken.jsonl"
     broken.write_text('{"text": "a river"}\n{"text": \n')

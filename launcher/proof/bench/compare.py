@@ -11,7 +11,7 @@ from typing import Any
 from launcher.errors import LauncherError
 from launcher.proof.bench.figures import bench_record
 from launcher.proof.bench.processes import ChildFailed, run_child
-from launcher.proof.noise import NEFTUNE, without_noise
+from launcher.proof.noise import NEFTUNE, with_plain_start, without_noise
 from launcher.records.bench import BenchRecord, OursRecord, SideRecord, Workload
 from launcher.runtime.environment import prepare_environment, quick_imports
 from launcher.train.request import Request
@@ -26,7 +26,7 @@ def bench(request: Request) -> Iterator[str | BenchRecord]:
     Raises the errors of launcher/errors.py where the data or our side fails. How naive fails is in the record.
     """
     asked, (request, quiet) = request.recipe, without_noise(request, NEFTUNE)
-    proof = asked.proof
+    proof, (stock, plain) = asked.proof, with_plain_start(request)
     yield "reading data"
     workload: Workload = yield from _run("workload", request, name="the data: ")
     yield "ours: starting"
@@ -35,10 +35,10 @@ def bench(request: Request) -> Iterator[str | BenchRecord]:
     for name in PARTS_OF[proof.bench_naive]:
         yield f"{name}: starting"
         try:
-            sides[name] = yield from _run(name, request)
+            sides[name] = yield from _run(name, stock)
         except LauncherError as error:
             sides[name] = SideRecord(failure=str(error))
-    notes = [*quiet, *ours.compile.fallbacks]
+    notes = [*quiet, *(plain if sides else ()), *ours.compile.fallbacks]
     if asked.compile.mode == "off":
         notes.append("compile.mode=off: ours is not compiled")
     notes += [f"{name}: {side.failure}" for name, side in sides.items() if side.failure]

@@ -28,6 +28,7 @@ def events(make_recipe: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> 
             assert task.func is compare.measure
             [part] = task.args
             assert request.recipe.train.neftune_alpha == 0, "stock modules draw no such noise"
+            assert request.recipe.lora.init == "default" or part in ("workload", "ours")
             yield f"measures {part}"
             if isinstance(results[part], Exception):
                 raise results[part]
@@ -53,6 +54,13 @@ def test_neftune_is_left_out_on_every_side_and_a_note_says_so(events: Events) ->
     record = events(train={"neftune_alpha": 5.0})[-1]
     assert record.notes == ("measured with train.neftune_alpha=0, not the recipe's 5",)
     assert record.recipe["train"]["neftune_alpha"] == 5.0
+
+
+def test_stock_code_begins_at_zero_where_ours_starts_from_the_base_and_a_note_says_so(events: Events) -> None:
+    record = events(lora={"init": "pissa"})[-1]
+    assert record.notes == ("the stock side has lora.init=default, not pissa: its losses agree at step 1 alone",)
+    assert record.recipe["lora"]["init"] == "pissa" and record.holds
+    assert events(lora={"init": "pissa"}, proof={"bench_naive": "off"})[-1].notes == ()
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ from launcher.proof.bench.ceiling import matmul_ceiling
 from launcher.proof.bench.figures import bench_record
 from launcher.proof.bench.naive import NaiveStep
 from launcher.proof.bench.workload import WARM_UP_STEPS, bench_inputs, hash_batches, step_batches, workload
+from launcher.proof.noise import with_plain_start
 from launcher.proof.stock import collate
 from launcher.records.bench import BenchRecord, SideRecord
 from launcher.train import compiled_regions
@@ -53,7 +54,9 @@ def last(events: Any) -> Any:
 
 
 def benched(request: Request) -> BenchRecord:
-    work, ours, naive = (last(part(request)) for part in (workload, side.ours, side.naive))
+    work, ours, naive = (
+        last(part) for part in (workload(request), side.ours(request), side.naive(with_plain_start(request)[0]))
+    )
     sides = {"naive": naive}
     return bench_record({}, rows=request.recipe.proof.bench_rows, workload=work, ours=ours, sides=sides)
 
@@ -63,7 +66,7 @@ def benched(request: Request) -> BenchRecord:
     [
         ({"train": {"accumulation": 2}, "lora": {"dropout": 0.3}}, 1),
         ({"data": {"batching": "bucketed"}, "model": {"dtype": "bfloat16"}}, 2),
-        ({"data": {"streaming": True}}, 1),
+        ({"data": {"streaming": True}, "lora": {"init": "olora"}}, 1),
         ({"proof": {"bench_rows": "random"}, "model": {"init": "random"}}, 1),
     ],
 )
