@@ -9,8 +9,8 @@ def test_each_batch_and_each_adapter_kind_has_its_row() -> None:
     text = shown(parity_record())
     row = "1 1,234 2.5000 2.6000 2.7500 1.0e-04 0.99999 1.0e-03 2.0e-03 1.0e-02 2.0e-02"
     assert row in section(text, "Batches")
-    assert "q A 16 1.00000 layer 3, batch 2 4.0e-03 1.0010 0.9990 1.0e-02 0.98000" in section(text, "Adapter gradients")
-    assert "k B 16 0.99870 layer 3, batch 2 4.0e-03 1.0090 0.9990 1.0e-02 0.98000" in section(text, "Adapter gradients")
+    assert "q A 16 1.00000 layer 3, batch 2 4.0e-03 1.0010 0.9990 1.0e-02 0.97000 0.98000" in section(text, "Adapter gradients")
+    assert "k B 16 0.99870 layer 3, batch 2 4.0e-03 1.0090 0.9990 1.0e-02 0.97000 0.98000" in section(text, "Adapter gradients")
     assert "gradient, all adapters 1.10e-02 1.00e-02 1.10" in section(text, "Error against fp32")
     assert "eager 2.0 100 % " in section(text, "Elapsed")[3]
     assert section(text, "Notes")[1] == "measured with lora.dropout=0"
@@ -34,9 +34,11 @@ def test_of_many_batches_a_sample_is_shown_with_the_first_and_the_last() -> None
 
 
 def test_figures_that_close_the_gate_are_shown_as_bad() -> None:
-    batches = (parity_batch(1), replace(parity_batch(2), loss_difference=2.1e-3, least_cosine=0.9949))
-    adapters = (replace(parity_record().adapters[0], least_cosine=0.9948), parity_record().adapters[1])
+    batches = (parity_batch(1), replace(parity_batch(2), loss_difference=2.1e-3, least_cosine=0.9949, holds=False))
+    adapters = (replace(parity_record().adapters[0], least_cosine=0.9948, holds=False), parity_record().adapters[1])
     lengths = (parity_record().lengths[0], replace(parity_record().lengths[1], compiled=0.989))
     closed = parity_record(batches=batches, adapters=adapters, lengths=lengths)
     assert bad(closed) == ["2.1e-03", "0.99490", "0.99480", "0.9890"]
     assert bad(parity_record()) == []
+    by_fp32 = replace(parity_record().adapters[0], least_cosine=0.9948)  # below the least cosine, as near as eager
+    assert bad(parity_record(adapters=(by_fp32, parity_record().adapters[1]))) == []
