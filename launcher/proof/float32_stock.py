@@ -24,17 +24,18 @@ def float32_arithmetic(stock: PeftModel) -> Iterator[None]:
     """Inside, the model of `stock_code` computes logits and gradients in fp32, without autocast. Afterwards all is as
     before, bit by bit."""
     base: Any = stock.get_base_model()
+    modules: list[Any] = list(base.modules())
     with ExitStack() as stack:
-        for module in base.modules():
+        for module in modules:
             small = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
             if isinstance(module, Linear4bit):
-                state: Any = module.weight.quant_state
-                stack.enter_context(_replaced(state, "dtype", torch.float32))
+                weight: Any = module.weight
+                stack.enter_context(_replaced(weight.quant_state, "dtype", torch.float32))
                 stack.enter_context(_replaced(module, "compute_dtype", torch.float32))
             elif isinstance(module, nn.Embedding):
                 stack.callback(module.register_forward_hook(_cast_output).remove)
             elif type(module).forward is nn.Linear.forward:
-                module.forward = partial(_linear, module)  # type: ignore[method-assign]
+                module.forward = partial(_linear, module)
                 stack.callback(delattr, module, "forward")
             kept = getattr(module, "weight", None) if isinstance(module, nn.Linear | nn.Embedding) else None
             for tensor in small:
