@@ -16,7 +16,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-ROWS = 4096  # of an unquantised weight, in fp32 at once
+CAST_ROWS = 4096  # of an unquantised weight, in fp32 at once
 
 
 @contextmanager
@@ -75,10 +75,10 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
         ctx.weight = weight
-        return torch.cat([x @ rows.float().T for rows in weight.split(ROWS)], -1)
+        return torch.cat([x @ rows.float().T for rows in weight.split(CAST_ROWS)], -1)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
         [dy] = gradients
-        parts = zip(dy.split(ROWS, -1), ctx.weight.split(ROWS), strict=True)
+        parts = zip(dy.split(CAST_ROWS, -1), ctx.weight.split(CAST_ROWS), strict=True)
         return torch.stack([part @ rows.float() for part, rows in parts]).sum(0), None

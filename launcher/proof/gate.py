@@ -40,7 +40,7 @@ HALF = Gate(
     direction_ratios=DirectionRatios(matrix=2.0, kind=1.2, layer=1.5),
 )
 ALL = "all adapters"
-SHOWN = 3  # of the parts that are wrong, in the evidence of a verdict
+PARTS_SHOWN = 3  # of the parts that are wrong, in the evidence of a verdict
 
 
 @dataclass(frozen=True)
@@ -167,7 +167,7 @@ class Comparison:
         found, cosines = directions_by(gate, self.directions), [one.cosine for one in self.directions]
         kinds = {(one.kind, one.matrix): one for one in sorted(found.wrong, key=lambda one: -one.cosine)}
         shown = [f"{one}, {one.to_fp32}" if gate.direction_ratios else str(one) for one in kinds.values()]
-        shown = [*shown, *found.groups[:SHOWN]] or [str(self.directions[cosines.index(min(cosines))])]
+        shown = [*shown, *found.groups[:PARTS_SHOWN]] or [str(self.directions[cosines.index(min(cosines))])]
         evidence = f"least cosine {'; '.join(shown)}, at least {gate.cosine:g}"
         if found.by_reference:
             count, worst = f"{len(found.by_reference)} of {len(cosines)} matrices", found.by_reference[0]
@@ -181,7 +181,7 @@ class Comparison:
 
         whole, *parts = sorted(self.lengths(gate), key=lambda length: (length.of != ALL, -far(length)))
         wrong = [part for part in parts if not far(part) <= part.limit]
-        shown = [whole, *(wrong or parts)[: SHOWN if wrong else 1]]
+        shown = [whole, *(wrong or parts)[: PARTS_SHOWN if wrong else 1]]
         eager = self.sides[1]
         figures = "; ".join(f"{a.of} {a.compiled:.5f}, {eager} {a.eager:.5f}, 1 ± {a.limit:.1e} allowed" for a in shown)
         holds = far(whole) <= whole.limit and not wrong
