@@ -1,7 +1,7 @@
 """Where the packed forward first computes something else than stock code: module by module, in the order of calls.
 
-In half precision the outputs of deep layers differ though both be right. A module is named there only if ours is also
-farther from stock code in float32 than stock code itself is.
+In half precision the outputs of deep layers differ though both be right. Where float32 decides, a module is named only
+if its output is also farther from stock code's in float32 than stock code's own is.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -24,9 +24,9 @@ Outputs = dict[str, Tensor]  # by module, [1, S, width]
 
 
 @torch.no_grad()
-def first_difference(built: BuiltModel, blocks: Sequence[Sequence[Piece]]) -> str | None:
+def first_difference(built: BuiltModel, blocks: Sequence[Sequence[Piece]], *, by_float32: bool = False) -> str | None:
     """The first module whose output for a document of `blocks` is another one in stock code, with the figures; None
-    where all outputs are equal."""
+    where all outputs are equal. `by_float32`: where ours is farther from float32 too."""
     packed, number = built.packed, 0
     for block in blocks:
         ids, _, *rest = packed_arguments(block)
@@ -38,9 +38,7 @@ def first_difference(built: BuiltModel, blocks: Sequence[Sequence[Piece]]) -> st
         for piece in block:
             number += 1
             theirs = _stock_outputs(built, piece, exact=False)
-            exact: Outputs = {}
-            if built.dtype != torch.float32:
-                exact = _stock_outputs(built, piece, exact=True)
+            exact = _stock_outputs(built, piece, exact=True) if by_float32 else {}
             own = {name: output[:, start : start + len(piece)] for name, output in ours.items()}
             if found := _differing(own, theirs, exact, ERROR.get(built.dtype, ERROR_HALF)):
                 return f"{found} (document {number} of the comparison)"

@@ -27,18 +27,18 @@ def float32_arithmetic(stock: PeftModel) -> Iterator[None]:
     modules: list[Any] = list(base.modules())
     with ExitStack() as stack:
         for module in modules:
-            small = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
+            kept: Any = getattr(module, "weight", None)
             if isinstance(module, Linear4bit):
-                weight: Any = module.weight
-                stack.enter_context(_replaced(weight.quant_state, "dtype", torch.float32))
+                stack.enter_context(_replaced(kept.quant_state, "dtype", torch.float32))
                 stack.enter_context(_replaced(module, "compute_dtype", torch.float32))
             elif isinstance(module, nn.Embedding):
                 stack.callback(module.register_forward_hook(_cast_output).remove)
             elif type(module).forward is nn.Linear.forward:
                 module.forward = partial(_linear, module)
                 stack.callback(delattr, module, "forward")
-            kept = getattr(module, "weight", None) if isinstance(module, nn.Linear | nn.Embedding) else None
-            for tensor in small:
+            else:
+                kept = None
+            for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
                 if tensor is not kept and tensor.dtype in (torch.bfloat16, torch.float16):
                     stack.enter_context(_replaced(tensor, "data", tensor.data.float()))
         for layer in base.model.layers:

@@ -18,7 +18,7 @@ parity judges (gate.py): ours must be about as near to it as stock code is.
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
@@ -81,17 +81,34 @@ def start_verdict(built: BuiltModel, pieces: Sequence[Piece], *, seed: int) -> V
             theirs = measure(_stock_losses(stock, pieces, built.dtype))
         names = [name for name, _ in parameters]
         problems, figures = _compared(ours, theirs, names, built.dtype)
+        exact = None
         if problems and built.dtype != torch.float32:
-            with stock_code(built.peft) as stock, float32_arithmetic(stock):
-                exact = measure(_stock_losses(stock, pieces, torch.float32))
+            exact, why = _in_float32(built, partial(_stock_losses, pieces=pieces, dtype=torch.float32), measure)
+            figures += f"; beyond a limit, {why}"
+        if exact is not None:
             problems, more = _against_float32(ours, theirs, exact, names)
-            figures += f"; beyond a limit, so judged by stock code in float32: {more}"
+            figures += more
         tokens = sum(map(len, pieces))
         figures += f"; {tokens} tokens in {len(pieces)} documents"
         if not problems:
             return Verdict(CLAIM, True, figures)
-        where = first_difference(built, blocks) or f"the gradients of {problems[-1]}"
+        where = first_difference(built, blocks, by_float32=exact is not None) or f"the gradients of {problems[-1]}"
     return Verdict(CLAIM, False, f"first difference: {where}; {figures}")
+
+
+def _in_float32(
+    built: BuiltModel, losses: Callable[[nn.Module], Iterator[Tensor]], measure: Callable[[Iterator[Tensor]], Side]
+) -> tuple[Side | None, str]:
+    """Stock code's loss and gradients in float32 arithmetic, or None where its modules cannot be had in it; and which
+    of the two it is."""
+    try:
+        with stock_code(built.peft) as stock, float32_arithmetic(stock):
+            return measure(losses(stock)), "so judged by stock code in float32: "
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, TypeError) as error:  # of an architecture that mixes dtypes in its own way
+        reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
+        return None, f"and stock code does not compute in float32 here ({reason})"
 
 
 def _stock_losses(stock: nn.Module, pieces: Sequence[Piece], dtype: torch.dtype) -> Iterator[Tensor]:

@@ -111,6 +111,23 @@ def test_forgotten_windows_are_found_under_the_noise() -> None:
     assert not wrong.holds and "first difference: model.layers.0" in wrong.evidence, wrong.evidence
 
 
+def test_a_model_that_does_not_compute_in_float32_is_judged_by_the_limits(
+    deep: BuiltModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    attention: Any = type(deep.packed.body.layers[0].self_attn)
+    right = attention.forward
+
+    def forward(self: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if hidden_states.dtype == torch.float32:
+            raise RuntimeError("expected BFloat16")
+        return right(self, hidden_states, *args, **kwargs)
+
+    monkeypatch.setattr(attention, "forward", forward)
+    verdict = start_verdict(deep, PIECES, seed=0)
+    assert not verdict.holds
+    assert "; beyond a limit, and stock code does not compute in float32 here (expected BFloat16)" in verdict.evidence
+
+
 @pytest.mark.parametrize(
     ("model_type", "quant", "sections", "changes"),
     [
