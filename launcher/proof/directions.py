@@ -55,7 +55,7 @@ class Directions:
     """What the gate says of all of them."""
 
     wrong: tuple[Direction, ...]  # the matrices, by batch, that close it alone
-    groups: tuple[str, ...]  # kinds and layers that do, with their figures
+    groups: dict[str, str]  # kinds ("q A") and layers ("layer 3") that do, with their figures
     by_reference: tuple[Direction, ...]  # below the least cosine, as near to fp32 as eager; the worst ratio first
 
 
@@ -64,15 +64,13 @@ def directions_by(gate: Gate, directions: Sequence[Direction]) -> Directions:
     below = [one for one in directions if not one.cosine >= gate.cosine]
     ratios = gate.direction_ratios
     if ratios is None:
-        return Directions(tuple(below), (), ())
+        return Directions(tuple(below), {}, ())
     wrong = [one for one in below if not _right(gate, one, ratios.matrix)]
-    groups = [
-        *_groups(gate, below, directions, lambda one: f"{one.kind} {one.matrix}", ratios.kind),
-        *_groups(gate, below, directions, lambda one: f"layer {one.layer}", ratios.layer),
-    ]
+    groups = _groups(gate, below, directions, lambda one: f"{one.kind} {one.matrix}", ratios.kind)
+    groups |= _groups(gate, below, directions, lambda one: f"layer {one.layer}", ratios.layer)
     right = [one for one in below if _right(gate, one, ratios.matrix)]
     right.sort(key=lambda one: -angle_ratio(one.compiled, one.eager))
-    return Directions(tuple(wrong), tuple(groups), tuple(right))
+    return Directions(tuple(wrong), groups, tuple(right))
 
 
 def _right(gate: Gate, one: Direction, ratio: float | None) -> bool:
@@ -101,14 +99,14 @@ def _groups(
     directions: Sequence[Direction],
     name: Callable[[Direction], str],
     ratio: float,
-) -> list[str]:
+) -> dict[str, str]:
     """The groups with a matrix in `below` that are on the average farther from fp32 than `ratio` allows."""
-    wrong = []
+    wrong = {}
     for group in dict.fromkeys(map(name, below)):
         members = [one for one in directions if name(one) == group]
         compiled = sum(one.compiled for one in members) / len(members)
         eager = sum(one.eager for one in members) / len(members)
         if not (trusted(gate, eager) and as_near(compiled, eager, ratio=ratio)):
             figures = f"{compiled:.5f} and {eager:.5f}: {angle_ratio(compiled, eager):.2f} times the angle"
-            wrong.append(f"{group} on the average to fp32 {figures}, at most {ratio:g}")
+            wrong[group] = f"on the average to fp32 {figures}, at most {ratio:g}"
     return wrong

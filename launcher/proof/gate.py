@@ -97,7 +97,8 @@ class Comparison:
 
     def adapters(self, gate: Gate) -> tuple[AdapterParity, ...]:
         """Each kind of adapter matrix, the worst over its modules and the batches so far, in the order of a layer."""
-        wrong = {(one.kind, one.matrix) for one in directions_by(gate, self.directions).wrong}
+        found = directions_by(gate, self.directions)
+        wrong = {f"{one.kind} {one.matrix}" for one in found.wrong} | found.groups.keys()
         kinds: dict[tuple[str, str], list[Direction]] = {}
         for one in self.directions:
             kinds.setdefault((one.kind, one.matrix), []).append(one)
@@ -110,7 +111,7 @@ class Comparison:
                 norm_difference=max(one.norm_difference for one in modules),
                 compiled_cosine=min(one.compiled for one in modules),
                 eager_cosine=min(one.eager for one in modules),
-                holds=kind not in wrong,
+                holds=" ".join(kind) not in wrong,
             )
             for kind, modules in kinds.items()
         )
@@ -167,7 +168,8 @@ class Comparison:
         found, cosines = directions_by(gate, self.directions), [one.cosine for one in self.directions]
         kinds = {(one.kind, one.matrix): one for one in sorted(found.wrong, key=lambda one: -one.cosine)}
         shown = [f"{one}, {one.to_fp32}" if gate.direction_ratios else str(one) for one in kinds.values()]
-        shown = [*shown, *found.groups[:PARTS_SHOWN]] or [str(self.directions[cosines.index(min(cosines))])]
+        groups = [f"{name} {figures}" for name, figures in found.groups.items()]
+        shown = [*shown, *groups[:PARTS_SHOWN]] or [str(self.directions[cosines.index(min(cosines))])]
         evidence = f"least cosine {'; '.join(shown)}, at least {gate.cosine:g}"
         if found.by_reference:
             count, worst = f"{len(found.by_reference)} of {len(cosines)} matrices", found.by_reference[0]

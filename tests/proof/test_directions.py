@@ -86,6 +86,8 @@ def test_a_turned_direction_is_found_from_an_angle_on(
     small, large = (compared(fault=turned(where, angle, batches=batches)) for angle in (hidden, found))
     assert verdict(small).holds
     assert not verdict(large).holds and f"least cosine {named}" in verdict(large).evidence
+    if where.startswith("x."):
+        assert [(a.kind, a.matrix) for a in large.adapters(HALF) if not a.holds] == [("k", "B")]
     if named == "q A ":
         assert [(a.kind, a.matrix) for a in large.adapters(HALF) if not a.holds] == [("q", "A")]
         assert [batch.holds for batch in large.judged_batches(HALF)] == [False, True]
