@@ -19,7 +19,7 @@ from tests.support.models import ARCHITECTURES
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("clean_dynamo")]
 NARROW = {"hidden_size": 1536, "intermediate_size": 4096, "num_attention_heads": 12, "num_key_value_heads": 4}
 IDS = {"vocab_size": 32768, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2}
-PIECES = [torch.randint(8192, (256,), generator=torch.Generator().manual_seed(n)) for n in range(2)]
+PIECES = [torch.randint(8192, (n,), generator=torch.Generator().manual_seed(n)) for n in (256, 240, 9)]
 
 
 def test_a_deep_model_is_within_the_gate_of_parity(recipe_1b: Callable[..., Any], tmp_path: Path) -> None:
