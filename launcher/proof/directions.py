@@ -10,7 +10,7 @@ There r is asked: c must point to r about as well as e does, a <= ratio * b, tha
 
 with the gate's `direction_ratios`: for the matrix in the batch; for its kind, with 1 - cos averaged over all layers and
 batches; for its layer, with 1 - cos averaged over all kinds and batches. The rounding error of one matrix scatters: for
-right models on CPUs a / b was 0.9 in the middle, at most 1.1 in batches of 512 tokens, 1.5 in 300, 2.3 in 60; the root
+right models on CPUs a / b was 0.9 in the middle, at most 1.4 in batches of 512 tokens, 1.5 in 300, 2.3 in 60; the root
 of the averages over a kind 1.02 in 300 tokens and 1.22 in 60, over a layer 1.04 and 1.34.
 
 Where eager is accurate nothing is judged otherwise: the angle of c to e is a + b at most, so r is of help only where
