@@ -3,7 +3,8 @@
 There are two kinds of demands. Compiled against eager finds a wrong formula: one flipped direction among hundreds of
 adapters, one batch with a wrong loss. But a cosine does not see a gradient of wrong length, and two half-precision
 paths may differ although neither is wrong. So there is also an error against fp32: the compiled path may be about as
-far from the reference as stock code is, and no farther.
+far from the reference as stock code is, and no farther. The same is asked of the direction of each matrix that is too
+far from eager's (directions.py).
 
 In half precision that error hides a length that is wrong by a few percent, or by more in one kind of adapter. So the
 length is judged alone: the gradient's component along the reference's, c . r / r . r, over all adapters, over each
@@ -22,15 +23,24 @@ import torch
 from torch import Tensor
 
 from launcher.proof.difference import difference
-from launcher.records.parity import AdapterParity, Gate, Length, Pair, ParityBatch
+from launcher.proof.directions import Direction, directions_by
+from launcher.records.parity import AdapterParity, DirectionRatios, Gate, Length, Pair, ParityBatch
 from launcher.records.run import Verdict
 
 # fp32: both errors against the reference come from the order of summation (1e-7 to 1e-6 seen), so the floor is the
 # difference that compiled and eager may have in any case.
 FULL = Gate(loss=1e-5, cosine=0.9999, error_ratio=1.2, error_floor=1e-5, eager_error=1e-4, loss_batches=16)
-HALF = Gate(loss=2e-3, cosine=0.995, error_ratio=1.2, error_floor=0.0, eager_error=0.3, loss_batches=16)
+HALF = Gate(
+    loss=2e-3,
+    cosine=0.995,
+    error_ratio=1.2,
+    error_floor=0.0,
+    eager_error=0.3,
+    loss_batches=16,
+    direction_ratios=DirectionRatios(matrix=2.0, kind=1.2, layer=1.5),
+)
 ALL = "all adapters"
-LENGTHS_SHOWN = 3  # of the parts that are wrong, in the evidence of the verdict
+PARTS_SHOWN = 3  # of the parts that are wrong, in the evidence of a verdict
 
 
 @dataclass(frozen=True)
@@ -49,15 +59,16 @@ def gate_of(dtype: torch.dtype) -> Gate:
 class Comparison:
     """Grows batch by batch, so that the gradients of only two of the three models have to be kept."""
 
+    sides: tuple[str, str] = ("compiled", "eager")  # as the evidence calls them
     batches: list[ParityBatch] = field(default_factory=list)
     # By `Length.of`, the sums of c . r, e . r, r . r, |c - r|^2 and |e - r|^2.
     _products: dict[str, Tensor] = field(default_factory=dict)
-    _modules: dict[tuple[str, str], list[AdapterParity]] = field(default_factory=dict)  # of each (kind, matrix)
+    directions: list[Direction] = field(default_factory=list)  # of each adapter matrix in each batch
 
     def add(self, compiled: Measured, eager: Measured, reference: Measured, *, supervised_tokens: int) -> None:
         """Compare the next batch, measured in each of the models."""
         number = len(self.batches) + 1
-        total, cosines = torch.zeros(5, dtype=torch.float64), []
+        total, first = torch.zeros(5, dtype=torch.float64), len(self.directions)
         for name in reference.gradients:
             ours, stock, fp32 = (m.gradients[name].double().flatten() for m in (compiled, eager, reference))
             layer, kind, matrix = adapter_of(name)
@@ -66,17 +77,9 @@ class Comparison:
             total += sums
             for group in (ALL, f"{kind} {matrix}", f"layer {layer}"):
                 self._products[group] = self._products.get(group, 0) + sums
-            cosines.append(_cosine(ours, stock))
-            adapter = AdapterParity(
-                kind=kind,
-                matrix=matrix,
-                modules=1,
-                least_cosine=cosines[-1],
-                where=f"layer {layer}, batch {number}",
-                norm_difference=difference(float(ours.norm()), float(stock.norm())),
-                eager_cosine=_cosine(stock, fp32),
-            )
-            self._modules.setdefault((kind, matrix), []).append(adapter)
+            cosines = _cosine(ours, stock), _cosine(ours, fp32), _cosine(stock, fp32)
+            norms = difference(float(ours.norm()), float(stock.norm()))
+            self.directions.append(Direction(layer, kind, matrix, number, *cosines, norm_difference=norms))
         norm, *errors = total[2:].sqrt().tolist()
         loss = Pair(compiled.loss, eager.loss)
         self.batches.append(
@@ -86,24 +89,37 @@ class Comparison:
                 loss=loss,
                 reference_loss=reference.loss,
                 loss_difference=difference(loss.compiled, loss.eager),
-                least_cosine=min(cosines),
+                least_cosine=min(one.cosine for one in self.directions[first:]),
                 loss_error=Pair(*(difference(side.loss, reference.loss) for side in (compiled, eager))),
                 gradient_error=Pair(*(error / norm if norm else error for error in errors)),
             )
         )
 
-    @property
-    def adapters(self) -> tuple[AdapterParity, ...]:
+    def adapters(self, gate: Gate) -> tuple[AdapterParity, ...]:
         """Each kind of adapter matrix, the worst over its modules and the batches so far, in the order of a layer."""
+        found = directions_by(gate, self.directions)
+        wrong = {f"{one.kind} {one.matrix}" for one in found.wrong} | found.groups.keys()
+        kinds: dict[tuple[str, str], list[Direction]] = {}
+        for one in self.directions:
+            kinds.setdefault((one.kind, one.matrix), []).append(one)
         return tuple(
-            replace(
-                min(modules, key=lambda adapter: adapter.least_cosine),
+            AdapterParity(
+                *kind,
                 modules=len(modules) // len(self.batches),
-                norm_difference=max(adapter.norm_difference for adapter in modules),
-                eager_cosine=min(adapter.eager_cosine for adapter in modules),
+                least_cosine=(worst := min(modules, key=lambda one: one.cosine)).cosine,
+                where=worst.where,
+                norm_difference=max(one.norm_difference for one in modules),
+                compiled_cosine=min(one.compiled for one in modules),
+                eager_cosine=min(one.eager for one in modules),
+                holds=" ".join(kind) not in wrong,
             )
-            for modules in self._modules.values()
+            for kind, modules in kinds.items()
         )
+
+    def judged_batches(self, gate: Gate) -> tuple[ParityBatch, ...]:
+        """The batches, with what the gate says of their cosines."""
+        wrong = {one.batch for one in directions_by(gate, self.directions).wrong}
+        return tuple(replace(batch, holds=batch.batch not in wrong) for batch in self.batches)
 
     def lengths(self, gate: Gate) -> tuple[Length, ...]:
         """Of all adapters, each kind of matrix and each layer, over the batches so far."""
@@ -126,16 +142,15 @@ class Comparison:
 
     def verdicts(self, gate: Gate) -> tuple[Verdict, ...]:
         """One per demand of the gate; the mean loss error only if there are enough batches to judge it."""
-        verdicts = (
-            self._losses(gate),
-            self._cosines(gate),
-            _error("gradient error", self.gradient_error, gate),
-            self._reference(gate),
-            self._lengths(gate),
-        )
+        verdicts = (self._losses(gate), *self.gradient_verdicts(gate))
         if len(self.batches) < gate.loss_batches:
             return verdicts
-        return *verdicts, _error("mean loss error", self.loss_error, gate, scatter=self._scatter(gate))
+        return *verdicts, self._error("mean loss error", self.loss_error, gate, scatter=self._scatter(gate))
+
+    def gradient_verdicts(self, gate: Gate) -> tuple[Verdict, ...]:
+        """Those on directions, error, reference and lengths."""
+        error = self._error("gradient error", self.gradient_error, gate)
+        return self._cosines(gate), error, self._reference(gate), self._lengths(gate)
 
     def _scatter(self, gate: Gate) -> float:
         """Twice the standard error of the mean of compiled's error beyond what eager's allows. A single batch's error
@@ -150,11 +165,17 @@ class Comparison:
         return Verdict("compiled loss is eager's", worst.loss_difference <= gate.loss, evidence)
 
     def _cosines(self, gate: Gate) -> Verdict:
-        wrong = [a for a in self.adapters if not a.least_cosine >= gate.cosine]
-        shown = wrong or [min(self.adapters, key=lambda adapter: adapter.least_cosine)]
-        cosines = "; ".join(f"{a.kind} {a.matrix} {a.least_cosine:.5f} ({a.where})" for a in shown)
-        evidence = f"least cosine {cosines}, at least {gate.cosine:g}"
-        return Verdict("compiled gradients point where eager's do", not wrong, evidence)
+        found, cosines = directions_by(gate, self.directions), [one.cosine for one in self.directions]
+        kinds = {(one.kind, one.matrix): one for one in sorted(found.wrong, key=lambda one: -one.cosine)}
+        shown = [f"{one}, {one.to_fp32}" if gate.direction_ratios else str(one) for one in kinds.values()]
+        groups = [f"{name} {figures}" for name, figures in found.groups.items()]
+        shown = [*shown, *groups[:PARTS_SHOWN]] or [str(self.directions[cosines.index(min(cosines))])]
+        evidence = f"least cosine {'; '.join(shown)}, at least {gate.cosine:g}"
+        if found.by_reference:
+            count, worst = f"{len(found.by_reference)} of {len(cosines)} matrices", found.by_reference[0]
+            evidence += f"; {count} are below it and about as near to fp32 as {self.sides[1]}'s, "
+            evidence += f"the worst {worst}, {worst.to_fp32}"
+        return Verdict("compiled gradients point where eager's do", not (found.wrong or found.groups), evidence)
 
     def _lengths(self, gate: Gate) -> Verdict:
         def far(length: Length) -> float:
@@ -162,16 +183,26 @@ class Comparison:
 
         whole, *parts = sorted(self.lengths(gate), key=lambda length: (length.of != ALL, -far(length)))
         wrong = [part for part in parts if not far(part) <= part.limit]
-        shown = [whole, *(wrong or parts)[: LENGTHS_SHOWN if wrong else 1]]
-        figures = "; ".join(f"{a.of} {a.compiled:.5f}, eager {a.eager:.5f}, 1 ± {a.limit:.1e} allowed" for a in shown)
+        shown = [whole, *(wrong or parts)[: PARTS_SHOWN if wrong else 1]]
+        eager = self.sides[1]
+        figures = "; ".join(f"{a.of} {a.compiled:.5f}, {eager} {a.eager:.5f}, 1 ± {a.limit:.1e} allowed" for a in shown)
         holds = far(whole) <= whole.limit and not wrong
         return Verdict("compiled gradients are as long as fp32's", holds, f"length of {figures}")
 
     def _reference(self, gate: Gate) -> Verdict:
         """Against a wrong reference both errors would be large and their ratio 1."""
         error = self.gradient_error.eager
-        evidence = f"eager's gradient error {error:.2e}, at most {gate.eager_error:g}"
+        evidence = f"{self.sides[1]}'s gradient error {error:.2e}, at most {gate.eager_error:g}"
         return Verdict("the fp32 reference is eager's model", error <= gate.eager_error, evidence)
+
+    def _error(self, name: str, error: Pair, gate: Gate, *, scatter: float = 0.0) -> Verdict:
+        ours, stock = self.sides
+        limit = gate.error_ratio * error.eager + gate.error_floor + scatter
+        floor = f" + {gate.error_floor:.0e}" if gate.error_floor else ""
+        floor += f" + {scatter:.1e} for scatter" if scatter else ""
+        figures = f"{ours} {error.compiled:.2e}, {stock} {error.eager:.2e}"
+        evidence = f"{figures}; at most {gate.error_ratio:g} times {stock}'s{floor}"
+        return Verdict(f"{name} against fp32 is eager's", error.compiled <= limit, evidence)
 
 
 def adapter_of(name: str) -> tuple[int, str, str]:
@@ -191,13 +222,3 @@ def _cosine(a: Tensor, b: Tensor) -> float:
 
 def _mean(pairs: list[Pair]) -> Pair:
     return Pair(sum(p.compiled for p in pairs) / len(pairs), sum(p.eager for p in pairs) / len(pairs))
-
-
-def _error(name: str, error: Pair, gate: Gate, *, scatter: float = 0.0) -> Verdict:
-    limit = gate.error_ratio * error.eager + gate.error_floor + scatter
-    floor = f" + {gate.error_floor:.0e}" if gate.error_floor else ""
-    floor += f" + {scatter:.1e} for scatter" if scatter else ""
-    evidence = (
-        f"compiled {error.compiled:.2e}, eager {error.eager:.2e}; at most {gate.error_ratio:g} times eager's{floor}"
-    )
-    return Verdict(f"{name} against fp32 is eager's", error.compiled <= limit, evidence)

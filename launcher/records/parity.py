@@ -9,6 +9,16 @@ from launcher.records.proof import ProofRecord
 
 
 @dataclass(frozen=True)
+class DirectionRatios:
+    """Where compiled and eager gradients are too far apart: the largest angle of the compiled ones to fp32's, as a
+    multiple of eager's (proof/directions.py)."""
+
+    matrix: float | None  # of one adapter matrix in one batch; None: it is judged in its kind and layer alone
+    kind: float  # root mean square over one kind of adapter matrix, in all layers and batches
+    layer: float  # the same over one layer, of all kinds
+
+
+@dataclass(frozen=True)
 class Gate:
     """What parity demands of one compute dtype."""
 
@@ -20,6 +30,7 @@ class Gate:
     loss_batches: int  # with fewer batches the mean loss error scatters too much to be judged
     length: float = 0.35  # share of eager's gradient error by which the length over all adapters may differ from 1
     part_length: float = 0.7  # the same for one kind of adapter matrix, and for one layer
+    direction_ratios: DirectionRatios | None = None  # None: no gradient may be below the least cosine
 
 
 @dataclass(frozen=True)
@@ -42,6 +53,7 @@ class ParityBatch:
     least_cosine: float  # of an adapter's gradients, compiled and eager
     loss_error: Pair  # against the fp32 reference
     gradient_error: Pair  # norm of the difference from the reference over all adapters, over the norm of the reference
+    holds: bool = True  # no cosine of this batch alone closes the gate
 
 
 @dataclass(frozen=True)
@@ -54,7 +66,9 @@ class AdapterParity:
     least_cosine: float  # of the gradients, compiled and eager
     where: str  # the least cosine is: "layer 3, batch 2"
     norm_difference: float  # largest, of the gradients' norms, compiled and eager
+    compiled_cosine: float  # least cosine of compiled and reference
     eager_cosine: float  # least cosine of eager and reference: how far stock code itself is from fp32
+    holds: bool = True  # no cosine of this kind alone closes the gate
 
 
 @dataclass(frozen=True)

@@ -203,7 +203,7 @@ def test_a_flipped_gradient_of_one_adapter_kind_is_named(models: Models) -> None
         for m in models.faultless
     ]
     comparison = models.compare(flipped)
-    [wrong] = [adapter for adapter in comparison.adapters if adapter.least_cosine < 0.9999]
+    [wrong] = [adapter for adapter in comparison.adapters(models.gate) if adapter.least_cosine < 0.9999]
     assert (wrong.kind, wrong.matrix, wrong.modules) == ("k", "A", 2)
     assert wrong.least_cosine == pytest.approx(-1, abs=1e-4)
     verdicts = comparison.verdicts(models.gate)

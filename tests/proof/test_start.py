@@ -9,38 +9,20 @@ import torch
 from torch import Tensor, nn
 
 from launcher.errors import ContractError
-from launcher.model.attention import BlockFacts
-from launcher.model.build import BuiltModel, build_model, check_model
+from launcher.model.build import BuiltModel
 from launcher.model.packed import PackedCausalLM
 from launcher.ops import qlora_linear
 from launcher.proof.start import LEAST, pieces_of, start_verdict
 from launcher.proof.stock import stock_code
-from launcher.recipe.schema import Recipe
 from tests.conftest import small_config
+from tests.support.any_models import build_any
 from tests.support.family_figures import MIXED, RECIPE, build, compiled, config_of, differences
 from tests.support.runs import adapter, events_of, lines, record_of, trained
 from tests.support.workers import built, documents
 
-CPU = torch.device("cpu")
 PIECES = [torch.randint(8192, (n,), generator=torch.Generator().manual_seed(n)) for n in (20, 9)]
 SHORT = [piece[:11] % 251 for piece in PIECES]  # fits the vocabulary and the blocks of `config_of`
 AUTO = RECIPE.model_copy(update={"model": RECIPE.model.model_copy(update={"family": "auto"})})
-
-
-def build_any(
-    model_type: str, *, dtype: str = "float32", dropout: float = 0.0, init: str = "default", **changes: Any
-) -> BuiltModel:
-    recipe = Recipe.model_validate(
-        {
-            "model": {"init": "random", "dtype": dtype, "family": "auto"},
-            "lora": {"r": 4, "dropout": dropout, "init": init},
-            "data": {"max_length": 64},
-            "train": {"steps": 1},
-        }
-    )
-    config = small_config(model_type, **changes)
-    check_model(recipe, "", config, CPU)
-    return build_model(recipe, "", config, device=CPU, blocks=BlockFacts((64,), alone=False), phase=lambda _: None)
 
 
 @pytest.mark.parametrize(("model_type", "dtype"), [("helium", "float32"), ("helium", "bfloat16"), ("llama", "float32")])
@@ -55,7 +37,7 @@ def test_a_model_that_computes_as_stock_code_passes_with_or_without_a_row(model_
 def test_an_adapter_that_starts_from_the_base_is_compared_with_its_start(
     init: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model = build_any("llama", init=init)
+    model = build_any("llama", lora={"init": init})
     before = {name: parameter.detach().clone() for name, parameter in model.peft.named_parameters()}
     verdict = start_verdict(model, PIECES, seed=0)
     assert verdict.holds, verdict.evidence
@@ -172,7 +154,7 @@ def test_a_wrong_gradient_under_a_right_loss_is_found(monkeypatch: pytest.Monkey
 
 
 def test_a_model_and_its_random_states_are_as_before_bit_by_bit() -> None:
-    model = build_any("llama", dropout=0.5)
+    model = build_any("llama", lora={"dropout": 0.5})
     before = {name: parameter.detach().clone() for name, parameter in model.peft.named_parameters()}
     classes, state = [type(module) for module in model.peft.modules()], torch.get_rng_state()
     assert start_verdict(model, PIECES, seed=0).holds  # the comparison has no dropout

@@ -134,8 +134,8 @@ def parity_record(**changes: Any) -> ParityRecord:
         gate=Gate(loss=2e-3, cosine=0.995, error_ratio=1.2, error_floor=0.0, eager_error=0.3, loss_batches=16),
         batches=(parity_batch(1), parity_batch(2)),
         adapters=(
-            AdapterParity("q", "A", 16, 0.999999, "layer 3, batch 2", 4e-3, 0.98),
-            AdapterParity("k", "B", 16, 0.9987, "layer 3, batch 2", 4e-3, 0.98),
+            AdapterParity("q", "A", 16, 0.999999, "layer 3, batch 2", 4e-3, 0.97, 0.98),
+            AdapterParity("k", "B", 16, 0.9987, "layer 3, batch 2", 4e-3, 0.97, 0.98),
         ),
         lengths=(Length("q A", 1.001, 0.999, 0.01), Length("k B", 1.009, 0.999, 0.01)),
         loss_error=Pair(1e-3, 2e-3), gradient_error=Pair(0.011, 0.010), verdicts=(Verdict("loss", True, "small"),),

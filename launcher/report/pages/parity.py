@@ -55,7 +55,7 @@ def _batches(record: ParityRecord) -> Section:
             "compiled\nto eager",
             [flagged(f"{b.loss_difference:.1e}", b.loss_difference <= gate.loss) for b in batches],
         ),
-        Column("least\ncosine", [flagged(f"{b.least_cosine:.5f}", b.least_cosine >= gate.cosine) for b in batches], 1),
+        Column("least\ncosine", [flagged(f"{b.least_cosine:.5f}", b.holds) for b in batches], 1),
         Column("loss error\ncompiled", [f"{b.loss_error.compiled:.1e}" for b in batches], 2),
         Column("\neager", [f"{b.loss_error.eager:.1e}" for b in batches], 2),
         Column("gradient error\ncompiled", [f"{b.gradient_error.compiled:.1e}" for b in batches], 1),
@@ -66,16 +66,13 @@ def _batches(record: ParityRecord) -> Section:
 
 
 def _adapters(record: ParityRecord) -> Section:
-    adapters, gate = record.adapters, record.gate
+    adapters = record.adapters
     by_kind = {length.of: length for length in record.lengths}
     lengths = [by_kind[f"{a.kind} {a.matrix}"] for a in adapters]
     columns = [
         Column("adapter", [f"{a.kind} {a.matrix}" for a in adapters], numeric=False),
         Column("modules", [whole(a.modules) for a in adapters], 2),
-        Column(
-            "cosine\ncompiled, eager",
-            [flagged(f"{a.least_cosine:.5f}", a.least_cosine >= gate.cosine) for a in adapters],
-        ),
+        Column("cosine\ncompiled, eager", [flagged(f"{a.least_cosine:.5f}", a.holds) for a in adapters]),
         Column("where", [Styled(a.where, "dim") for a in adapters], 1, numeric=False),
         Column("norm difference\ncompiled, eager", [f"{a.norm_difference:.1e}" for a in adapters], 2),
         Column("length\ncompiled", [flagged(f"{a.compiled:.4f}", abs(a.compiled - 1) <= a.limit) for a in lengths]),

@@ -34,9 +34,11 @@ def test_of_many_batches_a_sample_is_shown_with_the_first_and_the_last() -> None
 
 
 def test_figures_that_close_the_gate_are_shown_as_bad() -> None:
-    batches = (parity_batch(1), replace(parity_batch(2), loss_difference=2.1e-3, least_cosine=0.9949))
-    adapters = (replace(parity_record().adapters[0], least_cosine=0.9948), parity_record().adapters[1])
+    batches = (parity_batch(1), replace(parity_batch(2), loss_difference=2.1e-3, least_cosine=0.9949, holds=False))
+    adapters = (replace(parity_record().adapters[0], least_cosine=0.9948, holds=False), parity_record().adapters[1])
     lengths = (parity_record().lengths[0], replace(parity_record().lengths[1], compiled=0.989))
     closed = parity_record(batches=batches, adapters=adapters, lengths=lengths)
     assert bad(closed) == ["2.1e-03", "0.99490", "0.99480", "0.9890"]
     assert bad(parity_record()) == []
+    by_fp32 = replace(parity_record().adapters[0], least_cosine=0.9948)  # below the least cosine, as near as eager
+    assert bad(parity_record(adapters=(by_fp32, parity_record().adapters[1]))) == []
