@@ -34,6 +34,7 @@ from launcher.recipe.schema import Recipe
 
 B_STD = 0.02  # of the drawn LoRA B: as large as a base weight; the update is then a few percent of the base's output
 Piece = Tensor  # token ids of a document or of its beginning, int64 [L]
+Adapters = dict[str, Tensor]  # by the names of parameters
 IdsAndLabels = tuple[Tensor, Tensor]  # int64; labels are shifted already, IGNORE where there is no loss
 
 
@@ -61,6 +62,20 @@ def stock_model(
     if device.type == "cuda":
         base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return stock_lora(base, recipe.lora, seed=recipe.train.seed).train()
+
+
+def trainable(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    """Names and parameters of what is trained."""
+    return [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+
+
+@torch.no_grad()
+def write_adapters(model: PeftModel, adapters: Adapters) -> None:
+    """Write the values of another model of the same adapters over those of `model`."""
+    parameters = dict(trainable(model))
+    assert parameters.keys() == adapters.keys(), "the models have the same adapters"
+    for name, parameter in parameters.items():
+        parameter.copy_(adapters[name])
 
 
 def collate(batch: StepBatch, *, max_positions: float = math.inf, pinned: bool = False) -> PaddedBatch:

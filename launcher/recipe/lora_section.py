@@ -15,11 +15,13 @@ FUSED_PROJECTIONS = {  # a projection in which some models hold several, and whi
 }
 NOT_OFFERED = {  # of PEFT's initialisations: why
     **dict.fromkeys(
-        ("pissa", "olora", "loftq"),
+        ("pissa", "olora"),
         "takes its product out of the base, which is then rounded to NF4 anew: the adapter would not fit the base",
     ),
-    **dict.fromkeys(("eva", "corda", "lora_ga"), "needs activations or gradients of data before training starts"),
+    "corda": "takes its product, chosen by covariances of data, out of the base: the adapter would not fit the base",
+    "lora_ga": "takes its product, chosen by gradients of the whole weights, out of the base, which it would not fit",
 }
+COMPUTED_STARTS = ("loftq", "eva")  # of lora.init: from the base's files, from the data
 
 
 def entry_alone(value: Any) -> Any:
@@ -58,7 +60,7 @@ def layer_range(text: str) -> str:
 def possible_start(value: Any) -> Any:
     """Raises ValueError, with the reason, for one of PEFT's initialisations that is not offered."""
     if isinstance(value, str) and value in NOT_OFFERED:
-        raise ValueError(f"lora.init={value} {NOT_OFFERED[value]}; use default, gaussian or orthogonal")
+        raise ValueError(f"lora.init={value} {NOT_OFFERED[value]}; use default, gaussian, orthogonal, loftq or eva")
     return value
 
 
@@ -98,8 +100,12 @@ class LoraSection(RecipeSection):
     plus_ratio: float = Field(
         1.0, gt=0, description="Learning rate of B and of DoRA's magnitudes as a multiple of train.lr (LoRA+)."
     )
-    init: Annotated[Literal["default", "gaussian", "orthogonal"], BeforeValidator(possible_start)] = Field(
-        "default", description="How A begins, and under orthogonal B too; in each case B A is zero."
+    init: Annotated[Literal["default", "gaussian", "orthogonal", "loftq", "eva"], BeforeValidator(possible_start)] = (
+        Field(
+            "default",
+            description="How A and B begin. eva: A from the inputs of the linears; loftq: B A is what NF4 has rounded "
+            "away; else drawn. But for loftq, B A is zero.",
+        )
     )
     dora: bool = Field(False, description="Train a magnitude for each row of W + update beside its direction (DoRA).")
     start_from: NonEmptyText | None = Field(
