@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+EXACT = 1024  # rows or columns up to which the product of the matrix with itself is decomposed whole
 ITERATIONS = 16
 WIDENING, LEAST_COLUMNS = 4, 128  # columns that are iterated for each that is wanted, and at least
 
@@ -12,14 +13,31 @@ def leading_svd(matrix: Tensor, rank: int, *, seed: int) -> tuple[Tensor, Tensor
     """U [O, r], S [r] and V [r, D] of matrix [O, D], in fp32: the `rank` largest of its min(O, D) singular values,
     falling. The number furthest from zero in each row of V is positive, which settles the signs.
 
-    By subspace iteration (Halko et al., arXiv:0909.4061, algorithm 4.4) from columns drawn from `seed`; exact where the
-    matrix has at most LEAST_COLUMNS rows or columns. Of the rounding errors of NF4, whose singular values are nearly
-    equal, U S V then has 0.999 of the square sum that the best product of that rank has. Random states stay.
+    Exact where the matrix has at most EXACT rows or columns. Else by subspace iteration (Halko et al., arXiv:0909.4061,
+    algorithm 4.4) from columns drawn from `seed`: of the rounding errors of NF4, whose singular values are nearly
+    equal, U S V has 0.999 of the square sum that the best product of that rank has. Random states stay.
     """
+    matrix = matrix.float()
+    u, s, v = _exact(matrix, rank) if min(matrix.shape) <= EXACT else _iterated(matrix, rank, seed=seed)
+    signs = v.gather(1, v.abs().argmax(1, keepdim=True)).sign()
+    return u * signs.T, s, v * signs
+
+
+def _exact(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
+    """From the eigenvectors on the shorter side; in fp64, since the product squares how far the values lie apart."""
+    if matrix.shape[0] > matrix.shape[1]:
+        v, s, u = _exact(matrix.T, rank)
+        return u.T, s, v.T
+    wide = matrix.double()
+    squares, vectors = torch.linalg.eigh(wide @ wide.T)  # rising
+    u, s = vectors[:, -rank:].flip(1), squares[-rank:].flip(0).clamp(min=0).sqrt()
+    v = u.T @ wide / s.clamp(min=torch.finfo(s.dtype).tiny)[:, None]
+    return u.float(), s.float(), v.float()
+
+
+def _iterated(matrix: Tensor, rank: int, *, seed: int) -> tuple[Tensor, Tensor, Tensor]:
     columns = min(max(WIDENING * rank, LEAST_COLUMNS), *matrix.shape)
     with torch.random.fork_rng([matrix.device] if matrix.device.type == "cuda" else []):
         torch.manual_seed(seed)
-        u, s, v = torch.svd_lowrank(matrix.float(), q=columns, niter=ITERATIONS)
-    u, s, v = u[:, :rank], s[:rank], v[:, :rank].T
-    signs = v.gather(1, v.abs().argmax(1, keepdim=True)).sign()
-    return u * signs.T, s, v * signs
+        u, s, v = torch.svd_lowrank(matrix, q=columns, niter=ITERATIONS)
+    return u[:, :rank], s[:rank], v[:, :rank].T

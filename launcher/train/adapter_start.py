@@ -39,6 +39,8 @@ def start_adapter(
     phase = f"{lora.init} start"
     with clock.phase(phase):
         verdicts, source = (_loftq if lora.init == "loftq" else _eva)(built, request, data)
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()  # its blocks are larger than any of training
     return verdicts, (f"lora.init={lora.init}: computed from {source}, in {clock.elapsed_s[phase]:.1f} s",)
 
 

@@ -1,7 +1,8 @@
 """The parent process of mode=bench: data, ours and the naive sides, each measured in a child process. Imports no torch.
 
 The data comes first and alone, so that both sides find it prepared and the libraries and model files in the page cache.
-Ours runs before naive: whatever is still cold by then counts against us.
+Ours runs before naive: whatever is still cold by then counts against us. Where the first adapter is computed
+(lora.init=loftq, eva), ours writes it to a file that the naive sides read.
 """
 
 from collections.abc import Callable, Generator, Iterator
