@@ -22,11 +22,8 @@ from torch import Tensor, nn
 from launcher.errors import RecipeError
 from launcher.model.grouped import ungrouped
 from launcher.model.lora import ADAPTER
-from launcher.model.low_rank import leading_svd
+from launcher.model.low_rank import NEGLIGIBLE, leading_svd
 from launcher.model.packed import Body, PackedCausalLM
-
-IGNORE = -100  # the label of a position without a target
-NOISE = 1e-6  # of the largest singular value: what fp32 leaves of a direction that is none
 
 
 @dataclass
@@ -46,7 +43,7 @@ def eva_start(packed: PackedCausalLM, batches: Sequence[tuple[Tensor, ...]], *, 
     """
     rows, left = [], targets
     for _, labels, *_ in batches:
-        rows.append((labels.flatten() != IGNORE).nonzero()[:left, 0])
+        rows.append((labels.flatten() >= 0).nonzero()[:left, 0])
         left -= len(rows[-1])
     hidden = [packed.body_inputs(ids, *rest)[0] for ids, _, *rest in batches]
     for number, layer in enumerate(packed.body.layers):
@@ -94,7 +91,7 @@ def _start(shared: SharedInput, layer: str, *, seed: int) -> None:
     ranks = {name: linear.r[ADAPTER] for name, linear in shared.linears.items()}
     name, rank = max(ranks.items(), key=lambda item: item[1])
     _, values, directions = leading_svd(x, min(rank, *x.shape), seed=seed)
-    found = int((values > NOISE * values[0]).sum()) if len(values) else 0
+    found = int((values > NEGLIGIBLE * values[0]).sum()) if len(values) else 0
     if found < rank:
         raise RecipeError(
             f"lora.init=eva needs inputs that vary in as many directions as the rank; those of {layer}.{name} vary in "

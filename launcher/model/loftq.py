@@ -17,15 +17,11 @@ from torch import Tensor
 
 from launcher.errors import RecipeError
 from launcher.model.lora import ADAPTER, nf4_of
-from launcher.model.low_rank import leading_svd
+from launcher.model.low_rank import NEGLIGIBLE, leading_svd
 from launcher.model.weight_files import Headers
 from launcher.ops.nf4 import plain_merged_weight
 from launcher.recipe.schema import Recipe
 from launcher.records.run import Verdict
-
-CLAIM = "start is nearer to the base's files"
-PEFT_PREFIX = "base_model.model."
-NOISE = 1e-6  # of a weight's length: a singular value that is none
 
 
 def check_loftq(recipe: Recipe, *, prequantised: bool) -> None:
@@ -50,10 +46,11 @@ def loftq_start(peft: PeftModel, headers: Headers, *, dtype: torch.dtype, seed: 
 
     Raises RecipeError, naming the linear, where NF4 changes its weight in fewer directions than its rank."""
     nearer, squares = [], torch.zeros(2, dtype=torch.float64)
-    for name, module in peft.named_modules():
+    base: Any = peft.get_base_model()
+    for name, module in base.named_modules():
         if not hasattr(module, "lora_A"):
             continue
-        key = f"{name.removeprefix(PEFT_PREFIX)}.weight"
+        key = f"{name}.weight"
         with safe_open(headers[key].file, framework="pt") as file:
             weight = file.get_tensor(key).to(module.base_layer.weight.device, torch.float32)
         errors = _start(module, key, weight, dtype=dtype, seed=seed)
@@ -62,7 +59,7 @@ def loftq_start(peft: PeftModel, headers: Headers, *, dtype: torch.dtype, seed: 
     before, after = squares.tolist()
     taken = 1 - after / before if before else 0.0
     evidence = f"{sum(nearer)} of {len(nearer)} weights; the square sum of the errors of NF4 is {taken:.1%} smaller"
-    return Verdict(CLAIM, all(nearer), evidence)
+    return Verdict("start is nearer to the base's files", all(nearer), evidence)
 
 
 def _start(module: Any, name: str, weight: Tensor, *, dtype: torch.dtype, seed: int) -> Tensor:
@@ -72,7 +69,7 @@ def _start(module: Any, name: str, weight: Tensor, *, dtype: torch.dtype, seed: 
     a, b = module.lora_A[ADAPTER].weight, module.lora_B[ADAPTER].weight
     error = weight - plain_merged_weight(base, None, None, 1.0, weight.shape)
     u, s, v = leading_svd(error, min(len(a), *weight.shape), seed=seed)
-    if (found := int((s > NOISE * weight.norm()).sum())) < len(a):  # where both are zero, neither would ever learn
+    if (found := int((s > NEGLIGIBLE * weight.norm()).sum())) < len(a):  # where both are zero, neither would ever learn
         raise RecipeError(
             f"lora.init=loftq needs weights that NF4 changes in as many directions as the rank; {name} is changed in "
             f"{found}, its rank is {len(a)}.\nLower lora.r, or use lora.init=default."

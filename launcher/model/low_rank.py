@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor
 
-EXACT = 1024  # rows or columns up to which the product of the matrix with itself is decomposed whole
+EXACT_UP_TO = 1024  # rows or columns up to which the product of the matrix with itself is decomposed whole
+NEGLIGIBLE = 1e-6  # relative: a singular value that is the rounding of fp32
 ITERATIONS = 16
 WIDENING, LEAST_COLUMNS = 4, 128  # columns that are iterated for each that is wanted, and at least
 
@@ -13,12 +14,12 @@ def leading_svd(matrix: Tensor, rank: int, *, seed: int) -> tuple[Tensor, Tensor
     """U [O, r], S [r] and V [r, D] of matrix [O, D], in fp32: the `rank` largest of its min(O, D) singular values,
     falling. The number furthest from zero in each row of V is positive, which settles the signs.
 
-    Exact where the matrix has at most EXACT rows or columns. Else by subspace iteration (Halko et al., arXiv:0909.4061,
-    algorithm 4.4) from columns drawn from `seed`: of the rounding errors of NF4, whose singular values are nearly
-    equal, U S V has 0.999 of the square sum that the best product of that rank has. Random states stay.
+    Exact where the matrix has at most EXACT_UP_TO rows or columns. Else by subspace iteration (Halko et al.,
+    arXiv:0909.4061, algorithm 4.4) from columns drawn from `seed`: of the rounding errors of NF4, whose singular values
+    are nearly equal, U S V has 0.999 of the square sum that the best product of that rank has. Random states stay.
     """
     matrix = matrix.float()
-    u, s, v = _exact(matrix, rank) if min(matrix.shape) <= EXACT else _iterated(matrix, rank, seed=seed)
+    u, s, v = _exact(matrix, rank) if min(matrix.shape) <= EXACT_UP_TO else _iterated(matrix, rank, seed=seed)
     signs = v.gather(1, v.abs().argmax(1, keepdim=True)).sign()
     return u * signs.T, s, v * signs
 

@@ -12,7 +12,7 @@ from launcher.model.low_rank import leading_svd
 def test_it_is_the_full_decomposition_where_the_values_fall(
     monkeypatch: pytest.MonkeyPatch, shape: tuple[int, int], exact: int
 ) -> None:
-    monkeypatch.setattr(low_rank, "EXACT", exact)
+    monkeypatch.setattr(low_rank, "EXACT_UP_TO", exact)
     torch.manual_seed(0)
     matrix = torch.randn(shape) * 0.97 ** torch.arange(shape[1])
     matrix[:, 0] *= 1000  # as the few large numbers in the inputs of trained models
@@ -30,7 +30,7 @@ def test_it_is_the_full_decomposition_where_the_values_fall(
 def test_of_nearly_equal_values_the_product_takes_nearly_all_that_the_best_would(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(low_rank, "EXACT", 0)
+    monkeypatch.setattr(low_rank, "EXACT_UP_TO", 0)
     matrix = torch.randn(400, 300, generator=torch.Generator().manual_seed(0))
     best = torch.linalg.svdvals(matrix)[:16].square().sum()
     assert leading_svd(matrix, 16, seed=0)[1].square().sum() > 0.999 * best
