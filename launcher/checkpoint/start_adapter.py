@@ -18,7 +18,7 @@ ADAPTER_SETTINGS = {  # of adapter_config.json: our key, and what PEFT takes whe
     "r": ("r", 8), "lora_alpha": ("alpha", 8), "use_rslora": ("rslora", False), "use_dora": ("dora", False),
     "rank_pattern": ("rank_pattern", {}), "alpha_pattern": ("alpha_pattern", {}),
 }  # fmt: skip
-UNCHANGED_BASE = (True, False, None, "gaussian", "orthogonal")  # init_lora_weights that leave the base as it is
+UNCHANGED_BASE = (True, False, None, "gaussian", "orthogonal", "eva")  # init_lora_weights that leave the base as it is
 DIGITS_SHOWN = 12  # digits of a digest
 VALUE_SHOWN = 60  # characters of a setting
 
@@ -79,7 +79,7 @@ def _check_plain(start: str, settings: dict[str, Any]) -> None:
     init = settings.get("init_lora_weights")
     if (init.lower() if isinstance(init, str) else init) not in UNCHANGED_BASE:
         raise RecipeError(
-            "lora.start_from must have begun as default, gaussian or orthogonal, which leave the base as it is; "
+            "lora.start_from must have begun as default, gaussian, orthogonal or eva, which leave the base as it is; "
             f"{start} has init_lora_weights={shortened(json.dumps(init), VALUE_SHOWN)}.\n"
             "Save it in PEFT with path_initial_model_for_weight_conversion, which makes pissa, olora and corda plain "
             "LoRA, or merge it there (merge_and_unload) and train on the result."

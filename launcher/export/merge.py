@@ -87,6 +87,11 @@ def plan_merge(run: OpenedRun, *, on: str, dtype: torch.dtype) -> MergePlan:
             f"on=original needs the base's weights in 16 bits or more; {run.source} holds them quantised to 4 bits.\n"
             "Use on=dequantised, which is what the adapter was trained on."
         )
+    if recipe.lora.init == "loftq" and on == "original":
+        raise RecipeError(
+            "on=original adds the update to weights that were not rounded to NF4; that of lora.init=loftq makes up for "
+            "the rounding, and would do so twice.\nUse on=dequantised, which is what the adapter was trained on."
+        )
     headers = read_headers(run.source, recipe.model.revision, download=True)
     assert headers is not None, "downloaded"
     skeleton = empty_model(run.config)

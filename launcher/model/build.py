@@ -31,6 +31,7 @@ from launcher.model.load import (
     load_base,
     random_base,
 )
+from launcher.model.loftq import check_loftq
 from launcher.model.logits import logit_bytes, logits_rule
 from launcher.model.lora import attach_lora
 from launcher.model.lora_targets import check_targets, target_notes
@@ -104,6 +105,8 @@ def check_model(recipe: Recipe, source: str, config: Any, device: torch.device) 
     skeleton = empty_model(config)
     _family(recipe, config, lambda: skeleton)
     check_targets(skeleton, recipe.lora)
+    if recipe.lora.init == "loftq":
+        check_loftq(recipe, prequantised=is_prequantised(config))
     if headers is not None:
         check_headers(headers, skeleton, prequantised=is_prequantised(config), double=recipe.quant.double)
     return skeleton

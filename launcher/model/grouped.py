@@ -7,7 +7,8 @@ scale, no dropout, and no bias but those of query, key and value. Where they are
 attention with capped scores.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
@@ -42,6 +43,19 @@ def group_projections(layers: nn.ModuleList, *, mlp: str) -> int:
                 module.__class__ = _subclass(module.__class__, forward)
                 grouped += 1
     return grouped
+
+
+@contextmanager
+def ungrouped(layers: nn.Module) -> Iterator[None]:
+    """Inside, each projection in `layers` is called by itself, as transformers' own forward does it."""
+    grouped = [(module, type(module)) for module in layers.modules() if type(module).__module__ == __name__]
+    try:
+        for module, own in grouped:
+            module.__class__ = own.__bases__[0]
+        yield
+    finally:
+        for module, own in grouped:
+            module.__class__ = own
 
 
 def _attention_forward(module: Any) -> Any:

@@ -138,6 +138,13 @@ class PackedCausalLM(nn.Module):
     ) -> Tensor:
         """input_ids, position_ids, document_ids [B, S], cu_seqlens [documents + 1] -> [B, S, D]. `max_seqlen` replaces
         the model's bound on document length, for documents that are not of the run's data."""
+        hidden, inputs = self.body_inputs(input_ids, position_ids, document_ids, cu_seqlens)
+        return self.body(hidden, inputs, cu_seqlens, max_seqlen or self.max_seqlen)
+
+    def body_inputs(
+        self, input_ids: Tensor, position_ids: Tensor, document_ids: Tensor, cu_seqlens: Tensor
+    ) -> tuple[Tensor, tuple[KindInputs, ...]]:
+        """What the first layer is given [B, S, D], and what the layers of each kind are given beside it."""
         hidden = self.embed(input_ids)
         if self.neftune_alpha and torch.is_grad_enabled():
             hidden = hidden + embedding_noise(hidden, cu_seqlens, self.neftune_alpha)
@@ -155,11 +162,10 @@ class PackedCausalLM(nn.Module):
                 visible = same if window is None else same & within_window(same, window)
                 masks[window] = hidden.new_zeros(visible.shape).masked_fill_(~visible, float("-inf"))
         tables = {table: self._rotations(table, position_ids) for table in self._tables}
-        inputs = tuple(
+        return hidden, tuple(
             KindInputs(*tables[kind.table], masks[kind.window], window)
             for kind, window in zip(self.kinds, self.windows, strict=True)
         )
-        return self.body(hidden, inputs, cu_seqlens, max_seqlen or self.max_seqlen)
 
     def _rotations(self, table: str, position_ids: Tensor) -> tuple[Tensor, Tensor]:
         """position_ids [B, S] -> cos and sin [B, S, E]."""

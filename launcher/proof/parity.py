@@ -26,7 +26,16 @@ from launcher.data.loader import StepBatch
 from launcher.errors import NonFiniteError
 from launcher.proof.gate import Comparison, Measured, gate_of
 from launcher.proof.noise import DROPOUT, NEFTUNE, without_noise
-from launcher.proof.stock import B_STD, PaddedBatch, accumulate, collate, stock_model
+from launcher.proof.stock import (
+    B_STD,
+    Adapters,
+    PaddedBatch,
+    accumulate,
+    collate,
+    stock_model,
+    trainable,
+    write_adapters,
+)
 from launcher.records.parity import ParityRecord
 from launcher.runtime.clock import Clock
 from launcher.train.describe import start_record
@@ -38,8 +47,6 @@ from launcher.train.verdicts import steps_verdict
 
 MAX_POSITIONS = 4096  # of a stock model's forward pass, which makes fp32 logits of all of them
 MAX_HALVINGS = 20  # of the fp16 loss scale: from 65,536 to below 1
-
-Adapters = dict[str, Tensor]
 
 
 def parity(request: Request) -> Iterator[str | ParityRecord]:
@@ -117,10 +124,6 @@ def perturb(model: PeftModel, *, seed: int) -> Adapters:
     return {name: parameter.detach().to("cpu", copy=True) for name, parameter in saved_parameters(model).items()}
 
 
-def trainable(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
-    return [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
-
-
 def measure_compiled(worker: Worker, batches: Sequence[StepBatch]) -> list[Measured]:
     """Run each batch as a training step does, without the update. Raises ContractError (strict) for a compilation."""
     measured = []
@@ -144,11 +147,7 @@ def measure_stock(
     """Build the stock model for a run in `dtype` (`reference`: its fp32 reference), then measure batch by batch."""
     device, recipe = prepared.device, request.recipe
     model = stock_model(recipe, request.source, prepared.config, dtype=dtype, device=device, reference=reference)
-    parameters = saved_parameters(model)
-    assert parameters.keys() == adapters.keys(), "the models have the same adapters"
-    with torch.no_grad():
-        for name, parameter in parameters.items():
-            parameter.copy_(adapters[name])
+    write_adapters(model, adapters)
     compute = torch.float32 if reference else dtype
     scaler = torch.amp.GradScaler(device.type, enabled=compute == torch.float16)
 

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
+from launcher.checkpoint.adapter import saved_parameters
 from launcher.data.loader import StepBatch
 from launcher.data.pack.micro_batch import IGNORE, MicroBatch
 from launcher.model.build import build_base
@@ -34,6 +35,7 @@ from launcher.recipe.schema import Recipe
 
 B_STD = 0.02  # of the drawn LoRA B: as large as a base weight; the update is then a few percent of the base's output
 Piece = Tensor  # token ids of a document or of its beginning, int64 [L]
+Adapters = dict[str, Tensor]  # by the names of parameters
 IdsAndLabels = tuple[Tensor, Tensor]  # int64; labels are shifted already, IGNORE where there is no loss
 
 
@@ -61,6 +63,20 @@ def stock_model(
     if device.type == "cuda":
         base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return stock_lora(base, recipe.lora, seed=recipe.train.seed).train()
+
+
+def trainable(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    """Names and parameters of what is trained."""
+    return [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+
+
+@torch.no_grad()
+def write_adapters(model: PeftModel, adapters: Adapters) -> None:
+    """Write the values of another model of the same adapters over those of `model`."""
+    parameters = saved_parameters(model)
+    assert parameters.keys() == adapters.keys(), "the models have the same adapters"
+    for name, parameter in parameters.items():
+        parameter.copy_(adapters[name])
 
 
 def collate(batch: StepBatch, *, max_positions: float = math.inf, pinned: bool = False) -> PaddedBatch:

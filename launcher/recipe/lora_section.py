@@ -16,12 +16,10 @@ FUSED_PROJECTIONS = {  # a projection in which some models hold several, and whi
 LARGEST_RANK = 1024
 NITER = "pissa_niter_"  # of PEFT: PiSSA by a randomised SVD of so many iterations
 NOT_OFFERED = {  # of PEFT's initialisations: why
-    **dict.fromkeys(
-        ("loftq",),
-        "takes its product out of the base, which is then rounded to NF4 anew: the adapter would not fit the base",
-    ),
-    **dict.fromkeys(("eva", "corda", "lora_ga"), "needs activations or gradients of data before training starts"),
+    "corda": "takes its product, chosen by covariances of data, out of the base: the adapter would not fit the base",
+    "lora_ga": "takes its product, chosen by gradients of the whole weights, out of the base, which it would not fit",
 }
+COMPUTED_STARTS = ("loftq", "eva")  # of lora.init: from the base's files, from the data
 
 
 def entry_alone(value: Any) -> Any:
@@ -60,7 +58,7 @@ def layer_range(text: str) -> str:
 def possible_start(value: Any) -> Any:
     """Raises ValueError, with the reason, for one of PEFT's initialisations that is not offered."""
     if isinstance(value, str) and value in NOT_OFFERED:
-        raise ValueError(f"lora.init={value} {NOT_OFFERED[value]}; use default, gaussian or orthogonal")
+        raise ValueError(f"lora.init={value} {NOT_OFFERED[value]}; use another")
     return value
 
 
@@ -106,13 +104,14 @@ class LoraSection(RecipeSection):
         1.0, gt=0, description="Learning rate of B and of DoRA's magnitudes as a multiple of train.lr (LoRA+)."
     )
     init: Annotated[
-        Literal["default", "gaussian", "orthogonal", "pissa", "olora"]
+        Literal["default", "gaussian", "orthogonal", "pissa", "olora", "loftq", "eva"]
         | Annotated[str, Field(pattern=rf"^{NITER}\d{{1,2}}$", description=f"{NITER}N")],
         BeforeValidator(possible_start),
     ] = Field(
         "default",
-        description="How A and B begin; in each case the model is the base. pissa and olora take them out of the base, "
-        "and write an adapter of rank 2r.",
+        description="How A and B begin. pissa and olora: as parts of the base, saved as an adapter of rank 2r; eva: A "
+        "from the inputs of the linears; loftq: B A is what NF4 has rounded away; else drawn. But for loftq, the model "
+        "is the base.",
         examples=["pissa_niter_4"],
     )
     dora: bool = Field(False, description="Train a magnitude for each row of W + update beside its direction (DoRA).")

@@ -21,14 +21,13 @@ from launcher.checkpoint.adapter import adapter_digest, saved_parameters
 from launcher.checkpoint.folder import RunFolder, default_folder, named_folder
 from launcher.checkpoint.parts import parts_of
 from launcher.checkpoint.resume import Resumed, cut_back, open_folder
-from launcher.checkpoint.start_adapter import load_start
 from launcher.compile.graphs import CaptureFailed, outcome
 from launcher.compile.observe import Observer
 from launcher.compile.plan import Plan
 from launcher.credentials import masked_tree
 from launcher.data.loader import eval_batches, sample_batch, train_loader
 from launcher.data.pack.micro_batch import MicroBatch
-from launcher.errors import CheckpointError, ContractError, DataError, RecipeError
+from launcher.errors import CheckpointError, ContractError, DataError, LauncherError, RecipeError
 from launcher.memory.forecast import Shapes, optimizer_bytes
 from launcher.memory.ledger import Ledger
 from launcher.memory.offload import HostInputs
@@ -38,6 +37,7 @@ from launcher.model.build import BuiltModel, build_model, choose_dtype
 from launcher.model.token_vectors import untrained_notes
 from launcher.model.weight_files import read_headers
 from launcher.model.weight_values import base_digest
+from launcher.recipe.lora_section import COMPUTED_STARTS
 from launcher.records.run import Verdict
 from launcher.runtime.clock import Clock
 from launcher.runtime.ranks import (
@@ -48,6 +48,7 @@ from launcher.runtime.ranks import (
     hold_process_group,
 )
 from launcher.runtime.rendezvous import wait_for_ranks
+from launcher.train.adapter_start import same_start, start_adapter
 from launcher.train.compiled_regions import regions_of
 from launcher.train.determinism import use_deterministic_kernels
 from launcher.train.inputs import Prepared, block_facts, total_steps
@@ -89,7 +90,7 @@ class Worker:
         )
         self._make_loaders()
         self.resumed: Resumed | None = None
-        self.start_verdicts: tuple[Verdict, ...] = ()  # of train/start.py
+        self.start_verdicts: tuple[Verdict, ...] = ()  # of train/adapter_start.py and start.py
         self.observer = Observer()
         self.ledger = Ledger(self.accelerator.device)
         # Last: where anything above fails, nobody calls `release`.
@@ -151,7 +152,7 @@ class Worker:
     def build(self) -> BuiltModel:
         """Load, quantise and adapt the model, and choose what its forward pass keeps; the ledger notes each phase."""
         self.ledger.mark("before load")
-        with failing_together(RecipeError):  # a base that is not what its files hold
+        with failing_together(LauncherError):  # a base that is not what its files hold
             self.built = build_model(
                 self.recipe,
                 self.request.source,
@@ -160,13 +161,13 @@ class Worker:
                 blocks=block_facts(self.prepared.data, micro_batch=self.recipe.train.micro_batch),
                 phase=self.ledger.mark,
             )
-            if self.recipe.lora.start_from and self.resumed is None:  # else the checkpoint has the weights
-                note = load_start(self.built.peft, self.recipe.lora, base=self.request.source)
-                self.built = replace(self.built, notes=(*self.built.notes, note))
+            if self.resumed is None:  # else the checkpoint has the weights
+                begun = start_adapter(self.built, self.request, self.prepared.data, clock=self.clock)
+                self.start_verdicts, notes = begun
+                self.built = replace(self.built, notes=(*self.built.notes, *notes))
         if self.rank_info.world_size > 1:  # ranks exchange only gradients: those that begin differently stay different
-            if self.recipe.lora.starts_from_weights:  # a decomposition may differ in its last bits
-                for parameter in saved_parameters(self.built.packed).values():
-                    torch.distributed.broadcast(parameter.data, src=0)
+            if self.recipe.lora.starts_from_weights or self.recipe.lora.init in COMPUTED_STARTS:
+                same_start(saved_parameters(self.built.packed).values())
             check_same_on_all_ranks(
                 "start from the same adapter",
                 adapter_digest(self.built.packed),

@@ -31,5 +31,5 @@ def prove_start(worker: Worker) -> None:
                 + ("Report it" if family.named else "Train this model with stock Transformers + PEFT")
                 + " (docs/any-model.md)."
             )
-    worker.start_verdicts = (verdict,)
+    worker.start_verdicts += (verdict,)
     worker.ledger.mark("after start check")

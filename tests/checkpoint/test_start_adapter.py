@@ -91,7 +91,7 @@ def saved(tmp_path: Path) -> Path:
     return tmp_path / "saved"
 
 
-@pytest.mark.parametrize("init", ["pissa", "pissa_niter_16", "olora", "loftq", "corda", "eva", "lora_ga", "mica"])
+@pytest.mark.parametrize("init", ["pissa", "pissa_niter_16", "olora", "loftq", "corda", "lora_ga", "mica"])
 def test_an_adapter_that_may_belong_to_a_changed_base_is_refused(make: Any, saved: Path, init: str) -> None:
     with_settings(saved, init_lora_weights=init)
     with pytest.raises(RecipeError, match=f'init_lora_weights="{init}".*\n.*path_initial_model'):
@@ -123,7 +123,7 @@ def test_an_adapter_that_is_more_than_plain_lora_is_refused_by_what_it_has(
     assert json.dumps(value) in str(refused.value)
 
 
-@pytest.mark.parametrize("init", [True, False, "gaussian", "orthogonal"])
+@pytest.mark.parametrize("init", [True, False, "gaussian", "orthogonal", "eva"])
 def test_a_plain_adapter_of_each_start_that_leaves_the_base_is_taken(make: Any, saved: Path, init: Any) -> None:
     with_settings(saved, init_lora_weights=init, auto_mapping={"of": "another trainer"}, lora_dropout=0.1)
     assert check_start(make(lora={"start_from": str(saved)}).lora) == str(saved)

@@ -59,6 +59,15 @@ def test_a_merged_folder_gives_the_trained_loss_in_a_process_that_never_imports_
     assert report["loss"]["eval_first"] - figures["trained_loss"] > 100 * done.report["limits"]["loss"]
 
 
+def test_what_makes_up_for_the_rounding_to_nf4_is_not_added_to_weights_that_were_not_rounded(
+    main: Main, small_arguments: tuple[str, ...], tmp_path: Path
+) -> None:
+    trained(small_arguments, tmp_path / "run", "train.steps=2", "lora.init=loftq")
+    refused = main("mode=export", "run=run", "to=out", "on=original")
+    assert refused.code == 2 and "makes up for the rounding" in " ".join(refused.err.split()), refused.err
+    assert main("mode=export", "run=run", "to=out").code == 0
+
+
 def test_small_files_get_an_index_and_hold_the_same_weights(export: Main, tmp_path: Path) -> None:
     assert export("dtype=float32").code == 0
     (tmp_path / "out").rename(tmp_path / "whole")

@@ -100,6 +100,16 @@ def test_a_start_from_the_bases_weights_is_the_base_bit_for_bit_in_captured_step
     assert len({*first}) == 1 and len({*last}) == 3
 
 
+@pytest.mark.parametrize("init", ["loftq", "eva"])
+def test_a_start_that_is_computed_trains_captured_and_stock_peft_gives_its_loss(recipe_of, tmp_path, init):
+    recipe = recipe_of(lora={"init": init}, compile={"cuda_graphs": "on"}, train={"steps": 8, "lr": 5e-3})
+    history, steps, record = train(recipe)
+    assert all(verdict.holds for verdict in record.verdicts) and steps[-1].loss < steps[0].loss
+    assert ("start is nearer to the base's files" in [v.claim for v in record.verdicts]) == (init == "loftq")
+    stock = stock_loss(history, tmp_path, dtype="bfloat16", device="cuda")
+    assert stock == pytest.approx(history.evals[-1].eval_loss, rel=1e-3)
+
+
 def test_an_earlier_adapter_is_given_back_to_the_captured_graphs_after_samples_on_the_way(recipe_of, monkeypatch):
     monkeypatch.setattr(finish, "best_bundle", lambda checkpoints, eval_losses: checkpoints / "step-4")
     train_section = {"steps": 12, "lr": 5e-3, "eval_every": 4, "save_every": 4, "keep": 3, "keep_best": True}

@@ -109,3 +109,9 @@ def test_each_model_is_freed_before_the_next_is_built(
     monkeypatch.setattr(parity_module, "stock_model", watched(parity_module.stock_model))
     compared(proof={"parity": 1}, compile={"scope": "regions", "regions": ["loss"]})
     assert alive == [0, 0, 0]
+
+
+@pytest.mark.parametrize("init", ["loftq", "eva"])
+def test_a_start_that_is_computed_is_that_of_all_three(compared: Callable[..., ParityRecord], init: str) -> None:
+    record = compared(model={"dtype": "float32"}, lora={"init": init}, compile={"mode": "off"})
+    assert record.holds, record.verdicts

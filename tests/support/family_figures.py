@@ -19,8 +19,8 @@ from launcher.compile.plan import Plan
 from launcher.model.attention import BlockFacts
 from launcher.model.build import BuiltModel, build_base, build_model
 from launcher.model.families import FAMILIES
-from launcher.proof.parity import perturb, trainable
-from launcher.proof.stock import stock_model
+from launcher.proof.parity import perturb
+from launcher.proof.stock import stock_model, trainable
 from launcher.recipe.schema import Recipe
 from launcher.train.compiled_regions import regions_of
 from tests.conftest import small_config

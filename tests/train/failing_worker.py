@@ -1,6 +1,7 @@
 """Run by test_ranks.py under a two-process launch: the command line, with a fault planted on rank 1.
 
-First argument: shape (of a batch of step 2, which was not planned) or adapter (the one it starts from).
+First argument: shape (of a batch of step 2, which was not planned), adapter (the one it starts from) or eva (the one
+that it computes).
 """
 
 import os
@@ -16,6 +17,7 @@ import torch  # noqa: E402
 from launcher.cli import main  # noqa: E402
 from launcher.model import build  # noqa: E402
 from launcher.model.packed import PackedCausalLM  # noqa: E402
+from launcher.train import adapter_start  # noqa: E402
 
 fault, *argv = sys.argv[1:]
 original, calls = PackedCausalLM.forward, []
@@ -38,6 +40,14 @@ def attach_lora(*arguments: Any, **options: Any) -> Any:
     return model
 
 
+def eva_start(packed: Any, *arguments: Any, **options: Any) -> int:
+    tokens = computed(packed, *arguments, **options)
+    if fault == "eva" and os.environ["RANK"] == "1":
+        next(parameter for parameter in packed.parameters() if parameter.requires_grad).data[0, 0] += 1e-3
+    return tokens
+
+
+adapter_start.eva_start, computed = eva_start, adapter_start.eva_start
 build.attach_lora, attached = attach_lora, build.attach_lora
 PackedCausalLM.forward = forward  # type: ignore[method-assign]
 sys.exit(main(argv))

@@ -5,10 +5,14 @@ import sys
 
 import pytest
 import torch
+from peft import get_peft_model_state_dict
+from safetensors.torch import load_file
 
+from launcher.recipe.load import resolve
 from tests.conftest import ROOT
 from tests.support.arguments import replaced
 from tests.support.launches import LAUNCH, MAIN, finished, succeeded
+from tests.support.workers import built
 
 pytestmark = pytest.mark.slow
 WORKERS = ROOT / "tests" / "train"
@@ -84,6 +88,17 @@ def test_ranks_that_decompose_the_base_otherwise_take_the_start_of_rank_0(argume
     recipe = [*replaced(arguments, "compile.mode=off"), "lora.init=pissa"]
     succeeded(*LAUNCH, WORKERS / "failing_worker.py", "adapter", *recipe, cwd=tmp_path)
     assert (tmp_path / "run" / "adapter").exists()
+
+
+def test_both_ranks_begin_with_the_start_that_rank_0_computes_as_one_process_does(arguments, tmp_path):
+    recipe = replaced(arguments, "compile.mode=off", "lora.init=eva", "train.steps=1", "model.dtype=float32")
+    succeeded(*LAUNCH, WORKERS / "failing_worker.py", "eva", *recipe, cwd=tmp_path)  # where rank 1's is another
+    saved = load_file(tmp_path / "run" / "adapter" / "adapter_model.safetensors")
+    alone = get_peft_model_state_dict(built(resolve(recipe).recipe).built.peft)
+    starts = [name for name in saved if "lora_A" in name]  # B is zero in the first step: no gradient reaches A
+    assert len(starts) == 14
+    for name in starts:
+        torch.testing.assert_close(saved[name], alone[name], rtol=0, atol=1e-4)
 
 
 def test_a_fault_in_the_data_ends_both_ranks_and_is_printed_once(arguments, tmp_path):

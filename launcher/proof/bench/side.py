@@ -7,9 +7,11 @@ between steps. The first step counts as start-up, the next few as warm-up; the l
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TypeVar
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from launcher.errors import LESS_MEMORY, MemoryExhausted
@@ -18,7 +20,8 @@ from launcher.proof.bench.ceiling import matmul_ceiling, synchronise
 from launcher.proof.bench.naive import NaiveStep
 from launcher.proof.bench.workload import WARM_UP_STEPS, bench_inputs, hash_batches, step_batches, steps_of
 from launcher.proof.gate import gate_of
-from launcher.proof.stock import collate
+from launcher.proof.stock import collate, trainable, write_adapters
+from launcher.recipe.lora_section import COMPUTED_STARTS
 from launcher.records.bench import OursRecord, SideRecord
 from launcher.runtime.clock import Clock, process_age_s
 from launcher.train.describe import start_record
@@ -77,8 +80,9 @@ class Measurement:
         )
 
 
-def ours(request: Request) -> Iterator[str | OursRecord]:
-    """Measure what training does: Worker.build, Worker.compile, worker.step. Yields phases and, last, the record.
+def ours(request: Request, *, start: Path | None = None) -> Iterator[str | OursRecord]:
+    """Measure what training does: Worker.build, Worker.compile, worker.step. Yields phases and, last, the record. Where
+    `start` is given, the adapter that training begins with is written there.
 
     Raises the errors of launcher/errors.py.
     """
@@ -92,6 +96,8 @@ def ours(request: Request) -> Iterator[str | OursRecord]:
             worker = Worker(request, prepared, clock=clock)
             measurement.ledger = worker.ledger
             worker.build()
+        if start:
+            save_file({name: value.detach().cpu() for name, value in trainable(worker.built.peft)}, start)
         yield "ours: compiling"
         with clock.phase("compile"):
             worker.compile()
@@ -112,8 +118,10 @@ def ours(request: Request) -> Iterator[str | OursRecord]:
         raise MemoryExhausted(f"our side ran out of memory; held by phase: {memory}.\n{LESS_MEMORY}") from error
 
 
-def naive(request: Request, *, checkpointed: bool = True) -> Iterator[str | SideRecord]:
-    """Measure stock modules in a simple loop. Yields phases and, last, the record: partial if memory ran out."""
+def naive(request: Request, *, checkpointed: bool = True, start: Path | None = None) -> Iterator[str | SideRecord]:
+    """Measure stock modules in a simple loop, from the adapter in `start` where it is given. Yields phases and, last,
+    the record: partial if memory ran out."""
+    assert start or request.recipe.lora.init not in COMPUTED_STARTS, "both sides begin with one adapter"
     torch.set_num_threads(request.rank_info.cores)
     name = "naive" if checkpointed else "plain"
     measurement = Measurement()
@@ -125,6 +133,8 @@ def naive(request: Request, *, checkpointed: bool = True) -> Iterator[str | Side
         measurement.ledger = Ledger(prepared.device)
         with clock.phase("load"):
             step = NaiveStep(request, prepared, checkpointed=checkpointed)
+            if start:
+                write_adapters(step.model, load_file(start))
         measurement.ledger.mark("after load")
         batches = step_batches(request, prepared)
         measurement.batches = hash_batches(batches)
