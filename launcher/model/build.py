@@ -1,6 +1,6 @@
 """Builds the model that a run trains, in each process on its own device: NF4 base, LoRA, forward over packed blocks."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,8 +37,9 @@ from launcher.model.lora_targets import check_targets, target_notes
 from launcher.model.packed import PackedCausalLM, use_native_norm
 from launcher.model.quantised_checkpoints import check_quantisation
 from launcher.model.sizes import kept_by_adapters, step_sizes
+from launcher.model.trained_tokens import unwrapped
 from launcher.model.weight_files import check_depth, check_headers, read_headers
-from launcher.ops.linear_ce import chunk_rows, product_rows
+from launcher.ops.chunk_sizes import chunk_rows, product_rows
 from launcher.recipe.lora_section import LoraSection
 from launcher.recipe.schema import Recipe
 from launcher.records.run import Verdict
@@ -117,10 +118,12 @@ def build_model(
     device: torch.device,
     blocks: BlockFacts,
     phase: Callable[[str], object],
+    token_ids: Sequence[int] = (),
 ) -> BuiltModel:
     """Build from a located `source` and its config, which have passed `check_model`.
 
     The loss works in chunks of one size that suits all widths of `blocks`, over as many positions as may have a target.
+    `token_ids` are those of lora.trainable_tokens.
     `phase(name)` is called after each phase that takes memory.
     """
     family = _family(recipe, config, lambda: empty_model(config))
@@ -132,7 +135,7 @@ def build_model(
     base.set_attn_implementation(attention_name(path))
     phase("after load")
     notes = (*loaded.notes, *target_notes(base, recipe.lora.targets))
-    peft = attach_lora(base, recipe.lora, seed=recipe.train.seed)
+    peft = attach_lora(base, recipe.lora, seed=recipe.train.seed, token_ids=token_ids)
     if family.named or all(map(computes_as_llama, base.model.layers)):
         group_projections(base.model.layers, mlp=family.mlp)
     if family.named:
@@ -142,7 +145,7 @@ def build_model(
     peft.peft_config["default"].revision = recipe.model.revision
     tokens = {width: recipe.train.micro_batch * width for width in blocks.widths}
     loss_rows = {n: product_rows(n, blocks.targets.get(width, n)) for width, n in tokens.items()}
-    vocabulary, budget = base.lm_head.weight.shape[0], recipe.memory.loss_chunk_mib
+    vocabulary, budget = unwrapped(base.lm_head).weight.shape[0], recipe.memory.loss_chunk_mib
     _replace_last_norm(recipe, family, base)
     packed = PackedCausalLM(
         base,

@@ -60,11 +60,11 @@ class Comparison:
         total, cosines = torch.zeros(5, dtype=torch.float64), []
         for name in reference.gradients:
             ours, stock, fp32 = (m.gradients[name].double().flatten() for m in (compiled, eager, reference))
-            layer, kind, matrix = adapter_of(name)
+            place, kind, matrix = adapter_of(name)
             apart = ours - fp32, stock - fp32
             sums = torch.stack([ours @ fp32, stock @ fp32, fp32 @ fp32, *(error @ error for error in apart)])
             total += sums
-            for group in (ALL, f"{kind} {matrix}", f"layer {layer}"):
+            for group in (ALL, f"{kind} {matrix}", place):
                 self._products[group] = self._products.get(group, 0) + sums
             cosines.append(_cosine(ours, stock))
             adapter = AdapterParity(
@@ -72,7 +72,7 @@ class Comparison:
                 matrix=matrix,
                 modules=1,
                 least_cosine=cosines[-1],
-                where=f"layer {layer}, batch {number}",
+                where=f"{place}, batch {number}",
                 norm_difference=difference(float(ours.norm()), float(stock.norm())),
                 eager_cosine=_cosine(stock, fp32),
             )
@@ -174,11 +174,14 @@ class Comparison:
         return Verdict("the fp32 reference is eager's model", error <= gate.eager_error, evidence)
 
 
-def adapter_of(name: str) -> tuple[int, str, str]:
-    """(layer, kind, matrix) of a parameter of PEFT's model, as (3, "q", "A"); "m" is DoRA's magnitudes."""
+def adapter_of(name: str) -> tuple[str, str, str]:
+    """(place, kind, matrix) of a parameter of PEFT's model, as ("layer 3", "q", "A"); "m" is DoRA's magnitudes. Of the
+    rows of trained tokens: ("tokens", "embedding", "rows"), or "head"; a tied head shares the embedding's."""
+    if ".trainable_tokens_delta." in name:
+        return "tokens", "head" if ".lm_head." in name else "embedding", "rows"
     match = re.search(r"\.layers\.(\d+)\..*?([^.]+)\.lora_([ABm])(?:agnitude_vector)?\.", name)
     assert match, f"{name} is no adapter of a decoder layer"
-    return int(match[1]), match[2].removesuffix("_proj"), match[3]
+    return f"layer {match[1]}", match[2].removesuffix("_proj"), match[3]
 
 
 def _cosine(a: Tensor, b: Tensor) -> float:

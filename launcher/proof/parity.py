@@ -6,8 +6,9 @@
 
 The weights are never updated, so a difference in one batch does not reach the next: each batch is one measurement. LoRA
 B is drawn from a seed first: at zero, where training begins, every gradient of A is exactly 0 and has no direction. The
-three models have the same adapters and no LoRA dropout. Each model is freed before the next is built; losses and
-gradients stay on the CPU, those of all batches for two models at most.
+rows of trained tokens are moved: at first they are what the base has. The three models have the same adapters and no
+LoRA dropout. Each model is freed before the next is built; losses and gradients stay on the CPU, those of all batches
+for two models at most.
 """
 
 import gc
@@ -15,6 +16,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import torch
 import torch._dynamo
@@ -25,7 +27,7 @@ from launcher.data.loader import StepBatch
 from launcher.errors import NonFiniteError
 from launcher.proof.gate import Comparison, Measured, gate_of
 from launcher.proof.noise import DROPOUT, NEFTUNE, without_noise
-from launcher.proof.stock import B_STD, PaddedBatch, accumulate, collate, stock_model
+from launcher.proof.stock import PaddedBatch, accumulate, collate, draw_adapters, stock_model
 from launcher.records.parity import ParityRecord
 from launcher.runtime.clock import Clock
 from launcher.train.describe import start_record
@@ -104,12 +106,9 @@ def compiled_worker(request: Request, prepared: Prepared, *, clock: Clock) -> Wo
 
 
 def perturb(model: PeftModel, *, seed: int) -> Adapters:
-    """Draw LoRA B of `model` from `seed`; returns a copy of all adapters, by name, on the CPU."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, parameter in trainable(model):
-            if ".lora_B." in name:
-                parameter.copy_(torch.empty(parameter.shape).normal_(std=B_STD, generator=generator))
+    """Draw LoRA B of `model` from `seed`, and move the rows of trained tokens; returns a copy of all adapters, by name,
+    on the CPU."""
+    draw_adapters(model, seed=seed)
     return {name: parameter.detach().to("cpu", copy=True) for name, parameter in trainable(model)}
 
 
@@ -139,7 +138,8 @@ def measure_stock(
 ) -> Iterator[Measured]:
     """Build the stock model for a run in `dtype` (`reference`: its fp32 reference), then measure batch by batch."""
     device, recipe = prepared.device, request.recipe
-    model = stock_model(recipe, request.source, prepared.config, dtype=dtype, device=device, reference=reference)
+    how: Any = {"dtype": dtype, "device": device, "reference": reference, "token_ids": prepared.token_ids}
+    model = stock_model(recipe, request.source, prepared.config, **how)
     parameters = dict(trainable(model))
     assert parameters.keys() == adapters.keys(), "the models have the same adapters"
     with torch.no_grad():

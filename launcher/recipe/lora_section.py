@@ -62,15 +62,13 @@ def possible_start(value: Any) -> Any:
     return value
 
 
-LayerRange = Annotated[
-    str,
-    BeforeValidator(lambda value: str(value) if type(value) is int else value),
-    AfterValidator(layer_range),
-]
+number_as_text = BeforeValidator(lambda value: str(value) if type(value) is int else value)
+LayerRange = Annotated[str, number_as_text, AfterValidator(layer_range)]
+TokenName = Annotated[str, number_as_text, Field(min_length=1)]
 
 
 class LoraSection(RecipeSection):
-    """The low-rank adapters, the only weights that are trained."""
+    """The low-rank adapters, and the rows of single tokens: the only weights that are trained."""
 
     r: int = Field(16, ge=1, le=1024, description="Rank of the adapters.")
     alpha: float = Field(32.0, gt=0, description="Scale of the update; it is multiplied by alpha / r.")
@@ -100,6 +98,11 @@ class LoraSection(RecipeSection):
     )
     init: Annotated[Literal["default", "gaussian", "orthogonal"], BeforeValidator(possible_start)] = Field(
         "default", description="How A begins, and under orthogonal B too; in each case B A is zero."
+    )
+    trainable_tokens: Annotated[Distinct[TokenName], BeforeValidator(entry_alone)] = Field(
+        [],
+        description="Tokens, as text or ids, whose rows in embedding and output head are trained too; none if empty.",
+        examples=[["<|im_start|>", "<|im_end|>"]],
     )
     dora: bool = Field(False, description="Train a magnitude for each row of W + update beside its direction (DoRA).")
     start_from: NonEmptyText | None = Field(

@@ -11,6 +11,7 @@ import torch
 
 from launcher.compile.graphs import check_graphs
 from launcher.data.loader import StreamLoader, TrainLoader
+from launcher.data.occurrences import with_occurrences
 from launcher.data.prepare import PreparedData
 from launcher.data.prepare import prepare as prepare_data
 from launcher.data.read.rows import ReadingProgress
@@ -21,6 +22,7 @@ from launcher.memory.policy import check_policy
 from launcher.model.attention import BlockFacts
 from launcher.model.build import check_model
 from launcher.model.load import load_config, load_stop_ids, load_tokenizer
+from launcher.model.token_ids import token_ids_of
 from launcher.recipe.train_section import TrainSection
 from launcher.runtime.first_rank import one_rank_first
 from launcher.runtime.ranks import (
@@ -39,6 +41,7 @@ class Prepared:
     data: PreparedData
     device: torch.device
     used_ids: UsedIds = UsedIds()
+    token_ids: tuple[int, ...] = ()  # of lora.trainable_tokens
 
 
 def prepare_inputs(request: Request, progress: ReadingProgress | None = None) -> Prepared:
@@ -54,6 +57,7 @@ def prepare_inputs(request: Request, progress: ReadingProgress | None = None) ->
     check_graphs(recipe.compile, device)
     check_policy(recipe, device)
     tokenizer = load_tokenizer(source, recipe.model, stand_in=request.shipped / "tiny" / "base")
+    token_ids = token_ids_of(recipe.lora.trainable_tokens, tokenizer, vocabulary=config.vocab_size)
     stop_ids = load_stop_ids(source, recipe.model)
     data = one_rank_first(
         request.rank_info,
@@ -61,7 +65,8 @@ def prepare_inputs(request: Request, progress: ReadingProgress | None = None) ->
         wait_s=recipe.data.wait_s,
     )
     data, used_ids = fit_vocabulary(data, tokenizer, vocabulary=config.vocab_size)
-    return Prepared(config, tokenizer, data, device, used_ids)
+    data = with_occurrences(data, tokenizer, token_ids)
+    return Prepared(config, tokenizer, data, device, used_ids, token_ids)
 
 
 def choose_device(rank_info: RankInfo) -> torch.device:

@@ -4,12 +4,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from launcher.data.pack.micro_batch import IGNORE
 from launcher.ops.capped_ce import chunk_functions
+from launcher.ops.chunk_sizes import chunk_rows, product_rows
 from launcher.ops.linear_ce import (
     ChunkFunctions,
-    chunk_rows,
     linear_cross_entropy,
     linear_cross_entropy_reference,
-    product_rows,
 )
 from tests.support.certain_rows import check_certain_rows
 
