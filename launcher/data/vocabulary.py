@@ -68,7 +68,7 @@ def check_ids(ids: Ints, *, tokenizer: Any, vocabulary: int) -> None:
             f"every token of the data needs a vector in the model's embedding, which has {vocabulary:,}.\n"
             f"Found: {_named(tokenizer, missing)}, from the tokenizer, its chat template or the rows.\n"
             "Use the tokenizer that the model was trained with, or a data.template that does without the token.\n"
-            "A model that was only resized to it (resize_token_embeddings) has a vector that LoRA does not train."
+            "A model that was resized to it (resize_token_embeddings) has a vector; lora.trainable_tokens trains that."
         )
 
 
