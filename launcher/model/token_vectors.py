@@ -140,7 +140,7 @@ def _near(vector: Tensor, others: Tensor) -> Tensor:
 
 def _taken(vectors: Tensor, indices: Sequence[int]) -> Tensor:
     """[N, D] fp32 on the CPU."""
-    return torch.stack([vectors[index].cpu() for index in indices]).float()
+    return vectors[torch.tensor(indices, dtype=torch.long, device=vectors.device)].cpu().float()
 
 
 def _name(tokenizer: Any, index: int) -> str:

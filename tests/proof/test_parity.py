@@ -7,7 +7,9 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+import torch
 
+from launcher.ops import linear_ce
 from launcher.proof import parity as parity_module
 from launcher.proof.parity import parity
 from launcher.records.parity import ParityRecord
@@ -67,6 +69,27 @@ def test_a_variant_of_lora_is_within_the_gate_and_noise_is_left_out(compared: Ca
     record = compared(lora=lora, model={"dtype": "bfloat16"}, train={"neftune_alpha": 5.0})
     assert record.holds, record.verdicts
     assert any("train.neftune_alpha=0, not the recipe's 5" in note for note in record.notes)
+
+
+TOKENS = {"trainable_tokens": ["<|user|>", "<|end|>", "<|system|>"]}  # read, written, neither
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_trained_tokens_are_within_the_gate(compared: Callable[..., ParityRecord], dtype: str) -> None:
+    record = compared(lora=TOKENS, model={"dtype": dtype})
+    assert record.holds, record.verdicts
+    rows = {adapter.kind: adapter.where for adapter in record.adapters if adapter.matrix == "rows"}
+    assert {*rows} == {"embedding", "head"} and all(where.startswith("tokens, batch") for where in rows.values())
+
+
+def test_a_trained_row_that_is_left_out_of_the_head_closes_the_gate(
+    compared: Callable[..., ParityRecord], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    right, kept = linear_ce.trained_gradient, torch.tensor([[1.0], [0.0], [1.0]])
+    monkeypatch.setattr(linear_ce, "trained_gradient", lambda *inputs: right(*inputs) * kept)
+    record = compared(lora=TOKENS, model={"dtype": "float32"}, compile={"mode": "off"})
+    [cosines] = [verdict for verdict in record.verdicts if verdict.claim.startswith("compiled gradients point")]
+    assert not cosines.holds and "head rows" in cosines.evidence and "embedding rows" not in cosines.evidence
 
 
 def test_float16_is_compared_with_its_loss_scale(compared: Callable[..., ParityRecord]) -> None:
