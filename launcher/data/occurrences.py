@@ -10,8 +10,8 @@ from launcher.data.documents import Longs
 from launcher.data.pack.blocks import Blocks
 from launcher.data.prepare import PreparedData
 from launcher.data.stream import Stream
+from launcher.data.vocabulary import CHUNK
 
-CHUNK = 2**22  # tokens looked up at once
 MAX_SHOWN = 12  # tokens whose counts a note gives
 
 

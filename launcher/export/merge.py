@@ -59,14 +59,14 @@ class Update(NamedTuple):
     magnitude: Tensor | None  # fp32 [O], of DoRA
 
 
-class Rows(NamedTuple):
+class RowValues(NamedTuple):
     """The rows of trained tokens, which take the place of those of one weight."""
 
     ids: list[int]  # n
     values: Tensor  # fp32 [n, D]
 
 
-Change = Update | Rows
+Change = Update | RowValues
 
 
 @dataclass(frozen=True)
@@ -139,7 +139,7 @@ def read_updates(adapter: Path) -> dict[str, Change]:
         raise RecipeError(
             f"an adapter must hold LoRA matrices and rows of tokens only; {adapter} holds {sorted(unknown)[0]} too."
         )
-    changed = {f"{name}.weight": Rows(ids[name.rpartition(".")[2]], rows) for name, rows in token_rows.items()}
+    changed = {f"{name}.weight": RowValues(ids[name.rpartition(".")[2]], rows) for name, rows in token_rows.items()}
     return changed | {
         f"{name}.weight": Update(
             tensors[f"{name}.lora_A.weight"],
@@ -161,7 +161,7 @@ def _scale(config: LoraConfig, name: str) -> float:
 
 def check_updates(plan: MergePlan, updates: Mapping[str, Change]) -> None:
     """Raise RecipeError where an update is of no weight of the base."""
-    with_rows = {name for name, change in updates.items() if isinstance(change, Rows)} & {EMBEDDING, HEAD}
+    with_rows = {name for name, change in updates.items() if isinstance(change, RowValues)} & {EMBEDDING, HEAD}
     if unknown := updates.keys() - plan.linears - (with_rows & plan.shapes.keys()):
         raise RecipeError(f"an adapter must belong to its base; {plan.run.source} has no {sorted(unknown)[0]}.")
 
@@ -195,7 +195,7 @@ def write_merged(
 def merged_weight(plan: MergePlan, name: str, update: Change | None) -> Tensor:
     """One weight of the result, before it is rounded: fp32 on the run's device where it is changed."""
     run, shape = plan.run, torch.Size(plan.shapes[name])
-    if isinstance(update, Rows):
+    if isinstance(update, RowValues):
         return _with_rows(plan, _stored(plan, name), update)
     if name in plan.linears and plan.on == "dequantised" and run.place.recipe.quant.type != "none":
         a, b = (update.a.to(run.device), update.b.to(run.device)) if update else (None, None)
@@ -210,7 +210,7 @@ def merged_weight(plan: MergePlan, name: str, update: Change | None) -> Tensor:
     return _lengthened(weight.addmm_(update.b.to(run.device) * update.scale, update.a.to(run.device)), update)
 
 
-def _with_rows(plan: MergePlan, weight: Tensor, rows: Rows) -> Tensor:
+def _with_rows(plan: MergePlan, weight: Tensor, rows: RowValues) -> Tensor:
     """The weight [V, D] with the trained rows in their place, fp32."""
     values = rows.values
     if plan.on == "dequantised":  # as training computes with them

@@ -123,8 +123,7 @@ def build_model(
     """Build from a located `source` and its config, which have passed `check_model`.
 
     The loss works in chunks of one size that suits all widths of `blocks`, over as many positions as may have a target.
-    `token_ids` are those of lora.trainable_tokens.
-    `phase(name)` is called after each phase that takes memory.
+    `token_ids`: of lora.trainable_tokens. `phase(name)` is called after each phase that takes memory.
     """
     family = _family(recipe, config, lambda: empty_model(config))
     dtype = choose_dtype(recipe.model.dtype, device)
@@ -143,8 +142,7 @@ def build_model(
     # What another process must load to use the adapter: a hub id, or a path that does not depend on its folder.
     peft.peft_config["default"].base_model_name_or_path = source
     peft.peft_config["default"].revision = recipe.model.revision
-    tokens = {width: recipe.train.micro_batch * width for width in blocks.widths}
-    loss_rows = {n: product_rows(n, blocks.targets.get(width, n)) for width, n in tokens.items()}
+    loss_rows = _loss_rows(blocks, micro_batch=recipe.train.micro_batch)
     vocabulary, budget = unwrapped(base.lm_head).weight.shape[0], recipe.memory.loss_chunk_mib
     _replace_last_norm(recipe, family, base)
     packed = PackedCausalLM(
@@ -178,6 +176,12 @@ def _family(recipe: Recipe, config: Any, skeleton: Callable[[], PreTrainedModel]
     """The family, completed from the model without weights where it has no row."""
     family = family_of(config, max_length=recipe.data.max_length, auto=recipe.model.family == "auto")
     return family if family.named else family_of_shape(skeleton(), family)
+
+
+def _loss_rows(blocks: BlockFacts, *, micro_batch: int) -> dict[int, int]:
+    """By the positions of a micro batch, for how many of them the loss is computed."""
+    tokens = {width: micro_batch * width for width in blocks.widths}
+    return {n: product_rows(n, blocks.targets.get(width, n)) for width, n in tokens.items()}
 
 
 def _replace_last_norm(recipe: Recipe, family: Family, base: Any) -> None:

@@ -4,7 +4,7 @@
 
 It is computed as the product of a 0/1 matrix [n, N] with the gradients [N, D], in fp32: a fixed order of sums on every
 device, where an index_add of a GPU adds in any order; the same shapes whether or not a token occurs; and nothing waits
-for the device. It is done POSITIONS at a time, which bounds what it takes.
+for the device. It is done POSITIONS_AT_ONCE at a time, which bounds what it takes.
 
 Letters: N positions (B * S), D model width, n rows.
 """
@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-POSITIONS = 2048  # whose gradients exist in fp32 at once
+POSITIONS_AT_ONCE = 2048  # whose gradients exist in fp32 at once
 NO_ROW = -1  # the slot of a token without a row
 
 
@@ -45,9 +45,9 @@ def row_gradients(gradient: Tensor, slots: Tensor, count: int) -> Tensor:
     """gradient [N, D], slots [N] -> [count, D], fp32."""
     total = gradient.new_zeros(count, gradient.shape[1], dtype=torch.float32)
     numbers = torch.arange(count, dtype=slots.dtype, device=slots.device)[:, None]
-    for start in range(0, len(slots), POSITIONS):
-        chosen = (slots[start : start + POSITIONS] == numbers).float()
-        total.addmm_(chosen, gradient[start : start + POSITIONS].float())
+    for start in range(0, len(slots), POSITIONS_AT_ONCE):
+        chosen = (slots[start : start + POSITIONS_AT_ONCE] == numbers).float()
+        total.addmm_(chosen, gradient[start : start + POSITIONS_AT_ONCE].float())
     return total
 
 

@@ -34,7 +34,7 @@ from launcher.model.trained_tokens import unwrapped
 from launcher.recipe.schema import Recipe
 
 B_STD = 0.02  # of the drawn LoRA B: as large as a base weight; the update is then a few percent of the base's output
-B, ROWS = ".lora_B.", ".trainable_tokens_delta."  # in PEFT's names
+LORA_B, TOKEN_DELTA = ".lora_B.", ".trainable_tokens_delta."  # in PEFT's names
 Piece = Tensor  # token ids of a document or of its beginning, int64 [L]
 IdsAndLabels = tuple[Tensor, Tensor]  # int64; labels are shifted already, IGNORE where there is no loss
 
@@ -75,7 +75,7 @@ def stock_model(
 
 def is_drawn(name: str) -> bool:
     """Whether `draw_adapters` changes this parameter of PEFT's model."""
-    return B in name or ROWS in name
+    return LORA_B in name or TOKEN_DELTA in name
 
 
 @torch.no_grad()
@@ -86,7 +86,7 @@ def draw_adapters(model: nn.Module, *, seed: int) -> None:
     for name, parameter in model.named_parameters():
         if is_drawn(name):
             drawn = torch.empty(parameter.shape).normal_(std=B_STD, generator=generator).to(parameter.device)
-            parameter.copy_(drawn if B in name else parameter + drawn)
+            parameter.copy_(drawn if LORA_B in name else parameter + drawn)
 
 
 def collate(batch: StepBatch, *, max_positions: float = math.inf, pinned: bool = False) -> PaddedBatch:

@@ -54,7 +54,7 @@ def test_a_trained_row_that_is_not_exported_is_found(
 ) -> None:
     trained(small_arguments, tmp_path / "run", "train.steps=2", "lora.trainable_tokens=<|user|>,<|end|>")
     monkeypatch.setattr(
-        merge, "_with_rows", lambda p, w, rows: with_rows(p, w, merge.Rows(rows.ids[:1], rows.values[:1]))
+        merge, "_with_rows", lambda p, w, rows: with_rows(p, w, merge.RowValues(rows.ids[:1], rows.values[:1]))
     )
     done = main("mode=export", "run=run", "to=out", f"format={form}", f"on={on}", "report=report.json")
     assert done.code != 0 and "every written weight is the trained model's" in done.broken

@@ -9,6 +9,7 @@ from torch import Tensor
 from launcher.model.trained_tokens import TrainedTokens
 from launcher.ops import linear_ce
 from launcher.proof.parity import trainable
+from launcher.proof.start import start_verdict
 from launcher.proof.stock import packed_arguments
 from launcher.recipe.schema import Recipe
 from launcher.train.optim import parameter_groups
@@ -127,6 +128,19 @@ def test_rows_follow_the_parameters_into_evaluation_and_out_of_the_base_again() 
     others = torch.ones(251, dtype=torch.bool)
     others[list(token_ids(TOKENS))] = False
     assert torch.equal(packed.embed.weight[others], before[others])
+
+
+def test_the_start_is_compared_with_stock_code_rows_included_and_all_is_as_before() -> None:
+    built, adapters = build(config_of("gemma3_text", tie_word_embeddings=True), TOKENS)
+    pieces = [torch.tensor([5, *OCCURRING, 9, 3, 8, 1, 2]), torch.tensor([OCCURRING[0]] * 9)]
+    verdict = start_verdict(built, pieces, seed=0)
+    assert verdict.holds, verdict.evidence
+    assert all(torch.equal(parameter, adapters[name]) for name, parameter in trainable(built.peft))
+    right = TrainedTokens.reached_by
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(TrainedTokens, "reached_by", lambda self, embedded, ids: right(self, embedded, ids * 0))
+        wrong = start_verdict(built, pieces, seed=0)
+    assert not wrong.holds and "embedding rows" in wrong.evidence
 
 
 def test_rows_have_no_weight_decay_and_the_rate_of_a() -> None:

@@ -4,10 +4,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from launcher.ops.token_rows import NO_ROW, POSITIONS, row_gradients, row_gradients_reference, with_row_gradients
+from launcher.ops.token_rows import (
+    NO_ROW,
+    POSITIONS_AT_ONCE,
+    row_gradients,
+    row_gradients_reference,
+    with_row_gradients,
+)
 
 
-@pytest.mark.parametrize(("positions", "width", "count"), [(1, 3, 1), (7, 16, 3), (POSITIONS + 5, 8, 40)])
+@pytest.mark.parametrize(("positions", "width", "count"), [(1, 3, 1), (7, 16, 3), (POSITIONS_AT_ONCE + 5, 8, 40)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_product_is_the_sum_over_positions(positions: int, width: int, count: int, dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(0)
