@@ -17,6 +17,7 @@ def token_ids_of(tokens: Sequence[str], tokenizer: Any, *, vocabulary: int) -> t
     Raises RecipeError, for a token that the tokenizer does not know with those that are near.
     """
     named: dict[int, str] = {}
+    known = {*tokenizer.get_vocab().values()} if tokens else ()
     for token in tokens:
         index = int(token) if token.isdecimal() else _id_of(token, tokenizer)
         if index >= vocabulary:
@@ -25,6 +26,11 @@ def token_ids_of(tokens: Sequence[str], tokenizer: Any, *, vocabulary: int) -> t
                 f"{_shown(token, index, tokenizer)} has none.\nUse a token that the model has a row for, such as a "
                 "reserved one, or give it rows with Transformers: model.resize_token_embeddings(len(tokenizer)), then "
                 "save_pretrained of model and tokenizer, and name that folder in model.name."
+            )
+        if index not in known:
+            raise RecipeError(
+                f"lora.trainable_tokens must be tokens of the model's tokenizer; it has none with the id {index}.\n"
+                "Name a token by its text, or by an id that the tokenizer gives."
             )
         if index in named:
             raise RecipeError(
@@ -44,15 +50,15 @@ def peft_indices(config: Any, ids: Sequence[int]) -> list[int] | dict[str, list[
 
 
 def _id_of(token: str, tokenizer: Any) -> int:
-    known = tokenizer.get_vocab()
-    if token in known:
-        return int(known[token])
+    vocabulary = tokenizer.get_vocab()
+    if token in vocabulary:
+        return int(vocabulary[token])
     ids = tokenizer(token, add_special_tokens=False)["input_ids"]
     if len(ids) == 1 and ids[0] != tokenizer.unk_token_id:
         return int(ids[0])
     added = [str(one) for one in tokenizer.get_added_vocab()]  # first: those are what is trained
     near = dict.fromkeys(
-        match for words in (added, list(known)) for match in get_close_matches(token, words, MAX_NEAR, REACH)
+        match for words in (added, list(vocabulary)) for match in get_close_matches(token, words, MAX_NEAR, REACH)
     )
     nearest, some = ", ".join([*near][:MAX_NEAR]), ", ".join(added[:MAX_SOME])
     remedy = f"Did you mean {nearest}?" if near else f"Control tokens that it has: {some}."

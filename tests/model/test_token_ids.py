@@ -29,7 +29,8 @@ def test_texts_and_ids_become_ids_in_ascending_order(tokenizer: Any) -> None:
     [
         (["<|asistant|>"], r"tokenizer; '<\|asistant\|>' is none: .* tokens\.\nDid you mean <\|assistant\|>"),
         (["<|end|>", "Zzyzx qqq"], r"'Zzyzx qqq' is none.*\n.*<\|end\|>"),
-        (["8192"], r"which has 8,192; id 8192 \(no token of the tokenizer\) has none\.\n.*resize_token_embeddings"),
+        (["9000"], r"which has 9,000; id 9000 \(no token of the tokenizer\) has none\.\n.*resize_token_embeddings"),
+        (["8500"], r"it has none with the id 8500\.\n"),
         (["<|end|>", "{end}"], r"must name each token once; <\|end\|> and \d+ are both id \d+"),
     ],
 )
@@ -38,7 +39,7 @@ def test_a_token_that_cannot_be_trained_is_refused_with_the_remedy(
 ) -> None:
     end = tokenizer.convert_tokens_to_ids("<|end|>")
     with pytest.raises(RecipeError, match=message):
-        token_ids_of([token.format(end=end) for token in tokens], tokenizer, vocabulary=8192)
+        token_ids_of([token.format(end=end) for token in tokens], tokenizer, vocabulary=9000)
 
 
 def test_a_token_of_the_tokenizer_without_a_row_in_the_model_is_refused_by_name(tokenizer: Any) -> None:
