@@ -139,6 +139,11 @@ def read_updates(adapter: Path) -> dict[str, Change]:
         raise RecipeError(
             f"an adapter must hold LoRA matrices and rows of tokens only; {adapter} holds {sorted(unknown)[0]} too."
         )
+    if missing := ids.keys() - {name.rpartition(".")[2] for name in token_rows}:
+        raise RecipeError(
+            f"an adapter must hold the rows of its trained tokens; {adapter} has none of {sorted(missing)[0]}.\n"
+            "Copy it again, or use another checkpoint's."
+        )
     changed = {f"{name}.weight": RowValues(ids[name.rpartition(".")[2]], rows) for name, rows in token_rows.items()}
     return changed | {
         f"{name}.weight": Update(

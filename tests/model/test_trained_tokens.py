@@ -1,5 +1,6 @@
 """Trained tokens have the loss and the gradients of stock PEFT's, in one graph; a row that is left out is seen."""
 
+import math
 from typing import Any
 
 import pytest
@@ -53,6 +54,28 @@ def test_trained_tokens_need_no_graph_more_and_nothing_breaks_or_recompiles() ->
     assert record.graphs_by_region == {"layer": 2, "loss": 2}
     assert (record.graph_breaks, record.recompiles) == (0, 0)
     assert record.compilations == record.planned_graphs == record.expected_graphs
+
+
+@pytest.mark.parametrize("trains_the_token", [False, True])
+def test_a_token_whose_vector_is_the_mean_is_learned_with_its_row_and_never_without(trains_the_token: bool) -> None:
+    """Its logit is the mean of all: logsumexp is at least that and ln(V), whatever the adapters do."""
+    end = ABSENT
+    built, _ = build(config_of("llama", tie_word_embeddings=True), with_tokens(end) if trains_the_token else RECIPE)
+    packed, parameters = built.packed, [parameter for _, parameter in trainable(built.peft)]
+    others = torch.arange(251) != end
+    with torch.no_grad():
+        packed.embed.weight[end] = packed.embed.weight[others].mean(0)
+        if packed.trained is not None:
+            packed.trained.embedding_rows.copy_(packed.embed.weight[[end]])
+    ids, labels, *rest = packed_arguments([torch.tensor([5, end, 9, end, 7, end])])
+    labels[labels != end] = -100
+    optimizer = torch.optim.Adam(parameters, lr=0.02)
+    for _ in range(25):
+        loss = packed(ids, labels, *rest) / 3
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert loss < 1 if trains_the_token else loss > math.log(251) - 1e-3
 
 
 def left_out_of_the_head(patch: pytest.MonkeyPatch) -> None:

@@ -74,9 +74,9 @@ def test_a_variant_of_lora_is_within_the_gate_and_noise_is_left_out(compared: Ca
 TOKENS = {"trainable_tokens": ["<|user|>", "<|end|>", "<|system|>"]}  # read, written, neither
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_trained_tokens_are_within_the_gate(compared: Callable[..., ParityRecord], dtype: str) -> None:
-    record = compared(lora=TOKENS, model={"dtype": dtype})
+@pytest.mark.parametrize(("dtype", "scope"), [("bfloat16", "layer"), ("float16", "model")])
+def test_trained_tokens_are_within_the_gate(compared: Callable[..., ParityRecord], dtype: str, scope: str) -> None:
+    record = compared(lora=TOKENS, model={"dtype": dtype}, compile={"scope": scope})
     assert record.holds, record.verdicts
     rows = {adapter.kind: adapter.where for adapter in record.adapters if adapter.matrix == "rows"}
     assert {*rows} == {"embedding", "head"} and all(where.startswith("tokens, batch") for where in rows.values())
