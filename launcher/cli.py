@@ -103,11 +103,13 @@ def _preview(resolved: Resolved, info: RankInfo, console: Console) -> None:
         progress = ReadingProgress()
         screen.show(Phase("preparing the data", progress))
         with quick_imports():
+            from launcher.data.occurrences import with_occurrences
             from launcher.data.prepare import prepare
             from launcher.data.preview import preview_record
             from launcher.data.vocabulary import fit_vocabulary
             from launcher.model.family_choice import family_of
             from launcher.model.load import load_config, load_stop_ids, load_tokenizer
+            from launcher.model.token_ids import token_ids_of
             from launcher.model.token_vectors import stored_vectors, untrained_notes
 
         recipe, name, source = resolved.recipe, resolved.name, request.source
@@ -115,13 +117,16 @@ def _preview(resolved: Resolved, info: RankInfo, console: Console) -> None:
         auto = recipe.model.family == "auto"
         family_of(config, max_length=recipe.data.max_length, auto=auto)  # refuses what training refuses
         tokenizer = load_tokenizer(source, recipe.model, stand_in=request.shipped / "tiny" / "base")
+        token_ids = token_ids_of(recipe.lora.trainable_tokens, tokenizer, vocabulary=config.vocab_size)
         stop_ids = load_stop_ids(source, recipe.model)
         data = prepare(recipe.data, tokenizer, seed=recipe.train.seed, stop_ids=stop_ids, progress=progress)
         fault: DataError | None = None
         try:
             data, used = fit_vocabulary(data, tokenizer, vocabulary=config.vocab_size)
+            data = with_occurrences(data, tokenizer, token_ids)
             if vectors := stored_vectors(source, config, recipe.model):
-                data = replace(data, notes=untrained_notes(*vectors, tokenizer, **vars(used)) + data.notes)
+                notes = untrained_notes(*vectors, tokenizer, **vars(used.without(token_ids)))
+                data = replace(data, notes=notes + data.notes)
         except DataError as error:  # after the blocks, which show where the token stands
             fault = error
         shown: dict[str, Any] = {"recipe": recipe, "name": name, "source": source, "blocks": resolved.blocks}

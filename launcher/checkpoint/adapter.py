@@ -28,6 +28,7 @@ from launcher.records.run import Verdict
 
 SAVED_SETTINGS = (  # which an adapter computes otherwise without
     "r", "lora_alpha", "lora_dropout", "target_modules", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern",
+    "trainable_token_indices",
 )  # fmt: skip
 TOLERANCE = 1e-5  # the same graph on the same batch: only a weight that differs can move the loss
 

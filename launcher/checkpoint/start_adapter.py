@@ -7,7 +7,7 @@ import shlex
 from pathlib import Path
 from typing import Any
 
-from launcher.checkpoint.plain_lora import beyond_plain
+from launcher.checkpoint.plain_lora import TOKEN_ROWS, beyond_plain, token_indices
 from launcher.credentials import masked, shortened
 from launcher.errors import RecipeError
 from launcher.recipe.field_types import HUB_ID
@@ -62,6 +62,9 @@ def check_settings(lora: LoraSection, settings: dict[str, Any]) -> None:
     if (numbers := settings.get("layers_to_transform")) not in (None, []):
         here["layers"] = sorted({number for chosen in lora.chosen_layers for number in chosen})
         there["layers"] = sorted({*numbers}) if isinstance(numbers, list) else [numbers]
+    ids = sorted({index for of_module in token_indices(settings).values() for index in of_module})
+    if len(ids) != len(lora.trainable_tokens):  # which texts these are is known once the tokenizer is (`load_start`)
+        here["trainable_tokens"], there["trainable_tokens"] = lora.trainable_tokens, ids
     if differ := [key for key in here if here[key] != there[key]]:
         found = "; ".join(f"lora.{key} is {here[key]} here, {there[key]} there" for key in differ)
         remedy = " ".join(shlex.quote(f"lora.{key}={json.dumps(there[key])}") for key in differ)
@@ -97,6 +100,7 @@ def load_start(model: Any, lora: LoraSection, *, base: str) -> str:
     check_settings(lora, settings)
     file = _file(start, WEIGHTS)
     saved, own = load_file(file), get_peft_model_state_dict(model, save_embedding_layers=False)
+    _order_tokens(saved, settings, model.peft_config["default"].to_dict(), start)
     shapes = [{name: tuple(tensor.shape) for name, tensor in tensors.items()} for tensors in (saved, own)]
     if shapes[0] != shapes[1]:
         name = sorted(dict(shapes[0].items() ^ shapes[1].items()))[0]
@@ -110,6 +114,19 @@ def load_start(model: Any, lora: LoraSection, *, base: str) -> str:
     before = str(settings.get("base_model_name_or_path"))
     other = "" if before == base else f"; this run's base is {base}, to which it was not fitted"
     return masked(f"the adapter starts from {start} (sha256 {digest}), trained on {before}{other}")
+
+
+def _order_tokens(saved: dict[str, Any], there: dict[str, Any], here: dict[str, Any], start: str) -> None:
+    """Put the rows of trained tokens in this run's order. Raises RecipeError for other tokens than this run's."""
+    ids_there, ids_here = token_indices(there), token_indices(here)
+    if {name: {*ids} for name, ids in ids_there.items()} != {name: {*ids} for name, ids in ids_here.items()}:
+        raise RecipeError(
+            f"lora.trainable_tokens must be the tokens of lora.start_from={start}; by module they are {ids_here} here, "
+            f"{ids_there} there.\nName those ids. A model whose head is not tied to its embedding trains both."
+        )
+    for name in [name for name in saved if name.endswith(TOKEN_ROWS)]:
+        module = name.removesuffix(TOKEN_ROWS).rpartition(".")[2]
+        saved[name] = saved[name][[ids_there[module].index(index) for index in ids_here[module]]]
 
 
 def _settings(file: Path, start: str) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from launcher.model.layer_kinds import attention_needs
 from launcher.model.load import empty_model
 from launcher.model.logits import logit_bytes, logits_rule
 from launcher.model.sizes import adapter_parameters, step_sizes, weight_bytes
-from launcher.ops.linear_ce import chunk_rows
+from launcher.ops.chunk_sizes import chunk_rows
 from launcher.recipe.own_recipe import schema_line
 from launcher.recipe.schema import Recipe
 from launcher.recipe.yaml_lines import inline

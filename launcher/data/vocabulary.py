@@ -7,7 +7,7 @@ used are an error. Padding may be any id: it is never a target, and no document 
 `vocabulary` is the number of vectors: vocab_size of config.json, known before weights are read.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -30,6 +30,10 @@ class UsedIds:
 
     read: frozenset[int] = frozenset()  # all
     written: frozenset[int] = frozenset()  # targets of the loss
+
+    def without(self, ids: Collection[int]) -> "UsedIds":
+        """All but these ids."""
+        return UsedIds(self.read.difference(ids), self.written.difference(ids))
 
 
 def fit_vocabulary(data: PreparedData, tokenizer: Any, *, vocabulary: int) -> tuple[PreparedData, UsedIds]:
@@ -64,7 +68,7 @@ def check_ids(ids: Ints, *, tokenizer: Any, vocabulary: int) -> None:
             f"every token of the data needs a vector in the model's embedding, which has {vocabulary:,}.\n"
             f"Found: {_named(tokenizer, missing)}, from the tokenizer, its chat template or the rows.\n"
             "Use the tokenizer that the model was trained with, or a data.template that does without the token.\n"
-            "A model that was only resized to it (resize_token_embeddings) has a vector that LoRA does not train."
+            "A model that was resized to it (resize_token_embeddings) has a vector; lora.trainable_tokens trains that."
         )
 
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from launcher.errors import MemoryExhausted, RecipeError
 from launcher.export.gguf_vocabulary import Vocabulary, vocabulary_of
 from launcher.export.load_run import OpenedRun
-from launcher.export.merge import MergePlan, Update, check_updates, merged_weight
+from launcher.export.merge import Change, MergePlan, check_updates, merged_weight
 from launcher.export.place import QUANTIZE_TOOL
 from launcher.memory.ledger import MIB
 from launcher.model.families import head_width
@@ -118,7 +118,7 @@ def check_proof_memory(plan: GgufPlan) -> None:
         )
 
 
-def write_gguf(plan: GgufPlan, updates: Mapping[str, Update], file: Path, *, progress: Callable[[int], object]) -> None:
+def write_gguf(plan: GgufPlan, updates: Mapping[str, Change], file: Path, *, progress: Callable[[int], object]) -> None:
     """Write `file`; where llama-quantize is needed, what it was made from lies beside it, as `source_of` says.
 
     `progress` is told how many tensors are done. Raises RecipeError where llama-quantize fails.

@@ -5,7 +5,7 @@
 base is the NF4 weight dequantised, which training added the update to (ops/nf4.py), or the weight of the base's files.
 Training itself rounds A and scale * B to the compute dtype first; the masters that it updates are fp32, and so is this
 sum. Under DoRA each row of the sum is scaled to its magnitude. What is not quantised keeps its value, in the dtype of
-the result.
+the result; the rows of trained tokens take the place of those of embedding and head.
 """
 
 import json
@@ -27,7 +27,7 @@ from torch import Tensor
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
 from launcher.checkpoint.files import writable
-from launcher.checkpoint.plain_lora import beyond_plain
+from launcher.checkpoint.plain_lora import TOKEN_ROWS, beyond_plain, token_indices
 from launcher.errors import DiskError, RecipeError
 from launcher.export.load_run import OpenedRun
 from launcher.model.load import empty_model
@@ -57,6 +57,16 @@ class Update(NamedTuple):
     b: Tensor  # fp32 [O, r]
     scale: float
     magnitude: Tensor | None  # fp32 [O], of DoRA
+
+
+class RowValues(NamedTuple):
+    """The rows of trained tokens, which take the place of those of one weight."""
+
+    ids: list[int]  # n
+    values: Tensor  # fp32 [n, D]
+
+
+Change = Update | RowValues
 
 
 @dataclass(frozen=True)
@@ -110,10 +120,10 @@ def check_space(nbytes: int, folder: Path) -> None:
         )
 
 
-def read_updates(adapter: Path) -> dict[str, Update]:
-    """The updates of an adapter in PEFT's layout, by the name of the weight that each is added to.
+def read_updates(adapter: Path) -> dict[str, Change]:
+    """What an adapter in PEFT's layout changes, by the name of the weight.
 
-    Raises RecipeError for a kind of adapter that is more than scale * B A, or DoRA.
+    Raises RecipeError for a kind of adapter that is more than scale * B A, or DoRA, beside trained tokens.
     """
     config = PeftConfig.from_pretrained(str(adapter))
     assert isinstance(config, LoraConfig), "the trainer makes LoRA adapters"
@@ -126,10 +136,21 @@ def read_updates(adapter: Path) -> dict[str, Update]:
     tensors = {name.removeprefix(PEFT_PREFIX): tensor.float() for name, tensor in stored.items()}
     names = {name.removesuffix(".lora_A.weight") for name in tensors if name.endswith(".lora_A.weight")}
     parts = ("lora_A.weight", "lora_B.weight", *([MAGNITUDE] if config.use_dora else []))
-    unknown = tensors.keys() - {f"{name}.{part}" for name in names for part in parts}
-    if unknown:
-        raise RecipeError(f"an adapter must hold LoRA matrices only; {adapter} holds {sorted(unknown)[0]} too.")
-    return {
+    token_rows = {name.removesuffix(TOKEN_ROWS): rows for name, rows in tensors.items() if name.endswith(TOKEN_ROWS)}
+    ids = token_indices(config.to_dict())
+    wanted = {f"{name}.{part}" for name in names for part in parts}
+    wanted |= {f"{name}{TOKEN_ROWS}" for name in token_rows if name.rpartition(".")[2] in ids}
+    if unknown := tensors.keys() - wanted:
+        raise RecipeError(
+            f"an adapter must hold LoRA matrices and rows of tokens only; {adapter} holds {sorted(unknown)[0]} too."
+        )
+    if missing := ids.keys() - {name.rpartition(".")[2] for name in token_rows}:
+        raise RecipeError(
+            f"an adapter must hold the rows of its trained tokens; {adapter} has none of {sorted(missing)[0]}.\n"
+            "Copy it again, or use another checkpoint's."
+        )
+    changed = {f"{name}.weight": RowValues(ids[name.rpartition(".")[2]], rows) for name, rows in token_rows.items()}
+    return changed | {
         f"{name}.weight": Update(
             tensors[f"{name}.lora_A.weight"],
             tensors[f"{name}.lora_B.weight"],
@@ -148,14 +169,15 @@ def _scale(config: LoraConfig, name: str) -> float:
     return alpha / (math.sqrt(rank) if config.use_rslora else rank)
 
 
-def check_updates(plan: MergePlan, updates: Mapping[str, Update]) -> None:
+def check_updates(plan: MergePlan, updates: Mapping[str, Change]) -> None:
     """Raise RecipeError where an update is of no weight of the base."""
-    if unknown := updates.keys() - plan.linears:
+    with_rows = {name for name, change in updates.items() if isinstance(change, RowValues)} & {EMBEDDING, HEAD}
+    if unknown := updates.keys() - plan.linears - (with_rows & plan.shapes.keys()):
         raise RecipeError(f"an adapter must belong to its base; {plan.run.source} has no {sorted(unknown)[0]}.")
 
 
 def write_merged(
-    plan: MergePlan, updates: Mapping[str, Update], folder: Path, *, shard_bytes: int, progress: Callable[[int], object]
+    plan: MergePlan, updates: Mapping[str, Change], folder: Path, *, shard_bytes: int, progress: Callable[[int], object]
 ) -> list[Path]:
     """Write the merged weights into `folder`: files of at most `shard_bytes` unless a weight is larger, and an index
     where there are several. `progress` is told how many weights are done. Returns the files."""
@@ -180,9 +202,11 @@ def write_merged(
     return files
 
 
-def merged_weight(plan: MergePlan, name: str, update: Update | None) -> Tensor:
-    """One weight of the result, before it is rounded: fp32 on the run's device where it is a linear's."""
+def merged_weight(plan: MergePlan, name: str, update: Change | None) -> Tensor:
+    """One weight of the result, before it is rounded: fp32 on the run's device where it is changed."""
     run, shape = plan.run, torch.Size(plan.shapes[name])
+    if isinstance(update, RowValues):
+        return _with_rows(plan, _stored(plan, name), update)
     if name in plan.linears and plan.on == "dequantised" and run.place.recipe.quant.type != "none":
         a, b = (update.a.to(run.device), update.b.to(run.device)) if update else (None, None)
         merged = plain_merged_weight(_nf4(plan, name), a, b, update.scale if update else 1.0, shape)
@@ -194,6 +218,14 @@ def merged_weight(plan: MergePlan, name: str, update: Update | None) -> Tensor:
         return weight
     weight = weight.to(run.device, torch.float32)
     return _lengthened(weight.addmm_(update.b.to(run.device) * update.scale, update.a.to(run.device)), update)
+
+
+def _with_rows(plan: MergePlan, weight: Tensor, rows: RowValues) -> Tensor:
+    """The weight [V, D] with the trained rows in their place, fp32."""
+    values = rows.values
+    if plan.on == "dequantised":  # as training computes with them
+        weight, values = weight.to(plan.run.dtype), values.to(plan.run.dtype)
+    return weight.float().index_copy_(0, torch.tensor(rows.ids), values.float())
 
 
 def _lengthened(weight: Tensor, update: Update | None) -> Tensor:

@@ -12,12 +12,14 @@ from bitsandbytes.functional import dequantize_4bit
 from bitsandbytes.nn import Linear4bit
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
+from peft.utils.other import TrainableTokensWrapper
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
 from launcher.export.merge import MergePlan
 from launcher.model.lora import ADAPTER
+from launcher.model.trained_tokens import unwrapped
 from launcher.model.weight_files import listed, read_headers
 from launcher.records.run import Verdict
 
@@ -71,12 +73,18 @@ def trained_weight(base: Any, name: str, plan: MergePlan) -> Tensor:
         with safe_open(plan.headers[key].file, framework="pt") as file:
             weight = file.get_tensor(key).to(plan.run.device)
     else:
-        layer = module.base_layer if isinstance(module, LoraLayer) else module
+        layer = unwrapped(module.base_layer if isinstance(module, LoraLayer) else module)
         weight = getattr(layer, name.rpartition(".")[2])
         if isinstance(layer, Linear4bit) and name.endswith(".weight"):
             state = copy.copy(weight.quant_state)
             state.dtype = torch.float32  # else it would be rounded to the dtype that it had before
             weight = dequantize_4bit(weight.data, state)
+    if isinstance(module, TrainableTokensWrapper):
+        if plan.on == "original":
+            weight = weight.float()
+        index = torch.tensor(module.token_adapter.token_indices[ADAPTER], device=weight.device)
+        rows = module.token_adapter.trainable_tokens_delta[ADAPTER].to(weight)
+        return weight.index_copy(0, index, rows)
     if not adapted:
         return weight
     update = module.get_delta_weight(ADAPTER).float()

@@ -1,6 +1,6 @@
 """Builds the model that a run trains, in each process on its own device: NF4 base, LoRA, forward over packed blocks."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,8 +38,9 @@ from launcher.model.lora_targets import check_targets, target_notes
 from launcher.model.packed import PackedCausalLM, use_native_norm
 from launcher.model.quantised_checkpoints import check_quantisation
 from launcher.model.sizes import kept_by_adapters, step_sizes
+from launcher.model.trained_tokens import unwrapped
 from launcher.model.weight_files import check_depth, check_headers, read_headers
-from launcher.ops.linear_ce import chunk_rows, product_rows
+from launcher.ops.chunk_sizes import chunk_rows, product_rows
 from launcher.recipe.lora_section import LoraSection
 from launcher.recipe.schema import Recipe
 from launcher.records.run import Verdict
@@ -120,11 +121,12 @@ def build_model(
     device: torch.device,
     blocks: BlockFacts,
     phase: Callable[[str], object],
+    token_ids: Sequence[int] = (),
 ) -> BuiltModel:
     """Build from a located `source` and its config, which have passed `check_model`.
 
     The loss works in chunks of one size that suits all widths of `blocks`, over as many positions as may have a target.
-    `phase(name)` is called after each phase that takes memory.
+    `token_ids`: of lora.trainable_tokens. `phase(name)` is called after each phase that takes memory.
     """
     family = _family(recipe, config, lambda: empty_model(config))
     dtype = choose_dtype(recipe.model.dtype, device)
@@ -135,7 +137,7 @@ def build_model(
     base.set_attn_implementation(attention_name(path))
     phase("after load")
     notes = (*loaded.notes, *target_notes(base, recipe.lora.targets))
-    peft = attach_lora(base, recipe.lora, seed=recipe.train.seed)
+    peft = attach_lora(base, recipe.lora, seed=recipe.train.seed, token_ids=token_ids)
     if family.named or all(map(computes_as_llama, base.model.layers)):
         group_projections(base.model.layers, mlp=family.mlp)
     if family.named:
@@ -143,9 +145,8 @@ def build_model(
     # What another process must load to use the adapter: a hub id, or a path that does not depend on its folder.
     peft.peft_config["default"].base_model_name_or_path = source
     peft.peft_config["default"].revision = recipe.model.revision
-    tokens = {width: recipe.train.micro_batch * width for width in blocks.widths}
-    loss_rows = {n: product_rows(n, blocks.targets.get(width, n)) for width, n in tokens.items()}
-    vocabulary, budget = base.lm_head.weight.shape[0], recipe.memory.loss_chunk_mib
+    loss_rows = _loss_rows(blocks, micro_batch=recipe.train.micro_batch)
+    vocabulary, budget = unwrapped(base.lm_head).weight.shape[0], recipe.memory.loss_chunk_mib
     _replace_last_norm(recipe, family, base)
     packed = PackedCausalLM(
         base,
@@ -178,6 +179,12 @@ def _family(recipe: Recipe, config: Any, skeleton: Callable[[], PreTrainedModel]
     """The family, completed from the model without weights where it has no row."""
     family = family_of(config, max_length=recipe.data.max_length, auto=recipe.model.family == "auto")
     return family if family.named else family_of_shape(skeleton(), family)
+
+
+def _loss_rows(blocks: BlockFacts, *, micro_batch: int) -> dict[int, int]:
+    """By the positions of a micro batch, for how many of them the loss is computed."""
+    tokens = {width: micro_batch * width for width in blocks.widths}
+    return {n: product_rows(n, blocks.targets.get(width, n)) for width, n in tokens.items()}
 
 
 def _replace_last_norm(recipe: Recipe, family: Family, base: Any) -> None:

@@ -6,6 +6,7 @@ replaced methods: PEFT's saving and loading, isinstance checks and torch.compile
 layers.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from transformers import PreTrainedModel
 from launcher.errors import RecipeError
 from launcher.model.lora_start import ADAPTER, start_factors, start_from_weights
 from launcher.model.lora_targets import module_names
+from launcher.model.token_ids import peft_indices
 from launcher.ops.dora_linears import dora_linears
 from launcher.ops.nf4 import BLOCK, Nf4, plain_merged_weight
 from launcher.ops.qlora_linear import frozen_linear, lora_update, qlora_linear
@@ -124,8 +126,10 @@ def nf4_of_weight(weight: Any) -> Nf4:
     return Nf4(packed, state.absmax, state.code, *scales)
 
 
-def stock_lora(model: PreTrainedModel, lora: LoraSection, *, seed: int) -> PeftModel:
-    """Freeze the base and add PEFT's own adapters, drawn from `seed`. Targets have passed `check_targets`."""
+def stock_lora(model: PreTrainedModel, lora: LoraSection, *, seed: int, token_ids: Sequence[int] = ()) -> PeftModel:
+    """Freeze the base and add PEFT's own adapters, drawn from `seed`. Targets have passed `check_targets`; `token_ids`
+    are those of lora.trainable_tokens."""
+    assert len(token_ids) == len(lora.trainable_tokens), "each trained token has an id"
     torch.manual_seed(seed)
     adapted = get_peft_model(
         model,
@@ -139,6 +143,7 @@ def stock_lora(model: PreTrainedModel, lora: LoraSection, *, seed: int) -> PeftM
             init_lora_weights="gaussian" if lora.init == "gaussian" else True,
             rank_pattern=dict(lora.rank_pattern),
             alpha_pattern=dict(lora.alpha_pattern),
+            trainable_token_indices=peft_indices(model.config, token_ids),
             task_type="CAUSAL_LM",
         ),
         adapter_name=ADAPTER,
@@ -150,7 +155,7 @@ def stock_lora(model: PreTrainedModel, lora: LoraSection, *, seed: int) -> PeftM
     if lora.starts_from_weights:
         start_from_weights(adapted, lora.init, _plain_weight)
     for name, parameter in adapted.named_parameters():
-        if parameter.requires_grad and lora.plus_ratio != 1 and ".lora_A." not in name:
+        if parameter.requires_grad and lora.plus_ratio != 1 and ".lora_" in name and ".lora_A." not in name:
             parameter.rate_factor = lora.plus_ratio  # type: ignore[attr-defined]  # read by train/optim.py
     return adapted
 
@@ -173,9 +178,9 @@ def orthogonal_start(a: Tensor, b: Tensor) -> None:
     b.copy_(torch.randn(rank // 2, out).T @ basis[1::2] / 10)
 
 
-def attach_lora(model: PreTrainedModel, lora: LoraSection, *, seed: int) -> PeftModel:
+def attach_lora(model: PreTrainedModel, lora: LoraSection, *, seed: int, token_ids: Sequence[int] = ()) -> PeftModel:
     """As `stock_lora`, but with this module's forward: fp32 adapters and explicit casts."""
-    adapted = stock_lora(model, lora, seed=seed)
+    adapted = stock_lora(model, lora, seed=seed, token_ids=token_ids)
     for name, module in adapted.named_modules():
         if hasattr(module, "lora_A"):
             module.__class__ = OURS[type(module), lora.dora]

@@ -19,10 +19,11 @@ from torch import Tensor, nn
 from launcher.model.attention import MASKED
 from launcher.model.layer_kinds import layer_kinds
 from launcher.model.logits import finished_logits, logits_rule
+from launcher.model.trained_tokens import trained_tokens, unwrapped
 from launcher.ops.capped_ce import chunk_functions
 from launcher.ops.document_attention import document_mask, within_window
 from launcher.ops.embedding_noise import embedding_noise
-from launcher.ops.linear_ce import linear_cross_entropy
+from launcher.ops.linear_ce import TrainedRows, linear_cross_entropy
 
 
 def nothing_around(number: int, hidden: Tensor) -> AbstractContextManager[None]:
@@ -93,8 +94,9 @@ class PackedCausalLM(nn.Module):
         kinds = layer_kinds(causal_lm.config, max_length=max_length)
         self.kinds = tuple(dict.fromkeys(kinds))
         self.body = Body(decoder.layers, decoder.norm, tuple(map(self.kinds.index, kinds)))
-        self.embed = decoder.embed_tokens
-        self.head = causal_lm.lm_head
+        self.embed = unwrapped(decoder.embed_tokens)
+        self.head = unwrapped(causal_lm.lm_head)
+        self.trained = trained_tokens(causal_lm)
         self.attention = attention
         # By kind, where attention takes the window as a number; elsewhere it is in the mask.
         self.windows = tuple(kind.window if attention == "varlen" else None for kind in self.kinds)
@@ -145,14 +147,18 @@ class PackedCausalLM(nn.Module):
         self, input_ids: Tensor, position_ids: Tensor, document_ids: Tensor, cu_seqlens: Tensor
     ) -> tuple[Tensor, tuple[KindInputs, ...]]:
         """What the first layer is given [B, S, D], and what the layers of each kind are given beside it."""
+        if self.trained is not None:
+            self.trained.write()
         hidden = self.embed(input_ids)
+        if self.trained is not None and torch.is_grad_enabled():
+            hidden = self.trained.reached_by(hidden, input_ids)
         if self.neftune_alpha and torch.is_grad_enabled():
             hidden = hidden + embedding_noise(hidden, cu_seqlens, self.neftune_alpha)
         if self.embedding_multiplier != 1:
             hidden = hidden * self.embedding_multiplier
         if torch.is_grad_enabled():
-            # Nothing below the first layer is trained. Without this, layer 0's input would need no gradient and the
-            # other layers' would: two graphs instead of one.
+            # Below the first layer nothing is trained, or single tokens. Without this, layer 0's input would need no
+            # gradient and the other layers' would: two graphs instead of one.
             hidden.requires_grad_()
         masks: dict[int | None, Tensor | None] = {kind.window: None for kind in self.kinds}
         if self.attention in MASKED:
@@ -187,6 +193,7 @@ class PackedCausalLM(nn.Module):
             chunk=self.loss_chunk,
             functions=self.loss_functions,
             max_targets=self.loss_rows(labels.numel()),
+            trained=None if self.trained is None else TrainedRows(self.trained.ids, self.trained.head_rows),
         )
 
     @torch.no_grad()

@@ -17,8 +17,11 @@ from launcher.recipe.schema import QuantSection
 
 
 def adapter_parameters(model: nn.Module, lora: LoraSection) -> int:
-    """Parameters of all adapters that are trained."""
-    return sum(one.parameters for one in adapted_linears(model, lora).values())
+    """Parameters of all adapters that are trained, and of the rows of trained tokens: of the embedding, and of a head
+    of its own."""
+    config: Any = model.config
+    rows = len(lora.trainable_tokens) * (1 if config.tie_word_embeddings else 2)
+    return sum(one.parameters for one in adapted_linears(model, lora).values()) + rows * config.hidden_size
 
 
 def kept_by_adapters(linears: Iterable[Any], lora: LoraSection) -> int:

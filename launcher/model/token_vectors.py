@@ -37,7 +37,10 @@ VANISHING = 1e-3  # the same of embeddings, which the first norm scales up unles
 RUNS, RUN = 16, 256  # so many runs of so many vectors stand for all
 MAX_UNUSED = 512  # unused control tokens that are compared with
 MAX_TOKENS_NAMED = 4  # tokens in a note
-UNTRAINED_REMEDY = "Use the instruct model, or a chat template whose control tokens are trained"
+UNTRAINED_REMEDY = (
+    "Train it too (lora.trainable_tokens), or use the instruct model, or a chat template whose control tokens are "
+    "trained"
+)
 
 
 def check_pad_id(config: Any) -> None:
@@ -137,7 +140,7 @@ def _near(vector: Tensor, others: Tensor) -> Tensor:
 
 def _taken(vectors: Tensor, indices: Sequence[int]) -> Tensor:
     """[N, D] fp32 on the CPU."""
-    return torch.stack([vectors[index].cpu() for index in indices]).float()
+    return vectors[torch.tensor(indices, dtype=torch.long, device=vectors.device)].cpu().float()
 
 
 def _name(tokenizer: Any, index: int) -> str:

@@ -9,7 +9,13 @@ Letters: R rows of the chunk, D model width, V vocabulary.
 import torch
 from torch import Tensor
 
-from launcher.ops.linear_ce import ChunkFunctions, scaled_rows, softmax_gradient
+from launcher.ops.linear_ce import (
+    ChunkFunctions,
+    scaled_rows,
+    softmax_gradient,
+    trained_gradient,
+    unscaled_product,
+)
 
 
 def capped_chunk_loss(hidden: Tensor, weight: Tensor, labels: Tensor, cap: float) -> Tensor:
@@ -19,11 +25,22 @@ def capped_chunk_loss(hidden: Tensor, weight: Tensor, labels: Tensor, cap: float
 
 def capped_chunk_loss_and_grad(hidden: Tensor, weight: Tensor, labels: Tensor, cap: float) -> tuple[Tensor, Tensor]:
     """`capped_chunk_loss` and its gradient with respect to hidden, as `linear_ce.chunk_loss_and_grad`."""
+    loss, rows, scales = _loss_and_scaled_rows(hidden, weight, labels, cap)
+    return loss, unscaled_product(rows, weight, scales)
+
+
+def capped_chunk_loss_and_grads(
+    hidden: Tensor, weight: Tensor, labels: Tensor, trained: Tensor, cap: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`capped_chunk_loss_and_grad`, and the gradient of rows of weight, as `linear_ce.chunk_loss_and_grads`."""
+    loss, rows, scales = _loss_and_scaled_rows(hidden, weight, labels, cap)
+    return loss, unscaled_product(rows, weight, scales), trained_gradient(rows, scales, trained, hidden)
+
+
+def _loss_and_scaled_rows(hidden: Tensor, weight: Tensor, labels: Tensor, cap: float) -> tuple[Tensor, Tensor, Tensor]:
     capped = torch.tanh((hidden @ weight.T).float() / cap)
     loss, gradient = softmax_gradient(cap * capped, labels)
-    rows, scales = scaled_rows(gradient * (1 - capped.square()), hidden.dtype)
-    grad = rows @ weight
-    return loss, grad.float() / scales[:, None] if hidden.dtype == torch.float16 else grad
+    return loss, *scaled_rows(gradient * (1 - capped.square()), hidden.dtype)
 
 
 def chunk_functions(cap: float | None) -> ChunkFunctions:
@@ -37,4 +54,9 @@ def chunk_functions(cap: float | None) -> ChunkFunctions:
     def loss_and_grad(hidden: Tensor, weight: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         return capped_chunk_loss_and_grad(hidden, weight, labels, cap)
 
-    return ChunkFunctions(loss, loss_and_grad)
+    def loss_and_grads(
+        hidden: Tensor, weight: Tensor, labels: Tensor, trained: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        return capped_chunk_loss_and_grads(hidden, weight, labels, trained, cap)
+
+    return ChunkFunctions(loss, loss_and_grad, loss_and_grads)

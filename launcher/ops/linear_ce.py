@@ -23,11 +23,16 @@ a stable sort puts the supervised rows first, in their order, and unsupervised o
 
     labels    .  .  5  7  .  .  .  3      N = 8, M = 4, a dot is a negative label
     rows      2  3  7  0                  labels[rows] = 5 7 3 .
+
+Some rows of the head may be trained (model/trained_tokens.py). The head holds their values, so the logits are as ever,
+and of the gradient with respect to the head only these rows are made, chunk by chunk, summed in fp32:
+
+    dloss/dW[i] = sum over rows of (p - onehot(t))[i] h
 """
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -37,9 +42,6 @@ from launcher.ops.projection_group import HAS_TRITON
 
 SCALED_TO = 8  # log2 of the most that an entry of a scaled row may be
 SMALLEST = 2.0**-24  # the least 1 - p[t] that is brought there: the powers stay finite
-CHUNK_COST = 128  # rows whose time a chunk costs on top: it reads the whole head, and launches its kernels
-ROW_MULTIPLE = 8  # a chunk has a multiple of this many rows, for the alignment of half-precision products
-MIN_ROWS_SAVED = 0.05  # share of the rows below which none are left out; `product_rows` says why
 
 
 def chunk_loss(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
@@ -52,15 +54,42 @@ def chunk_loss(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
 
 def chunk_loss_and_grad(hidden: Tensor, weight: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """`chunk_loss` and its gradient with respect to hidden: [R, D] in `gradient_dtype` of hidden's."""
+    loss, logits, scales = _loss_and_scaled_rows(hidden, weight, labels)
+    return loss, unscaled_product(logits, weight, scales)
+
+
+def chunk_loss_and_grads(
+    hidden: Tensor, weight: Tensor, labels: Tensor, trained: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`chunk_loss_and_grad`, and the gradient of the rows `trained` [n] of weight: [n, D], fp32."""
+    loss, rows, scales = _loss_and_scaled_rows(hidden, weight, labels)
+    return loss, unscaled_product(rows, weight, scales), trained_gradient(rows, scales, trained, hidden)
+
+
+def _loss_and_scaled_rows(hidden: Tensor, weight: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The summed loss; its gradient with respect to the logits [R, V] as `scaled_rows` gives it, and the powers [R]."""
     logits = hidden @ weight.T
     if logits.is_cuda and HAS_TRITON:
         losses, scales = softmax_gradient_(logits, labels)
-        loss = losses.sum()
-    else:
-        loss, gradient = softmax_gradient(logits, labels)
-        logits, scales = scaled_rows(gradient, hidden.dtype)
-    grad = logits @ weight
-    return loss, grad.float() / scales[:, None] if hidden.dtype == torch.float16 else grad
+        return losses.sum(), logits, scales
+    loss, gradient = softmax_gradient(logits, labels)
+    logits, scales = scaled_rows(gradient, hidden.dtype)
+    return loss, logits, scales
+
+
+def unscaled_product(rows: Tensor, weight: Tensor, scales: Tensor) -> Tensor:
+    """rows [R, V] as `scaled_rows` gives them, weight [V, D] -> [R, D] in `gradient_dtype`."""
+    grad = rows @ weight
+    return grad.float() / scales[:, None] if rows.dtype == torch.float16 else grad
+
+
+def trained_gradient(rows: Tensor, scales: Tensor, trained: Tensor, hidden: Tensor) -> Tensor:
+    """rows [R, V] as `scaled_rows` gives them, hidden [R, D] -> the gradient of the rows `trained` [n] of the head:
+    [n, D], fp32."""
+    chosen = rows[:, trained].float()
+    if rows.dtype == torch.float16:
+        chosen = chosen / scales[:, None]
+    return chosen.T @ hidden.float()
 
 
 def gradient_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -155,36 +184,18 @@ if HAS_TRITON:
 
 @dataclass
 class ChunkFunctions:
-    """The two functions of one chunk; the compile plan replaces each by its compiled form."""
+    """The functions of one chunk; the compile plan replaces those that are used by their compiled forms."""
 
     loss: Callable[[Tensor, Tensor, Tensor], Tensor] = chunk_loss
     loss_and_grad: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]] = chunk_loss_and_grad
+    loss_and_grads: Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]] = chunk_loss_and_grads
 
 
-def product_rows(tokens: int, max_targets: int) -> int:
-    """M, the rows of the product, for `tokens` (N) of which at most `max_targets` are supervised."""
-    # Each row left out saves 2 * D * V multiply-adds and the passes over its V logits. Selecting, gathering and
-    # scattering rows costs about ten small kernels and five passes over [N, D]: an estimated 90 us for 4,096 rows on an
-    # H200, where Llama 1B's head takes 1.6 us per row. So leaving out a twentieth pays at that size, and breaks even at
-    # a quarter of it. Full blocks, whose every token but the first is a target, keep the path without indices.
-    return max(1, max_targets) if max_targets <= (1 - MIN_ROWS_SAVED) * tokens else tokens
+class TrainedRows(NamedTuple):
+    """Rows of the head that are trained. The head holds their values; `rows` [n, D], fp32, gets their gradient."""
 
-
-def chunk_rows(rows: Collection[int], vocabulary: int, budget_mib: int, *, itemsize: int = 4) -> int:
-    """The chunk size R for batches of `rows` rows (M of each planned shape), whose logits of `itemsize` bytes take at
-    most `budget_mib` MiB (2**20 bytes).
-
-    There is one size, since each would need its own graph. It is the one with the least work over all shapes (rows
-    computed, padding included, plus CHUNK_COST per chunk) among those that divide a shape into equal chunks. For a
-    single shape that gives the fewest equal chunks of a multiple of ROW_MULTIPLE rows.
-    """
-    max_rows = max(1, budget_mib * 2**20 // (itemsize * vocabulary))
-    step = ROW_MULTIPLE if max_rows >= ROW_MULTIPLE else 1
-    max_rows -= max_rows % step
-    fewest = [-(-n // max_rows) for n in rows]  # chunks of each shape
-    pairs = ((n, chunks) for n, least in zip(rows, fewest, strict=True) for chunks in range(least, 2 * least + 1))
-    sizes = {-(-n // (chunks * step)) * step for n, chunks in pairs}
-    return min(sorted(sizes, reverse=True), key=lambda size: sum(-(-n // size) * (size + CHUNK_COST) for n in rows))
+    ids: Tensor  # [n], which rows of the head they are
+    rows: Tensor
 
 
 def linear_cross_entropy(
@@ -195,15 +206,18 @@ def linear_cross_entropy(
     chunk: int,
     functions: ChunkFunctions,
     max_targets: int | None = None,
+    trained: TrainedRows | None = None,
 ) -> Tensor:
     """Summed cross-entropy of `hidden @ weight.T` against `labels`, of which negative ones have no loss.
 
-    hidden [N, D], weight [V, D] (frozen: it gets no gradient), labels [N] already shifted -> scalar, fp32. At most
-    `max_targets` (M) labels have a loss, as the caller promises: with more, the loss is NaN. None: all may.
+    hidden [N, D], weight [V, D] (frozen: it gets no gradient, but for the rows that are `trained`), labels [N] already
+    shifted -> scalar, fp32. At most `max_targets` (M) labels have a loss, as the caller promises: with more, the loss
+    is NaN. None: all may.
     """
     assert not weight.requires_grad, "the head is frozen in QLoRA; this loss gives it no gradient"
     if torch.is_grad_enabled() and hidden.requires_grad:
-        return _LinearCrossEntropy.apply(hidden, weight, labels, chunk, functions, max_targets)
+        ids, row_values = trained or (None, None)
+        return _LinearCrossEntropy.apply(hidden, weight, labels, chunk, functions, max_targets, row_values, ids)
     total, rows = _total_and_rows(labels, max_targets)
     for h, y, _ in _chunks(hidden, labels, rows, chunk=chunk):
         total = total + functions.loss(h, weight, y)
@@ -213,28 +227,42 @@ def linear_cross_entropy(
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, chunk: int, fns: ChunkFunctions, bound: int | None
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        labels: Tensor,
+        chunk: int,
+        fns: ChunkFunctions,
+        bound: int | None,
+        trained: Tensor | None,
+        ids: Tensor | None,
     ) -> Tensor:
         total, rows = _total_and_rows(labels, bound)
         shape = hidden.shape if rows is None else (len(rows), hidden.shape[1])
         grad = hidden.new_empty(shape, dtype=gradient_dtype(hidden.dtype))
+        grad_trained = None if trained is None else torch.zeros_like(trained)
         for h, y, place in _chunks(hidden.detach(), labels, rows, chunk=chunk):
-            loss, grad_h = fns.loss_and_grad(h, weight, y)
+            if ids is None or grad_trained is None:
+                loss, grad_h = fns.loss_and_grad(h, weight, y)
+            else:
+                loss, grad_h, of_chunk = fns.loss_and_grads(h, weight, y, ids)
+                grad_trained += of_chunk
             total += loss
             grad[place] = grad_h[: place.stop - place.start]
-        ctx.save_for_backward(grad, rows)
+        ctx.save_for_backward(grad, rows, grad_trained)
         ctx.tokens, ctx.dtype = len(labels), hidden.dtype
         return total
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        grad, rows = ctx.saved_tensors
+        grad, rows, grad_trained = ctx.saved_tensors
         # The factor is fp32 and may be large (fp16 loss scale over token count): multiply in fp32, round once. With one
         # dimension it takes part in type promotion, and one kernel does both.
         grad = torch.mul(grad, grad_output.reshape(1), out=torch.empty_like(grad, dtype=ctx.dtype))
         if rows is not None:  # each row occurs once, so the result does not depend on an order
             grad = grad.new_zeros(ctx.tokens, grad.shape[1]).index_copy_(0, rows, grad)
-        return grad, None, None, None, None, None
+        of_trained = None if grad_trained is None else grad_trained * grad_output
+        return grad, None, None, None, None, None, of_trained, None
 
 
 def _total_and_rows(labels: Tensor, max_targets: int | None) -> tuple[Tensor, Tensor | None]:

@@ -26,7 +26,7 @@ from launcher.model.logits import logit_bytes, logits_rule
 from launcher.model.lora_targets import adapted_linears
 from launcher.model.sizes import adapter_parameters, kept_by_adapters, step_sizes, weight_bytes
 from launcher.model.weight_files import read_headers
-from launcher.ops.linear_ce import chunk_rows
+from launcher.ops.chunk_sizes import chunk_rows
 from launcher.recipe.schema import Recipe
 from launcher.runtime.private_cache import private_cache
 

@@ -9,6 +9,7 @@ from launcher.data.read.sources import open_source
 from launcher.memory.policy import check_policy
 from launcher.model.build import check_model
 from launcher.model.load import load_config, load_tokenizer
+from launcher.model.token_ids import token_ids_of
 from launcher.preflight.before_torch import run_folder
 from launcher.preflight.lines import Checks
 from launcher.preflight.machine import check_bitsandbytes, check_compiler, check_device
@@ -52,9 +53,13 @@ def check_with_torch(checks: Checks, request: Request, ranks: list[RankInfo]) ->
 
 def check_sources(checks: Checks, request: Request) -> None:
     """Check what a run finds out anyway as soon as it reads: the tokenizer, and datasets of the hub."""
-    model, data = request.recipe.model, request.recipe.data
+    model, data, tokens = request.recipe.model, request.recipe.data, request.recipe.lora.trainable_tokens
     load = partial(load_tokenizer, request.source, model, stand_in=request.shipped / "tiny" / "base")
-    checks.add("tokenizer", load, found=lambda tokenizer: f"{len(tokenizer):,} tokens")
+    tokenizer = checks.add("tokenizer", load, found=lambda tokenizer: f"{len(tokenizer):,} tokens")
+    if tokens and tokenizer is not None:
+        vocabulary = load_config(request.source, model).vocab_size
+        ids_of = partial(token_ids_of, tokens, tokenizer, vocabulary=vocabulary)
+        checks.add("trained tokens", ids_of, found=lambda ids: f"ids {', '.join(map(str, ids))}")
     for source in data.sources:
         checks.add("source", partial(open_source, source, data=data), found=lambda opened: opened.feeds[0].name)
     if validation := data.validation_source:

@@ -27,7 +27,7 @@ from launcher.records.parity import Gate
 class Direction:
     """The gradients of one adapter matrix in one batch: their cosines, and the difference of two norms."""
 
-    layer: int
+    place: str  # "layer 3"
     kind: str  # "q"
     matrix: str  # "A", "B" or "m"
     batch: int  # 1-based
@@ -38,7 +38,7 @@ class Direction:
 
     @property
     def where(self) -> str:
-        return f"layer {self.layer}, batch {self.batch}"
+        return f"{self.place}, batch {self.batch}"
 
     def __str__(self) -> str:
         return f"{self.kind} {self.matrix} {self.cosine:.5f} ({self.where})"
@@ -67,7 +67,7 @@ def directions_by(gate: Gate, directions: Sequence[Direction]) -> Directions:
         return Directions(tuple(below), {}, ())
     wrong = [one for one in below if not _right(gate, one, ratios.matrix)]
     groups = _groups(gate, below, directions, lambda one: f"{one.kind} {one.matrix}", ratios.kind)
-    groups |= _groups(gate, below, directions, lambda one: f"layer {one.layer}", ratios.layer)
+    groups |= _groups(gate, below, directions, lambda one: one.place, ratios.layer)
     right = [one for one in below if _right(gate, one, ratios.matrix)]
     right.sort(key=lambda one: -angle_ratio(one.compiled, one.eager))
     return Directions(tuple(wrong), groups, tuple(right))

@@ -71,15 +71,15 @@ class Comparison:
         total, first = torch.zeros(5, dtype=torch.float64), len(self.directions)
         for name in reference.gradients:
             ours, stock, fp32 = (m.gradients[name].double().flatten() for m in (compiled, eager, reference))
-            layer, kind, matrix = adapter_of(name)
+            place, kind, matrix = adapter_of(name)
             apart = ours - fp32, stock - fp32
             sums = torch.stack([ours @ fp32, stock @ fp32, fp32 @ fp32, *(error @ error for error in apart)])
             total += sums
-            for group in (ALL, f"{kind} {matrix}", f"layer {layer}"):
+            for group in (ALL, f"{kind} {matrix}", place):
                 self._products[group] = self._products.get(group, 0) + sums
             cosines = _cosine(ours, stock), _cosine(ours, fp32), _cosine(stock, fp32)
             norms = difference(float(ours.norm()), float(stock.norm()))
-            self.directions.append(Direction(layer, kind, matrix, number, *cosines, norm_difference=norms))
+            self.directions.append(Direction(place, kind, matrix, number, *cosines, norm_difference=norms))
         norm, *errors = total[2:].sqrt().tolist()
         loss = Pair(compiled.loss, eager.loss)
         self.batches.append(
@@ -205,11 +205,14 @@ class Comparison:
         return Verdict(f"{name} against fp32 is eager's", error.compiled <= limit, evidence)
 
 
-def adapter_of(name: str) -> tuple[int, str, str]:
-    """(layer, kind, matrix) of a parameter of PEFT's model, as (3, "q", "A"); "m" is DoRA's magnitudes."""
+def adapter_of(name: str) -> tuple[str, str, str]:
+    """(place, kind, matrix) of a parameter of PEFT's model, as ("layer 3", "q", "A"); "m" is DoRA's magnitudes. Of the
+    rows of trained tokens: ("tokens", "embedding", "rows"), or "head"; a tied head shares the embedding's."""
+    if ".trainable_tokens_delta." in name:
+        return "tokens", "head" if ".lm_head." in name else "embedding", "rows"
     match = re.search(r"\.layers\.(\d+)\..*?([^.]+)\.lora_([ABm])(?:agnitude_vector)?\.", name)
     assert match, f"{name} is no adapter of a decoder layer"
-    return int(match[1]), match[2].removesuffix("_proj"), match[3]
+    return f"layer {match[1]}", match[2].removesuffix("_proj"), match[3]
 
 
 def _cosine(a: Tensor, b: Tensor) -> float:

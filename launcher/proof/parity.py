@@ -6,8 +6,9 @@
 
 The weights are never updated, so a difference in one batch does not reach the next: each batch is one measurement. LoRA
 B is moved by a draw first: at zero, where training begins, every gradient of A is exactly 0 and has no direction. The
-three models have the same adapters and no LoRA dropout. Each model is freed before the next is built; losses and
-gradients stay on the CPU, those of all batches for two models at most.
+rows of trained tokens, which begin as the base's, are moved too. The three models have the same adapters and no LoRA
+dropout. Each model is freed before the next is built; losses and gradients stay on the CPU, those of all batches for
+two models at most.
 """
 
 import gc
@@ -15,6 +16,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import torch
 import torch._dynamo
@@ -27,11 +29,11 @@ from launcher.errors import NonFiniteError
 from launcher.proof.gate import Comparison, Measured, gate_of
 from launcher.proof.noise import DROPOUT, NEFTUNE, without_noise
 from launcher.proof.stock import (
-    B_STD,
     Adapters,
     PaddedBatch,
     accumulate,
     collate,
+    draw_adapters,
     stock_model,
     trainable,
     write_adapters,
@@ -112,15 +114,9 @@ def compiled_worker(request: Request, prepared: Prepared, *, clock: Clock) -> Wo
 
 
 def perturb(model: PeftModel, *, seed: int) -> Adapters:
-    """Move LoRA B of `model` by a draw from `seed`; returns a copy of all adapters, by name, on the CPU: the frozen
-    ones of a start too."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, parameter in trainable(model):
-            if ".lora_B." in name:
-                parameter.add_(
-                    torch.empty(parameter.shape).normal_(std=B_STD, generator=generator).to(parameter.device)
-                )
+    """Move LoRA B and the rows of trained tokens of `model` by a draw from `seed`; returns a copy of all adapters, by
+    name, on the CPU: the frozen ones of a start too."""
+    draw_adapters(model, seed=seed)
     return {name: parameter.detach().to("cpu", copy=True) for name, parameter in saved_parameters(model).items()}
 
 
@@ -146,7 +142,8 @@ def measure_stock(
 ) -> Iterator[Measured]:
     """Build the stock model for a run in `dtype` (`reference`: its fp32 reference), then measure batch by batch."""
     device, recipe = prepared.device, request.recipe
-    model = stock_model(recipe, request.source, prepared.config, dtype=dtype, device=device, reference=reference)
+    how: Any = {"dtype": dtype, "device": device, "reference": reference, "token_ids": prepared.token_ids}
+    model = stock_model(recipe, request.source, prepared.config, **how)
     write_adapters(model, adapters)
     compute = torch.float32 if reference else dtype
     scaler = torch.amp.GradScaler(device.type, enabled=compute == torch.float16)

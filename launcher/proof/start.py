@@ -33,7 +33,7 @@ from launcher.model.packed import nothing_around
 from launcher.proof.first_difference import first_difference
 from launcher.proof.float32_stock import float32_arithmetic
 from launcher.proof.gate import HALF, Comparison, Measured, adapter_of, gate_of
-from launcher.proof.stock import B_STD, Piece, packed_arguments, stock_code, summed_loss
+from launcher.proof.stock import Piece, draw_adapters, is_drawn, packed_arguments, stock_code, summed_loss
 from launcher.records.parity import DirectionRatios
 from launcher.records.run import Verdict
 
@@ -183,22 +183,18 @@ def _cosine(product: float, one: float, other: float, _: float) -> float:
 
 @contextmanager
 def _undisturbed(built: BuiltModel, *, seed: int) -> Iterator[None]:
-    """Inside, LoRA B is moved by a draw from `seed` and nothing drops out; after it all is as before."""
+    """Inside, adapters are moved by a draw from `seed` and nothing drops out; after it all is as before."""
     device = built.packed.embed.weight.device
-    drawn = [p for name, p in built.peft.named_parameters() if ".lora_B." in name and p.requires_grad]
+    drawn = [parameter for name, parameter in built.peft.named_parameters() if is_drawn(name, parameter)]
     dropouts = [(module, module.p) for module in built.peft.modules() if isinstance(module, nn.Dropout)]
     saved, around = [parameter.detach().clone() for parameter in drawn], built.packed.body.around
     with ExitStack() as stack:
         stack.enter_context(torch.random.fork_rng([device] if device.type == "cuda" else []))
-        generator = torch.Generator().manual_seed(seed)
         noise, bounds = built.packed.neftune_alpha, built.packed.loss_bounds
         try:
             built.packed.body.around, built.packed.neftune_alpha = nothing_around, 0.0
             built.packed.loss_bounds = {}  # here every token is a target
-            with torch.no_grad():
-                for parameter in drawn:
-                    draw = torch.empty(parameter.shape).normal_(std=B_STD, generator=generator)
-                    parameter.add_(draw.to(parameter.device))
+            draw_adapters(built.peft, seed=seed)
             for module, _ in dropouts:
                 module.p = 0.0
             yield

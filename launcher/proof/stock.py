@@ -31,9 +31,11 @@ from launcher.data.pack.micro_batch import IGNORE, MicroBatch
 from launcher.model.build import build_base
 from launcher.model.load import empty_model
 from launcher.model.lora import stock_lora
+from launcher.model.trained_tokens import unwrapped
 from launcher.recipe.schema import Recipe
 
 B_STD = 0.02  # of the drawn LoRA B: as large as a base weight; the update is then a few percent of the base's output
+LORA_B, TOKEN_DELTA = ".lora_B.", ".trainable_tokens_delta."  # in PEFT's names
 Piece = Tensor  # token ids of a document or of its beginning, int64 [L]
 Adapters = dict[str, Tensor]  # by the names of parameters
 IdsAndLabels = tuple[Tensor, Tensor]  # int64; labels are shifted already, IGNORE where there is no loss
@@ -48,9 +50,17 @@ class PaddedBatch:
 
 
 def stock_model(
-    recipe: Recipe, source: str, config: Any, *, dtype: torch.dtype, device: torch.device, reference: bool = False
+    recipe: Recipe,
+    source: str,
+    config: Any,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    reference: bool = False,
+    token_ids: Sequence[int] = (),
 ) -> PeftModel:
-    """The base of `recipe` with PEFT's adapters and "sdpa" attention, for a run that computes in `dtype`.
+    """The base of `recipe` with PEFT's adapters, trained tokens (`token_ids`) and "sdpa" attention, for a run that
+    computes in `dtype`.
 
     A model whose attention "sdpa" cannot compute has "eager". `reference`: all fp32, on the weights that the quantised
     ones of that run stand for. On a GPU the layers are checkpointed, as runs on small cards are: it costs time and
@@ -62,7 +72,22 @@ def stock_model(
     base.set_attn_implementation("sdpa" if base._supports_sdpa else "eager")
     if device.type == "cuda":
         base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    return stock_lora(base, recipe.lora, seed=recipe.train.seed).train()
+    return stock_lora(base, recipe.lora, seed=recipe.train.seed, token_ids=token_ids).train()
+
+
+def is_drawn(name: str, parameter: nn.Parameter) -> bool:
+    """Whether `draw_adapters` moves this parameter of PEFT's model: not the frozen B of a start."""
+    return parameter.requires_grad and (LORA_B in name or TOKEN_DELTA in name)
+
+
+@torch.no_grad()
+def draw_adapters(model: nn.Module, *, seed: int) -> None:
+    """Move by a draw what a comparison would see nothing of: LoRA B, which mostly begins at zero, and the rows of
+    trained tokens, which begin as the base's own."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        if is_drawn(name, parameter):
+            parameter.add_(torch.empty(parameter.shape).normal_(std=B_STD, generator=generator).to(parameter.device))
 
 
 def trainable(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
@@ -184,7 +209,7 @@ def _changed_settings(base: Any) -> Iterator[tuple[Any, str, Any]]:
     for path, fresh in new.model.named_modules():
         if isinstance(fresh, nn.Linear):
             continue
-        module = base.model.get_submodule(path)
+        module = unwrapped(base.model.get_submodule(path))
         for name, value in vars(fresh).items():
             plain = isinstance(value, int | float | str | None) and name != "training" and not name.startswith("_")
             if plain and getattr(module, name) != value:

@@ -44,6 +44,7 @@ OTHER_NAMES = {  # another trainer's name: our key
     "layers_to_transform": "lora.layers",
     "init_lora_weights": "lora.init",
     "loraplus_lr_ratio": "lora.plus_ratio",
+    "trainable_token_indices": "lora.trainable_tokens",
     "neftune_noise_alpha": "train.neftune_alpha",
     "dataset": "data.sources",
     "seq_len": "data.max_length",

@@ -67,15 +67,13 @@ def is_from_weights(init: str) -> bool:
     return init == "olora" or init.startswith("pissa")
 
 
-LayerRange = Annotated[
-    str,
-    BeforeValidator(lambda value: str(value) if type(value) is int else value),
-    AfterValidator(layer_range),
-]
+number_as_text = BeforeValidator(lambda value: str(value) if type(value) is int else value)
+LayerRange = Annotated[str, number_as_text, AfterValidator(layer_range)]
+TokenName = Annotated[str, number_as_text, Field(min_length=1)]
 
 
 class LoraSection(RecipeSection):
-    """The low-rank adapters, the only weights that are trained."""
+    """The low-rank adapters, and the rows of single tokens: the only weights that are trained."""
 
     r: int = Field(16, ge=1, le=LARGEST_RANK, description="Rank of the adapters.")
     alpha: float = Field(32.0, gt=0, description="Scale of the update; it is multiplied by alpha / r.")
@@ -113,6 +111,11 @@ class LoraSection(RecipeSection):
         "from the inputs of the linears; loftq: B A is what NF4 has rounded away; else drawn. But for loftq, the model "
         "is the base.",
         examples=["pissa_niter_4"],
+    )
+    trainable_tokens: Annotated[Distinct[TokenName], BeforeValidator(entry_alone)] = Field(
+        [],
+        description="Tokens, as text or ids, whose rows in embedding and output head are trained too; none if empty.",
+        examples=[["<|im_start|>", "<|im_end|>"]],
     )
     dora: bool = Field(False, description="Train a magnitude for each row of W + update beside its direction (DoRA).")
     start_from: NonEmptyText | None = Field(

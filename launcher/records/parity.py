@@ -60,8 +60,8 @@ class ParityBatch:
 class AdapterParity:
     """One kind of adapter matrix: the worst over its modules and all batches."""
 
-    kind: str  # "q", "k", "v", "o", "gate", "up", "down"
-    matrix: str  # "A" or "B"; "m": DoRA's magnitudes
+    kind: str  # "q", "k", "v", "o", "gate", "up", "down"; of trained tokens "embedding", "head"
+    matrix: str  # "A" or "B"; "m": DoRA's magnitudes; "rows": of trained tokens
     modules: int
     least_cosine: float  # of the gradients, compiled and eager
     where: str  # the least cosine is: "layer 3, batch 2"

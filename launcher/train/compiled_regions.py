@@ -20,6 +20,7 @@ def regions_of(built: BuiltModel, *, shapes: int) -> list[Region]:
     packed, losses, path = built.packed, built.packed.loss_functions, built.attention
     layers, mlps = len(packed.body.layers), layer_mlps(built.family, packed.body)
     plain, kinds = chunk_functions(packed.logits_rule.cap), kinds_of(packed.body.layers, packed.layer_code())
+    of_training = "loss_and_grad" if packed.trained is None else "loss_and_grads"
 
     def chunks(tokens: int) -> int:
         return math.ceil(packed.loss_rows(tokens) / packed.loss_chunk)
@@ -39,8 +40,8 @@ def regions_of(built: BuiltModel, *, shapes: int) -> list[Region]:
         Region(
             "loss",
             1,
-            function=plain.loss_and_grad,
-            install=lambda f: setattr(losses, "loss_and_grad", f),
+            function=getattr(plain, of_training),
+            install=lambda f: setattr(losses, of_training, f),
             calls=lambda tokens, train: chunks(tokens) if train else 0,
         ),
         Region(

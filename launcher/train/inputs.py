@@ -13,6 +13,7 @@ import torch
 from launcher.compile.graphs import check_graphs
 from launcher.data.chat.stops import stops_of_answers
 from launcher.data.loader import StreamLoader, TrainLoader
+from launcher.data.occurrences import with_occurrences
 from launcher.data.prepare import PreparedData
 from launcher.data.prepare import prepare as prepare_data
 from launcher.data.read.rows import ReadingProgress
@@ -23,6 +24,7 @@ from launcher.memory.policy import check_policy
 from launcher.model.attention import BlockFacts
 from launcher.model.build import check_model
 from launcher.model.load import load_config, load_generation, load_stop_ids, load_tokenizer, stop_ids_of
+from launcher.model.token_ids import token_ids_of
 from launcher.recipe.train_section import TrainSection
 from launcher.runtime.first_rank import one_rank_first
 from launcher.runtime.ranks import (
@@ -41,6 +43,7 @@ class Prepared:
     data: PreparedData
     device: torch.device
     used_ids: UsedIds = UsedIds()
+    token_ids: tuple[int, ...] = ()  # of lora.trainable_tokens
     model_stops: tuple[int, ...] = ()  # of the model's generation config
 
     @cached_property
@@ -62,6 +65,7 @@ def prepare_inputs(request: Request, progress: ReadingProgress | None = None) ->
     check_graphs(recipe.compile, device)
     check_policy(recipe, device)
     tokenizer = load_tokenizer(source, recipe.model, stand_in=request.shipped / "tiny" / "base")
+    token_ids = token_ids_of(recipe.lora.trainable_tokens, tokenizer, vocabulary=config.vocab_size)
     stop_ids = load_stop_ids(source, recipe.model)
     data = one_rank_first(
         request.rank_info,
@@ -69,8 +73,9 @@ def prepare_inputs(request: Request, progress: ReadingProgress | None = None) ->
         wait_s=recipe.data.wait_s,
     )
     data, used_ids = fit_vocabulary(data, tokenizer, vocabulary=config.vocab_size)
+    data = with_occurrences(data, tokenizer, token_ids)
     model_stops = stop_ids_of(load_generation(source, recipe.model, config))
-    return Prepared(config, tokenizer, data, device, used_ids, tuple(model_stops))
+    return Prepared(config, tokenizer, data, device, used_ids, token_ids, tuple(model_stops))
 
 
 def choose_device(rank_info: RankInfo) -> torch.device:

@@ -99,11 +99,12 @@ def parameter_groups(
     named: Iterable[tuple[str, nn.Parameter]], train: TrainSection, *, lr: Tensor | float
 ) -> list[dict[str, Any]]:
     """The parameters as an optimizer takes them: in as few groups as may be, since each is a launch. Vectors (norms,
-    biases, magnitudes) have no weight decay. Where some have a `rate_factor` (model/lora.py), a group has its own rate.
+    biases, magnitudes) have no weight decay, nor have trained tokens: towards zero is not towards the base. Where some
+    have a `rate_factor` (model/lora.py), a group has its own rate.
     """
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for _, parameter in named:
-        decay = train.weight_decay if parameter.ndim > 1 else 0.0
+        decay = train.weight_decay if parameter.ndim > 1 and getattr(parameter, "decays", True) else 0.0
         groups.setdefault((decay, rate_factor(parameter)), []).append(parameter)
     one_rate = all(factor == 1 for _, factor in groups)
     return [

@@ -160,6 +160,7 @@ class Worker:
                 device=self.accelerator.device,
                 blocks=block_facts(self.prepared.data, micro_batch=self.recipe.train.micro_batch),
                 phase=self.ledger.mark,
+                token_ids=self.prepared.token_ids,
             )
             if self.resumed is None:  # else the checkpoint has the weights
                 begun = start_adapter(self.built, self.request, self.prepared.data, clock=self.clock)
@@ -186,8 +187,10 @@ class Worker:
     def _untrained_notes(self) -> tuple[str, ...]:
         if self.recipe.model.init == "random":  # nothing is trained
             return ()
-        model, tokenizer = self.built.packed, self.prepared.tokenizer
-        return untrained_notes(model.embed.weight, model.head.weight, tokenizer, **vars(self.prepared.used_ids))
+        model, tokenizer, used = self.built.packed, self.prepared.tokenizer, self.prepared.used_ids
+        return untrained_notes(
+            model.embed.weight, model.head.weight, tokenizer, **vars(used.without(self.prepared.token_ids))
+        )
 
     def _activation_policy(self) -> Policy:
         """As the recipe asks; `auto` by the free memory of the run's fullest GPU, so that all ranks choose the same."""

@@ -10,6 +10,7 @@ import torch
 from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 
+from launcher.checkpoint.plain_lora import TOKEN_ROWS
 from launcher.checkpoint.start_adapter import check_start
 from launcher.errors import RecipeError
 from launcher.preflight.before_torch import goes_on
@@ -106,7 +107,6 @@ def test_an_adapter_that_may_belong_to_a_changed_base_is_refused(make: Any, save
         ("fan_in_fan_out", True),
         ("lora_bias", True),
         ("alora_invocation_tokens", [1, 2]),
-        ("trainable_token_indices", [7]),
         ("target_parameters", ["experts.weight"]),
         ("layer_replication", [[0, 2]]),
         ("use_qalora", True),
@@ -147,6 +147,33 @@ def test_a_saved_fused_projection_is_what_all_of_its_parts_name(make: Any, saved
         assert check_start(make(lora={"start_from": str(saved), "targets": targets}).lora)
     with pytest.raises(RecipeError, match=r"lora\.targets is .*'q_proj'.* here, .*'qkv_proj'.* there"):
         check_start(make(lora={"start_from": str(saved), "targets": [*TARGETS[:2], *TARGETS[3:]]}).lora)
+
+
+@pytest.mark.parametrize(("tokens", "there"), [(["<|user|>", "17"], [4]), ([], [4]), (["4"], None)])
+def test_another_number_of_trained_tokens_is_refused_naming_those_there(
+    make: Any, saved: Path, tokens: list[str], there: list[int] | None
+) -> None:
+    with_settings(saved, trainable_token_indices=there)
+    with pytest.raises(RecipeError, match=r"lora\.trainable_tokens is ") as refused:
+        check_start(make(lora={"start_from": str(saved), "trainable_tokens": tokens}).lora)
+    assert f"lora.trainable_tokens={there or []}" in str(refused.value)
+
+
+def test_trained_tokens_go_on_in_whatever_order_they_were_saved_and_others_are_refused(
+    make: Any, tmp_path: Path
+) -> None:
+    lora = {"trainable_tokens": ["<|end|>", "<|user|>"]}
+    before = record_of(make("first", lora=lora, train={"lr": 1e-2, "save_every": 0}))
+    folder = tmp_path / "first" / "adapter"
+    settings = json.loads((folder / "adapter_config.json").read_text())["trainable_token_indices"]
+    with_settings(folder, trainable_token_indices={name: ids[::-1] for name, ids in settings.items()})
+    file = folder / "adapter_model.safetensors"
+    tensors = {name: t.flip(0) if name.endswith(TOKEN_ROWS) else t for name, t in load_file(file).items()}
+    save_file(tensors, file)
+    record = record_of(make("second", lora={**lora, "start_from": str(folder)}))
+    assert record.evals[0].eval_loss == pytest.approx(before.evals[-1].eval_loss, rel=1e-6)
+    with pytest.raises(RecipeError, match=r"the tokens of lora.start_from.*\n.*Name those ids"):
+        record_of(make("third", lora={"trainable_tokens": ["<|end|>", "17"], "start_from": str(folder)}))
 
 
 def test_tensors_of_other_layers_are_refused_by_name(make: Any, first: Any) -> None:

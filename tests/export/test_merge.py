@@ -88,6 +88,11 @@ def test_an_adapter_that_is_more_than_b_a_is_refused(
         read_updates(with_settings(run_folder, tmp_path, **settings))
 
 
+def test_an_adapter_without_the_rows_that_its_config_names_is_refused(run_folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="must hold the rows of its trained tokens; .* none of embed_tokens"):
+        read_updates(with_settings(run_folder, tmp_path, trainable_token_indices=[3]))
+
+
 def test_an_adapter_of_another_base_is_refused(run_folder: Path, small_model: Path, tmp_path: Path) -> None:
     plan = plan_merge(opened(small_model), on="dequantised", dtype=torch.float32)
     updates = {

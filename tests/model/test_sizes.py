@@ -25,8 +25,9 @@ CPU = torch.device("cpu")
         {"lora": {"layers": ["1"], "rank_pattern": {"down_proj": 2}, "targets": ["all-linear"], "dropout": 0.1}},
         {"lora": {"init": "pissa", "rank_pattern": {"down_proj": 2}}},
         {"quant": {"type": "none"}, "model": {"dtype": "bfloat16"}, "data": {"batching": "padded"}},
+        {"lora": {"trainable_tokens": ["4", "17"]}},
     ],
-    ids=["nf4", "single", "chosen layers", "pissa", "none"],
+    ids=["nf4", "single", "chosen layers", "pissa", "none", "trained tokens"],
 )
 def test_parameters_weights_and_shapes_are_those_of_the_built_model(make_recipe: Any, sections: dict[str, Any]) -> None:
     recipe = make_recipe(**sections)

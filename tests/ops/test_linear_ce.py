@@ -4,12 +4,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from launcher.data.pack.micro_batch import IGNORE
 from launcher.ops.capped_ce import chunk_functions
+from launcher.ops.chunk_sizes import chunk_rows, product_rows
 from launcher.ops.linear_ce import (
     ChunkFunctions,
-    chunk_rows,
+    TrainedRows,
     linear_cross_entropy,
     linear_cross_entropy_reference,
-    product_rows,
 )
 from tests.support.certain_rows import check_certain_rows
 
@@ -211,3 +211,24 @@ def test_capped_logits_have_the_loss_and_gradient_of_the_plain_form(dtype):
         uncapped = linear_cross_entropy(hidden, weight, labels, chunk=16, functions=ChunkFunctions())
     torch.testing.assert_close(evaluated, loss.detach(), rtol=1e-3, atol=0)
     assert abs(uncapped / loss - 1) > 0.02
+
+
+@pytest.mark.parametrize("max_targets", [None, 40])
+@pytest.mark.parametrize("cap", [None, 1.5])
+@pytest.mark.parametrize("dtype", list(TOLERANCE))
+def test_trained_rows_of_the_head_get_the_gradient_that_the_whole_head_would(dtype, cap, max_targets):
+    hidden, weight, labels = case(50, 16, 33, dtype)
+    ids = torch.tensor([0, int(labels[labels >= 0][0]), 32])  # the second is a target
+    rows = weight[ids].float().requires_grad_()
+    ours, exact = hidden.clone().requires_grad_(), weight.double().requires_grad_()
+    how = {"chunk": 16, "functions": chunk_functions(cap), "max_targets": max_targets}
+    loss = linear_cross_entropy(ours, weight, labels, **how, trained=TrainedRows(ids, rows))
+    (loss * 3).backward()
+    logits = hidden.double() @ exact.T
+    logits = logits if cap is None else cap * torch.tanh(logits / cap)
+    (3 * torch.nn.functional.cross_entropy(logits, labels, reduction="sum", ignore_index=IGNORE)).backward()
+    for found, expected in zip(rows.grad, exact.grad[ids], strict=True):
+        assert expected.norm() > 0.05 and (found - expected).norm() < TOLERANCE[dtype] * expected.norm()
+    without = hidden.clone().requires_grad_()
+    (linear_cross_entropy(without, weight, labels, **how) * 3).backward()
+    assert torch.equal(ours.grad, without.grad)

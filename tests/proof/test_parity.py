@@ -7,8 +7,9 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+import torch
 
-from launcher.ops import qlora_linear
+from launcher.ops import linear_ce, qlora_linear
 from launcher.proof import parity as parity_module
 from launcher.proof.parity import parity
 from launcher.records.parity import ParityRecord
@@ -80,6 +81,27 @@ def test_a_start_that_is_not_taken_out_again_closes_the_gate(
     assert {"compiled loss is eager's", "gradient error against fp32 is eager's"} <= {
         verdict.claim for verdict in record.verdicts if not verdict.holds
     }
+
+
+TOKENS = {"trainable_tokens": ["<|user|>", "<|end|>", "<|system|>"]}  # read, written, neither
+
+
+@pytest.mark.parametrize(("dtype", "scope"), [("bfloat16", "layer"), ("float16", "model")])
+def test_trained_tokens_are_within_the_gate(compared: Callable[..., ParityRecord], dtype: str, scope: str) -> None:
+    record = compared(lora=TOKENS, model={"dtype": dtype}, compile={"scope": scope})
+    assert record.holds, record.verdicts
+    rows = {adapter.kind: adapter.where for adapter in record.adapters if adapter.matrix == "rows"}
+    assert {*rows} == {"embedding", "head"} and all(where.startswith("tokens, batch") for where in rows.values())
+
+
+def test_a_trained_row_that_is_left_out_of_the_head_closes_the_gate(
+    compared: Callable[..., ParityRecord], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    right, kept = linear_ce.trained_gradient, torch.tensor([[1.0], [0.0], [1.0]])
+    monkeypatch.setattr(linear_ce, "trained_gradient", lambda *inputs: right(*inputs) * kept)
+    record = compared(lora=TOKENS, model={"dtype": "float32"}, compile={"mode": "off"})
+    [cosines] = [verdict for verdict in record.verdicts if verdict.claim.startswith("compiled gradients point")]
+    assert not cosines.holds and "head rows" in cosines.evidence and "embedding rows" not in cosines.evidence
 
 
 def test_float16_is_compared_with_its_loss_scale(compared: Callable[..., ParityRecord]) -> None:

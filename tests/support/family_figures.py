@@ -89,14 +89,21 @@ def build(config: Any, recipe: Recipe = RECIPE) -> tuple[BuiltModel, dict[str, T
     """The model of a run, grouped projections included, and its adapters; LoRA B, biases and norms are drawn."""
     blocks = BlockFacts((LENGTH,), alone=False)
     config = copy.deepcopy(config)  # models share theirs, and with it the attention that is set there
-    built = build_model(recipe, "", config, device=CPU, blocks=blocks, phase=lambda _: None)
+    ids = token_ids(recipe)
+    built = build_model(recipe, "", config, device=CPU, blocks=blocks, phase=lambda _: None, token_ids=ids)
     _draw_vectors(built.peft)
     return built, perturb(built.peft, seed=0)
 
 
+def token_ids(recipe: Recipe) -> tuple[int, ...]:
+    """Trained tokens, which a recipe for these models names by their ids."""
+    return tuple(map(int, recipe.lora.trainable_tokens))
+
+
 def stock_of(config: Any, adapters: dict[str, Tensor], recipe: Recipe = RECIPE) -> PeftModel:
     """The same weights in stock modules."""
-    stock = stock_model(recipe, "", copy.deepcopy(config), dtype=torch.float32, device=CPU)
+    how: Any = {"dtype": torch.float32, "device": CPU, "token_ids": token_ids(recipe)}
+    stock = stock_model(recipe, "", copy.deepcopy(config), **how)
     _draw_vectors(stock)
     with torch.no_grad():
         for name, parameter in trainable(stock):
@@ -164,14 +171,14 @@ def compiled(
     return len(set(built.packed.layer_code())), observer
 
 
-def reloaded(config: Any) -> float:
+def reloaded(config: Any, recipe: Recipe = RECIPE) -> float:
     """The relative difference of the packed loss from that of the saved adapter in stock PEFT on the stock base."""
-    built, _ = build(config)
+    built, _ = build(config, recipe)
     with tempfile.TemporaryDirectory() as folder:
         built.peft.save_pretrained(folder)
-        base: Any = build_base(RECIPE, "", copy.deepcopy(config), dtype=torch.float32, device=CPU).model
+        base: Any = build_base(recipe, "", copy.deepcopy(config), dtype=torch.float32, device=CPU).model
         base.set_attn_implementation("eager")
-        stock = PeftModel.from_pretrained(base, folder)
+        stock = PeftModel.from_pretrained(base, folder).train()  # in eval mode some CPUs repack weights
     _draw_vectors(stock)
     batch = packed_batch(config.vocab_size)
     with torch.no_grad():

@@ -23,7 +23,8 @@ def build(recipe: Any, phases: list[str] | None = None, *, device: str = "cpu") 
     config, where = load_config(source, recipe.model), torch.device(device)
     check_model(recipe, source, config, where)
     phase = (phases if phases is not None else []).append
-    return build_model(recipe, source, config, device=where, blocks=BlockFacts((64,), alone=False), phase=phase)
+    blocks, ids = BlockFacts((64,), alone=False), tuple(map(int, recipe.lora.trainable_tokens))
+    return build_model(recipe, source, config, device=where, blocks=blocks, phase=phase, token_ids=ids)
 
 
 def packed_form(model: Any) -> PackedCausalLM:

@@ -1,4 +1,5 @@
-"""LoRA+: B learns at its own rate, as PEFT's optimizer does it; a resume, with NEFTune too, is bit-equal."""
+"""LoRA+: B learns at its own rate, as PEFT's optimizer does it; a resume, with NEFTune and trained tokens too, is
+bit-equal."""
 
 from pathlib import Path
 from typing import Any
@@ -66,11 +67,13 @@ def test_the_schedule_moves_both_rates_and_a_ratio_of_one_changes_nothing(
     assert rates[0] == rates[1]  # A's
 
 
-def test_a_resumed_run_with_loraplus_and_neftune_is_bit_equal(make: Any, tmp_path: Path) -> None:
-    sections = {"lora": {"plus_ratio": RATIO}, "train": {"neftune_alpha": 5.0}}
+def test_a_resumed_run_with_loraplus_neftune_and_trained_tokens_is_bit_equal(make: Any, tmp_path: Path) -> None:
+    lora = {"plus_ratio": RATIO, "trainable_tokens": ["<|end|>", "<|user|>"]}
+    sections: Any = {"lora": lora, "train": {"neftune_alpha": 5.0}}
     for folder in ("whole", "cut"):
         trained(
             make(folder, **{name: dict(keys) for name, keys in sections.items()}), until=6 if folder == "cut" else None
         )
     trained(make("cut", **{name: dict(keys) for name, keys in sections.items()}))
+    assert lines(tmp_path / "cut") == lines(tmp_path / "whole")
     assert adapter(tmp_path / "cut") == adapter(tmp_path / "whole")

@@ -26,7 +26,8 @@ class NaiveStep:
         recipe, device = request.recipe, prepared.device
         train = recipe.train
         self.dtype = choose_dtype(recipe.model.dtype, device)
-        self.model: Any = stock_model(recipe, request.source, prepared.config, dtype=self.dtype, device=device)
+        how: Any = {"dtype": self.dtype, "device": device, "token_ids": prepared.token_ids}
+        self.model: Any = stock_model(recipe, request.source, prepared.config, **how)
         if checkpointed:  # on CPUs too, where stock_model leaves it out: the comparison is the same everywhere
             self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         else:
