@@ -12,7 +12,7 @@ import signal
 import sys
 from collections import deque
 from collections.abc import Generator, Iterator, Sequence
-from contextlib import closing, suppress
+from contextlib import closing
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -21,7 +21,6 @@ from typing import Any
 from rich.console import Console
 
 from launcher.checkpoint.run_files import RunFiles
-from launcher.commands.past_run import read_run
 from launcher.compile.inductor_cache import prepare_cache
 from launcher.errors import RecipeError
 from launcher.export.card import run_card
@@ -31,21 +30,20 @@ from launcher.recipe.field_types import interval_s, recipes_dir
 from launcher.recipe.load import Resolved, resolve
 from launcher.records.run import Event, Note, RunRecord
 from launcher.report import Screen, make_console
-from launcher.report import error as print_error
 from launcher.report.console import kernel_shell
 from launcher.report.html_page import html_of
 from launcher.report.notebook import NotebookScreen
 from launcher.report.trackers import Trackers, make_trackers
+from launcher.run_end import record_failure, record_loss
 from launcher.runtime.clock import boot_clock_s, seconds_since
 from launcher.runtime.ending import last_words
 from launcher.runtime.environment import environment_put_back, prepare_environment, quick_imports
-from launcher.runtime.failures import classified, code_and_reason, free_frames
+from launcher.runtime.failures import classified, free_frames
 from launcher.runtime.heartbeat import Heartbeat
 from launcher.runtime.packages import computing_versions
-from launcher.runtime.parent import end_with_parent, under_launcher
+from launcher.runtime.parent import end_with_parent
 from launcher.runtime.ranks import RankInfo, rank_info
 from launcher.runtime.signals import ask_to_stop, deferring, forget_signals, handling, listening
-from launcher.runtime.watched_ranks import Ending
 from launcher.sinks import GuardedSink, Sink, closed_at_end, light
 from launcher.train.request import Request
 from launcher.trained_run import TrainedRun
@@ -219,7 +217,7 @@ def _watched(
     heartbeat = Heartbeat(
         request.rank_info,
         timeout_s=interval_s(request.recipe.run.timeout),
-        on_lost=partial(_record_loss, files, request.rank_info),
+        on_lost=partial(record_loss, files, request.rank_info),
         saving=lambda: files.saving,
     )
     try:
@@ -246,7 +244,7 @@ def _watched(
                     raise sink.failure
     except BaseException as failure:
         with deferring():  # the process launcher terminates this rank because another has ended
-            cause = _record_failure(failure, request, history, heartbeat, files, guarded)
+            cause = record_failure(failure, request, history, heartbeat, files, guarded)
         if left and isinstance(cause, KeyboardInterrupt):
             return
         if cause is failure:
@@ -256,49 +254,3 @@ def _watched(
         with deferring():
             heartbeat.close()
     files.end(code=0, reason="done" + ("; the console was closed on the way" if screen.lost else ""))
-
-
-def _record_failure(
-    failure: BaseException,
-    request: Request,
-    history: Any,
-    heartbeat: Heartbeat,
-    files: RunFiles,
-    guarded: Sequence[GuardedSink],
-) -> BaseException:
-    """Keep what was trained and write status.json and, where the compile contract broke, a report; returns what ends
-    the run."""
-    from launcher.train.rescue import rescue
-
-    try:
-        rescue(history.worker, failure)
-    except Exception as error:  # must not take the place of the failure
-        failure.add_note(f"The adapter could not be kept: {type(error).__name__}: {error}")
-    cause = heartbeat.first_cause(failure)
-    if isinstance(cause, KeyboardInterrupt) and (refusal := next(filter(None, (s.failure for s in guarded)), None)):
-        refusal.add_note(str(cause))  # what was saved
-        cause = refusal
-    code, reason = code_and_reason(cause)
-    broken, written = getattr(cause, "explanations", ()), False
-    with suppress(OSError):  # a full disk must not hide what ended the run
-        where = {"step": getattr(cause, "step", None), "rank": getattr(cause, "rank", None)}
-        written = files.end(code=code, reason=reason, **where, explanations=broken)
-    if written and broken:
-        try:
-            recipe, origins = request.recipe.model_dump(mode="json"), dict(request.origins)
-            files.report_broken(read_run, recipe=recipe, recipe_origins=origins)
-        except Exception as error:  # of libraries too
-            cause.add_note(f"The report could not be written: {type(error).__name__}: {error}")
-    return cause
-
-
-def _record_loss(files: RunFiles, info: RankInfo, ending: Ending, told: bool) -> None:
-    """Before another rank's end ends this process, which may happen without a further word. One rank prints it: the one
-    that tells its own end, or the first that found another's; for a rank of another machine rank 0 too."""
-    written = True
-    with suppress(OSError, ValueError):  # the folder may be on another machine
-        written = files.end(code=ending.code, reason=ending.reason, step=ending.step, rank=ending.rank)
-    console = make_console(sys.stderr)
-    if (info.is_main and ending.rank >= info.local_world_size) if told else written:
-        print_error(console, ending.reason, ending.code, framed=under_launcher())
-    console.show_cursor()  # the live line hides it

@@ -21,8 +21,9 @@ ALLOWED = {  # package or module: what of ours it may import, itself and all it 
     "__main__": {"cli", "runtime"},
     "cli": {"api", "commands", "train", "preflight", "proof", "data", "model", "report", "recipe", "runtime"}
     | {"checkpoint.files", *BASE},
-    "api": {"preflight", "train", "report", "recipe", "runtime", "checkpoint.run_files", "commands.past_run"}
+    "api": {"preflight", "train", "report", "recipe", "runtime", "checkpoint.run_files", "run_end"}
     | {"compile.inductor_cache", "export.card", "sinks", "trained_run", *BASE},
+    "run_end": {"train", "report", "runtime", "checkpoint.run_files", "commands.past_run", "sinks", *BASE},
     "sinks": {"records", "errors", "runtime"},
     "trained_run": {"commands.finished_run", "export", "recipe", "runtime", *BASE},
     "commands": {"export", "preflight.before_torch", "report", "recipe", "runtime", *BASE}

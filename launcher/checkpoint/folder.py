@@ -49,8 +49,7 @@ class RunFolder:
                 "run.resume must be auto, never, or the folder of a run or of one of its checkpoints; "
                 f"got {resume}, which is no folder; checkpoints there: {there}."
             )
-        report = () if self.has_unfinished_report else (self.report,)
-        results, files = (*report, self.adapter), (self.status, self.metrics, self.checkpoints)
+        results, files = self._results, (self.status, self.metrics, self.checkpoints)
         with self._refusals():
             taken = results if resume != "never" else (*results, *files)
             if any(map(os.path.lexists, taken)) and not (resume != "never" and self.has_checkpoints):
@@ -84,7 +83,7 @@ class RunFolder:
         with self._refusals():
             self.path.mkdir(parents=True, exist_ok=True)
             self.lock()
-            if self.has_checkpoints or any(map(os.path.lexists, (self.report, self.adapter))):
+            if self.has_checkpoints or any(map(os.path.lexists, self._results)):
                 raise FileExistsError  # another run has come and ended since the check
             if self.metrics.exists():
                 self.metrics.replace(self.path / "metrics.earlier.jsonl")
@@ -115,6 +114,11 @@ class RunFolder:
                 return int(json.load(file)["code"])
         except (OSError, ValueError, KeyError, TypeError):
             return None
+
+    @property
+    def _results(self) -> tuple[Path, ...]:
+        """What only a finished run has, whether it is there or not."""
+        return (self.adapter,) if self.has_unfinished_report else (self.report, self.adapter)
 
     @property
     def has_unfinished_report(self) -> bool:

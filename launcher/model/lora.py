@@ -153,7 +153,7 @@ def stock_lora(model: PreTrainedModel, lora: LoraSection, *, seed: int, token_id
         for layer in layers:
             orthogonal_start(layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight)
     if lora.starts_from_weights:
-        start_from_weights(adapted, lora.init, _plain_weight)
+        start_from_weights(adapted, lora.init, _plain_weight, seed=seed)
     for name, parameter in adapted.named_parameters():
         if parameter.requires_grad and lora.plus_ratio != 1 and ".lora_" in name and ".lora_A." not in name:
             parameter.rate_factor = lora.plus_ratio  # type: ignore[attr-defined]  # read by train/optim.py

@@ -28,25 +28,23 @@ from peft import LoraConfig, PeftModel
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
+from launcher.model.low_rank import leading_svd
 from launcher.recipe.lora_section import NITER
 
 ADAPTER, START = "default", "start"  # PEFT's names of the trained and of the frozen one
-WHOLE_SVD = 256  # the most rows or columns, whichever are fewer, of a matrix that is decomposed whole
-ITERATIONS = 16  # of the randomised SVD of larger ones, as PEFT's pissa_niter_16
-SPARE = 8  # components that it computes besides the first r, which are then more exact
 
 
 @torch.no_grad()
-def start_from_weights(adapted: PeftModel, init: str, weight_of: Callable[[Any], Tensor]) -> None:
+def start_from_weights(adapted: PeftModel, init: str, weight_of: Callable[[Any], Tensor], *, seed: int) -> None:
     """Put A0 and B0 into the adapter and, with -B0, into a frozen one beside it. `weight_of(base_layer)`: fp32 [O, D].
-    Random numbers are drawn for the SVD of large weights."""
+    `seed`: of the SVD of large weights."""
     peft: Any = adapted
     peft.add_adapter(START, replace(peft.peft_config[ADAPTER], init_lora_weights=False))
     peft.base_model.set_adapter([ADAPTER, START])  # both are active
     layers: list[Any] = [module for module in adapted.modules() if isinstance(module, LoraLayer)]
     for layer in layers:
         rank, scaling = layer.r[ADAPTER], layer.scaling[ADAPTER]
-        a, b = first_factors(weight_of(layer.base_layer), rank, scaling, init)
+        a, b = first_factors(weight_of(layer.base_layer), rank, scaling, init, seed=seed)
         for name, sign in ((ADAPTER, 1), (START, -1)):
             layer.lora_A[name].weight.copy_(a)
             layer.lora_B[name].weight.copy_(sign * b)
@@ -54,20 +52,15 @@ def start_from_weights(adapted: PeftModel, init: str, weight_of: Callable[[Any],
         parameter.requires_grad_(False)
 
 
-def first_factors(weight: Tensor, rank: int, scaling: float, init: str) -> tuple[Tensor, Tensor]:
+def first_factors(weight: Tensor, rank: int, scaling: float, init: str, *, seed: int) -> tuple[Tensor, Tensor]:
     """A0 [r, D] and B0 [O, r] of `weight` [O, D] by a value of lora.init."""
     if init == "olora":
         q = torch.linalg.qr(weight[:, :rank])[0]  # these columns alone decide Q_r
         return q.T @ weight, q
     _, _, iterations = init.partition(NITER)
-    if iterations or min(weight.shape) > WHOLE_SVD:
-        wide = min(rank + SPARE, *weight.shape)
-        u, s, v = torch.svd_lowrank(weight, q=wide, niter=int(iterations or ITERATIONS))
-        vt = v.T
-    else:
-        u, s, vt = torch.linalg.svd(weight, full_matrices=False)
-    root = (s[:rank] / scaling).sqrt()
-    return root[:, None] * vt[:rank], u[:, :rank] * root
+    u, s, v = leading_svd(weight, rank, seed=seed, iterations=int(iterations) if iterations else None)
+    root = (s / scaling).sqrt()
+    return root[:, None] * v, u * root
 
 
 def start_parameters(model: nn.Module) -> dict[str, nn.Parameter]:

@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 
 from launcher.errors import RecipeError
-from launcher.model import lora_start
+from launcher.model import lora_start, low_rank
 from launcher.model.load import empty_model
 from launcher.model.lora_start import first_factors, start_parameters
 from launcher.model.lora_targets import check_targets
@@ -92,13 +92,12 @@ def test_loss_and_gradients_are_those_of_the_papers_form_after_every_weight_has_
 @pytest.mark.parametrize("fault", ["other components", "start kept", "gradient of the move alone"])
 def test_a_fault_in_start_or_gradient_is_seen_by_that_comparison(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if fault == "other components":
-        whole = torch.linalg.svd
 
-        def reversed_svd(weight: Tensor, **rest: Any) -> Any:
-            u, s, vt = whole(weight, **rest)
-            return (u, s, vt) if weight.dtype == torch.float64 else (u.flip(1), s.flip(0), vt.flip(0))
+        def last(weight: Tensor, rank: int, **_: Any) -> Any:
+            u, s, v = low_rank.leading_svd(weight, min(weight.shape), seed=0)
+            return u[:, -rank:], s[-rank:], v[-rank:]
 
-        monkeypatch.setattr(torch.linalg, "svd", reversed_svd)
+        monkeypatch.setattr(lora_start, "leading_svd", last)
     elif fault == "start kept":
         monkeypatch.setattr(qlora_linear, "update_factors", lambda a, b, count: (a[:count], b[:count]))
     else:
@@ -143,16 +142,18 @@ def test_the_randomised_svd_is_seeded_and_nears_the_whole_one(monkeypatch: pytes
     weight = u @ (torch.arange(1, 97) ** -0.5)[:, None].mul(v.T)
 
     def product(init: str) -> Tensor:
-        torch.manual_seed(1)
-        a, b = first_factors(weight, 8, 2.0, init)
+        a, b = first_factors(weight, 8, 2.0, init, seed=1)
         return 2.0 * b @ a
+
+    monkeypatch.setattr(low_rank, "LEAST_COLUMNS", 16)
+    monkeypatch.setattr(low_rank, "WIDENING", 2)
 
     best = product("pissa")
     torch.testing.assert_close(best, u[:, :8] @ (torch.arange(1, 9) ** -0.5)[:, None].mul(v[:, :8].T))
     errors = [float((product(f"pissa_niter_{n}") - best).norm() / best.norm()) for n in (0, 2, 16)]
     assert errors[0] > 3 * errors[1] > 30 * errors[2], errors
     assert torch.equal(product("pissa_niter_2"), product("pissa_niter_2"))
-    monkeypatch.setattr(lora_start, "WHOLE_SVD", 95)
+    monkeypatch.setattr(low_rank, "EXACT_UP_TO", 95)
     assert torch.equal(product("pissa"), product("pissa_niter_16")) and not torch.equal(product("pissa"), best)
 
 

@@ -7,7 +7,6 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-import torch
 
 from launcher.ops import linear_ce, qlora_linear
 from launcher.proof import parity as parity_module
@@ -42,7 +41,7 @@ def compared(make_recipe: Callable[..., Any]) -> Callable[..., ParityRecord]:
 def test_the_compiled_path_is_within_the_gate_in_every_scope_and_batching(
     compared: Callable[..., ParityRecord], scope: str, batching: str, dtype: str
 ) -> None:
-    data = {"batching": batching, "max_length": 128 if batching == "packed" else 32}
+    data = {"batching": batching, "max_length": 128 if batching == "packed" else 32, "too_long": "split"}
     record = compared(data=data, model={"dtype": dtype}, compile={"scope": scope})
     assert record.holds, record.verdicts
     assert len(record.batches) == BATCHES and len(record.adapters) == 14
@@ -97,8 +96,12 @@ def test_trained_tokens_are_within_the_gate(compared: Callable[..., ParityRecord
 def test_a_trained_row_that_is_left_out_of_the_head_closes_the_gate(
     compared: Callable[..., ParityRecord], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    right, kept = linear_ce.trained_gradient, torch.tensor([[1.0], [0.0], [1.0]])
-    monkeypatch.setattr(linear_ce, "trained_gradient", lambda *inputs: right(*inputs) * kept)
+    right, end = linear_ce.trained_gradient, 2  # the id of <|end|>
+    monkeypatch.setattr(
+        linear_ce,
+        "trained_gradient",
+        lambda rows, scales, trained, hidden: right(rows, scales, trained, hidden) * (trained != end)[:, None],
+    )
     record = compared(lora=TOKENS, model={"dtype": "float32"}, compile={"mode": "off"})
     [cosines] = [verdict for verdict in record.verdicts if verdict.claim.startswith("compiled gradients point")]
     assert not cosines.holds and "head rows" in cosines.evidence and "embedding rows" not in cosines.evidence

@@ -69,9 +69,7 @@ def larger_embedding(model: BuiltModel, patch: pytest.MonkeyPatch) -> None:
 
 def larger_scaling(model: BuiltModel, patch: pytest.MonkeyPatch) -> None:
     right = lora.qlora_linear
-    patch.setattr(
-        lora, "qlora_linear", lambda *args, scaling, dropout: right(*args, scaling=1.5 * scaling, dropout=0.0)
-    )
+    patch.setattr(lora, "qlora_linear", lambda *args, scaling, **others: right(*args, scaling=1.5 * scaling, **others))
 
 
 def no_biases(model: BuiltModel, patch: pytest.MonkeyPatch) -> None:

@@ -28,8 +28,8 @@ def elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
     """From here on the decomposition is another device's: signs and last bits differ."""
     here = lora_start.first_factors
 
-    def there(*arguments: Any) -> tuple[Tensor, Tensor]:
-        a, b = here(*arguments)
+    def there(*arguments: Any, seed: int) -> tuple[Tensor, Tensor]:
+        a, b = here(*arguments, seed=seed)
         return -a * (1 + 1e-6), -b
 
     monkeypatch.setattr(lora_start, "first_factors", there)

@@ -106,7 +106,7 @@ def test_a_wrong_loss_of_one_side_is_found_at_the_first_step(
 
 
 def test_random_blocks_are_full_and_have_the_same_shape_on_both_sides(requested: Requested) -> None:
-    recipe = {"data": {"max_length": 32, "validation": 0.1}, "proof": {"bench_rows": "random"}}
+    recipe = {"data": {"max_length": 32, "too_long": "split", "validation": 0.1}, "proof": {"bench_rows": "random"}}
     request, prepared = bench_inputs(requested(**recipe))
     batches = step_batches(request, prepared)
     assert prepared.data.validation is None and any("random rows" in note for note in prepared.data.notes)
