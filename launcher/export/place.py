@@ -6,9 +6,11 @@ import os
 import shutil
 from contextlib import suppress
 from dataclasses import dataclass, field
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from packaging.version import Version
 from pydantic import ValidationError
 
 from launcher.checkpoint.files import damaged, read_object, writable
@@ -19,6 +21,7 @@ from launcher.recipe.schema import Recipe
 UNPROVEN_SUFFIX = ".unproven"  # of a folder whose proof failed
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 QUANTIZE_TOOL = "llama-quantize"  # llama.cpp's
+READS_GGUF = "5.18"  # the first version of Transformers that reads the special tokens of a GGUF file
 IDENTITY_SECTIONS = ("model", "quant", "lora", "data")
 
 
@@ -80,6 +83,13 @@ def check_gguf(quantization: str) -> None:
     """Raise RecipeError unless what writes a GGUF file of that kind is installed."""
     if importlib.util.find_spec("gguf") is None:
         raise RecipeError("format=gguf needs the package gguf, which is not installed.\nRun: pip install 'gguf>=0.19'")
+    found = metadata.version("transformers")
+    if Version(found) < Version(READS_GGUF):
+        raise RecipeError(
+            "format=gguf is proved by what Transformers reads from the file; before "
+            f"{READS_GGUF} it reads another end token than is there. {found} is installed.\n"
+            f"Run: pip install 'transformers>={READS_GGUF}', or use format=merged."
+        )
     if "_k" in quantization and shutil.which(QUANTIZE_TOOL) is None:
         raise RecipeError(
             f"quantization={quantization} needs llama.cpp's {QUANTIZE_TOOL} on PATH; it is not there.\n"

@@ -1,5 +1,6 @@
 """format=gguf: one file that other code reads as the trained model; what it cannot hold is refused by name."""
 
+from importlib import metadata
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -143,6 +144,7 @@ def test_another_base_of_rotation_in_the_file(export: Main, monkeypatch: pytest.
     [
         ("gguf", (), "pip install 'gguf"),
         ("llama-quantize", ("quantization=q4_k_m",), "use quantization=q8_0"),
+        ("transformers", (), "5.17.0 is installed"),
     ],
 )
 def test_a_tool_that_is_missing_is_told_before_torch_is_imported(
@@ -150,6 +152,8 @@ def test_a_tool_that_is_missing_is_told_before_torch_is_imported(
 ) -> None:
     monkeypatch.setattr("launcher.export.place.shutil.which", lambda name: None if name == missing else name)
     monkeypatch.setattr("launcher.export.place.importlib.util.find_spec", lambda name: None if name == missing else 1)
+    old, found = {"transformers": "5.17.0"} if missing == "transformers" else {}, metadata.version
+    monkeypatch.setattr("launcher.export.place.metadata.version", lambda name: old.get(name) or found(name))
     monkeypatch.setattr("launcher.export.load_run.open_run", lambda *_: pytest.fail("too late"))
     done = export("format=gguf", *options)
     assert done.code == 2 and says in done.err
