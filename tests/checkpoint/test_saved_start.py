@@ -2,10 +2,12 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
 
 from launcher.checkpoint.adapter import holds_adapter, prove_adapter, save_tensors
@@ -41,7 +43,13 @@ def test_the_saved_adapter_is_pefts_own_conversion_and_keeps_its_digits_in_half_
 ) -> None:
     """On an unquantised base, which PEFT's PiSSA demands."""
     config = LoraConfig(r=4, lora_alpha=32, target_modules=["up_proj"], init_lora_weights=init, task_type="CAUSAL_LM")
-    theirs = get_peft_model(base_model("none"), config)
+    theirs: Any = get_peft_model(base_model("none"), config)
+    if init == "pissa":
+        with torch.no_grad():
+            for layer in (module for module in theirs.modules() if isinstance(module, LoraLayer)):
+                a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+                signs = a.gather(1, a.abs().argmax(1, keepdim=True)).sign()  # as leading_svd settles them
+                a.mul_(signs), b.mul_(signs.T)
     theirs.peft_config["default"].init_lora_weights = True
     theirs.save_pretrained(tmp_path / "begun")
     theirs.peft_config["default"].init_lora_weights = init

@@ -134,7 +134,7 @@ def test_fault_33_other_data_or_another_recipe_is_refused_naming_every_key_and_n
             ["train.schedule_options: missing in the state, {'num"],
         ),
         ({"lora": {"r": 8, "dropout": 0.1}}, ["lora.r: 4 in the state, 8 here", "lora.dropout: 0.0 in the state, 0.1"]),
-        ({"data": {"max_length": 32}}, ["data.max_length: 64 in the state, 32 here"]),
+        ({"data": {"max_length": 48}}, ["data.max_length: 64 in the state, 48 here"]),
         ({"data": {"batching": "padded"}}, ["data.batching: 'packed' in the state, 'padded' here"]),
         ({"data": {"sources": [{"path": str(tmp_path / "shorter.jsonl")}]}}, ["data: '"]),
         ({"model": {"dtype": "bfloat16"}}, ["dtype: 'float32' in the state, 'bfloat16' here"]),
