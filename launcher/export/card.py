@@ -74,7 +74,7 @@ def export_card(
     compared = [
         ("loss of the trained model, nats", figures.trained_loss, ""),
         ("loss of this one, nats", figures.written_loss, ""),
-        ("difference of the losses", figures.loss_difference, f"{limits.loss:g}"),
+        ("difference of the losses", figures.loss_difference, f"{figures.loss_limit(limits):.2g}"),
         ("mean KL, nats", figures.mean_kl, f"{limits.kl:g}"),
         ("another likeliest token, beyond a tie", figures.disagreement, f"{limits.disagreement:g}"),
         ("same likeliest token", figures.agreement, ""),

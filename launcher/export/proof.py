@@ -144,6 +144,7 @@ def figures_of(trained: ModelOutputs, written: ModelOutputs, probe: Probe) -> Ex
         lost = p.amax(-1) - p.gather(-1, q.argmax(-1, keepdim=True)).squeeze(-1)
         apart += int((~(lost <= TIE)).sum())
     each = torch.cat(kl)  # [P]
+    differences = (written.losses - trained.losses).double()  # [T]
     return ExportFigures(
         documents=len(probe.documents),
         tokens=probe.tokens,
@@ -155,6 +156,7 @@ def figures_of(trained: ModelOutputs, written: ModelOutputs, probe: Probe) -> Ex
         mean_kl=float(each.mean()),
         largest_kl=float(each.max()),
         disagreement=apart / len(each),
+        loss_scatter=2 * float(differences.std(correction=0)) / len(differences) ** 0.5,
         agreement=float((trained.predictions == written.predictions).double().mean()),
     )
 
@@ -178,11 +180,12 @@ def pairs_of(trained: ModelOutputs, written: ModelOutputs, probe: Probe, run: Op
 
 def figure_verdicts(figures: ExportFigures, limits: ExportLimits) -> tuple[Verdict, ...]:
     loss, kl, share, limit = figures.loss_difference, figures.mean_kl, figures.disagreement, limits.disagreement
+    losses = f"{figures.trained_loss:.5f} trained, {figures.written_loss:.5f} written"
     return (
         Verdict(
             "the loss is the trained model's",
-            loss <= limits.loss,
-            f"{figures.trained_loss:.5f} trained, {figures.written_loss:.5f} written, at most {limits.loss:g} apart",
+            loss <= figures.loss_limit(limits),
+            f"{losses}, at most {limits.loss:g} + {figures.loss_scatter:.1e} for the scatter of the tokens apart",
         ),
         Verdict(
             "next tokens have the trained model's probabilities",

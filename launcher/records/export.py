@@ -30,10 +30,15 @@ class ExportFigures:
     largest_kl: float
     agreement: float  # 0-1: share of the tokens for which both have the same likeliest token
     disagreement: float  # 0-1: share of the compared positions where they differ by more than a tie of the trained one
+    loss_scatter: float = 0.0  # of the difference of the losses: twice its standard error over the tokens, nats
 
     @property
     def loss_difference(self) -> float:
         return abs(self.written_loss - self.trained_loss)
+
+    def loss_limit(self, limits: ExportLimits) -> float:
+        """The most that the losses may differ by: of few tokens rounding alone makes more than the limit for many."""
+        return limits.loss + self.loss_scatter
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import GenerationConfig, PreTrainedTokenizerFast
 
-from launcher.export import merge, write
+from launcher.export import limits, merge, proof, write
 from tests.export.conftest import Main
 
 Updates = dict[str, merge.Update]
@@ -72,6 +72,24 @@ def test_a_wrong_scale_shows_in_the_loss_too(export: Main, tmp_path: Path, monke
     monkeypatch.setattr(write, "read_updates", lambda adapter: scaled(merge.read_updates(adapter)))
     monkeypatch.setattr(write, "weights_verdict", lambda *_: write.Verdict("not looked at", True, ""))
     refused(export(), tmp_path, {LOSS})
+
+
+@pytest.mark.parametrize(
+    ("tokens", "shift", "holds"), [(44, 0.0066, True), (44, 0.03, False), (4000, 0.005, True), (4000, 0.0075, False)]
+)
+def test_the_losses_of_few_tokens_may_scatter_and_those_of_many_may_not(tokens: int, shift: float, holds: bool) -> None:
+    """Differences of a token by 0.03 nats, as rounding to 16 bits makes them, and one that all tokens share."""
+    torch.manual_seed(0)
+    noise = torch.randn(tokens) * 0.03
+    probe = proof.Probe([], [], "")
+    outputs = [
+        proof.ModelOutputs(
+            losses, torch.zeros(tokens), torch.randn(2, 5, generator=torch.Generator().manual_seed(0)), []
+        )
+        for losses in (torch.full((tokens,), 5.0), 5.0 + shift + noise - noise.mean())
+    ]
+    verdicts = proof.figure_verdicts(proof.figures_of(*outputs, probe), limits.HALF_WIDTH)
+    assert {verdict.claim: verdict.holds for verdict in verdicts}[LOSS] == holds
 
 
 @pytest.mark.parametrize("on", ["dequantised", "original"])

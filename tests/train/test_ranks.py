@@ -58,7 +58,7 @@ def test_a_run_on_two_ranks_reports_both_with_equal_graph_hashes_and_writes_its_
     assert all(verdict["holds"] for verdict in report["verdicts"])
     assert "every rank compiled the same graphs" in out
     assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 4  # two steps, two evaluations
-    assert len(list((tmp_path / "run" / "trackers" / "tensorboard").glob("events*"))) == 1
+    assert len(list((tmp_path / "run" / "trackers" / "tensorboard").glob("events*"))) == 2  # scalars, hyperparameters
     assert json.loads((tmp_path / "run" / "status.json").read_text())["code"] == 0
 
 

@@ -50,8 +50,8 @@ def _figures(record: ExportRecord) -> Section:
         (
             "difference of the losses",
             f"{figures.loss_difference:.1e}",
-            figures.loss_difference <= limits.loss,
-            f"{limits.loss:g}",
+            figures.loss_difference <= figures.loss_limit(limits),
+            f"{figures.loss_limit(limits):.2g}",
         ),
         ("mean KL", f"{figures.mean_kl:.1e}", figures.mean_kl <= limits.kl, f"{limits.kl:g}"),
         ("largest KL", f"{figures.largest_kl:.1e}", True, ""),
