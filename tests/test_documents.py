@@ -21,9 +21,18 @@ README_LINES = 100  # one screen and links
 
 
 def broken_links(page: Path, text: str) -> list[str]:
-    """Local links of a page that lead nowhere."""
-    targets = re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", text)
-    return [t for t in targets if not t.startswith("http") and not (page.parent / t).exists()]
+    """Local links of a page that lead nowhere, or to a heading that is not there."""
+    links = [link for link in re.findall(r"\]\(([^)\s]+)\)", text) if not link.startswith("http")]
+    return [link for link in links if not leads(page, text, *link.partition("#")[::2])]
+
+
+def leads(page: Path, text: str, file: str, heading: str) -> bool:
+    target = page.parent / file if file else page
+    if not heading or target.suffix != ".md":
+        return target.exists()
+    shown = text if not file else target.read_text(encoding="utf-8") if target.exists() else ""
+    titles = re.findall(r"^#+ (.+)$", shown, flags=re.MULTILINE)
+    return heading in {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}
 
 
 def missing_paths(text: str) -> list[str]:
@@ -135,7 +144,9 @@ def test_the_readme_is_one_screen_and_every_page_is_linked_from_it() -> None:
 
 
 def test_what_is_not_there_is_found(tmp_path: Path) -> None:
-    assert broken_links(tmp_path / "a.md", "[b](b.md) [c](https://x.org) [d](#words)") == ["b.md"]
+    (tmp_path / "c.md").write_text("## Its words, all")
+    links = "[b](b.md) [c](https://x.org) [d](#words) [e](c.md#its-words-all) [f](c.md#words)\n# Words"
+    assert broken_links(tmp_path / "a.md", links) == ["b.md", "c.md#words"]
     assert missing_paths("`launcher/nowhere.py` and launcher/cli.py") == ["launcher/nowhere.py"]
     assert unknown_keys("`train.lerning_rate=1` and `train.lr=1`") == ["train.lerning_rate"]
     assert unsaid(["the disk is … full", "no such … message"], ["the disk is \0 full"]) == ["no such … message"]

@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from filelock import FileLock, Timeout
 
@@ -87,11 +88,16 @@ class RunFolder:
                 raise FileExistsError  # another run has come and ended since the check
             if self.metrics.exists():
                 self.metrics.replace(self.path / "metrics.earlier.jsonl")
-            self.status.unlink(missing_ok=True)
-            if self.has_unfinished_report:
-                self.report.unlink()
-                self.page.unlink(missing_ok=True)
+            self.forget_ending()
             open(self.metrics, "x").close()
+
+    def forget_ending(self) -> None:
+        """Remove what says how an earlier part of the run ended: status.json, and the report that a broken compile
+        contract left."""
+        self.status.unlink(missing_ok=True)
+        if self.has_unfinished_report:
+            self.report.unlink()
+            self.page.unlink(missing_ok=True)
 
     @contextmanager
     def _refusals(self) -> Iterator[None]:
@@ -109,11 +115,17 @@ class RunFolder:
     @property
     def code(self) -> int | None:
         """The exit code in status.json; None if there is no such file that can be read."""
+        return self.code_and_rank[0]
+
+    @property
+    def code_and_rank(self) -> tuple[int | None, Any]:
+        """The exit code in status.json and the rank to blame, likewise."""
         try:
             with open(self.status, encoding="utf-8", opener=refusing_links) as file:
-                return int(json.load(file)["code"])
-        except (OSError, ValueError, KeyError, TypeError):
-            return None
+                status = json.load(file)
+                return int(status["code"]), status.get("rank")
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            return None, None
 
     @property
     def _results(self) -> tuple[Path, ...]:

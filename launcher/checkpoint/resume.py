@@ -70,7 +70,7 @@ def cut_back(folder: RunFolder, resumed: Resumed) -> None:
     if folder.samples.exists():
         lines = folder.samples.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
         write_text(folder.samples, "".join(line for line in lines if _sample_step(line) <= resumed.step))
-    folder.status.unlink(missing_ok=True)
+    folder.forget_ending()
     saved = [RunPart(**part) for part in resumed.state["run"]["parts"]]
     begin_part(folder, saved, step=resumed.step, lost_s=resumed.lost_s)
 

@@ -161,8 +161,9 @@ def _write_first(folder: RunFolder, status: dict[str, Any], *, own: Path) -> boo
     try:
         os.link(own, folder.status)
     except OSError:  # there is one, or this file system has no hard links
-        cause = folder.code  # None: that is no status
-        if cause is not None and (status["code"] in LESS_TELLING or cause not in LESS_TELLING):
+        cause, rank = folder.code_and_rank  # None: that is no status
+        tells_more = (cause, rank) == (status["code"], status["rank"]) and "explanations" in status  # than whom it told
+        if cause is not None and not tells_more and (status["code"] in LESS_TELLING or cause not in LESS_TELLING):
             return False
         own.replace(folder.status)
     finally:

@@ -126,7 +126,8 @@ def _order_tokens(saved: dict[str, Any], there: dict[str, Any], here: dict[str, 
         )
     for name in [name for name in saved if name.endswith(TOKEN_ROWS)]:
         module = name.removesuffix(TOKEN_ROWS).rpartition(".")[2]
-        saved[name] = saved[name][[ids_there[module].index(index) for index in ids_here[module]]]
+        if len(saved[name]) == len(ids_there.get(module, ())):  # else it is refused by its shape or its name
+            saved[name] = saved[name][[ids_there[module].index(index) for index in ids_here[module]]]
 
 
 def _settings(file: Path, start: str) -> dict[str, Any]:

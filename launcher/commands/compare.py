@@ -21,12 +21,12 @@ SHOWN_BELOW = ("optimizer", "steps")  # of the start, that keys or figures show
 
 
 def compare_runs(options: CompareOptions, invocation: Invocation) -> None:
-    """Print how the runs differ; with report=PATH write it too. Raises RecipeError where one has no report."""
+    """Print how the runs differ; with report=PATH write it too. Raises RecipeError where one has not ended well."""
     runs = [read_run(path) for path in options.runs]
     finished = [run for run in runs if isinstance(run, RunRecord)]
     if len(finished) < len(runs):
         path = next(path for path, run in zip(options.runs, runs, strict=True) if run not in finished)
-        raise RecipeError(f"runs must have ended with a report; {path} has none.\nLook at it: mode=report run={path}")
+        raise RecipeError(f"runs must have come to their end; {path} has not.\nLook at it: mode=report run={path}")
     record = comparison(finished)
     print_record(invocation.console, record)
     if invocation.report:

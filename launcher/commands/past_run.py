@@ -38,9 +38,9 @@ def read_run(run: str) -> RunRecord | UnfinishedRun:
     ending = _ending(folder)
     left: dict[str, Any] = {}
     if folder.has_unfinished_report:
-        report = read_object(folder.report)
-        if report.get("start"):
-            report["start"]["run_dir"] = str(folder.path)
+        report = _report(folder.report)
+        if isinstance(start := report.get("start"), dict):
+            start["run_dir"] = str(folder.path)
         left = {name: report[name] for name in ("start", "recipe", "recipe_origins") if report.get(name)}
     elif folder.report.is_file():
         return _finished(folder, steps, evals, notes=[*_endings(ending), *notes])
@@ -56,9 +56,7 @@ def _finished(
 ) -> RunRecord:
     """The record that the report was written from, with the places where the folder is now."""
     file = folder.report
-    report = read_object(file)
-    if (schema := report.get("schema")) != REPORT_SCHEMA:
-        raise damaged(file, f"its schema is {schema!r}, not {REPORT_SCHEMA}")
+    report = _report(file)
     try:
         ranks = [_flat(rank) for rank in report["ranks"]]
     except (KeyError, TypeError, AttributeError) as error:
@@ -80,6 +78,13 @@ def _finished(
         adapter=str(folder.adapter) if record.adapter and folder.adapter.is_dir() else None,
         notes=(*record.notes, *notes),
     )
+
+
+def _report(file: Path) -> dict[str, Any]:
+    report = read_object(file)
+    if (schema := report.get("schema")) != REPORT_SCHEMA:
+        raise damaged(file, f"its schema is {schema!r}, not {REPORT_SCHEMA}")
+    return report
 
 
 def _flat(rank: dict[str, Any]) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from launcher.recipe.data_section import DataSection, Source
 from launcher.records.counts import counts_in_words
 
 Chat = list[dict[str, Any]]  # messages as chat templates take them
+CORRECT = "Correct the row, or take it out of the file."
 GIVE = 'Give rows as {"prompt": "..."} or {"messages": [...]}.'
 CALLER = "the prompt"  # where a caller's chat stands, in errors
 COMPLETED = {"completion", "messages", "conversations", "instruction", "text"}  # columns of no bare prompt
@@ -61,10 +62,11 @@ def read_chat(chat: str | Chat, data: DataSection, tools: Sequence[dict[str, Any
     """A caller's message or chat, read as a row of data is. `tools`: as in its column. Raises DataError."""
     fields = {"messages": [{"role": "user", "content": chat}] if isinstance(chat, str) else chat, "tools": tools}
     feed = Feed(CALLER, CALLER, "messages", "", lambda: iter([RawRow(CALLER, fields)]))
+    data = data.model_copy(update={"bad_rows": "raise"})  # of one chat none may be skipped
     try:
         rows = list(read_rows([feed], data=data, counts=Counter()))
     except RowFault as fault:
-        raise _of_prompts(fault, set()) from None
+        raise DataError(str(_of_prompts(fault, set())).replace(CORRECT, "Correct it.")) from None
     if not rows:
         raise DataError(f"{CALLER}: a chat must hold a message; it has none.")
     [row] = rows
@@ -75,7 +77,7 @@ def read_chat(chat: str | Chat, data: DataSection, tools: Sequence[dict[str, Any
 def _of_prompts(fault: RowFault, bare: set[str]) -> DataError:
     """A row's fault in the words of its file: of a row with a prompt alone, which is read as messages, `prompt`. The
     recipe's keys are no remedy here."""
-    text = str(fault).replace(SKIP, "Correct the row, or take it out of the file.")
+    text = str(fault).replace(SKIP, CORRECT)
     text = text.replace(RENAME, GIVE).replace(UNUSED_REMEDY, "Remove it.")
     is_bare = any(text.startswith(f"{where}: ") for where in bare)
     return DataError(re.sub(r"\bmessages\b", "prompt", text) if is_bare else text)

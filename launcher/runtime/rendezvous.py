@@ -21,6 +21,7 @@ POLL_S = 0.05
 TELL_S = 20.0  # for the others to come and hear that this rank has failed; their imports may take longer
 
 _waited: list[bool] = []  # not empty: whatever ends this rank from now on, the others know of it, or wait in vain too
+_ended: dict[int, Any] = {}  # by rank, this one's: the store in which it has said that it ends before all have met
 
 
 def wait_for_ranks(rank_info: RankInfo, *, wait_s: float) -> Any:
@@ -60,23 +61,29 @@ def wait_for_ranks(rank_info: RankInfo, *, wait_s: float) -> Any:
 
 def tell_failure(rank_info: RankInfo, error: LauncherError) -> None:
     """Tell the ranks that wait for this one how it has failed, if some are on other machines. Returns when all have
-    ended likewise, or after TELL_S seconds. Does nothing once this rank has waited for the others itself."""
-    if rank_info.local_world_size == rank_info.world_size or _waited:
+    ended likewise, or after TELL_S seconds: until then this rank, which may have the store, is there for those that
+    come later, also where it has heard the failure itself. Does nothing once it has waited for the others and heard
+    none."""
+    own = rank_info.rank
+    if rank_info.local_world_size == rank_info.world_size or (_waited and own not in _ended):
         return
     word = {**described(error), "rank": rank_info.rank, "host": socket.gethostname()}
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")  # stack traces, where the store's machine ends first
     limit = time.monotonic() + TELL_S
-    store: Any = None
     with suppress(LauncherError, ImportError, RuntimeError):  # no port, no torch, no store: nobody can be told
         while time.monotonic() < limit:
-            if store is None:
-                store = _connect(rank_info)
-                if store is not None:
-                    store.compare_set(_key("failed"), "", json.dumps(word))  # the first one stays
-                    store.add(_key("ended"), 1)
-            elif store.add(_key("ended"), 0) >= rank_info.world_size:
-                return
+            if own in _ended:
+                if _ended[own].add(_key("ended"), 0) >= rank_info.world_size:
+                    return
+            elif (store := _connect(rank_info)) is not None:
+                store.compare_set(_key("failed"), "", json.dumps(word))  # the first one stays
+                _end(store, own)
             time.sleep(POLL_S)
+
+
+def _end(store: Any, rank: int) -> None:
+    store.add(_key("ended"), 1)
+    _ended[rank] = store
 
 
 def _failure(store: Any, rank_info: RankInfo) -> LauncherError:
@@ -88,7 +95,7 @@ def _failure(store: Any, rank_info: RankInfo) -> LauncherError:
         error.reporter = rank_info.local_rank
     else:
         error.rank = word["rank"]
-    store.add(_key("ended"), 1)
+    _end(store, rank_info.rank)
     return error
 
 

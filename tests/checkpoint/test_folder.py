@@ -6,11 +6,14 @@ import pytest
 
 from launcher.checkpoint.files import write_json
 from launcher.checkpoint.folder import RunFolder, default_folder
+from launcher.checkpoint.resume import Resumed, cut_back
 from launcher.checkpoint.run_files import RunFiles
 from launcher.errors import CheckpointError, RecipeError
+from launcher.records.explanation import Explanation
 from launcher.records.run import EvalRecord, RunOpened, StepRecord
 from tests.support.records import run_record
 
+WHY = Explanation("a recompile", *[""] * 5)
 STEP = StepRecord(1, 2.5, 1e-3, math.inf, 9, 9, 1.0, 1.0, skipped=True)
 
 
@@ -93,6 +96,25 @@ def test_a_recipe_or_data_fault_before_the_first_metric_leaves_no_folder(folder,
     files_of(folder, events=()).end(code=3, reason="the data differs by rank")
     assert folder.path.exists() == others_file
     assert not folder.metrics.exists() and not folder.status.exists()
+
+
+def test_a_rank_that_was_quicker_to_say_how_another_ended_does_not_keep_it_from_saying_why(folder):
+    first, broken = files_of(folder), files_of(folder, rank=1)
+    assert first.end(code=9, reason="no recompile", step=1, rank=1)
+    assert not first.end(code=9, reason="no recompile", explanations=[WHY]), "another rank's is no more telling"
+    assert broken.end(code=9, reason="no recompile", explanations=[WHY])
+    assert status_of(folder)["explanations"] == [vars(WHY)] and status_of(folder)["rank"] == 1
+
+
+@pytest.mark.parametrize("broken", [True, False])
+def test_a_run_that_goes_on_forgets_the_report_of_its_broken_contract_and_keeps_that_of_its_end(folder, broken):
+    """Killed, it would else leave a report that names another end than status.json."""
+    folder.page.write_text("page")
+    for file in (folder.report, folder.status):
+        write_json(file, {"ending": {"code": 9}} if broken else {"code": 0})
+    cut_back(folder, Resumed(folder.checkpoints / "step-1", {"run": {"parts": []}}, [], 0.0, ()))
+    left = {file.name for file in (folder.report, folder.page, folder.status) if file.exists()}
+    assert left == (set() if broken else {"report.json", "report.html"})
 
 
 def test_a_json_file_is_written_whole_or_not_at_all(tmp_path):

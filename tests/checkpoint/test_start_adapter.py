@@ -174,6 +174,9 @@ def test_trained_tokens_go_on_in_whatever_order_they_were_saved_and_others_are_r
     assert record.evals[0].eval_loss == pytest.approx(before.evals[-1].eval_loss, rel=1e-6)
     with pytest.raises(RecipeError, match=r"the tokens of lora.start_from.*\n.*Name those ids"):
         record_of(make("third", lora={"trainable_tokens": ["<|end|>", "17"], "start_from": str(folder)}))
+    save_file({name: t[:1].clone() if name.endswith(TOKEN_ROWS) else t for name, t in tensors.items()}, file)
+    with pytest.raises(RecipeError, match=r"differs in .*trainable_tokens_delta: \(1, "):
+        record_of(make("fourth", lora={**lora, "start_from": str(folder)}))
 
 
 def test_tensors_of_other_layers_are_refused_by_name(make: Any, first: Any) -> None:

@@ -99,7 +99,7 @@ def test_the_report_has_the_same_and_unfinished_runs_are_refused(tmp_path: Path)
     assert report["figures"]["tokens/s"] == [75_312.4, 75_312.4]
     (tmp_path / "b" / "report.json").rename(tmp_path / "b" / "metrics.jsonl")
     (tmp_path / "b" / "metrics.jsonl").write_text("")
-    with pytest.raises(RecipeError, match=rf"must have ended with a report; {tmp_path}/b/ has none"):
+    with pytest.raises(RecipeError, match=rf"must have come to their end; {tmp_path}/b/ has not"):
         compare_runs(options, invocation())
 
 

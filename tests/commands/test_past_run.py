@@ -123,6 +123,8 @@ def test_a_last_line_that_was_cut_is_left_out_and_said(tmp_path: Path) -> None:
         ("report.json", "[" * 100_000, "report.json"),
         ("report.json", {"schema": 0}, "its schema is 0, not 1"),
         ("report.json", {"start": {}}, "start.recipe: Field required"),
+        ("report.json", {"ending": None, "start": [1]}, "start: "),
+        ("report.json", {"ending": None, "schema": 0}, "its schema is 0, not 1"),
         ("report.json", {"ranks": [{}]}, "ranks: KeyError: 'vram'"),
         ("report.json", {"ranks": []}, "it has no ranks"),
         ("report.json", {"recipe": {}}, "no whole recipe"),

@@ -129,7 +129,7 @@ def test_fault_24_the_whole_group_ends_in_time_and_status_json_says_why(
 def test_a_run_one_of_whose_ranks_was_killed_goes_on_as_near_to_an_uninterrupted_one_as_two_such_are_to_each_other(
     folder: Path, whole: dict[int, float], control: float
 ) -> None:
-    """After the test above. For 20 steps within 1e-4, as on one GPU; later the order of sums parts any two runs."""
+    """After the test above. In 20 steps within 1e-4, as on one GPU; later any two runs differ by the order of sums."""
     run = folder / "rank-1-killed"
     assert run.exists(), "select the test above too: its run is the one that goes on"
     done = ended(launched(folder, run.name), timeout_s=300)

@@ -25,6 +25,7 @@ def port(monkeypatch):
     monkeypatch.setenv("MASTER_PORT", str(port))
     monkeypatch.delenv("TORCHELASTIC_USE_AGENT_STORE", raising=False)
     monkeypatch.setattr(rendezvous, "_waited", deque(maxlen=0))  # the ranks of a test share one
+    monkeypatch.setattr(rendezvous, "_ended", {})
     return port
 
 
@@ -79,6 +80,21 @@ def test_a_rank_that_fails_before_it_has_come_ends_the_waiting_ranks_of_other_ma
         assert str(error).startswith(said)
     printed = [error.rank is None for error in errors]
     assert sum(printed) == 2, "one of each machine prints it"
+
+
+def test_a_rank_that_has_heard_a_failure_stays_with_its_store_until_later_ones_have_heard_it(port):
+    """Three machines. Rank 0, which has the store, hears rank 1 at once; rank 2 still imports."""
+    ranks = [RankInfo(number, 0, 3, 1) for number in range(3)]
+    with ThreadPoolExecutor(3) as threads:
+        telling = threads.submit(tell_failure, ranks[1], DataError("rows.jsonl must be there"))
+        error = threads.submit(wait_for_ranks, ranks[0], wait_s=60).exception(timeout=15)
+        staying = threads.submit(tell_failure, ranks[0], error)
+        with pytest.raises(TimeoutError):
+            staying.result(timeout=0.5)
+        later = threads.submit(wait_for_ranks, ranks[2], wait_s=60).exception(timeout=15)
+        assert str(later) == str(error) and error.reporter == later.reporter == 0
+        for rest in (telling, staying):
+            rest.result(timeout=15)
 
 
 def test_a_failure_is_told_only_to_other_machines_only_by_who_has_not_waited_and_not_for_ever(port, monkeypatch):
