@@ -36,7 +36,7 @@ def float32_arithmetic(stock: PeftModel) -> Iterator[None]:
                 stack.enter_context(_replaced(module, "compute_dtype", torch.float32))
             elif isinstance(module, nn.Embedding):
                 stack.callback(module.register_forward_hook(_cast_output).remove)
-            elif isinstance(module, TrainableTokensLayer):
+            elif issubclass(type(module), TrainableTokensLayer):
                 module.forward = partial(_with_rows, module)
                 stack.callback(delattr, module, "forward")
             elif type(module).forward is nn.Linear.forward:
@@ -82,7 +82,7 @@ def _with_rows(layer: Any, x: Tensor) -> Tensor:
     if not isinstance(base, nn.Embedding):
         return y.index_copy_(-1, ids, x.float() @ rows.T)
     found = x[..., None] == ids  # [..., n]
-    padding = (ids == base.padding_idx).nonzero() if base.padding_idx is not None else ()
+    padding = (ids == (-1 if base.padding_idx is None else base.padding_idx)).nonzero()  # as torch's embedding
     values = F.embedding(found.int().argmax(-1), rows, padding_idx=int(padding[0]) if len(padding) else None)
     return torch.where(found.any(-1)[..., None], values * float(getattr(base, "embed_scale", 1.0)), y)
 
