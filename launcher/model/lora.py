@@ -154,9 +154,11 @@ def stock_lora(model: PreTrainedModel, lora: LoraSection, *, seed: int, token_id
             orthogonal_start(layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight)
     if lora.starts_from_weights:
         start_from_weights(adapted, lora.init, _plain_weight, seed=seed)
-    for name, parameter in adapted.named_parameters():
+    for name, parameter in adapted.named_parameters():  # what train/optim.py reads
         if parameter.requires_grad and lora.plus_ratio != 1 and ".lora_" in name and ".lora_A." not in name:
-            parameter.rate_factor = lora.plus_ratio  # type: ignore[attr-defined]  # read by train/optim.py
+            parameter.rate_factor = lora.plus_ratio  # type: ignore[attr-defined]
+        if parameter.requires_grad and ".lora_" not in name:  # rows of tokens: towards zero is not towards the base
+            parameter.decays = False  # type: ignore[attr-defined]
     return adapted
 
 

@@ -28,7 +28,8 @@ from peft import LoraConfig, PeftModel
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
-from launcher.model.low_rank import leading_svd
+from launcher.errors import RecipeError
+from launcher.model.low_rank import NEGLIGIBLE, leading_svd
 from launcher.recipe.lora_section import NITER
 
 ADAPTER, START = "default", "start"  # PEFT's names of the trained and of the frozen one
@@ -39,12 +40,19 @@ def start_from_weights(adapted: PeftModel, init: str, weight_of: Callable[[Any],
     """Put A0 and B0 into the adapter and, with -B0, into a frozen one beside it. `weight_of(base_layer)`: fp32 [O, D].
     `seed`: of the SVD of large weights."""
     peft: Any = adapted
-    peft.add_adapter(START, replace(peft.peft_config[ADAPTER], init_lora_weights=False))
+    plain = {"init_lora_weights": False, "trainable_token_indices": None}  # rows of tokens begin as the base's own
+    peft.add_adapter(START, replace(peft.peft_config[ADAPTER], **plain))
     peft.base_model.set_adapter([ADAPTER, START])  # both are active
-    layers: list[Any] = [module for module in adapted.modules() if isinstance(module, LoraLayer)]
-    for layer in layers:
+    layers: dict[str, Any] = {n: module for n, module in peft.get_base_model().named_modules() if _is_adapted(module)}
+    for layer_name, layer in layers.items():
         rank, scaling = layer.r[ADAPTER], layer.scaling[ADAPTER]
         a, b = first_factors(weight_of(layer.base_layer), rank, scaling, init, seed=seed)
+        if (found := int((b.norm(dim=0) > 0).sum())) < rank:  # where A and B are both zero, neither would ever learn
+            raise RecipeError(
+                f"lora.init={init} needs weights with as many components as the rank; {layer_name} has {found}, its "
+                f"rank is {rank}.\nLower lora.r, give it a rank of its own in lora.rank_pattern, or use "
+                "lora.init=default."
+            )
         for name, sign in ((ADAPTER, 1), (START, -1)):
             layer.lora_A[name].weight.copy_(a)
             layer.lora_B[name].weight.copy_(sign * b)
@@ -52,14 +60,18 @@ def start_from_weights(adapted: PeftModel, init: str, weight_of: Callable[[Any],
         parameter.requires_grad_(False)
 
 
+def _is_adapted(module: Any) -> bool:
+    return isinstance(module, LoraLayer)
+
+
 def first_factors(weight: Tensor, rank: int, scaling: float, init: str, *, seed: int) -> tuple[Tensor, Tensor]:
-    """A0 [r, D] and B0 [O, r] of `weight` [O, D] by a value of lora.init."""
+    """A0 [r, D] and B0 [O, r] of `weight` [O, D] by a value of lora.init. What PiSSA finds no component for is zero."""
     if init == "olora":
         q = torch.linalg.qr(weight[:, :rank])[0]  # these columns alone decide Q_r
         return q.T @ weight, q
     _, _, iterations = init.partition(NITER)
     u, s, v = leading_svd(weight, rank, seed=seed, iterations=int(iterations) if iterations else None)
-    root = (s / scaling).sqrt()
+    root = torch.where(s > NEGLIGIBLE * s[0], s / scaling, 0.0).sqrt()
     return root[:, None] * v, u * root
 
 
@@ -75,7 +87,7 @@ def start_factors(layer: Any) -> tuple[Tensor, ...]:
 
 def joined_halves(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Tensors of both adapters by the names of the model's parameters -> those of one of rank 2r, by the names of
-    ADAPTER's: [A; A - A0], [B - B0, B0]."""
+    ADAPTER's: [A; A - A0], [B - B0, B0]. What has no start, the rows of trained tokens, is as it is."""
     starts = {name.replace(f".{START}.", f".{ADAPTER}."): t for name, t in tensors.items() if f".{START}." in name}
     joined = {}
     for name, tensor in tensors.items():
@@ -83,13 +95,21 @@ def joined_halves(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
             joined[name] = torch.cat([tensor, tensor - starts[name]])
         elif name in starts:
             joined[name] = torch.cat([tensor + starts[name], -starts[name]], 1)
+        elif f".{START}." not in name:
+            joined[name] = tensor
     return joined
 
 
 def trained_half(saved: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A and B of the tensors of `joined_halves`, by their names; B up to its last bit."""
-    pairs = {name: tensor.chunk(2, 0 if ".lora_A." in name else 1) for name, tensor in saved.items()}
-    return {name: pair[0] if ".lora_A." in name else pair[0] + pair[-1] for name, pair in pairs.items()}
+    """A and B, and what has no start, of the tensors of `joined_halves`, by their names; B up to its last bit."""
+    trained = dict(saved)
+    for name, tensor in saved.items():
+        if ".lora_A." in name:
+            trained[name] = tensor.chunk(2)[0]
+        elif ".lora_B." in name:
+            first, last = tensor.chunk(2, 1)
+            trained[name] = first + last
+    return trained
 
 
 def doubled_settings(config: LoraConfig) -> dict[str, Any]:

@@ -37,8 +37,6 @@ class TrainedTokens(nn.Module):
         wrapped = causal_lm.model.embed_tokens, causal_lm.lm_head
         assert all(isinstance(one, TrainableTokensWrapper) for one in wrapped), "tokens are trained in both"
         self.embedding_rows, self.head_rows = (one.token_adapter.trainable_tokens_delta[ADAPTER] for one in wrapped)
-        for parameter in (self.embedding_rows, self.head_rows):
-            parameter.decays = False  # read by train/optim.py
         embedding, head = map(unwrapped, wrapped)
         self._weights = tuple({id(one.weight): one.weight for one in (embedding, head)}.values())
         assert len(self._weights) == 2 or self.embedding_rows is self.head_rows, "one matrix has one value of a row"

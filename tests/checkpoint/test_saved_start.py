@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
 
 from launcher.checkpoint.adapter import holds_adapter, prove_adapter, save_tensors
@@ -18,12 +17,29 @@ from launcher.recipe.lora_section import LoraSection
 from tests.support.lora_starts import VARIANTS, alone_loss, base_model, moved, ours, packed_loss
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_stock_peft_gives_the_saved_adapter_the_same_loss_on_the_same_base(variant: str, tmp_path: Path) -> None:
-    peft = moved(ours(VARIANTS[variant]))
+@torch.no_grad()
+def with_signs_of(peft: PeftModel, theirs: PeftModel) -> None:
+    """A singular vector and its opposite are both right: give each pair of `theirs` the sign that `peft` has."""
+    mine, parameters = dict(peft.named_parameters()), dict(theirs.named_parameters())
+    for name, a in parameters.items():
+        if ".lora_A." in name:
+            signs = (a * mine[name]).sum(1).sign()
+            a.mul_(signs[:, None])
+            parameters[name.replace("_A", "_B")].mul_(signs)
+
+
+TOKENS: dict[str, Any] = {"init": "pissa", "trainable_tokens": ["5", "7"]}
+
+
+@pytest.mark.parametrize("lora", [*VARIANTS.values(), TOKENS], ids=[*VARIANTS, "tokens"])
+def test_stock_peft_gives_the_saved_adapter_the_same_loss_on_the_same_base(
+    lora: dict[str, Any], tmp_path: Path
+) -> None:
+    peft = moved(ours(lora))
     save_tensors(peft, None, tmp_path)
     assert holds_adapter(peft, tmp_path)
     loss = float(packed_loss(peft))
+    prove_adapter(peft, tmp_path, loss=lambda: float(packed_loss(peft)))
 
     def stock() -> float:
         with torch.no_grad():
@@ -43,21 +59,16 @@ def test_the_saved_adapter_is_pefts_own_conversion_and_keeps_its_digits_in_half_
 ) -> None:
     """On an unquantised base, which PEFT's PiSSA demands."""
     config = LoraConfig(r=4, lora_alpha=32, target_modules=["up_proj"], init_lora_weights=init, task_type="CAUSAL_LM")
-    theirs: Any = get_peft_model(base_model("none"), config)
-    if init == "pissa":
-        with torch.no_grad():
-            for layer in (module for module in theirs.modules() if isinstance(module, LoraLayer)):
-                a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
-                signs = a.gather(1, a.abs().argmax(1, keepdim=True)).sign()  # as leading_svd settles them
-                a.mul_(signs), b.mul_(signs.T)
+    theirs = get_peft_model(base_model("none"), config)
+    peft = ours({"init": init, "targets": ["up_proj"]}, quant="none")
+    with_signs_of(peft, theirs)
     theirs.peft_config["default"].init_lora_weights = True
     theirs.save_pretrained(tmp_path / "begun")
     theirs.peft_config["default"].init_lora_weights = init
     moved(theirs, 0.02).save_pretrained(
         tmp_path / "theirs", path_initial_model_for_weight_conversion=str(tmp_path / "begun")
     )
-    peft = moved(ours({"init": init, "targets": ["up_proj"]}, quant="none"), 0.02)
-    save_tensors(peft, None, tmp_path / "ours")
+    save_tensors(moved(peft, 0.02), None, tmp_path / "ours")
     one, other = (load_file(tmp_path / side / "adapter_model.safetensors") for side in ("ours", "theirs"))
     assert {name: t.shape for name, t in one.items()} == {name: t.shape for name, t in other.items()}
     for name in one:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from launcher.errors import RecipeError
 from launcher.model import lora_start, low_rank
 from launcher.model.load import empty_model
+from launcher.model.lora import stock_lora
 from launcher.model.lora_start import first_factors, start_parameters
 from launcher.model.lora_targets import check_targets
 from launcher.ops import qlora_linear
@@ -177,3 +178,16 @@ def test_a_rank_beyond_the_components_of_a_weight_is_refused() -> None:
     check_targets(model, LoraSection(r=64, init="pissa", rank_pattern={"[kv]_proj": 32}))
     with pytest.raises(RecipeError, match=r"k_proj has 32, its\s+rank is 64"):
         check_targets(model, LoraSection(r=64, init="pissa"))
+
+
+@pytest.mark.parametrize("init", ["pissa", "pissa_niter_4", "olora"])
+def test_a_weight_with_fewer_components_than_the_rank_is_refused_where_a_and_b_would_stay_zero(init: str) -> None:
+    """As the projections of blocks that were added to a model, which begin at zero."""
+    base = base_model("none")
+    with torch.no_grad():
+        base.model.layers[1].mlp.down_proj.weight[2:] = 0
+    if init == "olora":  # its B is orthonormal all the same
+        stock_lora(base, LoraSection(r=4, init=init), seed=0)
+        return
+    with pytest.raises(RecipeError, match=r"model\.layers\.1\.mlp\.down_proj has 2, its\s+rank is 4"):
+        stock_lora(base, LoraSection(r=4, init=init), seed=0)

@@ -34,11 +34,20 @@ def rows_of(gradients: dict[str, Any]) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(
-    ("model_type", "tied"),
-    [("llama", True), ("llama", False), ("gemma2", True), ("gemma3_text", False), ("granite", True)],
+    ("model_type", "tied", "init"),
+    [
+        ("llama", True, "default"),
+        ("llama", False, "default"),
+        ("gemma2", True, "default"),
+        ("gemma3_text", False, "default"),
+        ("granite", True, "default"),
+        ("llama", True, "pissa"),
+        ("llama", False, "olora"),
+    ],
 )
-def test_loss_and_gradients_are_those_of_stock_peft(model_type: str, tied: bool) -> None:
-    loss, gradients = differences(config_of(model_type, tie_word_embeddings=tied), TOKENS)
+def test_loss_and_gradients_are_those_of_stock_peft(model_type: str, tied: bool, init: str) -> None:
+    recipe = with_tokens(*map(int, TOKENS.lora.trainable_tokens), init=init)
+    loss, gradients = differences(config_of(model_type, tie_word_embeddings=tied), recipe)
     assert loss < 1e-5 and max(gradients.values()) < 1e-4, gradients
     assert len(rows_of(gradients)) == (1 if tied else 2)
 
@@ -169,7 +178,7 @@ def test_the_start_is_compared_with_stock_code_rows_included_and_all_is_as_befor
 def test_rows_have_no_weight_decay_and_the_rate_of_a() -> None:
     recipe = with_tokens(3, 5, plus_ratio=16.0)
     train = recipe.train.model_copy(update={"weight_decay": 0.1})
-    built, _ = build(config_of("llama", tie_word_embeddings=False), recipe)
+    built, adapters = build(config_of("llama", tie_word_embeddings=False), recipe)
     groups = parameter_groups(list(trainable(built.packed)), train, lr=1.0)
     assert built.packed.trained is not None
     for rows in (built.packed.trained.embedding_rows, built.packed.trained.head_rows):
@@ -177,3 +186,7 @@ def test_rows_have_no_weight_decay_and_the_rate_of_a() -> None:
         assert (group["weight_decay"], group["rate_factor"]) == (0.0, 1.0)
     others = {(group["weight_decay"], group["rate_factor"]) for group in groups if group["weight_decay"]}
     assert others == {(0.1, 1.0), (0.1, 16.0)}
+    stock = trainable(stock_of(config_of("llama", tie_word_embeddings=False), adapters, recipe))  # of mode=bench
+    theirs = parameter_groups(stock, train, lr=1.0)
+    sizes = [sorted((len(g["params"]), g["weight_decay"]) for g in side) for side in (groups, theirs)]
+    assert sizes[0] == sizes[1]

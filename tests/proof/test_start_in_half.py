@@ -28,6 +28,7 @@ DEEP = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
+TOKENS = [0, *PIECES[1][:2].unique().tolist()]  # 0 pads
 JUDGED = "beyond a limit, so judged by stock code in float32: "
 
 
@@ -132,7 +133,8 @@ def test_a_model_that_does_not_compute_in_float32_is_judged_by_the_limits(
         ("llama", "nf4", {}, {"attention_bias": True, "mlp_bias": True}),
         ("llama", "none", {}, {}),
         ("olmo", "nf4", {"dora": True}, {}),
-        ("gemma3_text", "nf4", {}, {"tie_word_embeddings": True}),
+        ("gemma3_text", "nf4", {"trainable_tokens": TOKENS}, {"tie_word_embeddings": True}),
+        ("llama", "nf4", {"trainable_tokens": TOKENS}, {"tie_word_embeddings": False}),
     ],
 )
 def test_stock_code_in_float32_is_the_fp32_reference_of_parity_and_leaves_every_bit(
@@ -145,7 +147,8 @@ def test_stock_code_in_float32_is_the_fp32_reference_of_parity_and_leaves_every_
         {"model": model, "quant": {"type": quant}, "lora": {"r": 4, **sections}, "train": {"steps": 1}}
     )
     config = small_config(model_type, **changes)
-    reference: Any = stock_model(recipe, "", config, dtype=torch.bfloat16, device=torch.device("cpu"), reference=True)
+    how: dict[str, Any] = {"dtype": torch.bfloat16, "device": torch.device("cpu"), "reference": True}
+    reference: Any = stock_model(recipe, "", config, **how, token_ids=list(map(int, recipe.lora.trainable_tokens)))
     tensors = {**dict(built.peft.named_parameters()), **dict(built.peft.named_buffers())}
     before = {name: (tensor.detach().clone(), tensor.data_ptr()) for name, tensor in tensors.items()}
     reference.load_state_dict({n: p for n, p in built.peft.named_parameters() if ".lora_" in n}, strict=False)
@@ -161,8 +164,19 @@ def test_stock_code_in_float32_is_the_fp32_reference_of_parity_and_leaves_every_
     assert not any("forward" in vars(module) for module in built.peft.modules())
 
 
+def test_a_layer_that_casts_to_half_precision_is_no_reference(
+    deep: BuiltModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layer: Any = type(deep.packed.body.layers[0])
+    right = layer.forward
+    monkeypatch.setattr(layer, "forward", lambda self, *args, **kwargs: right(self, *args, **kwargs).bfloat16())
+    verdict = start_verdict(deep, PIECES, seed=0)
+    assert "stock code does not compute in float32 here (HeliumDecoderLayer gives bfloat16)" in verdict.evidence
+
+
 def gradients(model: Any, ids: Tensor, labels: Tensor) -> dict[str, Tensor]:
-    """Of B: at zero, where it begins, that of A is zero."""
-    named = {name: parameter for name, parameter in model.named_parameters() if ".lora_B." in name}
+    """Of B and of trained tokens: at zero, where B begins, that of A is zero."""
+    kinds = ".lora_B.", ".trainable_tokens_delta."
+    named = {name: p for name, p in model.named_parameters() if any(kind in name for kind in kinds)}
     loss = summed_loss(model, ids, labels, dtype=torch.float32)
     return dict(zip(named, torch.autograd.grad(loss, list(named.values())), strict=True))

@@ -32,6 +32,5 @@ def build_any(
     )
     config, where = small_config(model_type, **changes), torch.device(device)
     check_model(recipe, "", config, where)
-    return build_model(
-        recipe, "", config, device=where, blocks=BlockFacts((length,), alone=False), phase=lambda _: None
-    )
+    blocks, ids = BlockFacts((length,), alone=False), [int(token) for token in recipe.lora.trainable_tokens]
+    return build_model(recipe, "", config, device=where, blocks=blocks, phase=lambda _: None, token_ids=ids)

@@ -37,7 +37,8 @@ def base_model(quant: str = "nf4", dtype: torch.dtype = torch.float32) -> Any:
 
 def ours(lora: dict[str, Any], *, quant: str = "nf4", dtype: torch.dtype = torch.float32) -> Any:
     base = base_model(quant, dtype)
-    peft = attach_lora(base, LoraSection(**{"r": 4, **lora}), seed=0)
+    section = LoraSection(**{"r": 4, **lora})
+    peft = attach_lora(base, section, seed=0, token_ids=tuple(map(int, section.trainable_tokens)))
     group_projections(base.model.layers, mlp=family_of(base.config, max_length=20).mlp)
     return peft
 
