@@ -4,8 +4,8 @@ import torch
 
 from launcher.records.export import ExportLimits
 
-EXACT = ExportLimits(loss=1e-6, kl=1e-7, disagreement=0.0)  # the same files, loaded by the same code
-SINGLE = ExportLimits(loss=1e-5, kl=1e-6, disagreement=0.001)  # merged; all of both sides in float32
+EXACT = ExportLimits(loss=1e-6, kl=1e-7, disagreement=0.0, rounded=False)  # the same files, loaded by the same code
+SINGLE = ExportLimits(loss=1e-5, kl=1e-6, disagreement=0.001, rounded=False)  # merged; both sides in float32
 HALF_WIDTH = ExportLimits(loss=5e-3, kl=1e-3, disagreement=0.01)  # merged; weights or computation in 16 bits
 OTHER_BASE = ExportLimits(loss=0.05, kl=0.06, disagreement=0.1)  # on=original: the rounding of the base to NF4 besides
 GGUF_LIMITS = {  # gguf, on=dequantised

@@ -13,6 +13,7 @@ class ExportLimits:
     loss: float  # difference of the mean losses, nats
     kl: float  # mean over the compared positions, nats
     disagreement: float  # share of the compared positions, as of ExportFigures
+    rounded: bool = True  # to 16 bits or fewer, which scatters the losses of single tokens
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ class ExportFigures:
 
     def loss_limit(self, limits: ExportLimits) -> float:
         """The most that the losses may differ by: of few tokens rounding alone makes more than the limit for many."""
-        return limits.loss + self.loss_scatter
+        return limits.loss + (self.loss_scatter if limits.rounded else 0.0)
 
 
 @dataclass(frozen=True)
