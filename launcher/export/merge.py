@@ -30,6 +30,7 @@ from launcher.checkpoint.files import writable
 from launcher.checkpoint.plain_lora import TOKEN_ROWS, beyond_plain, token_indices
 from launcher.errors import DiskError, RecipeError
 from launcher.export.load_run import OpenedRun
+from launcher.export.place import first_start
 from launcher.model.load import empty_model
 from launcher.model.lora import nf4_of_weight
 from launcher.model.weight_files import (
@@ -97,7 +98,7 @@ def plan_merge(run: OpenedRun, *, on: str, dtype: torch.dtype) -> MergePlan:
             f"on=original needs the base's weights in 16 bits or more; {run.source} holds them quantised to 4 bits.\n"
             "Use on=dequantised, which is what the adapter was trained on."
         )
-    if recipe.lora.init == "loftq" and on == "original":
+    if on == "original" and first_start(recipe.lora) == "loftq":
         raise RecipeError(
             "on=original adds the update to weights that were not rounded to NF4; that of lora.init=loftq makes up for "
             "the rounding, and would do so twice.\nUse on=dequantised, which is what the adapter was trained on."

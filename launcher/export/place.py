@@ -15,7 +15,8 @@ from pydantic import ValidationError
 
 from launcher.checkpoint.files import damaged, read_object, writable
 from launcher.checkpoint.folder import RunFolder, bundles_of, run_folder_of
-from launcher.errors import RecipeError
+from launcher.errors import LauncherError, RecipeError
+from launcher.recipe.lora_section import LoraSection
 from launcher.recipe.schema import Recipe
 
 UNPROVEN_SUFFIX = ".unproven"  # of a folder whose proof failed
@@ -62,6 +63,19 @@ def find_run(path: Path) -> RunPlace:
     counts, eval_loss = (report or {}).get("data", {}), _eval_loss(folder, adapter, report or {})
     finished = report is not None
     return RunPlace(folder, adapter, recipe, dtype, finished=finished, notes=notes, counts=counts, eval_loss=eval_loss)
+
+
+def first_start(lora: LoraSection) -> str:
+    """lora.init of the run with which a row of runs began, each from the adapter of the one before: as far back as
+    their folders are here."""
+    seen = set[str]()
+    while lora.start_from and lora.start_from not in seen:
+        seen.add(lora.start_from)
+        try:
+            lora = find_run(Path(lora.start_from)).recipe.lora
+        except LauncherError:  # an adapter without a run, or of the hub
+            break
+    return lora.init
 
 
 def check_target(to: Path) -> None:

@@ -63,8 +63,10 @@ def test_what_makes_up_for_the_rounding_to_nf4_is_not_added_to_weights_that_were
     main: Main, small_arguments: tuple[str, ...], tmp_path: Path
 ) -> None:
     trained(small_arguments, tmp_path / "run", "train.steps=2", "lora.init=loftq")
-    refused = main("mode=export", "run=run", "to=out", "on=original")
-    assert refused.code == 2 and "makes up for the rounding" in " ".join(refused.err.split()), refused.err
+    trained(small_arguments, tmp_path / "later", "train.steps=2", f"lora.start_from={tmp_path / 'run' / 'adapter'}")
+    for run in ("run", "later"):
+        refused = main("mode=export", f"run={run}", "to=out", "on=original")
+        assert refused.code == 2 and "makes up for the rounding" in " ".join(refused.err.split()), refused.err
     assert main("mode=export", "run=run", "to=out").code == 0
 
 
