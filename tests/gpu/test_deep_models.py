@@ -28,7 +28,7 @@ def test_a_deep_model_is_within_the_gate_of_parity(recipe_1b: Callable[..., Any]
     (tmp_path / "config.json").write_text(json.dumps({**config, **NARROW, **IDS}), encoding="utf-8")
     recipe = recipe_1b(
         model={"name": str(tmp_path), "dtype": "bfloat16"},
-        lora={"targets": "all-linear"},
+        lora={"targets": ["all-linear"]},
         data={"max_length": 2048},
         proof={"parity": 4},
     )
