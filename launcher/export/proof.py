@@ -181,11 +181,12 @@ def pairs_of(trained: ModelOutputs, written: ModelOutputs, probe: Probe, run: Op
 def figure_verdicts(figures: ExportFigures, limits: ExportLimits) -> tuple[Verdict, ...]:
     loss, kl, share, limit = figures.loss_difference, figures.mean_kl, figures.disagreement, limits.disagreement
     losses = f"{figures.trained_loss:.5f} trained, {figures.written_loss:.5f} written"
-    scatter = f" + {figures.loss_scatter:.1e} for the scatter of tokens" if limits.rounded else ""
+    most = figures.loss_limit(limits)
+    scatter = f" + {most - limits.loss:.1e} for the scatter of tokens" if limits.rounded else ""
     return (
         Verdict(
             "the loss is the trained model's",
-            loss <= figures.loss_limit(limits),
+            loss <= most,
             f"{losses}, at most {limits.loss:g}{scatter} apart",
         ),
         Verdict(

@@ -1,5 +1,6 @@
 """What mode=export measured: plain frozen records. Shown by report/pages/export.py, written to report=PATH."""
 
+import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -38,8 +39,11 @@ class ExportFigures:
         return abs(self.written_loss - self.trained_loss)
 
     def loss_limit(self, limits: ExportLimits) -> float:
-        """The most that the losses may differ by: of few tokens rounding alone makes more than the limit for many."""
-        return limits.loss + (self.loss_scatter if limits.rounded else 0.0)
+        """The most that the losses may differ by: of few tokens rounding alone makes more than the limit for many.
+        Their scatter counts as far as the limit of KL lets it be: of logits that are off by a little, the loss of a
+        token has the variance 2 KL."""
+        allowed = 2 * math.sqrt(2 * limits.kl / self.tokens) if limits.rounded else 0.0
+        return limits.loss + min(self.loss_scatter, allowed)
 
 
 @dataclass(frozen=True)

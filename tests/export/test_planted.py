@@ -4,6 +4,7 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -81,7 +82,7 @@ def test_the_losses_of_few_tokens_may_scatter_and_those_of_many_may_not(tokens: 
     """Differences of a token by 0.03 nats, as rounding to 16 bits makes them, and one that all tokens share."""
     torch.manual_seed(0)
     noise = torch.randn(tokens) * 0.03
-    probe = proof.Probe([], [], "")
+    probe = Mock(documents=[], tokens=tokens)
     outputs = [
         proof.ModelOutputs(
             losses, torch.zeros(tokens), torch.randn(2, 5, generator=torch.Generator().manual_seed(0)), []
