@@ -12,7 +12,15 @@ from pathlib import Path
 from typing import Any
 
 from launcher.credentials import masked_tree
-from launcher.errors import DISK_FAULTS, DiskError, FolderError, LauncherError, RecipeError, errno_of
+from launcher.errors import (
+    DISK_FAULTS,
+    CheckpointError,
+    DiskError,
+    FolderError,
+    LauncherError,
+    RecipeError,
+    errno_of,
+)
 
 
 @contextmanager
@@ -100,6 +108,15 @@ def damaged(file: Path, reason: str) -> RecipeError:
     return RecipeError(
         f"{file.name} of a run must be whole and of this version; {file} is not: {reason}.\n"
         "Use the version that wrote it, or another run."
+    )
+
+
+def damaged_adapter(file: Path, error: Exception, *, instead: str = "") -> CheckpointError:
+    """The error of an adapter's file that is missing or cannot be read. `instead`: what else the user may name."""
+    found = f"is damaged: {str(error).splitlines()[0] if str(error) else type(error).__name__}"
+    return CheckpointError(
+        f"an adapter must be whole; {file} {found if file.is_file() else 'is missing'}.\n"
+        f"Restore it from a copy,{f' name {instead} instead,' if instead else ''} or train again."
     )
 
 

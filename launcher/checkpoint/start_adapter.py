@@ -7,6 +7,7 @@ import shlex
 from pathlib import Path
 from typing import Any
 
+from launcher.checkpoint.files import damaged_adapter
 from launcher.checkpoint.plain_lora import TOKEN_ROWS, beyond_plain, token_indices
 from launcher.credentials import masked, shortened
 from launcher.errors import RecipeError
@@ -91,15 +92,21 @@ def _check_plain(start: str, settings: dict[str, Any]) -> None:
 
 def load_start(model: Any, lora: LoraSection, *, base: str) -> str:
     """Overwrite the adapter of the PeftModel `model` with the weights of `lora.start_from`; returns a note that says
-    which they are. `base`: what the model was loaded from. Raises RecipeError where they are not this model's."""
+    which they are. `base`: what the model was loaded from. Raises RecipeError where they are not this model's,
+    CheckpointError where their file is damaged."""
     from peft import get_peft_model_state_dict, set_peft_model_state_dict
+    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     start = str(lora.start_from)
     settings = _settings(_file(start, CONFIG), start)
     check_settings(lora, settings)
     file = _file(start, WEIGHTS)
-    saved, own = load_file(file), get_peft_model_state_dict(model, save_embedding_layers=False)
+    try:
+        saved = load_file(file)
+    except (SafetensorError, OSError) as error:
+        raise damaged_adapter(file, error, instead="another adapter (of a run: checkpoints/step-N/adapter)") from None
+    own = get_peft_model_state_dict(model, save_embedding_layers=False)
     _order_tokens(saved, settings, model.peft_config["default"].to_dict(), start)
     shapes = [{name: tuple(tensor.shape) for name, tensor in tensors.items()} for tensors in (saved, own)]
     if shapes[0] != shapes[1]:

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from launcher.checkpoint.plain_lora import TOKEN_ROWS
 from launcher.checkpoint.start_adapter import check_start
-from launcher.errors import RecipeError
+from launcher.errors import CheckpointError, RecipeError
 from launcher.preflight.before_torch import goes_on
 from launcher.records.run import RunRecord, StartRecord
 from tests.support.runs import adapter, events_of, record_of, trained
@@ -184,6 +184,13 @@ def test_tensors_of_other_layers_are_refused_by_name(make: Any, first: Any) -> N
     file = folder / "adapter_model.safetensors"
     save_file({name.replace("layers.1", "layers.5"): t for name, t in load_file(file).items()}, file)
     with pytest.raises(RecipeError, match=r"layers\.1.*: none there|layers\.5.*none here"):
+        record_of(make("second", lora={"start_from": str(folder)}))
+
+
+def test_a_file_of_weights_that_is_cut_off_is_named(make: Any, first: Any) -> None:
+    folder, _ = first
+    (folder / "adapter_model.safetensors").write_bytes(b"cut")
+    with pytest.raises(CheckpointError, match=r"adapter_model.safetensors is damaged: .*\nRestore it .*step-N/adapter"):
         record_of(make("second", lora={"start_from": str(folder)}))
 
 

@@ -107,6 +107,14 @@ def test_an_unfinished_run_is_shown_with_what_there_is(tmp_path: Path) -> None:
     holder.unlock()
 
 
+@pytest.mark.parametrize(("code", "says"), [(0, "missing: what only it holds"), (130, "yes, from step 8")])
+def test_a_run_that_was_done_and_lost_its_report_is_not_said_to_go_on(tmp_path: Path, code: int, says: str) -> None:
+    unfinished(tmp_path / "run", code=code)
+    (tmp_path / "run" / "checkpoints" / "step-8").mkdir(parents=True)
+    text = shown(read_run(str(tmp_path / "run")))
+    assert says in text and ("unfinished run" in text, "goes on" in text) == (code != 0, code != 0)
+
+
 def test_a_last_line_that_was_cut_is_left_out_and_said(tmp_path: Path) -> None:
     unfinished(tmp_path / "run")
     with open(tmp_path / "run" / "metrics.jsonl", "a") as file:

@@ -115,6 +115,32 @@ def test_an_unfinished_run_answers_from_its_newest_checkpoint_and_is_not_exporte
     assert [path.name for path in tmp_path.iterdir()] == ["unfinished"]
 
 
+@pytest.mark.parametrize("mode", ["generate", "evaluate", "export"])
+@pytest.mark.parametrize(
+    ("name", "kept", "says"),
+    [
+        ("adapter_config.json", 9, "is damaged: .*\nRestore it .*step-N"),
+        ("adapter_model.safetensors", 7, "is damaged: .*\nRestore it .*step-N"),
+        ("adapter_model.safetensors", -1, "is damaged: .*\nRestore it .*step-N"),
+        ("tokenizer.json", None, "is missing.\nRestore it from a copy, or train again"),
+        ("tokenizer_config.json", 9, "is damaged: .*\nRestore it from a copy, or train again"),
+        ("tokenizer.json", 9, "is damaged: .*\nRestore it from a copy, or train again"),
+    ],
+)
+def test_a_file_of_the_adapter_that_is_missing_or_cut_off_is_named(
+    main: Main, run_folder: Path, tmp_path: Path, mode: str, name: str, kept: int | None, says: str
+) -> None:
+    damaged = Path(shutil.copytree(run_folder, tmp_path / "damaged"))
+    file = damaged / "adapter" / name
+    if kept is None:
+        file.unlink()
+    else:
+        file.write_bytes(file.read_bytes()[:kept])
+    more = {"generate": f"prompt={QUESTION}", "evaluate": "max_rows=1", "export": "to=out"}[mode]
+    refused = main(f"mode={mode}", f"run={damaged}", more)
+    assert refused.code == 4 and re.search(rf"{name} {says}", refused.err), refused.err
+
+
 def test_a_bare_prompt_is_asked_as_the_command_line_asks_it(generate: Main, tmp_path: Path) -> None:
     asked = [{"role": "user", "content": QUESTION}]
     (tmp_path / "bare.jsonl").write_text(

@@ -1,4 +1,5 @@
-"""A run that did not come to its end: how far it came, how it ended, and whether it can go on."""
+"""A run that did not come to its end: how far it came, how it ended, and whether it can go on. Or one that did, and
+whose report.json is missing."""
 
 import shlex
 
@@ -18,11 +19,13 @@ def unfinished_page(run: UnfinishedRun) -> Page:
         ("last step", f"{run.steps[-1].step:,}" if run.steps else "none"),
         ("time in steps", f"{sum(step.step_s for step in run.steps):,.1f} s"),
         ("checkpoints", ", ".join(f"step {step:,}" for step in run.checkpoints) or "none"),
-        ("goes on", _resume(run)),
+        ("report.json", Styled("missing: what only it holds is not shown", "bad"))
+        if _done(run)
+        else ("goes on", _resume(run)),
     ]
     given = [(run.ending.rank, run.ending.explanations)] if run.ending else []
     sections = [loss_section(run.steps, run.evals), explanations(given), parts_section(run.parts), notes(run.notes)]
-    return Page(sections, title="unfinished run", facts=facts)
+    return Page(sections, title="finished run without its report" if _done(run) else "unfinished run", facts=facts)
 
 
 def ending(run: UnfinishedRun) -> Value:
@@ -31,8 +34,15 @@ def ending(run: UnfinishedRun) -> Value:
         return Styled("not yet: a process has the folder", "good")
     if run.ending is None:
         return Styled("without a word: it was killed, or its machine stopped", "bad")
+    if _done(run):
+        return Styled(f"code 0: {run.ending.reason}", "good")
     reason = run.ending.reason.splitlines()[0] if run.ending.explanations else run.ending.reason
     return Styled(f"code {run.ending.code}, rank {run.ending.rank}: {reason}", "bad")
+
+
+def _done(run: UnfinishedRun) -> bool:
+    """Whether the run came to its end, with code 0, and has lost its report."""
+    return not run.in_use and run.ending is not None and run.ending.code == 0
 
 
 def _resume(run: UnfinishedRun) -> str:
