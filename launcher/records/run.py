@@ -81,6 +81,7 @@ class StartRecord:
     activations: str = "none"  # the policy, and why
     forecast_mib: float | None = None  # peak of allocated memory forecast for that policy; None on a CPU
     loss_tokens: tuple[int, ...] = ()  # by width: tokens of a micro batch for which the loss is computed
+    lora: str = ""  # rank, alpha, and what else differs from the defaults
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ import torch
 
 from launcher.data.loader import TrainLoader
 from launcher.data.pack.blocks import blank_step_note
+from launcher.recipe.lora_section import LoraSection
 from launcher.records.counts import counts_in_words
 from launcher.records.run import EvalRecord, Event, Note, RankRecord, StartRecord, StepRecord
 from launcher.train.setup import Worker
@@ -43,6 +44,7 @@ def start_record(worker: Worker) -> StartRecord:
         accumulation=train.accumulation,
         steps=worker.steps,
         epochs=worker.steps / worker.batches.steps_per_epoch if isinstance(worker.batches, TrainLoader) else None,
+        lora=adapter_in_words(recipe.lora),
         optimizer=f"{_with_options(train.optimizer, train.optimizer_options)}, lr {train.lr:g}, "
         f"{_with_options(train.schedule, train.schedule_options)}",
         compile="off" if compile.mode == "off" else f"{compile.mode}, scope {compile.scope}, {compile.backend}",
@@ -136,6 +138,13 @@ def first_loss_note(first: StepRecord | EvalRecord, vocabulary: int) -> tuple[st
         f"{vocabulary:,} tokens ln({vocabulary:,}) = {guess:.2f}. Its weights are damaged or untrained, or "
         "tokenizer and weights do not belong together: download both again",
     )
+
+
+def adapter_in_words(lora: LoraSection) -> str:
+    """As "r 16, alpha 32 · dora, init pissa": keys at their defaults are left out."""
+    given = lora.model_dump(exclude_defaults=True, exclude={"r", "alpha"})
+    others = ", ".join(key if value is True else f"{key} {value}" for key, value in given.items())
+    return " · ".join(filter(None, (f"r {lora.r}, alpha {lora.alpha:g}", others)))
 
 
 def _device_name(device: torch.device, *, index: bool = False) -> str:

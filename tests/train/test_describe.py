@@ -3,9 +3,10 @@
 import pytest
 import torch
 
+from launcher.recipe.lora_section import LoraSection
 from launcher.records.run import EvalRecord
 from launcher.train import describe
-from launcher.train.describe import first_loss_note, slow_dtype_note
+from launcher.train.describe import adapter_in_words, first_loss_note, slow_dtype_note
 from tests.support.records import step_record
 
 CPU = torch.device("cpu")
@@ -53,3 +54,9 @@ def test_a_first_loss_that_is_no_better_than_a_guess_is_noted(first, said):
     [*notes] = first_loss_note(first, 8192)
     assert bool(notes) == said
     assert all("ln(8,192) = 9.01" in note for note in notes)
+
+
+def test_an_adapter_is_told_by_its_rank_its_alpha_and_what_is_not_the_default():
+    assert adapter_in_words(LoraSection()) == "r 16, alpha 32"
+    told = adapter_in_words(LoraSection(r=8, dora=True, rslora=False, targets=["q_proj"], init="gaussian"))
+    assert told == "r 8, alpha 32 · targets ['q_proj'], init gaussian, dora"

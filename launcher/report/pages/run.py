@@ -152,7 +152,7 @@ def _next(adapter: str, run_dir: str, *, raises: str) -> Section:
         f"adapter = {adapter!r}",
         "model = AutoPeftModelForCausalLM.from_pretrained(adapter)",
     )
-    more_steps = f"raise {raises} and name this run.output_dir again; other data: export it first"
+    more_steps = f"raise {raises} and name this run.output_dir again; other data: lora.start_from names this adapter"
     merge = "export it, and train the result with model.name=./my-model"
     rows: list[tuple[Value, Value]] = [
         ("load", "\n".join(code)),

@@ -16,9 +16,10 @@ BAR_WIDTH = 24  # characters of the longest bar
 def model_facts(start: StartRecord) -> list[tuple[Value, Value]]:
     """What is trained, and on which device."""
     share = start.trainable / start.parameters
+    lora = f" · {start.lora}" if start.lora else ""  # reports of earlier versions have none
     return [
         ("model", f"{start.model} ({start.family})"),
-        ("parameters", f"{whole(start.trainable)} trainable of {whole(start.parameters)} ({share * 100:.2f} %)"),
+        ("parameters", f"{whole(start.trainable)} trainable of {whole(start.parameters)} ({share * 100:.2f} %){lora}"),
         ("device", f"{start.device} × {start.world_size}"),
         ("dtype", f"{start.dtype} · {start.quantization}"),
     ]

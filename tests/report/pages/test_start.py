@@ -27,6 +27,7 @@ def started(**changes: Any) -> str:
             "note dtype auto: bfloat16, compute capability 9.0",
             "computed|forecast|at most",
         ),
+        ({"lora": "r 16, alpha 32 · dora"}, "of 1,247,086,592 (0.90 %) · r 16, alpha 32 · dora|bfloat16", "lora"),
         (
             {"widths": (64, 512, 2048)},
             "B × S = 2 × (64, 512, 2,048)|step at most 32,768 tokens|6.40 epochs",
