@@ -15,7 +15,7 @@ from typing import Any
 
 from rich.console import Console
 
-from launcher.data.read.formats import detected_format, read_rows
+from launcher.data.read.formats import RENAME, detected_format, read_rows
 from launcher.data.read.rows import Conversation, Feed, ReadingProgress, Row, RowFault, TokenIds
 from launcher.data.read.sources import local_files, open_source
 from launcher.errors import DataError
@@ -35,6 +35,10 @@ from launcher.runtime.failures import classified
 from launcher.runtime.ranks import RankInfo
 
 SAMPLE_ROWS = 5_000  # of which lengths are counted: a second of work; 50 of them are longer than the 99th percentile
+RENAME_IN_FILE = (  # data= names a file alone
+    "Rename the columns in the file, or write the recipe by hand: recipe=copy, then in data.sources "
+    "columns: {prompt: question, completion: answer} beside the path."
+)
 CHARACTERS_A_TOKEN, TOKENS_A_MESSAGE = 3, 8  # where no tokenizer is at hand: English has 4, other languages fewer
 
 
@@ -120,8 +124,11 @@ def _read(source: Source, progress: ReadingProgress) -> tuple[str, int, list[Row
         elif (place := draw.randrange(number + 1)) < SAMPLE_ROWS:  # reservoir sampling: every row is as likely
             sample[place] = row
     if not sample:
-        for _ in read_rows(feeds, data=DataSection(sources=[source]), counts=Counter()):  # raises why
-            pass
+        try:
+            for _ in read_rows(feeds, data=DataSection(sources=[source]), counts=Counter()):  # raises why
+                pass
+        except RowFault as fault:
+            raise DataError(str(fault).replace(RENAME, RENAME_IN_FILE)) from None
         raise DataError(f"{source.path}: data needs rows; all of it is empty.\nName another file, or fill it.")
     format = source.format if source.format != "auto" else _format_of(feeds)
     rows = counts["rows_read"] - sum(count for key, count in counts.items() if key.startswith("rows_dropped"))

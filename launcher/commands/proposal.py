@@ -140,7 +140,8 @@ def _width(lengths: Any, config: Any) -> tuple[int, str]:
     width = next((width for width in widths if width >= max(wanted, LEAST_LENGTH)), widths[-1])
     cut = float(np.mean(lengths > width))
     verb = "holds" if wanted <= width else "does not hold"
-    return width, f"{verb} 99 % of the rows whole; {100 * cut:.1f} % are longer"
+    longer = f"{100 * cut:.1f} % are longer" if cut else "none is longer"
+    return width, f"{verb} 99 % of the rows whole; {longer}"
 
 
 def _takes(config: Any, width: int) -> bool:
@@ -160,7 +161,9 @@ def _of_data(data: DataFacts, lengths: Any, width: int, why_width: str) -> Itera
     if data.format in ("text", "tokens") and lengths.max() > width:
         yield Proposed("data.too_long", "split", "of a plain text every piece teaches; truncate would lose the rest")
     mean = float(np.minimum(lengths, width).mean())
-    yield Proposed("data.batching", "packed", f"about {max(1.0, width / mean):.0f} rows share a block: no padding")
+    shared = round(width / mean)
+    rows = f"about {shared:,} rows share a block" if shared > 1 else "a row fills about one block"
+    yield Proposed("data.batching", "packed", f"{rows}: no padding")
     seen = " and ".join(sorted(data.loss_on))
     yield Proposed("data.loss_on", "auto", f"here the loss sees: {seen}")
     if data.faulty.total() > data.faulty["rows_dropped_empty"]:
@@ -224,5 +227,5 @@ def _memory(recipe: Recipe, config: Any, model: Any) -> Iterator[str]:
     by_choice: dict[str, int] = {}  # the smallest card of each
     for card in CARDS_GB:
         policy = choose_policy(recipe, shapes, held_mib=held_mib, free_mib=card * 1024 - CONTEXT_MIB - held_mib)
-        by_choice.setdefault("nothing: it is too small" if "nothing" in policy.why else policy.name, card)
-    yield ", ".join(f"from {card} GB {choice}" for choice, card in by_choice.items()) + "."
+        by_choice.setdefault("nothing (it is too small)" if "nothing" in policy.why else policy.name, card)
+    yield ", ".join(f"from {card} GB on: {choice}" for choice, card in by_choice.items()) + "."

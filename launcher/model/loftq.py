@@ -26,15 +26,22 @@ from launcher.records.run import Verdict
 
 def check_loftq(recipe: Recipe, *, prequantised: bool) -> None:
     """Raise RecipeError unless this run rounds the weights of a checkpoint to NF4."""
-    reasons = {
-        "quant.type=none rounds nothing": recipe.quant.type == "none",
-        "model.init=random has no files": recipe.model.init == "random",
-        "this checkpoint holds them rounded already": recipe.model.init == "pretrained" and prequantised,
+    reasons = {  # each with its remedy
+        ("quant.type=none rounds nothing", "Set quant.type=nf4"): recipe.quant.type == "none",
+        (
+            "model.init=random has no files",
+            "Name a checkpoint in model.name with model.init=pretrained",
+        ): recipe.model.init == "random",
+        (
+            "this checkpoint holds them rounded already",
+            "Name the unquantised checkpoint in model.name with quant.type=nf4",
+        ): recipe.model.init == "pretrained" and prequantised,
     }
     if found := [reason for reason, holds in reasons.items() if holds]:
+        reason, remedy = found[0]
         raise RecipeError(
-            f"lora.init=loftq needs the weights as they are before they are rounded to NF4; {found[0]}.\n"
-            "Name the unquantised checkpoint in model.name with quant.type=nf4, or use lora.init=default."
+            f"lora.init=loftq needs the weights as they are before they are rounded to NF4; {reason}.\n"
+            f"{remedy}, or use another start, such as lora.init=default."
         )
 
 

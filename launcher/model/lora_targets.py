@@ -8,7 +8,14 @@ from torch import nn
 
 from launcher.errors import RecipeError
 from launcher.model.weight_files import linear_weights
-from launcher.recipe.lora_section import ALL_LINEAR, EXPRESSION, FUSED_PROJECTIONS, LoraSection, fused_targets
+from launcher.recipe.lora_section import (
+    ALL_LINEAR,
+    EXPRESSION,
+    FUSED_PROJECTIONS,
+    LoraSection,
+    cut_by_comma,
+    fused_targets,
+)
 
 Number = TypeVar("Number", int, float)
 
@@ -74,6 +81,7 @@ def check_targets(model: nn.Module, lora: LoraSection) -> None:
         raise RecipeError(
             f"lora.targets must name linear layers of the decoder; {', '.join(unmatched)} matched nothing.\n"
             f"This model has: {', '.join(sorted({name.rpartition('.')[2] for name in names}))}."
+            f"{next(filter(None, (cut_by_comma(lora.targets, target) for target in unmatched)), '')}"
         )
     last = max(_layer(name) for name in names)
     if missing := [numbers[-1] for numbers in lora.chosen_layers if numbers[-1] > last]:

@@ -29,16 +29,17 @@ class Located:
     """The model, as far as it was found, and the notes on what Accelerate was asked for."""
 
     source: str | None
+    folder: RunFolder  # of the run to come
     notes: tuple[str, ...]
 
 
 def check_before_torch(checks: Checks, resolved: Resolved, *, shipped: Path, cores: int, trains: bool) -> Located:
     """Check packages, report=PATH, Accelerate's flags, the model's config.json and local data; if it `trains`, the run
     folder too."""
-    recipe = resolved.recipe
+    recipe, folder = resolved.recipe, run_folder(resolved.recipe, resolved.name)  # once: its name holds the time
     checks.add("packages", check_packages)
     if resolved.report:
-        own = run_folder(recipe, resolved.name).report if resolved.mode == "train" else None
+        own = folder.report if resolved.mode == "train" else None
         checks.add("report", partial(check_report, resolved.report, own=own))
     notes = checks.add(
         "launch",
@@ -53,8 +54,8 @@ def check_before_torch(checks: Checks, resolved: Resolved, *, shipped: Path, cor
     if recipe.data.validation_source:
         checks.add("validation data", partial(check_data, recipe.data.validation_source, validates=True))
     if trains:
-        checks.add("run folder", partial(check_run_folder, recipe, resolved.name))
-    return Located(source, notes or ())
+        checks.add("run folder", partial(check_run_folder, recipe, folder))
+    return Located(source, folder, notes or ())
 
 
 def check_packages() -> str:
@@ -116,9 +117,8 @@ def check_data(source: Source, *, validates: bool = False) -> str:
     return f"{source.path}: {len(files)} file(s)" if files else f"{source.path}: a dataset of the hub"
 
 
-def check_run_folder(recipe: Recipe, name: str) -> str:
-    """Raise CheckpointError or RecipeError if the folder of a run of the recipe `name` is taken or cannot be made."""
-    folder = run_folder(recipe, name)
+def check_run_folder(recipe: Recipe, folder: RunFolder) -> str:
+    """Raise CheckpointError or RecipeError if the `folder` of a run is taken or cannot be made."""
     if recipe.run.rescue_dir:
         try:
             writable(Path(recipe.run.rescue_dir).absolute())

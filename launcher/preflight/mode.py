@@ -30,7 +30,7 @@ def check(resolved: Resolved, info: RankInfo, checks: Checks) -> Iterator[str | 
     if source is not None and later is not None:
         request = Request(resolved.recipe, resolved.name, source, shipped, info)
         ranks = [replace(info, rank=number, local_rank=number) for number in range(info.local_world_size)]
-        later.check_with_torch(checks, request, ranks)
+        later.check_with_torch(checks, request, ranks, folder=located.folder)
         later.check_sources(checks, request)
     yield CheckRecord(resolved.name, source or resolved.recipe.model.name, tuple(checks.lines))
 

@@ -4,6 +4,7 @@ from functools import partial
 
 import torch
 
+from launcher.checkpoint.folder import RunFolder
 from launcher.compile.graphs import check_graphs
 from launcher.data.read.sources import open_source
 from launcher.memory.policy import check_policy
@@ -27,8 +28,11 @@ def check_before_load(request: Request) -> None:
     checks.refuse(local_rank=request.rank_info.local_rank)
 
 
-def check_with_torch(checks: Checks, request: Request, ranks: list[RankInfo]) -> None:
-    """Check the devices of these processes of one machine, and that model, tools and disk suffice for them."""
+def check_with_torch(
+    checks: Checks, request: Request, ranks: list[RankInfo], *, folder: RunFolder | None = None
+) -> None:
+    """Check the devices of these processes of one machine, and that model, tools and disk suffice for them. `folder`:
+    of the run to come; None: of one started now."""
     recipe, source = request.recipe, request.source
     devices = [
         checks.add("process", partial(choose_device, rank), found=lambda device: f"on {device}") for rank in ranks
@@ -42,11 +46,11 @@ def check_with_torch(checks: Checks, request: Request, ranks: list[RankInfo]) ->
     config = checks.add("config.json", partial(load_config, source, recipe.model), found=lambda found: found.model_type)
     if config is None:
         return
-    model = checks.add("weights", partial(check_model, recipe, source, config, usable[0]), found=lambda _: source)
+    weights = "random, none are read" if recipe.model.init == "random" else source
+    model = checks.add("weights", partial(check_model, recipe, source, config, usable[0]), found=lambda _: weights)
     if model is None:
         return
-    folder = run_folder(recipe, request.name)
-    checks.add("disk", partial(check_disk, recipe, source, model, folder))
+    checks.add("disk", partial(check_disk, recipe, source, model, folder or run_folder(recipe, request.name)))
     for device in usable:
         checks.add("memory", partial(check_memory, recipe, config, model, device), own=True)
 

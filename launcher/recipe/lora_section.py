@@ -1,7 +1,7 @@
 """The section lora of a recipe: the adapters, and how they begin."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, ValidationInfo, field_validator
@@ -33,6 +33,14 @@ def check_expression(pattern: str, key: str) -> None:
         re.compile(pattern)
     except re.error as error:
         raise ValueError(f"{key} must hold regular expressions; {pattern!r} is none: {error}") from None
+
+
+def cut_by_comma(targets: Sequence[str], target: str) -> str:
+    """What is said of a regular expression that fails as an entry of lora.targets, if another entry follows: a comma
+    may have cut it."""
+    if not target.startswith(EXPRESSION) or target == targets[-1]:
+        return ""
+    return f"\nA comma ends an entry: if {target!r} goes on after it, write lora.targets=['re:…,…'] with the quotes."
 
 
 def fused_targets(linears: set[str], targets: Iterable[str]) -> list[str]:
@@ -145,7 +153,10 @@ class LoraSection(RecipeSection):
     def _are_expressions(cls, targets: list[str]) -> list[str]:
         for target in targets:
             if target.startswith(EXPRESSION):
-                check_expression(target.removeprefix(EXPRESSION), "lora.targets")
+                try:
+                    check_expression(target.removeprefix(EXPRESSION), "lora.targets")
+                except ValueError as error:
+                    raise ValueError(f"{error}{cut_by_comma(targets, target)}") from None
         if ALL_LINEAR in targets and len(targets) > 1:
             raise ValueError(f"lora.targets={ALL_LINEAR} names every linear; got other entries beside it")
         return targets

@@ -14,7 +14,7 @@ from transformers import AutoTokenizer
 
 from launcher import cli
 from launcher.commands.new_recipe import SAMPLE_ROWS, own_recipe
-from launcher.errors import LauncherError
+from launcher.errors import DataError, LauncherError
 from launcher.recipe.load import resolve
 from launcher.recipe.schema import Recipe
 from launcher.runtime.ranks import RankInfo
@@ -73,7 +73,7 @@ def test_a_recipe_of_every_format_resolves_trains_and_gives_each_value_its_reaso
     assert len(values) >= 12 and all(" # " in line for line in values) and max(map(len, text.splitlines())) <= 200
     [source] = recipe.data.sources
     assert (source.path, source.format) == (str(tmp_path / f"rows{suffix}"), format)
-    assert f"60 rows, recognised as {format}" in text and "the model's tokenizer" in text and "GB none" in text
+    assert f"60 rows, recognised as {format}" in text and "the model's tokenizer" in text and "GB on: none" in text
     with listening():
         code = cli.main(
             ["recipe=mine.yaml", "train.steps=2", "compile.mode=off", "run.output_dir=out", "run.sample_tokens=0"]
@@ -81,6 +81,12 @@ def test_a_recipe_of_every_format_resolves_trains_and_gives_each_value_its_reaso
     assert code == 0, capsys.readouterr().err
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert report["recipe"]["data"]["max_length"] == recipe.data.max_length
+
+
+def test_columns_of_no_format_are_to_be_renamed_in_the_file_or_mapped_by_hand(new: New, tmp_path: Path) -> None:
+    written(tmp_path / "rows.csv", [{"question": "a", "answer": "b"}])
+    with pytest.raises(DataError, match="Rename the columns in the file, or write the recipe by hand: recipe=copy"):
+        new("data=rows.csv")
 
 
 def lines_of(length: int, number: int) -> list[dict[str, Any]]:
@@ -92,7 +98,7 @@ def test_the_length_holds_99_of_100_rows_and_the_share_that_is_longer_is_said(
 ) -> None:
     written(tmp_path / "short.jsonl", lines_of(50, 200))
     text, recipe = new("data=short.jsonl", f"model={small_model}", to="short.yaml")
-    assert recipe.data.max_length == 256 and "holds 99 % of the rows whole; 0.0 % are longer" in text
+    assert recipe.data.max_length == 256 and "holds 99 % of the rows whole; none is longer" in text
     written(tmp_path / "long.jsonl", [*lines_of(50, 99), *lines_of(300, 99)])
     text, recipe = new("data=long.jsonl", f"model={small_model}", to="long.yaml")
     assert recipe.data.max_length == 512, "a power of two that the longest fit into"
@@ -126,7 +132,7 @@ def test_a_model_that_is_not_here_is_forecast_by_its_shipped_architecture_and_le
     text, recipe = new("data=rows.jsonl")
     assert recipe.model.name == "unsloth/Llama-3.2-1B-Instruct" and "estimated at 3 characters a token" in text
     text, recipe = new("data=rows.jsonl", "model=unsloth/Meta-Llama-3.1-8B-Instruct", to="8b.yaml")
-    assert "from 8 GB none" in text and recipe.train.lr == 1e-4
+    assert "from 8 GB on: none" in text and recipe.train.lr == 1e-4
     text, recipe = new("data=rows.jsonl", "model=some/other", to="other.yaml")
     assert "no forecast" in text and recipe.train.lr == 2e-4
 

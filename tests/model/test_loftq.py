@@ -121,9 +121,12 @@ def quantised(folder: Path, small_model: Path) -> str:
 @pytest.mark.parametrize(
     ("sections", "reason"),
     [
-        ({"quant": {"type": "none"}}, "quant.type=none rounds nothing"),
-        ({"model": {"init": "random"}}, "model.init=random has no files"),
-        ({"model": {"name": "quantised"}}, "this checkpoint holds them rounded already"),
+        ({"quant": {"type": "none"}}, "quant.type=none rounds nothing.\nSet quant.type=nf4, or"),
+        ({"model": {"init": "random"}}, "model.init=random has no files.\nName a checkpoint in model.name"),
+        (
+            {"model": {"name": "quantised"}},
+            "this checkpoint holds them rounded already.\nName the unquantised checkpoint",
+        ),
     ],
 )
 def test_where_nothing_is_rounded_it_is_refused(
@@ -131,7 +134,7 @@ def test_where_nothing_is_rounded_it_is_refused(
 ) -> None:
     if "name" in sections.get("model", {}):
         sections = {"model": {"name": quantised(tmp_path / "nf4", small_model)}}
-    with pytest.raises(RecipeError, match=f"{reason}.\n.*the unquantised checkpoint"):
+    with pytest.raises(RecipeError, match=f"{reason}.*use another start, such as lora.init=default"):
         build(make_recipe(lora={"init": "loftq"}, **sections))
 
 

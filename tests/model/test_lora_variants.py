@@ -157,10 +157,19 @@ def test_a_start_that_would_change_the_base_is_refused_by_name(start: str) -> No
         LoraSection(init=start)
 
 
+def test_an_expression_that_a_comma_cuts_is_told_from_one_that_is_wrong() -> None:
+    with pytest.raises(ValidationError, match="A comma ends an entry"):
+        LoraSection(targets=["re:(q", "k)_proj"])
+    with pytest.raises(ValidationError, match="unterminated") as caught:
+        LoraSection(targets=["q_proj", "re:(q"])
+    assert "comma" not in str(caught.value)
+
+
 @pytest.mark.parametrize(
     ("lora", "message"),
     [
         ({"targets": ["re:nothing"]}, "re:nothing matched nothing"),
+        ({"targets": [r"re:.*\d{1", r"2}\..*q_proj"]}, "\nA comma ends an entry"),
         ({"layers": ["0-3"]}, "layers 0-2; 3 is none"),
         ({"layers": ["1"], "targets": [r"re:model\.layers\.0\..*_proj"]}, "none is in both"),
         ({"rank_pattern": {"lm_head": 2}}, "lora.rank_pattern must match adapted modules; lm_head"),

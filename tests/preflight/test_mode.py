@@ -63,6 +63,20 @@ def test_a_check_that_holds_ends_with_0_and_leaves_only_its_report(
     assert report["holds"] and all(line["holds"] and line["found"] for line in report["checks"])
 
 
+def test_one_folder_is_named_on_a_page_and_weights_that_are_not_read_are_random(
+    main: Command, small: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    times = iter(range(100))
+    monkeypatch.setattr(
+        "launcher.preflight.before_torch.default_folder", lambda name: str(tmp_path / f"at-{next(times)}")
+    )
+    code, _, err = main(*small[:-1], "model.init=random", "mode=check", "report=report.json")
+    assert (code, err) == (0, "")
+    found = {line["name"]: line["found"] for line in json.loads((tmp_path / "report.json").read_text())["checks"]}
+    assert found["weights"] == "random, none are read"
+    assert found["run folder"] == str(tmp_path / "at-0") and found["run folder"] in found["disk"]
+
+
 def test_everything_that_fails_is_shown_at_once_with_the_code_of_the_first(
     main: Command, small: list[str], small_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -13,10 +13,12 @@ Rows of messages may have "tools" (tool_fields.py).
 unused.py has what else a row may hold. Faulty rows follow data.bad_rows. Empty rows are always dropped and counted.
 """
 
+import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
+from launcher.data.read.csv_files import DELIMITERS
 from launcher.data.read.messages import MESSAGE, TURN, messages_of
 from launcher.data.read.rows import (
     SKIP,
@@ -85,7 +87,8 @@ def _parsed(raw: RawRow, format: "_Format", data: DataSection) -> tuple[Row | No
         expected = " and ".join(map(shown_value, format.columns))
         rule = f"all rows of a source have its format, here with the column {expected}."
         columns = shown_value(f"the columns {', '.join(sorted(raw.fields)) or '(none)'}")
-        raise wrong_type(raw.where, rule, columns, f"Name files of another format as sources of their own. {SKIP}")
+        remedy = _undivided(raw.fields, raw.where) or "Name files of another format as sources of their own."
+        raise wrong_type(raw.where, rule, columns, f"{remedy} {SKIP}")
     fields = without_filled_nulls(raw.fields, format.used.messages) if raw.null_filled else raw.fields
     unused = unused_keys(fields, format.used, raw.where, data=data)
     row = format.parse(fields, raw.where)
@@ -107,7 +110,17 @@ def detected_format(fields: Fields, where: str) -> str:
             f"Say which of them holds the data with format: {' or format: '.join(names)} beside the source's path."
         )
     known = "; ".join(" and ".join(f'"{column}"' for column in format.columns) for format in _FORMATS.values())
-    raise wrong_type(where, f"a row has the columns of a format: {known}.", columns, RENAME)
+    remedy = " ".join(filter(None, (_undivided(fields, where), RENAME)))
+    raise wrong_type(where, f"a row has the columns of a format: {known}.", columns, remedy)
+
+
+def _undivided(fields: Fields, where: str) -> str:
+    """What is said of a table of text with one column, if a mark in its name may divide it."""
+    mark = next((mark for mark in DELIMITERS if any(mark in name for name in fields)), None)
+    if len(fields) != 1 or mark is None or not re.search(r"\.[ct]sv(\.gz|\.zst)? row \d+$", where, re.IGNORECASE):
+        return ""
+    named = f"set delimiter: {shown_value(mark)} beside the path"
+    return f"The table has one column: if {DELIMITERS[mark]} divide it, {named}."
 
 
 def _parse_messages(fields: Fields, where: str) -> Conversation | None:

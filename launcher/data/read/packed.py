@@ -8,7 +8,8 @@ from io import BufferedReader, RawIOBase
 from pathlib import Path
 from typing import Any, cast
 
-PACKED_SUFFIXES = (".gz", ".zst")
+MAGIC = {".gz": b"\x1f\x8b", ".zst": b"\x28\xb5\x2f\xfd"}  # how a packed file begins (RFC 1952, RFC 8878)
+PACKED_SUFFIXES = tuple(MAGIC)
 BUFFER_BYTES = 2**18
 MAX_UNPACKED_TIMES = 200  # the size of the file; JSON and logs reach 5 to 40
 UNPACKED_FREELY_BYTES = 2**30  # a little of anything may be unpacked: equal rows reach 1,000 times their packed size
@@ -16,6 +17,16 @@ UNPACKED_FREELY_BYTES = 2**30  # a little of anything may be unpacked: equal row
 
 def is_compressed(path: Path) -> bool:
     return path.suffix.lower() in PACKED_SUFFIXES
+
+
+def begins_otherwise(path: Path) -> bool:
+    """Whether a file can be read, and begins unlike a packed file of its name."""
+    magic = MAGIC.get(path.suffix.lower(), b"")
+    try:
+        with path.open("rb") as stream:
+            return stream.read(len(magic)) != magic
+    except OSError:
+        return False
 
 
 def unpacked(path: Path) -> BufferedReader:

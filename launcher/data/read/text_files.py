@@ -15,7 +15,7 @@ from itertools import count
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from launcher.data.read.packed import is_compressed, unpacked
+from launcher.data.read.packed import begins_otherwise, is_compressed, unpacked
 from launcher.data.read.rows import SKIP, RawRow, RowFault, shown_value, too_large
 from launcher.errors import DataError
 
@@ -63,7 +63,7 @@ class Passage(NamedTuple):
         except json.JSONDecodeError as error:
             at = len(text[: error.pos].encode())
             excerpt = shown_value(text[error.pos : error.pos + 40])
-            found = f"{error.msg} at byte offset {self.offset + at} of the file: {excerpt}"
+            found = f"{error.msg.removesuffix(' at')} at byte offset {self.offset + at} of the file: {excerpt}"
         except (ValueError, RecursionError) as error:  # a number of thousands of digits; brackets nested too deeply
             found = f"{error}"
         raise RowFault("broken_json", where=self.where(at), rule=rule, found=found, remedy=self.remedy)
@@ -95,9 +95,17 @@ def opened(path: Path, name: str) -> Iterator[BufferedReader]:
             yield stream
     except (OSError, EOFError, zlib.error) as error:  # the last two, and some of the first: a damaged packed file
         raise DataError(
-            f"{name}: a source must be readable.\nFound: {getattr(error, 'strerror', None) or error}.\n"
-            "Correct its permissions or write it anew, or name another."
+            f"{name}: a source must be readable.\nFound: {getattr(error, 'strerror', None) or error}.\n{_remedy(path)}"
         ) from error
+
+
+def _remedy(path: Path) -> str:
+    if begins_otherwise(path):
+        return (
+            f"It does not begin as a {path.suffix} file does. If it is not compressed, rename it without "
+            f"{path.suffix}; if it is, write it anew."
+        )
+    return "Correct its permissions or write it anew, or name another."
 
 
 def lines(path: Path, name: str, max_bytes: int) -> Iterator[Passage]:

@@ -93,7 +93,8 @@ def unused_keys(fields: Mapping[str, Any], used: UsedKeys, where: str, *, data: 
             found = f'"{key}": {shown_value(value)}' + (
                 "" if not column else f" in a message of role {shown_value(role)}"
             )
-            rule = f'{rule} "{name}" is not honoured yet.'
+            of_another = bool(column) and meaning == "weight" and not sees_all and _plain_role(role) != "assistant"
+            rule = f'{rule} "{name}" is not honoured{" here: it belongs to turns of the assistant" * of_another}.'
             raise RowFault(meaning, where=where, rule=rule, found=found, remedy=UNUSED_REMEDY)
     return list(keys)
 

@@ -91,6 +91,8 @@ def test_a_delimiter_that_is_named_divides_whatever_the_header_looks_like(path):
     path.write_text("prompt:completion;x\na:b\n")
     assert fields(path, delimiter=":") == [{"prompt": "a", "completion;x": "b"}]
     assert fields(path, delimiter=",")[0] == {"prompt:completion;x": "a:b"}
+    undivided = 'if semicolons divide it, set delimiter: ";" beside the path'
+    assert undivided in refusal(path, delimiter=",") and undivided in refusal(path, delimiter=",", format="text")
     assert "divided by ':', or quoted" in refusal(written(path, [b"a:b", b'"1"2:3']), delimiter=":")
 
 

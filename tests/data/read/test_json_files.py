@@ -34,6 +34,11 @@ def test_a_file_without_rows_has_none(path, raw):
     assert fields(written(path, raw)) == []
 
 
+def test_a_string_with_a_line_end_is_named_with_its_place(path):
+    message = refusal(written(path, '[{"text": "a\n"}]'))
+    assert "Invalid control character at byte offset 12 of the file" in message
+
+
 def test_a_file_cut_anywhere_is_refused(path):
     raw = json.dumps({"data": ROWS, "n": -1.5e3}, ensure_ascii=False).encode()
     for end in range(1, len(raw)):

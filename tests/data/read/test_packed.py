@@ -64,6 +64,7 @@ def test_a_damaged_file_ends_with_its_name_and_without_traceback(put, packing, k
     path = put(kind, {"cut": whole[:-6], "nothing packed": b"plain " * 9, "changed": whole[:9] + b"\xff" * 99}[harm])
     message = refusal(path, bad_rows="skip", streaming=True)
     assert message.startswith(f"{path}: a source must be readable.\nFound: ")
+    assert (f"rename it without {path.suffix}" in message) == (harm == "nothing packed")
 
 
 @pytest.mark.parametrize("content", [b" " * 600_000, b"\n" * 600_000, LINES * 900])

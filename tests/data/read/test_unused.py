@@ -85,6 +85,8 @@ def test_a_key_that_changes_what_is_learned_is_refused_or_dropped_and_counted(wr
     assert rule.startswith(f"{path}:1: ") and f'"{name}" is not honoured' in rule
     assert f'"{name.split(".")[-1]}": ' in found and "data.unused=drop" in remedy and "data.bad_rows=skip" in remedy
     assert read(path, bad_rows="skip") == ([], {"rows_read": 1, f"rows_dropped_{meaning}": 1})
+    is_of_another = meaning == "weight" and ('"user"' in found or '"human"' in found)
+    assert ("here: it belongs to turns of the assistant." in rule) == is_of_another
     rows, counts = read(path, unused="drop")
     assert len(rows) == 1 and counts == {"rows_read": 1, f"dropped_key_{name}": 1}
 
