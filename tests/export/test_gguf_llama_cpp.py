@@ -1,5 +1,6 @@
 """format=gguf with llama.cpp: its llama-quantize, and llama-cpp-python that reads what was written."""
 
+import re
 import shutil
 import stat
 import sys
@@ -80,7 +81,9 @@ def test_llama_cpp_answers_as_the_trained_model(export: Main, monkeypatch: pytes
     done = export("format=gguf")
     assert done.code == 0, done.err
     verdicts = {verdict["claim"]: verdict for verdict in done.report["verdicts"]}
-    assert "4 of 4 greedy answers" in verdicts[READS]["evidence"]
+    found = re.search(r"mean KL (\S+), (\d) of 4 greedy answers", verdicts[READS]["evidence"])
+    assert found and float(found[1]) < 1e-6
+    assert int(found[2]) >= 3  # of this small model two tokens may be equally likely, to the last bits of a CPU
 
 
 def test_llama_cpp_sees_another_tokenizer(export: Main, monkeypatch: pytest.MonkeyPatch) -> None:
