@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import save_file
 from transformers import AutoTokenizer
 
 from launcher.export.load_run import open_run
@@ -48,6 +50,8 @@ def test_the_stop_tokens_of_a_sample_are_those_of_the_answers_of_its_run(
     prepared = prepare_inputs(request_for(recipe))
     tokenizer = prepared.tokenizer
     tokenizer.save_pretrained(tmp_path / "adapter")
+    (tmp_path / "adapter" / "adapter_config.json").write_text("{}")
+    save_file({"weight": torch.zeros(1)}, tmp_path / "adapter" / "adapter_model.safetensors")
     place = RunPlace(tmp_path, tmp_path / "adapter", recipe, "float32", finished=True)
     of_answers = open_run(place, recipe.model.name, RankInfo(0, 0, 1, 1)).stop_ids
     expected = stops | {tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids(TURN_END)}
