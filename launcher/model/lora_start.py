@@ -35,6 +35,9 @@ from launcher.recipe.lora_section import NITER
 ADAPTER, START = "default", "start"  # PEFT's names of the trained and of the frozen one
 
 
+SPARE = 8  # columns beyond the rank: the largest values of a trained weight fall, unlike those of rounding errors
+
+
 @torch.no_grad()
 def start_from_weights(adapted: PeftModel, init: str, weight_of: Callable[[Any], Tensor], *, seed: int) -> None:
     """Put A0 and B0 into the adapter and, with -B0, into a frozen one beside it. `weight_of(base_layer)`: fp32 [O, D].
@@ -70,7 +73,7 @@ def first_factors(weight: Tensor, rank: int, scaling: float, init: str, *, seed:
         q = torch.linalg.qr(weight[:, :rank])[0]  # these columns alone decide Q_r
         return q.T @ weight, q
     _, _, iterations = init.partition(NITER)
-    u, s, v = leading_svd(weight, rank, seed=seed, iterations=int(iterations) if iterations else None)
+    u, s, v = leading_svd(weight, rank, seed=seed, iterations=int(iterations) if iterations else None, spare=SPARE)
     root = torch.where(s > NEGLIGIBLE * s[0], s / scaling, 0.0).sqrt()
     return root[:, None] * v, u * root
 

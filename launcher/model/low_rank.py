@@ -11,7 +11,7 @@ WIDENING, LEAST_COLUMNS = 4, 128  # columns that are iterated for each that is w
 
 @torch.no_grad()
 def leading_svd(
-    matrix: Tensor, rank: int, *, seed: int, iterations: int | None = None
+    matrix: Tensor, rank: int, *, seed: int, iterations: int | None = None, spare: int | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """U [O, r], S [r] and V [r, D] of matrix [O, D], in fp32: the `rank` largest of its min(O, D) singular values,
     falling. The number furthest from zero in each row of V is positive, which settles the signs.
@@ -19,13 +19,13 @@ def leading_svd(
     Exact where the matrix has at most EXACT_UP_TO rows or columns. Else by subspace iteration (Halko et al.,
     arXiv:0909.4061, algorithm 4.4) from columns drawn from `seed`: of the rounding errors of NF4, whose singular values
     are nearly equal, U S V has 0.999 of the square sum that the best product of that rank has. Random states stay.
-    `iterations`: so many, whatever the size.
+    `iterations`: so many, whatever the size. `spare`: columns beyond the rank, enough where the values fall.
     """
     matrix = matrix.float()
     if iterations is None and min(matrix.shape) <= EXACT_UP_TO:
         u, s, v = _exact(matrix, rank)
     else:
-        u, s, v = _iterated(matrix, rank, ITERATIONS if iterations is None else iterations, seed=seed)
+        u, s, v = _iterated(matrix, rank, ITERATIONS if iterations is None else iterations, spare, seed=seed)
     signs = v.gather(1, v.abs().argmax(1, keepdim=True)).sign()
     return u * signs.T, s, v * signs
 
@@ -42,8 +42,10 @@ def _exact(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
     return u.float(), s.float(), v.float()
 
 
-def _iterated(matrix: Tensor, rank: int, iterations: int, *, seed: int) -> tuple[Tensor, Tensor, Tensor]:
-    columns = min(max(WIDENING * rank, LEAST_COLUMNS), *matrix.shape)
+def _iterated(
+    matrix: Tensor, rank: int, iterations: int, spare: int | None, *, seed: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    columns = min(max(WIDENING * rank, LEAST_COLUMNS) if spare is None else rank + spare, *matrix.shape)
     with torch.random.fork_rng([matrix.device] if matrix.device.type == "cuda" else []):
         torch.manual_seed(seed)
         u, s, v = torch.svd_lowrank(matrix, q=columns, niter=iterations)
